@@ -1,0 +1,244 @@
+"""All settings of a run. `Config` is the table of contents; every key has its unit and its "off" value beside it.
+
+Defaults < YAML files in their order < `--section.key value` flags. `load(argv)` returns a checked `Config` or raises
+`ConfigError` with *every* problem at once. Nothing here imports torch: a wrong file costs no GPU time.
+Each part of the project takes its own section (`ModelConfig`), never the whole `Config`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the run lives."""
+
+    name: str = "run"
+    """Name of the run; its files go to <directory>/<name>."""
+    directory: str = "runs"
+    """Folder that holds all runs."""
+    seed: int = 1234
+    """Keys the initial weights, the data order and the synthetic data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A dense decoder of the Llama family (with qk_norm: Qwen3). Names are those of Hugging Face configurations."""
+
+    hidden_size: int = 512
+    """Width D of the residual stream."""
+    num_hidden_layers: int = 8
+    """Number of decoder blocks."""
+    num_attention_heads: int = 8
+    """Query heads H."""
+    num_key_value_heads: int | None = None
+    """Key and value heads K; null: as many as num_attention_heads (no grouping)."""
+    head_dim: int | None = None
+    """Size of one head; null: hidden_size / num_attention_heads. Must be even (rotary pairs)."""
+    intermediate_size: int | None = None
+    """Width of the SwiGLU feed-forward; null: 8/3 of hidden_size, rounded up to a multiple of 64."""
+    vocab_size: int | None = None
+    """Number of token ids V; null: taken from the tokenizer."""
+    vocab_multiple: int = 64
+    """Embedding rows are padded up to a multiple of this; padded ids never enter the loss. 1: no padding."""
+    max_position_embeddings: int | None = None
+    """Longest context, recorded for converters; null: data.sequence_length."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position embedding."""
+    rms_norm_eps: float = 1e-5
+    """Epsilon of every RMSNorm."""
+    qk_norm: bool = False
+    """RMSNorm on queries and keys, per head (Qwen3)."""
+    tie_word_embeddings: bool = False
+    """One matrix for the input embedding and the head."""
+    initializer_range: float = 0.02
+    """Standard deviation of initial weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """The tokenizer that made the data; used for vocabulary, checks and samples."""
+
+    path: str | None = None
+    """Folder written by tools/train_tokenizer.py, or of a Hugging Face tokenizer; null: none (then model.vocab_size is needed)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One tokenized dataset."""
+
+    path: str
+    """Prefix of a .bin/.idx pair, or a nanoGPT-style flat .bin file."""
+    weight: float = 1.0
+    """Share of the blend relative to the other sources; > 0. Ignored for validation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticConfig:
+    """Generated tokens instead of files: for tests, dry runs and lessons."""
+
+    kind: Literal["uniform", "unigram", "markov", "repeat", "copy"] = "uniform"
+    """uniform: labels carry no information; unigram: Zipf, no context; markov: one token of context; repeat: a few fixed texts; copy: second half repeats the first."""
+    num_samples: int = 1_000_000
+    """Samples in one epoch; validation draws others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, in which windows."""
+
+    train: list[SourceConfig] = field(default_factory=list)
+    """Training sources: [{path, weight}]."""
+    valid: list[SourceConfig] = field(default_factory=list)
+    """Validation sources: [{path}]; empty: no validation."""
+    synthetic: SyntheticConfig | None = None
+    """Generated data instead of train and valid; null: off."""
+    sequence_length: int = 1024
+    """Tokens T that a sample feeds to the model; a sample is T + 1 tokens."""
+    document_mask: bool = False
+    """Tokens attend only inside their document."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """The batch in sequences. Accumulation is derived (global / (micro * ranks)), printed, and never written."""
+
+    global_batch_size: int = 32
+    """Sequences per step, over all ranks and micro-batches."""
+    micro_batch_size: int = 8
+    """Sequences in one forward on one rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Decay on matrices only; vectors (norms) are not decayed."""
+
+    name: Literal["adamw"] = "adamw"
+    """adamw."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay per unit of learning rate. 0: off."""
+    grad_clip: float = 1.0
+    """Largest global norm of the full gradient. 0: off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Learning rate as a pure function of the step."""
+
+    name: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """cosine; wsd (warm up, stay, decay at the end); linear; constant."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0. 0: off."""
+    decay_steps: int | None = None
+    """Length of the decay; null: all steps after warm-up (wsd: 40 % of all steps)."""
+    final_lr_fraction: float = 0.1
+    """Learning rate at the last step as a fraction of the peak."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long. Exactly one of max_steps, max_tokens, epochs."""
+
+    max_steps: int | None = None
+    """Optimizer steps."""
+    max_tokens: int | None = None
+    """Tokens fed (rounded up to whole steps)."""
+    epochs: float | None = None
+    """Passes over all training sources together."""
+    max_skipped_steps: int = 10
+    """Non-finite steps in a row after which the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the model is spread over processes."""
+
+    name: Literal["ddp"] = "ddp"
+    """ddp: every rank holds the whole model."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """bf16: bf16 compute, fp32 weights, gradients and moments. null: bf16 on GPUs, fp32 on CPUs. (fp16 needs loss scaling and skips steps: refused.)"""
+    compile: bool = False
+    """torch.compile each decoder block."""
+    world_size: int | None = None
+    """Number of processes that must be running, or the run stops; null: any."""
+    timeout_seconds: float = 600.0
+    """How long a collective may take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Validation over a fixed set, the same number on any number of ranks."""
+
+    every_steps: int = 0
+    """Steps between validations; there is one at the end anyway. 0: only at the end."""
+    max_batches: int | None = None
+    """At most this many global batches, spread evenly over the set; null: the whole set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save, what to keep, where to go on."""
+
+    every_steps: int = 0
+    """Steps between checkpoints; there is one at the end anyway. 0: only at the end."""
+    every_minutes: float = 0
+    """Minutes between checkpoints. 0: off."""
+    keep_last: int = 2
+    """Newest checkpoints kept; at least 1."""
+    keep_best: int = 1
+    """Checkpoints kept with the lowest validation loss. 0: off."""
+    resume: str = "auto"
+    """auto: the newest valid checkpoint of this run, else a fresh start; never: refuse a directory that has some; or the path of a checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases; the key comes from WANDB_API_KEY or `wandb login`, never from here."""
+
+    project: str = "pretrain"
+    """W&B project."""
+    entity: str | None = None
+    """W&B user or team; null: your default."""
+    mode: Literal["online", "offline"] = "online"
+    """offline: files only, for `wandb sync` later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is reported, and where to. metrics.jsonl is the truth, the others are copies."""
+
+    every_steps: int = 10
+    """Steps between logging lines."""
+    sinks: list[Literal["console", "jsonl", "wandb", "tensorboard"]] = field(default_factory=lambda: ["console", "jsonl"])
+    """Any of console, jsonl, wandb, tensorboard."""
+    peak_tflops: float | None = None
+    """Peak of the device for MFU, in TFLOP/s; null: from a table of GPUs (unknown device: no MFU)."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Weights & Biases settings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
