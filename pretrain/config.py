@@ -7,9 +7,13 @@ Each part of the project takes its own section (`ModelConfig`), never the whole 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Literal
+
+from pretrain import schema
+from pretrain.schema import ConfigError, Problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +202,8 @@ class CheckpointConfig:
     """Checkpoints kept with the lowest validation loss. 0: off."""
     resume: str = "auto"
     """auto: the newest valid checkpoint of this run, else a fresh start; never: refuse a directory that has some; or the path of a checkpoint."""
+    allow_changes: list[str] = field(default_factory=list)
+    """Guarded keys that may differ from the checkpoint's, e.g. [train.max_steps, optimizer.lr]; empty: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,3 +248,205 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+
+# ---------------------------------------------------------------- reading and checking
+
+USAGE = """usage: {program} --config FILE [--config FILE ...] [--section.key value ...]
+
+  --config FILE        YAML settings; a later file overrides an earlier one, flags override files
+  --section.key value  one setting, e.g. --optimizer.lr 3e-4 --data.train '[{{path: data/wiki_train}}]'
+  --print_config       print the settings in full and exit
+  --help               print this and exit
+
+settings, with their defaults:
+{keys}"""
+
+
+def load(argv: list[str], *, world_size: int = 1, program: str = "launch/pretrain.py") -> Config:
+    """Settings from the command line `argv` (without the program's name), checked for `world_size` ranks.
+
+    Raises ConfigError with all problems. `--help` and `--print_config` print and raise SystemExit(0).
+    """
+    problems: list[Problem] = []
+    paths, flags, switches = _split_arguments(argv, problems)
+    if "help" in switches:
+        keys = "\n".join(f"  --{key} ({_shown(default)})\n        {doc}" for key, default, doc in schema.walk(Config))
+        print(USAGE.format(program=program, keys=keys))
+        raise SystemExit(0)
+    config = schema.build(Config, schema.read_layers(paths, flags, problems), problems)
+    sections = {problem.key.split(".")[0] for problem in problems}  # a wrong value was replaced by its default there
+    problems += [problem for problem in validate(config, world_size) if problem.key.split(".")[0] not in sections]
+    if problems:
+        raise ConfigError(problems)
+    if "print_config" in switches:
+        print(schema.to_yaml(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def _shown(default: object) -> str:
+    return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def _split_arguments(argv: list[str], problems: list[Problem]) -> tuple[list[str], dict[str, str], set[str]]:
+    """-> (--config files, {dotted key: text}, switches)."""
+    paths: list[str] = []
+    flags: dict[str, str] = {}
+    switches: set[str] = set()
+    words = iter(argv)
+    for word in words:
+        name, equals, text = word.lstrip("-").partition("=")
+        if word in ("-h", "--help", "--print_config"):
+            switches.add("help" if word != "--print_config" else "print_config")
+        elif not word.startswith("--"):
+            problems.append(Problem(word, "is not a flag; settings are given as --section.key value"))
+        elif (value := text if equals else next(words, None)) is None:
+            problems.append(Problem(word, "needs a value"))
+        elif name == "config":
+            paths.append(value)
+        else:
+            flags[name] = value
+    return paths, flags, switches
+
+
+def validate(config: Config, world_size: int = 1) -> list[Problem]:
+    """Combinations that cannot work, for `world_size` ranks. Every check that needs no file and no tensor is here."""
+    return [*_check_ranges(config), *_check_model(config.model), *_check_length_of_run(config), *_check_batch(config, world_size)]
+
+
+_AT_LEAST = {
+    0: "schedule.warmup_steps evaluate.every_steps checkpoint.every_steps checkpoint.every_minutes checkpoint.keep_best "
+    "optimizer.weight_decay optimizer.grad_clip run.seed",
+    1: "model.hidden_size model.num_hidden_layers model.num_attention_heads model.num_key_value_heads model.head_dim model.intermediate_size "
+    "model.vocab_multiple model.max_position_embeddings data.sequence_length data.synthetic.num_samples batch.global_batch_size "
+    "batch.micro_batch_size schedule.decay_steps train.max_steps train.max_tokens train.max_skipped_steps engine.world_size "
+    "evaluate.max_batches checkpoint.keep_last log.every_steps",
+    2: "model.vocab_size",
+}
+_POSITIVE = "optimizer.lr optimizer.eps model.rope_theta model.rms_norm_eps model.initializer_range train.epochs engine.timeout_seconds log.peak_tflops"
+
+
+def _check_ranges(config: Config) -> list[Problem]:
+    values = schema.flatten(schema.to_dict(config))
+    problems = [
+        Problem(key, f"got {values[key]}, must be at least {least}")
+        for least, keys in _AT_LEAST.items()
+        for key in keys.split()
+        if values.get(key) is not None and values[key] < least
+    ]
+    problems += [
+        Problem(key, f"got {values[key]}, must be greater than 0")
+        for key in _POSITIVE.split()
+        if values[key] is not None and values[key] <= 0
+    ]
+    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        problems.append(Problem("optimizer.betas", f"got {list(config.optimizer.betas)}, both must be in [0, 1)"))
+    if not 0 <= config.schedule.final_lr_fraction <= 1:
+        problems.append(Problem("schedule.final_lr_fraction", f"got {config.schedule.final_lr_fraction}, must be in [0, 1]"))
+    if any(part in ("", ".", "..") for part in config.run.name.split("/")) or "\n" in config.run.name or len(config.run.name) > 200:
+        problems.append(Problem("run.name", f"got {config.run.name!r}, must be a plain folder name below run.directory"))
+    return problems
+
+
+def _check_model(model: ModelConfig) -> list[Problem]:
+    problems = []
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads or model.num_attention_heads
+    if min(heads, kv_heads, model.hidden_size) < 1:
+        return problems  # already reported
+    if heads % kv_heads:
+        problems.append(Problem("model.num_key_value_heads", f"got {kv_heads}, must divide num_attention_heads = {heads}"))
+    if model.head_dim is None and model.hidden_size % heads:
+        problems.append(Problem("model.num_attention_heads", f"got {heads}, must divide hidden_size = {model.hidden_size}, or set model.head_dim"))
+    elif (model.head_dim or model.hidden_size // heads) % 2:
+        problems.append(Problem("model.head_dim", f"is {model.head_dim or model.hidden_size // heads}, must be even: rotary embedding turns pairs"))
+    return problems
+
+
+def _check_length_of_run(config: Config) -> list[Problem]:
+    problems = []
+    limits = {f"train.{k}": getattr(config.train, k) for k in ("max_steps", "max_tokens", "epochs")}
+    given = [key for key, value in limits.items() if value is not None]
+    if len(given) != 1:
+        problems.append(Problem("train", f"set exactly one of {', '.join(limits)}; set are: {', '.join(given) or 'none'}"))
+    if not config.data.train and config.data.synthetic is None:
+        problems.append(Problem("data.train", "is empty; give [{path: PREFIX}] made by tools/tokenize_corpus.py, or set data.synthetic.kind"))
+    if config.data.train and config.data.synthetic is not None:
+        problems.append(Problem("data.synthetic", "is set beside data.train; keep one (data.synthetic: null turns it off)"))
+    if config.model.vocab_size is None and config.tokenizer.path is None:
+        problems.append(Problem("model.vocab_size", "is null and so is tokenizer.path; set one of them"))
+    steps = config.train.max_steps
+    if steps is not None and config.schedule.warmup_steps > steps:
+        problems.append(Problem("schedule.warmup_steps", f"got {config.schedule.warmup_steps}, more than train.max_steps = {steps}"))
+    elif steps is not None and (total := config.schedule.warmup_steps + (config.schedule.decay_steps or 0)) > steps:
+        problems.append(Problem("schedule.decay_steps", f"warmup_steps + decay_steps = {total}, more than train.max_steps = {steps}"))
+    return problems
+
+
+def _check_batch(config: Config, world_size: int) -> list[Problem]:
+    """Every rank runs the same number of whole micro-batches in every step: no remainder can exist."""
+    batch, asked = config.batch, config.engine.world_size
+    problems = []
+    if asked is not None and asked != world_size:
+        problems.append(
+            Problem("engine.world_size", f"asks for {asked} processes, but {world_size} run; start {asked} (on CPUs: accelerate launch "
+                    f"--config_file launch/accelerate/cpu.yaml --num_processes {asked}), or set engine.world_size to null")
+        )  # fmt: skip
+    if min(batch.micro_batch_size, batch.global_batch_size) >= 1 and batch.global_batch_size % (batch.micro_batch_size * world_size):
+        product = batch.micro_batch_size * world_size
+        near = max(product, round(batch.global_batch_size / product) * product)
+        problems.append(
+            Problem("batch.global_batch_size", f"got {batch.global_batch_size}, must be a multiple of micro_batch_size x ranks = "
+                    f"{batch.micro_batch_size} x {world_size} = {product}; the nearest is {near}")
+        )  # fmt: skip
+    return problems
+
+
+def accumulation(batch: BatchConfig, world_size: int) -> int:
+    """Micro-batches per step and rank."""
+    return batch.global_batch_size // (batch.micro_batch_size * world_size)
+
+
+def resolve_model(model: ModelConfig, *, vocab_size: int, sequence_length: int) -> ModelConfig:
+    """`model` with every null replaced by its value."""
+    heads = model.num_attention_heads
+    return dataclasses.replace(
+        model,
+        num_key_value_heads=model.num_key_value_heads or heads,
+        head_dim=model.head_dim or model.hidden_size // heads,
+        intermediate_size=model.intermediate_size or 64 * math.ceil(model.hidden_size * 8 / 3 / 64),
+        vocab_size=vocab_size,
+        max_position_embeddings=model.max_position_embeddings or sequence_length,
+    )
+
+
+# ---------------------------------------------------------------- what may change when a run goes on
+
+FROZEN = ("model", "tokenizer", "data", "run.seed", "optimizer.name")
+"""Changing these makes another run: refused."""
+GUARDED = ("optimizer", "schedule", "train", "batch.global_batch_size", "engine.precision")
+"""Changing these bends the curve: only with checkpoint.allow_changes."""
+FREE = ("run", "tokenizer.path", "data.train", "data.valid", "batch.micro_batch_size", "engine", "evaluate", "checkpoint", "log", "train.max_skipped_steps")
+"""May change. Data files may move: their content is held by the fingerprint of the data."""
+
+
+def resume_class(key: str) -> str:
+    """frozen, guarded or free: by the longest of the prefixes above that `key` lies under."""
+    classes = {**dict.fromkeys(FROZEN, "frozen"), **dict.fromkeys(GUARDED, "guarded"), **dict.fromkeys(FREE, "free")}
+    prefix = max((p for p in classes if key == p or key.startswith(p + ".")), key=len)
+    return classes[prefix]
+
+
+def check_resume(old: dict, new: dict, allow_changes: list[str], origin: str) -> list[Problem]:
+    """Problems of going on with settings `new` from a checkpoint made with `old` (both from `schema.to_dict`)."""
+    before, after = schema.flatten(old), schema.flatten(new)
+    problems = []
+    for key in sorted(before.keys() | after.keys()):
+        change = f"{_shown(before.get(key))} -> {_shown(after.get(key))}"
+        if before.get(key) == after.get(key) or resume_class(key) == "free":
+            continue
+        if resume_class(key) == "frozen":
+            problems.append(Problem(key, f"{change} makes another run; use another run.name, or the old value", origin))
+        elif key not in allow_changes:
+            problems.append(Problem(key, f"{change} bends the curve; confirm with --checkpoint.allow_changes [{key}], or use the old value", origin))
+    return problems

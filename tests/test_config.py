@@ -1,0 +1,169 @@
+"""Settings: files, flags, and every mistake a user can make in them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain import config as config_module
+from pretrain import schema
+from pretrain.config import Config, ConfigError, check_resume, load, resume_class
+
+ROOT = Path(__file__).parents[1]
+GOOD = ["--model.vocab_size", "100", "--data.synthetic.kind", "uniform", "--train.max_steps", "10"]
+
+
+def problems_of(argv: list[str], **kwargs) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(argv, **kwargs)
+    return str(caught.value)
+
+
+def write(tmp_path: Path, text: str) -> list[str]:
+    path = tmp_path / "x.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return ["--config", str(path)]
+
+
+def test_files_override_defaults_and_flags_override_files_in_order(tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("optimizer: {lr: 1e-3, eps: 1e-6}\nrun: {name: a}\n")
+    second.write_text("optimizer:\n  lr: 2e-3\n")
+    config = load(["--config", str(first), "--config", str(second), "--run.name", "flag", *GOOD])
+    assert (config.optimizer.lr, config.optimizer.eps, config.run.name) == (2e-3, 1e-6, "flag")
+    assert config.optimizer.weight_decay == Config().optimizer.weight_decay
+
+
+def test_every_problem_is_reported_at_once_with_file_line_key_and_advice(tmp_path):
+    text = problems_of(write(tmp_path, "optimizer:\n  lr: fast\nbatch:\n  global_batch_sise: 3\nengine: {precision: fp16}\nmodle: {}\n"))
+    assert "x.yaml:2" in text and "optimizer.lr: got 'fast', must be a number" in text
+    assert "x.yaml:4" in text and "did you mean batch.global_batch_size?" in text
+    assert "allowed: fp32, bf16" in text and "fp16 needs loss scaling" in text
+    assert "did you mean model?" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--optimizer.lr", "nan"], "must be a finite number"),
+        (["--optimizer.lr", "0"], "greater than 0"),
+        (["--optimizer.lr"], "needs a value"),
+        (["optimizer.lr", "3"], "is not a flag"),
+        (["--batch.global_batch_size", "9", "--batch.micro_batch_size", "2"], "must be a multiple of micro_batch_size x ranks = 2 x 1 = 2"),
+        (["--batch.micro_batch_size", "2.5"], "must be a whole number"),
+        (["--data.document_mask", "yes"], "allowed: true, false"),
+        (["--data.synthetic.kind", "unifrom"], "did you mean 'uniform'?"),
+        (["--data.train", "[{path: a, weigt: 2}]"], "data.train[0].weigt: unknown key; did you mean data.train[0].weight?"),
+        (["--data.train", "[{weight: 2}]"], "data.train[0].path: is required"),
+        (["--data.train", "[{path: a}]"], "data.synthetic: is set beside data.train"),
+        (["--optimizer.betas", "[0.9]"], "must have 2 values"),
+        (["--optimizer.betas", "[0.9, 1.0]"], "both must be in [0, 1)"),
+        (["--model.num_attention_heads", "7"], "must divide hidden_size"),
+        (["--model.num_key_value_heads", "3"], "must divide num_attention_heads"),
+        (["--model.head_dim", "7"], "must be even"),
+        (["--train.epochs", "1"], "set exactly one of"),
+        (["--schedule.warmup_steps", "11"], "more than train.max_steps"),
+        (["--schedule.warmup_steps", "5", "--schedule.decay_steps", "6"], "warmup_steps + decay_steps = 11"),
+        (["--engine.world_size", "2"], "asks for 2 processes, but 1 run"),
+        (["--run.name", "../x"], "plain folder name"),
+        (["--learning_rate", "3"], "unknown key"),
+        (["--weight_decay", "3"], "did you mean optimizer.weight_decay?"),
+        (["--config", "missing.yaml"], "there is no such file"),
+    ],
+)
+def test_a_mistake_is_named(flags, said):
+    assert said in problems_of([*GOOD, *flags])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("run: {name: a\n", "is not YAML"),
+        ("run:\n  name: a\n  name: b\n", "stands twice"),
+        ("- a\n", "must hold sections"),
+        ("run: 3\n", "must hold keys: name, directory, seed"),
+        ("model: {vocab_size: [1]}\n", "is a list"),
+        ("a: " * 1 + "[" * 200 + "]" * 200, "nested deeper"),
+        (b"run: {name: \xff}\n", "cannot be read"),
+        ("x" * (1 << 20) + ": 1\n", "larger than"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, text, said):
+    assert said in problems_of(write(tmp_path, text))
+
+
+def test_scalars_are_read_by_the_type_of_their_field(tmp_path):
+    config = load(
+        write(tmp_path, "run: {name: 2024-01-01}\noptimizer: {lr: 3e-4, betas: [0.9, 1e-1]}\ntrain: {max_steps: 1e3, max_tokens: null}\nlog: {wandb: {project: on}}\n")
+        + ["--model.vocab_size", "6_400", "--data.synthetic.kind", "uniform"]
+    )
+    assert (config.run.name, config.log.wandb.project) == ("2024-01-01", "on")
+    assert (config.optimizer.lr, config.optimizer.betas) == (3e-4, (0.9, 0.1))
+    assert (config.train.max_steps, config.model.vocab_size) == (1000, 6400)
+
+
+def test_the_printed_configuration_loads_to_an_equal_one(tmp_path, capsys):
+    config = load([*GOOD, "--data.valid", "[{path: b}]", "--run.name", "123"])
+    again = load(write(tmp_path, schema.to_yaml(config)))
+    assert again == config
+    with pytest.raises(SystemExit) as stopped:
+        load([*GOOD, "--print_config"])
+    assert stopped.value.code == 0
+    assert load(write(tmp_path, capsys.readouterr().out)) == load(GOOD)
+
+
+def test_help_lists_every_key_with_its_comment(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        load(["--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    for key, _, doc in schema.walk(Config):
+        assert f"--{key}" in text and doc and doc in text, f"{key} has no docstring"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text()), lambda s: st.one_of(st.lists(s), st.dictionaries(st.text(), s)), max_leaves=8),
+       st.sampled_from([key for key, _, _ in schema.walk(Config)]))  # fmt: skip
+def test_any_value_of_any_key_is_accepted_or_refused_in_words(tmp_path_factory, value, key):
+    import yaml
+
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    path = tmp_path_factory.mktemp("fuzz") / "x.yaml"
+    path.write_bytes(yaml.safe_dump(value, allow_unicode=True).encode("utf-8", "surrogatepass"))
+    try:
+        load(["--config", str(path), *GOOD])
+    except ConfigError as error:
+        assert error.problems
+
+
+def test_every_key_has_a_class_for_resuming():
+    assert {resume_class(key) for key, _, _ in schema.walk(Config)} == {"frozen", "guarded", "free"}
+    assert resume_class("model.hidden_size") == resume_class("data.sequence_length") == "frozen"
+    assert resume_class("optimizer.lr") == resume_class("train.max_steps") == "guarded"
+    assert resume_class("batch.micro_batch_size") == resume_class("log.wandb.project") == "free"
+
+
+def test_resuming_refuses_frozen_keys_and_lets_guarded_ones_be_confirmed():
+    old = schema.to_dict(load(GOOD))
+    new = schema.to_dict(load([*GOOD, "--model.hidden_size", "64", "--optimizer.lr", "1", "--log.every_steps", "3"]))
+    keys = [problem.key for problem in check_resume(old, new, [], "x")]
+    assert keys == ["model.hidden_size", "optimizer.lr"]
+    assert [problem.key for problem in check_resume(old, new, ["optimizer.lr", "model.hidden_size"], "x")] == ["model.hidden_size"]
+
+
+def test_a_wrong_setting_exits_2_before_torch_is_imported():
+    code = "import sys; sys.argv[1:] = ['--optimizer.lr', 'fast']\nimport runpy\ntry: runpy.run_path('launch/pretrain.py', run_name='__main__')\nexcept SystemExit as e: print(e.code, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "2 False" and "optimizer.lr: got 'fast'" in done.stderr
+
+
+def test_resolve_model_fills_every_null():
+    model = config_module.resolve_model(Config().model, vocab_size=100, sequence_length=64)
+    assert None not in vars(model).values()
+    assert (model.head_dim, model.intermediate_size, model.num_key_value_heads) == (64, 1408, 8)
