@@ -1,0 +1,436 @@
+"""Where the numbers of a run go: metrics.jsonl, console and console.log, Weights & Biases, TensorBoard.
+
+Knows how records are kept and shown. Knows nothing of models, data or devices: it is handed finished numbers, on rank 0 only.
+
+A record is a flat dict with an integer `step`; what else it holds says what it is:
+    `loss`       a logging step
+    `val_loss`   a validation; `val_loss/<source>` for each source when there are several
+    otherwise    kept without a console line, as the start record {"step": 0, "reference_lines": {"uniform": nats, ...}}
+
+metrics.jsonl is the truth: one JSON object a line, floats to the last bit (`float(repr(x)) == x`). JSON has no NaN, so a
+number that is not finite becomes null and `nonfinite` names it: {"step": 7, "loss": null, "nonfinite": {"loss": "nan"}}.
+W&B and TensorBoard are copies: each is fed by a thread of its own, so that no outage of theirs can stop or slow the run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import queue
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pretrain.config import LogConfig
+
+LINES_PER_HEADER = 20
+WANDB_START_SECONDS = 20.0  # start + close stay under the 30 s that a preempted job typically has
+COPY_CLOSE_SECONDS = 28.0
+
+Copy = Callable[[dict[str, object], Path | None], None]  # (record, picture): numbers only, or {name: ...} with a picture
+
+
+def human_count(value: float) -> str:
+    """A count in at most five characters: 950, 12.3k, 4.56M, 7.00B, 1.25T."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * size:
+            scaled = value / size
+            digits = 2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0
+            return f"{scaled:.{digits}f}{letter}"
+    return f"{value:.0f}"
+
+
+def human_seconds(seconds: float) -> str:
+    """A duration by its two largest units: 42s, 12m05s, 1h02m, 3d04h."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = round(seconds)
+    for size, unit, smaller, smaller_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // smaller:02d}{smaller_unit}"
+    return f"{whole}s"
+
+
+# Console columns of a logging step: key of the record, title, width, how the number is written.
+_COLUMNS: tuple[tuple[str, str, int, Callable[[float], str]], ...] = (
+    ("loss", "loss", 8, lambda x: f"{x:.4f}"),
+    ("lr", "lr", 9, lambda x: f"{x:.2e}"),
+    ("grad_norm", "grad norm", 9, lambda x: f"{x:.3f}"),
+    ("tokens_per_second", "tok/s", 6, human_count),
+    ("mfu", "MFU", 6, lambda x: f"{100 * x:.1f}%"),
+    ("peak_memory_gib", "memory", 9, lambda x: f"{x:.2f}GiB"),
+    ("eta_seconds", "time left", 9, human_seconds),
+)
+
+
+class Sinks:
+    """All outputs of one run; a context manager, on rank 0 only.
+
+    `directory` is the run's folder, `settings` the resolved configuration as plain data (W&B keeps a copy). Records after
+    `resume_step` are cut from metrics.jsonl; 0 is a fresh start and empties it. `wandb_id` continues that W&B run; null: a
+    new one, whose id is then in `.wandb_id` (null without W&B). Errors of the copies are said once and never raised;
+    OSError is raised where metrics.jsonl cannot be opened, or at `close` when records never reached the disk.
+    """
+
+    def __init__(
+        self,
+        config: LogConfig,
+        directory: Path,
+        *,
+        name: str,
+        settings: dict,
+        total_steps: int,
+        resume_step: int,
+        wandb_id: str | None,
+    ) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory, self.total_steps = directory, total_steps
+        self._lock = threading.RLock()  # the copies' threads speak too
+        self._to_stdout = "console" in config.sinks
+        self._bar: tqdm | None = None
+        self._last_bar_note = (0.0, math.nan)  # when the time left was last known, and what it was
+        self._header: list[str] = []
+        self._lines_since_header = 0
+        self._console_log = _Appender(directory / "console.log")
+        # Cut also when jsonl is off now: a later resume must not find records of an abandoned branch.
+        dropped, unreadable, self._reference_lines = cut_metrics(directory / "metrics.jsonl", resume_step)
+        self._metrics = _Appender(directory / "metrics.jsonl") if "jsonl" in config.sinks else None
+        if self._to_stdout and sys.stdout.isatty():
+            bar_format = "{percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt}{postfix}"
+            self._bar = tqdm(
+                total=total_steps, initial=resume_step, file=sys.stdout, leave=False, dynamic_ncols=True, bar_format=bar_format
+            )
+        if dropped or unreadable:
+            self.say(f"metrics.jsonl: cut {dropped} records after step {resume_step} and {unreadable} unreadable lines.")
+
+        self.wandb_id = wandb_id
+        self._copies: list[_CopyThread] = []
+        if "wandb" in config.sinks:
+            self.wandb_id = wandb_id or secrets.token_hex(4)
+            opened = _wandb_copy(config, directory, name, settings, self.wandb_id, self.say)
+            self._copies.append(_CopyThread("W&B", opened, self.say))
+        if "tensorboard" in config.sinks:
+            opened = _tensorboard_copy(directory / "tensorboard", resume_step)
+            self._copies.append(_CopyThread("TensorBoard", opened, self.say))
+
+    def __enter__(self) -> Sinks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def log(self, record: dict) -> None:
+        """Keep one record everywhere and show it; see the module's head for the kinds of records."""
+        nonfinite: dict[str, str] = {}
+        clean = _without_nonfinite(record, "", nonfinite)
+        if nonfinite:
+            clean["nonfinite"] = nonfinite
+        if self._metrics is not None:
+            error = self._metrics.append(json.dumps(clean, allow_nan=False))
+            if error is not None:
+                self.say(f"metrics.jsonl cannot be written ({error}); its lines wait in memory and are tried again.")
+        for copy in self._copies:
+            copy.put(dict(_numbers(record)), None)
+        self._reference_lines = record.get("reference_lines", self._reference_lines)
+        if "loss" in record:
+            self._show_step(record)
+        elif "val_loss" in record:
+            self.say(validation_line(record, self._reference_lines))
+
+    def image(self, name: str, path: Path) -> None:
+        """Send a PNG file to W&B and TensorBoard under `name`; the newest one stands."""
+        for copy in self._copies:
+            copy.put({"name": name}, path)
+
+    def say(self, text: str) -> None:
+        """A line for people: console and console.log (there with the time of day)."""
+        with self._lock:
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            for line in text.splitlines() or [""]:
+                self._console_log.append(f"{stamp}  {line}".rstrip())
+            if self._to_stdout:
+                self._print(text)
+
+    def progress(self, step: int) -> None:
+        """Move the progress bar to `step`; nothing where the output is no terminal."""
+        if self._bar is not None:
+            known_at, eta_seconds = self._last_bar_note
+            if math.isfinite(eta_seconds):
+                left = max(0.0, eta_seconds - (time.monotonic() - known_at))
+                self._bar.set_postfix_str(f"{human_seconds(left)} left", refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def sync(self) -> None:
+        """Put all records on the disk itself, so that a power cut loses none; call it before a checkpoint is committed."""
+        if self._metrics is not None:
+            self._metrics.sync()
+
+    def close(self) -> None:
+        """End all outputs; waits for the copies, at most COPY_CLOSE_SECONDS together. Safe to call twice.
+
+        Raises OSError when records are still not on the disk (full or failing).
+        """
+        deadline = time.monotonic() + COPY_CLOSE_SECONDS
+        for copy in self._copies:
+            copy.end()
+        for copy in self._copies:
+            copy.join(max(0.0, deadline - time.monotonic()))
+            if copy.is_alive():
+                self.say(
+                    f"{copy.name} did not finish in {COPY_CLOSE_SECONDS:.0f} s and is left behind; metrics.jsonl has everything."
+                )
+        self._copies = []
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        self._console_log.close()
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def _show_step(self, record: dict) -> None:
+        """The aligned line of a logging step, under a header now and then or when the columns change."""
+        columns = [column for column in _COLUMNS if column[0] in record]
+        width = 2 * len(f"{self.total_steps:,}") + 1
+        header = [f"{'step':>{width}}", *(f"{title:>{size}}" for _, title, size, _ in columns)]
+        cells = [f"{record['step']:,}/{self.total_steps:,}".rjust(width)]
+        cells += [f"{write(record[key]) if record[key] is not None else '-':>{size}}" for key, _, size, write in columns]
+        notes = [f"{record['skipped_steps']} skipped"] if record.get("skipped_steps") else []
+        if not math.isfinite(record["loss"]):
+            notes.append("LOSS IS NOT FINITE")
+        if header != self._header or self._lines_since_header >= LINES_PER_HEADER:
+            self.say("  ".join(header))
+            self._header, self._lines_since_header = header, 0
+        self.say("  ".join(cells + notes))
+        self._lines_since_header += 1
+        self._last_bar_note = (time.monotonic(), record.get("eta_seconds", math.nan))
+
+    def _print(self, text: str) -> None:
+        """To standard output, above the bar; a reader that went away ends the printing, not the run."""
+        encoding = sys.stdout.encoding or "utf-8"
+        text = text.encode(encoding, "replace").decode(encoding)
+        try:
+            if self._bar is not None:
+                self._bar.write(text, file=sys.stdout)
+            else:
+                print(text, flush=True)
+        except OSError as error:
+            self._to_stdout, self._bar = False, None
+            # What is still buffered must go somewhere, or the interpreter ends with status 120 when it flushes.
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
+            self.say(f"Standard output is gone ({error}); the run goes on, its lines are in console.log.")
+
+
+def validation_line(record: dict, reference_lines: dict[str, float] | None) -> str:
+    """One validation in words, with the loss that knows nothing (uniform) or only frequencies (unigram) beside it."""
+    parts = [f"validation at step {record['step']:,}: loss {record['val_loss']:.4f}"]
+    if "val_perplexity" in record:
+        parts.append(f"perplexity {record['val_perplexity']:.2f}")
+    if record.get("val_bits_per_byte") is not None:
+        parts.append(f"bits per byte {record['val_bits_per_byte']:.4f}")
+    sources = [f"{key.split('/', 1)[1]} {value:.4f}" for key, value in record.items() if key.startswith("val_loss/")]
+    if sources:
+        parts.append("by source: " + ", ".join(sources))
+    if reference_lines:
+        parts.append("(" + ", ".join(f"{name} {nats:.4f}" for name, nats in reference_lines.items()) + ")")
+    return "  ".join(parts)
+
+
+def cut_metrics(path: Path, resume_step: int) -> tuple[int, int, dict[str, float] | None]:
+    """Drop the records after `resume_step` (0: all) and unreadable lines, as the torn last one of a killed run, atomically.
+
+    Returns how many records and how many unreadable lines went, and the reference lines of the start record, if it stays.
+    """
+    if not path.exists():
+        return 0, 0, None
+    dropped = unreadable = 0
+    reference_lines, changed = None, False
+    temporary = path.with_name(path.name + ".tmp")
+    with path.open("rb") as old, temporary.open("wb") as new:
+        for line in old:
+            try:
+                record = json.loads(line)
+                step = record["step"]
+            except (ValueError, KeyError, TypeError):
+                unreadable += 1
+                continue
+            if resume_step == 0 or step > resume_step:
+                dropped += 1
+                continue
+            reference_lines = record.get("reference_lines", reference_lines)
+            changed |= not line.endswith(b"\n")
+            new.write(line.rstrip(b"\n") + b"\n")
+        new.flush()
+        os.fsync(new.fileno())
+    if dropped or unreadable or changed:
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    else:
+        temporary.unlink()
+    return dropped, unreadable, reference_lines
+
+
+class _Appender:
+    """Lines to the end of a file, handed to the system at once: a killed process loses none.
+
+    What the disk refuses (full, for a while) is kept in memory and goes first at the next line, from the byte where it stopped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._pending = b""
+        self._closed = False
+
+    def append(self, line: str) -> OSError | None:
+        """Write a line; returns the error when this is the first line that has to wait."""
+        if self._closed:
+            return None
+        waited = bool(self._pending)
+        self._pending += line.encode() + b"\n"
+        error = self._write_pending()
+        return None if waited else error
+
+    def sync(self) -> None:
+        """Wait for the disk. Raises OSError when lines are left over."""
+        error = self._write_pending()
+        if error is not None:
+            raise error
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            try:
+                self.sync()
+            finally:
+                os.close(self._file)
+
+    def _write_pending(self) -> OSError | None:
+        try:
+            while self._pending:
+                self._pending = self._pending[os.write(self._file, self._pending) :]
+        except OSError as error:
+            return error
+        return None
+
+
+class _CopyThread(threading.Thread):
+    """Feeds one copy from a queue. A daemon: a copy that hangs for ever does not keep the process alive."""
+
+    def __init__(self, name: str, opened: AbstractContextManager[Copy], say: Callable[[str], None]) -> None:
+        super().__init__(name=name, daemon=True)
+        self._opened, self._say = opened, say
+        self._jobs: queue.SimpleQueue[tuple[dict[str, object], Path | None] | None] = queue.SimpleQueue()
+        self.start()
+
+    def put(self, record: dict[str, object], picture: Path | None) -> None:
+        if self.is_alive():
+            self._jobs.put((record, picture))
+
+    def end(self) -> None:
+        self._jobs.put(None)
+
+    def run(self) -> None:
+        try:
+            with self._opened as write:
+                for job in iter(self._jobs.get, None):
+                    write(*job)
+        except BaseException as error:  # whatever a foreign library raises, SystemExit too, ends the copy alone
+            self._say(f"{self.name} is off for the rest of this run ({one_line(error)}); metrics.jsonl has everything.")
+
+
+@contextmanager
+def _wandb_copy(
+    config: LogConfig, directory: Path, name: str, settings: dict, run_id: str, say: Callable[[str], None]
+) -> Iterator[Copy]:
+    """A W&B run, online if it answers in WANDB_START_SECONDS, else offline in <directory>/wandb; WANDB_MODE overrules the mode.
+
+    Steps are an x axis of our own: after a resume from an earlier step W&B would drop what its internal counter has seen.
+    """
+    os.environ.setdefault(
+        "WANDB_ERROR_REPORTING", "false"
+    )  # W&B's own telemetry blocks the exit for 12 s when the server hangs
+    import wandb  # half a second, only for those who want it
+
+    quiet = wandb.Settings(silent=True, console="off", init_timeout=WANDB_START_SECONDS, finish_timeout=WANDB_START_SECONDS)
+    common = {"project": config.wandb.project, "entity": config.wandb.entity, "dir": directory, "name": name, "id": run_id}
+    common |= {"config": settings, "resume": "allow", "settings": quiet}
+    mode = os.environ.get("WANDB_MODE", config.wandb.mode)
+    try:
+        wandb.setup(quiet)
+        if mode == "online" and not wandb.login(prompt=False, verify=False):  # init alone would ask on a terminal, and wait
+            raise RuntimeError("no API key: set WANDB_API_KEY or run `wandb login`")
+        run = wandb.init(mode=mode, **common)
+    except Exception as error:
+        if mode != "online":
+            raise
+        say(f"W&B cannot be reached ({one_line(error)}); its records go to {directory / 'wandb'}, for `wandb sync` later.")
+        wandb.teardown()  # or the id of the failed try stays in use
+        run = wandb.init(mode="offline", **common)
+    if not run.offline and run.url:
+        say(f"W&B: {run.url}")
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+
+    def write(record: dict[str, object], picture: Path | None) -> None:
+        run.log(record if picture is None else {str(record["name"]): wandb.Image(str(picture))})
+
+    try:
+        yield write
+    finally:
+        run.finish()
+
+
+@contextmanager
+def _tensorboard_copy(directory: Path, resume_step: int) -> Iterator[Copy]:
+    """TensorBoard event files; what an earlier life of the run wrote after `resume_step` is hidden by a purge mark."""
+    import matplotlib.image
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else 0) as writer:
+
+        def write(record: dict[str, object], picture: Path | None) -> None:
+            if picture is not None:
+                writer.add_image(str(record["name"]), matplotlib.image.imread(picture)[..., :3], dataformats="HWC")
+                return
+            for key, value in record.items():
+                if key != "step":  # float32, the default, would round token counts
+                    writer.add_scalar(key, value, record["step"], new_style=True, double_precision=True)
+            writer.flush()
+
+        yield write
+
+
+def _without_nonfinite(value: object, path: str, nonfinite: dict[str, str]) -> object:
+    """The value with None for each number that JSON cannot write; their dotted paths and names go to `nonfinite`."""
+    if isinstance(value, dict):
+        return {key: _without_nonfinite(item, f"{path}.{key}".lstrip("."), nonfinite) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        nonfinite[path] = repr(float(value))
+        return None
+    return value
+
+
+def _numbers(record: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers of a record by name, those of nested dicts as "outer/inner"."""
+    for key, value in record.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix + key, value
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error with its type when it has no text."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
