@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from pretrain.config import LogConfig
 
+SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 LINES_PER_HEADER = 20
 WANDB_START_SECONDS = 20.0  # start + close stay under the 30 s that a preempted job typically has
 COPY_CLOSE_SECONDS = 28.0
@@ -39,7 +40,7 @@ Copy = Callable[[dict[str, object], Path | None], None]  # (record, picture): nu
 
 def human_count(value: float) -> str:
     """A count in at most five characters: 950, 12.3k, 4.56M, 7.00B, 1.25T."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    for size, letter in SCALES:
         if abs(value) >= 0.9995 * size:
             scaled = value / size
             digits = 2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0

@@ -1,0 +1,267 @@
+"""The loss curves of finished, running or broken runs as one picture, from their metrics.jsonl alone.
+
+Knows the records that sinks.py keeps. Knows nothing of checkpoints, models or devices, and imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from pretrain.report.sinks import SCALES
+
+XAxis = Literal["tokens", "step", "hours"]
+AXIS_TITLES = {
+    "tokens": "training tokens",
+    "step": "step",
+    "hours": "hours of training (without validation, saving and interruptions)",
+}
+REFERENCE_TITLES = {
+    "uniform": "uniform: ln V",
+    "unigram": "unigram entropy",
+    "bigram": "bigram entropy",
+    "floor": "floor: best possible",
+}
+COLORS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#7A5195",
+    "#5C4B3B",
+)  # Okabe & Ito first: colour-blind safe
+LABEL_GAP = 0.042  # between two labels at the right edge, as a fraction of the height
+
+
+class PlotError(ValueError):
+    """A run that cannot be drawn; the message is for the user."""
+
+
+@dataclass
+class Curves:
+    """What one metrics.jsonl says; not finite losses are NaN."""
+
+    name: str
+    step: np.ndarray  # (N,) logging steps
+    tokens: np.ndarray  # (N,) valid tokens consumed
+    hours: np.ndarray  # (N,) training time, from tokens and tokens_per_second
+    loss: np.ndarray  # (N,) nats per token
+    smoothed: np.ndarray  # (N,) the loss, smoothed over a sixtieth of the run
+    val_step: np.ndarray  # (M,)
+    val_loss: np.ndarray  # (M,) nats per token
+    reference_lines: dict[str, float] = field(default_factory=dict)  # nats per token
+
+    def x(self, axis: XAxis) -> np.ndarray:
+        """(N,) x values of the training points."""
+        return {"tokens": self.tokens, "step": self.step, "hours": self.hours}[axis]
+
+    def val_x(self, axis: XAxis) -> np.ndarray:
+        """(M,) x values of the validation points, read off the training points around them; all start at 0."""
+        return np.interp(self.val_step, np.r_[0.0, self.step], np.r_[0.0, self.x(axis)])
+
+
+def read_curves(directory: Path) -> Curves:
+    """Read <directory>/metrics.jsonl; a torn last line (a run at work) is left out.
+
+    Raises PlotError when there is no file, a line is no record, or no logging step in it.
+    """
+    path = directory / "metrics.jsonl"
+    if not path.is_file():
+        raise PlotError(
+            f"{directory}: no metrics.jsonl there. Give the folder of a run, as runs/NAME, whose log.sinks holds jsonl."
+        )
+    records = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line:
+                records.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):  # the last one may be in writing
+                raise PlotError(
+                    f"{path}, line {number}: not a JSON record. Remove the line, or resume the run, which does."
+                ) from None
+    train = [record for record in records if "loss" in record]
+    valid = [record for record in records if "val_loss" in record]
+    if not train:
+        raise PlotError(f"{path}: no logging step yet (log.every_steps says when the first one comes).")
+    step, tokens, loss = (_column(train, key) for key in ("step", "tokens", "loss"))
+    seconds = np.diff(tokens, prepend=0.0) / _column(train, "tokens_per_second")
+    references = next((record["reference_lines"] for record in records if record.get("reference_lines")), {})
+    return Curves(
+        name=directory.resolve().name,
+        step=step,
+        tokens=tokens,
+        hours=np.cumsum(np.nan_to_num(seconds)) / 3600,
+        loss=loss,
+        smoothed=smooth(loss, max(2, len(loss) // 120)),
+        val_step=_column(valid, "step"),
+        val_loss=_column(valid, "val_loss"),
+        reference_lines={name: nats for name, nats in references.items() if nats is not None},
+    )
+
+
+def smooth(values: np.ndarray, radius: int) -> np.ndarray:
+    """(N,) mean of the medians around each point: no lag, and one spike stays a spike of the raw curve. Skips NaN.
+
+    Windows reach `radius` to both sides, less near the start, where the loss falls too steeply to look ahead one-sidedly.
+    """
+    for average in (np.median, np.mean):
+        averages = np.full(len(values), np.nan)
+        for index in range(len(values)):
+            window = values[max(0, index - radius) : index + min(radius, index) + 1]
+            window = window[np.isfinite(window)]
+            if len(window):
+                averages[index] = average(window)
+        values = averages
+    return values
+
+
+def plot_runs(directories: Sequence[Path], output: Path, x: XAxis = "tokens") -> None:
+    """Draw training loss (raw and smoothed), validation points and reference lines of the runs into the PNG `output`.
+
+    A second axis shows steps where all runs take equally many tokens a step. The file appears whole or not at all.
+    Raises PlotError for a run that cannot be drawn.
+    """
+    runs = [read_curves(Path(directory)) for directory in directories]
+    figure = Figure(figsize=(11, 6.2), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    labels: list[tuple[float, str, str]] = []  # (y, text, colour) at the right edge
+    for index, run in enumerate(runs):
+        labels.append(_draw_run(axes, run, COLORS[index % len(COLORS)], x, len(runs) > 1))
+    low, high = _loss_range(runs)
+    for label in _reference_labels(runs):
+        axes.axhline(label[0], color="#8a8a8a", linewidth=0.9, linestyle=(0, (5, 4)), zorder=1)
+        labels.append(label)
+    axes.set_ylim(low, high)
+    axes.set_xlim(0, max(float(np.nanmax(run.x(x))) for run in runs) * 1.005)
+    _write_labels(axes, [label for label in labels if math.isfinite(label[0])], low, high)
+    _decorate(axes, runs, x)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    FigureCanvasAgg(figure).print_png(str(temporary))
+    os.replace(temporary, output)
+
+
+def _column(records: list[dict], key: str) -> np.ndarray:
+    """One key of all records as floats, NaN where it is missing or was not finite."""
+    values = [record.get(key) for record in records]
+    return np.array([math.nan if value is None else value for value in values], dtype=float)
+
+
+def _draw_run(axes: Axes, run: Curves, color: str, x: XAxis, several: bool) -> tuple[float, str, str]:
+    """The curve and points of one run; returns the label of its end."""
+    train_x = run.x(x)
+    many = len(run.loss) >= 40
+    smoothed = run.smoothed if many else run.loss
+    if many:
+        axes.plot(train_x, run.loss, color=color, alpha=0.22, linewidth=0.8, zorder=2)
+    axes.plot(train_x, smoothed, color=color, linewidth=1.8, zorder=3)
+    bad_x = train_x[~np.isfinite(run.loss)]
+    if len(bad_x):
+        axes.annotate(
+            "not finite",
+            (bad_x[0], 0.965),
+            xycoords=("data", "axes fraction"),
+            color="#c00000",
+            fontsize=8,
+            va="top",
+            ha="center",
+            zorder=4,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )
+    for bad in bad_x:
+        axes.axvline(bad, ymin=0.97, color="#c00000", linewidth=1.5, zorder=4)
+    finite = smoothed[np.isfinite(smoothed)]
+    text = f"{run.name if several else 'train'} {finite[-1]:.3f}" if len(finite) else f"{run.name}: never finite"
+    if len(run.val_loss):
+        axes.plot(
+            run.val_x(x), run.val_loss, "o", color=color, markersize=5, markeredgecolor="white", markeredgewidth=0.8, zorder=5
+        )
+        text += f"{',' if several else '; validation'} • {run.val_loss[-1]:.3f}"
+    return (float(finite[-1]) if len(finite) else math.nan, text, color)
+
+
+def _loss_range(runs: list[Curves]) -> tuple[float, float]:
+    """The losses worth seeing: smoothed and validation points and reference lines, but not every spike of the raw curve."""
+    seen = np.concatenate([np.r_[run.smoothed, run.val_loss, [*run.reference_lines.values()]] for run in runs])
+    seen = seen[np.isfinite(seen)]
+    if not len(seen):
+        return 0.0, 1.0
+    margin = 0.05 * float(np.ptp(seen)) or 0.1
+    return float(seen.min()) - margin, float(seen.max()) + margin
+
+
+def _reference_labels(runs: list[Curves]) -> list[tuple[float, str, str]]:
+    """Each different reference line once; it names its runs when others have another value."""
+    users: dict[tuple[str, float], list[str]] = {}
+    for run in runs:
+        for name, nats in run.reference_lines.items():
+            users.setdefault((name, round(nats, 6)), []).append(run.name)
+    labels = []
+    for (name, nats), names in users.items():
+        whose = "" if len(names) == len(runs) else f" ({', '.join(names)})"
+        labels.append((nats, f"{REFERENCE_TITLES.get(name, name)} {nats:.3f}{whose}", "#5a5a5a"))
+    return labels
+
+
+def _write_labels(axes: Axes, labels: list[tuple[float, str, str]], low: float, high: float) -> None:
+    """Write each label at the right edge beside its line, moved apart where they would cover one another."""
+    placed: list[float] = []
+    for wanted, _, _ in sorted(labels):
+        height = (wanted - low) / (high - low)
+        placed.append(max(height, placed[-1] + LABEL_GAP) if placed else max(height, 0.0))
+    overflow = max(0.0, placed[-1] - 1.0) if placed else 0.0
+    for index in range(len(placed) - 1, -1, -1):  # pushed over the top: shift down, as far as each neighbour must
+        ceiling = placed[index + 1] - LABEL_GAP if index + 1 < len(placed) else 1.0
+        placed[index] = min(placed[index], ceiling) if overflow else placed[index]
+    for height, (wanted, text, color) in zip(placed, sorted(labels), strict=True):
+        axes.annotate(
+            text,
+            xy=(1.0, (wanted - low) / (high - low)),
+            xytext=(1.02, height),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            va="center",
+            color=color,
+            fontsize=9.5,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 2, "shrinkB": 0, "relpos": (0, 0.5)},
+        )
+
+
+def _tick(value: float, _: int) -> str:
+    """A round number as short as it goes: 500, 1.5k, 10M."""
+    size, letter = next(((size, letter) for size, letter in SCALES if abs(value) >= size), (1, ""))
+    return f"{value / size:g}{letter}"
+
+
+def _decorate(axes: Axes, runs: list[Curves], x: XAxis) -> None:
+    """Titles, grid, and the axis of steps."""
+    axes.set_xlabel(AXIS_TITLES[x])
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if x != "hours":
+        axes.xaxis.set_major_formatter(FuncFormatter(_tick))
+    tokens_per_step = np.concatenate([run.tokens / run.step for run in runs])
+    if x == "tokens" and np.ptp(tokens_per_step) <= 0.01 * tokens_per_step[0]:
+        ratio = float(tokens_per_step.mean())
+        top = axes.secondary_xaxis("top", functions=(lambda tokens: tokens / ratio, lambda step: step * ratio))
+        top.set_xlabel("step")
+        top.xaxis.set_major_formatter(FuncFormatter(_tick))
+        top.spines["top"].set_color("#bbbbbb")
+    axes.set_title(runs[0].name if len(runs) == 1 else "", loc="left", fontweight="bold")
