@@ -1,0 +1,115 @@
+"""Causal attention: which keys a position may see, how its place is encoded, which kernel computes it.
+
+It knows queries, keys and values. It knows no weights: those are the transformer's.
+
+Dimensions: B batch, T time (queries), S time (keys; more than T with a cache), H query heads, K key and value heads,
+C size of one head.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where each query stands and what it may see; the same for all layers.
+
+    A plain object on purpose: engines that cast the floating-point arguments of a module (FSDP2's mixed precision) do not look
+    inside, and cosines in bf16 would blur the positions.
+    """
+
+    cos_TC: Tensor
+    """fp32, (T, C / 2)."""
+    sin_TC: Tensor
+    """fp32, (T, C / 2)."""
+    visible_BTS: Tensor | None = None
+    """True where a query may see a key; null: every key up to its own position (T == S), or all keys (T == 1)."""
+
+
+def places(
+    length: int, head_dim: int, rope_theta: float, device: torch.device, documents_BT: Tensor | None = None, start: int = 0
+) -> Places:
+    """Places of `length` tokens that follow `start` cached ones.
+
+    Computed in fp32 for each call, so there is no table to outgrow and no buffer that an engine could cast or forget to fill.
+    documents_BT: the document of each token, int; tokens see only their own document. Source: Su et al. 2021 (RoFormer).
+    """
+    exponent_C = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    position_T = torch.arange(start, start + length, dtype=torch.float32, device=device)
+    angle_TC = position_T[:, None] * (1.0 / rope_theta**exponent_C)
+    visible_BTS = None
+    if documents_BT is not None:
+        same_document_BTS = documents_BT[:, :, None] == documents_BT[:, None, :]
+        visible_BTS = same_document_BTS & _not_later(position_T, length)
+    elif start > 0 and length > 1:
+        visible_BTS = _not_later(position_T, start + length)[None]
+    return Places(angle_TC.cos(), angle_TC.sin(), visible_BTS)
+
+
+def _not_later(position_T: Tensor, keys: int) -> Tensor:
+    return position_T[:, None] >= torch.arange(keys, device=position_T.device)
+
+
+def rotate(x_BTHC: Tensor, places: Places) -> Tensor:
+    """Rotary embedding in the half-split layout of Hugging Face; computed in fp32, returned in the dtype of x_BTHC."""
+    cos_T1C, sin_T1C = places.cos_TC[:, None], places.sin_TC[:, None]
+    first, second = x_BTHC.chunk(2, dim=-1)
+    rotated = torch.cat((first * cos_T1C - second * sin_T1C, second * cos_T1C + first * sin_T1C), dim=-1)
+    return rotated.to(x_BTHC.dtype)
+
+
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, for every layer, in memory taken once for `capacity` tokens."""
+
+    def __init__(self, layers: int, shape_BSKC: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype):
+        self.capacity = shape_BSKC[1]
+        self.length = 0
+        self._keys = [torch.empty(shape_BSKC, device=device, dtype=dtype) for _ in range(layers)]
+        self._values = [torch.empty(shape_BSKC, device=device, dtype=dtype) for _ in range(layers)]
+
+    def append(self, layer: int, key_BTKC: Tensor, value_BTKC: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values; returns all so far, (B, S, K, C). `length` is advanced by the model, once."""
+        end = self.length + key_BTKC.shape[1]
+        if end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens, {end} were given: make it with a larger capacity")
+        self._keys[layer][:, self.length : end] = key_BTKC
+        self._values[layer][:, self.length : end] = value_BTKC
+        return self._keys[layer][:, :end], self._values[layer][:, :end]
+
+
+def attend(query_BTHC: Tensor, key_BSKC: Tensor, value_BSKC: Tensor, visible_BTS: Tensor | None) -> Tensor:
+    """softmax(q k / sqrt(C)) v under the causal rule or, if given, the mask. Returns (B, T, H, C).
+
+    Head h reads key head h // (H / K).
+    """
+    query, key, value = (x.transpose(1, 2) for x in (query_BTHC, key_BSKC, value_BSKC))
+    grouped = key.shape[1] != query.shape[1]
+    if grouped and visible_BTS is not None and query.is_cuda:
+        # The memory-efficient kernel, the one that takes a mask there, knows no groups; without it T x S scores would be stored.
+        repeats = query.shape[1] // key.shape[1]
+        key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
+    causal = visible_BTS is None and query.shape[2] > 1
+    mask = None if visible_BTS is None else visible_BTS[:, None]
+    with _kernels(query):
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def _kernels(query: Tensor):
+    """On Hopper prefer cuDNN's kernel: 1.7 to 2.3 times the default flash kernel there, slower on other generations."""
+    if not query.is_cuda or torch.cuda.get_device_capability(query.device) != (9, 0):
+        return nullcontext()
+    order = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    return sdpa_kernel(order, set_priority=True)

@@ -1,0 +1,118 @@
+"""Parameters, floating-point operations and bytes of a model, from its settings alone, before any tensor exists.
+
+It knows the architecture of transformer.py (a test compares both) and the peaks of GPUs. It imports no torch.
+All functions take a resolved `ModelConfig` (no field null).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from pretrain.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Counts of single numbers."""
+
+    total: int
+    """All parameters as built, padding rows of the vocabulary included; a tied matrix once."""
+    matmul: int
+    """Those that multiply every token: the blocks' matrices and the head, without the padding rows."""
+    embedding: int
+    """Input embedding as built, padding rows included; also when it is the head too."""
+
+
+@dataclass(frozen=True)
+class ByteCount:
+    """Bytes in fp32 for a model that lies whole on one device, without activations."""
+
+    parameters: int
+    gradients: int
+    moments: int
+
+
+def vocabulary_rows(config: ModelConfig) -> int:
+    """Rows of embedding and head: vocab_size rounded up to a multiple of vocab_multiple."""
+    return -(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple
+
+
+def num_parameters(config: ModelConfig) -> ParameterCount:
+    """Parameters of the model."""
+    width, head_dim = config.hidden_size, config.head_dim
+    attention = 2 * width * head_dim * (config.num_attention_heads + config.num_key_value_heads)
+    matrices = config.num_hidden_layers * (attention + 3 * width * config.intermediate_size)
+    norms = config.num_hidden_layers * (2 * width + 2 * head_dim * config.qk_norm) + width
+    embedding = vocabulary_rows(config) * width
+    return ParameterCount(
+        total=matrices + norms + embedding * (1 if config.tie_word_embeddings else 2),
+        matmul=matrices + config.vocab_size * width,
+        embedding=embedding,
+    )
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = False) -> int:
+    """FLOPs of forward and backward for one token of a sequence of sequence_length tokens.
+
+    6 for each matmul parameter, and 12 * layers * d_attn * T for attention's two products; causal: 6 * ..., the half that a
+    causal kernel cannot avoid. Recomputation never counts. Source: PaLM (Chowdhery et al. 2022), appendix B.
+    """
+    attention_width = config.num_attention_heads * config.head_dim
+    attention = config.num_hidden_layers * attention_width * sequence_length
+    return 6 * num_parameters(config).matmul + (6 if causal else 12) * attention
+
+
+def bytes_estimate(config: ModelConfig) -> ByteCount:
+    """fp32 parameters and gradients, and AdamW's two fp32 moments: 16 bytes for each parameter."""
+    total = num_parameters(config).total
+    return ByteCount(parameters=4 * total, gradients=4 * total, moments=8 * total)
+
+
+# Dense bf16 TFLOP/s with fp32 accumulation, from the vendors' data sheets (where these give the sparse figure: half of it).
+# A key matches when all its words are in the device's name; the key with the most words wins.
+_PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "GB200": 2500.0,
+    "H200": 989.0,
+    "H200 NVL": 835.0,
+    "GH200": 989.0,
+    "H100": 989.0,
+    "H100 PCIE": 756.0,
+    "H100 NVL": 835.0,
+    "H800": 989.0,
+    "H800 PCIE": 756.0,
+    "H20": 148.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "A40": 149.7,
+    "A30": 165.0,
+    "A10": 125.0,
+    "A10G": 70.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "RTX A6000": 154.8,
+    "RTX 6000 ADA": 364.2,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "RTX 4080": 97.5,
+    "RTX 3090": 71.0,
+    "RTX 3090 TI": 80.0,
+    "RTX 3080": 59.5,
+    "MI300X": 1307.0,
+    "MI325X": 1307.0,
+}
+# Words that make another device of a name: it matches only a key that has them too.
+_VARIANTS = frozenset({"TI", "SUPER", "D", "LAPTOP", "MAX", "MOBILE", "MIG", "PCIE", "NVL"})
+_SAME_EITHER_WAY = frozenset({"A100", "A800", "A40", "A30", "A10", "L4", "L40", "L40S"})
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Peak dense bf16 TFLOP/s of a device by the name that its driver gives; None if it is not in the table."""
+    words = set(re.split(r"[^A-Z0-9]+", device_name.upper()))
+    variants = words & _VARIANTS
+    if words & _SAME_EITHER_WAY:
+        variants -= {"PCIE"}
+    matches = [key.split() for key in _PEAK_TFLOPS if words.issuperset(key.split()) and variants <= set(key.split())]
+    return _PEAK_TFLOPS[" ".join(max(matches, key=len))] if matches else None

@@ -1,0 +1,214 @@
+"""The decoder: tokens to hidden states to logits or loss. Parameter names and results are those of `LlamaForCausalLM`, and with
+qk_norm those of `Qwen3ForCausalLM`, so a state dict goes either way unchanged.
+
+It knows one device's tensors. It knows nothing of ranks, precision (autocast is the caller's), optimizers or files.
+
+Dimensions: B batch, T time, D model, H query heads, K key and value heads, C size of one head, F feed-forward, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.config import ModelConfig
+from pretrain.model.attention import KeyValueCache, Places, attend, places, rotate
+from pretrain.model.flops import vocabulary_rows
+from pretrain.model.loss import chunk_step, cross_entropy_sum
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in fp32 inside. Source: Zhang and Sennrich 2019."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        query_size, key_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, hidden_BTD: Tensor, places: Places, cache: KeyValueCache | None = None) -> Tensor:
+        heads = (*hidden_BTD.shape[:2], -1, self.head_dim)
+        query_BTHC = rotate(self.q_norm(self.q_proj(hidden_BTD).view(heads)), places)
+        key_BSKC = rotate(self.k_norm(self.k_proj(hidden_BTD).view(heads)), places)
+        value_BSKC = self.v_proj(hidden_BTD).view(heads)
+        if cache is not None:
+            key_BSKC, value_BSKC = cache.append(self.layer, key_BSKC, value_BSKC)
+        return self.o_proj(attend(query_BTHC, key_BSKC, value_BSKC, places.visible_BTS).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU. Source: Shazeer 2020."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden_BTD)) * self.up_proj(hidden_BTD))
+
+
+class Block(nn.Module):
+    """One layer: what engines compile, shard and recompute."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(self, hidden_BTD: Tensor, places: Places, cache: KeyValueCache | None = None) -> Tensor:
+        hidden_BTD = hidden_BTD + self.self_attn(self.input_layernorm(hidden_BTD), places, cache)
+        return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
+        self.embed_tokens = nn.Embedding(vocabulary_rows(config), config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        hidden_BTD, device = self.embed_tokens(tokens_BT), tokens_BT.device
+        if torch.is_autocast_enabled(device.type):
+            # Else the sum of an fp32 embedding and bf16 branches keeps the whole residual stream in fp32: twice the traffic.
+            hidden_BTD = hidden_BTD.to(torch.get_autocast_dtype(device.type))
+        start = 0 if cache is None else cache.length
+        where = places(tokens_BT.shape[1], self.head_dim, self.rope_theta, device, documents_BT, start)
+        for block in self.layers:
+            hidden_BTD = block(hidden_BTD, where, cache)
+        if cache is not None:
+            cache.length += tokens_BT.shape[1]
+        return self.norm(hidden_BTD)
+
+
+class Head(nn.Module):
+    """The output matrix together with what is computed from it, so that an engine that gathers a module's parameters around its
+    forward (FSDP2, ZeRO-3) gathers this one for logits and loss alike. Tied, it has none of its own and is handed the embedding's."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.vocab_size = config.vocab_size
+        rows = vocabulary_rows(config)
+        weight = None if config.tie_word_embeddings else nn.Parameter(torch.empty(rows, config.hidden_size))
+        self.register_parameter("weight", weight)
+        self.chunk_step = chunk_step
+
+    def forward(self, hidden_BTD: Tensor, labels_BT: Tensor | None, tied_weight_VD: Tensor | None) -> Tensor:
+        weight_VD = self.weight if tied_weight_VD is None else tied_weight_VD
+        if labels_BT is not None:
+            return cross_entropy_sum(hidden_BTD, weight_VD, labels_BT, self.vocab_size, step=self.chunk_step)
+        return F.linear(hidden_BTD, weight_VD)[..., : self.vocab_size]
+
+
+class Transformer(nn.Module):
+    """A decoder language model from a resolved `ModelConfig` (no field null). Make it with `build`, or on the meta device and
+    then `load_state_dict(..., assign=True)`: the constructor leaves the weights uninitialised.
+
+    When the embeddings are tied there is no `lm_head.weight`, neither as a parameter nor in the state dict.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = Head(config)
+
+    def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None, documents_BT: Tensor | None = None) -> Tensor:
+        """With labels_BT the loss_sum: cross-entropy in nats summed over the labels that are not -100, a 0-dim fp32 tensor.
+        Without them logits_BTV over the true vocabulary, padding cut off.
+
+        tokens_BT, labels_BT: int64 ids; labels are already shifted (the label of a position is the next token).
+        documents_BT: int, the document of each token; a token sees only earlier tokens of its own. None: one document.
+        """
+        return self._head(self.model(tokens_BT, documents_BT), labels_BT)
+
+    def decode(self, tokens_BT: Tensor, cache: KeyValueCache) -> Tensor:
+        """Logits (B, V) of the token after tokens_BT, which follow those already in the cache and are added to it."""
+        return self._head(self.model(tokens_BT, cache=cache)[:, -1:], None)[:, 0]
+
+    def make_cache(self, batch: int, capacity: int) -> KeyValueCache:
+        """An empty cache for `capacity` tokens in each of `batch` sequences."""
+        weight = self.model.embed_tokens.weight
+        shape_BSKC = (batch, capacity, self.config.num_key_value_heads, self.config.head_dim)
+        return KeyValueCache(self.config.num_hidden_layers, shape_BSKC, weight.device, weight.dtype)
+
+    def compile_parts(self, **options) -> None:
+        """Compile, in place, each block and the loss of a chunk. options: those of `torch.compile`. Parameter names stay."""
+        for block in self.model.layers:
+            block.compile(fullgraph=True, dynamic=False, **options)
+        self.lm_head.chunk_step = torch.compile(chunk_step, fullgraph=True, dynamic=False, **options)
+
+    def _head(self, hidden_BTD: Tensor, labels_BT: Tensor | None) -> Tensor:
+        tied_weight_VD = self.model.embed_tokens.weight if self.config.tie_word_embeddings else None
+        return self.lm_head(hidden_BTD, labels_BT, tied_weight_VD)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter; usable after any materialisation (`to_empty`). All values are normal with mean 0, except norms.
+
+        parameter                        standard deviation                  source
+        norm weights                     1 (constant)                        Zhang and Sennrich 2019
+        q, k, v, gate, up                1 / sqrt(fan_in)                    unit variance: LeCun et al. 1998
+        o, down                          1 / sqrt(fan_in * 2 * layers)       residual sum of order one: GPT-2
+        embed_tokens                     initializer_range                   Llama
+        lm_head, or tied embed_tokens    at most 0.4 / sqrt(D)               see below
+
+        The head reads a vector of length sqrt(D), so its logits have variance D * std^2 <= 0.16 and the first loss exceeds
+        ln V by half of that: under 2 % for any V >= 64. Tied, the input token's own logit is D * std^2 / rms, with rms the
+        size of the residual stream after the last block, which the scaled branches keep near 0.5: again less than one.
+
+        Each parameter has a generator of its own, keyed by seed and name, and is drawn in fp32 on the CPU: equal on every rank,
+        device and dtype, whatever was drawn before.
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+                continue
+            key = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
+            values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+            parameter.copy_(values.normal_(0.0, self._initial_std(name, parameter.shape[1]), generator=generator))
+
+    def _initial_std(self, name: str, fan_in: int) -> float:
+        config = self.config
+        if name == "lm_head.weight" or (name == "model.embed_tokens.weight" and config.tie_word_embeddings):
+            return min(config.initializer_range, 0.4 * config.hidden_size**-0.5)
+        if name == "model.embed_tokens.weight":
+            return config.initializer_range
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            return (fan_in * 2 * config.num_hidden_layers) ** -0.5
+        return fan_in**-0.5
+
+
+def build(config: ModelConfig, device: torch.device | str, seed: int) -> Transformer:
+    """The model on `device` with its initial weights in fp32: made on meta, given memory once. Equal on every rank."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device=device)
+    model.init_weights(seed)
+    return model
