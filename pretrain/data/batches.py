@@ -1,0 +1,294 @@
+"""Batches for training and validation: the order (order.py) read from token files (indexed.py) or generated (synthetic.py).
+
+    train   position -> source, epoch, sample -> window of T + 1 tokens -> Batch. The whole state is the position.
+    valid   every token of the file but the first is a label exactly once; the last partial window is padded.
+
+A sample is tokens [i * T, i * T + T] of its source: T inputs and the T tokens after them, one token shared with the next.
+Everything that can be wrong with the data is refused when it is opened, all problems at once. It knows no ranks: a rank
+asks for its slice of positions. Reads are positioned reads without a shared cursor, so any thread may call `take`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from pretrain.config import DataConfig, SourceConfig
+
+from .indexed import DataError, TokenFile
+from .order import Order
+from .synthetic import SyntheticSource
+
+MASKED = -100  # the label that cross-entropy ignores
+
+
+class Batch(NamedTuple):
+    """Samples ready for the model; CPU tensors."""
+
+    tokens_BT: torch.Tensor
+    """int64, inputs."""
+    labels_BT: torch.Tensor
+    """int64, the token after each input; -100 where it does not count."""
+    documents_BT: torch.Tensor | None = None
+    """int64, number of the document within the sample, from 0; only with data.document_mask.
+
+    An end-of-document token belongs to the document that it ends. Its label, the first token of the next document, stays in
+    the loss: how documents begin is worth learning, and all labels count, masked or not."""
+
+
+class FileSource:
+    """A token file cut into windows of T + 1 tokens."""
+
+    def __init__(self, file: TokenFile, sequence_length: int):
+        self.file, self.sequence_length = file, sequence_length
+        self.name, self.seal = Path(file.path).name, file.seal
+        self.num_tokens = file.num_tokens
+        self.num_samples = (file.num_tokens - 1) // sequence_length
+        self.reference_lines = {}
+        if file.seal:
+            self.reference_lines = {"unigram": file.seal.unigram_entropy_nats, "bigram": file.seal.bigram_entropy_nats}
+
+    def fingerprint(self) -> str:
+        """Changes with the content, not with the place."""
+        return self.file.fingerprint()
+
+    def read(self, samples: np.ndarray) -> np.ndarray:
+        """Tokens (n, T + 1) of the samples (n,), in the type of the file."""
+        length = self.sequence_length + 1
+        return self.file.read(samples * self.sequence_length, np.full(len(samples), length)).reshape(-1, length)
+
+    def documents(self, samples: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Document numbers (n, T) within each sample; `tokens` (n, T + 1) are those of `read`.
+
+        Sealed files end every document with one id that stands nowhere else; others are looked up in the index.
+        """
+        starts = np.zeros((len(samples), self.sequence_length), dtype=bool)
+        if self.seal:
+            starts[:, 1:] = tokens[:, :-2] == self.seal.end_of_document_id
+        else:
+            for row, first in enumerate((samples * self.sequence_length).tolist()):
+                number = self.file.document_at(first) + 1
+                while (
+                    number < self.file.num_documents and (start := self.file.document_start(number) - first) < starts.shape[1]
+                ):
+                    starts[row, start] = True
+                    number += 1
+        return np.cumsum(starts, axis=1)
+
+
+class TrainData:
+    """The endless, ordered stream of training samples.
+
+    `sources`; `samples_per_epoch`: as many samples as all sources hold together (with weights in the ratio of their sizes
+    that is each sample once; with others, small sources repeat while large ones wait); `fingerprint`: changes with content,
+    weights, seed and sequence length, so a run can only go on with the data it began with; `reference_lines`: nats per token.
+    """
+
+    def __init__(self, sources: list, weights: list[float], data: DataConfig, *, seed: int, vocab_size: int):
+        self.sources, self._data = sources, data
+        self._shares = [weight / math.fsum(weights) for weight in weights]
+        self._order = Order([source.num_samples for source in sources], weights, seed)
+        self.samples_per_epoch = sum(source.num_samples for source in sources)
+        self.reference_lines = _blended_lines(sources, self._shares, vocab_size)
+        blend = ", ".join(f"{share:.9g} of {s.fingerprint()}" for share, s in zip(self._shares, sources, strict=True))
+        self.fingerprint = f"order 1, seed {seed}, sequence_length {data.sequence_length}, {blend}"
+
+    def take(self, position: int, count: int) -> Batch:
+        """The samples at positions [position, position + count)."""
+        numbers, _, samples = self._order.locate(position, count)
+        shape = (count, self._data.sequence_length)
+        tokens_BT, labels_BT = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
+        documents_BT = np.empty(shape, dtype=np.int64) if self._data.document_mask else None
+        for number in np.unique(numbers).tolist():
+            rows = np.flatnonzero(numbers == number)
+            source = self.sources[number]
+            windows = source.read(samples[rows])
+            tokens_BT[rows], labels_BT[rows] = windows[:, :-1], windows[:, 1:]
+            if documents_BT is not None:
+                documents_BT[rows] = source.documents(samples[rows], windows)
+        return _batch(tokens_BT, labels_BT, documents_BT)
+
+    def sample_ids(self, position: int, count: int) -> list[tuple[int, int, int]]:
+        """(source, epoch, sample) of positions [position, position + count)."""
+        return list(zip(*(ids.tolist() for ids in self._order.locate(position, count)), strict=True))
+
+    def position(self, source: int, epoch: int, sample: int) -> int:
+        """The position of a sample in an epoch of its source: the inverse of `sample_ids`."""
+        return self._order.position(source, epoch, sample)
+
+    def description(self) -> list[str]:
+        """Lines for the console: tokens, samples, weights and how often an epoch reads each source."""
+        tokens = sum(source.num_tokens for source in self.sources)
+        length = f"{self._data.sequence_length:,} tokens"
+        lines = [f"training data: {tokens:,} tokens, {self.samples_per_epoch:,} samples of {length} an epoch"]
+        for source, share in zip(self.sources, self._shares, strict=True):
+            passes = share * self.samples_per_epoch / source.num_samples
+            line = f"  {source.name}: {source.num_tokens:,} tokens, {100 * share:.4g} % of the samples"
+            if len(self.sources) > 1:
+                line += f", read {passes:.3g} times an epoch"
+            if source.seal is None and isinstance(source, FileSource):
+                line += ", without a seal: its tokenizer cannot be checked"
+            lines.append(line)
+        return lines
+
+
+class ValidData:
+    """A fixed set of validation samples, by number.
+
+    `name` (unique); `num_samples`; `num_labels`: labels that count, over all samples; `bytes_per_token` of the text (None:
+    unknown); `reference_lines`: nats per token.
+    """
+
+    def __init__(self, source, data: DataConfig, *, vocab_size: int):
+        self.name, self._source, self._data = source.name, source, data
+        self.num_labels = source.num_samples * data.sequence_length
+        self.bytes_per_token = source.seal.utf8_bytes / source.seal.num_tokens if source.seal else None
+        self.reference_lines = _blended_lines([source], [1.0], vocab_size)
+        if isinstance(source, FileSource):
+            self.num_labels = source.num_tokens - 1
+        self.num_samples = -(-self.num_labels // data.sequence_length)
+
+    def take(self, indices: list[int | None]) -> Batch:
+        """The samples of these numbers. None, or a number past the end, gives a sample whose labels are all masked."""
+        numbers = np.array([-1 if index is None else index for index in indices], dtype=np.int64)
+        shape = (len(numbers), self._data.sequence_length)
+        tokens_BT, labels_BT = np.zeros(shape, dtype=np.int64), np.full(shape, MASKED, dtype=np.int64)
+        documents_BT = np.zeros(shape, dtype=np.int64) if self._data.document_mask else None
+        whole = np.flatnonzero((numbers >= 0) & (numbers < self._source.num_samples))
+        partial = np.flatnonzero((numbers >= self._source.num_samples) & (numbers < self.num_samples))
+        for rows, read in (whole, self._source.read), (partial, self._read_partial):
+            if rows.size:
+                windows = read(numbers[rows])
+                tokens_BT[rows], labels_BT[rows] = windows[:, :-1], windows[:, 1:]
+                if documents_BT is not None:
+                    documents_BT[rows] = self._source.documents(numbers[rows], windows)
+        last = self.num_labels - (self.num_samples - 1) * self._data.sequence_length
+        labels_BT[partial, last:] = MASKED
+        return _batch(tokens_BT, labels_BT, documents_BT)
+
+    def _read_partial(self, numbers: np.ndarray) -> np.ndarray:
+        """The last window of the file, padded with id 0, once for each of `numbers`: (n, T + 1)."""
+        first = self._source.num_samples * self._data.sequence_length
+        tokens = self._source.file.read([first], [self._source.num_tokens - first])
+        padded = np.pad(tokens, (0, self._data.sequence_length + 1 - len(tokens)))
+        return np.broadcast_to(padded, (len(numbers), len(padded)))
+
+
+def open_train(data: DataConfig, *, seed: int, vocab_size: int, tokenizer_fingerprint: str | None) -> TrainData:
+    """The training stream of `data`. Raises DataError with every problem of every source."""
+    if data.synthetic:
+        if data.train or data.valid:
+            raise DataError("data.synthetic: cannot stand beside data.train or data.valid; remove one of them")
+        source = SyntheticSource(
+            data.synthetic, "train", seed=seed, vocab_size=vocab_size, sequence_length=data.sequence_length
+        )
+        return TrainData([source], [1.0], data, seed=seed, vocab_size=vocab_size)
+    if not data.train:
+        raise DataError("data.train: no sources; give at least one {path: PREFIX}, or data.synthetic")
+    problems = [
+        f"data.train[{i}].weight: {source.weight} is not allowed; give a finite number > 0"
+        for i, source in enumerate(data.train)
+        if not (math.isfinite(source.weight) and source.weight > 0)
+    ]
+    sources = _open_files("train", data.train, data, vocab_size, tokenizer_fingerprint, problems)
+    return TrainData(sources, [source.weight for source in data.train], data, seed=seed, vocab_size=vocab_size)
+
+
+def open_valid(data: DataConfig, *, seed: int, vocab_size: int, tokenizer_fingerprint: str | None) -> list[ValidData]:
+    """The validation sets of `data`, none where it names none. Raises DataError with every problem of every source."""
+    if data.synthetic:
+        sources = [
+            SyntheticSource(data.synthetic, "valid", seed=seed, vocab_size=vocab_size, sequence_length=data.sequence_length)
+        ]
+    else:
+        sources = _open_files("valid", data.valid, data, vocab_size, tokenizer_fingerprint, [])
+    return [ValidData(source, data, vocab_size=vocab_size) for source in sources]
+
+
+def _open_files(
+    key: str,
+    sources: list[SourceConfig],
+    data: DataConfig,
+    vocab_size: int,
+    tokenizer_fingerprint: str | None,
+    problems: list[str],
+) -> list[FileSource]:
+    """Opens and checks all sources of data.<key>; raises DataError with `problems` and all that it finds itself."""
+    opened = []
+    for i, config in enumerate(sources):
+        try:
+            source = FileSource(TokenFile(config.path), data.sequence_length)
+        except (DataError, OSError) as error:
+            problems.append(f"data.{key}[{i}].path: {error}")
+            continue
+        opened.append(source)
+        found = _content_problems(source.file, data.document_mask, vocab_size, tokenizer_fingerprint)
+        least = data.sequence_length + 1 if key == "train" else 2
+        if source.num_tokens < least:
+            found.append(
+                f"holds {source.num_tokens:,} tokens, {least:,} are needed (data.sequence_length {data.sequence_length:,})"
+            )
+        problems += [f"data.{key}[{i}].path: {config.path}: {problem}" for problem in found]
+    if problems:
+        raise DataError("\n".join(problems))
+    _make_names_unique(opened)
+    return opened
+
+
+def _content_problems(file: TokenFile, document_mask: bool, vocab_size: int, tokenizer_fingerprint: str | None) -> list[str]:
+    """What makes the ids of `file` unfit for this model: exact with a seal, by a sample of the file without one."""
+    problems = []
+    if file.seal is None:
+        ids = file.sample()
+        if ids.min() < 0 or ids.max() >= vocab_size:
+            problems.append(
+                f"holds ids from {ids.min()} to {ids.max()}, the model has ids 0 to {vocab_size - 1}; wrong tokenizer?"
+            )
+        if document_mask and file.num_documents is None:
+            problems.append("a flat .bin does not say where documents end; switch data.document_mask off or tokenize again")
+        return problems
+    seal = file.seal
+    if tokenizer_fingerprint is not None and tokenizer_fingerprint != seal.tokenizer_fingerprint:
+        problems.append(
+            f"was made with the tokenizer {seal.tokenizer_path} (fingerprint {seal.tokenizer_fingerprint}), not with that of"
+            f" tokenizer.path (fingerprint {tokenizer_fingerprint}); set tokenizer.path to it or tokenize again"
+        )
+    elif tokenizer_fingerprint is not None and seal.vocab_size != vocab_size:
+        problems.append(f"its vocabulary has {seal.vocab_size} ids, the model {vocab_size}; leave model.vocab_size null")
+    if seal.max_id >= vocab_size:
+        problems.append(
+            f"its largest id is {seal.max_id}, the model has ids 0 to {vocab_size - 1}; set model.vocab_size to null"
+        )
+    return problems
+
+
+def _blended_lines(sources: list, shares: list[float], vocab_size: int) -> dict[str, float]:
+    """Nats per token: means over the sources, weighted by their shares. Lines that not all sources know are left out."""
+    lines = {"uniform": math.log(vocab_size)}
+    for name in ("unigram", "bigram", "floor"):
+        if all(name in source.reference_lines for source in sources):
+            lines[name] = math.fsum(share * source.reference_lines[name] for share, source in zip(shares, sources, strict=True))
+    return lines
+
+
+def _make_names_unique(sources: list[FileSource]) -> None:
+    """Base names; those that several share get their folder before them, and a number behind where that is not enough."""
+    names = [source.name for source in sources]
+    for source in sources:
+        if names.count(source.name) > 1:
+            source.name = f"{Path(source.file.path).absolute().parent.name}-{source.name}"
+    taken = set()
+    for source in sources:
+        name, number = source.name, 1
+        while source.name in taken:
+            number += 1
+            source.name = f"{name}-{number}"
+        taken.add(source.name)
+
+
+def _batch(tokens_BT: np.ndarray, labels_BT: np.ndarray, documents_BT: np.ndarray | None) -> Batch:
+    return Batch(*(None if array is None else torch.from_numpy(array) for array in (tokens_BT, labels_BT, documents_BT)))

@@ -1,0 +1,455 @@
+"""Token files on disk: Megatron's .bin/.idx pair with our seal beside it, and flat .bin files as nanoGPT writes them.
+
+    PREFIX.bin   all tokens of all documents back to back, little endian, nothing else
+    PREFIX.idx   header, lengths in tokens, pointers in bytes, document numbers: byte for byte Megatron's format
+    PREFIX.json  the seal: tokenizer, vocabulary, counts, entropies and checksums that Megatron's format does not hold
+
+It knows bytes and counts; not what a sample is, not how tokens are made. No torch.
+
+A pair is complete when its .idx exists: it is renamed into place last. Opening checks sizes and headers in O(1);
+`TokenFile.verify` reads everything. Reads are positioned reads, not a memory map: a file that is cut short or a disk that
+fails in mid-run is then an OSError that can be reported, where a memory map ends the process by SIGBUS; cold random reads
+are as fast, because all ranges of a batch are announced to the kernel before the first is read.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import errno
+import fcntl
+import json
+import mmap
+import os
+import struct
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from .entropy import bigram_entropy, unigram_entropy
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, length of the document array
+_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # Megatron's codes of integer types
+_LLMC_MAGIC, _LLMC_HEADER_BYTES = 20240520, 1024  # llm.c: 256 int32 (magic, version, token count, ...), then uint16 tokens
+_BLOCK_BYTES = 64 << 20
+_BIGRAM_RUNS, _BIGRAM_RUN_TOKENS = 64, 1 << 17
+_SAMPLE_RUNS, _SAMPLE_RUN_TOKENS = 64, 1 << 13
+
+
+class DataError(ValueError):
+    """Data that cannot be used as asked. The message is for the user: what is wrong, where, and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seal:
+    """What PREFIX.json says about PREFIX.bin and PREFIX.idx."""
+
+    format_version: int = 1
+    tokenizer_fingerprint: str
+    """Content hash of the tokenizer (`Tokenizer.fingerprint`)."""
+    tokenizer_path: str
+    """Where the tokenizer lay when the data were made; for people."""
+    vocab_size: int
+    end_of_document_id: int
+    """This id ends every document and stands nowhere else."""
+    dtype: str
+    num_tokens: int
+    """End-of-document tokens included."""
+    num_documents: int
+    max_id: int
+    utf8_bytes: int
+    """Bytes of the raw text (end-of-document tokens have none)."""
+    unigram_entropy_nats: float
+    bigram_entropy_nats: float
+    """`entropy.bigram_entropy` of the tokens; of 64 evenly spaced runs of 131,072 tokens where there are more."""
+    shuffled: bool
+    """Whether documents were shuffled before they were written."""
+    corpus: dict
+    """`inputs` (names) and `sha256` of the text that was read."""
+    block_bytes: int
+    block_checksums: list[str]
+    """xxh3-128 of each block of `block_bytes` of the .bin."""
+    index_checksum: str
+    """xxh3-128 of the .idx."""
+
+    @classmethod
+    def read(cls, path: Path) -> Seal:
+        """The seal at `path`. Raises DataError when it is damaged or of another format."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{path}: not a seal ({error}); restore the file or tokenize again") from None
+        version = values.get("format_version") if isinstance(values, dict) else None
+        if version != 1:
+            raise DataError(f"{path}: seal of format {version}, this program reads format 1; tokenize again")
+        types = {field.name: field.type.split("[")[0] for field in dataclasses.fields(cls)}
+        wrong = [name for name, kind in types.items() if type(values.get(name)).__name__ != kind]
+        if wrong:
+            raise DataError(f"{path}: not a seal ({', '.join(wrong)} missing or wrong); restore the file or tokenize again")
+        return cls(**{name: values[name] for name in types})
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Megatron's choice: uint16 below 65,500 ids, else int32."""
+    return np.dtype("<u2" if vocab_size < 65500 else "<i4")
+
+
+class TokenFile:
+    """A token file, opened by its prefix (.bin/.idx pair) or by the name of a flat .bin. Raises DataError when it is damaged.
+
+    `path` (prefix, or flat file), `num_tokens`, `dtype`, `num_documents` (None: a flat file), `seal` (None: not ours).
+    Thread-safe; nothing of the file is held in memory.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path, self.bin_path, self._idx_path = _resolve(str(path))
+        self.num_documents: int | None = None
+        self.seal: Seal | None = None
+        self._file = open(self.bin_path, "rb", buffering=0)
+        self._bin_bytes = os.fstat(self._file.fileno()).st_size
+        self._offset = 0
+        if self._idx_path is None:
+            self._open_flat()
+        else:
+            self._open_pair()
+        if self.num_tokens == 0:
+            raise DataError(f"{self.bin_path}: holds no tokens; tokenize a corpus that is not empty")
+        if hasattr(os, "posix_fadvise"):  # samples are random: reading ahead of each would multiply the disk traffic
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+
+    def _open_flat(self) -> None:
+        self.dtype = np.dtype("<u2")
+        head = np.frombuffer(os.pread(self._file.fileno(), 12, 0), dtype="<i4", count=3) if self._bin_bytes >= 12 else [0]
+        expected = self._bin_bytes - self._bin_bytes % 2
+        if head[0] == _LLMC_MAGIC:
+            self._offset = _LLMC_HEADER_BYTES
+            expected = _LLMC_HEADER_BYTES + 2 * int(head[2])
+        if self._bin_bytes != expected:
+            raise DataError(f"{self.bin_path}: {self._bin_bytes:,} bytes found, {expected:,} expected; copy it again")
+        self.num_tokens = (expected - self._offset) // 2
+
+    def _open_pair(self) -> None:
+        path = self._idx_path
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < _HEADER.size:
+                raise DataError(f"{path}: {size:,} bytes found, at least {_HEADER.size} expected; copy it again")
+            magic, version, code, num_sequences, num_starts = _HEADER.unpack(file.read(_HEADER.size))
+            if magic != _MAGIC:
+                raise DataError(f"{path}: not a Megatron index (starts with {magic!r}, expected {_MAGIC!r})")
+            if version != 1:
+                raise DataError(f"{path}: index version {version} found, 1 expected")
+            if code not in _DTYPES:
+                raise DataError(f"{path}: dtype code {code} found, one of {sorted(_DTYPES)} (integers) expected")
+            expected = _HEADER.size + 12 * num_sequences + 8 * num_starts
+            if size != expected:
+                multimodal = size == expected + num_sequences
+                hint = "multimodal sets are not supported" if multimodal else "copy it again"
+                raise DataError(f"{path}: {size:,} bytes found, {expected:,} expected for {num_sequences:,} sequences; {hint}")
+            if num_sequences == 0 or num_starts < 2:
+                raise DataError(f"{path}: holds no documents; tokenize a corpus that is not empty")
+            view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.dtype = np.dtype(_DTYPES[code])
+        lengths = np.frombuffer(view, "<i4", num_sequences, _HEADER.size)
+        self._pointers = np.frombuffer(view, "<i8", num_sequences, _HEADER.size + 4 * num_sequences)
+        self._documents = np.frombuffer(view, "<i8", num_starts, _HEADER.size + 12 * num_sequences)
+        self.num_documents = num_starts - 1
+        self.num_tokens, odd_bytes = divmod(int(self._pointers[-1]), self.dtype.itemsize)
+        self.num_tokens += int(lengths[-1])
+        if (
+            self._pointers[0] != 0
+            or odd_bytes
+            or lengths[-1] < 0
+            or (self._documents[0], self._documents[-1]) != (0, num_sequences)
+        ):
+            raise DataError(f"{path}: its arrays contradict its header; copy it again")
+        if self._bin_bytes != self.num_tokens * self.dtype.itemsize:
+            expected = self.num_tokens * self.dtype.itemsize
+            raise DataError(f"{self.bin_path}: {self._bin_bytes:,} bytes found, {expected:,} expected (.idx); copy it again")
+        self._read_seal()
+
+    def _read_seal(self) -> None:
+        path = Path(self.path + ".json")
+        if not path.exists():
+            return
+        self.seal = Seal.read(path)
+        for name in ("num_tokens", "num_documents", "dtype"):
+            sealed, found = str(getattr(self.seal, name)), str(getattr(self, name))
+            if sealed != found:
+                raise DataError(f"{path}: {name} is {sealed} in the seal and {found} in the files; it belongs to others")
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All tokens as a memory-mapped 1-D array, for looking around; training reads through `read`."""
+        return np.asarray(np.memmap(self.bin_path, self.dtype, "r", self._offset, (self.num_tokens,)))
+
+    def read(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Tokens [start, start + length) of all the ranges, back to back. Raises OSError when the file has become shorter."""
+        starts, lengths = np.asarray(starts, dtype=np.int64), np.asarray(lengths, dtype=np.int64)
+        if starts.size and (starts.min() < 0 or lengths.min() < 0 or (starts + lengths).max() > self.num_tokens):
+            raise IndexError(f"{self.bin_path}: range outside of its {self.num_tokens:,} tokens")
+        descriptor, width = self._file.fileno(), self.dtype.itemsize
+        ranges = list(zip((starts * width + self._offset).tolist(), (lengths * width).tolist(), strict=True))
+        if hasattr(os, "posix_fadvise") and len(ranges) > 1:  # all reads in flight before the first is waited for
+            for offset, size in ranges:
+                os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+        tokens = np.empty(int(lengths.sum()), dtype=self.dtype)
+        buffer, filled = memoryview(tokens).cast("B"), 0
+        for offset, size in ranges:
+            end = filled + size
+            while filled < end:
+                got = os.preadv(descriptor, [buffer[filled:end]], offset)
+                if got == 0:
+                    raise OSError(errno.EIO, f"ends at byte {offset:,}: cut short while in use", str(self.bin_path))
+                filled, offset = filled + got, offset + got
+        return tokens
+
+    def document_start(self, i: int) -> int:
+        """Number of the first token of document `i`; of the end, for i = num_documents. Only for pairs."""
+        sequence = int(self._documents[i])
+        if sequence == len(self._pointers):
+            return self.num_tokens
+        return int(self._pointers[sequence]) // self.dtype.itemsize
+
+    def document_at(self, token: int) -> int:
+        """Number of the document that holds token number `token`. Only for pairs."""
+        return bisect.bisect_right(range(self.num_documents), token, key=self.document_start) - 1
+
+    def document(self, i: int) -> np.ndarray:
+        """Tokens of document `i`."""
+        if self.num_documents is None:
+            raise DataError(f"{self.path}: a flat .bin has no document index")
+        if not 0 <= i < self.num_documents:
+            raise IndexError(f"{self.path}: document {i} of {self.num_documents}")
+        start, end = self.document_start(i), self.document_start(i + 1)
+        if not 0 <= start <= end <= self.num_tokens:
+            raise DataError(f"{self._idx_path}: document {i} would be tokens {start:,} to {end:,}; damaged, copy it again")
+        return self.read([start], [end - start])
+
+    def sample(self) -> np.ndarray:
+        """At most 64 evenly spaced runs of 8192 tokens, the first and the last tokens included: O(1) however long the file."""
+        if self.num_tokens <= _SAMPLE_RUNS * _SAMPLE_RUN_TOKENS:
+            return self.read([0], [self.num_tokens])
+        last = self.num_tokens - _SAMPLE_RUN_TOKENS
+        starts = [last * i // (_SAMPLE_RUNS - 1) for i in range(_SAMPLE_RUNS)]
+        return self.read(starts, [_SAMPLE_RUN_TOKENS] * _SAMPLE_RUNS)
+
+    def fingerprint(self) -> str:
+        """Hash of type, length, sealed checksums and `sample()`, not of the name: other content, other fingerprint.
+
+        O(1): of a file without a seal, a change between the sampled runs goes unseen.
+        """
+        digest = xxhash.xxh3_128(f"{self.dtype.str} {self.num_tokens}".encode())
+        if self.seal is not None:
+            digest.update(json.dumps([self.seal.tokenizer_fingerprint, *self.seal.block_checksums]).encode())
+        digest.update(self.sample())
+        return digest.hexdigest()
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that `verify_block` can check; 0 without a seal."""
+        return len(self.seal.block_checksums) if self.seal else 0
+
+    def verify_block(self, i: int) -> None:
+        """Check the sealed checksum of block `i` of the .bin; raises DataError."""
+        start = i * self.seal.block_bytes
+        size = min(self.seal.block_bytes, self._bin_bytes - start)
+        width = self.dtype.itemsize
+        if xxhash.xxh3_128_hexdigest(self.read([start // width], [size // width])) != self.seal.block_checksums[i]:
+            raise DataError(f"{self.bin_path}: damaged between bytes {start:,} and {start + size:,} (checksum); copy it again")
+
+    def verify(self) -> None:
+        """Check every sealed checksum by reading all of the file; raises DataError."""
+        if self.seal is None:
+            raise DataError(f"{self.path}: has no seal ({self.path}.json), so there are no checksums to verify")
+        if self.num_blocks != -(-self._bin_bytes // self.seal.block_bytes):
+            raise DataError(
+                f"{self.path}.json: {self.num_blocks} checksums do not cover the .bin; restore it or tokenize again"
+            )
+        digest = xxhash.xxh3_128()
+        with open(self._idx_path, "rb") as file:
+            while data := file.read(_BLOCK_BYTES):
+                digest.update(data)
+        if digest.hexdigest() != self.seal.index_checksum:
+            raise DataError(f"{self._idx_path}: damaged (checksum); copy it again")
+        for i in range(self.num_blocks):
+            self.verify_block(i)
+
+
+def _resolve(path: str) -> tuple[str, Path, Path | None]:
+    """(name, .bin, .idx) of a prefix, or (name, .bin, None) of a flat file."""
+    if path.endswith(".bin") and os.path.isfile(path) and not any(os.path.exists(path[:-4] + end) for end in (".idx", ".json")):
+        return path, Path(path), None
+    prefix = path[:-4] if path.endswith((".bin", ".idx")) else path
+    missing = [prefix + end for end in (".bin", ".idx") if not os.path.isfile(prefix + end)]
+    if missing:
+        folder = Path(prefix).parent
+        there = sorted(str(found.with_suffix("")) for found in folder.glob("*.idx"))[:8] if folder.is_dir() else []
+        hint = f"; there is {', '.join(there)}" if there else "; make it with tools/tokenize_corpus.py"
+        raise DataError(f"{path}: no token file here ({' and '.join(missing)} not found){hint}")
+    return prefix, Path(prefix + ".bin"), Path(prefix + ".idx")
+
+
+class TokenWriter:
+    """Streams documents into PREFIX.bin/.idx/.json, in O(vocabulary) memory. Nothing bears the final name until `finish`.
+
+        with TokenWriter(prefix, vocab_size=..., ...) as writer:
+            writer.add(tokens, lengths, utf8_bytes)     # as often as needed
+            seal = writer.finish(corpus)                # leaving without it discards all
+
+    Raises DataError for an existing output, a second writer of the same prefix, a wrong id, and no documents at all.
+    """
+
+    def __init__(
+        self,
+        prefix: str | Path,
+        *,
+        vocab_size: int,
+        end_of_document_id: int,
+        tokenizer_fingerprint: str,
+        tokenizer_path: str,
+        shuffled: bool,
+        overwrite: bool = False,
+    ):
+        self._paths = [Path(f"{prefix}{end}") for end in (".json", ".bin", ".idx")]  # in the order of their renaming
+        if not overwrite and (existing := [str(path) for path in self._paths if path.exists()]):
+            raise DataError(f"{', '.join(existing)}: exists; choose another output, or overwrite it (--overwrite)")
+        self._temporary = [path.with_name(path.name + ".tmp") for path in self._paths]
+        self._paths[0].parent.mkdir(parents=True, exist_ok=True)
+        self._bin = open(self._temporary[1], "ab")
+        try:
+            fcntl.flock(self._bin, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._bin.close()
+            raise DataError(f"{prefix}: another process is writing it; wait for it to end or choose another output") from None
+        self._bin.truncate(0)
+        self._lengths = tempfile.TemporaryFile(dir=self._paths[0].parent)
+        self._about = dict(
+            vocab_size=vocab_size,
+            end_of_document_id=end_of_document_id,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            tokenizer_path=tokenizer_path,
+            shuffled=shuffled,
+        )
+        self._dtype = token_dtype(vocab_size)
+        self._counts_V = np.zeros(vocab_size, dtype=np.int64)
+        self._num_documents = self._utf8_bytes = 0
+        self._blocks: list[str] = []
+        self._block, self._block_filled = xxhash.xxh3_128(), 0
+
+    def __enter__(self) -> TokenWriter:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._lengths.close()
+        if not self._bin.closed:
+            for path in self._temporary:
+                path.unlink(missing_ok=True)
+            self._bin.close()
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, utf8_bytes: int) -> None:
+        """Append documents: `tokens` of all, back to back, each ended by its end-of-document id; `lengths` in tokens."""
+        tokens, lengths = np.asarray(tokens), np.asarray(lengths, dtype=np.int64)
+        end, vocab_size = self._about["end_of_document_id"], self._about["vocab_size"]
+        if len(tokens) != lengths.sum() or not np.array_equal(np.flatnonzero(tokens == end), np.cumsum(lengths) - 1):
+            raise DataError(f"{self._paths[1]}: the end-of-document id {end} must end every document and stand nowhere else")
+        if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
+            raise DataError(f"{self._paths[1]}: ids {tokens.min()} to {tokens.max()} given, the vocabulary has {vocab_size}")
+        if lengths.size and lengths.max() >= 2**31:
+            raise DataError(f"{self._paths[1]}: a document of {lengths.max():,} tokens; less than 2^31 are allowed, split it")
+        self._counts_V += np.bincount(tokens, minlength=vocab_size)
+        self._num_documents += len(lengths)
+        self._utf8_bytes += utf8_bytes
+        self._lengths.write(lengths.astype("<i4").tobytes())
+        data = memoryview(np.ascontiguousarray(tokens, dtype=self._dtype)).cast("B")
+        self._bin.write(data)
+        while len(data):
+            part = data[: _BLOCK_BYTES - self._block_filled]
+            self._block.update(part)
+            self._block_filled += len(part)
+            data = data[len(part) :]
+            if self._block_filled == _BLOCK_BYTES:
+                self._close_block()
+
+    def _close_block(self) -> None:
+        self._blocks.append(self._block.hexdigest())
+        self._block, self._block_filled = xxhash.xxh3_128(), 0
+
+    def finish(self, corpus: dict) -> Seal:
+        """Sync and rename the files; returns their seal. `corpus` describes the text: inputs, sha256."""
+        if not 0 < self._num_documents < 2**31:
+            raise DataError(f"{self._paths[1]}: {self._num_documents:,} documents given; 1 to 2^31 - 1 are allowed")
+        if self._block_filled:
+            self._close_block()
+        self._bin.flush()
+        counts_V = self._counts_V
+        num_tokens = int(counts_V.sum())
+        seal = Seal(
+            **self._about,
+            dtype=self._dtype.name,
+            num_tokens=num_tokens,
+            num_documents=self._num_documents,
+            max_id=int(np.flatnonzero(counts_V)[-1]),
+            utf8_bytes=self._utf8_bytes,
+            unigram_entropy_nats=unigram_entropy(counts_V),
+            bigram_entropy_nats=bigram_entropy(self._bigram_runs(num_tokens), len(counts_V)),
+            corpus=corpus,
+            block_bytes=_BLOCK_BYTES,
+            block_checksums=self._blocks,
+            index_checksum=self._write_index(),
+        )
+        self._temporary[0].write_text(seal.to_json(), encoding="utf-8")
+        self._paths[2].unlink(missing_ok=True)  # an old pair stops being one before its first file is replaced
+        for path in self._temporary:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        for temporary, path in zip(self._temporary, self._paths, strict=True):
+            os.replace(temporary, path)
+        self._bin.close()
+        folder = os.open(self._paths[0].parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+        return seal
+
+    def _bigram_runs(self, num_tokens: int) -> list[np.ndarray]:
+        tokens = np.asarray(np.memmap(self._temporary[1], self._dtype, "r", shape=(num_tokens,)))
+        if num_tokens <= _BIGRAM_RUNS * _BIGRAM_RUN_TOKENS:
+            return [tokens]
+        last = num_tokens - _BIGRAM_RUN_TOKENS
+        starts = [last * i // (_BIGRAM_RUNS - 1) for i in range(_BIGRAM_RUNS)]
+        return [tokens[start : start + _BIGRAM_RUN_TOKENS] for start in starts]
+
+    def _write_index(self) -> str:
+        """Write the temporary .idx in blocks, one sequence per document; returns its checksum."""
+        digest, block, n = xxhash.xxh3_128(), 1 << 20, self._num_documents
+        code = {"<u2": 8, "<i4": 4}[self._dtype.str]
+        with open(self._temporary[2], "wb") as file:
+
+            def write(data: bytes) -> None:
+                digest.update(data)
+                file.write(data)
+
+            write(_HEADER.pack(_MAGIC, 1, code, n, n + 1))
+            for lengths in self._length_blocks(block):
+                write(lengths.tobytes())
+            pointer = 0
+            for lengths in self._length_blocks(block):
+                ends = pointer + np.cumsum(lengths, dtype=np.int64) * self._dtype.itemsize
+                write(np.concatenate([[pointer], ends[:-1]]).astype("<i8").tobytes())
+                pointer = int(ends[-1])
+            for start in range(0, n + 1, block):
+                write(np.arange(start, min(start + block, n + 1), dtype="<i8").tobytes())
+        return digest.hexdigest()
+
+    def _length_blocks(self, block: int):
+        self._lengths.seek(0)
+        while len(lengths := np.frombuffer(self._lengths.read(4 * block), dtype="<i4")):
+            yield lengths

@@ -1,0 +1,111 @@
+"""Generated tokens whose best loss is known: for tests, dry runs and lessons.
+
+Every sample is a pure function of (seed, split, index), in integers, so it is the same on every machine and needs no state.
+The two splits draw disjoint streams. No files, no torch.
+
+    kind      what it shows                                           floor, nats per token
+    uniform   labels carry no information: nothing can be learned     ln V
+    unigram   Zipf frequencies without context                        entropy of the frequencies
+    markov    the next token depends on the last one only             entropy of the steps (1/2, 1/4, 1/8, 1/8): 1.75 ln 2
+    repeat    eight fixed texts: memorising; validation has others    0; validation: ln V
+    copy      the second half repeats the first: needs long context   about half of ln V
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+
+from pretrain.config import SyntheticConfig
+
+from .order import Permutation, keys, splitmix64
+
+_SPLITS = {"train": 0, "valid": 1}
+_TEXTS = 8
+_VALID_SAMPLES = 256
+
+
+class SyntheticSource:
+    """Samples of T + 1 tokens with ids below `vocab_size`. `reference_lines` holds what is known of their loss, in nats."""
+
+    seal = None
+
+    def __init__(
+        self, config: SyntheticConfig, split: Literal["train", "valid"], *, seed: int, vocab_size: int, sequence_length: int
+    ):
+        self.kind, self.vocab_size, self.length = config.kind, vocab_size, sequence_length + 1
+        self.name = f"synthetic-{config.kind}"
+        limits = {"train": config.num_samples, "valid": min(config.num_samples, _VALID_SAMPLES)}
+        self.num_samples = limits[split]
+        self.num_tokens = self.num_samples * sequence_length
+        self._ids = (seed, _SPLITS[split])
+        self._alphabet = Permutation(vocab_size, (seed, vocab_size))  # shared by the splits: it is what markov teaches
+        weights = 1 / np.arange(1, vocab_size + 1)
+        self._zipf = weights / weights.sum()
+        steps = min(vocab_size, 4)
+        self._steps = np.array([2.0 ** -min(i + 1, steps - 1) for i in range(steps)])
+        self.reference_lines = self._reference_lines(split)
+
+    def fingerprint(self) -> str:
+        """Says all that decides the samples, apart from the seed."""
+        return f"{self.name} of {self.num_samples} samples of {self.vocab_size} ids"
+
+    def read(self, samples: np.ndarray) -> np.ndarray:
+        """Tokens (n, T + 1) int64 of the samples (n,)."""
+        if self.kind == "repeat":  # a text is the uniform sample of a small index
+            texts = splitmix64(samples.astype(np.uint64)) % np.uint64(_TEXTS)
+            tokens = _below(self._bits(texts), self.vocab_size)
+            tokens[:, 0] = (tokens[:, 0] // _TEXTS * _TEXTS + texts.astype(np.int64)) % self.vocab_size
+            return tokens
+        bits = self._bits(samples.astype(np.uint64))
+        if self.kind == "unigram":
+            return _choose(bits, self._zipf)
+        if self.kind == "markov":  # a walk on a ring whose places bear shuffled names, so every place is equally frequent
+            places = _choose(bits, self._steps) + 1
+            places[:, 0] = _below(bits[:, 0], self.vocab_size)
+            return self._alphabet(np.cumsum(places, axis=1) % self.vocab_size)
+        tokens = _below(bits, self.vocab_size)
+        if self.kind == "copy":
+            half = self.length // 2
+            tokens = tokens[:, np.arange(self.length) % half]
+        return tokens
+
+    def documents(self, samples: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Each sample is one document: zeros (n, T)."""
+        return np.zeros((len(samples), self.length - 1), dtype=np.int64)
+
+    def _bits(self, samples: np.ndarray) -> np.ndarray:
+        """64 random bits for every token (n, T + 1): the SplitMix64 sequence of a key of the sample."""
+        key = np.uint64(keys(self._ids, 1)[0])
+        start = splitmix64(splitmix64(samples ^ key) + key)
+        return splitmix64(start[:, None] + np.arange(self.length, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+
+    def _reference_lines(self, split: str) -> dict[str, float]:
+        uniform = math.log(self.vocab_size)
+        lines = dict.fromkeys(("uniform", "unigram", "bigram", "floor"), uniform)
+        if self.kind == "unigram":
+            lines |= dict.fromkeys(("unigram", "bigram", "floor"), _entropy(self._zipf))
+        elif self.kind == "markov":
+            lines |= dict.fromkeys(("bigram", "floor"), _entropy(self._steps))
+        elif self.kind == "repeat":
+            lines = {"uniform": uniform, "floor": 0.0 if split == "train" else uniform}
+        elif self.kind == "copy":
+            lines["floor"] = (self.length // 2 - 1) / (self.length - 1) * uniform
+        return lines
+
+
+def _below(bits: np.ndarray, n: int) -> np.ndarray:
+    """Uniform integers in [0, n), int64."""
+    return ((bits >> np.uint64(32)) * np.uint64(n) >> np.uint64(32)).astype(np.int64)
+
+
+def _choose(bits: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Indices drawn with the given probabilities, int64."""
+    thresholds = np.floor(np.cumsum(probabilities[:-1]) * 2.0**32).astype(np.uint64)
+    return np.searchsorted(thresholds, bits >> np.uint64(32), side="right")
+
+
+def _entropy(probabilities: np.ndarray) -> float:
+    return float(-(probabilities * np.log(probabilities)).sum())
