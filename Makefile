@@ -1,0 +1,57 @@
+# Each target makes .venv first when there is none. `make PYTHON=python3.12 install` chooses the interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+QUICK := data/quickstart
+# One thread for each test process: threads of parallel tests would fight for the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+LAUNCH := $(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml launch/pretrain.py
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install quickstart dummy test test-slow check clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+install: $(INSTALLED)  ## .venv with the project and all it needs
+
+quickstart: $(QUICK)/stdlib_train.idx  ## train on real text on two CPU processes, then let the model write (minutes; goes on where it stopped)
+	$(LAUNCH) --config configs/quickstart.yaml
+	$(BIN)/python launch/generate.py --run runs/quickstart --prompt "def main(" --max-new-tokens 100
+
+dummy: $(INSTALLED)  ## train on random tokens: half a minute that shows what no learning looks like
+	$(LAUNCH) --config configs/dummy.yaml
+
+test: $(INSTALLED)  ## all fast tests
+	$(PYTEST) -m "not slow"
+
+test-slow: $(INSTALLED)  ## the slow tests
+	$(PYTEST) -m slow
+
+check: $(INSTALLED)  ## lint, format, spelling, and the rules of the house
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/python -m compileall -q pretrain launch tools tests benchmarks
+	$(BIN)/python -m pytest -q tests/test_house.py
+
+clean:  ## remove caches and build files; runs/, data/ and .venv stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find pretrain launch tools tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip reads the user's own settings (mirrors, proxies, caches) as always.
+$(INSTALLED): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed and $(PYTHON) is " + sys.version.split()[0] + ". Choose one: make PYTHON=python3.12 install")'
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "$(PYTHON) cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv; then run make again." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[all,dev]'
+	@touch $@
+
+$(QUICK)/tokenizer/tokenizer.json: | $(INSTALLED)
+	$(BIN)/python tools/train_tokenizer.py --input stdlib --output $(QUICK)/tokenizer --vocab-size 4096
+
+$(QUICK)/stdlib_train.idx: $(QUICK)/tokenizer/tokenizer.json
+	$(BIN)/python tools/tokenize_corpus.py --input stdlib --tokenizer $(QUICK)/tokenizer --output $(QUICK)/stdlib --valid-fraction 0.02

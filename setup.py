@@ -1,0 +1,38 @@
+"""What the project needs; constraints.txt holds the versions it is tested with."""
+
+from setuptools import find_packages, setup
+
+TRANSFORMERS = ["transformers>=5.0", "protobuf"]  # conversion and its tests
+TENSORBOARD = ["tensorboard"]
+DEVELOPMENT = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "codespell"]
+
+setup(
+    name="pretrain",
+    version="0.1.0",
+    description="Pretraining of decoder language models, from raw text to a checkpoint that transformers loads",
+    license="Apache-2.0",
+    packages=find_packages(include=["pretrain", "pretrain.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.11",  # earlier ones load checkpoints less safely (CVE-2026-24747) and lack parts of FSDP2
+        "accelerate",
+        "deepspeed",
+        "datasets",
+        "pyarrow",
+        "sentencepiece",
+        "tokenizers",
+        "safetensors",
+        "wandb>=0.31",  # earlier ones cannot be told not to ask for a key on a terminal
+        "pyyaml",
+        "numpy",
+        "tqdm",
+        "matplotlib",
+        "xxhash",
+    ],
+    extras_require={
+        "hf": TRANSFORMERS,
+        "tensorboard": TENSORBOARD,
+        "all": TRANSFORMERS + TENSORBOARD,
+        "dev": DEVELOPMENT,
+    },
+)
