@@ -68,20 +68,26 @@ def rotate(x_BTHC: Tensor, places: Places) -> Tensor:
 class KeyValueCache:
     """Keys and values of the tokens seen so far, for every layer, in memory taken once for `capacity` tokens."""
 
-    def __init__(self, layers: int, shape_BSKC: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype):
-        self.capacity = shape_BSKC[1]
-        self.length = 0
-        self._keys = [torch.empty(shape_BSKC, device=device, dtype=dtype) for _ in range(layers)]
-        self._values = [torch.empty(shape_BSKC, device=device, dtype=dtype) for _ in range(layers)]
+    def __init__(self, layers: int, capacity: int):
+        self.capacity, self.length = capacity, 0
+        self._layers: list[tuple[Tensor, Tensor] | None] = [None] * layers
 
     def append(self, layer: int, key_BTKC: Tensor, value_BTKC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values; returns all so far, (B, S, K, C). `length` is advanced by the model, once."""
-        end = self.length + key_BTKC.shape[1]
+        """Stores a layer's new keys and values; returns all so far, (B, S, K, C). The model advances `length` after all layers.
+
+        Raises ValueError when they do not fit.
+        """
+        batch, new, heads, head_dim = key_BTKC.shape
+        end = self.length + new
         if end > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens, {end} were given: make it with a larger capacity")
-        self._keys[layer][:, self.length : end] = key_BTKC
-        self._values[layer][:, self.length : end] = value_BTKC
-        return self._keys[layer][:, :end], self._values[layer][:, :end]
+            raise ValueError(f"the cache holds {self.capacity} tokens and {end} were given: make it with a larger capacity")
+        if self._layers[layer] is None:
+            shape = (batch, self.capacity, heads, head_dim)
+            self._layers[layer] = key_BTKC.new_empty(shape), value_BTKC.new_empty(shape)
+        keys_BSKC, values_BSKC = self._layers[layer]
+        keys_BSKC[:, self.length : end] = key_BTKC
+        values_BSKC[:, self.length : end] = value_BTKC
+        return keys_BSKC[:, :end], values_BSKC[:, :end]
 
 
 def attend(query_BTHC: Tensor, key_BSKC: Tensor, value_BSKC: Tensor, visible_BTS: Tensor | None) -> Tensor:
@@ -92,7 +98,7 @@ def attend(query_BTHC: Tensor, key_BSKC: Tensor, value_BSKC: Tensor, visible_BTS
     query, key, value = (x.transpose(1, 2) for x in (query_BTHC, key_BSKC, value_BSKC))
     grouped = key.shape[1] != query.shape[1]
     if grouped and visible_BTS is not None and query.is_cuda:
-        # The memory-efficient kernel, the one that takes a mask there, knows no groups; without it T x S scores would be stored.
+        # The memory-efficient kernel takes a mask but no groups; without it all T x S scores would be stored.
         repeats = query.shape[1] // key.shape[1]
         key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
     causal = visible_BTS is None and query.shape[2] > 1

@@ -108,7 +108,7 @@ class Decoder(nn.Module):
 
 class Head(nn.Module):
     """The output matrix together with what is computed from it, so that an engine that gathers a module's parameters around its
-    forward (FSDP2, ZeRO-3) gathers this one for logits and loss alike. Tied, it has none of its own and is handed the embedding's."""
+    forward (FSDP2, ZeRO-3) does so for logits and loss alike. Tied, it has none of its own: the embedding's is handed in."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -150,12 +150,6 @@ class Transformer(nn.Module):
     def decode(self, tokens_BT: Tensor, cache: KeyValueCache) -> Tensor:
         """Logits (B, V) of the token after tokens_BT, which follow those already in the cache and are added to it."""
         return self._head(self.model(tokens_BT, cache=cache)[:, -1:], None)[:, 0]
-
-    def make_cache(self, batch: int, capacity: int) -> KeyValueCache:
-        """An empty cache for `capacity` tokens in each of `batch` sequences."""
-        weight = self.model.embed_tokens.weight
-        shape_BSKC = (batch, capacity, self.config.num_key_value_heads, self.config.head_dim)
-        return KeyValueCache(self.config.num_hidden_layers, shape_BSKC, weight.device, weight.dtype)
 
     def compile_parts(self, **options) -> None:
         """Compile, in place, each block and the loss of a chunk. options: those of `torch.compile`. Parameter names stay."""

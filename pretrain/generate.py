@@ -1,0 +1,93 @@
+"""Text from a trained model: one token at a time, each chosen from the model's distribution given all before it.
+
+It knows the model's `decode` and ids; `stream_text` knows how ids become text. It knows no files and no process groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from pretrain.model.attention import KeyValueCache
+from pretrain.model.transformer import Transformer
+
+
+def generate(
+    model: Transformer,
+    prompt_ids: list[int],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_id: int | None = None,
+) -> Iterator[int]:
+    """New ids, each as soon as it is chosen; ends after max_new_tokens, or before stop_id, which is not given out.
+
+    The prompt runs through the model once; after that each token costs one position, the rest comes from the cache.
+    temperature 0 is greedy; top_k keeps the k likeliest ids (0: all), then top_p the fewest that reach probability p (1: all).
+    The same seed gives the same ids. Prompt and new ids together may be longer than any training sample.
+
+    Raises ValueError, on the call, for an empty prompt, ids outside the vocabulary or settings out of range; and while
+    generating, when the model's logits are not finite.
+    """
+    vocab_size = model.config.vocab_size
+    if not prompt_ids or not all(0 <= token < vocab_size for token in prompt_ids):
+        raise ValueError(f"the prompt must hold at least one id, all from 0 to {vocab_size - 1}")
+    if max_new_tokens < 0 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"got max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k}, top_p {top_p}; "
+            "allowed: at least 0, at least 0, at least 0, above 0 and up to 1"
+        )
+    return _generate(model, prompt_ids, max_new_tokens, temperature, top_k, top_p, seed, stop_id)
+
+
+def _generate(model, prompt_ids, max_new_tokens, temperature, top_k, top_p, seed, stop_id) -> Iterator[int]:
+    device = model.model.embed_tokens.weight.device
+    cache = KeyValueCache(model.config.num_hidden_layers, len(prompt_ids) + max_new_tokens)
+    generator = torch.Generator().manual_seed(seed)
+    tokens_BT = torch.tensor([prompt_ids], device=device)
+    for _ in range(max_new_tokens):
+        with torch.inference_mode():  # not around the yield: the caller must not run in it
+            logits_V = model.decode(tokens_BT, cache)[0].float().cpu()
+            token = choose(logits_V, temperature, top_k, top_p, generator)
+        if token == stop_id:
+            return
+        yield token
+        tokens_BT = torch.tensor([[token]], device=device)
+
+
+def choose(logits_V: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
+    """One id from fp32 logits on the CPU; drawn there so that a seed means the same on every device."""
+    if not logits_V.isfinite().all():
+        raise ValueError("the model's logits are not finite: its weights are damaged or it has diverged")
+    if temperature == 0:
+        return int(logits_V.argmax())
+    if top_k or top_p < 1:
+        logits_V, ids_V = logits_V.topk(min(top_k or len(logits_V), len(logits_V)))
+    probability_V = torch.softmax(logits_V / temperature, 0)
+    if top_p < 1:
+        before_V = probability_V.cumsum(0) - probability_V
+        probability_V[before_V >= top_p] = 0.0
+    drawn = int(torch.multinomial(probability_V, 1, generator=generator))
+    return int(ids_V[drawn]) if top_k or top_p < 1 else drawn
+
+
+def stream_text(decode: Callable[[list[int]], str], prompt_ids: list[int], new_ids: Iterable[int]) -> Iterator[str]:
+    """The text of new_ids in pieces that are whole characters; joined, they are what follows the prompt in decode(all ids).
+
+    decode: ids to text, U+FFFD for bytes that are not UTF-8. A character may need several ids: while the text ends in U+FFFD it
+    is held back. Each id is decoded together with those since the last piece before, not with the whole text.
+    """
+    ids, start, shown = list(prompt_ids), 0, len(prompt_ids)
+    for token in new_ids:
+        ids.append(token)
+        before, text = decode(ids[start:shown]), decode(ids[start:])
+        if len(text) > len(before) and not text.endswith("\ufffd"):
+            yield text[len(before) :]
+            start, shown = shown, len(ids)
+    if rest := decode(ids[start:])[len(decode(ids[start:shown])) :]:
+        yield rest

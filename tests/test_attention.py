@@ -1,0 +1,94 @@
+"""Attention against its formula, with masks, groups and a cache; rotary places against complex numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pretrain.model.attention import KeyValueCache, attend, places, rotate
+
+CPU = torch.device("cpu")
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def formula(query_BTHC, key_BSKC, value_BSKC, visible_BTS):
+    """One head at a time, by the book."""
+    out_BTHC = torch.empty_like(query_BTHC)
+    group = query_BTHC.shape[2] // key_BSKC.shape[2]
+    for head in range(query_BTHC.shape[2]):
+        key, value = key_BSKC[:, :, head // group], value_BSKC[:, :, head // group]
+        scores = query_BTHC[:, :, head] @ key.transpose(1, 2) / query_BTHC.shape[-1] ** 0.5
+        out_BTHC[:, :, head] = scores.masked_fill(~visible_BTS, -torch.inf).softmax(-1) @ value
+    return out_BTHC
+
+
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_causal_attention_equals_its_formula(key_heads):
+    query, key, value = random(2, 9, 4, 8), random(2, 9, key_heads, 8, seed=1), random(2, 9, key_heads, 8, seed=2)
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()[None]
+    torch.testing.assert_close(attend(query, key, value, None), formula(query, key, value, causal))
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_masked_attention_equals_its_formula(key_heads):
+    query, key, value = random(2, 9, 4, 8), random(2, 9, key_heads, 8, seed=1), random(2, 9, key_heads, 8, seed=2)
+    documents_BT = torch.tensor([[0] * 4 + [1] * 5, [0] * 8 + [1]])
+    where = places(9, 8, 1e4, CPU, documents_BT)
+    torch.testing.assert_close(attend(query, key, value, where.visible_BTS), formula(query, key, value, where.visible_BTS))
+
+
+def test_mask_is_same_document_and_not_later():
+    documents_BT = torch.tensor([[5, 5, 2, 2]])
+    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert places(4, 8, 1e4, CPU, documents_BT).visible_BTS.int().tolist() == [expected]
+
+
+@pytest.mark.parametrize("split", [[9], [1] * 9, [4, 5], [3, 1, 5], [8, 1]], ids=str)
+def test_attention_in_pieces_through_the_cache_equals_attention_at_once(split):
+    query, key, value = random(2, 9, 4, 8), random(2, 9, 2, 8, seed=1), random(2, 9, 2, 8, seed=2)
+    whole = places(9, 8, 1e4, CPU)
+    expected = attend(rotate(query, whole), rotate(key, whole), value, None)
+    cache, got = KeyValueCache(layers=1, capacity=9), []
+    for length in split:
+        part = slice(cache.length, cache.length + length)
+        where = places(length, 8, 1e4, CPU, start=cache.length)
+        keys, values = cache.append(0, rotate(key[:, part], where), value[:, part])
+        got.append(attend(rotate(query[:, part], where), keys, values, where.visible_BTS))
+        cache.length += length
+    torch.testing.assert_close(torch.cat(got, 1), expected)
+
+
+def test_full_cache_refuses_more():
+    cache = KeyValueCache(layers=1, capacity=3)
+    with pytest.raises(ValueError, match="holds 3 tokens and 4 were given"):
+        cache.append(0, random(1, 4, 2, 8), random(1, 4, 2, 8))
+
+
+def test_rotation_is_multiplication_by_a_unit_complex_number():
+    x_BTHC = random(1, 50, 3, 8)
+    got = rotate(x_BTHC, places(50, 8, 500.0, CPU))
+    complex_BTHC = torch.complex(x_BTHC[..., :4].double(), x_BTHC[..., 4:].double())
+    angle_TC = torch.arange(50)[:, None].double() * 500.0 ** (-torch.arange(4).double() / 4)
+    turned = complex_BTHC * torch.polar(torch.ones_like(angle_TC), angle_TC)[:, None]
+    torch.testing.assert_close(got.double(), torch.cat((turned.real, turned.imag), -1), atol=1e-5, rtol=0)
+
+
+def test_scores_depend_on_the_distance_alone():
+    query, key = random(1, 1, 1, 16), random(1, 1, 1, 16, seed=1)
+
+    def score(at: int, other: int) -> float:
+        where = places(1, 16, 1e4, CPU, start=at), places(1, 16, 1e4, CPU, start=other)
+        return (rotate(query, where[0]) * rotate(key, where[1])).sum().item()
+
+    assert score(7, 3) == pytest.approx(score(1007, 1003), abs=1e-3)
+    assert abs(score(7, 3) - score(7, 4)) > 1e-2
+
+
+def test_places_stay_fp32_under_autocast_and_rotation_keeps_the_dtype():
+    with torch.autocast("cpu", torch.bfloat16):
+        where = places(4, 8, 1e4, CPU)
+        assert where.cos_TC.dtype == where.sin_TC.dtype == torch.float32
+        assert rotate(random(1, 4, 2, 8).bfloat16(), where).dtype == torch.bfloat16

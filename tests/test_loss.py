@@ -1,0 +1,171 @@
+"""The chunked loss equals the plain one: value, both gradients, any chunk; and what it must never do, it does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.model.loss import chunk_positions, chunk_step, cross_entropy_sum
+
+
+def inputs(positions: int = 50, rows: int = 128, width: int = 32, vocab_size: int = 97, ignored: float = 0.2, seed: int = 0):
+    draw = torch.Generator().manual_seed(seed)
+    hidden_ND = torch.randn(positions, width, generator=draw).requires_grad_()
+    weight_VD = torch.randn(rows, width, generator=draw).mul_(0.3).requires_grad_()
+    labels_N = torch.randint(0, vocab_size, (positions,), generator=draw)
+    labels_N[torch.rand(positions, generator=draw) < ignored] = -100
+    return hidden_ND, weight_VD, labels_N, vocab_size
+
+
+def plain(hidden_ND, weight_VD, labels_N, vocab_size):
+    return F.cross_entropy(F.linear(hidden_ND, weight_VD[:vocab_size]), labels_N, reduction="sum", ignore_index=-100)
+
+
+def gradients(loss_sum, *tensors):
+    return torch.autograd.grad(loss_sum, tensors)
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50, 1000])
+@pytest.mark.parametrize("vocab_size", [97, 128], ids=["padded", "whole"])
+def test_value_and_gradients_equal_plain_cross_entropy(chunk, vocab_size):
+    hidden_ND, weight_VD, labels_N, _ = inputs(vocab_size=vocab_size)
+    expected = plain(hidden_ND, weight_VD, labels_N, vocab_size)
+    got = cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size, chunk)
+    assert got.shape == () and got.dtype == torch.float32
+    assert got.item() == pytest.approx(expected.item(), rel=1e-6)
+    for ours, theirs in zip(gradients(got, hidden_ND, weight_VD), gradients(expected, hidden_ND, weight_VD), strict=True):
+        assert relative(ours, theirs) < 1e-6
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    positions=st.integers(1, 40), chunk=st.integers(1, 45), vocab_size=st.integers(2, 40), padding=st.integers(0, 9),
+    ignored=st.sampled_from([0.0, 0.5, 0.95]), size=st.sampled_from([1e-3, 1.0, 30.0]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_shape_equals_plain_cross_entropy(positions, chunk, vocab_size, padding, ignored, size, seed):
+    hidden_ND, weight_VD, labels_N, _ = inputs(positions, vocab_size + padding, 8, vocab_size, ignored, seed)
+    hidden_ND = (hidden_ND * size).detach().double().requires_grad_()  # fp64 truth for logits up to hundreds of nats
+    expected = plain(hidden_ND, weight_VD.double(), labels_N, vocab_size)
+    hidden32_ND = hidden_ND.detach().float().requires_grad_()
+    got = cross_entropy_sum(hidden32_ND, weight_VD, labels_N, vocab_size, chunk)
+    assert got.item() == pytest.approx(expected.item(), rel=2e-6, abs=1e-5 * size * positions)
+    ours, theirs = gradients(got, hidden32_ND)[0].double(), gradients(expected, hidden_ND)[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * max(1.0, size))
+
+
+def test_leading_dimensions_do_not_matter():
+    hidden_ND, weight_VD, labels_N, vocab_size = inputs()
+    flat = cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size, 16)
+    shaped = cross_entropy_sum(hidden_ND.view(5, 10, -1), weight_VD, labels_N.view(5, 10), vocab_size, 16)
+    assert flat.item() == shaped.item()
+
+
+def test_backward_scales_with_the_incoming_gradient():
+    hidden_ND, weight_VD, labels_N, vocab_size = inputs()
+    once = gradients(cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size), hidden_ND, weight_VD)
+    scaled = gradients(cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size) * 2 / 37, hidden_ND, weight_VD)
+    for one, other in zip(once, scaled, strict=True):
+        torch.testing.assert_close(other, one * 2 / 37)
+
+
+def test_all_labels_ignored_gives_zero_and_zero_gradients():
+    hidden_ND, weight_VD, labels_N, vocab_size = inputs(ignored=1.1)
+    loss_sum = cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size, 16)
+    assert loss_sum.item() == 0.0
+    assert not any(gradient.any() for gradient in gradients(loss_sum, hidden_ND, weight_VD))
+
+
+def test_one_ignored_position_changes_no_other():
+    hidden_ND, weight_VD, labels_N, vocab_size = inputs(ignored=0.0)
+    all_of_them = gradients(cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size, 16), hidden_ND)[0]
+    labels_N[20] = -100
+    without = gradients(cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size, 16), hidden_ND)[0]
+    assert not without[20].any()
+    assert torch.equal(without[torch.arange(50) != 20], all_of_them[torch.arange(50) != 20])
+
+
+def test_not_a_number_is_shown_not_hidden():
+    hidden_ND, weight_VD, labels_N, vocab_size = inputs(ignored=0.0)
+    with torch.no_grad():
+        hidden_ND[3] = torch.nan
+    loss_sum = cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size, 16)
+    assert loss_sum.isnan() and gradients(loss_sum, weight_VD)[0].isnan().any()
+
+
+def test_loss_beyond_the_range_of_exp_stays_exact():
+    hidden_ND, weight_VD, labels_N, vocab_size = inputs(ignored=0.0)
+    hidden_ND = (hidden_ND * 300).detach()
+    expected = plain(hidden_ND.double(), weight_VD.double(), labels_N, vocab_size)
+    assert expected > 50 * 200
+    assert cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size).item() == pytest.approx(expected.item(), rel=1e-6)
+    hidden_ND.requires_grad_()
+    assert cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_evaluation_gives_the_same_value_and_builds_no_gradient():
+    hidden_ND, weight_VD, labels_N, vocab_size = inputs()
+    training = cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size, 16)
+    asked = []
+
+    def step(*arguments):
+        asked.append(arguments[-1])
+        return chunk_step(*arguments)
+
+    with torch.no_grad():
+        evaluation = cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size, 16, step)
+    assert evaluation.item() == pytest.approx(training.item(), rel=1e-6)
+    assert not evaluation.requires_grad and asked == [False] * 4
+
+
+def test_never_more_than_a_chunk_of_logits_at_once():
+    hidden_ND, weight_VD, labels_N, vocab_size = inputs()
+    sizes = []
+
+    def step(inputs_nD, *rest):
+        sizes.append(len(inputs_nD))
+        return chunk_step(inputs_nD, *rest)
+
+    cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size, 16, step)
+    assert sizes == [16, 16, 16, 2]
+    assert chunk_positions("cuda", 50304) * 50304 * 4 < 1.5 * 2**30 and chunk_positions("cpu", 8192) == 512
+
+
+def test_a_second_backward_pass_raises_instead_of_scaling_twice():
+    hidden_ND, weight_VD, labels_N, vocab_size = inputs()
+    loss_sum = cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size)
+    (loss_sum * 2).backward(retain_graph=True)
+    with pytest.raises(RuntimeError):
+        (loss_sum * 2).backward()
+
+
+def test_autocast_runs_the_products_in_bf16_and_sums_in_fp32():
+    hidden_ND, weight_VD, labels_N, vocab_size = inputs(positions=400)
+    expected = gradients(plain(hidden_ND, weight_VD, labels_N, vocab_size), hidden_ND, weight_VD)
+    seen = []
+
+    def step(inputs_nD, matrix_VD, *rest):
+        seen.append((inputs_nD.dtype, matrix_VD.dtype))
+        return chunk_step(inputs_nD, matrix_VD, *rest)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        loss_sum = cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size, 10, step)
+    got = gradients(loss_sum, hidden_ND, weight_VD)
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.dtype == torch.float32 and relative(ours, theirs) < 5e-3
+
+
+@pytest.mark.parametrize("part", ["hidden", "weight"])
+def test_bf16_parameters_get_bf16_gradients(part):
+    hidden_ND, weight_VD, labels_N, vocab_size = inputs()
+    hidden_ND, weight_VD = (x.detach().bfloat16().requires_grad_() for x in (hidden_ND, weight_VD))
+    loss_sum = cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size, 16)
+    assert loss_sum.dtype == torch.float32
+    assert gradients(loss_sum, {"hidden": hidden_ND, "weight": weight_VD}[part])[0].dtype == torch.bfloat16
