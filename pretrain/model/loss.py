@@ -31,14 +31,18 @@ def cross_entropy_sum(
     are fp32. Gradients are made in the forward pass and freed by the first backward pass: there is no second one.
     """
     hidden_ND, labels_N = hidden_BTD.flatten(0, -2), labels_BT.flatten()
-    device = hidden_ND.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
     needs_gradient = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
-    chunk = chunk or chunk_positions(device, weight_VD.shape[0])
-    with torch.autocast(device, enabled=False):
-        return _ChunkedCrossEntropy.apply(
-            hidden_ND, weight_VD, labels_N, vocab_size, chunk, dtype, needs_gradient, step or chunk_step
-        )
+    chunk = chunk or chunk_positions(hidden_ND.device.type, weight_VD.shape[0])
+    return _ChunkedCrossEntropy.apply(
+        hidden_ND, weight_VD, labels_N, vocab_size, chunk, product_dtype(hidden_ND), needs_gradient, step or chunk_step
+    )
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product of x runs here: autocast's, else that of x."""
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def chunk_positions(device: str, rows: int) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pretrain.config import ModelConfig
 from pretrain.model.attention import KeyValueCache, Places, attend, places, rotate
 from pretrain.model.flops import vocabulary_rows
-from pretrain.model.loss import chunk_step, cross_entropy_sum
+from pretrain.model.loss import chunk_step, cross_entropy_sum, product_dtype
 
 
 class RMSNorm(nn.Module):
@@ -93,12 +93,11 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
-        hidden_BTD, device = self.embed_tokens(tokens_BT), tokens_BT.device
-        if torch.is_autocast_enabled(device.type):
-            # Else the sum of an fp32 embedding and bf16 branches keeps the whole residual stream in fp32: twice the traffic.
-            hidden_BTD = hidden_BTD.to(torch.get_autocast_dtype(device.type))
+        embedded_BTD = self.embed_tokens(tokens_BT)
+        # Autocast leaves an embedding in fp32, and fp32 + bf16 branches would keep the residual stream there: twice the traffic.
+        hidden_BTD = embedded_BTD.to(product_dtype(embedded_BTD))
         start = 0 if cache is None else cache.length
-        where = places(tokens_BT.shape[1], self.head_dim, self.rope_theta, device, documents_BT, start)
+        where = places(tokens_BT.shape[1], self.head_dim, self.rope_theta, tokens_BT.device, documents_BT, start)
         for block in self.layers:
             hidden_BTD = block(hidden_BTD, where, cache)
         if cache is not None:

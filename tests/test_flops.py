@@ -1,0 +1,110 @@
+"""Counts made from settings equal those of the built model; the table of peaks knows what it knows and nothing more."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain.config import ModelConfig, resolve_model
+from pretrain.model.flops import bytes_estimate, flops_per_token, num_parameters, peak_tflops, vocabulary_rows
+from pretrain.model.transformer import Transformer
+
+SHAPES = [
+    dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4),
+    dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, qk_norm=True, vocab_multiple=1),
+    dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=2, head_dim=32, tie_word_embeddings=True, intermediate_size=80),
+    dict(hidden_size=2048, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4, intermediate_size=5632),
+]
+
+
+def resolved(vocab_size: int = 97, **settings) -> ModelConfig:
+    return resolve_model(ModelConfig(**settings), vocab_size=vocab_size, sequence_length=32)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parameter_counts_equal_the_built_model(shape):
+    config = resolved(**shape)
+    with torch.device("meta"):
+        parameters = dict(Transformer(config).named_parameters())
+    counted = num_parameters(config)
+    assert counted.total == sum(p.numel() for p in parameters.values())
+    assert counted.embedding == parameters["model.embed_tokens.weight"].numel()
+    blocks = sum(p.numel() for name, p in parameters.items() if "_proj" in name)
+    assert counted.matmul == blocks + config.vocab_size * config.hidden_size
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_flops_equal_those_that_torch_counts_in_a_forward_pass(shape):
+    config = resolved(vocab_size=128, **shape)  # no padding rows: those are executed but not counted
+    length = 32
+    with torch.device("meta"):
+        model, tokens_BT = Transformer(config), torch.zeros(1, length, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(tokens_BT)
+    assert flops_per_token(config, length) == 3 * counter.get_total_flops() / length  # backward: twice the forward
+
+
+def test_causal_flops_halve_attention_alone():
+    config = resolved(**SHAPES[1])
+    full, causal = flops_per_token(config, 512), flops_per_token(config, 512, causal=True)
+    assert full - causal == 6 * 3 * 64 * 512
+    assert 2 * causal - full == 6 * num_parameters(config).matmul
+
+
+def test_known_model_tinyllama():
+    config = resolved(vocab_size=32000, **SHAPES[3])
+    assert num_parameters(config).total == 1_100_048_384
+    assert flops_per_token(config, 2048) == pytest.approx(7.31e9, rel=1e-3)
+    assert bytes_estimate(config).parameters == 4 * 1_100_048_384
+    assert sum(vars(bytes_estimate(config)).values()) == 16 * 1_100_048_384
+
+
+def test_vocabulary_rows_round_up():
+    assert [vocabulary_rows(resolved(vocab_size=v)) for v in (1, 64, 65, 50257)] == [64, 64, 128, 50304]
+    assert vocabulary_rows(resolved(vocab_size=97, vocab_multiple=1)) == 97
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA RTX A6000", 154.8),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 3090", 71),
+        ("NVIDIA GeForce RTX 3090 Ti", 80),
+        ("AMD Instinct MI300X", 1307),
+        # Not in the table: no peak is better than a wrong one.
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4080 SUPER", None),
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None),
+        ("NVIDIA GeForce RTX 2080 Ti", None),
+        ("Tesla T4", None),
+        ("Quadro RTX 6000", None),
+        ("cpu", None),
+        ("", None),
+    ],
+)
+def test_peak_of_a_device(name, expected):
+    assert peak_tflops(name) == expected
+
+
+@pytest.mark.parametrize("module", ["pretrain.model.flops", "pretrain.optim.schedule"])
+def test_no_torch_is_imported(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,67 @@
+"""Each parameter is updated once, by the rule that it should be, and the update is AdamW's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pretrain.config import ModelConfig, OptimizerConfig, resolve_model
+from pretrain.model.transformer import build
+from pretrain.optim.optimizer import build_optimizer
+
+
+def small_model(**settings):
+    config = ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, qk_norm=True, **settings)
+    return build(resolve_model(config, vocab_size=97, sequence_length=16), "cpu", seed=0)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_matrices_decay_and_norms_and_embeddings_do_not(tied):
+    model = small_model(tie_word_embeddings=tied)
+    optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.3))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decay) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        assert decay[id(parameter)] == (0.0 if "norm" in name or "embed" in name else 0.3), name
+
+
+def test_settings_reach_the_optimizer():
+    config = OptimizerConfig(lr=1e-3, betas=(0.8, 0.9), eps=1e-6)
+    optimizer = build_optimizer(small_model(), config)
+    for group in optimizer.param_groups:
+        assert (group["lr"], tuple(group["betas"]), group["eps"], group["fused"]) == (1e-3, (0.8, 0.9), 1e-6, True)
+
+
+def test_update_is_adamw_by_its_formula():
+    model, config = small_model(), OptimizerConfig(lr=1e-2, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.5)
+    optimizer = build_optimizer(model, config)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    draw = torch.Generator().manual_seed(0)
+    expected = {name: p.detach().double().clone() for name, p in model.named_parameters()}
+    moments = {name: (torch.zeros_like(x), torch.zeros_like(x)) for name, x in expected.items()}
+    for step, lr in enumerate([1e-2, 3e-3, 5e-4], start=1):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=draw)
+            gradient, (first, second), x = parameter.grad.double(), moments[name], expected[name]
+            first.mul_(0.8).add_(0.2 * gradient)
+            second.mul_(0.9).add_(0.1 * gradient**2)
+            x.mul_(1 - lr * decay[id(parameter)])
+            x.sub_(lr * (first / (1 - 0.8**step)) / ((second / (1 - 0.9**step)).sqrt() + 1e-6))
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach().double(), expected[name], atol=1e-6, rtol=1e-5)
+
+
+def test_training_a_tied_and_an_untied_model_learns_a_short_text_by_heart():
+    for tied in (False, True):
+        model = small_model(tie_word_embeddings=tied)
+        optimizer = build_optimizer(model, OptimizerConfig(lr=1e-2, weight_decay=0.0))
+        tokens_BT = torch.randint(0, 97, (2, 17), generator=torch.Generator().manual_seed(0))
+        for _ in range(60):
+            loss = model(tokens_BT[:, :-1], tokens_BT[:, 1:]) / 32
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert loss.item() < 0.1
