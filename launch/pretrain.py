@@ -1,0 +1,29 @@
+"""Trains a model: accelerate launch launch/pretrain.py --config configs/quickstart.yaml [--section.key value ...]
+
+Works the same under python (one process), torchrun and accelerate launch. --help lists every setting.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # else `import pretrain` would find this very file
+
+from pretrain.config import ConfigError, load
+
+
+def main() -> int:
+    """-> exit status: 0 done, 2 refused; all of them are in the README."""
+    try:
+        config = load(sys.argv[1:], world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    except ConfigError as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(error, file=sys.stderr)
+        return 2
+    from pretrain.train import train  # torch is imported here, after the settings are known to be right
+
+    return train(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

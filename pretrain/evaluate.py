@@ -1,0 +1,46 @@
+"""Validation on all ranks over a fixed set: the same number at every world size and micro-batch.
+
+Sums of nats over sums of labels, divided last; the last partial window and the last partial batch count like any other token.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pretrain.data.batches import ValidData
+from pretrain.report.metrics import bits_per_byte, perplexity
+from pretrain.runtime.engine import Engine
+
+
+def evaluate(engine: Engine, sets: list[ValidData], micro_batch_size: int, max_samples: int | None = None) -> dict[str, float]:
+    """val_loss (nats per token), val_perplexity, val_bits_per_byte over all sets, and val_loss/<name> where there are several.
+
+    A collective. `max_samples` are spread evenly over each set, so that the choice does not depend on ranks.
+    """
+    engine.model.eval()
+    totals = torch.stack([_loss_sum_and_labels(engine, data, micro_batch_size, max_samples) for data in sets])
+    engine.model.train()
+    sums = engine.all_reduce(totals).tolist()
+    loss_sum, labels = (sum(column) for column in zip(*sums, strict=True))
+    figures = {"val_loss": loss_sum / labels, "val_perplexity": perplexity(loss_sum / labels)}
+    if all(data.bytes_per_token for data in sets):
+        text_bytes = sum(count * data.bytes_per_token for data, (_, count) in zip(sets, sums, strict=True))
+        figures["val_bits_per_byte"] = bits_per_byte(loss_sum / labels, text_bytes / labels)
+    if len(sets) > 1:
+        figures |= {f"val_loss/{data.name}": nats / count for data, (nats, count) in zip(sets, sums, strict=True)}
+    return figures
+
+
+@torch.no_grad()
+def _loss_sum_and_labels(engine: Engine, data: ValidData, micro_batch_size: int, max_samples: int | None) -> torch.Tensor:
+    """[nats, labels] (2,) float64 of this rank's share."""
+    samples = data.num_samples if max_samples is None else min(max_samples, data.num_samples)
+    chosen = [i * data.num_samples // samples for i in range(samples)]
+    round_size = micro_batch_size * engine.world_size
+    chosen += [None] * (-samples % round_size)  # masked samples: all ranks run the same number of micro-batches
+    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    for first in range(engine.rank * micro_batch_size, len(chosen), round_size):
+        batch = data.take(chosen[first : first + micro_batch_size])
+        sums[0] += engine.forward(*engine.to_device(batch))
+        sums[1] += (batch.labels_BT != -100).sum().item()
+    return sums

@@ -1,0 +1,59 @@
+"""The numbers in words: what a loss means beside ln V and the entropies of the data. Knows numbers, not the run."""
+
+from __future__ import annotations
+
+import math
+
+LEGEND = """What the columns mean (more: docs/understanding_the_loss.md)
+  loss       nats per token of the training text since the last line, over all ranks and micro-batches; what is minimised
+  grad norm  length of the gradient before clipping; sudden jumps announce trouble
+  lr         learning rate of this step
+  tok/s      tokens learned from per second, all ranks together; validation and saving not counted
+  val loss   the same loss on text that is never trained on: the number to judge a model by"""
+
+
+def first_step(loss: float, vocab_size: int) -> str:
+    """The first loss beside that of a model that knows nothing."""
+    expected = math.log(vocab_size)
+    line = f"first loss {loss:.3f}; a model that knows nothing gives ln({vocab_size}) = {expected:.3f}"
+    if abs(loss / expected - 1) <= 0.03:
+        return f"{line}: as it should be"
+    ratio = loss / expected
+    return f"{line}: {ratio:.2f} times that. Suspect the initialisation, the vocabulary or the labels"
+
+
+def reference_lines(lines: dict[str, float]) -> list[str]:
+    """What a loss that stays at one of the data's own levels would mean. `lines`: nats by name, from the training data."""
+    meaning = {
+        "uniform": "ln(vocabulary): guessing. A loss that stays here: the labels carry no information",
+        "unigram": "knowing only how frequent each token is. A loss that stays here: the model ignores context",
+        "bigram": "knowing only the previous token. A loss that stays here: one token of context is used, not more",
+        "floor": "the least that any model can reach on this generated data: a loss that stays here has learned all there is",
+    }
+    known = [(name, nats) for name, nats in lines.items() if name in meaning]
+    return [f"  {nats:7.3f}  {meaning[name]}" for name, nats in known if not _repeats(name, nats, known)]
+
+
+def _repeats(name: str, nats: float, known: list[tuple[str, float]]) -> bool:
+    """Whether an entropy says no more than another line does (random data: all are ln V)."""
+    others = (value for other, value in known if other in ("uniform", "floor"))
+    return name in ("unigram", "bigram") and any(abs(nats - value) < 0.001 for value in others)
+
+
+def last_word(loss: float, val_loss: float | None, lines: dict[str, float]) -> str:
+    """One sentence on where a finished run stands."""
+    uniform = lines["uniform"]
+    judged, name = (loss, "training") if val_loss is None else (val_loss, "validation")
+    share = f"{name} loss {judged:.3f} nats per token = {judged / uniform:.0%} of ln(vocabulary) = {uniform:.3f}"
+    floor = lines.get("floor")
+    if floor is not None and judged < floor + 0.02 * max(1.0, floor):
+        if floor > 0.99 * uniform:
+            return f"{share}. This data is random: its tokens cannot be predicted, ln(vocabulary) is the floor, and staying there is right"
+        return f"{share}. The floor of this data is {floor:.3f}: the model has learned all there is to learn"
+    if judged > 0.97 * uniform:
+        return f"{share}. Nothing was learned: check the labels, the learning rate, and whether the data is random"
+    if "unigram" in lines and judged > 0.97 * lines["unigram"]:
+        return f"{share}. Little more than token frequencies ({lines['unigram']:.3f}) was learned: train longer or raise the learning rate"
+    if val_loss is not None and val_loss > 1.15 * loss:
+        return f"{share}, but the training loss is {loss:.3f}: the model is memorising; use more data, fewer epochs or a smaller model"
+    return f"{share}. The model predicts far better than token frequencies alone would"

@@ -1,0 +1,87 @@
+"""Sums kept on the device between two logging lines, reduced over ranks once, divided last.
+
+Definitions of all figures: docs/understanding_the_loss.md.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+_COUNTS = ("steps", "interval_tokens", "loss_tokens", "skipped_steps", "skipped_in_a_row")
+"""Whole numbers of an interval; the last one alone goes on over its end. loss_tokens: those of applied steps."""
+
+
+class Meter:
+    """What happened since the last logging line. `add` never waits for the device; `read` waits once."""
+
+    def __init__(self, device: torch.device, rank: int, world_size: int, state: dict | None = None):
+        """`state`: of a checkpoint, when it was saved in the middle of an interval."""
+        self.device, self.rank, self.world_size = device, rank, world_size
+        self.figures: dict[str, float] = {}
+        """What `read` returned last."""
+        state = state or {"loss_sums": [0.0], "counts": [0] * len(_COUNTS)}
+        sums = state["loss_sums"]
+        mine = sums[rank] if len(sums) == world_size else sum(sums) if rank == 0 else 0.0
+        self.loss_sum = torch.tensor(mine, dtype=torch.float64, device=device)  # nats, this rank, applied steps
+        self.counts = torch.tensor(state["counts"], device=device)  # of all ranks, equal on all
+
+    def add(self, loss_sum: Tensor, tokens: Tensor, grad_norm: Tensor, applied: Tensor) -> None:
+        """One step: nats of this rank (), valid tokens of all ranks (), gradient norm (), whether the update was applied ()."""
+        self.loss_sum += torch.where(applied, loss_sum, 0)
+        one = torch.ones_like(tokens)
+        self.counts += torch.stack([one, tokens, tokens * applied, one * ~applied, one])
+        self.counts[-1] *= ~applied
+        self.grad_norm = grad_norm
+
+    def read(self, all_reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Figures of the interval, equal on all ranks (a collective); then starts a new interval.
+
+        loss: nats per valid token over the applied steps, NaN if there were none. grad_norm: of the last step.
+        """
+        memory = self._slot(peak_memory_gib(self.device))
+        loss_sum, *memories = all_reduce(torch.cat([self.loss_sum[None], memory])).tolist()
+        self.figures = dict(zip(_COUNTS, self.counts.tolist(), strict=True))
+        loss_tokens = self.figures["loss_tokens"]
+        self.figures["loss"] = loss_sum / loss_tokens if loss_tokens else math.nan
+        self.figures["grad_norm"] = self.grad_norm.item()
+        self.figures["peak_memory_gib"] = max(memories)
+        self.loss_sum.zero_()
+        self.counts[:-1] = 0
+        return self.figures
+
+    def state(self, all_reduce: Callable[[Tensor], Tensor]) -> dict:
+        """The unfinished interval, for a checkpoint (a collective)."""
+        slots = self._slot(0.0)
+        slots[self.rank] = self.loss_sum
+        return {"loss_sums": all_reduce(slots).tolist(), "counts": self.counts.tolist()}
+
+    def _slot(self, value: float) -> Tensor:
+        """One place for each rank: summed over ranks, every rank sees all values."""
+        slots = torch.zeros(self.world_size, dtype=torch.float64, device=self.device)
+        slots[self.rank] = value
+        return slots
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory that tensors took on a GPU, or that the process took on a CPU, since the start."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """Bits that the model needs for a byte of UTF-8 text: comparable between tokenizers."""
+    return loss / math.log(2) / bytes_per_token

@@ -1,0 +1,470 @@
+"""The step, then the loop around it. The only file that knows all the rooms."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pretrain import config as settings
+from pretrain.config import Config, ConfigError, ModelConfig, Problem
+from pretrain.data.batches import Batch, TrainData, ValidData, open_train, open_valid
+from pretrain.data.indexed import DataError
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.evaluate import evaluate
+from pretrain.model import flops
+from pretrain.model.transformer import build
+from pretrain.optim.optimizer import build_optimizer
+from pretrain.optim.schedule import lr_at
+from pretrain.report import diagnose
+from pretrain.report.metrics import Meter, perplexity
+from pretrain.report.plot import plot_runs
+from pretrain.report.sinks import Sinks
+from pretrain.runtime import checkpoint as checkpoints
+from pretrain.runtime.checkpoint import Checkpoint, CheckpointError
+from pretrain.runtime.engine import Engine
+from pretrain.runtime.preemption import StopRequest, exit_status
+from pretrain.runtime.run_directory import Locked, RunDirectory
+from pretrain.schema import to_dict, to_yaml
+
+DONE, REFUSED, DIVERGED, LOCKED, STORAGE_FAILED = 0, 2, 70, 73, 74
+
+# ================================================================ the step
+
+
+class StepResult(NamedTuple):
+    """What one step did; the tensors stay on the device."""
+
+    loss_sum: Tensor
+    """(), float64: nats of this rank's valid tokens."""
+    tokens: Tensor
+    """(), int64: valid tokens of the global batch."""
+    grad_norm: Tensor
+    """(): norm of the full mean gradient before clipping."""
+    applied: Tensor
+    """(), bool: False where loss or gradient were not finite; weights and moments are then untouched."""
+    requests: Callable[[], list[int]]
+    """The ranks' requests, summed; already on their way to the host."""
+
+
+def train_step(engine: Engine, window: list[Batch], lr: float, requests: list[int]) -> StepResult:
+    """One optimizer update on this rank's micro-batches of the global batch. The host never waits for the device in here.
+
+    Every valid token (label != -100) of the global batch weighs the same: the gradient is that of
+
+        loss = sum over ranks and micro-batches of loss_sum / tokens
+
+    however the batch is split. `requests` (stop, save) are summed over ranks in the collective that counts the tokens.
+    """
+    counts = engine.all_reduce(_valid_tokens_and(requests, window, engine.device))
+    tokens, requested = counts[0], engine.copy_to_host(counts[1:])
+    loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
+    for i, batch in enumerate(window):
+        with engine.micro_batch(last=i == len(window) - 1):
+            nats = engine.forward(*batch)
+            # Engines average gradients over ranks: times world_size makes that the sum, over tokens makes it the mean.
+            # 0 x nats adds nothing to a finite loss; a loss that is not makes the gradient NaN, and so all ranks skip the step.
+            scale = engine.world_size / tokens.clamp(min=1) + 0 * nats.detach()
+            engine.backward(nats * scale)
+        loss_sum += nats.detach()
+    grad_norm, applied = engine.update(lr)
+    return StepResult(loss_sum, tokens, grad_norm, applied, requested)
+
+
+def _valid_tokens_and(requests: list[int], window: list[Batch], device: torch.device) -> Tensor:
+    valid = sum((batch.labels_BT != -100).sum() for batch in window)
+    return torch.cat([valid[None], torch.tensor(requests, device=device)])
+
+
+# ================================================================ a run and its parts
+
+
+@dataclass
+class Progress:
+    """Where a run stands; a checkpoint keeps all of it."""
+
+    step: int = 0
+    position: int = 0
+    """Samples consumed since the start."""
+    tokens: int = 0
+    """Valid tokens consumed since the start."""
+    skipped_steps: int = 0
+    train_seconds: float = 0.0
+    """Spent in steps that count, over all starts."""
+    started: float = 0.0
+    """When the run was first started, seconds since 1970."""
+    loss: float | None = None
+    """Of the newest logging line."""
+    val_loss: float | None = None
+    """Of the newest validation."""
+
+
+@dataclass
+class Run:
+    """The parts of a running job."""
+
+    config: Config
+    engine: Engine
+    model: ModelConfig
+    """Every null resolved."""
+    data: TrainData
+    valid: list[ValidData]
+    folder: Path
+    total_steps: int
+    progress: Progress
+    sinks: Sinks | None
+    """On rank 0."""
+
+    def say(self, text: str) -> None:
+        """A line for people, once."""
+        if self.sinks:
+            self.sinks.say(text)
+
+    def log(self, record: dict) -> None:
+        """A record for metrics.jsonl and its copies, once."""
+        if self.sinks:
+            self.sinks.log(record)
+
+
+def train(config: Config) -> int:
+    """Trains, or goes on training, as `config` says. Returns the exit status; on rank 0 the same stands in run_state.json."""
+    engine, directory = None, None
+    try:
+        engine = Engine(config.engine)
+        directory = _take_directory(config, engine)
+        status, reason, step = _train(config, engine, directory)
+    except (ConfigError, DataError, CheckpointError, PermissionError) as error:
+        status, reason, step = REFUSED, str(error), None
+    except Locked as error:
+        status, reason, step = LOCKED, str(error), None
+    except OSError as error:
+        status, reason, step = STORAGE_FAILED, str(error), None
+    except KeyboardInterrupt:
+        status, reason, step = exit_status([0, 1]), "interrupted", None
+    except BaseException as error:
+        if directory:
+            directory.write_state("failed", exit_status=1, reason=f"{type(error).__name__}: {error}")
+        raise
+    if directory:
+        directory.write_state("done" if status == DONE else "stopped", exit_status=status, step=step, reason=reason)
+    if reason and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(f"pretrain: {reason}", file=sys.stderr, flush=True)
+    if engine:
+        engine.close()
+    return status
+
+
+def _take_directory(config: Config, engine: Engine) -> RunDirectory | None:
+    """Rank 0 locks the run's folder. Raises Locked or OSError on every rank when it cannot."""
+    path, failure, directory = Path(config.run.directory) / config.run.name, None, None
+    if engine.rank == 0:
+        try:
+            directory = RunDirectory(path)
+            directory.write_state("running")
+        except (Locked, OSError) as error:
+            failure = error
+    if engine.broadcast(int(failure is not None)):
+        raise failure or Locked(f"{path}: rank 0 cannot use it")
+    return directory
+
+
+def _train(config: Config, engine: Engine, directory: RunDirectory | None) -> tuple[int, str, int]:
+    """-> (exit status, reason, last step)."""
+    tokenizer = Tokenizer.load(config.tokenizer.path) if config.tokenizer.path else None
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    opened = dict(seed=config.run.seed, vocab_size=vocab_size, tokenizer_fingerprint=tokenizer and tokenizer.fingerprint)
+    data, valid = open_train(config.data, **opened), open_valid(config.data, **opened)
+    model_config = settings.resolve_model(config.model, vocab_size=vocab_size, sequence_length=config.data.sequence_length)
+    model = build(model_config, engine.device, config.run.seed)
+    engine.prepare(model, build_optimizer(model, config.optimizer), config.optimizer.grad_clip)
+
+    folder = Path(config.run.directory) / config.run.name
+    found = _checkpoint_to_resume(config, engine, folder)
+    progress, state = Progress(started=time.time()), {}
+    if found:
+        state = found.state()
+        _refuse_another_run(config, model_config, data, state, found)
+        checkpoints.load(found, engine)
+        progress = Progress(**state["progress"])
+    if directory:
+        directory.write_text("config.yaml", to_yaml(config))
+
+    total_steps = _total_steps(config, data)
+    sinks = None
+    if engine.rank == 0:
+        sinks = Sinks(config.log, folder, name=config.run.name, settings=to_dict(config), total_steps=total_steps,
+                      resume_step=progress.step, wandb_id=state.get("wandb_id"))  # fmt: skip
+    run = Run(config, engine, model_config, data, valid, folder, total_steps, progress, sinks)
+    meter = Meter(engine.device, engine.rank, engine.world_size, state.get("meter"))
+    with sinks or contextlib.nullcontext():
+        _announce(run, found)
+        with StopRequest() as stop:
+            status, reason = _loop(run, meter, stop)
+        if status == DONE:
+            _finish(run)
+    return status, reason, progress.step
+
+
+def _loop(run: Run, meter: Meter, stop: StopRequest) -> tuple[int, str]:
+    """Steps until the end, a request to stop, or too many skipped steps. -> (exit status, reason)."""
+    config, engine, progress = run.config, run.engine, run.progress
+    clock, saved_at = Clock(), time.monotonic()
+    gc.collect()
+    gc.freeze()  # what exists now lives as long as the run: later collections need not look at it
+    with contextlib.closing(_windows(run)) as windows:
+        while progress.step < run.total_steps:
+            with clock.waiting():
+                window = next(windows)
+            step = progress.step + 1
+            lr = lr_at(step, config.schedule, config.optimizer.lr, run.total_steps)
+            save_wanted = engine.rank == 0 and 0 < 60 * config.checkpoint.every_minutes < time.monotonic() - saved_at
+            result = train_step(engine, window, lr, [*stop.flags, int(save_wanted)])
+            meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
+            progress.step, progress.position = step, progress.position + config.batch.global_batch_size
+            *stop_flags, save_due = result.requests()
+            last, status = step == run.total_steps, exit_status(stop_flags)
+            if step == 1 or last or _due(step, config.log.every_steps):
+                _log_step(run, meter, clock, lr)
+                if meter.figures["skipped_in_a_row"] >= config.train.max_skipped_steps:
+                    return DIVERGED, _diverged(run, meter)
+            if run.sinks:
+                run.sinks.progress(step)
+            with clock.paused():
+                val_loss = _evaluate(run) if last or _due(step, config.evaluate.every_steps) else None
+                if last or status or save_due or _due(step, config.checkpoint.every_steps):
+                    _save(run, meter, val_loss)
+                    saved_at = time.monotonic()
+            if status and not last:
+                return status, f"stopped by a signal after step {step}, which is saved; the same command goes on from there"
+    return DONE, ""
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _windows(run: Run) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of step after step, on the device; the next step's are read while this one's are used."""
+    engine, batch = run.engine, run.config.batch
+    per_rank = batch.global_batch_size // engine.world_size
+
+    def read(position: int) -> list[Batch]:
+        samples = run.data.take(position + engine.rank * per_rank, per_rank)
+        if engine.device.type == "cuda":
+            samples = Batch(*(tensor if tensor is None else tensor.pin_memory() for tensor in samples))
+        parts = (None if tensor is None else tensor.split(batch.micro_batch_size) for tensor in samples)
+        columns = [part or [None] * (per_rank // batch.micro_batch_size) for part in parts]
+        return [Batch(*tensors) for tensors in zip(*columns, strict=True)]
+
+    position = run.progress.position
+    with ThreadPoolExecutor(1, "data") as pool:
+        ahead = pool.submit(read, position)
+        while True:
+            window = ahead.result()
+            position += batch.global_batch_size
+            ahead = pool.submit(read, position)
+            yield [engine.to_device(micro_batch) for micro_batch in window]
+
+
+class Clock:
+    """Wall-clock seconds of an interval, without those in which the run evaluated or saved."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts a new interval."""
+        self.began, self.data_seconds, self.paused_seconds = time.monotonic(), 0.0, 0.0
+
+    @property
+    def train_seconds(self) -> float:
+        """Of this interval so far."""
+        return time.monotonic() - self.began - self.paused_seconds
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in here is waiting for data."""
+        began = time.monotonic()
+        yield
+        self.data_seconds += time.monotonic() - began
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in here is not training."""
+        began = time.monotonic()
+        yield
+        self.paused_seconds += time.monotonic() - began
+
+
+# ================================================================ beginning
+
+
+def _total_steps(config: Config, data: TrainData) -> int:
+    batch, train = config.batch.global_batch_size, config.train
+    if train.max_steps is not None:
+        return train.max_steps
+    samples = train.epochs * data.samples_per_epoch if train.epochs else train.max_tokens / config.data.sequence_length
+    return math.ceil(samples / batch)
+
+
+def _checkpoint_to_resume(config: Config, engine: Engine, folder: Path) -> Checkpoint | None:
+    """What `checkpoint.resume` means here. Raises ConfigError, CheckpointError."""
+    wish, saved = config.checkpoint.resume, folder / "checkpoints"
+    if wish == "auto":
+        return checkpoints.newest_valid(saved, engine)
+    if wish == "never":
+        if checkpoints.checkpoints(saved):
+            raise ConfigError([Problem("checkpoint.resume", f"is never, but {saved} has checkpoints; use auto, or another run.name")])
+        return None
+    chosen = Checkpoint(Path(wish))
+    if damage := chosen.damage():
+        raise CheckpointError(damage)
+    return chosen
+
+
+def _refuse_another_run(config: Config, model: ModelConfig, data: TrainData, state: dict, found: Checkpoint) -> None:
+    """Raises ConfigError when these settings or this data are not those of the checkpoint."""
+    old, new = state["settings"] | {"model": state["model"]}, to_dict(config) | {"model": asdict(model)}
+    problems = settings.check_resume(old, new, config.checkpoint.allow_changes, str(found.path))
+    if state["data"] != data.fingerprint:
+        problems.append(Problem("data", "the training data, its order or its weights are not those of the checkpoint; "
+                                "restore the files, or start another run with another run.name", str(found.path)))  # fmt: skip
+    if problems:
+        raise ConfigError(problems)
+
+
+def _announce(run: Run, found: Checkpoint | None) -> None:
+    """What will be done, in arithmetic that a reader can check, and what the numbers will mean."""
+    config, engine, batch = run.config, run.engine, run.config.batch
+    length, ranks = config.data.sequence_length, engine.world_size
+    accumulation = settings.accumulation(batch, ranks)
+    counts = flops.num_parameters(run.model)
+    tokens_per_step = batch.global_batch_size * length
+    schedule, peak = config.schedule, config.optimizer.lr
+    lines = [
+        f"run        {run.folder}" + (f", going on after step {run.progress.step:,}" if found else ""),
+        f"model      {counts.total:,} parameters, vocabulary {run.model.vocab_size:,}, initial weights from seed {config.run.seed}",
+        f"engine     {config.engine.name}, {ranks} process{'es' if ranks > 1 else ''} on {engine.device_name}, {engine.precision}",
+        f"batch      {batch.global_batch_size} sequences a step = ranks {ranks} x micro-batch {batch.micro_batch_size} x accumulation {accumulation}; "
+        f"times {length} tokens = {tokens_per_step:,} tokens a step",
+        f"length     {run.total_steps:,} steps = {run.total_steps * tokens_per_step:,} tokens = "
+        f"{run.total_steps * batch.global_batch_size / run.data.samples_per_epoch:.2f} epochs, "
+        f"{run.total_steps * tokens_per_step / counts.total:.1f} tokens per parameter",
+        f"lr         {schedule.name}: step 1 {lr_at(1, schedule, peak, run.total_steps):.2e}, peak {peak:.2e} at step "
+        f"{max(1, schedule.warmup_steps)}, last step {lr_at(run.total_steps, schedule, peak, run.total_steps):.2e}",
+        *(f"data       {line}" for line in run.data.description()),
+        "levels of the loss, in nats per token, that this data has:",
+        *diagnose.reference_lines(run.data.reference_lines),
+        diagnose.LEGEND,
+    ]
+    for line in lines:
+        run.say(line)
+    if engine.precision == "bf16" and engine.device.type == "cpu":
+        run.say("bf16 on a CPU is emulated, about 25 times slower than fp32; set engine.precision to fp32 unless you test just that")
+    if not found:
+        start = {"step": 0, "reference_lines": run.data.reference_lines, "parameters": counts.total, "world_size": ranks}
+        run.log(start | {"tokens_per_step": tokens_per_step, "data": run.data.fingerprint})
+
+
+# ================================================================ now and then
+
+
+def _log_step(run: Run, meter: Meter, clock: Clock, lr: float) -> None:
+    """One line; a collective."""
+    progress, engine, figures = run.progress, run.engine, meter.read(run.engine.all_reduce)
+    seconds, steps = clock.train_seconds, max(1, figures["steps"])
+    progress.tokens += figures["interval_tokens"]
+    progress.skipped_steps += figures["skipped_steps"]
+    progress.train_seconds += seconds
+    progress.loss = figures["loss"] if math.isfinite(figures["loss"]) else None
+    rate = figures["interval_tokens"] / seconds
+    record = {
+        "step": progress.step,
+        "loss": figures["loss"],
+        "perplexity": perplexity(figures["loss"]),
+        "grad_norm": figures["grad_norm"],
+        "lr": lr,
+        "tokens": progress.tokens,
+        "epoch": progress.position / run.data.samples_per_epoch,
+        "tokens_per_second": rate,
+        "data_seconds": clock.data_seconds,
+        "peak_memory_gib": figures["peak_memory_gib"],
+        "skipped_steps": progress.skipped_steps,
+        "eta_seconds": (run.total_steps - progress.step) * seconds / steps,
+        "goodput": progress.train_seconds / max(progress.train_seconds, time.time() - progress.started),
+        "train_hours": progress.train_seconds / 3600,
+    }
+    peak = run.config.log.peak_tflops or flops.peak_tflops(engine.device_name)
+    if peak:
+        for name, causal in (("mfu", False), ("mfu_causal", True)):
+            per_token = flops.flops_per_token(run.model, run.config.data.sequence_length, causal=causal)
+            record[name] = per_token * rate / (engine.world_size * peak * 1e12)
+    run.log(record)
+    if progress.step == 1:
+        run.say(diagnose.first_step(figures["loss"], run.model.vocab_size))
+    clock.restart()
+
+
+def _diverged(run: Run, meter: Meter) -> str:
+    batch, step = run.config.batch.global_batch_size, run.progress.step
+    first = run.progress.position - meter.figures["skipped_in_a_row"] * batch
+    return (
+        f"diverged: the loss or gradient was not finite in the last {meter.figures['skipped_in_a_row']} steps up to step {step} "
+        f"(samples {first} to {run.progress.position - 1}). The last checkpoint is from before; go on from it with a lower optimizer.lr"
+    )
+
+
+def _evaluate(run: Run) -> float | None:
+    """Validation, logged; a collective. -> val_loss, if there is validation data."""
+    if not run.valid:
+        return None
+    config = run.config
+    limit = config.evaluate.max_batches
+    samples = None if limit is None else limit * config.batch.global_batch_size
+    figures = evaluate(run.engine, run.valid, config.batch.micro_batch_size, samples)
+    run.log({"step": run.progress.step, "tokens": run.progress.tokens, **figures})
+    run.progress.val_loss = figures["val_loss"]
+    return figures["val_loss"]
+
+
+def _save(run: Run, meter: Meter, val_loss: float | None) -> None:
+    """A durable checkpoint, and only then the removal of older ones; a collective."""
+    config, engine, folder = run.config, run.engine, run.folder / "checkpoints"
+    state = {
+        "progress": asdict(run.progress),
+        "meter": meter.state(engine.all_reduce),
+        "model": asdict(run.model),
+        "settings": to_dict(config),
+        "data": run.data.fingerprint,
+        "val_loss": val_loss,
+        "wandb_id": run.sinks.wandb_id if run.sinks else None,
+    }
+    saved = checkpoints.save(folder, run.progress.step, engine, state)
+    if engine.rank == 0:
+        everything = checkpoints.checkpoints(folder)
+        best = sorted((c for c in everything if c.state()["val_loss"] is not None), key=lambda c: checkpoints.best_key(c.state()))
+        keep = {c.step for c in everything[: config.checkpoint.keep_last]} | {c.step for c in best[: config.checkpoint.keep_best]}
+        checkpoints.prune(folder, keep)
+    run.say(f"saved {saved.path}")
+
+
+def _finish(run: Run) -> None:
+    """The picture and the verdict."""
+    if not run.sinks:
+        return
+    plot_runs([run.folder], run.folder / "plots" / "loss.png")
+    run.sinks.image("loss", run.folder / "plots" / "loss.png")
+    run.say(f"curve      {run.folder / 'plots' / 'loss.png'}")
+    if run.progress.loss is not None:
+        run.say(f"result     {diagnose.last_word(run.progress.loss, run.progress.val_loss, run.data.reference_lines)}")

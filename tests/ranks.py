@@ -1,0 +1,66 @@
+"""Runs a function on several real gloo ranks: `run_ranks(2, function, *args)`.
+
+The ranks come from a fork server that has imported torch already, so a start takes about a second. `function` must be importable
+(a module's own function) and its result picklable. An exception on any rank is raised here.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "accelerate", "pretrain.train"])
+
+
+def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 120) -> list[Any]:
+    """`function(*args)` on `world_size` processes with the variables that torchrun sets; results in the order of ranks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pipes, processes = [], []
+    for rank in range(world_size):
+        receiver, sender = _CONTEXT.Pipe(duplex=False)
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        process = _CONTEXT.Process(target=_entry, args=(sender, variables if world_size > 1 else {}, function, args), daemon=True)
+        process.start()
+        sender.close()
+        pipes.append(receiver)
+        processes.append(process)
+    try:
+        results = [_receive(pipe, rank, timeout) for rank, pipe in enumerate(pipes)]
+    finally:
+        for process in processes:
+            process.join(timeout=10)
+            process.kill()
+    return results
+
+
+def _receive(pipe, rank: int, timeout: float) -> Any:
+    if not pipe.poll(timeout):
+        raise TimeoutError(f"rank {rank} said nothing for {timeout} s")
+    try:
+        failure, result = pipe.recv()
+    except EOFError:
+        raise RuntimeError(f"rank {rank} died") from None
+    if failure:
+        raise RuntimeError(f"rank {rank} failed:\n{failure}")
+    return result
+
+
+def _entry(sender, variables: dict, function: Callable, args: tuple) -> None:
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        result = None, function(*args)
+    except BaseException:
+        result = traceback.format_exc(), None
+    sender.send(result)
+    sender.close()

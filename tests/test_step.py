@@ -1,0 +1,183 @@
+"""The number shown is the number minimised, however a global batch is split over ranks and micro-batches."""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pretrain import train
+from pretrain.config import EngineConfig, ModelConfig, OptimizerConfig, resolve_model
+from pretrain.data.batches import Batch
+from pretrain.model.transformer import build
+from pretrain.optim.optimizer import build_optimizer
+from pretrain.report import metrics
+from pretrain.runtime.engine import Engine
+from tests.ranks import run_ranks
+
+SEQUENCES, LENGTH, VOCAB, STEPS, LR, CLIP = 8, 24, 97, 5, 1e-3, 0.5
+MODEL = resolve_model(
+    ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, qk_norm=True),
+    vocab_size=VOCAB,
+    sequence_length=LENGTH,
+)
+SPLITS = [(1, 8, 1), (1, 2, 4), (1, 1, 8), (2, 2, 2), (2, 1, 4), (4, 1, 2)]
+
+# name: (function, what stands there, what the bug writes)
+MUTANTS = {
+    "divided by accumulation twice": (train.train_step, "engine.world_size / tokens", "engine.world_size / len(window) / tokens"),
+    "not divided by accumulation": (
+        train.train_step,
+        "engine.world_size / tokens.clamp(min=1)",
+        "1 / (batch.labels_BT != -100).sum().clamp(min=1)",
+    ),
+    "last micro-batch only": (train.train_step, "loss_sum += nats.detach()", "loss_sum = nats.detach().double()"),
+    "rank 0 only": (metrics.Meter.read, "all_reduce(torch.cat([self.loss_sum[None], memory]))", "torch.cat([self.loss_sum[None], memory])"),
+    "mean of means": (
+        train.train_step,
+        "engine.world_size / tokens.clamp(min=1)",
+        "1 / (batch.labels_BT != -100).sum().clamp(min=1) / len(window)",
+    ),
+}  # fmt: skip
+
+
+def global_batch(step: int) -> Batch:
+    """Sequences with 3 to 90 % valid labels; one has none at all."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    tokens_BT = torch.randint(0, VOCAB, (SEQUENCES, LENGTH), generator=generator)
+    labels_BT = torch.randint(0, VOCAB, (SEQUENCES, LENGTH), generator=generator)
+    share_B1 = torch.tensor([0.9, 0.1, 0.5, 0.03, 0.7, 0.0, 0.3, 0.2]).roll(step)[:, None]
+    valid_BT = torch.rand(SEQUENCES, LENGTH, generator=generator) < share_B1
+    return Batch(tokens_BT, torch.where(valid_BT, labels_BT, -100), None)
+
+
+def plain_run(optimizer_name: str):
+    """The reference: one process, the whole batch, PyTorch's own loss, no code of the step, the engine or the meter."""
+    model = build(MODEL, "cpu", seed=0)
+    optimizer = make_optimizer(model, optimizer_name)
+    shown = []
+    for step in range(STEPS):
+        batch = global_batch(step)
+        loss = F.cross_entropy(model(batch.tokens_BT).flatten(0, 1), batch.labels_BT.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        shown.append((loss.item(), norm.item()))
+    return shown, {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def make_optimizer(model, name: str):
+    if name == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=optimizer_lr(name), momentum=0.9, fused=True)
+    return build_optimizer(model, OptimizerConfig(lr=optimizer_lr(name)))
+
+
+def optimizer_lr(name: str) -> float:
+    return 10 * LR if name == "sgd" else LR
+
+
+def mutate(mutant: str | None):
+    """(train_step, Meter.read) with one bug planted into their source; without one, as they are."""
+    functions = {function: function for function in (train.train_step, metrics.Meter.read)}
+    if mutant:
+        function, old, new = MUTANTS[mutant]
+        source = inspect.cleandoc("\n" + inspect.getsource(function))
+        assert old in source, f"the mutant '{mutant}' no longer fits the code"
+        space = dict(function.__globals__)
+        exec(source.replace(old, new), space)
+        functions[function] = space[function.__name__]
+    return functions.values()
+
+
+def run_split(micro_batch: int, optimizer_name: str, mutants: list[str | None]):
+    """On each rank: for every mutant (None: the true code) what was shown in each step, and the weights at the end."""
+    engine, results = Engine(EngineConfig()), {}
+    per_rank = SEQUENCES // engine.world_size
+    for mutant in mutants:
+        step_function, read = mutate(mutant)
+        model = build(MODEL, engine.device, seed=0)
+        engine.prepare(model, make_optimizer(model, optimizer_name), CLIP)
+        meter, shown = metrics.Meter(engine.device, engine.rank, engine.world_size), []
+        for step in range(STEPS):
+            mine = [tensor[engine.rank * per_rank :][:per_rank].split(micro_batch) for tensor in global_batch(step)[:2]]
+            lr = optimizer_lr(optimizer_name)
+            result = step_function(engine, [Batch(*tensors, None) for tensors in zip(*mine, strict=True)], lr, [0])
+            meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
+            figures = read(meter, engine.all_reduce)
+            shown.append((figures["loss"], figures["grad_norm"]))
+        results[mutant] = shown, {name: parameter.detach().clone().numpy() for name, parameter in model.named_parameters()}
+    engine.close()
+    return results
+
+
+def differences(found, expected) -> tuple[float, float, float]:
+    """Largest relative difference in loss and norm, largest absolute one in weights."""
+    (shown, weights), (true_shown, true_weights) = found, expected
+    loss, norm = (max(abs(a[i] / b[i] - 1) for a, b in zip(shown, true_shown, strict=True)) for i in (0, 1))
+    weight = max((torch.as_tensor(weights[name]) - true_weights[name]).abs().max().item() for name in true_weights)
+    return loss, norm, weight
+
+
+@pytest.mark.parametrize("optimizer_name", ["sgd", "adamw"])
+@pytest.mark.parametrize(("ranks", "micro_batch", "accumulation"), SPLITS)
+def test_loss_norm_and_weights_equal_one_process_on_the_whole_batch(ranks, micro_batch, accumulation, optimizer_name):
+    assert ranks * micro_batch * accumulation == SEQUENCES
+    expected = plain_run(optimizer_name)
+    for results in run_ranks(ranks, run_split, micro_batch, optimizer_name, [None]):
+        loss, norm, weight = differences(results[None], expected)
+        print(f"{ranks} x {micro_batch} x {accumulation} {optimizer_name}: loss {loss:.1e}, norm {norm:.1e}, weights {weight:.1e}")
+        assert loss < 1e-6 and norm < 1e-6 and weight < 1e-6
+
+
+def test_each_planted_bug_is_seen():
+    expected = plain_run("sgd")
+    results = run_ranks(2, run_split, 2, "sgd", [None, *MUTANTS])[0]
+    assert differences(results[None], expected)[0] < 1e-6
+    for mutant in MUTANTS:
+        loss, norm, weight = differences(results[mutant], expected)
+        print(f"{mutant}: loss {loss:.1e}, norm {norm:.1e}, weights {weight:.1e}")
+        assert max(loss, norm, weight) > 1e-2, mutant
+
+
+def test_the_step_draws_no_random_numbers():
+    """So a checkpoint needs no random state, and resuming on other ranks cannot lose any."""
+    engine = Engine(EngineConfig())
+    model = build(MODEL, "cpu", seed=0)
+    engine.prepare(model, make_optimizer(model, "adamw"), CLIP)
+    before = torch.get_rng_state()
+    train.train_step(engine, [global_batch(0)], LR, [0])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def poisoned_step(poison: str):
+    """Three steps; in the second, rank 1's loss or one gradient is not finite. -> weights, moments and updates after each."""
+    engine = Engine(EngineConfig())
+    model = build(MODEL, "cpu", seed=0)
+    engine.prepare(model, make_optimizer(model, "adamw"), CLIP)
+    forward, trace = engine.forward, []
+    meter = metrics.Meter(engine.device, engine.rank, engine.world_size)
+    for step in range(3):
+        bad = step == 1 and engine.rank == engine.world_size - 1
+        factor = {"nan": math.nan, "inf": math.inf}.get(poison, 1.0) if bad else 1.0
+        engine.forward = lambda *batch, factor=factor: forward(*batch) * factor
+        if poison == "loss only" and bad:
+            engine.forward = lambda *batch: forward(*batch) + math.inf
+        result = train.train_step(engine, [global_batch(step)], LR, [0])
+        meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
+        figures = meter.read(engine.all_reduce)
+        state = torch.cat([shard.piece.flatten() for shard in engine.shards(saving=False)])
+        trace.append((state.clone().numpy(), engine.updates, figures["skipped_steps"], figures["skipped_in_a_row"], figures["loss"]))
+    engine.close()
+    return trace
+
+
+@pytest.mark.parametrize("poison", ["nan", "inf", "loss only"])
+def test_a_non_finite_loss_on_one_rank_leaves_all_ranks_untouched_and_is_counted(poison):
+    for trace in run_ranks(2, poisoned_step, poison):
+        (first, *_), (second, updates, skipped, in_a_row, loss), (third, later, _, ended, _) = trace
+        assert (first == second).all() and (updates, skipped, in_a_row) == (1, 1, 1) and math.isnan(loss)
+        assert not (second == third).all() and (later, ended) == (2, 0) and bool(abs(third).max() < 1e3)
