@@ -196,21 +196,8 @@ class TokenFile:
         starts, lengths = np.asarray(starts, dtype=np.int64), np.asarray(lengths, dtype=np.int64)
         if starts.size and (starts.min() < 0 or lengths.min() < 0 or (starts + lengths).max() > self.num_tokens):
             raise IndexError(f"{self.bin_path}: range outside of its {self.num_tokens:,} tokens")
-        descriptor, width = self._file.fileno(), self.dtype.itemsize
-        ranges = list(zip((starts * width + self._offset).tolist(), (lengths * width).tolist(), strict=True))
-        if hasattr(os, "posix_fadvise") and len(ranges) > 1:  # all reads in flight before the first is waited for
-            for offset, size in ranges:
-                os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
-        tokens = np.empty(int(lengths.sum()), dtype=self.dtype)
-        buffer, filled = memoryview(tokens).cast("B"), 0
-        for offset, size in ranges:
-            end = filled + size
-            while filled < end:
-                got = os.preadv(descriptor, [buffer[filled:end]], offset)
-                if got == 0:
-                    raise OSError(errno.EIO, f"ends at byte {offset:,}: cut short while in use", str(self.bin_path))
-                filled, offset = filled + got, offset + got
-        return tokens
+        width = self.dtype.itemsize
+        return read_ranges(self._file, starts * width + self._offset, lengths * width).view(self.dtype)
 
     def document_start(self, i: int) -> int:
         """Number of the first token of document `i`; of the end, for i = num_documents. Only for pairs."""
@@ -284,6 +271,25 @@ class TokenFile:
             self.verify_block(i)
 
 
+def read_ranges(file, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Bytes [offset, offset + size) of all the ranges, back to back, uint8. Raises OSError when the file ends before."""
+    descriptor = file.fileno()
+    ranges = list(zip(offsets.tolist(), sizes.tolist(), strict=True))
+    if hasattr(os, "posix_fadvise") and len(ranges) > 1:  # all reads are in flight before the first is waited for
+        for offset, size in ranges:
+            os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+    data = np.empty(int(sizes.sum()), dtype=np.uint8)
+    buffer, filled = memoryview(data), 0
+    for offset, size in ranges:
+        end = filled + size
+        while filled < end:
+            got = os.preadv(descriptor, [buffer[filled:end]], offset)
+            if got == 0:
+                raise OSError(errno.EIO, f"ends at byte {offset:,}: cut short while in use", str(file.name))
+            filled, offset = filled + got, offset + got
+    return data
+
+
 def _resolve(path: str) -> tuple[str, Path, Path | None]:
     """(name, .bin, .idx) of a prefix, or (name, .bin, None) of a flat file."""
     if path.endswith(".bin") and os.path.isfile(path) and not any(os.path.exists(path[:-4] + end) for end in (".idx", ".json")):
@@ -341,7 +347,7 @@ class TokenWriter:
         )
         self._dtype = token_dtype(vocab_size)
         self._counts_V = np.zeros(vocab_size, dtype=np.int64)
-        self._num_documents = self._utf8_bytes = 0
+        self.num_documents = self._utf8_bytes = 0
         self._blocks: list[str] = []
         self._block, self._block_filled = xxhash.xxh3_128(), 0
 
@@ -366,7 +372,7 @@ class TokenWriter:
         if lengths.size and lengths.max() >= 2**31:
             raise DataError(f"{self._paths[1]}: a document of {lengths.max():,} tokens; less than 2^31 are allowed, split it")
         self._counts_V += np.bincount(tokens, minlength=vocab_size)
-        self._num_documents += len(lengths)
+        self.num_documents += len(lengths)
         self._utf8_bytes += utf8_bytes
         self._lengths.write(lengths.astype("<i4").tobytes())
         data = memoryview(np.ascontiguousarray(tokens, dtype=self._dtype)).cast("B")
@@ -385,8 +391,8 @@ class TokenWriter:
 
     def finish(self, corpus: dict) -> Seal:
         """Sync and rename the files; returns their seal. `corpus` describes the text: inputs, sha256."""
-        if not 0 < self._num_documents < 2**31:
-            raise DataError(f"{self._paths[1]}: {self._num_documents:,} documents given; 1 to 2^31 - 1 are allowed")
+        if not 0 < self.num_documents < 2**31:
+            raise DataError(f"{self._paths[1]}: {self.num_documents:,} documents given; 1 to 2^31 - 1 are allowed")
         if self._block_filled:
             self._close_block()
         self._bin.flush()
@@ -396,7 +402,7 @@ class TokenWriter:
             **self._about,
             dtype=self._dtype.name,
             num_tokens=num_tokens,
-            num_documents=self._num_documents,
+            num_documents=self.num_documents,
             max_id=int(np.flatnonzero(counts_V)[-1]),
             utf8_bytes=self._utf8_bytes,
             unigram_entropy_nats=unigram_entropy(counts_V),
@@ -429,7 +435,7 @@ class TokenWriter:
 
     def _write_index(self) -> str:
         """Write the temporary .idx in blocks, one sequence per document; returns its checksum."""
-        digest, block, n = xxhash.xxh3_128(), 1 << 20, self._num_documents
+        digest, block, n = xxhash.xxh3_128(), 1 << 20, self.num_documents
         code = {"<u2": 8, "<i4": 4}[self._dtype.str]
         with open(self._temporary[2], "wb") as file:
 

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from .indexed import DataError
@@ -126,7 +126,7 @@ class _HuggingFace(Tokenizer):
         self.end_of_document_id, self.bos_id = special["eos_token"], special["bos_token"]
         if self.end_of_document_id is None:
             raise DataError(
-                f"{folder}: names no eos_token in tokenizer_config.json, so nothing can separate documents; add it and save again"
+                f"{folder}: tokenizer_config.json names no eos_token, so nothing can end a document; add it and save again"
             )
         self.fingerprint = _fingerprint([json.loads(self._model.to_str()), self.end_of_document_id])
 
@@ -155,12 +155,19 @@ def _cut(text: str, length: int = 2000) -> Iterator[str]:
     yield text[start:]
 
 
-def train(texts: Iterable[str], folder: str | Path, *, vocab_size: int, corpus: dict, num_threads: int = 1) -> Tokenizer:
+def chunks(text: str) -> list[str]:
+    """`text` in pieces of whole lines of at least 2000 characters where possible, of at most 10,000: what training sees."""
+    return _CHUNK.findall(text)
+
+
+def train(
+    texts: Iterable[str], folder: str | Path, *, vocab_size: int, describe: Callable[[], dict], num_threads: int = 1
+) -> Tokenizer:
     """Train a byte-pair encoding on `texts` and write it to the new folder `folder`.
 
     Written: tokenizer.model (SentencePiece), tokenizer.json and tokenizer_config.json (Hugging Face, the same ids), and
-    tokenizer_info.json with the fingerprint and `corpus`, the description of the text. Raises DataError when the folder is in
-    use or the text is too small for `vocab_size`.
+    tokenizer_info.json with the fingerprint and the result of `describe`, the description of the text, called after the last
+    text was taken. Raises DataError when the folder is in use or the text is too small for `vocab_size`.
 
     Byte fallback and the identity normaliser make it lossless; digits stand alone; runs of spaces and line ends may merge,
     which is what makes code short (3.3 bytes per token instead of 3.1 with training on single lines).
@@ -173,7 +180,7 @@ def train(texts: Iterable[str], folder: str | Path, *, vocab_size: int, corpus: 
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=(chunk for text in texts for chunk in _CHUNK.findall(text)),
+            sentence_iterator=(chunk for text in texts for chunk in chunks(text)),
             model_writer=model,
             model_type="bpe",  # unigram takes 20 times as long to train and does not convert to Hugging Face with equal ids
             vocab_size=vocab_size,
@@ -206,7 +213,7 @@ def train(texts: Iterable[str], folder: str | Path, *, vocab_size: int, corpus: 
         "fingerprint": _fingerprint(_pieces(processor)),
         "vocab_size": processor.vocab_size(),
         "model_type": "bpe",
-        "corpus": corpus,
+        "corpus": describe(),
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

@@ -1,0 +1,321 @@
+"""Documents of raw text, one after the other, from files, the `datasets` hub, or the Python standard library. No torch.
+
+    .txt       one document per file, or split at blank lines or at a separator; bytes that are not UTF-8 become U+FFFD, counted
+    .jsonl     one object per line, its text under a key
+    .parquet   one document per row, its text in a column
+    stdlib     the interpreter's own modules and language reference: 8 MB of real text on every machine, without a network
+
+.txt and .jsonl may be compressed (.gz, .zst). Text is passed on as it is: no stripping, no change of line ends (but the
+parts of a split file lose the line ends around them). It knows nothing of tokens.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import gzip
+import hashlib
+import io
+import json
+import os
+import sys
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from .indexed import DataError
+
+STDLIB = "stdlib"
+_FORMATS = (".txt", ".jsonl", ".parquet")
+_COMPRESSIONS = (".gz", ".zst")
+_BATCH_ROWS = 1000
+# Tests, generated tables and vendored copies are repetitive, and distributors remove some of them.
+_STDLIB_FOLDERS_LEFT_OUT = (
+    *("__pycache__", "site-packages", "dist-packages", "lib-dynload", "config-*"),
+    *("test", "tests", "idle_test", "lib2to3", "idlelib", "turtledemo", "ensurepip"),
+    *("encodings", "pydoc_data", "tkinter", "distutils", "msilib", "curses"),
+)
+_STDLIB_FILES_LEFT_OUT = ("_sysconfigdata*", "sitecustomize.py", "usercustomize.py")
+
+
+class Corpus:
+    """A source of documents, with counts of what was read so far.
+
+    `inputs`: files, folders (searched for known formats, in sorted order), or "stdlib". `text_key`: key or column of the text.
+    `split`: "file" (a .txt is one document), "blank-line", or a separator such as "<|endoftext|>".
+    `on_bad_line`: "error" raises DataError at a line or row without usable text, "skip" counts it in `bad_lines`.
+
+    Counts: `num_documents`, `utf8_bytes`, `bad_lines`, `empty_documents` (left out), `replaced_bytes` (not UTF-8).
+    """
+
+    def __init__(
+        self,
+        inputs: list[str],
+        *,
+        text_key: str = "text",
+        split: str = "file",
+        on_bad_line: Literal["error", "skip"] = "error",
+    ):
+        self.inputs, self.text_key, self.split, self.on_bad_line = list(inputs), text_key, split, on_bad_line
+        self._files = [file for name in inputs for file in ([STDLIB] if name == STDLIB else _files(Path(name)))]
+        sizes = [0 if file == STDLIB else file.stat().st_size for file in self._files]
+        self.total_bytes: int | None = None if STDLIB in self._files else sum(sizes)
+        self.num_documents = self.utf8_bytes = self.bad_lines = self.empty_documents = self.replaced_bytes = 0
+        self._digest = hashlib.sha256()
+        self._finished_bytes, self._tell = 0, lambda: 0
+
+    @classmethod
+    def from_hub(cls, name: str, config: str | None = None, hub_split: str = "train", **options) -> Corpus:
+        """A data set of the `datasets` hub (or a local folder that `datasets` understands), streamed."""
+        corpus = cls([], **options)
+        corpus.inputs = [f"hf:{name}" + (f"/{config}" if config else "") + f":{hub_split}"]
+        corpus.total_bytes, corpus._hub = None, (name, config, hub_split)
+        return corpus
+
+    _hub: tuple[str, str | None, str] | None = None
+
+    def documents(self) -> Iterator[tuple[str, str]]:
+        """(name, text) of every document that is not empty, in a fixed order. Raises DataError."""
+        for name, text in self._hub_rows(*self._hub) if self._hub else self._all_files():
+            try:
+                data = text.encode()
+            except UnicodeEncodeError as error:
+                self._bad(f"{name}: {error}")
+                continue
+            if not data or data.isspace():
+                self.empty_documents += 1
+                continue
+            self._digest.update(data + b"\0")
+            self.num_documents += 1
+            self.utf8_bytes += len(data)
+            yield name, text
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the inputs consumed so far (compressed, where they are)."""
+        return self._finished_bytes + self._tell()
+
+    @property
+    def sha256(self) -> str:
+        """Of what was read so far: each text and a zero byte."""
+        return self._digest.hexdigest()
+
+    def description(self) -> dict:
+        """What was read so far, for seals and tokenizers."""
+        return {"inputs": self.inputs, "num_documents": self.num_documents, "sha256": self.sha256}
+
+    def problems(self) -> list[str]:
+        """What was left out or changed, in words; empty when nothing was."""
+        found = {
+            "lines without usable text were skipped": self.bad_lines,
+            "documents without any text were left out": self.empty_documents,
+            "places that are not UTF-8 became U+FFFD": self.replaced_bytes,
+        }
+        return [f"{count:,} {what}" for what, count in found.items() if count]
+
+    def _bad(self, problem: str) -> None:
+        self.bad_lines += 1
+        if self.on_bad_line == "error":
+            raise DataError(f"{problem}; correct it, or leave such lines out with --on-bad-line skip")
+
+    def _text_of(self, record, place: str) -> str | None:
+        """The text of a JSON object or a row; None where it was bad and is skipped."""
+        if not isinstance(record, dict):
+            return self._bad(f"{place}: not an object with the key {self.text_key!r}")
+        if self.text_key not in record:
+            return self._bad(f"{place}: no key {self.text_key!r} among {', '.join(map(repr, record))} (--text-key)")
+        if not isinstance(record[self.text_key], str):
+            return self._bad(f"{place}: {self.text_key!r} is {type(record[self.text_key]).__name__}, not text")
+        return record[self.text_key]
+
+    def _all_files(self) -> Iterator[tuple[str, str]]:
+        for path in self._files:
+            if path == STDLIB:
+                yield from _standard_library()
+                continue
+            try:
+                with open(path, "rb") as raw:
+                    self._tell = raw.tell
+                    yield from self._one_file(path, raw)
+                    self._tell = lambda: 0
+                    self._finished_bytes += os.fstat(raw.fileno()).st_size
+            except (OSError, EOFError, zlib.error) as error:
+                raise DataError(f"{path}: cannot be read to its end ({error}); copy it again") from None
+
+    def _one_file(self, path: Path, raw: BinaryIO) -> Iterator[tuple[str, str]]:
+        if _format(path) == ".parquet":
+            return self._parquet(path, raw)
+        file = _decompressed(path, raw)
+        return self._jsonl(path, file) if _format(path) == ".jsonl" else self._text(path, file)
+
+    def _jsonl(self, path: Path, file: BinaryIO) -> Iterator[tuple[str, str]]:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.isspace():
+                continue
+            name = f"{path}:{number}"
+            try:
+                record = json.loads(line.decode())
+            except (ValueError, RecursionError) as error:
+                self._bad(f"{name}: not JSON ({error})")
+                continue
+            if (text := self._text_of(record, name)) is not None:
+                yield name, text
+
+    def _text(self, path: Path, file: BinaryIO) -> Iterator[tuple[str, str]]:
+        parts = [file.read()] if self.split == "file" else _parts(file, self.split)
+        for number, data in enumerate(parts, 1):
+            if number == 1:
+                data = data.removeprefix(b"\xef\xbb\xbf")
+            try:
+                text = data.decode()
+            except UnicodeDecodeError:
+                text = data.decode(errors="replace")
+                self.replaced_bytes += text.count("\ufffd") - data.count("\ufffd".encode())
+            yield (str(path) if self.split == "file" else f"{path}:{number}"), text
+
+    def _parquet(self, path: Path, raw: BinaryIO) -> Iterator[tuple[str, str]]:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            table = pyarrow.parquet.ParquetFile(raw)
+            if self.text_key not in table.schema_arrow.names:
+                names = ", ".join(map(repr, table.schema_arrow.names))
+                raise DataError(f"{path}: no column {self.text_key!r} among {names}; name it with --text-key")
+            size, rows, done = path.stat().st_size, max(table.metadata.num_rows, 1), 0
+            self._tell = lambda: size * done // rows
+            for batch in table.iter_batches(_BATCH_ROWS, columns=[self.text_key]):
+                for value in batch.column(0).to_pylist():
+                    done += 1
+                    if (text := self._text_of({self.text_key: value}, f"{path}:{done}")) is not None:
+                        yield f"{path}:{done}", text
+        except pyarrow.ArrowException as error:
+            raise DataError(f"{path}: not a readable parquet file ({error})") from None
+
+    def _hub_rows(self, name: str, config: str | None, split: str) -> Iterator[tuple[str, str]]:
+        import datasets
+
+        try:
+            batches = iter(datasets.load_dataset(name, config, split=split, streaming=True).iter(batch_size=_BATCH_ROWS))
+            number = 0
+            while (batch := next(batches, None)) is not None:
+                for row in zip(*batch.values(), strict=True):
+                    number += 1
+                    place = f"{self.inputs[0]}:{number}"
+                    if (text := self._text_of(dict(zip(batch, row, strict=True)), place)) is not None:
+                        yield place, text
+        except (DataError, GeneratorExit):
+            raise
+        except Exception as error:  # the library raises what its parsers, its network and its cache raise
+            raise DataError(f"--hf {name}: {type(error).__name__}: {error}") from error
+
+
+def _format(path: Path) -> str:
+    suffixes = [suffix for suffix in path.suffixes if suffix not in _COMPRESSIONS]
+    return suffixes[-1] if suffixes else ""
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.is_file() and _format(file) in _FORMATS)
+        if not found:
+            raise DataError(f"{path}: no {', '.join(_FORMATS)} files in this folder")
+        return found
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; --input takes files, folders, or the word {STDLIB}")
+    if _format(path) not in _FORMATS:
+        raise DataError(f"{path}: unknown format; {', '.join(_FORMATS)} can be read, the first two also as .gz or .zst")
+    return [path]
+
+
+def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
+    if path.suffix == ".gz":
+        return gzip.open(raw)
+    if path.suffix == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"), 1 << 20)
+    return raw
+
+
+def _parts(file: BinaryIO, split: str) -> Iterator[bytes]:
+    """Documents of a text file, without the line ends around them; memory holds one document."""
+    if split == "blank-line":
+        lines: list[bytes] = []
+        for line in file:
+            if line.isspace():
+                yield b"".join(lines).strip(b"\r\n")
+                lines = []
+            else:
+                lines.append(line)
+        yield b"".join(lines).strip(b"\r\n")
+        return
+    rest = b""
+    while data := file.read(1 << 20):
+        *whole, rest = (rest + data).split(split.encode())
+        yield from (part.strip(b"\r\n") for part in whole)
+    yield rest.strip(b"\r\n")
+
+
+def _standard_library() -> Iterator[tuple[str, str]]:
+    """The language reference, then the modules, of the running interpreter. Differs between releases, not between machines."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        topics = {}
+    for name in sorted(topics):
+        yield f"topics/{name}", topics[name]
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = False
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not _matches(name, _STDLIB_FOLDERS_LEFT_OUT))
+        for name in sorted(files):
+            if name.endswith(".py") and not _matches(name, _STDLIB_FILES_LEFT_OUT):
+                path = Path(folder, name)
+                try:
+                    yield str(Path(STDLIB, path.relative_to(root))), path.read_bytes().decode()
+                except UnicodeDecodeError:
+                    continue
+                found = True
+    if not found:
+        raise DataError(
+            f"{STDLIB}: Python {sys.version.split()[0]} has no source files in {root}; give text with --input FILES"
+        )
+
+
+def _matches(name: str, patterns) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def add_arguments(parser) -> None:
+    """The command-line arguments that choose a corpus; `from_arguments` opens it."""
+    group = parser.add_argument_group("text")
+    group.add_argument(
+        "--input", nargs="+", metavar="FILE", help=f"{', '.join(_FORMATS)} files (.gz, .zst too), folders of them, or {STDLIB}"
+    )
+    group.add_argument("--hf", metavar="NAME", help="instead of --input: a data set of the Hugging Face hub, streamed")
+    group.add_argument("--hf-config", metavar="CONFIG", help="its configuration (default: its own default)")
+    group.add_argument("--hf-split", "--split", metavar="SPLIT", default="train", help="its split (train)")
+    group.add_argument("--text-key", metavar="KEY", default="text", help="key or column that holds the text (text)")
+    group.add_argument(
+        "--text-split",
+        metavar="HOW",
+        default="file",
+        help="what is one document of a .txt: file, blank-line, or a separator such as '<|endoftext|>' (file)",
+    )
+    group.add_argument(
+        "--on-bad-line", choices=("error", "skip"), default="error", help="unusable lines: stop, or count (error)"
+    )
+
+
+def from_arguments(arguments) -> Corpus:
+    """The corpus that the command line asks for. Raises DataError."""
+    if bool(arguments.input) == bool(arguments.hf):
+        raise DataError("give either --input FILES or --hf NAME")
+    options = dict(text_key=arguments.text_key, split=arguments.text_split, on_bad_line=arguments.on_bad_line)
+    if arguments.hf:
+        return Corpus.from_hub(arguments.hf, arguments.hf_config, arguments.hf_split, **options)
+    return Corpus(arguments.input, **options)

@@ -1,0 +1,262 @@
+"""Turn raw text into token files for training: PREFIX.bin, PREFIX.idx and the seal PREFIX.json.
+
+Two passes. The first reads documents in order and encodes them on all cores into a staging file without a name. The second
+copies them from there, shuffled by a keyed permutation, into the training and the validation file. So the result depends
+on the text, the tokenizer and the seed only, never on the number of workers, and memory does not grow with the corpus.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from functools import lru_cache
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import xxhash
+
+from pretrain.data import corpus as corpora
+from pretrain.data.corpus import Corpus
+from pretrain.data.indexed import DataError, Seal, TokenWriter, read_ranges, token_dtype
+from pretrain.data.order import Permutation
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.report.progress import Progress
+
+_CHUNK_CHARACTERS = 1 << 18
+_BLOCK_DOCUMENTS = 256
+
+
+def main() -> int:
+    """Returns the exit status: 0, or 2 when the text or the arguments cannot be used."""
+    parser = argparse.ArgumentParser(
+        description="Tokenize raw text into PREFIX.bin/.idx (Megatron's format) and the seal PREFIX.json.",
+        epilog="example: python tools/tokenize_corpus.py --input stdlib --tokenizer data/tokenizer --output data/stdlib"
+        " --valid-fraction 0.02",
+    )
+    corpora.add_arguments(parser)
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="FOLDER", help="of tools/train_tokenizer.py, or a Hugging Face one"
+    )
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="files are PREFIX.bin, .idx, .json")
+    parser.add_argument(
+        "--valid-fraction",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="put this share of the documents into PREFIX_valid and the others into PREFIX_train (0: all into PREFIX)."
+        " Equal documents go to the same side",
+    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes that encode ({cores})")
+    parser.add_argument("--seed", type=int, default=1234, metavar="S", help="keys the shuffle and the split (1234)")
+    parser.add_argument("--no-shuffle", action="store_true", help="keep the documents in the order of the input")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing output")
+    arguments = parser.parse_args()
+    try:
+        if not 0 <= arguments.valid_fraction < 1:
+            raise DataError(f"--valid-fraction {arguments.valid_fraction}: must be at least 0 and less than 1")
+        if arguments.workers < 1:
+            raise DataError(f"--workers {arguments.workers}: must be at least 1")
+        seals, corpus = tokenize(arguments)
+    except (DataError, OSError, BrokenProcessPool) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    for problem in corpus.problems():
+        print(f"note: {problem}", file=sys.stderr)
+    print("\n".join(summary(seals, corpus)))
+    return 0
+
+
+def tokenize(arguments: argparse.Namespace) -> tuple[dict[str, Seal], Corpus]:
+    """Both passes. Returns the seals of the files written, by prefix."""
+    tokenizer = Tokenizer.load(arguments.tokenizer)
+    corpus = corpora.from_arguments(arguments)
+    split = {"_valid": True, "_train": False} if arguments.valid_fraction else {"": False}  # what people wait for comes last
+    with ExitStack() as stack:
+        writers = {
+            arguments.output + end: TokenWriter(
+                arguments.output + end,
+                vocab_size=tokenizer.vocab_size,
+                end_of_document_id=tokenizer.end_of_document_id,
+                tokenizer_fingerprint=tokenizer.fingerprint,
+                tokenizer_path=arguments.tokenizer,
+                shuffled=not arguments.no_shuffle,
+                overwrite=arguments.overwrite,
+            )
+            for end in split
+        }
+        for writer in writers.values():
+            stack.enter_context(writer)
+        staging = stack.enter_context(Staging(Path(arguments.output).parent, token_dtype(tokenizer.vocab_size)))
+        encode_all(corpus, arguments, staging)
+        by_part = dict(zip(split.values(), writers.values(), strict=True))
+        distribute(staging, by_part, arguments)
+        for prefix, writer in writers.items():
+            if writer.num_documents == 0:
+                raise DataError(
+                    f"{prefix}: none of the {staging.num_documents:,} documents; use another --valid-fraction or --seed"
+                )
+        return {prefix: writer.finish(corpus.description()) for prefix, writer in writers.items()}, corpus
+
+
+class Staging:
+    """Encoded documents in the order of the input, in two unnamed files that vanish with the process."""
+
+    def __init__(self, folder: Path, dtype: np.dtype):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.dtype = dtype
+        self._tokens, self._ends = tempfile.TemporaryFile(dir=folder), tempfile.TemporaryFile(dir=folder)
+        self.num_documents = self.num_tokens = 0
+
+    def __enter__(self) -> Staging:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._tokens.close()
+        self._ends.close()
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, utf8_bytes: np.ndarray) -> None:
+        """Documents back to back, their lengths in tokens and in bytes of text."""
+        ends = self.num_tokens + np.cumsum(lengths)
+        self._tokens.write(tokens.astype(self.dtype).tobytes())
+        self._ends.write(np.stack([ends, lengths, utf8_bytes], axis=1).astype(np.int64).tobytes())
+        self.num_documents += len(lengths)
+        self.num_tokens += len(tokens)
+
+    def flush(self) -> None:
+        """To be called between the last `add` and the first `read`."""
+        self._tokens.flush()
+        self._ends.flush()
+
+    def read(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens back to back, lengths and text bytes of the documents `numbers`."""
+        rows = read_ranges(self._ends, numbers * 24, np.full(len(numbers), 24)).view(np.int64).reshape(-1, 3)
+        ends, lengths, utf8_bytes = rows.T
+        width = self.dtype.itemsize
+        tokens = read_ranges(self._tokens, (ends - lengths) * width, lengths * width).view(self.dtype)
+        return tokens, lengths, utf8_bytes
+
+
+def encode_all(corpus: Corpus, arguments: argparse.Namespace, staging: Staging) -> None:
+    """First pass: every document of the corpus into `staging`."""
+    checked = unequal = 0
+    with Progress("encoding", corpus.total_bytes) as progress:
+        for tokens, lengths, utf8_bytes, equal in encoded(corpus, arguments.tokenizer, arguments.workers):
+            staging.add(tokens, lengths, utf8_bytes)
+            checked, unequal = checked + 1, unequal + (not equal)
+            progress.update(corpus.read_bytes if corpus.total_bytes else corpus.utf8_bytes, staging.num_tokens)
+    staging.flush()
+    if staging.num_documents == 0:
+        raise DataError(f"{', '.join(corpus.inputs)}: no documents with text")
+    if unequal:
+        print(
+            f"note: {unequal:,} of {checked:,} sampled documents do not decode to their very text: this tokenizer is lossy,"
+            " bits per byte are not exact",
+            file=sys.stderr,
+        )
+
+
+def encoded(corpus: Corpus, folder: str, workers: int) -> Iterator[tuple]:
+    """Results of `encode_chunk` for the whole corpus, in its order, with a bounded number of chunks in flight."""
+    if workers == 1:
+        yield from (encode_chunk(folder, texts) for texts in chunked(corpus))
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
+        pending = deque()
+        for texts in chunked(corpus):
+            pending.append(pool.submit(encode_chunk, folder, texts))
+            if len(pending) > 3 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _start_worker() -> None:
+    """A worker leaves interrupts to its parent, and ends with it: the pool's queues would keep an orphan waiting for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def chunked(corpus: Corpus) -> Iterator[list[str]]:
+    """Texts in lists of about 256k characters: large enough to hide the hand-over, small enough to share out."""
+    texts, characters = [], 0
+    for _, text in corpus.documents():
+        texts.append(text)
+        characters += len(text)
+        if characters >= _CHUNK_CHARACTERS:
+            yield texts
+            texts, characters = [], 0
+    if texts:
+        yield texts
+
+
+def encode_chunk(folder: str, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+    """Tokens, each text ended by an end-of-document id; lengths; text bytes; whether the first text decodes to itself."""
+    tokenizer = _tokenizer(folder)
+    ids = tokenizer.encode_batch(texts)
+    equal = tokenizer.decode(ids[0]) == texts[0]
+    for document in ids:
+        document.append(tokenizer.end_of_document_id)
+    lengths = np.array([len(document) for document in ids])
+    tokens = np.concatenate([np.array(document, dtype=token_dtype(tokenizer.vocab_size)) for document in ids])
+    return tokens, lengths, np.array([len(text.encode()) for text in texts]), equal
+
+
+_tokenizer = lru_cache(maxsize=1)(Tokenizer.load)
+
+
+def distribute(staging: Staging, writers: dict[bool, TokenWriter], arguments: argparse.Namespace) -> None:
+    """Second pass: the documents, shuffled, into writers[is it for validation?]."""
+    order, threshold = Permutation(staging.num_documents, (arguments.seed,)), int(arguments.valid_fraction * 2**64)
+    with Progress("writing", staging.num_tokens * staging.dtype.itemsize) as progress:
+        written = 0
+        for start in range(0, staging.num_documents, _BLOCK_DOCUMENTS):
+            numbers = np.arange(start, min(start + _BLOCK_DOCUMENTS, staging.num_documents))
+            tokens, lengths, utf8_bytes = staging.read(numbers if arguments.no_shuffle else order(numbers))
+            documents = np.split(tokens, np.cumsum(lengths)[:-1])
+            # By content: equal documents go to the same side, and what is validated today is not trained on tomorrow.
+            valid = np.array([xxhash.xxh3_64_intdigest(document, arguments.seed) < threshold for document in documents])
+            for part, writer in writers.items():
+                chosen = np.flatnonzero(valid == part)
+                if chosen.size:
+                    writer.add(np.concatenate([documents[i] for i in chosen]), lengths[chosen], int(utf8_bytes[chosen].sum()))
+            written += tokens.nbytes
+            progress.update(written, written // staging.dtype.itemsize)
+
+
+def summary(seals: dict[str, Seal], corpus: Corpus) -> list[str]:
+    """The result in words."""
+    lines = [f"read {corpus.num_documents:,} documents, {corpus.utf8_bytes / 1e6:.2f} MB of text, sha256 {corpus.sha256}"]
+    for prefix, seal in sorted(seals.items()):
+        lines.append(
+            f"{prefix}: {seal.num_tokens:,} tokens in {seal.num_documents:,} documents,"
+            f" {seal.utf8_bytes / seal.num_tokens:.2f} bytes of text per token"
+        )
+    seal = max(seals.values(), key=lambda seal: seal.num_tokens)
+    lines += [
+        "losses to compare with, in nats per token:",
+        f"  {math.log(seal.vocab_size):6.3f}  guessing: ln {seal.vocab_size}, where an untrained model starts",
+        f"  {seal.unigram_entropy_nats:6.3f}  unigram: knows only how frequent each token is",
+        f"  {seal.bigram_entropy_nats:6.3f}  bigram: also knows the token before; a model that has learned something is below",
+    ]
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
