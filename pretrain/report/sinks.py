@@ -185,7 +185,7 @@ class Sinks:
             copy.join(max(0.0, deadline - time.monotonic()))
             if copy.is_alive():
                 self.say(
-                    f"{copy.name} did not finish in {COPY_CLOSE_SECONDS:.0f} s and is left behind; metrics.jsonl has everything."
+                    f"{copy.name} did not finish in {COPY_CLOSE_SECONDS:.0f} s and is left behind; metrics.jsonl is whole."
                 )
         self._copies = []
         if self._bar is not None:
@@ -347,7 +347,7 @@ class _CopyThread(threading.Thread):
                 for job in iter(self._jobs.get, None):
                     write(*job)
         except BaseException as error:  # whatever a foreign library raises, SystemExit too, ends the copy alone
-            self._say(f"{self.name} is off for the rest of this run ({one_line(error)}); metrics.jsonl has everything.")
+            self._say(f"{self.name} is off for the rest of this run ({one_line(error)}); metrics.jsonl is whole.")
 
 
 @contextmanager

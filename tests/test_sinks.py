@@ -1,0 +1,446 @@
+"""metrics.jsonl loses nothing and lies never; the copies equal it; no outage of a copy reaches the run."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import random
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import LogConfig, WandbConfig
+from pretrain.report.sinks import Sinks, cut_metrics, human_count, human_seconds
+
+ROOT = Path(__file__).resolve().parents[1]
+PRELUDE = """
+import json, math, os, resource, signal, sys, time
+from pathlib import Path
+from pretrain.config import LogConfig, WandbConfig
+from pretrain.report import sinks as module
+from pretrain.report.sinks import Sinks
+
+def open_sinks(*names, resume_step=0, mode="offline", wandb_id=None):
+    config = LogConfig(sinks=list(names), wandb=WandbConfig(mode=mode))
+    return Sinks(config, Path(sys.argv[1]), name="t", settings={"optimizer": {"lr": 3e-4}}, total_steps=1000,
+                 resume_step=resume_step, wandb_id=wandb_id)
+"""
+
+
+def open_sinks(
+    directory: Path, *names: str, resume_step: int = 0, total_steps: int = 1000, wandb_id: str | None = None
+) -> Sinks:
+    config = LogConfig(sinks=list(names), wandb=WandbConfig(mode="offline"))
+    return Sinks(config, directory, name="t", settings={}, total_steps=total_steps, resume_step=resume_step, wandb_id=wandb_id)
+
+
+def python(code: str, directory: Path, **options) -> subprocess.Popen:
+    """A process of its own that runs PRELUDE and `code`, sys.argv[1] = directory."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("variables", {})
+    arguments = [sys.executable, "-c", PRELUDE + code, str(directory)]
+    return subprocess.Popen(arguments, env=environment, text=True, **options)
+
+
+def on_terminal(code: str, directory: Path, **variables: str) -> str:
+    """All that a process writes to its terminal of 24 lines of 100 characters; it has 60 s and must end with status 0."""
+    leader, follower = os.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = python(code, directory, stdin=follower, stdout=follower, stderr=follower, variables=variables)
+    os.close(follower)
+    killer = threading.Timer(60, process.kill)
+    killer.start()
+    output = b""
+    with contextlib.suppress(OSError):  # Linux: the other end is closed
+        while data := os.read(leader, 65536):
+            output += data
+    killer.cancel()
+    os.close(leader)
+    assert process.wait(10) == 0
+    return output.decode()
+
+
+def records(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def step_record(step: int) -> dict:
+    generator = random.Random(step)
+    return {"step": step, "loss": generator.uniform(2, 9), "lr": generator.random() * 1e-3, "tokens": step * 123_456_789_012}
+
+
+# ---------------------------------------------------------------- metrics.jsonl
+
+
+def test_every_float_comes_back_to_the_last_bit(tmp_path):
+    generator = random.Random(0)
+    values = [struct.unpack("<d", generator.randbytes(8))[0] for _ in range(2000)] + [
+        5e-324,
+        1.7976931348623157e308,
+        0.1 + 0.2,
+        -0.0,
+    ]
+    values = [value for value in values if math.isfinite(value)]
+    with open_sinks(tmp_path, "jsonl") as sinks:
+        for step, value in enumerate(values, start=1):
+            sinks.log({"step": step, "loss": value})
+    assert [record["loss"].hex() for record in records(tmp_path)] == [value.hex() for value in values]
+
+
+def test_numbers_that_are_not_finite_are_seen_and_the_file_stays_json(tmp_path, capsys):
+    with open_sinks(tmp_path, "jsonl", "console") as sinks:
+        sinks.log({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 1e-3, "by": {"source": -math.inf}})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert record["loss"] is None and record["grad_norm"] is None and record["by"] == {"source": None} and record["lr"] == 1e-3
+    assert record["nonfinite"] == {"loss": "nan", "grad_norm": "inf", "by.source": "-inf"}
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "nan" in line and "inf" in line and "LOSS IS NOT FINITE" in line
+
+
+def test_a_killed_process_loses_no_record_that_was_logged(tmp_path):
+    code = """
+sinks = open_sinks("jsonl")
+for step in range(1, 501):
+    sinks.log({"step": step, "loss": 1.0})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert python(code, tmp_path).wait(60) == -signal.SIGKILL
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, 501))
+
+
+def test_resuming_cuts_later_records_and_the_torn_line_and_keeps_the_rest_byte_for_byte(tmp_path, capsys):
+    with open_sinks(tmp_path, "jsonl") as sinks:
+        sinks.log({"step": 0, "reference_lines": {"uniform": 8.0}})
+        for step in range(10, 101, 10):
+            sinks.log(step_record(step))
+            sinks.log({"step": step, "val_loss": 3.0})
+    path = tmp_path / "metrics.jsonl"
+    before = path.read_bytes().splitlines(keepends=True)
+    with path.open("ab") as file:
+        file.write(b'{"step": 110, "lo')
+    with open_sinks(tmp_path, "jsonl", "console", resume_step=50) as sinks:
+        sinks.log(step_record(60))
+    assert path.read_bytes().splitlines(keepends=True)[:-1] == before[:11]
+    assert [record["step"] for record in records(tmp_path)] == [0, *[step for step in range(10, 51, 10) for _ in "tv"], 60]
+    assert "cut 10 records after step 50 and 1 unreadable lines" in capsys.readouterr().out
+
+
+def test_every_torn_length_of_the_last_line_is_mended(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 1 / step}).encode() + b"\n" for step in (1, 2)]
+    for length in range(len(lines[1]) + 1):
+        path.write_bytes(lines[0] + lines[1][:length])
+        cut_metrics(path, 2)
+        whole = length >= len(lines[1]) - 1  # all but the line feed is the whole record
+        assert path.read_bytes() == lines[0] + (lines[1] if whole else b"")
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_nothing_to_cut_leaves_the_file_alone_and_a_fresh_start_empties_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n')
+    inode = path.stat().st_ino
+    assert cut_metrics(path, 1) == (0, 0, None) and path.stat().st_ino == inode
+    assert cut_metrics(path, 0) == (1, 0, None) and path.read_bytes() == b""
+
+
+def test_lines_that_a_full_disk_refuses_wait_and_come_in_order(tmp_path):
+    code = """
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+with open_sinks("jsonl", "console") as sinks:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (777, hard))  # as a disk that is full after 777 bytes of a file
+    for step in range(1, 101):
+        sinks.log({"step": step, "loss": 1.0})
+    torn = Path(sys.argv[1], "metrics.jsonl").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    sinks.log({"step": 101, "loss": 1.0})
+print("torn at", torn)
+"""
+    process = python(code, tmp_path, stdout=subprocess.PIPE)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "torn at 777" in output
+    assert output.count("metrics.jsonl cannot be written") == 1
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, 102))
+
+
+def test_closing_with_records_that_never_reached_the_disk_is_an_error(tmp_path):
+    code = """
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+sinks = open_sinks("jsonl")
+resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+sinks.log({"step": 1, "loss": 1.0})
+try:
+    sinks.close()
+except OSError:
+    sys.exit(74)
+"""
+    assert python(code, tmp_path).wait(60) == 74
+
+
+# ---------------------------------------------------------------- the console
+
+
+def test_console_lines_are_aligned_under_their_header(tmp_path, capsys):
+    keys = {"grad_norm": 1.5, "tokens_per_second": 12_345.6, "peak_memory_gib": 71.25, "eta_seconds": 3725.0}
+    with open_sinks(tmp_path, "console", total_steps=100_000) as sinks:
+        for step in (1, 999, 100_000):
+            sinks.log({"step": step, "loss": 9.2 / step, "lr": 3e-4, "mfu": 0.4321, **keys})
+        sinks.log({"step": 2, "loss": 1.0, "lr": 1e-4})  # other columns: another header
+    lines = capsys.readouterr().out.splitlines()
+    assert {len(line) for line in lines[:4]} == {len(lines[0])}
+    assert lines[1].split() == ["1/100,000", "9.2000", "3.00e-04", "1.500", "12.3k", "43.2%", "71.25GiB", "1h02m"]
+    assert lines[4].split() == ["step", "loss", "lr"] and len(lines) == 6
+
+
+def test_the_header_comes_again_every_twenty_lines(tmp_path, capsys):
+    with open_sinks(tmp_path, "console") as sinks:
+        for step in range(1, 42):
+            sinks.log(step_record(step))
+    lines = capsys.readouterr().out.splitlines()
+    assert [index for index, line in enumerate(lines) if "loss" in line] == [0, 21, 42]
+
+
+def test_validation_has_its_own_line_with_the_reference_lines_also_after_a_resume(tmp_path, capsys):
+    with open_sinks(tmp_path, "console", "jsonl") as sinks:
+        sinks.log({"step": 0, "reference_lines": {"uniform": math.log(4096), "unigram": 6.25}})
+        sinks.log(step_record(5))
+    capsys.readouterr()
+    with open_sinks(tmp_path, "console", "jsonl", resume_step=5) as sinks:
+        sinks.log({"step": 1000, "val_loss": 3.0, "val_perplexity": 20.0855, "val_bits_per_byte": 1.25, "val_loss/code": 2.5})
+    line = capsys.readouterr().out.strip()
+    assert line == (
+        "validation at step 1,000: loss 3.0000  perplexity 20.09  bits per byte 1.2500  by source: code 2.5000"
+        "  (uniform 8.3178, unigram 6.2500)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (999.4, "999"),
+        (999.6, "1.00k"),
+        (12_345, "12.3k"),
+        (99_960, "100k"),
+        (999_600, "1.00M"),
+        (7e9, "7.00B"),
+        (1.25e12, "1.25T"),
+    ],
+)
+def test_counts_for_people(value, text):
+    assert human_count(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0s"),
+        (59.6, "1m00s"),
+        (725, "12m05s"),
+        (3599.7, "1h00m"),
+        (3725, "1h02m"),
+        (273_700, "3d04h"),
+        (math.inf, "?"),
+        (math.nan, "?"),
+    ],
+)
+def test_durations_for_people(seconds, text):
+    assert human_seconds(seconds) == text
+
+
+def test_without_the_console_sink_nothing_is_printed_but_console_log_is_kept_over_resumes(tmp_path, capsys):
+    for step in (0, 1):
+        with open_sinks(tmp_path, "jsonl", resume_step=step) as sinks:
+            sinks.say(f"life {step}\nsecond line")
+    assert capsys.readouterr().out == ""
+    lines = (tmp_path / "console.log").read_text().splitlines()
+    assert [line.split("  ", 1)[1] for line in lines] == ["life 0", "second line", "life 1", "second line"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  life 0", lines[0])
+
+
+def test_a_reader_of_standard_output_that_goes_away_does_not_end_the_run(tmp_path):
+    code = """
+sinks = open_sinks("jsonl", "console")
+for step in range(1, 2001):
+    sinks.log({"step": step, "loss": 1.0})
+sinks.close()
+print("this print would fail too")
+"""
+    process = python(code, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 0 and process.stderr.read() == ""
+    process.stderr.close()
+    assert len(records(tmp_path)) == 2000
+    assert "Standard output is gone" in (tmp_path / "console.log").read_text()
+
+
+def test_an_ascii_terminal_shows_a_name_in_any_language(tmp_path):
+    code = "open_sinks('console').say('模型 é')"
+    process = python(code, tmp_path, stdout=subprocess.PIPE, variables={"PYTHONIOENCODING": "ascii"})
+    assert process.communicate(timeout=60)[0] == "?? ?\n" and process.returncode == 0
+
+
+def test_the_bar_stands_below_whole_lines_on_a_terminal(tmp_path):
+    code = """
+with open_sinks("console") as sinks:
+    for step in range(1, 1001):
+        sinks.progress(step)
+        if step % 100 == 0:
+            sinks.log({"step": step, "loss": 1.0, "lr": 1e-3, "eta_seconds": 3725.0})
+            time.sleep(0.15)
+print("end")
+"""
+    output = on_terminal(code, tmp_path)
+    assert re.search(r"% \|.*\| step \d+/1000, 1h0[12]m left", output)
+    screen = [line.split("\r")[-1] for line in output.replace("\r\n", "\n").splitlines()]  # what stays of each line
+    shown = [line for line in screen if "/1,000" in line]
+    assert len(shown) == 10 and all(re.fullmatch(r" *[\d,]+/1,000 +1\.0000 +1\.00e-03 +1h02m", line) for line in shown)
+    assert screen[-1] == "end"
+
+
+# ---------------------------------------------------------------- the copies
+
+
+def wandb_history(directory: Path) -> list[dict]:
+    """All history rows of the offline .wandb files: LevelDB's log format around protobuf records."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    rows = []
+    for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
+        data, offset, parts = path.read_bytes(), 7, b""
+        assert data[:4] == b":W&B"
+        while offset < len(data):
+            if 32768 - offset % 32768 < 7:
+                offset += 32768 - offset % 32768
+                continue
+            _, length, kind = struct.unpack_from("<IHB", data, offset)
+            parts += data[offset + 7 : offset + 7 + length]
+            offset += 7 + length
+            if kind in (1, 4):  # a whole record, or its last part
+                record, parts = Record.FromString(parts), b""
+                if record.WhichOneof("record_type") == "history":
+                    items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+                    rows.append({key: value for key, value in items.items() if not key.startswith("_")})
+    return rows
+
+
+def finite(record: dict) -> dict:
+    return {key: value for key, value in record.items() if isinstance(value, int | float) and math.isfinite(value)}
+
+
+def test_wandb_offline_holds_every_value_of_metrics_jsonl_and_of_the_branch_before_a_resume(tmp_path):
+    code = """
+def record(step):
+    return {"step": step, "loss": 10 / 3 / step, "lr": 1e-3 / step, "tokens": step * 123_456_789_012}
+
+with open_sinks("jsonl", "wandb") as sinks:
+    for step in range(1, 61):
+        sinks.log(record(step) if step != 7 else {"step": 7, "loss": math.nan, "grad_norm": math.inf})
+    sinks.log({"step": 60, "val_loss": 2.0})
+Path(sys.argv[1], "first.jsonl").write_bytes(Path(sys.argv[1], "metrics.jsonl").read_bytes())
+with open_sinks("jsonl", "wandb", resume_step=50, wandb_id=sinks.wandb_id) as again:
+    for step in range(51, 71):
+        again.log(record(step))
+assert again.wandb_id == sinks.wandb_id
+"""
+    process = python(
+        code, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, variables={"WANDB_API_KEY": "canary" * 7}
+    )
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and output == ""
+    first = [json.loads(line) for line in (tmp_path / "first.jsonl").read_text().splitlines()]
+    second = [record for record in records(tmp_path) if record["step"] > 50]
+    rows = wandb_history(tmp_path)
+    assert [finite(row) for row in rows] == [finite(record) for record in first + second]
+    assert rows[6]["step"] == 7 and not math.isfinite(float(rows[6]["loss"]))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"canarycanary" in path.read_bytes()]
+
+
+@pytest.mark.parametrize("outage", ["refused", "silent"])
+def test_a_wandb_outage_neither_stops_nor_delays_the_run_and_its_records_go_offline(tmp_path, outage):
+    server = socket.create_server(("127.0.0.1", 0))  # takes connections and never answers
+    port = server.getsockname()[1]
+    if outage == "refused":
+        server.close()
+    code = """
+module.WANDB_START_SECONDS = 1.0
+start = time.monotonic()
+sinks = open_sinks("jsonl", "wandb", "console", mode="online")
+for step in range(1, 31):
+    sinks.log({"step": step, "loss": 1 / step})
+print("logged in", time.monotonic() - start)
+sinks.close()
+"""
+    variables = {"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_MODE": "online", "HOME": str(tmp_path / "home")}
+    variables["WANDB_API_KEY"] = "a" * 40
+    began = time.monotonic()
+    process = python(code, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, variables=variables)
+    output, _ = process.communicate(timeout=120)
+    server.close()
+    assert process.returncode == 0 and time.monotonic() - began < 30
+    assert float(re.search(r"logged in (\S+)", output)[1]) < 0.5
+    assert output.count("W&B cannot be reached") == 1 and "Traceback" not in output
+    assert [row["loss"] for row in wandb_history(tmp_path)] == [record["loss"] for record in records(tmp_path)]
+
+
+def test_wandb_without_a_key_asks_nothing_on_a_terminal_and_goes_offline(tmp_path):
+    code = """
+with open_sinks("jsonl", "wandb", "console", mode="online") as sinks:
+    sinks.log({"step": 1, "loss": 1.5})
+"""
+    output = on_terminal(code, tmp_path, WANDB_MODE="online", WANDB_API_KEY="", HOME=str(tmp_path / "home"))
+    assert output.count("no API key") == 1 and "Enter your choice" not in output
+    assert [row["loss"] for row in wandb_history(tmp_path)] == [1.5]
+
+
+def test_tensorboard_holds_every_value_exactly_and_shows_one_value_a_step_after_a_resume(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.plugin_event_accumulator")  # what TensorBoard shows
+    with open_sinks(tmp_path, "jsonl", "tensorboard") as sinks:
+        for step in range(1, 31):
+            sinks.log(step_record(step))
+    time.sleep(1.1)  # event files carry their second in the name, and are read in that order
+    with open_sinks(tmp_path, "jsonl", "tensorboard", resume_step=20) as sinks:
+        for step in range(21, 41):
+            sinks.log(step_record(step) | {"loss": 5.5})
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for key in ("loss", "lr", "tokens"):
+        series = [(event.step, event.tensor_proto.double_val[0]) for event in events.Tensors(key)]
+        assert series == [(record["step"], float(record[key])) for record in records(tmp_path)]
+
+
+def test_a_copy_that_fails_says_so_once_and_the_run_goes_on(tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("a file where the folder should be")
+    with open_sinks(tmp_path, "jsonl", "tensorboard", "console") as sinks:
+        for step in range(1, 6):
+            sinks.log(step_record(step))
+            time.sleep(0.01)
+    assert len(records(tmp_path)) == 5
+    assert capsys.readouterr().out.count("TensorBoard is off for the rest of this run") == 1
+
+
+def test_a_picture_reaches_tensorboard(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    import matplotlib.image
+    import numpy as np
+
+    matplotlib.image.imsave(tmp_path / "x.png", np.random.default_rng(0).random((8, 9, 3)))
+    with open_sinks(tmp_path, "tensorboard") as sinks:
+        sinks.image("loss_curve", tmp_path / "x.png")
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(image.width, image.height) for image in events.Images("loss_curve")] == [(9, 8)]
