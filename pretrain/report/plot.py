@@ -131,29 +131,36 @@ def smooth(values: np.ndarray, radius: int) -> np.ndarray:
 
 
 def plot_runs(directories: Sequence[Path], output: Path, x: XAxis = "tokens") -> None:
-    """Draw training loss (raw and smoothed), validation points and reference lines of the runs into the PNG `output`.
+    """Draw the runs into the PNG file `output`, which appears whole or not at all.
 
-    A second axis shows steps where all runs take equally many tokens a step. The file appears whole or not at all.
     Raises PlotError for a run that cannot be drawn.
     """
-    runs = [read_curves(Path(directory)) for directory in directories]
-    figure = Figure(figsize=(11, 6.2), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    labels: list[tuple[float, str, str]] = []  # (y, text, colour) at the right edge
-    for index, run in enumerate(runs):
-        labels.append(_draw_run(axes, run, COLORS[index % len(COLORS)], x, len(runs) > 1))
-    low, high = _loss_range(runs)
-    for label in _reference_labels(runs):
-        axes.axhline(label[0], color="#8a8a8a", linewidth=0.9, linestyle=(0, (5, 4)), zorder=1)
-        labels.append(label)
-    axes.set_ylim(low, high)
-    axes.set_xlim(0, max(float(np.nanmax(run.x(x))) for run in runs) * 1.005)
-    _write_labels(axes, [label for label in labels if math.isfinite(label[0])], low, high)
-    _decorate(axes, runs, x)
+    figure = draw([read_curves(Path(directory)) for directory in directories], x)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     FigureCanvasAgg(figure).print_png(str(temporary))
     os.replace(temporary, output)
+
+
+def draw(runs: Sequence[Curves], x: XAxis) -> Figure:
+    """Training loss (raw and smoothed), validation points and reference lines.
+
+    A second axis shows steps where all runs take equally many tokens a step.
+    """
+    figure = Figure(figsize=(11, 6.2), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    low, high = _loss_range(runs)
+    labels: list[tuple[float, str, str]] = []  # (y, text, colour) at the right edge
+    for index, run in enumerate(runs):
+        labels.append(_draw_run(axes, run, COLORS[index % len(COLORS)], x, len(runs) > 1))
+    for label in _reference_labels(runs):
+        axes.axhline(label[0], color="#8a8a8a", linewidth=0.9, linestyle=(0, (5, 4)), zorder=1)
+        labels.append(label)
+    axes.set_ylim(low, high)
+    axes.set_xlim(0, max(float(run.x(x)[-1]) for run in runs) * 1.005)
+    _write_labels(axes, [(y if math.isfinite(y) else high, text, color) for y, text, color in labels], low, high)
+    _decorate(axes, runs, x)
+    return figure
 
 
 def _column(records: list[dict], key: str) -> np.ndarray:
@@ -195,7 +202,7 @@ def _draw_run(axes: Axes, run: Curves, color: str, x: XAxis, several: bool) -> t
     return (float(finite[-1]) if len(finite) else math.nan, text, color)
 
 
-def _loss_range(runs: list[Curves]) -> tuple[float, float]:
+def _loss_range(runs: Sequence[Curves]) -> tuple[float, float]:
     """The losses worth seeing: smoothed and validation points and reference lines, but not every spike of the raw curve."""
     seen = np.concatenate([np.r_[run.smoothed, run.val_loss, [*run.reference_lines.values()]] for run in runs])
     seen = seen[np.isfinite(seen)]
@@ -205,14 +212,15 @@ def _loss_range(runs: list[Curves]) -> tuple[float, float]:
     return float(seen.min()) - margin, float(seen.max()) + margin
 
 
-def _reference_labels(runs: list[Curves]) -> list[tuple[float, str, str]]:
+def _reference_labels(runs: Sequence[Curves]) -> list[tuple[float, str, str]]:
     """Each different reference line once; it names its runs when others have another value."""
-    users: dict[tuple[str, float], list[str]] = {}
+    users: dict[tuple[str, float], list[tuple[float, str]]] = {}
     for run in runs:
         for name, nats in run.reference_lines.items():
-            users.setdefault((name, round(nats, 6)), []).append(run.name)
+            users.setdefault((name, round(nats, 6)), []).append((nats, run.name))
     labels = []
-    for (name, nats), names in users.items():
+    for (name, _), same in users.items():
+        nats, names = same[0][0], [name for _, name in same]
         whose = "" if len(names) == len(runs) else f" ({', '.join(names)})"
         labels.append((nats, f"{REFERENCE_TITLES.get(name, name)} {nats:.3f}{whose}", "#5a5a5a"))
     return labels
@@ -248,7 +256,7 @@ def _tick(value: float, _: int) -> str:
     return f"{value / size:g}{letter}"
 
 
-def _decorate(axes: Axes, runs: list[Curves], x: XAxis) -> None:
+def _decorate(axes: Axes, runs: Sequence[Curves], x: XAxis) -> None:
     """Titles, grid, and the axis of steps."""
     axes.set_xlabel(AXIS_TITLES[x])
     axes.set_ylabel("loss (nats per token)")

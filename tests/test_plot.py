@@ -1,0 +1,143 @@
+"""The picture shows what metrics.jsonl says, and says clearly when it cannot."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+
+from pretrain.report.plot import PlotError, draw, plot_runs, read_curves, smooth
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_run(directory: Path, losses: list[float | None], tokens_per_step: int = 1000, torn: bytes = b"") -> Path:
+    """A run with a logging step every 10 steps and a validation at its end."""
+    directory.mkdir(parents=True)
+    records: list[dict] = [{"step": 0, "reference_lines": {"uniform": math.log(4096), "unigram": 6.25}}]
+    for index, loss in enumerate(losses, start=1):
+        records.append({"step": 10 * index, "loss": loss, "tokens": 10 * index * tokens_per_step, "tokens_per_second": 5000.0})
+    records.append({"step": 10 * len(losses), "val_loss": 2.5})
+    (directory / "metrics.jsonl").write_bytes("".join(json.dumps(record) + "\n" for record in records).encode() + torn)
+    return directory
+
+
+def drawn(*runs: Path) -> Axes:
+    """The axes of the picture of the runs."""
+    return draw([read_curves(run) for run in runs], "tokens").axes[0]
+
+
+def test_curves_hold_the_values_of_the_file_and_leave_a_torn_last_line(tmp_path):
+    run = read_curves(write_run(tmp_path / "r", [8.0, None, 6.0], torn=b'{"step": 40, "lo'))
+    assert run.step.tolist() == [10, 20, 30] and run.tokens.tolist() == [10_000, 20_000, 30_000]
+    assert run.loss[0] == 8.0 and math.isnan(run.loss[1]) and run.loss[2] == 6.0
+    assert run.hours == pytest.approx(np.array([2, 4, 6]) / 3600)
+    assert run.val_x("tokens").tolist() == [30_000] and run.val_loss.tolist() == [2.5]
+    assert run.reference_lines == {"uniform": math.log(4096), "unigram": 6.25}
+
+
+def test_a_validation_between_two_logging_steps_stands_between_them(tmp_path):
+    directory = write_run(tmp_path / "r", [8.0, 7.0])
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "val_loss": 9.0}\n{"step": 15, "val_loss": 7.5}\n')
+    assert read_curves(directory).val_x("tokens").tolist() == [20_000, 5_000, 15_000]
+
+
+def test_smoothing_neither_lags_nor_follows_one_spike():
+    falling = np.linspace(9.0, 2.0, 200)
+    assert smooth(falling, 5)[10:-10] == pytest.approx(falling[10:-10])
+    assert smooth(falling, 5)[0] == 9.0
+    spiked = np.full(100, 3.0)
+    spiked[50], spiked[70] = 1000.0, math.nan
+    assert smooth(spiked, 3).tolist() == [3.0] * 100
+
+
+def test_the_picture_shows_curve_points_and_reference_lines(tmp_path):
+    losses = [8.0 - 5 * index / 100 for index in range(100)]
+    axes = drawn(write_run(tmp_path / "r", losses))
+    raw = axes.lines[0]
+    assert raw.get_ydata().tolist() == losses and raw.get_xdata()[-1] == 1_000_000
+    flat = {float(line.get_ydata()[0]) for line in axes.lines if len(set(line.get_ydata())) == 1 and len(line.get_xdata()) == 2}
+    assert {math.log(4096), 6.25} <= flat
+    assert [2.5] in [list(line.get_ydata()) for line in axes.lines]
+    labels = " ".join(text.get_text() for text in axes.texts)
+    assert "uniform: ln V 8.318" in labels and "unigram entropy 6.250" in labels and "2.500" in labels
+
+
+def test_the_file_is_a_picture_and_appears_whole(tmp_path):
+    output = tmp_path / "new" / "loss.png"
+    plot_runs([write_run(tmp_path / "r", [8.0, 7.0])], output)
+    assert matplotlib.image.imread(output).shape[:2] == (930, 1650)
+    assert [path.name for path in output.parent.iterdir()] == ["loss.png"]  # no temporary file is left
+
+
+def test_a_loss_that_was_not_finite_is_marked_and_the_curve_goes_on(tmp_path):
+    axes = drawn(write_run(tmp_path / "r", [8.0, 7.0, None, 5.0]))
+    assert "not finite" in [text.get_text() for text in axes.texts]
+    marks = [line for line in axes.lines if list(line.get_xdata()) == [30_000, 30_000]]
+    assert len(marks) == 1
+
+
+def test_a_run_that_was_never_finite_is_drawn_and_says_so(tmp_path):
+    axes = drawn(write_run(tmp_path / "r", [None, None]))
+    assert any("never finite" in text.get_text() for text in axes.texts)
+
+
+@pytest.mark.parametrize(("second_tokens", "has_steps"), [(1000, True), (2000, False)])
+def test_the_axis_of_steps_is_there_only_where_it_is_true_for_all_runs(tmp_path, second_tokens, has_steps):
+    runs = [write_run(tmp_path / "a", [8.0, 7.0]), write_run(tmp_path / "b", [8.0, 7.0], tokens_per_step=second_tokens)]
+    axes = drawn(*runs)
+    assert bool(axes.child_axes) == has_steps
+    labels = " ".join(text.get_text() for text in axes.texts)
+    assert "a 7.000" in labels and "b 7.000" in labels and labels.count("unigram") == 1
+
+
+def test_labels_never_cover_one_another(tmp_path):
+    runs = [write_run(tmp_path / f"run{index}", [3.0, 2.0 + index / 1000]) for index in range(6)]
+    axes = drawn(*runs)
+    heights = sorted(text.xyann[1] for text in axes.texts)
+    assert all(high - low > 0.04 for low, high in itertools.pairwise(heights)) and heights[-1] <= 1.01
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no metrics.jsonl there"),
+        ("", "no logging step yet"),
+        ('{"step": 0}\n', "no logging step yet"),
+        ('{"st\n{"step": 1, "loss": 2.0}\n', "line 1: not a JSON record"),
+    ],
+)
+def test_a_run_without_metrics_is_refused_with_a_sentence(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(PlotError, match=message):
+        read_curves(tmp_path)
+
+
+def test_the_tool_draws_and_refuses_with_status_2(tmp_path):
+    run = write_run(tmp_path / "a run with spaces", [8.0, 7.0])
+
+    def tool(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, str(ROOT / "tools/plot_runs.py"), *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    for x in ("tokens", "hours"):
+        done = tool(str(run), "--x", x)
+        assert done.returncode == 0 and done.stdout.strip() == str(run / "plots" / "loss.png"), done.stderr
+    refused = tool("nowhere")
+    assert refused.returncode == 2 and refused.stdout == ""
+    assert refused.stderr.startswith("error: nowhere: no metrics.jsonl there.") and len(refused.stderr.splitlines()) == 1
