@@ -245,16 +245,14 @@ class TokenFile:
         """Blocks that `verify_block` can check; 0 without a seal."""
         return len(self.seal.block_checksums) if self.seal else 0
 
-    def verify_block(self, i: int) -> None:
-        """Check the sealed checksum of block `i` of the .bin; raises DataError."""
-        start = i * self.seal.block_bytes
-        size = min(self.seal.block_bytes, self._bin_bytes - start)
-        width = self.dtype.itemsize
-        if xxhash.xxh3_128_hexdigest(self.read([start // width], [size // width])) != self.seal.block_checksums[i]:
-            raise DataError(f"{self.bin_path}: damaged between bytes {start:,} and {start + size:,} (checksum); copy it again")
-
     def verify(self) -> None:
-        """Check every sealed checksum by reading all of the file; raises DataError."""
+        """Check every sealed checksum by reading all of both files; raises DataError."""
+        self.verify_index()
+        for i in range(self.num_blocks):
+            self.verify_block(i)
+
+    def verify_index(self) -> None:
+        """Check the .idx against the seal, and that the seal covers all of the .bin; raises DataError."""
         if self.seal is None:
             raise DataError(f"{self.path}: has no seal ({self.path}.json), so there are no checksums to verify")
         if self.num_blocks != -(-self._bin_bytes // self.seal.block_bytes):
@@ -267,8 +265,14 @@ class TokenFile:
                 digest.update(data)
         if digest.hexdigest() != self.seal.index_checksum:
             raise DataError(f"{self._idx_path}: damaged (checksum); copy it again")
-        for i in range(self.num_blocks):
-            self.verify_block(i)
+
+    def verify_block(self, i: int) -> None:
+        """Check block `i` of the .bin against the seal; raises DataError."""
+        start = i * self.seal.block_bytes
+        size = min(self.seal.block_bytes, self._bin_bytes - start)
+        data = read_ranges(self._file, np.array([start]), np.array([size]))
+        if xxhash.xxh3_128_hexdigest(data) != self.seal.block_checksums[i]:
+            raise DataError(f"{self.bin_path}: damaged between bytes {start:,} and {start + size:,} (checksum); copy it again")
 
 
 def read_ranges(file, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:

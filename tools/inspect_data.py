@@ -1,0 +1,178 @@
+"""Look into token files, and into the samples that a step of a run was made of."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+
+from pretrain.config import Config, ConfigError, load
+from pretrain.data.batches import FileSource, TrainData, open_train
+from pretrain.data.indexed import DataError, TokenFile
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.report.progress import Progress
+
+_QUANTILES = (0, 1, 10, 50, 90, 99, 100)
+_SAMPLED_DOCUMENTS = 10_000
+_EPOCHS_SHOWN = 3
+
+
+def main() -> int:
+    """Returns the exit status: 0, or 2 when the data are damaged or the arguments cannot be used."""
+    parser = argparse.ArgumentParser(
+        description="Show what a token file holds, or which text a step of a run was trained on.",
+        epilog="examples: python tools/inspect_data.py --data data/stdlib_train --verify;"
+        " python tools/inspect_data.py --run runs/first --step 120",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", metavar="PREFIX", help="token file: prefix of a .bin/.idx pair, or a flat .bin")
+    what.add_argument("--run", metavar="R", type=Path, help="folder of a run, with --step or --document")
+    parser.add_argument("--step", type=int, metavar="N", help="with --run: show the samples of this step (steps count from 1)")
+    parser.add_argument(
+        "--document",
+        metavar="SOURCE:NUMBER",
+        help="with --run: show the steps that read a document, as 0:17 for number 17 of source 0",
+    )
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="decodes the ids (default: that of the seal or of the run)")
+    parser.add_argument("--documents", type=int, default=3, metavar="N", help="with --data: documents to show (3)")
+    parser.add_argument("--characters", type=int, default=200, metavar="N", help="of each text shown (200)")
+    parser.add_argument("--verify", action="store_true", help="with --data: read all of it and check every checksum")
+    arguments = parser.parse_args()
+    try:
+        lines = about_file(arguments) if arguments.data else about_run(arguments)
+        for line in lines:
+            print(line)
+    except (DataError, ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def about_file(arguments: argparse.Namespace):
+    """Lines about one token file."""
+    file = TokenFile(arguments.data)
+    tokenizer = tokenizer_of(file, arguments.tokenizer)
+    sampled = file.sample()
+    yield f"{file.path}: {file.num_tokens:,} tokens ({file.dtype.name})" + (
+        f" in {file.num_documents:,} documents" if file.num_documents else ", a flat file without a document index"
+    )
+    yield f"ids in a sample of {len(sampled):,} tokens: {sampled.min()} to {sampled.max()}"
+    end = file.seal.end_of_document_id if file.seal else tokenizer.end_of_document_id if tokenizer else None
+    if end is not None:
+        rate = float(np.mean(sampled == end))
+        yield f"end-of-document id {end}: {100 * rate:.3g} % of the sampled tokens" + (
+            f", one in {1 / rate:,.0f}" if rate else ""
+        )
+    if file.seal:
+        yield from about_seal(file)
+    else:
+        yield "no seal: tokenizer, vocabulary and checksums are unknown"
+    if file.num_documents:
+        numbers = np.unique(np.linspace(0, file.num_documents - 1, _SAMPLED_DOCUMENTS).astype(np.int64)).tolist()
+        lengths = [file.document_start(i + 1) - file.document_start(i) for i in numbers]
+        quantiles = ", ".join(
+            f"{q} % {value:,.0f}" for q, value in zip(_QUANTILES, np.percentile(lengths, _QUANTILES), strict=True)
+        )
+        yield f"tokens per document, quantiles: {quantiles}"
+        for i in range(min(arguments.documents, file.num_documents)):
+            yield f"document {i}: {shown(file.document(i), tokenizer, arguments.characters)}"
+    if arguments.verify:
+        verify(file)
+        yield f"verified: all {file.num_blocks} checksums of {file.bin_path} and that of its index are right"
+
+
+def about_seal(file: TokenFile):
+    """The lines of the seal."""
+    seal = file.seal
+    yield f"tokenizer {seal.tokenizer_path}, fingerprint {seal.tokenizer_fingerprint}, {seal.vocab_size} ids"
+    yield f"text: {seal.utf8_bytes:,} bytes, {seal.utf8_bytes / seal.num_tokens:.3f} per token; shuffled: {seal.shuffled}"
+    yield f"corpus: {', '.join(map(str, seal.corpus.get('inputs', [])))}, sha256 {seal.corpus.get('sha256')}"
+    yield f"entropies in nats per token: unigram {seal.unigram_entropy_nats:.4f}, bigram {seal.bigram_entropy_nats:.4f}"
+
+
+def verify(file: TokenFile) -> None:
+    """Checks all checksums with progress; raises DataError."""
+    file.verify_index()
+    with Progress("verifying", file.num_tokens * file.dtype.itemsize) as progress:
+        for i in range(file.num_blocks):
+            file.verify_block(i)
+            progress.update(min((i + 1) * file.seal.block_bytes, file.num_tokens * file.dtype.itemsize))
+
+
+def tokenizer_of(file: TokenFile, folder: str | None) -> Tokenizer | None:
+    """The tokenizer asked for, else that of the seal where it still is in its place, else None. Raises DataError."""
+    if folder:
+        return Tokenizer.load(folder)
+    if file.seal and Path(file.seal.tokenizer_path).is_dir():
+        tokenizer = Tokenizer.load(file.seal.tokenizer_path)
+        return tokenizer if tokenizer.fingerprint == file.seal.tokenizer_fingerprint else None
+    return None
+
+
+def shown(tokens: np.ndarray, tokenizer: Tokenizer | None, characters: int) -> str:
+    """The beginning of `tokens` on one line: decoded where there is a tokenizer, else as ids."""
+    if tokenizer is None:
+        text = " ".join(map(str, tokens[: characters // 5].tolist()))
+        return text + (" ..." if len(tokens) > characters // 5 else "")
+    text = tokenizer.decode(tokens[: 4 * characters].tolist())
+    return json.dumps(text[:characters], ensure_ascii=False) + ("..." if len(text) > characters else "")
+
+
+def about_run(arguments: argparse.Namespace):
+    """Lines about the samples of one step, or about the steps of one document."""
+    if (arguments.step is None) == (arguments.document is None):
+        raise DataError("--run needs either --step N or --document SOURCE:NUMBER")
+    settings = arguments.run / "config.yaml"
+    if not settings.is_file():
+        raise DataError(f"{settings}: not found; --run takes the folder of a run that was started")
+    config = load(["--config", str(settings)], world_size=None)
+    folder = arguments.tokenizer or config.tokenizer.path
+    tokenizer = Tokenizer.load(folder) if folder else None
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    fingerprint = tokenizer.fingerprint if tokenizer else None
+    data = open_train(config.data, seed=config.run.seed, vocab_size=vocab_size, tokenizer_fingerprint=fingerprint)
+    if arguments.document is not None:
+        return steps_of_document(data, arguments.document, config)
+    if arguments.step < 1:
+        raise DataError(f"--step {arguments.step}: steps count from 1")
+    return samples_of_step(data, arguments.step, config, tokenizer, arguments.characters)
+
+
+def samples_of_step(data: TrainData, step: int, config: Config, tokenizer: Tokenizer | None, characters: int):
+    """One line for each sample of the global batch of `step`."""
+    size = config.batch.global_batch_size
+    first = (step - 1) * size
+    yield f"step {step}: positions {first:,} to {first + size - 1:,}"
+    for offset, (number, epoch, sample) in enumerate(data.sample_ids(first, size)):
+        source = data.sources[number]
+        place = f"{first + offset}: source {number} ({source.name}), epoch {epoch}, sample {sample}"
+        if isinstance(source, FileSource) and source.file.num_documents:
+            start = sample * source.sequence_length
+            documents = source.file.document_at(start), source.file.document_at(start + source.sequence_length)
+            place += f", documents {documents[0]} to {documents[1]}"
+        yield f"{place}: {shown(source.read(np.array([sample]))[0], tokenizer, characters)}"
+
+
+def steps_of_document(data: TrainData, chosen: str, config: Config):
+    """Where each sample that holds a part of the document stands in the first epochs."""
+    try:
+        number, document = map(int, chosen.split(":"))
+        source = data.sources[number]
+        tokens = [source.file.document_start(document), source.file.document_start(document + 1) - 1]
+    except (ValueError, IndexError, AttributeError, TypeError):
+        raise DataError(f"--document {chosen}: give SOURCE:NUMBER of a source with a document index, as 0:17") from None
+    yield f"document {document} of source {number} ({source.name}): tokens {tokens[0]:,} to {tokens[1]:,}"
+    last = min(tokens[1] // source.sequence_length, source.num_samples - 1)
+    for sample in range(tokens[0] // source.sequence_length, last + 1):
+        positions = [data.position(number, epoch, sample) for epoch in range(_EPOCHS_SHOWN)]
+        steps = ", ".join(f"{p // config.batch.global_batch_size + 1} (epoch {e})" for e, p in enumerate(positions))
+        yield f"sample {sample}: steps {steps}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
