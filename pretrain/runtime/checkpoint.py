@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +55,11 @@ class Checkpoint:
         return json.loads((self.path / "state.json").read_text())
 
     def manifest(self) -> dict:
-        """{"format_version", "world_size", "files": {name: {"bytes", "xxh3"}}}. Raises OSError, ValueError, KeyError when damaged."""
+        """{"format_version", "world_size", "files": {name: {"bytes", "xxh3"}}}. Raises OSError or ValueError when damaged,
+        CheckpointError when another version of the program must read it."""
         manifest = json.loads((self.path / "manifest.json").read_text())
+        if not isinstance(manifest, dict) or manifest.pop("xxh3", None) != _digest_json(manifest):
+            raise ValueError("it has changed since it was written")
         if manifest["format_version"] != FORMAT_VERSION:
             found = manifest["format_version"]
             raise CheckpointError(f"{self.path}: has format {found}, this program reads format {FORMAT_VERSION}")
@@ -66,8 +69,8 @@ class Checkpoint:
         """What is wrong with the files of this `part` out of `parts` (so that ranks can share the reading), or None."""
         try:
             files = sorted(self.manifest()["files"].items())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            return f"{self.path}: manifest.json is missing or unreadable ({error})"
+        except (OSError, ValueError) as error:
+            return f"{self.path}: manifest.json is missing or damaged ({error})"
         for name, expected in files[part::parts]:
             file = self.path / name
             if file.is_symlink() or not file.is_file() or file.parent != self.path:
@@ -97,26 +100,38 @@ def save(folder: Path, step: int, engine: Engine, state: dict) -> Checkpoint:
     """
     final = folder / f"step_{step:08d}"
     temporary = folder / f".tmp-{final.name}"
-    if engine.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-    engine.barrier()  # the folder exists before anyone writes into it
-    failure = None
+    state = {**state, "step": step, "optimizer_updates": engine.updates}
     try:
-        files = _write_shards(temporary, engine)
-        _write_file(temporary / f"files-{engine.rank:05d}.json", json.dumps(files).encode())
-    except OSError as error:
-        failure = error
-    failures = engine.all_reduce(torch.tensor(int(failure is not None), device=engine.device))
-    if failures:  # all commit or none
+        _agree(engine, lambda: _make_empty(temporary) if engine.rank == 0 else None)
+        _agree(engine, lambda: _write_part(temporary, engine))
+        _agree(engine, lambda: _commit(temporary, final, state, engine.world_size) if engine.rank == 0 else None)
+    except OSError:
         if engine.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise failure or OSError(f"checkpoint of step {step}: another rank could not write its part")
-    if engine.rank == 0:
-        _commit(temporary, final, {**state, "step": step, "optimizer_updates": engine.updates}, engine.world_size)
-    engine.barrier()  # nobody goes on before the checkpoint is durable
+        raise
     return Checkpoint(final)
+
+
+def _agree(engine: Engine, work: Callable[[], None]) -> None:
+    """All ranks do their part and wait for each other; if one fails, all raise OSError: all commit or none."""
+    failure = None
+    try:
+        work()
+    except OSError as error:
+        failure = error
+    if engine.all_reduce(torch.tensor(int(failure is not None), device=engine.device)):
+        raise failure or OSError("the checkpoint could not be written: another rank failed")
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _write_part(folder: Path, engine: Engine) -> None:
+    files = _write_shards(folder, engine)
+    _write_file(folder / f"files-{engine.rank:05d}.json", json.dumps(files).encode())
 
 
 def _write_shards(folder: Path, engine: Engine) -> dict[str, dict]:
@@ -154,6 +169,7 @@ def _commit(temporary: Path, final: Path, state: dict, world_size: int) -> None:
         files.update(json.loads(part.read_text()))
         part.unlink()
     manifest = {"format_version": FORMAT_VERSION, "world_size": world_size, "files": files}
+    manifest["xxh3"] = _digest_json(manifest)
     _write_file(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
     _sync_folder(temporary)
     if final.exists():  # the same step again, after a fallback past it
@@ -277,6 +293,10 @@ def _digest_file(path: Path) -> str:
         while block := file.read(1 << 24):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _digest_json(content: dict) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def _sync_folder(path: Path) -> None:

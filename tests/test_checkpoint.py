@@ -1,0 +1,222 @@
+"""Checkpoints appear whole or not at all, any ranks read what others wrote, and damage is seen before it is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.config import EngineConfig, ModelConfig, OptimizerConfig, resolve_model
+from pretrain.model.transformer import build
+from pretrain.optim.optimizer import build_optimizer
+from pretrain.runtime import checkpoint
+from pretrain.runtime.checkpoint import CheckpointError, checkpoints, newest_valid
+from pretrain.runtime.engine import Engine
+from tests.ranks import run_ranks
+
+MODEL = resolve_model(ModelConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2), vocab_size=50, sequence_length=8)
+
+
+def make_engine(seed: int = 0) -> Engine:
+    engine = Engine(EngineConfig(name="ddp"))
+    model = build(MODEL, engine.device, seed)
+    engine.prepare(model, build_optimizer(model, OptimizerConfig(lr=1e-2)), grad_clip=1.0)
+    return engine
+
+
+def take_steps(engine: Engine, count: int) -> None:
+    tokens_BT = torch.arange(16).view(2, 8) % 50
+    for _ in range(count):
+        with engine.micro_batch(last=True):
+            engine.backward(engine.forward(tokens_BT, tokens_BT, None))
+        engine.update(1e-2)
+
+
+def state_of(engine: Engine) -> dict[str, bytes]:
+    return {shard.name: shard.piece.numpy().tobytes() for shard in engine.shards(saving=False)} | {"updates": bytes([engine.updates])}
+
+
+def save_some(folder: Path, steps: list[int]) -> dict:
+    """On each rank: trains a little and saves at `steps`. -> the state at the last one."""
+    engine = make_engine()
+    for step in steps:
+        take_steps(engine, 1)
+        checkpoint.save(folder, step, engine, {"val_loss": None})
+    state = state_of(engine)
+    engine.close()
+    return state
+
+
+def load_newest(folder: Path) -> dict:
+    engine = make_engine(seed=1)
+    loaded = checkpoint.load(newest_valid(folder, engine), engine)
+    state = state_of(engine)
+    take_steps(engine, 1)  # the optimizer goes on
+    engine.close()
+    return state | {"step": loaded["step"]}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    save_some(folder, [1, 2, 3])
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    """A copy to damage: steps 1, 2 and 3."""
+    import shutil
+
+    return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
+
+
+@pytest.mark.parametrize(("writers", "readers"), [(1, 2), (2, 1), (2, 4)])
+def test_any_number_of_ranks_reads_what_any_other_wrote(tmp_path, writers, readers):
+    written = run_ranks(writers, save_some, tmp_path, [3])[0]
+    for read in run_ranks(readers, load_newest, tmp_path):
+        assert read.pop("step") == 3 and read == written
+
+
+def test_large_states_are_split_into_files_of_bounded_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "MAX_FILE_BYTES", 4096)
+    written = save_some(tmp_path, [1])
+    files = sorted((tmp_path / "step_00000001").glob("*.safetensors"))
+    assert len(files) > 3
+    largest_piece = max(len(data) for data in written.values())
+    assert all(file.stat().st_size <= max(4096, largest_piece) + 8192 for file in files)
+    read = load_newest(tmp_path)
+    assert read.pop("step") == 1 and read == written
+
+
+def spoil(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "truncated":
+        path.write_bytes(data[: random.Random(0).randrange(len(data))])
+    elif how == "flipped":
+        data[random.Random(1).randrange(len(data))] ^= 1
+        path.write_bytes(data)
+    elif how == "missing":
+        path.unlink()
+    elif how == "linked":
+        path.rename(path.with_name("elsewhere"))
+        path.symlink_to("elsewhere")
+    elif how == "swapped":
+        path.write_bytes((path.parents[1] / "step_00000002" / path.name).read_bytes())
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "linked", "swapped"])
+@pytest.mark.parametrize("file", ["manifest.json", "state.json", "tensors-00000-of-00001-000.safetensors"])
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_used(folder, file, how):
+    if (file, how) == ("manifest.json", "linked"):
+        how = "missing"  # a link to the manifest itself is harmless
+    spoil(folder / "step_00000003" / file, how)
+    said: list[str] = []
+    engine = make_engine()
+    assert newest_valid(folder, engine, said.append).step == 2
+    assert len(said) == 1 and "step_00000003" in said[0] and "put aside" in said[0]
+    assert (folder / "damaged-step_00000003").is_dir()
+
+
+def test_a_thousand_flipped_bits_are_all_seen(folder):
+    randomly, target = random.Random(2), checkpoints(folder)[0]
+    files = sorted(target.path.iterdir())
+    seen = 0
+    for _ in range(1000):
+        file = randomly.choice(files)
+        data = bytearray(file.read_bytes())
+        place, bit = randomly.randrange(len(data)), 1 << randomly.randrange(8)
+        data[place] ^= bit
+        file.write_bytes(data)
+        seen += target.damage() is not None
+        data[place] ^= bit
+        file.write_bytes(data)
+    assert seen == 1000 and target.damage() is None
+
+
+def test_no_valid_checkpoint_is_an_error_and_never_a_fresh_start(folder):
+    for found in checkpoints(folder):
+        spoil(found.path / "state.json", "flipped")
+    for _ in range(2):  # also the next time, when they are all put aside
+        with pytest.raises(CheckpointError, match="none of its checkpoints is valid"):
+            newest_valid(folder, make_engine(), lambda text: None)
+
+
+def test_an_empty_folder_is_a_fresh_start(tmp_path):
+    assert newest_valid(tmp_path / "none", make_engine()) is None
+
+
+def test_a_checkpoint_of_another_format_is_refused_not_put_aside(folder):
+    path = folder / "step_00000003" / "manifest.json"
+    manifest = {"format_version": 99}
+    path.write_text(json.dumps(manifest | {"xxh3": checkpoint._digest_json(manifest)}))
+    with pytest.raises(CheckpointError, match="has format 99, this program reads format 1"):
+        newest_valid(folder, make_engine())
+
+
+def test_another_architecture_is_named(folder):
+    engine = Engine(EngineConfig(name="ddp"))
+    other = resolve_model(ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2), vocab_size=50, sequence_length=8)
+    model = build(other, "cpu", 0)
+    engine.prepare(model, build_optimizer(model, OptimizerConfig()), 1.0)
+    with pytest.raises(CheckpointError, match=r"model/model.embed_tokens.weight must be \(64, 32\), the checkpoint has \(64, 16\)"):
+        checkpoint.load(checkpoints(folder)[0], engine)
+
+
+def fail_on_one_rank(folder: Path) -> tuple[str, list[int], list[str]]:
+    engine = make_engine()
+    checkpoint.save(folder, 1, engine, {})
+    if engine.rank == 1:
+        checkpoint._write_shards = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    try:
+        checkpoint.save(folder, 2, engine, {})
+        failure = ""
+    except OSError as error:
+        failure = str(error)
+    engine.barrier()
+    return failure, [found.step for found in checkpoints(folder)], [path.name for path in folder.iterdir()]
+
+
+def test_when_one_rank_cannot_write_all_ranks_know_and_what_was_there_stays(tmp_path):
+    (first, *listing), (second, *_) = run_ranks(2, fail_on_one_rank, tmp_path)
+    assert "another rank failed" in first and "No space left" in second
+    assert listing == [[1], ["step_00000001"]]
+
+
+def test_pruning_keeps_what_it_must_and_never_touches_foreign_names(folder):
+    (folder / "my-notes-step-5").mkdir()
+    (folder / "step_00000009").symlink_to(folder / "step_00000001")
+    (folder / ".tmp-step_00000007").mkdir()
+    (folder / ".del-step_00000006").mkdir()
+    checkpoint.prune(folder, keep={1, 3})
+    assert sorted(path.name for path in folder.iterdir()) == ["my-notes-step-5", "step_00000001", "step_00000003", "step_00000009"]
+
+
+def test_the_manifest_is_written_after_the_files_and_synced_before_the_rename(tmp_path, monkeypatch):
+    events: list[str] = []
+    real_fsync, real_rename = os.fsync, os.rename
+
+    def fsync(descriptor: int) -> None:
+        events.append("sync " + Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        real_fsync(descriptor)
+
+    def rename(source, target) -> None:
+        events.append(f"rename {Path(source).name}")
+        real_rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    save_some(tmp_path / "c", [1])
+    files = [event for event in events if not event.startswith("sync files-")]
+    assert files == [
+        "sync tensors-00000-of-00001-000.safetensors",
+        "sync state.json",
+        "sync manifest.json",
+        "sync .tmp-step_00000001",
+        "rename .tmp-step_00000001",
+        "sync c",
+    ]
