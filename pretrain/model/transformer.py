@@ -175,17 +175,22 @@ class Transformer(nn.Module):
         ln V by half of that: under 2 % for any V >= 64. Tied, the input token's own logit is D * std^2 / rms, with rms the
         size of the residual stream after the last block, which the scaled branches keep near 0.5: again less than one.
 
-        Each parameter has a generator of its own, keyed by seed and name, and is drawn in fp32 on the CPU: equal on every rank,
-        device and dtype, whatever was drawn before.
+        Each parameter has a generator of its own (see `initial_weight`).
         """
         for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-                continue
-            key = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
-            values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-            parameter.copy_(values.normal_(0.0, self._initial_std(name, parameter.shape[1]), generator=generator))
+            parameter.copy_(self.initial_weight(name, tuple(parameter.shape), seed))
+
+    def initial_weight(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+        """The initial value of the parameter `name` of whole shape `shape`: fp32, on the CPU.
+
+        Its generator is keyed by seed and name: equal on every rank, device and dtype, whatever was drawn before, so that a rank
+        which holds a piece of each parameter may draw one parameter at a time, keep its piece and free the rest.
+        """
+        if name.endswith("norm.weight"):
+            return torch.ones(shape, device="cpu")
+        key = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
+        return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, self._initial_std(name, shape[1]), generator=generator)
 
     def _initial_std(self, name: str, fan_in: int) -> float:
         config = self.config
