@@ -24,7 +24,7 @@ def write_run(directory: Path, losses: list[float | None], tokens_per_step: int 
     directory.mkdir(parents=True)
     records: list[dict] = [{"step": 0, "reference_lines": {"uniform": math.log(4096), "unigram": 6.25}}]
     for index, loss in enumerate(losses, start=1):
-        records.append({"step": 10 * index, "loss": loss, "tokens": 10 * index * tokens_per_step, "tokens_per_second": 5000.0})
+        records.append({"step": 10 * index, "loss": loss, "tokens": 10 * index * tokens_per_step, "train_hours": index / 4})
     records.append({"step": 10 * len(losses), "val_loss": 2.5})
     (directory / "metrics.jsonl").write_bytes("".join(json.dumps(record) + "\n" for record in records).encode() + torn)
     return directory
@@ -39,7 +39,7 @@ def test_curves_hold_the_values_of_the_file_and_leave_a_torn_last_line(tmp_path)
     run = read_curves(write_run(tmp_path / "r", [8.0, None, 6.0], torn=b'{"step": 40, "lo'))
     assert run.step.tolist() == [10, 20, 30] and run.tokens.tolist() == [10_000, 20_000, 30_000]
     assert run.loss[0] == 8.0 and math.isnan(run.loss[1]) and run.loss[2] == 6.0
-    assert run.hours == pytest.approx(np.array([2, 4, 6]) / 3600)
+    assert run.hours.tolist() == [0.25, 0.5, 0.75]
     assert run.val_x("tokens").tolist() == [30_000] and run.val_loss.tolist() == [2.5]
     assert run.reference_lines == {"uniform": math.log(4096), "unigram": 6.25}
 
@@ -121,6 +121,13 @@ def test_a_run_without_metrics_is_refused_with_a_sentence(tmp_path, content, mes
         (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(PlotError, match=message):
         read_curves(tmp_path)
+
+
+def test_an_axis_that_the_records_do_not_hold_is_refused_with_a_sentence(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "tokens": 5}\n')
+    with pytest.raises(PlotError, match="hold no train_hours"):
+        plot_runs([tmp_path], tmp_path / "x.png", "hours")
+    plot_runs([tmp_path], tmp_path / "x.png", "tokens")
 
 
 def test_the_tool_draws_and_refuses_with_status_2(tmp_path):

@@ -57,7 +57,7 @@ class Curves:
     name: str
     step: np.ndarray  # (N,) logging steps
     tokens: np.ndarray  # (N,) valid tokens consumed
-    hours: np.ndarray  # (N,) training time, from tokens and tokens_per_second
+    hours: np.ndarray  # (N,) train_hours: spent in steps, over all starts
     loss: np.ndarray  # (N,) nats per token
     smoothed: np.ndarray  # (N,) the loss, smoothed over a sixtieth of the run
     val_step: np.ndarray  # (M,)
@@ -98,14 +98,13 @@ def read_curves(directory: Path) -> Curves:
     valid = [record for record in records if "val_loss" in record]
     if not train:
         raise PlotError(f"{path}: no logging step yet (log.every_steps says when the first one comes).")
-    step, tokens, loss = (_column(train, key) for key in ("step", "tokens", "loss"))
-    seconds = np.diff(tokens, prepend=0.0) / _column(train, "tokens_per_second")
+    loss = _column(train, "loss")
     references = next((record["reference_lines"] for record in records if record.get("reference_lines")), {})
     return Curves(
         name=directory.resolve().name,
-        step=step,
-        tokens=tokens,
-        hours=np.cumsum(np.nan_to_num(seconds)) / 3600,
+        step=_column(train, "step"),
+        tokens=_column(train, "tokens"),
+        hours=_column(train, "train_hours"),
         loss=loss,
         smoothed=smooth(loss, max(2, len(loss) // 120)),
         val_step=_column(valid, "step"),
@@ -145,7 +144,7 @@ def plot_runs(directories: Sequence[Path], output: Path, x: XAxis = "tokens") ->
 def draw(runs: Sequence[Curves], x: XAxis) -> Figure:
     """Training loss (raw and smoothed), validation points and reference lines.
 
-    A second axis shows steps where all runs take equally many tokens a step.
+    A second axis shows steps where all runs take equally many tokens a step. Raises PlotError for a run without such an x.
     """
     figure = Figure(figsize=(11, 6.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
@@ -157,6 +156,11 @@ def draw(runs: Sequence[Curves], x: XAxis) -> Figure:
         axes.axhline(label[0], color="#8a8a8a", linewidth=0.9, linestyle=(0, (5, 4)), zorder=1)
         labels.append(label)
     axes.set_ylim(low, high)
+    for run in runs:
+        if not np.isfinite(run.x(x)).all():
+            raise PlotError(
+                f"{run.name}: its records hold no {'train_hours' if x == 'hours' else x}; choose another horizontal axis."
+            )
     axes.set_xlim(0, max(float(run.x(x)[-1]) for run in runs) * 1.005)
     _write_labels(axes, [(y if math.isfinite(y) else high, text, color) for y, text, color in labels], low, high)
     _decorate(axes, runs, x)
