@@ -43,7 +43,7 @@ class SyntheticSource:
         self._ids = (seed, _SPLITS[split])
         self._alphabet = Permutation(vocab_size, (seed, vocab_size))  # shared by the splits: it is what markov teaches
         weights = 1 / np.arange(1, vocab_size + 1)
-        self._zipf = weights / weights.sum()
+        self._zipf = weights / math.fsum(weights)  # exact on every machine, as everything here
         steps = min(vocab_size, 4)
         self._steps = np.array([2.0 ** -min(i + 1, steps - 1) for i in range(steps)])
         self.reference_lines = self._reference_lines(split)
@@ -57,7 +57,9 @@ class SyntheticSource:
         if self.kind == "repeat":  # a text is the uniform sample of a small index
             texts = splitmix64(samples.astype(np.uint64)) % np.uint64(_TEXTS)
             tokens = _below(self._bits(texts), self.vocab_size)
-            tokens[:, 0] = (tokens[:, 0] // _TEXTS * _TEXTS + texts.astype(np.int64)) % self.vocab_size
+            if self.vocab_size >= _TEXTS:  # the first token tells which text it is, so all labels can be known
+                groups = self.vocab_size // _TEXTS
+                tokens[:, 0] = tokens[:, 0] // _TEXTS % groups * _TEXTS + texts.astype(np.int64)
             return tokens
         bits = self._bits(samples.astype(np.uint64))
         if self.kind == "unigram":
@@ -91,6 +93,8 @@ class SyntheticSource:
             lines |= dict.fromkeys(("bigram", "floor"), _entropy(self._steps))
         elif self.kind == "repeat":
             lines = {"uniform": uniform, "floor": 0.0 if split == "train" else uniform}
+            if self.vocab_size < _TEXTS:
+                del lines["floor"]
         elif self.kind == "copy":
             lines["floor"] = (self.length // 2 - 1) / (self.length - 1) * uniform
         return lines

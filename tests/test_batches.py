@@ -1,0 +1,333 @@
+"""Batches hold the right tokens in the right order for any cut of the work, and unfit data are refused when opened."""
+
+import errno
+import math
+import os
+import struct
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain.config import DataConfig, SourceConfig, SyntheticConfig
+from pretrain.data.batches import open_train, open_valid
+from pretrain.data.indexed import DataError, TokenFile
+
+from .test_indexed import END, documents, write, write_megatron
+
+T = 16
+OPEN = dict(seed=1, vocab_size=100, tokenizer_fingerprint="made-of-tests")
+
+
+def config(*paths, weights=None, valid=(), **options) -> DataConfig:
+    weights = weights or [1.0] * len(paths)
+    train = [SourceConfig(path=str(path), weight=weight) for path, weight in zip(paths, weights, strict=True)]
+    options = dict(sequence_length=T) | options
+    return DataConfig(train=train, valid=[SourceConfig(path=str(path)) for path in valid], **options)
+
+
+def random_lengths(seed: int, count: int) -> list[int]:
+    return np.random.default_rng(seed).integers(1, 60, count).tolist()
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Three sources of different sizes; the smallest passes many epochs within the tests."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name, seed, count in (("small", 1, 3), ("middle", 2, 40), ("large", 3, 300)):
+        write(folder / name, documents(random_lengths(seed, count), seed=seed))
+    return [folder / name for name in ("small", "middle", "large")]
+
+
+@pytest.fixture(scope="module")
+def data(sources):
+    return open_train(config(*sources, weights=[1, 2, 3], document_mask=True), **OPEN)
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_a_batch_is_the_windows_that_sample_ids_name(data, sources):
+    tokens = [TokenFile(path).tokens for path in sources]
+    batch = data.take(777, 50)
+    assert batch.tokens_BT.shape == batch.labels_BT.shape == batch.documents_BT.shape == (50, T)
+    assert {tensor.dtype for tensor in batch} == {torch.int64} and all(tensor.is_contiguous() for tensor in batch)
+    for row, (source, _, sample) in enumerate(data.sample_ids(777, 50)):
+        window = tokens[source][sample * T : sample * T + T + 1]
+        assert np.array_equal(batch.tokens_BT[row], window[:-1])
+        assert np.array_equal(batch.labels_BT[row], window[1:])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8, 12, 16, 24, 48])
+def test_the_global_batch_does_not_depend_on_ranks_and_micro_batches(data, world_size):
+    global_batch = 48
+    share = global_batch // world_size
+    for step in (0, 1, 7, 1000):
+        whole = data.take(step * global_batch, global_batch)
+        for micro_batch in (m for m in range(1, share + 1) if share % m == 0):
+            parts = [
+                data.take(step * global_batch + rank * share + start, micro_batch)
+                for rank in range(world_size)
+                for start in range(0, share, micro_batch)
+            ]
+            for mine, theirs in zip(zip(*parts, strict=True), whole, strict=True):
+                assert torch.equal(torch.cat(mine), theirs)
+
+
+def test_every_window_is_read_once_per_epoch_and_leaves_less_than_a_window(sources):
+    data = open_train(config(sources[2]), **OPEN)
+    n = data.samples_per_epoch
+    assert n == (data.sources[0].num_tokens - 1) // T
+    for epoch in range(3):
+        ids = data.sample_ids(epoch * n, n)
+        assert sorted(ids) == [(0, epoch, sample) for sample in range(n)]
+    first, second = data.sample_ids(0, n), data.sample_ids(n, n)
+    assert [sample for _, _, sample in first] != [sample for _, _, sample in second]
+    labels = sorted(data.take(0, n).labels_BT.flatten().tolist())
+    assert labels == sorted(TokenFile(sources[2]).tokens[1 : n * T + 1].tolist())
+
+
+def test_positions_are_found_again(data):
+    for offset, sample in enumerate(data.sample_ids(5000, 30)):
+        assert data.position(*sample) == 5000 + offset
+
+
+def test_threads_may_take_at_the_same_time(data):
+    positions = list(range(0, 4000, 40))
+    alone = [data.take(position, 40) for position in positions]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda position: data.take(position, 40), positions))
+    for one, other in zip(alone, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_without_document_mask_there_are_no_documents(sources):
+    assert open_train(config(*sources), **OPEN).take(0, 2).documents_BT is None
+    assert len(open_train(config(*sources), **OPEN).take(5, 0).tokens_BT) == 0
+
+
+def test_documents_change_behind_each_end_of_document(data):
+    batch = data.take(0, 200)
+    for tokens, numbers in zip(batch.tokens_BT.tolist(), batch.documents_BT.tolist(), strict=True):
+        expected, number = [], 0
+        for token in tokens:
+            expected.append(number)
+            number += token == END
+        assert numbers == expected
+    assert batch.documents_BT.max() >= 2
+    assert (batch.labels_BT >= 0).all()
+
+
+def test_files_without_a_seal_give_the_same_documents_from_their_index(tmp_path):
+    docs = documents(random_lengths(5, 50))
+    write(tmp_path / "sealed", docs)
+    write_megatron(tmp_path / "foreign", docs)
+    sealed, foreign = (open_train(config(tmp_path / name, document_mask=True), **OPEN) for name in ("sealed", "foreign"))
+    n = sealed.samples_per_epoch
+    assert all(torch.equal(a, b) for a, b in zip(sealed.take(0, n), foreign.take(0, n), strict=True))
+    valid = config(document_mask=True, valid=[tmp_path / "sealed", tmp_path / "foreign"])
+    one, other = (v.take(list(range(v.num_samples))) for v in open_valid(valid, **OPEN))
+    counted = one.labels_BT != -100
+    assert torch.equal(one.documents_BT[counted], other.documents_BT[counted])
+
+
+def test_fingerprint_changes_with_all_that_changes_the_stream_and_with_nothing_else(tmp_path, sources):
+    base = dict(weights=[1, 2, 3])
+
+    def fingerprint(paths, seed=1, **options):
+        return open_train(config(*paths, **(base | options)), **(OPEN | {"seed": seed})).fingerprint
+
+    for path in sources:
+        for end in (".bin", ".idx", ".json"):
+            os.link(f"{path}{end}", tmp_path / (path.name + end))
+    write(tmp_path / "other", documents(random_lengths(1, 3), seed=9))
+    same = fingerprint(sources)
+    assert same == fingerprint([tmp_path / path.name for path in sources])
+    assert same == fingerprint(sources, weights=[0.1, 0.2, 0.3]) == fingerprint(sources, document_mask=True)
+    changed = [
+        fingerprint(sources, seed=2),
+        fingerprint(sources, sequence_length=T + 1),
+        fingerprint(sources, weights=[1, 2, 3.0001]),
+        fingerprint(sources[::-1]),
+        fingerprint([tmp_path / "other", *sources[1:]]),
+        fingerprint(sources[:2], weights=[1, 2]),
+    ]
+    assert len({same, *changed}) == 7
+
+
+def test_reference_lines_are_weighted_means_where_all_sources_know_them(tmp_path, data, sources):
+    seals = [TokenFile(path).seal for path in sources]
+    expected = sum(seal.unigram_entropy_nats * share for seal, share in zip(seals, [1 / 6, 1 / 3, 1 / 2], strict=True))
+    assert data.reference_lines["unigram"] == pytest.approx(expected)
+    assert data.reference_lines["uniform"] == math.log(100)
+    write_megatron(tmp_path / "foreign", documents())
+    assert set(open_train(config(sources[0], tmp_path / "foreign"), **OPEN).reference_lines) == {"uniform"}
+
+
+def test_description_says_how_often_each_source_is_read(data):
+    lines = data.description()
+    assert len(lines) == 4 and f"{data.samples_per_epoch:,} samples" in lines[0]
+    assert "small" in lines[1] and "16.67 %" in lines[1] and "times an epoch" in lines[1]
+
+
+def test_synthetic_data_are_taken_like_files():
+    settings = DataConfig(synthetic=SyntheticConfig(kind="markov", num_samples=100), sequence_length=T, document_mask=True)
+    data, (valid,) = open_train(settings, **OPEN), open_valid(settings, **OPEN)
+    assert data.samples_per_epoch == 100 and data.take(95, 10).tokens_BT.shape == (10, T)
+    assert not data.take(0, 3).documents_BT.any()
+    assert sorted(data.sample_ids(0, 100)) == [(0, 0, sample) for sample in range(100)]
+    assert data.reference_lines["floor"] == valid.reference_lines["floor"] == pytest.approx(1.75 * math.log(2))
+    assert valid.num_samples == 100 and valid.num_labels == 100 * T and valid.bytes_per_token is None
+    assert (valid.take([0, 99, 100, None]).labels_BT != -100).all(dim=1).tolist() == [True, True, False, False]
+    assert data.fingerprint != open_train(settings, **(OPEN | {"vocab_size": 99})).fingerprint
+
+
+# ---------------------------------------------------------------- validation
+
+
+@pytest.mark.parametrize("count", [2, 3, T, T + 1, T + 2, 5 * T, 5 * T + 1, 1000])
+def test_validation_counts_every_token_but_the_first_once(tmp_path, count):
+    tokens = np.append(np.random.default_rng(0).integers(3, 100, count - 1), END)
+    write(tmp_path / "v", [tokens])
+    (valid,) = open_valid(config(valid=[tmp_path / "v"]), **OPEN)
+    batch = valid.take(list(range(valid.num_samples)))
+    counted = batch.labels_BT != -100
+    assert batch.labels_BT[counted].tolist() == tokens[1:].tolist()
+    assert batch.tokens_BT[counted].tolist() == tokens[:-1].tolist()
+    assert valid.num_labels == count - 1 == counted.sum()
+    assert valid.num_samples == -(-(count - 1) // T)
+    assert valid.bytes_per_token == 4 * (count - 1) / count
+
+
+def test_validation_samples_past_the_end_are_masked_wherever_they_stand(sources):
+    (valid,) = open_valid(config(valid=[sources[0]], document_mask=True), **OPEN)
+    last = valid.num_samples - 1
+    batch = valid.take([None, last, 10**9, 0, None, last])
+    assert (batch.labels_BT != -100).any(dim=1).tolist() == [False, True, False, True, False, True]
+    assert torch.equal(batch.labels_BT[1], batch.labels_BT[5]) and torch.equal(batch.documents_BT[1], batch.documents_BT[5])
+    assert batch.tokens_BT.min() >= 0
+
+
+def test_validation_sets_have_unique_names(tmp_path, sources):
+    (tmp_path / "x").mkdir()
+    write(tmp_path / "x" / "middle")
+    paths = [sources[0], sources[1], tmp_path / "x" / "middle", tmp_path / "x" / "middle"]
+    names = [valid.name for valid in open_valid(config(valid=paths), **OPEN)]
+    assert names == ["small", f"{sources[1].parent.name}-middle", "x-middle", "x-middle-2"]
+    assert open_valid(config(), **OPEN) == []
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_all_problems_are_reported_at_once_with_their_keys(tmp_path, sources):
+    write(tmp_path / "tiny", documents([5]))
+    settings = config(tmp_path / "missing", tmp_path / "tiny", sources[0], weights=[1, -1, math.nan])
+    with pytest.raises(DataError) as caught:
+        open_train(settings, **(OPEN | {"tokenizer_fingerprint": "another"}))
+    message = str(caught.value)
+    for part in (
+        "data.train[1].weight: -1",
+        "data.train[2].weight: nan",
+        f"data.train[0].path: {tmp_path / 'missing'}: no token file here",
+        "data.train[1].path",
+        "holds 5 tokens, 17 are needed (data.sequence_length 16)",
+        f"data.train[2].path: {sources[0]}: was made with the tokenizer tokenizers/test (fingerprint made-of-tests)",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (dict(vocab_size=101), "its vocabulary has 100 ids, the model 101; leave model.vocab_size null"),
+        (dict(vocab_size=50), "its largest id is 99, the model has ids 0 to 49"),
+        (dict(vocab_size=50, tokenizer_fingerprint=None), "its largest id is 99"),
+    ],
+)
+def test_a_vocabulary_that_does_not_fit_is_refused_for_training_and_validation(sources, options, what):
+    settings = config(sources[2], valid=[sources[2]])
+    for opened, key in ((open_train, "train"), (open_valid, "valid")):
+        with pytest.raises(DataError, match=rf"data\.{key}\[0\]\.path: .*{what}"):
+            opened(settings, **(OPEN | options))
+
+
+def test_a_larger_model_vocabulary_without_a_tokenizer_is_allowed(sources):
+    open_train(config(sources[2]), **(OPEN | {"vocab_size": 101, "tokenizer_fingerprint": None}))
+
+
+@pytest.mark.parametrize("where", [0, 500_000, 999_999])
+def test_too_large_ids_of_a_file_without_a_seal_are_found_first_middle_and_last(tmp_path, where):
+    tokens = np.zeros(1_000_000, dtype="<u2")
+    tokens[where : where + 30_000] = 100  # the sample of a file sees runs, not every token
+    tokens[where] = 100
+    tokens.tofile(tmp_path / "flat.bin")
+    with pytest.raises(DataError, match="holds ids from 0 to 100, the model has ids 0 to 99"):
+        open_train(config(tmp_path / "flat.bin"), **OPEN)
+
+
+def test_int32_read_as_uint16_and_negative_ids_are_refused(tmp_path):
+    np.full(1000, 70_000, dtype="<i4").tofile(tmp_path / "flat.bin")
+    write_megatron(tmp_path / "negative", [[-1] * 100], dtype="<i4", code=4)
+    for name, what in (("flat.bin", "holds ids from 1 to 4464"), ("negative", "holds ids from -1 to -1")):
+        with pytest.raises(DataError, match=what):
+            open_train(config(tmp_path / name), **OPEN)
+
+
+def test_contradicting_and_empty_settings_are_refused(tmp_path, sources):
+    with pytest.raises(DataError, match=r"data\.train: no sources"):
+        open_train(DataConfig(), **OPEN)
+    with pytest.raises(DataError, match=r"data\.synthetic: cannot stand beside"):
+        open_train(config(sources[0], synthetic=SyntheticConfig()), **OPEN)
+    np.zeros(100, dtype="<u2").tofile(tmp_path / "flat.bin")
+    with pytest.raises(DataError, match="does not say where documents end"):
+        open_train(config(tmp_path / "flat.bin", document_mask=True), **OPEN)
+    write(tmp_path / "one", [np.array([END])])
+    with pytest.raises(DataError, match=r"data\.valid\[0\]\.path: .*holds 1 tokens, 2 are needed"):
+        open_valid(config(valid=[tmp_path / "one"]), **OPEN)
+
+
+# ---------------------------------------------------------------- size
+
+
+def sparse_pair(prefix, num_tokens: int) -> int:
+    """A pair of files of zeros that takes no space; returns the tokens that the file system allowed."""
+    length = 2 * 10**9  # of one document; the format holds it in 32 bits
+    while True:
+        try:
+            with open(f"{prefix}.bin", "wb") as file:
+                os.truncate(file.fileno(), 2 * num_tokens)
+            break
+        except OSError as error:
+            assert error.errno == errno.EFBIG
+            num_tokens //= 2
+    count = num_tokens // length
+    with open(f"{prefix}.idx", "wb") as file:
+        file.write(b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, count, count + 1))
+        file.write(np.full(count, length, dtype="<i4").tobytes())
+        file.write((np.arange(count, dtype="<i8") * 2 * length).tobytes() + np.arange(count + 1, dtype="<i8").tobytes())
+    os.truncate(f"{prefix}.bin", 2 * count * length)
+    return count * length
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+def test_a_trillion_tokens_give_their_first_batch_in_under_a_second_and_flat_memory(tmp_path):
+    num_tokens = sparse_pair(tmp_path / "huge", 10**12)
+    assert num_tokens > 10**11, "this file system allows files too small for the claim"
+    tracemalloc.start()
+    resident, began = resident_bytes(), time.perf_counter()
+    data = open_train(config(tmp_path / "huge", sequence_length=2048, document_mask=True), **OPEN)
+    batch = data.take(10**8, 64)
+    seconds, (_, peak) = time.perf_counter() - began, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert data.samples_per_epoch == (num_tokens - 1) // 2048 and batch.tokens_BT.shape == (64, 2048)
+    assert seconds < 1
+    assert peak < 16 << 20 and resident_bytes() - resident < 64 << 20

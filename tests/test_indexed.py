@@ -1,0 +1,398 @@
+"""Token files are byte for byte Megatron's, appear whole or not at all, and are refused when damaged."""
+
+import dataclasses
+import json
+import os
+import struct
+import time
+
+import numpy as np
+import pytest
+
+from pretrain.data.indexed import DataError, Seal, TokenFile, TokenWriter, token_dtype
+
+END = 2
+LENGTHS = [5, 1, 12, 3, 40, 7, 2]
+
+
+def documents(lengths=LENGTHS, vocab_size=100, seed=0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [np.append(rng.integers(3, vocab_size, length - 1), END) for length in lengths]
+
+
+def write(prefix, docs=None, *, vocab_size=100, fingerprint="made-of-tests", text_bytes=4, **options) -> Seal:
+    docs = documents(vocab_size=vocab_size) if docs is None else docs
+    about = dict(tokenizer_fingerprint=fingerprint, tokenizer_path="tokenizers/test", shuffled=True) | options
+    with TokenWriter(prefix, vocab_size=vocab_size, end_of_document_id=END, **about) as writer:
+        for doc in docs:
+            writer.add(doc, [len(doc)], text_bytes * (len(doc) - 1))
+        return writer.finish({"inputs": ["test"], "sha256": "0"})
+
+
+def write_megatron(prefix, sequences, starts=None, dtype="<u2", code=8) -> None:
+    """The format, written a second time and as plainly as possible."""
+    lengths = [len(sequence) for sequence in sequences]
+    pointers = [sum(lengths[:i]) * np.dtype(dtype).itemsize for i in range(len(lengths))]
+    starts = range(len(sequences) + 1) if starts is None else starts
+    with open(f"{prefix}.bin", "wb") as file:
+        for sequence in sequences:
+            file.write(np.asarray(sequence).astype(dtype).tobytes())
+    with open(f"{prefix}.idx", "wb") as file:
+        file.write(b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(lengths), len(starts)))
+        file.write(struct.pack(f"<{len(lengths)}i", *lengths))
+        file.write(struct.pack(f"<{len(pointers)}q", *pointers))
+        file.write(struct.pack(f"<{len(starts)}q", *starts))
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype", "code"), [(100, "<u2", 8), (65499, "<u2", 8), (65500, "<i4", 4), (200_000, "<i4", 4)]
+)
+def test_bytes_equal_those_of_an_independent_writer(tmp_path, vocab_size, dtype, code):
+    docs = documents(vocab_size=vocab_size)
+    write(tmp_path / "ours", docs, vocab_size=vocab_size)
+    write_megatron(tmp_path / "theirs", docs, dtype=dtype, code=code)
+    for end in (".bin", ".idx"):
+        assert (tmp_path / f"ours{end}").read_bytes() == (tmp_path / f"theirs{end}").read_bytes()
+    assert token_dtype(vocab_size) == np.dtype(dtype)
+    assert (tmp_path / "ours.idx").stat().st_size == 34 + 12 * 7 + 8 * 8 == 182
+
+
+def test_documents_and_tokens_are_read_back(tmp_path):
+    docs = documents()
+    write(tmp_path / "a", docs)
+    for name in ("a", "a.bin", "a.idx"):
+        file = TokenFile(tmp_path / name)
+        assert (file.num_tokens, file.num_documents, file.dtype) == (70, 7, np.dtype("<u2"))
+        assert all(np.array_equal(file.document(i), doc) for i, doc in enumerate(docs))
+        assert np.array_equal(file.tokens, np.concatenate(docs))
+    assert [file.document_at(token) for token in (0, 4, 5, 6, 69)] == [0, 0, 1, 2, 6]
+    for number in (-1, 7):
+        with pytest.raises(IndexError, match=f"document {number} of 7"):
+            file.document(number)
+
+
+def test_adding_one_by_one_or_all_at_once_gives_the_same_files(tmp_path):
+    docs = documents()
+    write(tmp_path / "one", docs)
+    with TokenWriter(
+        tmp_path / "all", vocab_size=100, end_of_document_id=END, tokenizer_fingerprint="made-of-tests",
+        tokenizer_path="tokenizers/test", shuffled=True,
+    ) as writer:  # fmt: skip
+        writer.add(np.concatenate(docs), LENGTHS, 4 * (70 - 7))
+        writer.finish({"inputs": ["test"], "sha256": "0"})
+    for end in (".bin", ".idx", ".json"):
+        assert (tmp_path / f"one{end}").read_bytes() == (tmp_path / f"all{end}").read_bytes()
+
+
+def test_files_of_others_are_read_without_a_seal_and_with_several_sequences_per_document(tmp_path):
+    docs = documents()
+    write_megatron(tmp_path / "theirs", docs, starts=[0, 2, 3, 7])
+    file = TokenFile(tmp_path / "theirs")
+    assert file.seal is None and file.num_documents == 3
+    assert np.array_equal(file.document(0), np.concatenate(docs[:2]))
+    assert np.array_equal(file.document(2), np.concatenate(docs[3:]))
+    with pytest.raises(DataError, match="no seal"):
+        file.verify()
+
+
+@pytest.mark.parametrize(("code", "dtype"), [(1, "<u1"), (2, "<i1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2")])
+def test_all_integer_types_are_read(tmp_path, code, dtype):
+    docs = documents()
+    write_megatron(tmp_path / "a", docs, dtype=dtype, code=code)
+    assert np.array_equal(TokenFile(tmp_path / "a").tokens, np.concatenate(docs))
+
+
+def test_reads_of_many_ranges_equal_slices(tmp_path):
+    write(tmp_path / "a")
+    file = TokenFile(tmp_path / "a")
+    starts, lengths = np.array([3, 0, 65, 10, 10]), np.array([7, 0, 5, 60, 1])
+    expected = np.concatenate([file.tokens[s : s + n] for s, n in zip(starts, lengths, strict=True)])
+    assert np.array_equal(file.read(starts, lengths), expected)
+    assert file.read([], []).size == 0
+    for start, length in ((-1, 3), (68, 3), (3, -1)):
+        with pytest.raises(IndexError, match="outside"):
+            file.read([start], [length])
+
+
+def test_a_file_cut_short_while_in_use_is_an_error_and_not_the_end_of_the_process(tmp_path):
+    write(tmp_path / "a")
+    file = TokenFile(tmp_path / "a")
+    os.truncate(tmp_path / "a.bin", 21)
+    with pytest.raises(OSError, match="cut short"):
+        file.read([0], [70])
+
+
+# ---------------------------------------------------------------- the seal
+
+
+def test_seal_says_what_the_files_hold(tmp_path):
+    docs = documents()
+    seal = write(tmp_path / "a", docs, text_bytes=3)
+    assert seal == TokenFile(tmp_path / "a").seal == Seal.read(tmp_path / "a.json")
+    tokens = np.concatenate(docs)
+    assert (seal.num_tokens, seal.num_documents, seal.max_id) == (70, 7, tokens.max())
+    assert (seal.utf8_bytes, seal.end_of_document_id, seal.dtype, seal.shuffled) == (3 * 63, END, "uint16", True)
+    p = np.bincount(tokens) / 70
+    assert seal.unigram_entropy_nats == pytest.approx(-(p[p > 0] * np.log(p[p > 0])).sum())
+    assert seal.bigram_entropy_nats > seal.unigram_entropy_nats * 0.9
+    TokenFile(tmp_path / "a").verify()
+
+
+def test_blocks_and_bigram_runs_of_a_larger_file(tmp_path, monkeypatch):
+    """Several checksum blocks, and more tokens than the bigram entropy is measured on."""
+    monkeypatch.setattr("pretrain.data.indexed._BLOCK_BYTES", 1000)
+    monkeypatch.setattr("pretrain.data.indexed._BIGRAM_RUN_TOKENS", 50)
+    docs = documents([40] * 200, vocab_size=20)
+    seal = write(tmp_path / "a", docs, vocab_size=20)
+    assert len(seal.block_checksums) == 16
+    assert seal.bigram_entropy_nats == pytest.approx(np.log(17), rel=0.1)
+    TokenFile(tmp_path / "a").verify()
+    with open(tmp_path / "a.bin", "r+b") as file:
+        file.seek(7_500)
+        file.write(b"\xff")
+    damaged = TokenFile(tmp_path / "a")
+    damaged.verify_block(6)
+    with pytest.raises(DataError, match=r"a\.bin: damaged between bytes 7,000 and 8,000"):
+        damaged.verify()
+
+
+def test_a_flipped_bit_in_either_file_is_found_by_verify(tmp_path):
+    for name in ("a.bin", "a.idx"):
+        write(tmp_path / "a", overwrite=True)
+        data = bytearray((tmp_path / name).read_bytes())
+        data[45] ^= 1
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(DataError, match=name.replace(".", r"\.") + ".*damaged"):
+            TokenFile(tmp_path / "a").verify()
+
+
+def test_a_seal_of_other_files_is_refused(tmp_path):
+    write(tmp_path / "a")
+    write(tmp_path / "longer", documents([5, 1, 12, 3, 40, 7, 3]))
+    write(tmp_path / "fewer", documents([70]))
+    for other, what in (("longer", "num_tokens is 71 in the seal and 70"), ("fewer", "num_documents is 1 in the seal and 7")):
+        (tmp_path / "a.json").write_bytes((tmp_path / f"{other}.json").read_bytes())
+        with pytest.raises(DataError, match=what):
+            TokenFile(tmp_path / "a")
+    seal = write(tmp_path / "a", overwrite=True)
+    (tmp_path / "a.json").write_text(dataclasses.replace(seal, dtype="int32").to_json())
+    with pytest.raises(DataError, match="dtype is int32 in the seal and uint16"):
+        TokenFile(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda values: "{", "not a seal"),
+        (lambda values: "[1]", "seal of format None"),
+        (lambda values: values | {"format_version": 2}, "seal of format 2"),
+        (lambda values: {k: v for k, v in values.items() if k != "max_id"}, "max_id missing or wrong"),
+        (lambda values: values | {"max_id": "7"}, "max_id missing or wrong"),
+        (lambda values: values | {"shuffled": None, "corpus": 3}, "shuffled, corpus missing or wrong"),
+    ],
+)
+def test_a_damaged_seal_is_refused(tmp_path, change, what):
+    write(tmp_path / "a")
+    path = tmp_path / "a.json"
+    changed = change(json.loads(path.read_text()))
+    path.write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    with pytest.raises(DataError, match=what):
+        TokenFile(tmp_path / "a")
+
+
+def test_fingerprint_follows_the_content_and_not_the_place(tmp_path):
+    docs = documents()
+    write(tmp_path / "a", docs)
+    write(tmp_path / "b", docs)
+    write(tmp_path / "c", docs, fingerprint="another tokenizer")
+    write(tmp_path / "d", documents(seed=1))
+    prints = [TokenFile(tmp_path / name).fingerprint() for name in "abcd"]
+    assert prints[0] == prints[1] and len(set(prints)) == 3
+    with open(tmp_path / "b.bin", "r+b") as file:  # behind the back of the seal
+        file.write(b"\x09")
+    assert TokenFile(tmp_path / "b").fingerprint() != prints[0]
+
+
+# ---------------------------------------------------------------- damage
+
+
+def test_an_index_cut_at_any_length_is_refused_with_both_sizes(tmp_path):
+    write(tmp_path / "a")
+    whole = (tmp_path / "a.idx").read_bytes()
+    began = time.perf_counter()
+    for length in range(len(whole)):
+        (tmp_path / "a.idx").write_bytes(whole[:length])
+        with pytest.raises(DataError, match=rf"a\.idx: {length} bytes found, (at least 34|182) expected"):
+            TokenFile(tmp_path / "a")
+    assert time.perf_counter() - began < 5
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 70, 138, 139, 141, 142, 280])
+def test_a_bin_of_another_length_is_refused_with_both_sizes(tmp_path, size):
+    write(tmp_path / "a")
+    os.truncate(tmp_path / "a.bin", size)
+    with pytest.raises(DataError, match=rf"a\.bin: {size} bytes found, 140 expected"):
+        TokenFile(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("offset", "data", "what"),
+    [
+        (0, b"PK", "not a Megatron index"),
+        (9, struct.pack("<Q", 2), "version 2 found, 1 expected"),
+        (17, b"\x06", "dtype code 6 found"),
+        (17, b"\x00", "dtype code 0 found"),
+        (17, b"\x04", "140 bytes found, 272 expected|contradict"),
+        (18, struct.pack("<Q", 2**31), "182 bytes found, 25,769,803,874 expected"),
+        (18, struct.pack("<Q", 2**64 - 1), "182 bytes found"),
+        (26, struct.pack("<Q", 2**63), "182 bytes found"),
+        (34 + 28, struct.pack("<q", 2), "contradict"),
+        (34 + 84, struct.pack("<q", 1), "contradict"),
+        (34 + 84 + 56, struct.pack("<q", 6), "contradict"),
+        (34 + 24, struct.pack("<i", -1), "contradict"),
+        (34 + 28 + 48, struct.pack("<q", -8), "bytes found"),
+    ],
+)
+def test_a_contradicting_index_is_refused(tmp_path, offset, data, what):
+    write(tmp_path / "a")
+    with open(tmp_path / "a.idx", "r+b") as file:
+        file.seek(offset)
+        file.write(data)
+    with pytest.raises(DataError, match=what):
+        TokenFile(tmp_path / "a")
+
+
+def test_a_damaged_pointer_in_the_middle_is_refused_when_it_is_used(tmp_path):
+    write(tmp_path / "a")
+    with open(tmp_path / "a.idx", "r+b") as file:
+        file.seek(34 + 28 + 16)
+        file.write(struct.pack("<q", 10**9))
+    with pytest.raises(DataError, match=r"a\.idx: document 1 .* damaged"):
+        TokenFile(tmp_path / "a").document(1)
+
+
+def test_sets_without_documents_or_tokens_and_multimodal_sets_are_refused(tmp_path):
+    write_megatron(tmp_path / "none", [])
+    with pytest.raises(DataError, match="holds no documents"):
+        TokenFile(tmp_path / "none")
+    write_megatron(tmp_path / "empty", [[], []])
+    with pytest.raises(DataError, match="holds no tokens"):
+        TokenFile(tmp_path / "empty")
+    write_megatron(tmp_path / "modes", documents())
+    with open(tmp_path / "modes.idx", "ab") as file:
+        file.write(bytes(7))
+    with pytest.raises(DataError, match="multimodal sets are not supported"):
+        TokenFile(tmp_path / "modes")
+
+
+def test_missing_files_are_named_with_what_is_there_instead(tmp_path):
+    with pytest.raises(DataError, match=r"nothing\.bin and .*nothing\.idx not found.*tools/tokenize_corpus\.py"):
+        TokenFile(tmp_path / "nothing")
+    write(tmp_path / "text_train")
+    with pytest.raises(DataError, match=r"there is .*text_train"):
+        TokenFile(tmp_path / "text")
+    os.remove(tmp_path / "text_train.idx")  # what an interrupted replacement leaves is not a flat file
+    for name in ("text_train", "text_train.bin"):
+        with pytest.raises(DataError, match=r"text_train\.idx not found"):
+            TokenFile(tmp_path / name)
+
+
+# ---------------------------------------------------------------- flat files
+
+
+def test_flat_files_are_read(tmp_path):
+    tokens = np.arange(1000, dtype="<u2")
+    tokens.tofile(tmp_path / "flat.bin")
+    file = TokenFile(tmp_path / "flat.bin")
+    assert (file.num_tokens, file.num_documents, file.seal) == (1000, None, None)
+    assert np.array_equal(file.read([10], [5]), tokens[10:15]) and np.array_equal(file.tokens, tokens)
+    with pytest.raises(DataError, match="no document index"):
+        file.document(0)
+
+
+def test_flat_files_with_the_header_of_llm_c_are_read_behind_it(tmp_path):
+    header, tokens = np.zeros(256, dtype="<i4"), np.arange(1000, dtype="<u2")
+    header[:3] = 20240520, 1, 1000
+    (tmp_path / "shard.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    file = TokenFile(tmp_path / "shard.bin")
+    assert np.array_equal(file.tokens, tokens) and np.array_equal(file.read([0, 990], [3, 10]), [0, 1, 2, *range(990, 1000)])
+    with open(tmp_path / "shard.bin", "ab") as shard:
+        shard.write(bytes(2))
+    with pytest.raises(DataError, match="3,026 bytes found, 3,024 expected"):
+        TokenFile(tmp_path / "shard.bin")
+
+
+@pytest.mark.parametrize(
+    ("size", "what"), [(0, "holds no tokens"), (1, "1 bytes found, 0 expected"), (2001, "2,001 bytes found")]
+)
+def test_impossible_flat_files_are_refused(tmp_path, size, what):
+    (tmp_path / "flat.bin").write_bytes(bytes(size))
+    with pytest.raises(DataError, match=what):
+        TokenFile(tmp_path / "flat.bin")
+
+
+# ---------------------------------------------------------------- the writer
+
+
+def open_writer(prefix, **options) -> TokenWriter:
+    about = dict(tokenizer_fingerprint="f", tokenizer_path="t", shuffled=False) | options
+    return TokenWriter(prefix, vocab_size=100, end_of_document_id=END, **about)
+
+
+def test_nothing_bears_the_final_name_before_the_end(tmp_path):
+    with open_writer(tmp_path / "a") as writer:
+        writer.add([5, END], [2], 1)
+        assert {path.suffix for path in tmp_path.iterdir()} <= {".tmp"} | {""}
+        writer.finish({})
+        assert {path.name for path in tmp_path.iterdir()} == {"a.bin", "a.idx", "a.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a.bin", "a.idx", "a.json"}
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_leaving_without_finishing_leaves_nothing(tmp_path, fails):
+    with pytest.raises(KeyboardInterrupt) if fails else open_writer(tmp_path / "b"), open_writer(tmp_path / "a") as writer:
+        writer.add([5, END], [2], 1)
+        if fails:
+            raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_output_is_kept_unless_it_is_to_be_replaced(tmp_path):
+    write(tmp_path / "a")
+    before = (tmp_path / "a.bin").read_bytes()
+    with pytest.raises(DataError, match=r"a\.json.*exists; choose another output, or overwrite it"):
+        write(tmp_path / "a", documents(seed=1))
+    assert (tmp_path / "a.bin").read_bytes() == before
+    write(tmp_path / "a", documents(seed=1), overwrite=True)
+    assert (tmp_path / "a.bin").read_bytes() != before
+
+
+def test_a_second_writer_of_the_same_output_is_refused(tmp_path):
+    with open_writer(tmp_path / "a") as writer:
+        writer.add([5, END], [2], 1)
+        with pytest.raises(DataError, match="another process is writing"):
+            open_writer(tmp_path / "a")
+        writer.finish({})
+    assert TokenFile(tmp_path / "a").num_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "what"),
+    [
+        ([5, 6], [2], "must end every document"),
+        ([5, END, 6, END], [4], "must end every document"),
+        ([5, END], [3], "must end every document"),
+        ([5, END, END], [2], "must end every document"),
+        ([100, END], [2], "ids 2 to 100 given, the vocabulary has 100"),
+        ([-1, END], [2], "ids -1 to 2 given"),
+    ],
+)
+def test_documents_that_break_the_invariants_are_refused(tmp_path, tokens, lengths, what):
+    with open_writer(tmp_path / "a") as writer, pytest.raises(DataError, match=what):
+        writer.add(tokens, lengths, 1)
+
+
+def test_no_documents_at_all_are_refused(tmp_path):
+    with open_writer(tmp_path / "a") as writer, pytest.raises(DataError, match="0 documents given"):
+        writer.finish({})
+    assert list(tmp_path.iterdir()) == []
