@@ -100,6 +100,17 @@ def test_the_axis_of_steps_is_there_only_where_it_is_true_for_all_runs(tmp_path,
     assert "a 7.000" in labels and "b 7.000" in labels and labels.count("unigram") == 1
 
 
+def test_noise_is_not_blown_up_to_a_trend_and_equal_reference_lines_share_a_label(tmp_path):
+    directory = write_run(tmp_path / "r", [9.211, 9.2115])
+    start = {"step": 0, "reference_lines": {"uniform": 9.21034, "unigram": 9.210341}}
+    lines = (directory / "metrics.jsonl").read_text().splitlines()[1:-1]
+    (directory / "metrics.jsonl").write_text("\n".join([json.dumps(start), *lines]) + "\n")
+    axes = drawn(directory)
+    low, high = axes.get_ylim()
+    assert high - low >= 0.5 and low < 9.21 < high
+    assert sum("uniform = unigram 9.210" in text.get_text() for text in axes.texts) == 1
+
+
 def test_labels_never_cover_one_another(tmp_path):
     runs = [write_run(tmp_path / f"run{index}", [3.0, 2.0 + index / 1000]) for index in range(6)]
     axes = drawn(*runs)

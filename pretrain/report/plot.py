@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from pretrain.report.sinks import SCALES
+from pretrain.report.sinks import SCALES, merge_equal
 
 XAxis = Literal["tokens", "step", "hours"]
 AXIS_TITLES = {
@@ -43,6 +43,7 @@ COLORS = (
     "#7A5195",
     "#5C4B3B",
 )  # Okabe & Ito first: colour-blind safe
+LEAST_SPAN = 0.5  # nats that the picture shows at least: noise must not look like a trend
 LABEL_GAP = 0.042  # between two labels at the right edge, as a fraction of the height
 
 
@@ -109,7 +110,7 @@ def read_curves(directory: Path) -> Curves:
         smoothed=smooth(loss, max(2, len(loss) // 120)),
         val_step=_column(valid, "step"),
         val_loss=_column(valid, "val_loss"),
-        reference_lines={name: nats for name, nats in references.items() if nats is not None},
+        reference_lines=merge_equal({name: nats for name, nats in references.items() if nats is not None}),
     )
 
 
@@ -212,8 +213,9 @@ def _loss_range(runs: Sequence[Curves]) -> tuple[float, float]:
     seen = seen[np.isfinite(seen)]
     if not len(seen):
         return 0.0, 1.0
-    margin = 0.05 * float(np.ptp(seen)) or 0.1
-    return float(seen.min()) - margin, float(seen.max()) + margin
+    low, high = float(seen.min()), float(seen.max())
+    margin = max(0.05 * (high - low), (LEAST_SPAN - (high - low)) / 2)
+    return low - margin, high + margin
 
 
 def _reference_labels(runs: Sequence[Curves]) -> list[tuple[float, str, str]]:

@@ -241,8 +241,16 @@ def validation_line(record: dict, reference_lines: dict[str, float] | None) -> s
     if sources:
         parts.append("by source: " + ", ".join(sources))
     if reference_lines:
-        parts.append("(" + ", ".join(f"{name} {nats:.4f}" for name, nats in reference_lines.items()) + ")")
+        parts.append("(" + ", ".join(f"{name} {nats:.4f}" for name, nats in merge_equal(reference_lines).items()) + ")")
     return "  ".join(parts)
+
+
+def merge_equal(lines: dict[str, float]) -> dict[str, float]:
+    """Reference lines, those of one height under one name, as "uniform = unigram" for random data."""
+    names: dict[float, list[str]] = {}
+    for name, nats in lines.items():
+        names.setdefault(round(nats, 4), []).append(name)
+    return {" = ".join(same): lines[same[0]] for same in names.values()}
 
 
 def cut_metrics(path: Path, resume_step: int) -> tuple[int, int, dict[str, float] | None]:
