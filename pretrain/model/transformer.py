@@ -183,14 +183,15 @@ class Transformer(nn.Module):
     def initial_weight(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
         """The initial value of the parameter `name` of whole shape `shape`: fp32, on the CPU.
 
-        Its generator is keyed by seed and name: equal on every rank, device and dtype, whatever was drawn before, so that a rank
-        which holds a piece of each parameter may draw one parameter at a time, keep its piece and free the rest.
+        Its generator is keyed by seed and name: equal on every rank, device and dtype, whatever was drawn before. So a rank that
+        holds a piece of each parameter may draw one parameter at a time, keep its piece and free the rest.
         """
         if name.endswith("norm.weight"):
             return torch.ones(shape, device="cpu")
         key = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
-        return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, self._initial_std(name, shape[1]), generator=generator)
+        values = torch.empty(shape, dtype=torch.float32, device="cpu")
+        return values.normal_(0.0, self._initial_std(name, shape[1]), generator=generator)
 
     def _initial_std(self, name: str, fan_in: int) -> float:
         config = self.config
