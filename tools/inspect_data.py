@@ -6,16 +6,19 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 
 from pretrain.config import Config, ConfigError, load
-from pretrain.data.batches import FileSource, TrainData, open_train
 from pretrain.data.indexed import DataError, TokenFile
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.report.progress import Progress
+
+if TYPE_CHECKING:
+    from pretrain.data.batches import TrainData
 
 _QUANTILES = (0, 1, 10, 50, 90, 99, 100)
 _SAMPLED_DOCUMENTS = 10_000
@@ -125,6 +128,8 @@ def shown(tokens: np.ndarray, tokenizer: Tokenizer | None, characters: int) -> s
 
 def about_run(arguments: argparse.Namespace):
     """Lines about the samples of one step, or about the steps of one document."""
+    from pretrain.data.batches import open_train  # imports torch, which looking into a file does not need
+
     if (arguments.step is None) == (arguments.document is None):
         raise DataError("--run needs either --step N or --document SOURCE:NUMBER")
     settings = arguments.run / "config.yaml"
@@ -151,7 +156,7 @@ def samples_of_step(data: TrainData, step: int, config: Config, tokenizer: Token
     for offset, (number, epoch, sample) in enumerate(data.sample_ids(first, size)):
         source = data.sources[number]
         place = f"{first + offset}: source {number} ({source.name}), epoch {epoch}, sample {sample}"
-        if isinstance(source, FileSource) and source.file.num_documents:
+        if hasattr(source, "file") and source.file.num_documents:
             start = sample * source.sequence_length
             documents = source.file.document_at(start), source.file.document_at(start + source.sequence_length)
             place += f", documents {documents[0]} to {documents[1]}"

@@ -136,14 +136,14 @@ class Corpus:
                 continue
             try:
                 with open(path, "rb") as raw:
-                    self._tell = raw.tell
                     yield from self._one_file(path, raw)
-                    self._tell = lambda: 0
-                    self._finished_bytes += os.fstat(raw.fileno()).st_size
             except (OSError, EOFError, zlib.error) as error:
                 raise DataError(f"{path}: cannot be read to its end ({error}); copy it again") from None
+            self._finished_bytes, self._tell = self._finished_bytes + path.stat().st_size, lambda: 0
 
     def _one_file(self, path: Path, raw: BinaryIO) -> Iterator[tuple[str, str]]:
+        size = path.stat().st_size
+        self._tell = lambda: size if raw.closed else raw.tell()  # a decompressor may close it before its last text is taken
         if _format(path) == ".parquet":
             return self._parquet(path, raw)
         file = _decompressed(path, raw)

@@ -1,0 +1,160 @@
+"""Documents come out as they went in, and every bad line is named."""
+
+import gzip
+import hashlib
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from pretrain.data.corpus import Corpus
+from pretrain.data.indexed import DataError
+
+TEXTS = ["First line\nsecond\r\nthird\t\x00 end ", "  spaces  ", "ünïcode \u2581 中文 🏳️‍🌈\n\n\n", "x"]
+
+
+def texts(corpus: Corpus) -> list[str]:
+    return [text for _, text in corpus.documents()]
+
+
+def jsonl(records) -> bytes:
+    return b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
+
+
+def zstd(data: bytes) -> bytes:
+    return pyarrow.Codec("zstd").compress(data, asbytes=True)
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".zst", zstd)])
+def test_texts_come_out_of_every_format_as_they_went_in(tmp_path, suffix, pack):
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(jsonl({"id": i, "text": text} for i, text in enumerate(TEXTS))))
+    corpus = Corpus([str(tmp_path / f"a.jsonl{suffix}")])
+    assert list(corpus.documents()) == [(f"{tmp_path}/a.jsonl{suffix}:{i + 1}", text) for i, text in enumerate(TEXTS)]
+    assert corpus.read_bytes == corpus.total_bytes == (tmp_path / f"a.jsonl{suffix}").stat().st_size
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"{i}.txt{suffix}").write_bytes(pack(text.encode()))
+    assert texts(Corpus([str(tmp_path / f"{i}.txt{suffix}") for i in range(4)])) == TEXTS
+
+
+def test_parquet_rows_are_documents(tmp_path):
+    table = pyarrow.table({"id": range(4), "content": TEXTS})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    corpus = Corpus([str(tmp_path / "a.parquet")], text_key="content")
+    assert texts(corpus) == TEXTS
+    assert corpus.read_bytes == corpus.total_bytes
+    with pytest.raises(DataError, match=r"a\.parquet: no column 'text' among 'id', 'content'; name it with --text-key"):
+        texts(Corpus([str(tmp_path / "a.parquet")]))
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(DataError, match=r"b\.parquet: not a readable parquet file"):
+        texts(Corpus([str(tmp_path / "b.parquet")]))
+
+
+def test_hub_data_are_streamed(tmp_path):
+    """The `datasets` library reads a local folder as it reads the hub."""
+    (tmp_path / "train.jsonl").write_bytes(jsonl({"text": text} for text in TEXTS))
+    corpus = Corpus.from_hub(str(tmp_path))
+    assert texts(corpus) == TEXTS
+    assert corpus.description()["inputs"] == [f"hf:{tmp_path}:train"]
+    with pytest.raises(DataError, match=r"hf:.*:train:1: no key 'body' among 'text'"):
+        texts(Corpus.from_hub(str(tmp_path), text_key="body"))
+    with pytest.raises(DataError, match="--hf "):
+        texts(Corpus.from_hub(str(tmp_path / "nowhere")))
+
+
+def test_counts_and_checksum_describe_what_was_read(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl({"text": text} for text in [*TEXTS, "", "\n \t"]))
+    corpus = Corpus([str(tmp_path / "a.jsonl")])
+    assert texts(corpus) == TEXTS
+    assert (corpus.num_documents, corpus.empty_documents, corpus.bad_lines) == (4, 2, 0)
+    assert corpus.utf8_bytes == sum(len(text.encode()) for text in TEXTS)
+    assert corpus.sha256 == hashlib.sha256(b"".join(text.encode() + b"\0" for text in TEXTS)).hexdigest()
+    assert corpus.problems() == ["2 documents without any text were left out"]
+
+
+def test_folders_are_read_in_sorted_order(tmp_path):
+    for name in ("b/2.txt", "a/1.txt", "c.jsonl", "ignored.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": name}) if name.endswith("jsonl") else name)
+    assert texts(Corpus([str(tmp_path)])) == ["a/1.txt", "b/2.txt", "c.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("split", "data", "expected"),
+    [
+        ("file", "one\n\ntwo\n", ["one\n\ntwo\n"]),
+        ("blank-line", "one\nmore\n\ntwo\r\n\r\n \n\nthree", ["one\nmore", "two", "three"]),
+        (
+            "<|endoftext|>",
+            "one\n\nmore\n<|endoftext|>\ntwo<|endoftext|>  three\n<|endoftext|>\n",
+            ["one\n\nmore", "two", "  three"],
+        ),
+    ],
+)
+def test_text_files_are_split_as_asked(tmp_path, split, data, expected):
+    (tmp_path / "a.txt").write_bytes(data.encode())
+    assert texts(Corpus([str(tmp_path / "a.txt")], split=split)) == expected
+
+
+def test_separators_across_read_borders_are_found(tmp_path):
+    parts = ["a" * ((1 << 20) - 3), "b" * 100, "c" * (3 << 20), "d"]
+    (tmp_path / "a.txt").write_text("<SEP>".join(parts))
+    assert texts(Corpus([str(tmp_path / "a.txt")], split="<SEP>")) == parts
+
+
+def test_bytes_that_are_not_utf8_are_replaced_and_counted_and_byte_order_marks_dropped(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfcaf\xe9 \xff\xef\xbf\xbd")
+    corpus = Corpus([str(tmp_path / "a.txt")])
+    assert texts(corpus) == ["caf\ufffd \ufffd\ufffd"]
+    assert corpus.replaced_bytes == 2
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl([{"text": "x"}]) + b"\r\n\n" + b'{"text": "no line end"}')
+    assert texts(Corpus([str(tmp_path / "a.jsonl")])) == ["x", "no line end"]
+
+
+BAD_LINES = [
+    (b'{"text": "cut', "not JSON"),
+    (b"[1, 2]", "not an object with the key 'text'"),
+    (b'{"body": "x", "id": 1}', "no key 'text' among 'body', 'id'"),
+    (b'{"text": null}', "'text' is NoneType, not text"),
+    (b'{"text": 3}', "'text' is int, not text"),
+    (b'{"text": "caf\xe9"}', "not JSON"),
+    (b'{"text": "\\ud800"}', "surrogates not allowed"),
+    (b"[" * 100_000, "not JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "what"), BAD_LINES, ids=[what for _, what in BAD_LINES])
+def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path, line, what):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl([{"text": "good"}]) + line + b"\n" + jsonl([{"text": "also good"}]))
+    with pytest.raises(DataError, match=rf"a\.jsonl:2: .*{what}.*--on-bad-line skip"):
+        texts(Corpus([str(path)]))
+    corpus = Corpus([str(path)], on_bad_line="skip")
+    assert texts(corpus) == ["good", "also good"]
+    assert corpus.bad_lines == 1 and "1 lines without usable text were skipped" in corpus.problems()
+
+
+def test_inputs_that_cannot_be_read_are_refused_before_anything_is(tmp_path):
+    (tmp_path / "a.md").write_text("x")
+    (tmp_path / "empty").mkdir()
+    for name, what in (("a.md", "unknown format"), ("none.txt", "no such file"), ("empty", "no .txt")):
+        with pytest.raises(DataError, match=what):
+            Corpus([str(tmp_path / name)])
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".zst", zstd)])
+def test_a_cut_compressed_file_is_an_error_and_not_the_end_of_the_text(tmp_path, suffix, pack):
+    packed = pack(jsonl({"text": f"document number {i}"} for i in range(1000)))
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(DataError, match="cannot be read to its end"):
+        texts(Corpus([str(tmp_path / f"a.jsonl{suffix}")]))
+
+
+def test_the_standard_library_is_real_text_and_the_same_each_time():
+    corpus, again = Corpus(["stdlib"]), Corpus(["stdlib"])
+    documents = list(corpus.documents())
+    assert documents == list(again.documents()) and corpus.sha256 == again.sha256
+    assert 6e6 < corpus.utf8_bytes < 10e6 and 400 < len(documents) < 600
+    names = [name for name, _ in documents]
+    assert "stdlib/argparse.py" in names and "topics/assert" in names
+    assert not [name for name in names if "/test/" in name or "site-packages" in name]

@@ -1,0 +1,221 @@
+"""Our tokenizers lose nothing, cannot be tricked by text, and mean the same to transformers."""
+
+import json
+import shutil
+from itertools import islice
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.data.corpus import Corpus
+from pretrain.data.indexed import DataError
+from pretrain.data.tokenizer import Tokenizer, _cut, chunks, train
+
+VOCABULARY = 1000
+TRICKY = [
+    "",
+    " ",
+    "\n",
+    "\r\n\t\x00\x7f",
+    "  leading and trailing   ",
+    "\ufeffbyte order mark",
+    "\u2581",
+    "a\u2581b \u2581\u2581 c",
+    "e\u0301 combining",
+    "🏳️‍🌈 \U0010ffff \ue000 \ufffd",
+    "中文，没有空格。",
+    "<|endoftext|><|bos|><|unk|><|pad|><|im_start|><|im_end|></s><unk><0x0A>",
+    "1234567890 3.14159",
+    "    if x:\n        return {}\n",
+    "x" * 10_000 + " " + "y " * 5_000 + " " * 5_000,
+]
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return [text for _, text in islice(Corpus(["stdlib"]).documents(), 140)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, texts):
+    folder = tmp_path_factory.mktemp("tokenizers") / "ours"
+    train(texts, folder, vocab_size=VOCABULARY, describe=lambda: {"inputs": ["stdlib"]})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return Tokenizer.load(folder)
+
+
+@pytest.fixture(scope="module")
+def converted(folder, tmp_path_factory):
+    """The same tokenizer as a Hugging Face folder alone."""
+    copy = tmp_path_factory.mktemp("tokenizers") / "converted"
+    copy.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, copy)
+    return Tokenizer.load(copy)
+
+
+def test_ids_of_special_tokens_are_fixed(tokenizer):
+    assert tokenizer.vocab_size == VOCABULARY
+    assert (tokenizer.bos_id, tokenizer.end_of_document_id) == (1, 2)
+    assert tokenizer.decode([2, 1, 5, *tokenizer.encode("a b"), 2]) == "a b"
+
+
+@pytest.mark.parametrize("text", TRICKY)
+def test_tricky_text_survives_and_never_becomes_a_special_id(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert min(ids, default=6) >= 6 and max(ids, default=0) < VOCABULARY
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+def test_any_text_survives(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_real_documents_survive_in_batches_as_alone(tokenizer, texts):
+    batch = tokenizer.encode_batch(texts)
+    assert [tokenizer.decode(ids) for ids in batch] == texts
+    assert batch[7] == tokenizer.encode(texts[7])
+    assert sum(map(len, texts)) / sum(map(len, batch)) > 2.5  # characters per token: it has learned something
+
+
+@pytest.mark.parametrize("length", [1, 50, 333, 2000])
+def test_cutting_long_texts_changes_no_id(tokenizer, texts, length):
+    for text in texts[:40]:
+        pieces = list(_cut(text, length))
+        assert "".join(pieces) == text and max(map(len, pieces)) < length + 5_000
+        assert [i for piece in pieces for i in tokenizer._model.encode(piece)] == tokenizer._model.encode(text)
+
+
+def test_text_that_is_not_unicode_is_refused(tokenizer, converted):
+    for one in (tokenizer, converted):
+        with pytest.raises(DataError, match=r"not valid Unicode.*position 1"):
+            one.encode("a\ud800")
+
+
+def test_training_gives_the_same_tokenizer_on_any_number_of_threads(tokenizer, texts, tmp_path):
+    again = train(iter(texts), tmp_path / "t", vocab_size=VOCABULARY, describe=dict, num_threads=2)
+    assert again.fingerprint == tokenizer.fingerprint
+    other = train(texts[:100], tmp_path / "u", vocab_size=VOCABULARY, describe=dict)
+    assert other.fingerprint != tokenizer.fingerprint
+
+
+def test_training_text_is_cut_at_lines_without_losing_any(texts):
+    long_line = "word " * 5000
+    for text in [*texts[:50], long_line, "a\n" * 3000, "", "no end"]:
+        pieces = chunks(text)
+        assert "".join(pieces) == text and all(len(piece) <= 10_000 for piece in pieces)
+        assert all(chunks(piece) == [piece] for piece in pieces)
+        assert all(piece.endswith("\n") or len(piece) == 10_000 for piece in pieces[:-1])
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "text", "what"),
+    [
+        (100, "some text", "need 2\\d\\d; give a larger"),
+        (5000, "some text " * 50, "allows \\d+ at most"),
+        (300, "", "there is no text"),
+    ],
+)
+def test_impossible_vocabularies_are_refused_with_the_limit(tmp_path, vocab_size, text, what):
+    with pytest.raises(DataError, match=f"vocabulary of {vocab_size}: .*{what}"):
+        train([text], tmp_path / "t", vocab_size=vocab_size, describe=dict)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_use_is_not_overwritten(folder, texts):
+    with pytest.raises(DataError, match="exists already"):
+        train(texts[:1], folder, vocab_size=300, describe=dict)
+
+
+def test_fingerprint_is_of_the_content_and_not_of_the_path(folder, tokenizer, converted, tmp_path):
+    shutil.copytree(folder, tmp_path / "moved")
+    assert Tokenizer.load(tmp_path / "moved").fingerprint == tokenizer.fingerprint
+    shutil.copytree(folder, tmp_path / "other", ignore=shutil.ignore_patterns("tokenizer_info.json"))
+    assert Tokenizer.load(tmp_path / "other").fingerprint == converted.fingerprint
+    path = tmp_path / "other" / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["merges"][0], values["model"]["merges"][1] = values["model"]["merges"][1], values["model"]["merges"][0]
+    path.write_text(json.dumps(values))
+    assert Tokenizer.load(tmp_path / "other").fingerprint != converted.fingerprint
+
+
+def test_damaged_and_foreign_folders_are_refused(folder, tmp_path):
+    with pytest.raises(DataError, match=r"no tokenizer here.*tools/train_tokenizer\.py"):
+        Tokenizer.load(tmp_path)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    data = (folder / "tokenizer.model").read_bytes()
+    (copy / "tokenizer.model").write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match=r"damaged tokenizer|is not the one"):
+        Tokenizer.load(copy)
+    (copy / "tokenizer_info.json").write_text("{}")
+    with pytest.raises(DataError, match="damaged tokenizer"):
+        Tokenizer.load(copy)
+    (copy / "tokenizer_info.json").unlink()
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    del config["eos_token"]
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match="names no eos_token"):
+        Tokenizer.load(copy)
+    (copy / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match=r"tokenizer\.json: not a tokenizer"):
+        Tokenizer.load(copy)
+
+
+# ---------------------------------------------------------------- Hugging Face
+
+
+def random_texts(count: int) -> list[str]:
+    rng = np.random.default_rng(0)
+    alphabet = np.array([*"abcdefgh ABC.,;:(){}=\n\t0123456789éß中文\U0001f600\u0301\ue000", " ", " ", " ", "\n"])
+    return ["".join(rng.choice(alphabet, rng.integers(0, 80))) for _ in range(count)]
+
+
+def test_the_converted_tokenizer_gives_the_same_ids(tokenizer, converted, texts):
+    for text in [*texts, *random_texts(1000), *(text for text in TRICKY if "\u2581" not in text)]:
+        ids = converted.encode(text)
+        assert ids == tokenizer.encode(text), text
+        assert converted.decode(ids) == text
+    assert (converted.vocab_size, converted.end_of_document_id, converted.bos_id) == (VOCABULARY, 2, 1)
+
+
+def test_transformers_gives_the_same_ids(tokenizer, folder, texts, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    loaded = transformers.AutoTokenizer.from_pretrained(folder)
+    loaded.save_pretrained(tmp_path / "saved")
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for theirs in (loaded, saved):
+        assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (1, 2, 3, VOCABULARY)
+        for text in [*texts[:60], *random_texts(200), TRICKY[11]]:
+            ids = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
+            assert ids == tokenizer.encode(text)
+            assert theirs.decode(ids) == text
+        assert theirs.encode("<|im_start|>") == [4]
+
+
+def test_any_hugging_face_tokenizer_is_loaded(tmp_path):
+    """A byte-level one, with truncation set and an eos_token written as an object."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    library = Library(models.BPE())
+    library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False)
+    library.train_from_iterator(["some text to learn from, some more text"] * 5, trainer)
+    library.enable_truncation(4)
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<eos>"}}))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.end_of_document_id, tokenizer.bos_id) == (0, None)
+    text = "some text that is <eos> longer than four tokens \u2581"
+    ids = tokenizer.encode(text)
+    assert 0 not in ids and tokenizer.decode(ids) == text and tokenizer.vocab_size == library.get_vocab_size()

@@ -1,0 +1,230 @@
+"""The data tools, run as a user runs them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pretrain.data.indexed import TokenFile
+from pretrain.data.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = [
+    "the",
+    "a",
+    "red",
+    "small",
+    "dog",
+    "cat",
+    "house",
+    "tree",
+    "runs",
+    "sleeps",
+    "jumps",
+    "over",
+    "into",
+    "and",
+    "not",
+    *"123",
+]
+
+
+def tool(name: str, *arguments, status: int = 0, cwd=None) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def make_texts(count: int, words: int, seed: int = 0) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [f"{i}: " + " ".join(rng.choice(WORDS, rng.integers(1, words))) + "\n" for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Text (with three equal documents), a tokenizer, and token files with one worker."""
+    folder = tmp_path_factory.mktemp("data")
+    texts = make_texts(3000, 400)
+    texts[1] = texts[2] = texts[0]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tool("train_tokenizer", "--input", folder / "text.jsonl", "--output", folder / "tokenizer", "--vocab-size", 400)
+    tokenize(folder, "one", "--workers", 1)
+    return folder
+
+
+def tokenize(folder: Path, name: str, *more, status: int = 0, fraction: float = 0.1):
+    arguments = ["--input", folder / "text.jsonl", "--tokenizer", folder / "tokenizer", "--output", folder / name]
+    return tool("tokenize_corpus", *arguments, "--valid-fraction", fraction, *more, status=status)
+
+
+def texts_of(prefix, tokenizer: Tokenizer) -> list[str]:
+    file = TokenFile(prefix)
+    return [tokenizer.decode(file.document(i).tolist()) for i in range(file.num_documents)]
+
+
+def test_every_document_arrives_once_shuffled_and_whole(folder):
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    train, valid = (texts_of(folder / f"one_{part}", tokenizer) for part in ("train", "valid"))
+    written = [json.loads(line)["text"] for line in (folder / "text.jsonl").read_text().splitlines()]
+    assert sorted(train + valid) == sorted(written)
+    assert 200 < len(valid) < 400
+    assert not set(train) & set(valid)  # also of the documents that occur three times
+    numbers = [int(text.split(":")[0]) for text in train]
+    assert abs(np.corrcoef(numbers, np.arange(len(numbers)))[0, 1]) < 0.1
+    seals = [TokenFile(folder / f"one_{part}").seal for part in ("train", "valid")]
+    assert sum(seal.utf8_bytes for seal in seals) == sum(len(text.encode()) for text in written)
+    assert all(seal.shuffled and seal.tokenizer_fingerprint == tokenizer.fingerprint for seal in seals)
+    for part in ("train", "valid"):
+        TokenFile(folder / f"one_{part}").verify()
+
+
+def test_any_number_of_workers_writes_the_same_bytes(folder):
+    tokenize(folder, "two", "--workers", 2)
+    for part in ("train", "valid"):
+        for end in (".bin", ".idx", ".json"):
+            assert (folder / f"one_{part}{end}").read_bytes() == (folder / f"two_{part}{end}").read_bytes()
+
+
+def test_seed_and_order_are_as_asked(folder):
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    tokenize(folder, "seeded", "--seed", 5, "--workers", 1)
+    assert texts_of(folder / "seeded_train", tokenizer)[:9] != texts_of(folder / "one_train", tokenizer)[:9]
+    tokenize(folder, "plain", "--no-shuffle", "--workers", 1, fraction=0)
+    written = [json.loads(line)["text"] for line in (folder / "text.jsonl").read_text().splitlines()]
+    assert texts_of(folder / "plain", tokenizer) == written
+    assert not TokenFile(folder / "plain").seal.shuffled
+
+
+def test_the_report_is_true(folder):
+    lines = tokenize(folder, "report", "--workers", 1).stdout.splitlines()
+    seals = {part: TokenFile(folder / f"report_{part}").seal for part in ("train", "valid")}
+    assert lines[0].startswith("read 3,000 documents, ") and seals["train"].corpus["sha256"] in lines[0]
+    for part, seal in seals.items():
+        (line,) = [line for line in lines if f"report_{part}:" in line]
+        assert f"{seal.num_tokens:,} tokens in {seal.num_documents:,} documents" in line
+        assert f"{seal.utf8_bytes / seal.num_tokens:.2f} bytes of text per token" in line
+    assert "5.991  guessing: ln 400" in "\n".join(lines)
+    assert f"{seals['train'].unigram_entropy_nats:.3f}  unigram" in "\n".join(lines)
+    assert f"{seals['train'].bigram_entropy_nats:.3f}  bigram" in "\n".join(lines)
+
+
+def test_a_kill_in_the_middle_leaves_nothing_under_the_final_names_and_no_process(folder, tmp_path):
+    for i in range(20):
+        os.link(folder / "text.jsonl", tmp_path / f"{i}.jsonl")
+    command = [sys.executable, str(ROOT / "tools" / "tokenize_corpus.py"), "--input", str(tmp_path)]
+    command += ["--tokenizer", str(folder / "tokenizer"), "--output", str(tmp_path / "killed"), "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not (workers := children(process.pid)):
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.5)
+    workers = children(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not [path.name for path in tmp_path.glob("killed*") if path.suffix != ".tmp"]
+    deadline = time.monotonic() + 20
+    while alive := [pid for pid in workers if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, f"processes {alive} live on"
+        time.sleep(0.1)
+    tool("tokenize_corpus", "--input", folder / "text.jsonl", *command[4:-1], "1")  # what was left does not stand in the way
+    assert TokenFile(tmp_path / "killed").num_documents == 3000
+
+
+def children(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    if not path.exists():
+        pytest.skip("needs /proc")
+    return [int(child) for child in path.read_text().split()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--valid-fraction", "1.5"], "--valid-fraction 1.5: must be"),
+        (["--workers", "0"], "--workers 0: must be"),
+        (["--tokenizer", "nowhere"], "nowhere: no tokenizer here"),
+        (["--input", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["--hf", "also"], "give either --input FILES or --hf NAME"),
+        (["--text-key", "body"], "text.jsonl:1: no key 'body' among 'text'"),
+        (["--output", "{folder}/one"], "one_valid.json"),
+        (["--valid-fraction", "1e-12"], "new_valid: none of the 3,000 documents"),
+    ],
+)
+def test_unusable_arguments_are_refused_in_one_line_with_status_2(folder, arguments, what):
+    arguments = [argument.format(folder=folder) for argument in arguments]
+    done = tokenize(folder, "new", "--workers", 1, *arguments, status=2)
+    assert what in done.stderr and "Traceback" not in done.stderr
+    assert not list(folder.glob("new*"))
+
+
+def test_train_tokenizer_refuses_in_one_line_with_status_2(folder):
+    about = ["--input", folder / "text.jsonl", "--output"]
+    done = tool("train_tokenizer", *about, folder / "tokenizer", "--vocab-size", 400, status=2)
+    assert "exists already" in done.stderr and "Traceback" not in done.stderr
+    done = tool("train_tokenizer", *about, folder / "t", "--vocab-size", 10**6, status=2)
+    assert "allows" in done.stderr and not (folder / "t").exists()
+
+
+def test_a_tokenizer_is_trained_on_an_even_sample_of_much_text(folder, tmp_path):
+    about = ["--input", folder / "text.jsonl", "--output", tmp_path / "t", "--vocab-size", 350]
+    done = tool("train_tokenizer", *about, "--max-megabytes", 1)
+    assert "training on 1.0" in done.stderr or "training on 0.9" in done.stderr
+    assert Tokenizer.load(tmp_path / "t").vocab_size == 350
+
+
+def test_inspect_shows_a_file(folder):
+    out = tool("inspect_data", "--data", folder / "one_train", "--verify", "--documents", 2).stdout
+    seal = TokenFile(folder / "one_train").seal
+    assert f"{seal.num_tokens:,} tokens (uint16) in {seal.num_documents:,} documents" in out
+    assert "end-of-document id 2" in out and seal.tokenizer_fingerprint in out and "quantiles: 0 % " in out
+    first = Tokenizer.load(folder / "tokenizer").decode(TokenFile(folder / "one_train").document(0).tolist())
+    assert f"document 0: {json.dumps(first[:200])}" in out and "verified: all 1 checksums" in out
+
+
+def test_inspect_finds_damage_and_names_it(folder, tmp_path):
+    for end in (".bin", ".idx", ".json"):
+        (tmp_path / f"a{end}").write_bytes((folder / f"one_train{end}").read_bytes())
+    with open(tmp_path / "a.bin", "r+b") as file:
+        file.seek(1000)
+        file.write(b"\x07\x01")
+    assert "damaged between bytes 0 and" in tool("inspect_data", "--data", tmp_path / "a", "--verify", status=2).stderr
+    assert "no token file here" in tool("inspect_data", "--data", tmp_path / "b", status=2).stderr
+
+
+def test_inspect_shows_the_samples_of_a_step_and_the_steps_of_a_document(folder, tmp_path):
+    settings = f"""
+tokenizer: {{path: {folder / "tokenizer"}}}
+data: {{train: [{{path: {folder / "one_train"}}}, {{path: {folder / "one_valid"}, weight: 0.25}}], sequence_length: 64}}
+batch: {{global_batch_size: 8, micro_batch_size: 2}}
+train: {{max_steps: 100}}
+"""
+    (tmp_path / "config.yaml").write_text(settings)
+    lines = tool("inspect_data", "--run", tmp_path, "--step", 3).stdout.splitlines()
+    assert lines[0] == "step 3: positions 16 to 23" and len(lines) == 9
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    for position, line in enumerate(lines[1:], 16):
+        place, text = line.split(': "')
+        assert place.startswith(f"{position}: source ")
+        source = "one_train" if "source 0 (one_train)" in place else "one_valid"
+        sample = int(place.split("sample ")[1].split(",")[0])
+        document = int(place.split("documents ")[1].split(" ")[0])
+        file = TokenFile(folder / source)
+        window = file.tokens[sample * 64 : sample * 64 + 65]
+        assert json.loads('"' + text.removesuffix("...")) in tokenizer.decode(window.tolist())
+        assert file.document_start(document) <= sample * 64 < file.document_start(document + 1)
+        out = tool("inspect_data", "--run", tmp_path, "--document", f"{source == 'one_valid':d}:{document}").stdout
+        assert f"sample {sample}: steps 3 (epoch 0)" in out
+        break  # one sample is enough, each costs a process
+    assert "steps count from 1" in tool("inspect_data", "--run", tmp_path, "--step", 0, status=2).stderr
+
+
+@pytest.mark.parametrize("name", ["train_tokenizer", "tokenize_corpus", "inspect_data"])
+def test_help_works_from_any_folder(name, tmp_path):
+    assert "example" in tool(name, "--help", cwd=tmp_path).stdout
