@@ -15,24 +15,7 @@ from pretrain.data.indexed import TokenFile
 from pretrain.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = [
-    "the",
-    "a",
-    "red",
-    "small",
-    "dog",
-    "cat",
-    "house",
-    "tree",
-    "runs",
-    "sleeps",
-    "jumps",
-    "over",
-    "into",
-    "and",
-    "not",
-    *"123",
-]
+WORDS = [first + last for first in ("ba", "kil", "nor", "the", "wo", "zun", "3") for last in ("d", "ger", "lim", "po", "sat")]
 
 
 def tool(name: str, *arguments, status: int = 0, cwd=None) -> subprocess.CompletedProcess:
