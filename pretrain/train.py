@@ -24,7 +24,7 @@ from pretrain.data.indexed import DataError
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.evaluate import evaluate
 from pretrain.model import flops
-from pretrain.model.transformer import build
+from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.optim.schedule import lr_at
 from pretrain.report import diagnose
@@ -33,7 +33,7 @@ from pretrain.report.plot import plot_runs
 from pretrain.report.sinks import Sinks
 from pretrain.runtime import checkpoint as checkpoints
 from pretrain.runtime.checkpoint import Checkpoint, CheckpointError
-from pretrain.runtime.engine import Engine
+from pretrain.runtime.engine import Engine, start_engine
 from pretrain.runtime.preemption import StopRequest, exit_status
 from pretrain.runtime.run_directory import Locked, RunDirectory
 from pretrain.schema import to_dict, to_yaml
@@ -141,10 +141,10 @@ def train(config: Config) -> int:
     """Trains, or goes on training, as `config` says. Returns the exit status; on rank 0 the same stands in run_state.json."""
     engine, directory = None, None
     try:
-        engine = Engine(config.engine)
+        engine = start_engine(config.engine)
         directory = _take_directory(config, engine)
         status, reason, step = _train(config, engine, directory)
-    except (ConfigError, DataError, CheckpointError, PermissionError) as error:
+    except (ConfigError, DataError, CheckpointError) as error:
         status, reason, step = REFUSED, str(error), None
     except Locked as error:
         status, reason, step = LOCKED, str(error), None
@@ -166,14 +166,16 @@ def train(config: Config) -> int:
 
 
 def _take_directory(config: Config, engine: Engine) -> RunDirectory | None:
-    """Rank 0 locks the run's folder. Raises Locked or OSError on every rank when it cannot."""
+    """Rank 0 locks the run's folder. Raises Locked or ConfigError on every rank when it cannot."""
     path, failure, directory = Path(config.run.directory) / config.run.name, None, None
     if engine.rank == 0:
         try:
             directory = RunDirectory(path)
             directory.write_state("running")
-        except (Locked, OSError) as error:
+        except Locked as error:
             failure = error
+        except OSError as error:
+            failure = ConfigError([Problem("run.directory", f"{path} cannot be written: {error}; choose another")])
     if engine.broadcast(int(failure is not None)):
         raise failure or Locked(f"{path}: rank 0 cannot use it")
     return directory
@@ -186,8 +188,12 @@ def _train(config: Config, engine: Engine, directory: RunDirectory | None) -> tu
     opened = dict(seed=config.run.seed, vocab_size=vocab_size, tokenizer_fingerprint=tokenizer and tokenizer.fingerprint)
     data, valid = open_train(config.data, **opened), open_valid(config.data, **opened)
     model_config = settings.resolve_model(config.model, vocab_size=vocab_size, sequence_length=config.data.sequence_length)
-    model = build(model_config, engine.device, config.run.seed)
-    engine.prepare(model, build_optimizer(model, config.optimizer), config.optimizer.grad_clip)
+    engine.prepare(
+        lambda: Transformer(model_config),
+        lambda model: build_optimizer(model, config.optimizer),
+        config.optimizer.grad_clip,
+        config.run.seed,
+    )
 
     folder = Path(config.run.directory) / config.run.name
     found = _checkpoint_to_resume(config, engine, folder)
@@ -325,7 +331,9 @@ def _checkpoint_to_resume(config: Config, engine: Engine, folder: Path) -> Check
         return checkpoints.newest_valid(saved, engine)
     if wish == "never":
         if checkpoints.checkpoints(saved):
-            raise ConfigError([Problem("checkpoint.resume", f"is never, but {saved} has checkpoints; use auto, or another run.name")])
+            raise ConfigError(
+                [Problem("checkpoint.resume", f"is never, but {saved} has checkpoints; use auto, or another run.name")]
+            )
         return None
     chosen = Checkpoint(Path(wish))
     if damage := chosen.damage():
@@ -371,7 +379,9 @@ def _announce(run: Run, found: Checkpoint | None) -> None:
     for line in lines:
         run.say(line)
     if engine.precision == "bf16" and engine.device.type == "cpu":
-        run.say("bf16 on a CPU is emulated, about 25 times slower than fp32; set engine.precision to fp32 unless you test just that")
+        run.say(
+            "bf16 on a CPU is emulated, about 25 times slower than fp32; set engine.precision to fp32 unless you test just that"
+        )
     if not found:
         start = {"step": 0, "reference_lines": run.data.reference_lines, "parameters": counts.total, "world_size": ranks}
         run.log(start | {"tokens_per_step": tokens_per_step, "data": run.data.fingerprint})
@@ -453,8 +463,12 @@ def _save(run: Run, meter: Meter, val_loss: float | None) -> None:
     saved = checkpoints.save(folder, run.progress.step, engine, state)
     if engine.rank == 0:
         everything = checkpoints.checkpoints(folder)
-        best = sorted((c for c in everything if c.state()["val_loss"] is not None), key=lambda c: checkpoints.best_key(c.state()))
-        keep = {c.step for c in everything[: config.checkpoint.keep_last]} | {c.step for c in best[: config.checkpoint.keep_best]}
+        best = sorted(
+            (c for c in everything if c.state()["val_loss"] is not None), key=lambda c: checkpoints.best_key(c.state())
+        )
+        keep = {c.step for c in everything[: config.checkpoint.keep_last]} | {
+            c.step for c in best[: config.checkpoint.keep_best]
+        }
         checkpoints.prune(folder, keep)
     run.say(f"saved {saved.path}")
 

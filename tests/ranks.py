@@ -27,7 +27,9 @@ def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 
         receiver, sender = _CONTEXT.Pipe(duplex=False)
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        process = _CONTEXT.Process(target=_entry, args=(sender, variables if world_size > 1 else {}, function, args), daemon=True)
+        process = _CONTEXT.Process(
+            target=_entry, args=(sender, variables if world_size > 1 else {}, function, args), daemon=True
+        )
         process.start()
         sender.close()
         pipes.append(receiver)

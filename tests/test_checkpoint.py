@@ -11,20 +11,21 @@ import pytest
 import torch
 
 from pretrain.config import EngineConfig, ModelConfig, OptimizerConfig, resolve_model
-from pretrain.model.transformer import build
+from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.runtime import checkpoint
 from pretrain.runtime.checkpoint import CheckpointError, checkpoints, newest_valid
-from pretrain.runtime.engine import Engine
+from pretrain.runtime.engine import Engine, start_engine
 from tests.ranks import run_ranks
 
 MODEL = resolve_model(ModelConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2), vocab_size=50, sequence_length=8)
 
 
 def make_engine(seed: int = 0) -> Engine:
-    engine = Engine(EngineConfig(name="ddp"))
-    model = build(MODEL, engine.device, seed)
-    engine.prepare(model, build_optimizer(model, OptimizerConfig(lr=1e-2)), grad_clip=1.0)
+    engine = start_engine(EngineConfig(name="ddp"))
+    engine.prepare(
+        lambda: Transformer(MODEL), lambda model: build_optimizer(model, OptimizerConfig(lr=1e-2)), grad_clip=1.0, seed=seed
+    )
     return engine
 
 
@@ -37,7 +38,9 @@ def take_steps(engine: Engine, count: int) -> None:
 
 
 def state_of(engine: Engine) -> dict[str, bytes]:
-    return {shard.name: shard.piece.numpy().tobytes() for shard in engine.shards(saving=False)} | {"updates": bytes([engine.updates])}
+    return {shard.name: shard.piece.numpy().tobytes() for shard in engine.shards(saving=False)} | {
+        "updates": bytes([engine.updates])
+    }
 
 
 def save_some(folder: Path, steps: list[int]) -> dict:
@@ -160,10 +163,14 @@ def test_a_checkpoint_of_another_format_is_refused_not_put_aside(folder):
 
 def test_another_architecture_is_named(folder):
     engine = Engine(EngineConfig(name="ddp"))
-    other = resolve_model(ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2), vocab_size=50, sequence_length=8)
+    other = resolve_model(
+        ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2), vocab_size=50, sequence_length=8
+    )
     model = build(other, "cpu", 0)
     engine.prepare(model, build_optimizer(model, OptimizerConfig()), 1.0)
-    with pytest.raises(CheckpointError, match=r"model/model.embed_tokens.weight must be \(64, 32\), the checkpoint has \(64, 16\)"):
+    with pytest.raises(
+        CheckpointError, match=r"model/model.embed_tokens.weight must be \(64, 32\), the checkpoint has \(64, 16\)"
+    ):
         checkpoint.load(checkpoints(folder)[0], engine)
 
 
@@ -193,7 +200,12 @@ def test_pruning_keeps_what_it_must_and_never_touches_foreign_names(folder):
     (folder / ".tmp-step_00000007").mkdir()
     (folder / ".del-step_00000006").mkdir()
     checkpoint.prune(folder, keep={1, 3})
-    assert sorted(path.name for path in folder.iterdir()) == ["my-notes-step-5", "step_00000001", "step_00000003", "step_00000009"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "my-notes-step-5",
+        "step_00000001",
+        "step_00000003",
+        "step_00000009",
+    ]
 
 
 def test_the_manifest_is_written_after_the_files_and_synced_before_the_rename(tmp_path, monkeypatch):

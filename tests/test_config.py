@@ -40,7 +40,9 @@ def test_files_override_defaults_and_flags_override_files_in_order(tmp_path):
 
 
 def test_every_problem_is_reported_at_once_with_file_line_key_and_advice(tmp_path):
-    text = problems_of(write(tmp_path, "optimizer:\n  lr: fast\nbatch:\n  global_batch_sise: 3\nengine: {precision: fp16}\nmodle: {}\n"))
+    text = problems_of(
+        write(tmp_path, "optimizer:\n  lr: fast\nbatch:\n  global_batch_sise: 3\nengine: {precision: fp16}\nmodle: {}\n")
+    )
     assert "x.yaml:2" in text and "optimizer.lr: got 'fast', must be a number" in text
     assert "x.yaml:4" in text and "did you mean batch.global_batch_size?" in text
     assert "allowed: fp32, bf16" in text and "fp16 needs loss scaling" in text
@@ -54,7 +56,10 @@ def test_every_problem_is_reported_at_once_with_file_line_key_and_advice(tmp_pat
         (["--optimizer.lr", "0"], "greater than 0"),
         (["--optimizer.lr"], "needs a value"),
         (["optimizer.lr", "3"], "is not a flag"),
-        (["--batch.global_batch_size", "9", "--batch.micro_batch_size", "2"], "must be a multiple of micro_batch_size x ranks = 2 x 1 = 2"),
+        (
+            ["--batch.global_batch_size", "9", "--batch.micro_batch_size", "2"],
+            "must be a multiple of micro_batch_size x ranks = 2 x 1 = 2",
+        ),
         (["--batch.micro_batch_size", "2.5"], "must be a whole number"),
         (["--data.document_mask", "yes"], "allowed: true, false"),
         (["--data.synthetic.kind", "unifrom"], "did you mean 'uniform'?"),
@@ -99,7 +104,10 @@ def test_a_broken_file_is_named(tmp_path, text, said):
 
 def test_scalars_are_read_by_the_type_of_their_field(tmp_path):
     config = load(
-        write(tmp_path, "run: {name: 2024-01-01}\noptimizer: {lr: 3e-4, betas: [0.9, 1e-1]}\ntrain: {max_steps: 1e3, max_tokens: null}\nlog: {wandb: {project: on}}\n")
+        write(
+            tmp_path,
+            "run: {name: 2024-01-01}\noptimizer: {lr: 3e-4, betas: [0.9, 1e-1]}\ntrain: {max_steps: 1e3, max_tokens: null}\nlog: {wandb: {project: on}}\n",
+        )
         + ["--model.vocab_size", "6_400", "--data.synthetic.kind", "uniform"]
     )
     assert (config.run.name, config.log.wandb.project) == ("2024-01-01", "on")
@@ -154,7 +162,9 @@ def test_resuming_refuses_frozen_keys_and_lets_guarded_ones_be_confirmed():
     new = schema.to_dict(load([*GOOD, "--model.hidden_size", "64", "--optimizer.lr", "1", "--log.every_steps", "3"]))
     keys = [problem.key for problem in check_resume(old, new, [], "x")]
     assert keys == ["model.hidden_size", "optimizer.lr"]
-    assert [problem.key for problem in check_resume(old, new, ["optimizer.lr", "model.hidden_size"], "x")] == ["model.hidden_size"]
+    assert [problem.key for problem in check_resume(old, new, ["optimizer.lr", "model.hidden_size"], "x")] == [
+        "model.hidden_size"
+    ]
 
 
 def test_a_wrong_setting_exits_2_before_torch_is_imported():

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from pretrain import train
 from pretrain.config import EngineConfig, ModelConfig, OptimizerConfig, resolve_model
 from pretrain.data.batches import Batch
-from pretrain.model.transformer import build
+from pretrain.model.transformer import Transformer, build
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.report import metrics
-from pretrain.runtime.engine import Engine
+from pretrain.runtime.engine import Engine, start_engine
 from tests.ranks import run_ranks
 
 SEQUENCES, LENGTH, VOCAB, STEPS, LR, CLIP = 8, 24, 97, 5, 1e-3, 0.5
@@ -72,7 +72,7 @@ def plain_run(optimizer_name: str):
 
 def make_optimizer(model, name: str):
     if name == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=optimizer_lr(name), momentum=0.9, fused=True)
+        return torch.optim.SGD(model.parameters(), lr=optimizer_lr(name), momentum=0.9)
     return build_optimizer(model, OptimizerConfig(lr=optimizer_lr(name)))
 
 
@@ -93,33 +93,65 @@ def mutate(mutant: str | None):
     return functions.values()
 
 
-def run_split(micro_batch: int, optimizer_name: str, mutants: list[str | None]):
-    """On each rank: for every mutant (None: the true code) what was shown in each step, and the weights at the end."""
-    engine, results = Engine(EngineConfig()), {}
+def make_engine(config: EngineConfig, optimizer_name: str, grad_clip: float = CLIP) -> Engine:
+    engine = start_engine(config)
+    prepare(engine, optimizer_name, grad_clip)
+    return engine
+
+
+def prepare(engine: Engine, optimizer_name: str, grad_clip: float = CLIP) -> None:
+    engine.prepare(lambda: Transformer(MODEL), lambda model: make_optimizer(model, optimizer_name), grad_clip, seed=0)
+
+
+def window_of(engine: Engine, step: int, micro_batch: int) -> list[Batch]:
+    """This rank's micro-batches of the global batch."""
     per_rank = SEQUENCES // engine.world_size
+    mine = [tensor[engine.rank * per_rank :][:per_rank].split(micro_batch) for tensor in global_batch(step)[:2]]
+    return [Batch(*tensors, None) for tensors in zip(*mine, strict=True)]
+
+
+def run_split(config: EngineConfig, micro_batch: int, optimizer_name: str, mutants: list[str | None]):
+    """On each rank: for every mutant (None: the true code) what was shown in each step, and its pieces of the weights at the end."""
+    engine, results = start_engine(config), {}
     for mutant in mutants:
         step_function, read = mutate(mutant)
-        model = build(MODEL, engine.device, seed=0)
-        engine.prepare(model, make_optimizer(model, optimizer_name), CLIP)
+        prepare(engine, optimizer_name)
         meter, shown = metrics.Meter(engine.device, engine.rank, engine.world_size), []
         for step in range(STEPS):
-            mine = [tensor[engine.rank * per_rank :][:per_rank].split(micro_batch) for tensor in global_batch(step)[:2]]
-            lr = optimizer_lr(optimizer_name)
-            result = step_function(engine, [Batch(*tensors, None) for tensors in zip(*mine, strict=True)], lr, [0])
+            result = step_function(engine, window_of(engine, step, micro_batch), optimizer_lr(optimizer_name), [0])
             meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
             figures = read(meter, engine.all_reduce)
             shown.append((figures["loss"], figures["grad_norm"]))
-        results[mutant] = shown, {name: parameter.detach().clone().numpy() for name, parameter in model.named_parameters()}
+        results[mutant] = shown, pieces_of(engine, "model/")
     engine.close()
     return results
 
 
-def differences(found, expected) -> tuple[float, float, float]:
-    """Largest relative difference in loss and norm, largest absolute one in weights."""
-    (shown, weights), (true_shown, true_weights) = found, expected
-    loss, norm = (max(abs(a[i] / b[i] - 1) for a, b in zip(shown, true_shown, strict=True)) for i in (0, 1))
-    weight = max((torch.as_tensor(weights[name]) - true_weights[name]).abs().max().item() for name in true_weights)
-    return loss, norm, weight
+def pieces_of(engine: Engine, prefix: str = "") -> list[tuple]:
+    """(name, shape, offset, values) of what this rank would save."""
+    shards = [shard for shard in engine.shards(saving=True) if shard.name.startswith(prefix)]
+    return [(shard.name, shard.shape, shard.offset, shard.piece.numpy(force=True).copy()) for shard in shards]
+
+
+def assemble(pieces: list[tuple]) -> dict[str, torch.Tensor]:
+    """Whole tensors from the pieces of all ranks, which must tile each of them exactly once."""
+    whole, seen = {}, {}
+    for name, shape, offset, values in pieces:
+        flat = whole.setdefault(name, torch.full((math.prod(shape),), math.nan))
+        flat[offset : offset + len(values)] = torch.as_tensor(values)
+        seen[name] = seen.get(name, 0) + len(values)
+    assert all(seen[name] == flat.numel() and not flat.isnan().any() for name, flat in whole.items())
+    shapes = {name: shape for name, shape, *_ in pieces}
+    return {name: flat.view(shapes[name]) for name, flat in whole.items()}
+
+
+def differences(results: list[dict], expected, mutant: str | None = None) -> tuple[float, float, float]:
+    """Largest relative difference in loss and norm on any rank, largest absolute one in weights."""
+    true_shown, true_weights = expected
+    weights = assemble([piece for rank in results for piece in rank[mutant][1]])
+    shown = [pair for rank in results for pair in zip(rank[mutant][0], true_shown, strict=True)]
+    loss, norm = (max(abs(a[i] / b[i] - 1) for a, b in shown) for i in (0, 1))
+    return loss, norm, max((weights[f"model/{name}"] - true).abs().max().item() for name, true in true_weights.items())
 
 
 @pytest.mark.parametrize("optimizer_name", ["sgd", "adamw"])
@@ -127,37 +159,33 @@ def differences(found, expected) -> tuple[float, float, float]:
 def test_loss_norm_and_weights_equal_one_process_on_the_whole_batch(ranks, micro_batch, accumulation, optimizer_name):
     assert ranks * micro_batch * accumulation == SEQUENCES
     expected = plain_run(optimizer_name)
-    for results in run_ranks(ranks, run_split, micro_batch, optimizer_name, [None]):
-        loss, norm, weight = differences(results[None], expected)
-        print(f"{ranks} x {micro_batch} x {accumulation} {optimizer_name}: loss {loss:.1e}, norm {norm:.1e}, weights {weight:.1e}")
-        assert loss < 1e-6 and norm < 1e-6 and weight < 1e-6
+    results = run_ranks(ranks, run_split, EngineConfig(), micro_batch, optimizer_name, [None])
+    loss, norm, weight = differences(results, expected)
+    print(f"{ranks} x {micro_batch} x {accumulation} {optimizer_name}: loss {loss:.1e}, norm {norm:.1e}, weights {weight:.1e}")
+    assert loss < 1e-6 and norm < 1e-6 and weight < 1e-6
 
 
 def test_each_planted_bug_is_seen():
     expected = plain_run("sgd")
-    results = run_ranks(2, run_split, 2, "sgd", [None, *MUTANTS])[0]
-    assert differences(results[None], expected)[0] < 1e-6
+    results = run_ranks(2, run_split, EngineConfig(), 2, "sgd", [None, *MUTANTS])
+    assert differences(results, expected)[0] < 1e-6
     for mutant in MUTANTS:
-        loss, norm, weight = differences(results[mutant], expected)
+        loss, norm, weight = differences(results, expected, mutant)
         print(f"{mutant}: loss {loss:.1e}, norm {norm:.1e}, weights {weight:.1e}")
         assert max(loss, norm, weight) > 1e-2, mutant
 
 
 def test_the_step_draws_no_random_numbers():
     """So a checkpoint needs no random state, and resuming on other ranks cannot lose any."""
-    engine = Engine(EngineConfig())
-    model = build(MODEL, "cpu", seed=0)
-    engine.prepare(model, make_optimizer(model, "adamw"), CLIP)
+    engine = make_engine(EngineConfig(), "adamw")
     before = torch.get_rng_state()
     train.train_step(engine, [global_batch(0)], LR, [0])
     assert torch.equal(before, torch.get_rng_state())
 
 
-def poisoned_step(poison: str):
+def poisoned_step(config: EngineConfig, poison: str):
     """Three steps; in the second, rank 1's loss or one gradient is not finite. -> weights, moments and updates after each."""
-    engine = Engine(EngineConfig())
-    model = build(MODEL, "cpu", seed=0)
-    engine.prepare(model, make_optimizer(model, "adamw"), CLIP)
+    engine = make_engine(config, "adamw")
     forward, trace = engine.forward, []
     meter = metrics.Meter(engine.device, engine.rank, engine.world_size)
     for step in range(3):
@@ -170,14 +198,16 @@ def poisoned_step(poison: str):
         meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
         figures = meter.read(engine.all_reduce)
         state = torch.cat([shard.piece.flatten() for shard in engine.shards(saving=False)])
-        trace.append((state.clone().numpy(), engine.updates, figures["skipped_steps"], figures["skipped_in_a_row"], figures["loss"]))
+        trace.append(
+            (state.clone().numpy(), engine.updates, figures["skipped_steps"], figures["skipped_in_a_row"], figures["loss"])
+        )
     engine.close()
     return trace
 
 
 @pytest.mark.parametrize("poison", ["nan", "inf", "loss only"])
 def test_a_non_finite_loss_on_one_rank_leaves_all_ranks_untouched_and_is_counted(poison):
-    for trace in run_ranks(2, poisoned_step, poison):
+    for trace in run_ranks(2, poisoned_step, EngineConfig(), poison):
         (first, *_), (second, updates, skipped, in_a_row, loss), (third, later, _, ended, _) = trace
         assert (first == second).all() and (updates, skipped, in_a_row) == (1, 1, 1) and math.isnan(loss)
         assert not (second == third).all() and (later, ended) == (2, 0) and bool(abs(third).max() < 1e3)

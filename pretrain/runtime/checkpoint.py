@@ -86,7 +86,9 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
     """All checkpoints in `folder`, newest first. Unfinished ones have other names; their content is not verified here."""
     if not folder.is_dir():
         return []
-    found = [Checkpoint(path) for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
+    found = [
+        Checkpoint(path) for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+    ]
     return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
 
 
@@ -140,8 +142,8 @@ def _write_shards(folder: Path, engine: Engine) -> dict[str, dict]:
     for number, shards in enumerate(_batches(engine.shards(saving=True))):
         name = f"tensors-{engine.rank:05d}-of-{engine.world_size:05d}-{number:03d}.safetensors"
         arrays = {shard.name: shard.piece.cpu().numpy() for shard in shards}
-        header = {shard.name: json.dumps({"offset": shard.offset, "shape": shard.shape}) for shard in shards}
-        files[name] = _write_file(folder / name, serialize(arrays, metadata=header))
+        pieces = {shard.name: {"offset": shard.offset, "shape": shard.shape} for shard in shards}
+        files[name] = _write_file(folder / name, serialize(arrays, metadata={"pieces": json.dumps(pieces)}))
     return files
 
 
@@ -222,9 +224,7 @@ def newest_valid(folder: Path, engine: Engine, say=print) -> Checkpoint | None:
 def load(checkpoint: Checkpoint, engine: Engine) -> dict:
     """Restores weights and optimizer on this rank and returns the state. Raises CheckpointError when shapes do not match."""
     state, pieces = checkpoint.state(), _Pieces(checkpoint)
-    with torch.no_grad():
-        for shard in engine.shards(saving=False):
-            pieces.read_into(shard)
+    engine.restore(pieces.read_into)
     engine.updates = state["optimizer_updates"]
     return state
 
@@ -239,10 +239,9 @@ class _Pieces:
         for name in checkpoint.manifest()["files"]:
             if name.endswith(".safetensors"):
                 file = safe_open(checkpoint.path / name, framework="pt")
-                for key, text in (file.metadata() or {}).items():
-                    header = json.loads(text)
-                    self.by_name.setdefault(key, []).append((header["offset"], file))
-                    self.shapes[key] = tuple(header["shape"])
+                for key, piece in json.loads(file.metadata()["pieces"]).items():
+                    self.by_name.setdefault(key, []).append((piece["offset"], file))
+                    self.shapes[key] = tuple(piece["shape"])
 
     def read_into(self, shard: Shard) -> None:
         if self.shapes.get(shard.name) != shard.shape:
@@ -256,7 +255,9 @@ class _Pieces:
                 shard.piece[low - begin : high - begin] = stored[low - offset : high - offset].to(shard.piece.device)
                 filled += high - low
         if filled != shard.piece.numel():
-            raise CheckpointError(f"{self.checkpoint.path}: {shard.name} is incomplete, {filled} of {shard.piece.numel()} values")
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {shard.name} is incomplete, {filled} of {shard.piece.numel()} values"
+            )
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:

@@ -30,7 +30,9 @@ class RunDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.seek(0)
-            raise Locked(f"{directory}: is in use by {self._lock.read().strip()}; stop that job or choose another run.name") from None
+            raise Locked(
+                f"{directory}: is in use by {self._lock.read().strip()}; stop that job or choose another run.name"
+            ) from None
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         self._lock.flush()

@@ -1,0 +1,271 @@
+"""Whole runs: killed and continued, refused with a reason, finished with a verdict."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain import schema
+from pretrain.config import load
+from pretrain.runtime.run_directory import RunDirectory
+from pretrain.train import train
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).parents[1]
+TINY = """
+run: {name: tiny}
+model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, vocab_size: 64}
+data: {synthetic: {kind: markov}, sequence_length: 16}
+batch: {global_batch_size: 8, micro_batch_size: 2}
+optimizer: {lr: 1e-2}
+schedule: {name: wsd, warmup_steps: 3}
+train: {max_steps: 20}
+evaluate: {every_steps: 10, max_batches: 2}
+checkpoint: {every_steps: 4}
+log: {every_steps: 1, sinks: [console, jsonl]}
+"""
+EXACT = ("step", "loss", "grad_norm", "lr", "tokens", "epoch", "skipped_steps", "val_loss")
+
+
+@pytest.fixture
+def tiny(tmp_path) -> list[str]:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    return ["--config", str(tmp_path / "tiny.yaml"), "--run.directory", str(tmp_path / "runs")]
+
+
+def run_of(tiny: list[str], name: str = "tiny") -> Path:
+    return Path(tiny[-1]) / name
+
+
+def train_here(argv: list[str]) -> int:
+    return train(load(argv, world_size=int(os.environ.get("WORLD_SIZE", 1))))
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run: Path) -> list[dict]:
+    """What must not change between two runs of the same thing, to the last bit."""
+    exact = [{key: value.hex() if isinstance(value, float) else value for key, value in record.items() if key in EXACT}
+             for record in records(run)[1:]]  # fmt: skip
+    assert [record["step"] for record in exact] == sorted(record["step"] for record in exact)
+    return exact
+
+
+def final_bytes(run: Path) -> dict[str, bytes]:
+    newest = max((run / "checkpoints").glob("step_*"))
+    return {file.name: file.read_bytes() for file in newest.glob("*.safetensors")}
+
+
+def signal_itself_at(argv: list[str], rank: int, step: int, number: int) -> int:
+    """Trains; a thread of `rank` sends this process `number` as soon as metrics.jsonl holds `step`."""
+    metrics = run_of(argv) / "metrics.jsonl"
+
+    def wait_and_signal() -> None:
+        while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+            time.sleep(0.002)
+        os.kill(os.getpid(), number)
+
+    if int(os.environ.get("RANK", 0)) == rank:
+        threading.Thread(target=wait_and_signal, daemon=True).start()
+    return train_here(argv)
+
+
+def test_a_run_killed_by_kill_9_goes_on_to_the_bit(tiny, tmp_path):
+    """The real launcher, two ranks, SIGKILL to every process of the job; then the same command again."""
+    tiny = ["--train.max_steps", "150", "--checkpoint.every_steps", "7", *tiny]
+    assert run_ranks(2, train_here, [*tiny, "--run.name", "straight"]) == [0, 0]
+    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", "launch/accelerate/cpu.yaml"]
+    command = [*launch, "--main_process_port", "0", "launch/pretrain.py", *tiny]
+    quiet = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    job = subprocess.Popen(command, start_new_session=True, **quiet)
+    metrics = run_of(tiny) / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not (metrics.exists() and '"step": 10,' in metrics.read_text()):
+        assert time.monotonic() < deadline and job.poll() is None, job.communicate()[0]
+        time.sleep(0.005)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+    killed_at = records(run_of(tiny))[-1]["step"]
+    assert 10 <= killed_at < 150
+    again = subprocess.run(command, **quiet, timeout=90)
+    assert again.returncode == 0 and "going on after step" in again.stdout, again.stdout
+    assert curve(run_of(tiny)) == curve(run_of(tiny, "straight"))
+    assert final_bytes(run_of(tiny)) == final_bytes(run_of(tiny, "straight"))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_to_one_rank_saves_on_all_and_loses_no_step(tiny, number, status):
+    assert run_ranks(2, train_here, [*tiny, "--run.name", "straight"]) == [0, 0]
+    assert run_ranks(2, signal_itself_at, tiny, 1, 6, number) == [status, status]
+    state = json.loads((run_of(tiny) / "run_state.json").read_text())
+    stopped_at = records(run_of(tiny))[-1]["step"]
+    assert (state["status"], state["exit_status"], state["step"]) == ("stopped", status, stopped_at) and stopped_at < 20
+    assert (run_of(tiny) / "checkpoints" / f"step_{stopped_at:08d}").is_dir()
+    assert run_ranks(2, train_here, tiny) == [0, 0]
+    assert curve(run_of(tiny)) == curve(run_of(tiny, "straight"))
+    assert final_bytes(run_of(tiny)) == final_bytes(run_of(tiny, "straight"))
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch"), [(2, 1), (1, 4), (4, 2)])
+def test_the_second_half_may_run_on_other_ranks_with_another_accumulation(tiny, ranks, micro_batch):
+    assert run_ranks(2, train_here, [*tiny, "--run.name", "straight"]) == [0, 0]
+    assert run_ranks(2, signal_itself_at, tiny, 0, 9, signal.SIGTERM) == [75, 75]
+    assert set(run_ranks(ranks, train_here, [*tiny, "--batch.micro_batch_size", str(micro_batch)])) == {0}
+    for record, expected in zip(records(run_of(tiny))[1:], records(run_of(tiny, "straight"))[1:], strict=True):
+        assert [record.get(key) for key in ("step", "tokens", "lr")] == [expected.get(key) for key in ("step", "tokens", "lr")]
+        for key in {"loss", "val_loss"} & expected.keys():
+            assert record[key] == pytest.approx(expected[key], rel=1e-6)
+
+
+def test_stopping_between_two_logging_lines_changes_no_line(tiny):
+    """The sums of the unfinished interval travel in the checkpoint."""
+    tiny = ["--log.every_steps", "7", *tiny]
+    assert run_ranks(2, train_here, [*tiny, "--run.name", "straight"]) == [0, 0]
+    assert set(run_ranks(2, train_here, [*tiny, "--checkpoint.every_steps", "5"])) == {0}
+    for step in (20, 15):  # as if it had been killed after step 10
+        (run_of(tiny) / "checkpoints" / f"step_{step:08d}").rename(run_of(tiny) / f"kept_{step}")
+    (run_of(tiny) / "kept_15").rename(run_of(tiny) / "checkpoints" / "step_00000015")
+    assert set(run_ranks(2, train_here, tiny)) == {0}
+    assert curve(run_of(tiny)) == curve(run_of(tiny, "straight"))
+
+
+def test_a_finished_run_trains_no_step_again_and_the_best_checkpoint_stays(tiny, capsys):
+    tiny = ["--evaluate.every_steps", "4", "--checkpoint.keep_last", "1", *tiny]
+    assert train_here(tiny) == 0
+    before = (run_of(tiny) / "metrics.jsonl").read_bytes()
+    saved = {path.name for path in (run_of(tiny) / "checkpoints").iterdir()}
+    losses = {record["step"]: record["val_loss"] for record in records(run_of(tiny)) if "val_loss" in record}
+    assert saved == {"step_00000020", f"step_{min(losses, key=losses.get):08d}"}
+    assert train_here(tiny) == 0
+    assert (run_of(tiny) / "metrics.jsonl").read_bytes() == before
+    text = capsys.readouterr().out
+    assert (run_of(tiny) / "plots" / "loss.png").stat().st_size > 10_000
+    assert "first loss 4." in text and "a model that knows nothing gives ln(64) = 4.159: as it should be" in text
+    assert "ranks 1 x micro-batch 2 x accumulation 4" in text and "validation loss" in text
+
+
+def test_the_settings_in_the_run_folder_start_the_same_run(tiny, tmp_path):
+    assert train_here(tiny) == 0
+    written = load(["--config", str(run_of(tiny) / "config.yaml")])
+    assert schema.to_dict(written) == schema.to_dict(load(tiny))
+
+
+def test_diverging_stops_with_70_and_names_the_samples(tiny, capsys):
+    assert train_here([*tiny, "--optimizer.lr", "1e30", "--optimizer.grad_clip", "0", "--train.max_skipped_steps", "3"]) == 70
+    said = capsys.readouterr().err
+    assert "not finite in the last 3 steps up to step" in said and "samples" in said
+    assert json.loads((run_of(tiny) / "run_state.json").read_text())["exit_status"] == 70
+
+
+def test_a_second_job_on_the_same_folder_is_refused(tiny, capsys):
+    held = RunDirectory(run_of(tiny))
+    assert train_here(tiny) == 73
+    assert f"is in use by process {os.getpid()}" in capsys.readouterr().err
+    assert not (run_of(tiny) / "metrics.jsonl").exists()
+    del held
+
+
+# ---------------------------------------------------------------- refused
+
+
+@pytest.fixture(scope="module")
+def text_data(tmp_path_factory) -> Path:
+    """A tokenizer, its data, and a second tokenizer, made by the tools."""
+    folder = tmp_path_factory.mktemp("text")
+    words = [f"the {a} of {b} is {c}\n" for a in ("cat", "dog", "sum") for b in ("Rome", "bread", "two") for c in range(40)]
+    (folder / "text.txt").write_text("".join(words))
+    (folder / "other.txt").write_text("".join(reversed(words)) + "zzz quite other words " * 50)
+    for name in ("text", "other"):
+        run_tool(
+            "train_tokenizer.py",
+            "--input",
+            folder / f"{name}.txt",
+            "--output",
+            folder / f"{name}_tokenizer",
+            "--vocab-size",
+            300,
+        )
+    run_tool(
+        "tokenize_corpus.py",
+        "--input",
+        folder / "text.txt",
+        "--tokenizer",
+        folder / "text_tokenizer",
+        "--output",
+        folder / "text",
+    )
+    return folder
+
+
+def run_tool(name: str, *arguments) -> None:
+    subprocess.run([sys.executable, ROOT / "tools" / name, *map(str, arguments)], check=True, capture_output=True)
+
+
+def main_of_launch_script(argv: list[str], monkeypatch) -> int:
+    spec = importlib.util.spec_from_file_location("launch_pretrain", ROOT / "launch" / "pretrain.py")
+    monkeypatch.setattr(sys, "argv", ["launch/pretrain.py", *argv])
+    monkeypatch.setattr(sys, "path", [str(ROOT / "launch"), *sys.path])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main()
+
+
+TEXT = ["--data.synthetic", "null", "--model.vocab_size", "null"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--optimizr.lr", "3"], "optimizr: unknown key; did you mean optimizer?"),
+        (["--optimizer.lr", "fast"], "optimizer.lr: got 'fast', must be a number"),
+        (["--batch.micro_batch_size", "3"], "must be a multiple of micro_batch_size x ranks = 3 x 1 = 3"),
+        ([*TEXT, "--tokenizer.path", "{d}/text_tokenizer", "--data.train", "[{path: {d}/missing}]"], "missing"),
+        ([*TEXT, "--tokenizer.path", "{d}/other_tokenizer", "--data.train", "[{path: {d}/text}]"], "was made with the tokenizer"),
+        ([*TEXT, "--tokenizer.path", "{d}/nowhere", "--data.train", "[{path: {d}/text}]"], "nowhere"),
+        (["--data.synthetic", "null", "--data.train", "[{path: {d}/text}]"], "its largest id is"),
+        ([*TEXT, "--tokenizer.path", "{d}/text_tokenizer", "--data.train", "[{path: {d}/text}]", "--data.sequence_length", "1000000"],
+         "1,000,001 are needed"),
+        (["--run.directory", "/proc/nowhere"], "/proc/nowhere"),
+        (["--checkpoint.resume", "{d}/step_00000001"], "step_00000001"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_refused_with_a_reason_and_status_2(tiny, text_data, monkeypatch, capsys, flags, said):
+    flags = [flag.replace("{d}", str(text_data)) for flag in flags]
+    assert main_of_launch_script([*tiny, *flags], monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+    assert not (run_of(tiny) / "checkpoints").exists()
+
+
+def test_going_on_with_another_architecture_or_other_data_is_refused(tiny, capsys):
+    assert train_here([*tiny, "--train.max_steps", "4"]) == 0
+    assert train_here([*tiny, "--model.hidden_size", "64", "--train.max_steps", "4"]) == 2
+    assert "model.hidden_size: 32 -> 64 makes another run" in capsys.readouterr().err
+    assert train_here([*tiny, "--run.seed", "5", "--train.max_steps", "4"]) == 2
+    assert "run.seed: 1234 -> 5 makes another run" in capsys.readouterr().err
+    assert train_here(tiny) == 2
+    assert "train.max_steps: 4 -> 20 bends the curve; confirm with --checkpoint.allow_changes" in capsys.readouterr().err
+    assert train_here([*tiny, "--checkpoint.allow_changes", "[train.max_steps]"]) == 0
+    assert records(run_of(tiny))[-1]["step"] == 20
+    assert train_here([*tiny, "--checkpoint.resume", "never"]) == 2
+    assert "checkpoint.resume: is never, but" in capsys.readouterr().err
+
+
+def test_training_on_real_text_learns(text_data, tiny, capsys):
+    flags = [*TEXT, "--tokenizer.path", f"{text_data}/text_tokenizer", "--data.train", f"[{{path: {text_data}/text}}]"]
+    flags += ["--data.valid", f"[{{path: {text_data}/text}}]", "--evaluate.max_batches", "null", "--train.max_steps", "60"]
+    assert train_here([*tiny, *flags]) == 0
+    last = [record for record in records(run_of(tiny)) if "val_loss" in record][-1]
+    assert last["val_loss"] < 0.5 * records(run_of(tiny))[1]["loss"] and last["val_bits_per_byte"] > 0
+    assert "val_loss" in json.loads((run_of(tiny) / "checkpoints" / "step_00000060" / "state.json").read_text())
