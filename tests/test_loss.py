@@ -157,6 +157,8 @@ def test_autocast_runs_the_products_in_bf16_and_sums_in_fp32():
     with torch.autocast("cpu", torch.bfloat16):
         loss_sum = cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size, 10, step)
     got = gradients(loss_sum, hidden_ND, weight_VD)
+    logits_NV = (hidden_ND.bfloat16() @ weight_VD.bfloat16().T)[:, :vocab_size].float()
+    assert loss_sum.item() == pytest.approx(F.cross_entropy(logits_NV, labels_N, reduction="sum").item(), rel=1e-6)
     assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
     for ours, theirs in zip(got, expected, strict=True):
         assert ours.dtype == torch.float32 and relative(ours, theirs) < 5e-3
