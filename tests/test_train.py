@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pretrain import schema
@@ -88,13 +89,15 @@ def test_a_run_killed_by_kill_9_goes_on_to_the_bit(tiny, tmp_path):
     launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", "launch/accelerate/cpu.yaml"]
     command = [*launch, "--main_process_port", "0", "launch/pretrain.py", *tiny]
     quiet = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    job = subprocess.Popen(command, start_new_session=True, **quiet)
+    job = subprocess.Popen(command, **quiet)
     metrics = run_of(tiny) / "metrics.jsonl"
     deadline = time.monotonic() + 90
     while not (metrics.exists() and '"step": 10,' in metrics.read_text()):
         assert time.monotonic() < deadline and job.poll() is None, job.communicate()[0]
         time.sleep(0.005)
-    os.killpg(job.pid, signal.SIGKILL)
+    launcher = psutil.Process(job.pid)  # its workers are in sessions of their own
+    for process in [*launcher.children(recursive=True), launcher]:
+        process.kill()
     job.communicate()
     killed_at = records(run_of(tiny))[-1]["step"]
     assert 10 <= killed_at < 150
