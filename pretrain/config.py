@@ -118,16 +118,18 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Decay on matrices only; vectors (norms) are not decayed."""
+    """Decay on matrices only; vectors (norms) and embeddings are not decayed."""
 
-    name: Literal["adamw"] = "adamw"
-    """adamw."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon for the matrices of the blocks, with adamw for embeddings, head and vectors."""
     lr: float = 3e-4
-    """Peak learning rate."""
+    """Peak learning rate. Muon's updates are as large as AdamW's, so both take the same."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the first and second moment."""
+    """AdamW's decay of the first and second moment."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """AdamW adds it to the root of the second moment."""
+    momentum: float = 0.95
+    """Muon's decay of the momentum; adamw ignores it."""
     weight_decay: float = 0.1
     """Decoupled decay per unit of learning rate. 0: off."""
     grad_clip: float = 1.0
@@ -312,7 +314,8 @@ def _split_arguments(argv: list[str], problems: list[Problem]) -> tuple[list[str
 
 def validate(config: Config, world_size: int = 1) -> list[Problem]:
     """Combinations that cannot work, for `world_size` ranks. Every check that needs no file and no tensor is here."""
-    return [*_check_ranges(config), *_check_model(config.model), *_check_length_of_run(config), *_check_batch(config, world_size)]
+    problems = [*_check_ranges(config), *_check_model(config.model), *_check_length_of_run(config), *_check_optimizer(config)]
+    return problems + _check_batch(config, world_size)
 
 
 _AT_LEAST = {
@@ -342,6 +345,8 @@ def _check_ranges(config: Config) -> list[Problem]:
     ]
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
         problems.append(Problem("optimizer.betas", f"got {list(config.optimizer.betas)}, both must be in [0, 1)"))
+    if not 0 <= config.optimizer.momentum < 1:
+        problems.append(Problem("optimizer.momentum", f"got {config.optimizer.momentum}, must be in [0, 1)"))
     if not 0 <= config.schedule.final_lr_fraction <= 1:
         problems.append(Problem("schedule.final_lr_fraction", f"got {config.schedule.final_lr_fraction}, must be in [0, 1]"))
     if any(part in ("", ".", "..") for part in config.run.name.split("/")) or "\n" in config.run.name or len(config.run.name) > 200:
@@ -381,6 +386,15 @@ def _check_length_of_run(config: Config) -> list[Problem]:
     elif steps is not None and (total := config.schedule.warmup_steps + (config.schedule.decay_steps or 0)) > steps:
         problems.append(Problem("schedule.decay_steps", f"warmup_steps + decay_steps = {total}, more than train.max_steps = {steps}"))
     return problems
+
+
+def _check_optimizer(config: Config) -> list[Problem]:
+    if config.optimizer.name == "muon" and config.engine.name.startswith("zero"):
+        return [
+            Problem("optimizer.name", f"is muon, which engine.name {config.engine.name} cannot run: DeepSpeed clips, and reports the norm of, the "
+                    "orthogonalised update in place of the gradient; use engine.name ddp or fsdp2, or optimizer.name adamw")
+        ]  # fmt: skip
+    return []
 
 
 def _check_batch(config: Config, world_size: int) -> list[Problem]:

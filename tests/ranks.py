@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "accelerate", "pretrain.train"])
+_CONTEXT.set_forkserver_preload(["torch", "accelerate", "torch.distributed.tensor", "pretrain.train"])
 
 
 def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 120) -> list[Any]:

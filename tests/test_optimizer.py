@@ -65,3 +65,19 @@ def test_training_a_tied_and_an_untied_model_learns_a_short_text_by_heart():
             optimizer.step()
             optimizer.zero_grad()
         assert loss.item() < 0.1
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else(tied):
+    model = small_model(tie_word_embeddings=tied)
+    optimizer = build_optimizer(model, OptimizerConfig(name="muon", weight_decay=0.3, momentum=0.9, betas=(0.8, 0.9), eps=1e-6))
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(group_of) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        group = group_of[id(parameter)]
+        assert ("momentum" in group) == ("_proj" in name), name
+        assert group["weight_decay"] == (0.0 if "norm" in name or "embed" in name else 0.3), name
+        if "momentum" in group:
+            assert group["momentum"] == 0.9
+        else:
+            assert (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-6)

@@ -10,18 +10,31 @@ from pretrain.config import OptimizerConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) with two groups: matrices, decayed; embeddings and vectors, not decayed.
+    """AdamW (Loshchilov and Hutter 2019), or Muon for the matrices of the blocks and AdamW for the rest: `config.name`.
 
-    A norm's weight pulled to zero would only shrink its layer. Rows of an embedding get gradients as rarely as their tokens
-    occur but would be decayed at every step, and a small row meets a large gradient in the first norm (OLMo 2, Walsh et al.
-    2024, section 3.3); so they are not decayed either, also when the embedding is the head too.
+    Matrices are decayed; embeddings and vectors are not. A norm's weight pulled to zero would only shrink its layer. Rows of an
+    embedding get gradients as rarely as their tokens occur but would be decayed at every step, and a small row meets a large
+    gradient in the first norm (OLMo 2, Walsh et al. 2024, section 3.3); so they are not decayed either, also when the embedding
+    is the head too.
+
+    The blocks are what lies under `model.layers`. Embeddings and head are look-up tables of token ids, whose rows Muon must not
+    make alike (Jordan et al. 2024), so they stay with AdamW.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decayed, plain = [], []
-    parameters = list(model.parameters())
-    for parameter in parameters:
-        (decayed if parameter.ndim >= 2 and id(parameter) not in embeddings else plain).append(parameter)
-    assert {id(p) for p in decayed + plain} == {id(p) for p in parameters} and len(decayed + plain) == len(parameters)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    fused = all(p.device.type in ("cpu", "cuda", "xpu", "mps") for p in parameters)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=fused)
+    hidden, decayed, plain = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or id(parameter) in embeddings:
+            plain.append(parameter)
+        elif config.name == "muon" and name.startswith("model.layers."):
+            hidden.append(parameter)
+        else:
+            decayed.append(parameter)
+    rule = {"betas": tuple(config.betas), "eps": config.eps}
+    groups = [{"params": decayed, "weight_decay": config.weight_decay, **rule}, {"params": plain, "weight_decay": 0.0, **rule}]
+    if config.name == "muon":
+        from pretrain.optim.muon import Muon  # brings torch.distributed.tensor, a second that AdamW need not wait for
+
+        groups.insert(0, {"params": hidden, "weight_decay": config.weight_decay, "momentum": config.momentum})
+        return Muon([group for group in groups if group["params"]], lr=config.lr)
+    fused = all(parameter.device.type in ("cpu", "cuda", "xpu", "mps") for parameter in decayed + plain)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=fused)

@@ -1,0 +1,347 @@
+"""Muon is the published rule, whoever does the work: one rank, several that hold the same, or several that hold parts."""
+
+from __future__ import annotations
+
+import gc
+import io
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from pretrain.config import Config, ConfigError, EngineConfig, ModelConfig, OptimizerConfig, load, resolve_model, validate
+from pretrain.model.transformer import Transformer, build
+from pretrain.optim import partition
+from pretrain.optim.muon import Muon, newton_schulz
+from pretrain.optim.optimizer import build_optimizer
+from pretrain.optim.partition import Partition
+from pretrain.runtime.engine import start_engine
+from pretrain.train import train_step
+from tests.ranks import run_ranks
+from tests.test_step import global_batch
+
+# Wide, tall, square, several of one shape, rows that no number of ranks divides, fewer rows than ranks, stacks of matrices.
+MATRICES = [(16, 48), (48, 16), (24, 24), (16, 48), (7, 20), (2, 8), (1, 6), (5, 12, 20), (2, 20, 12), (16, 48)]
+OTHERS = [(37, 8), (19,), (1,)]
+RATES, DECAY, MOMENTUM, BETAS, EPS = (0.02, 0.03, 0.01, 0.02, 0.005), 0.3, 0.9, (0.8, 0.95), 1e-8
+COEFFICIENTS = 3.4445, -4.7750, 2.0315
+# Ranks: how they hold the parameters; None: each holds all; else the grid of ranks, whose last dimension are the shards.
+WAYS = {2: {"2 replicas": None, "2 shards": (2,)}, 4: {"4 replicas": None, "4 shards": (4,), "2 replicas of 2 shards": (2, 2)}}
+
+
+def initial(shape: tuple, number: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(number)) / 4
+
+
+def gradient(shape: tuple, number: int, step: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * step + number)) * 10.0 ** -(number % 4)
+
+
+# ---------------------------------------------------------------- the published rule, one matrix at a time, in fp64
+
+
+def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
+    a, b, c = COEFFICIENTS
+    x = matrix / (matrix.square().sum().sqrt() + 1e-7)
+    for _ in range(5):
+        x = a * x + b * x @ x.T @ x + c * x @ x.T @ x @ x.T @ x
+    return x
+
+
+def expected_weights() -> list[torch.Tensor]:
+    weights = []
+    for number, shape in enumerate([*MATRICES, *OTHERS]):
+        w, m, v = initial(shape, number).double(), torch.zeros(shape).double(), torch.zeros(shape).double()
+        for step, lr in enumerate(RATES, start=1):
+            g = gradient(shape, number, step).double()
+            w = w - lr * DECAY * w
+            if number < len(MATRICES):
+                m = MOMENTUM * m + (1 - MOMENTUM) * g
+                ahead = MOMENTUM * m + (1 - MOMENTUM) * g
+                matrices = [ahead] if ahead.ndim == 2 else list(ahead)
+                update = 0.2 * math.sqrt(max(shape[-2:])) * torch.stack([orthogonalized(x) for x in matrices]).view(shape)
+            else:
+                m, v = BETAS[0] * m + (1 - BETAS[0]) * g, BETAS[1] * v + (1 - BETAS[1]) * g**2
+                update = m / (1 - BETAS[0] ** step) / ((v / (1 - BETAS[1] ** step)).sqrt() + EPS)
+            w = w - lr * update
+        weights.append(w)
+    return weights
+
+
+# ---------------------------------------------------------------- the same by Muon, on ranks
+
+
+def spread(grid: tuple | None):
+    """-> a function that gives this rank its part of a tensor."""
+    if grid is None:
+        return torch.clone
+    mesh, placements = init_device_mesh("cpu", grid), [Replicate(), Shard(0)][-len(grid) :]
+    return lambda tensor: distribute_tensor(tensor, mesh, placements)
+
+
+def make(part) -> tuple[list[nn.Parameter], Muon]:
+    parameters = [nn.Parameter(part(initial(shape, number))) for number, shape in enumerate([*MATRICES, *OTHERS])]
+    muon, other = parameters[: len(MATRICES)], parameters[len(MATRICES) :]
+    groups = [
+        {"params": muon, "weight_decay": DECAY, "momentum": MOMENTUM},
+        {"params": other, "weight_decay": DECAY, "betas": BETAS, "eps": EPS},
+    ]
+    return parameters, Muon(groups, lr=1.0)
+
+
+def set_gradients(parameters: list[nn.Parameter], step: int, part, optimizer: Muon) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = RATES[step - 1]
+    for number, parameter in enumerate(parameters):
+        parameter.grad = part(gradient(tuple(parameter.shape), number, step))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def memory(optimizer: Muon, parameters: list[nn.Parameter]) -> list[torch.Tensor]:
+    states = [tensor for parameter in parameters for _, tensor in sorted(optimizer.state[parameter].items())]
+    return [whole(tensor) for tensor in [*parameters, *states]]
+
+
+def five_steps(part=torch.clone) -> tuple[list, bool, set[float]]:
+    """-> weights after all steps; whether a poisoned step in their midst left everything as it was; step counts."""
+    parameters, optimizer = make(part)
+    untouched = True
+    for step in range(1, len(RATES) + 1):
+        set_gradients(parameters, step, part, optimizer)
+        if step == 3:
+            before, kept = memory(optimizer, parameters), [parameter.grad for parameter in parameters]
+            for number, parameter in enumerate(parameters):
+                parameter.grad = part(torch.full(parameter.shape, math.nan if number % 2 else math.inf))
+            optimizer.found_inf = torch.ones(())
+            optimizer.step()
+            untouched = all(map(torch.equal, before, memory(optimizer, parameters)))
+            for parameter, given in zip(parameters, kept, strict=True):
+                parameter.grad = given
+        optimizer.found_inf = torch.zeros(())
+        optimizer.step()
+    counts = {optimizer.state[parameter]["step"].item() for parameter in parameters}
+    return [whole(parameter).numpy() for parameter in parameters], untouched, counts
+
+
+def five_steps_in_each_way(ranks: int) -> dict[str, tuple]:
+    dist.init_process_group("gloo")
+    results = {way: five_steps(spread(grid)) for way, grid in WAYS[ranks].items()}
+    gc.collect()
+    dist.destroy_process_group()
+    return results
+
+
+def check(way: str, weights: list, untouched: bool, counts: set[float]) -> None:
+    difference = max((torch.as_tensor(w) - e).abs().max().item() for w, e in zip(weights, expected_weights(), strict=True))
+    print(f"{way}: {difference:.1e}")
+    assert difference < 1e-6, way
+    assert untouched and counts == {len(RATES)}, way
+
+
+def test_five_steps_equal_the_published_rule_and_a_poisoned_one_between_them_changes_nothing():
+    check("alone", *five_steps())
+
+
+def test_many_small_passes_give_the_same_as_one(monkeypatch):
+    monkeypatch.setattr(partition, "MAX_ELEMENTS_PER_RANK", 1000)
+    check("many passes", *five_steps())
+
+
+@pytest.mark.parametrize("ranks", WAYS)
+def test_ranks_equal_the_published_rule_however_they_hold_the_parameters(ranks):
+    for results in run_ranks(ranks, five_steps_in_each_way, ranks):
+        for way, result in results.items():
+            check(way, *result)
+
+
+# ---------------------------------------------------------------- the iteration
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 40), (3, 40, 12), (2, 24, 24), (1, 1, 9), (4, 9, 1)], ids=str)
+def test_newton_schulz_maps_singular_values_by_the_polynomial_and_keeps_directions(shape):
+    draw = torch.Generator().manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(shape, generator=draw, dtype=torch.float64), full_matrices=False)
+    s = torch.logspace(0, -2, min(shape[1:]), dtype=torch.float64).repeat(shape[0], 1)
+    p = s / s.norm(dim=-1, keepdim=True)
+    for _ in range(5):
+        p = COEFFICIENTS[0] * p + COEFFICIENTS[1] * p**3 + COEFFICIENTS[2] * p**5
+    found = newton_schulz(((u * s[:, None]) @ v).float())
+    torch.testing.assert_close(found, ((u * p[:, None]) @ v).float(), atol=1e-5, rtol=1e-5)
+    assert found.shape == shape
+
+
+@pytest.mark.parametrize(("dtype", "band"), [(torch.float32, (0.68, 1.21)), (torch.bfloat16, (0.6, 1.3))], ids=str)
+@pytest.mark.parametrize("shape", [(64, 192), (192, 64), (64, 64)], ids=str)
+def test_singular_values_of_the_update_are_near_one(shape, dtype, band):
+    draw = torch.Generator().manual_seed(1)
+    u, _, v = torch.linalg.svd(torch.randn(8, *shape, generator=draw), full_matrices=False)
+    matrices = (u * torch.logspace(0, -1.5, 64)[None, None] * 1e-4) @ v
+    s = torch.linalg.svdvals(newton_schulz(matrices.to(dtype)).float())
+    assert band[0] < s.min() and s.max() < band[1]
+
+
+def test_a_zero_matrix_stays_zero():
+    assert newton_schulz(torch.zeros(2, 3, 5)).count_nonzero() == 0
+
+
+@pytest.mark.parametrize("shape", [(32, 96), (96, 32), (64, 64), (3, 64, 32)], ids=str)
+def test_updates_have_the_size_of_adamws_for_every_shape(shape):
+    weight = nn.Parameter(torch.zeros(shape))
+    optimizer = Muon([{"params": [weight], "momentum": 0.95}], lr=0.01)
+    weight.grad = 1e-3 * gradient(shape, 0, 1)
+    optimizer.step()
+    assert 0.2 * 0.68 < weight.detach().square().mean().sqrt().item() / 0.01 < 0.2 * 1.21
+
+
+# ---------------------------------------------------------------- the division of work
+
+
+def work_of_ranks(shapes: list[tuple]) -> list[tuple]:
+    """The matrices that this rank worked on, by shape."""
+    dist.init_process_group("gloo")
+    seen = []
+    for plan in Partition.of([torch.zeros(shape) for shape in shapes]):
+        sent = torch.cat([torch.zeros(0), *(torch.zeros(piece.length) for piece in plan.pieces)])
+        for _ in plan.map(lambda batch: seen.extend([tuple(batch.shape[1:])] * len(batch)) or batch, sent):
+            pass
+    dist.destroy_process_group()
+    return seen
+
+
+def test_each_matrix_is_worked_on_once_and_ranks_have_equal_work():
+    layer = [(64, 64), (32, 64), (32, 64), (64, 64), (176, 64), (176, 64), (64, 176), (8, 32, 64)]
+    seen = run_ranks(4, work_of_ranks, layer * 6)
+    everything = [shape[-2:] for shape in layer * 6 for _ in range(shape[0] if len(shape) == 3 else 1)]
+    assert sorted(shape for shapes in seen for shape in shapes) == sorted(everything)
+    cost = [sum(min(s) ** 2 * (2 * max(s) + min(s)) for s in shapes) for shapes in seen]
+    assert max(cost) < 1.1 * sum(cost) / 4
+
+
+# ---------------------------------------------------------------- a model under an engine
+
+MODEL = resolve_model(
+    ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, qk_norm=True),
+    vocab_size=97,
+    sequence_length=24,
+)
+SETTINGS = OptimizerConfig(name="muon", lr=0.01)
+
+
+def train_model(engine_settings: dict, steps: int) -> dict:
+    """Weights after some steps of 8 sequences, split over the ranks."""
+    engine = start_engine(EngineConfig(**engine_settings))
+    engine.prepare(lambda: Transformer(MODEL), lambda model: build_optimizer(model, SETTINGS), 0.5, 0)
+    for step in range(steps):
+        mine = [tensor.chunk(engine.world_size)[engine.rank] for tensor in global_batch(step)[:2]]
+        batch = type(global_batch(step))(*mine, None)
+        train_step(engine, [batch], SETTINGS.lr, [0])
+    weights = {name: whole(parameter).numpy() for name, parameter in engine.model.named_parameters()}
+    engine.close()
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        (2, {}),
+        (2, {"name": "fsdp2"}),
+        pytest.param(4, {}, marks=pytest.mark.slow),
+        pytest.param(4, {"name": "fsdp2", "replicas": 2}, marks=pytest.mark.slow),
+    ],
+    ids=["2 ddp", "2 fsdp2", "4 ddp", "4 fsdp2 in 2 replicas"],
+)
+def test_a_model_trains_alike_on_any_ranks_and_engine(ranks, settings):
+    expected = train_model({}, 5)
+    for weights in run_ranks(ranks, train_model, settings, 5):
+        difference = max(abs(weights[name] - expected[name]).max() for name in expected)
+        print(f"{ranks} {settings}: {difference:.1e}")
+        assert weights.keys() == expected.keys() and difference < 2e-6
+
+
+# ---------------------------------------------------------------- state, and what is refused
+
+
+def test_resuming_from_a_state_dict_goes_on_to_the_bit():
+    def two_steps(first: int, parameters, optimizer) -> None:
+        for step in range(first, first + 2):
+            set_gradients(parameters, step, torch.clone, optimizer)
+            optimizer.step()
+
+    straight, optimizer = make(torch.clone)
+    two_steps(1, straight, optimizer)
+    file = io.BytesIO()
+    torch.save({"optimizer": optimizer.state_dict(), "weights": [w.detach() for w in straight]}, file)
+    two_steps(3, straight, optimizer)
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed, optimizer = make(torch.clone)
+    for parameter, weight in zip(resumed, saved["weights"], strict=True):
+        parameter.data.copy_(weight)
+    optimizer.load_state_dict(saved["optimizer"])
+    two_steps(3, resumed, optimizer)
+    assert all(map(torch.equal, straight, resumed))
+
+
+def test_state_has_the_documented_names_and_is_there_from_the_beginning():
+    parameters, optimizer = make(torch.clone)
+    for number, parameter in enumerate(parameters):
+        names = {"momentum_buffer"} if number < len(MATRICES) else {"exp_avg", "exp_avg_sq"}
+        assert optimizer.state[parameter].keys() == names | {"step"}
+        assert all(optimizer.state[parameter][name].shape == parameter.shape for name in names)
+
+
+def test_a_vector_and_a_missing_gradient_are_refused():
+    with pytest.raises(ValueError, match=r"\(5,\)"):
+        Muon([{"params": [nn.Parameter(torch.zeros(5))], "momentum": 0.9}], lr=0.1)
+    parameters, optimizer = make(torch.clone)
+    set_gradients(parameters, 1, torch.clone, optimizer)
+    parameters[2].grad = None
+    with pytest.raises(ValueError, match=r"1 parameters have no gradient.*\(24, 24\)"):
+        optimizer.step()
+
+
+def sharded_on_columns() -> str:
+    dist.init_process_group("gloo")
+    columns = distribute_tensor(torch.zeros(4, 4), init_device_mesh("cpu", (2,)), [Shard(1)])
+    with pytest.raises(ValueError) as caught:
+        Muon([{"params": [nn.Parameter(columns)], "momentum": 0.9}], lr=0.1)
+    dist.destroy_process_group()
+    return str(caught.value)
+
+
+def test_shards_of_columns_are_refused():
+    assert "sharded on dimension 0" in run_ranks(2, sharded_on_columns)[0]
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3", "ddp", "fsdp2"])
+def test_zero_refuses_muon_and_says_why(engine):
+    config = Config(optimizer=OptimizerConfig(name="muon"), engine=EngineConfig(name=engine))
+    problems = [str(problem) for problem in validate(config, None) if problem.key == "optimizer.name"]
+    assert bool(problems) == engine.startswith("zero")
+    for problem in problems:
+        assert engine in problem and "fsdp2" in problem
+
+
+def test_a_momentum_of_one_is_refused():
+    with pytest.raises(ConfigError, match=r"optimizer\.momentum"):
+        load(["--optimizer.name", "muon", "--optimizer.momentum", "1.0", "--train.max_steps", "1"])
+
+
+def test_a_small_model_learns_a_text_by_heart():
+    model = build(MODEL, "cpu", seed=0)
+    optimizer = build_optimizer(model, OptimizerConfig(name="muon", lr=1e-2, weight_decay=0.0))
+    tokens_BT = torch.randint(0, 97, (2, 17), generator=torch.Generator().manual_seed(0))
+    for _ in range(60):
+        loss = model(tokens_BT[:, :-1], tokens_BT[:, 1:]) / 32
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.1
