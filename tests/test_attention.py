@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -29,7 +31,7 @@ def formula(query_BTHC, key_BSKC, value_BSKC, visible_BTS):
 def test_causal_attention_equals_its_formula(key_heads):
     query, key, value = random(2, 9, 4, 8), random(2, 9, key_heads, 8, seed=1), random(2, 9, key_heads, 8, seed=2)
     causal = torch.ones(9, 9, dtype=torch.bool).tril()[None]
-    torch.testing.assert_close(attend(query, key, value, None), formula(query, key, value, causal))
+    torch.testing.assert_close(attend(query, key, value, places(9, 8, 1e4, CPU)), formula(query, key, value, causal))
 
 
 @pytest.mark.parametrize("key_heads", [4, 2])
@@ -37,7 +39,16 @@ def test_masked_attention_equals_its_formula(key_heads):
     query, key, value = random(2, 9, 4, 8), random(2, 9, key_heads, 8, seed=1), random(2, 9, key_heads, 8, seed=2)
     documents_BT = torch.tensor([[0] * 4 + [1] * 5, [0] * 8 + [1]])
     where = places(9, 8, 1e4, CPU, documents_BT)
-    torch.testing.assert_close(attend(query, key, value, where.visible_BTS), formula(query, key, value, where.visible_BTS))
+    torch.testing.assert_close(attend(query, key, value, where), formula(query, key, value, where.visible_BTS))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "graph"])
+def test_preferring_cudnn_changes_no_result_and_breaks_no_graph(compiled):
+    query, key, value = random(2, 9, 4, 8), random(2, 9, 2, 8, seed=1), random(2, 9, 2, 8, seed=2)
+    where = places(9, 8, 1e4, CPU)
+    function = torch.compile(attend, fullgraph=True, backend="eager") if compiled else attend
+    got = function(query, key, value, replace(where, cudnn_first=True))
+    torch.testing.assert_close(got, attend(query, key, value, where))
 
 
 def test_mask_is_same_document_and_not_later():
@@ -50,13 +61,13 @@ def test_mask_is_same_document_and_not_later():
 def test_attention_in_pieces_through_the_cache_equals_attention_at_once(split):
     query, key, value = random(2, 9, 4, 8), random(2, 9, 2, 8, seed=1), random(2, 9, 2, 8, seed=2)
     whole = places(9, 8, 1e4, CPU)
-    expected = attend(rotate(query, whole), rotate(key, whole), value, None)
+    expected = attend(rotate(query, whole), rotate(key, whole), value, whole)
     cache, got = KeyValueCache(layers=1, capacity=9), []
     for length in split:
         part = slice(cache.length, cache.length + length)
         where = places(length, 8, 1e4, CPU, start=cache.length)
         keys, values = cache.append(0, rotate(key[:, part], where), value[:, part])
-        got.append(attend(rotate(query[:, part], where), keys, values, where.visible_BTS))
+        got.append(attend(rotate(query[:, part], where), keys, values, where))
         cache.length += length
     torch.testing.assert_close(torch.cat(got, 1), expected)
 

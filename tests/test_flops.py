@@ -16,7 +16,9 @@ from pretrain.model.transformer import Transformer
 SHAPES = [
     dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4),
     dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, qk_norm=True, vocab_multiple=1),
-    dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=2, head_dim=32, tie_word_embeddings=True, intermediate_size=80),
+    dict(
+        hidden_size=96, num_hidden_layers=2, num_attention_heads=2, head_dim=32, tie_word_embeddings=True, intermediate_size=80
+    ),
     dict(hidden_size=2048, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4, intermediate_size=5632),
 ]
 

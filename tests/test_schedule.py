@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -31,7 +33,7 @@ def test_every_schedule_rises_to_the_peak_then_falls_to_its_end(name, warmup_ste
     assert all(0 <= lr <= PEAK for lr in lrs)
     warm, rest = lrs[:warmup_steps], lrs[warmup_steps:]
     assert warm == [PEAK * (step / warmup_steps) for step in range(1, warmup_steps + 1)]
-    assert all(earlier >= later for earlier, later in zip(rest, rest[1:], strict=False))
+    assert all(earlier >= later for earlier, later in pairwise(rest))
     if rest:
         assert rest[-1] == (PEAK if name == "constant" else fraction * PEAK)
     if warm:

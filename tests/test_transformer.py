@@ -1,4 +1,4 @@
-"""The model is transformers' Llama and Qwen3 to rounding, starts at ln V, and depends on nothing but its settings and its seed."""
+"""The model is transformers' Llama and Qwen3 to rounding, starts at ln V, and depends on its settings and its seed alone."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def test_logits_and_gradients_equal_transformers(qk_norm, tied, shape):
     (model(tokens_BT, labels_BT) / count).backward()
     expected = dict(theirs.named_parameters())
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-5, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            parameter.grad, expected[name].grad, atol=1e-5, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

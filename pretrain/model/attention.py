@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+_CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
 
 @dataclass(frozen=True)
 class Places:
@@ -30,7 +32,9 @@ class Places:
     sin_TC: Tensor
     """fp32, (T, C / 2)."""
     visible_BTS: Tensor | None = None
-    """True where a query may see a key; null: every key up to its own position (T == S), or all keys (T == 1)."""
+    """True where a query may see a key; None: every key up to its own position (T == S), or all keys (T == 1)."""
+    cudnn_first: bool = False
+    """Prefer cuDNN's kernel. Decided outside the compiled blocks: in them, asking for the device would enter the graph."""
 
 
 def places(
@@ -50,7 +54,9 @@ def places(
         visible_BTS = same_document_BTS & _not_later(position_T, length)
     elif start > 0 and length > 1:
         visible_BTS = _not_later(position_T, start + length)[None]
-    return Places(angle_TC.cos(), angle_TC.sin(), visible_BTS)
+    # On Hopper 1.7 to 2.3 times as fast as the default flash kernel; slower than it on other generations.
+    cudnn_first = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return Places(angle_TC.cos(), angle_TC.sin(), visible_BTS, cudnn_first)
 
 
 def _not_later(position_T: Tensor, keys: int) -> Tensor:
@@ -90,12 +96,13 @@ class KeyValueCache:
         return keys_BSKC[:, :end], values_BSKC[:, :end]
 
 
-def attend(query_BTHC: Tensor, key_BSKC: Tensor, value_BSKC: Tensor, visible_BTS: Tensor | None) -> Tensor:
-    """softmax(q k / sqrt(C)) v under the causal rule or, if given, the mask. Returns (B, T, H, C).
+def attend(query_BTHC: Tensor, key_BSKC: Tensor, value_BSKC: Tensor, places: Places) -> Tensor:
+    """softmax(q k / sqrt(C)) v over the keys that each query may see. Returns (B, T, H, C).
 
     Head h reads key head h // (H / K).
     """
     query, key, value = (x.transpose(1, 2) for x in (query_BTHC, key_BSKC, value_BSKC))
+    visible_BTS = places.visible_BTS
     grouped = key.shape[1] != query.shape[1]
     if grouped and visible_BTS is not None and query.is_cuda:
         # The memory-efficient kernel takes a mask but no groups; without it all T x S scores would be stored.
@@ -103,19 +110,6 @@ def attend(query_BTHC: Tensor, key_BSKC: Tensor, value_BSKC: Tensor, visible_BTS
         key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
     causal = visible_BTS is None and query.shape[2] > 1
     mask = None if visible_BTS is None else visible_BTS[:, None]
-    with _kernels(query):
+    with sdpa_kernel(_CUDNN_FIRST, set_priority=True) if places.cudnn_first else nullcontext():
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
     return out.transpose(1, 2)
-
-
-def _kernels(query: Tensor):
-    """On Hopper prefer cuDNN's kernel: 1.7 to 2.3 times the default flash kernel there, slower on other generations."""
-    if not query.is_cuda or torch.cuda.get_device_capability(query.device) != (9, 0):
-        return nullcontext()
-    order = [
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ]
-    return sdpa_kernel(order, set_priority=True)

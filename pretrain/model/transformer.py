@@ -51,7 +51,7 @@ class Attention(nn.Module):
         value_BSKC = self.v_proj(hidden_BTD).view(heads)
         if cache is not None:
             key_BSKC, value_BSKC = cache.append(self.layer, key_BSKC, value_BSKC)
-        return self.o_proj(attend(query_BTHC, key_BSKC, value_BSKC, places.visible_BTS).flatten(2))
+        return self.o_proj(attend(query_BTHC, key_BSKC, value_BSKC, places).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -94,7 +94,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         embedded_BTD = self.embed_tokens(tokens_BT)
-        # Autocast leaves an embedding in fp32, and fp32 + bf16 branches would keep the residual stream there: twice the traffic.
+        # Autocast leaves an embedding in fp32; added to bf16 branches it would keep the residual stream there: twice the traffic.
         hidden_BTD = embedded_BTD.to(product_dtype(embedded_BTD))
         start = 0 if cache is None else cache.length
         where = places(tokens_BT.shape[1], self.head_dim, self.rope_theta, tokens_BT.device, documents_BT, start)
@@ -183,8 +183,8 @@ class Transformer(nn.Module):
     def initial_weight(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
         """The initial value of the parameter `name` of whole shape `shape`: fp32, on the CPU.
 
-        Its generator is keyed by seed and name: equal on every rank, device and dtype, whatever was drawn before. So a rank that
-        holds a piece of each parameter may draw one parameter at a time, keep its piece and free the rest.
+        Its generator is keyed by seed and name: equal on every rank, device and dtype, whatever was drawn before. So a rank
+        that holds a piece of each parameter may draw one parameter at a time, keep its piece and free the rest.
         """
         if name.endswith("norm.weight"):
             return torch.ones(shape, device="cpu")
