@@ -1,6 +1,7 @@
 """Token files are byte for byte Megatron's, appear whole or not at all, and are refused when damaged."""
 
 import dataclasses
+import errno
 import json
 import os
 import struct
@@ -55,6 +56,13 @@ def test_bytes_equal_those_of_an_independent_writer(tmp_path, vocab_size, dtype,
         assert (tmp_path / f"ours{end}").read_bytes() == (tmp_path / f"theirs{end}").read_bytes()
     assert token_dtype(vocab_size) == np.dtype(dtype)
     assert (tmp_path / "ours.idx").stat().st_size == 34 + 12 * 7 + 8 * 8 == 182
+
+
+def test_an_index_written_in_several_blocks_is_the_same(tmp_path, monkeypatch):
+    write(tmp_path / "one")
+    monkeypatch.setattr("pretrain.data.indexed._INDEX_BLOCK", 3)
+    write(tmp_path / "several")
+    assert (tmp_path / "one.idx").read_bytes() == (tmp_path / "several.idx").read_bytes()
 
 
 def test_documents_and_tokens_are_read_back(tmp_path):
@@ -365,6 +373,24 @@ def test_an_existing_output_is_kept_unless_it_is_to_be_replaced(tmp_path):
     assert (tmp_path / "a.bin").read_bytes() == before
     write(tmp_path / "a", documents(seed=1), overwrite=True)
     assert (tmp_path / "a.bin").read_bytes() != before
+
+
+@pytest.mark.parametrize("survivors", [0, 1, 2])
+def test_a_replacement_that_dies_between_two_files_never_leaves_a_mixed_pair(tmp_path, monkeypatch, survivors):
+    """Same sizes before and after, so only the missing index can tell."""
+    write(tmp_path / "a")
+    replace, calls = os.replace, iter(range(10))
+
+    def dies(*paths):
+        if next(calls) == survivors:
+            raise OSError(errno.EIO, "the disk is gone")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", dies)
+    with pytest.raises(OSError, match="the disk is gone"):
+        write(tmp_path / "a", documents(seed=1), overwrite=True)
+    with pytest.raises(DataError, match=r"a\.idx not found"):
+        TokenFile(tmp_path / "a")
 
 
 def test_a_second_writer_of_the_same_output_is_refused(tmp_path):

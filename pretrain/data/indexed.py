@@ -23,6 +23,7 @@ import mmap
 import os
 import struct
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,7 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, length of the document array
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # Megatron's codes of integer types
 _LLMC_MAGIC, _LLMC_HEADER_BYTES = 20240520, 1024  # llm.c: 256 int32 (magic, version, token count, ...), then uint16 tokens
-_BLOCK_BYTES = 64 << 20
+_BLOCK_BYTES, _INDEX_BLOCK = 64 << 20, 1 << 20
 _BIGRAM_RUNS, _BIGRAM_RUN_TOKENS = 64, 1 << 17
 _SAMPLE_RUNS, _SAMPLE_RUN_TOKENS = 64, 1 << 13
 
@@ -439,7 +440,7 @@ class TokenWriter:
 
     def _write_index(self) -> str:
         """Write the temporary .idx in blocks, one sequence per document; returns its checksum."""
-        digest, block, n = xxhash.xxh3_128(), 1 << 20, self.num_documents
+        digest, n = xxhash.xxh3_128(), self.num_documents
         code = {"<u2": 8, "<i4": 4}[self._dtype.str]
         with open(self._temporary[2], "wb") as file:
 
@@ -448,18 +449,18 @@ class TokenWriter:
                 file.write(data)
 
             write(_HEADER.pack(_MAGIC, 1, code, n, n + 1))
-            for lengths in self._length_blocks(block):
+            for lengths in self._length_blocks():
                 write(lengths.tobytes())
             pointer = 0
-            for lengths in self._length_blocks(block):
+            for lengths in self._length_blocks():
                 ends = pointer + np.cumsum(lengths, dtype=np.int64) * self._dtype.itemsize
                 write(np.concatenate([[pointer], ends[:-1]]).astype("<i8").tobytes())
                 pointer = int(ends[-1])
-            for start in range(0, n + 1, block):
-                write(np.arange(start, min(start + block, n + 1), dtype="<i8").tobytes())
+            for start in range(0, n + 1, _INDEX_BLOCK):
+                write(np.arange(start, min(start + _INDEX_BLOCK, n + 1), dtype="<i8").tobytes())
         return digest.hexdigest()
 
-    def _length_blocks(self, block: int):
+    def _length_blocks(self) -> Iterator[np.ndarray]:
         self._lengths.seek(0)
-        while len(lengths := np.frombuffer(self._lengths.read(4 * block), dtype="<i4")):
+        while len(lengths := np.frombuffer(self._lengths.read(4 * _INDEX_BLOCK), dtype="<i4")):
             yield lengths
