@@ -24,37 +24,44 @@ class Progress:
         self._start = self._shown = time.monotonic()
         self._done = self._tokens = 0
         terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=total, desc=label, unit="B", unit_scale=True, file=sys.stderr) if terminal else None
+        self._bar = (
+            tqdm(total=total, desc=label, unit="B", unit_scale=True, dynamic_ncols=True, file=sys.stderr) if terminal else None
+        )
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, kind, *_) -> None:
+        seconds = time.monotonic() - self._start
         if self._bar is not None:
+            self._redraw(seconds)
             self._bar.close()
         elif kind is None:
-            self._line(f"done in {human_seconds(time.monotonic() - self._start)}")
+            self._line(seconds, f"done in {human_seconds(seconds)}")
 
     def update(self, done: int, tokens: int = 0) -> None:
         """`done` bytes of the total are behind us, `tokens` made of them."""
         self._done, self._tokens = done, tokens
         now = time.monotonic()
-        if now - self._shown < (_SECONDS_BETWEEN_REDRAWS if self._bar is not None else _SECONDS_BETWEEN_LINES):
+        if now - self._shown < (_SECONDS_BETWEEN_LINES if self._bar is None else _SECONDS_BETWEEN_REDRAWS):
             return
-        self._shown, seconds = now, max(now - self._start, 1e-9)
+        self._shown, seconds = now, now - self._start
         if self._bar is not None:
-            if tokens:
-                self._bar.set_postfix_str(f"{human_count(tokens / seconds)} tokens/s", refresh=False)
-            self._bar.update(done - self._bar.n)
-            return
-        left = ""
-        if self._total and done:
-            left = f", {human_seconds(seconds * (self._total - done) / done)} left"
-        self._line((f"{100 * done / self._total:.0f} % " if self._total else "") + left.removeprefix(", "))
+            self._redraw(seconds)
+        elif self._total and done:
+            left = human_seconds(seconds * (self._total - done) / done)
+            self._line(seconds, f"{100 * done / self._total:.0f} %", f"{left} left")
+        else:
+            self._line(seconds)
 
-    def _line(self, end: str) -> None:
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        rates = f"{self._done / 1e6 / seconds:.1f} MB/s"
+    def _redraw(self, seconds: float) -> None:
         if self._tokens:
-            rates += f", {human_count(self._tokens)} tokens, {human_count(self._tokens / seconds)} tokens/s"
-        print(f"{self._label}: {self._done / 1e6:.1f} MB, {rates}, {end}", file=sys.stderr, flush=True)
+            self._bar.set_postfix_str(f"{human_count(self._tokens / max(seconds, 1e-9))} tokens/s", refresh=False)
+        self._bar.update(self._done - self._bar.n)
+
+    def _line(self, seconds: float, *more: str) -> None:
+        seconds = max(seconds, 1e-9)
+        parts = [f"{self._done / 1e6:.1f} MB", f"{self._done / 1e6 / seconds:.1f} MB/s"]
+        if self._tokens:
+            parts += [f"{human_count(self._tokens)} tokens", f"{human_count(self._tokens / seconds)} tokens/s"]
+        print(f"{self._label}: {', '.join([*parts, *more])}", file=sys.stderr, flush=True)
