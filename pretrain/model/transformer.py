@@ -94,7 +94,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         embedded_BTD = self.embed_tokens(tokens_BT)
-        # Autocast leaves an embedding in fp32; added to bf16 branches it would keep the residual stream there: twice the traffic.
+        # Autocast leaves an embedding in fp32; added to bf16 branches it would keep the residual stream so: twice the traffic.
         hidden_BTD = embedded_BTD.to(product_dtype(embedded_BTD))
         start = 0 if cache is None else cache.length
         where = places(tokens_BT.shape[1], self.head_dim, self.rope_theta, tokens_BT.device, documents_BT, start)
