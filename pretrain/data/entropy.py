@@ -27,7 +27,7 @@ def bigram_entropy(runs: list[np.ndarray], vocab_size: int) -> float:
     The plain conditional entropy of bigram counts is far too low on small data: most pairs occur once and would "predict"
     themselves. So each occurrence is left out of the counts before it is scored, and the counts are smoothed: with c(a)
     tokens after a, of which t(a) are distinct, p(b | a) = (max(c(ab) - d, 0) + (s + d t(a)) p(b)) / (c(a) + s), the
-    predictive rule of Pitman-Yor (Teh 2006); p(b) falls back to 1 / V. Discount d and strength s are those of a small grid
+    predictive rule of a Pitman-Yor process; p(b) falls back to 1 / V. Discount d and strength s are those of a small grid
     that give the lowest loss; a large s leaves the unigram model. A real model of this kind has this loss on unseen text of
     the same sort, so it is an honest upper bound of the true bigram entropy.
 
