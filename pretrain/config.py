@@ -166,14 +166,30 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How the model is spread over processes."""
+    """How the model is spread over processes, and what is traded for memory. docs/engines.md compares the engines."""
 
-    name: Literal["ddp"] = "ddp"
-    """ddp: every rank holds the whole model."""
+    name: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = "ddp"
+    """ddp: every rank holds all; zero1, zero2, zero3 (DeepSpeed): ranks share optimizer state, and gradients, and weights;
+    fsdp2 (PyTorch): as zero3."""
     precision: Literal["fp32", "bf16"] | None = None
-    """bf16: bf16 compute, fp32 weights, gradients and moments. null: bf16 on GPUs, fp32 on CPUs. (fp16 needs loss scaling and skips steps: refused.)"""
-    compile: bool = False
-    """torch.compile each decoder block."""
+    """bf16: bf16 compute; master weights, summed gradients and moments fp32. null: bf16 on GPUs, fp32 on CPUs. (fp16 needs
+    loss scaling and skips steps: refused.)"""
+    compile: Literal["none", "blocks", "model"] = "none"
+    """torch.compile: blocks compiles one block and uses it for all; model the whole. The first step takes longer. none: off."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """full: keep only the inputs of blocks, run each block twice (a third more FLOPs); selective: keep the matrix products too.
+    none: off."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """optimizer (zero1, zero2, zero3): optimizer state lives and is updated on the host; all (zero3): weights too. none: off."""
+    replicas: int = 1
+    """fsdp2: copies of the sharded model; one per node keeps the gathering of weights inside nodes. 1: off."""
+    reduce_gradients: Literal["step", "micro_batch"] | None = None
+    """step: once, so each rank holds whole fp32 gradients between micro-batches; micro_batch: each time, holding only its share.
+    null: micro_batch for zero2, zero3, fsdp2; step for ddp, zero1."""
+    bucket_mib: int | None = None
+    """ddp, zero1, zero2, zero3: MiB of gradients sent at once. null: 25 for ddp, 200 for the others."""
+    keep_whole_below: int = 100_000
+    """zero3: parameters with fewer elements stay whole on every rank."""
     world_size: int | None = None
     """Number of processes that must be running, or the run stops; null: any."""
     timeout_seconds: float = 600.0
@@ -265,8 +281,8 @@ settings, with their defaults:
 {keys}"""
 
 
-def load(argv: list[str], *, world_size: int = 1, program: str = "launch/pretrain.py") -> Config:
-    """Settings from the command line `argv` (without the program's name), checked for `world_size` ranks.
+def load(argv: list[str], *, world_size: int | None = 1, program: str = "launch/pretrain.py") -> Config:
+    """Settings from the command line `argv` (without the program's name), checked for `world_size` ranks (None: any).
 
     Raises ConfigError with all problems. `--help` and `--print_config` print and raise SystemExit(0).
     """
@@ -312,18 +328,19 @@ def _split_arguments(argv: list[str], problems: list[Problem]) -> tuple[list[str
     return paths, flags, switches
 
 
-def validate(config: Config, world_size: int = 1) -> list[Problem]:
-    """Combinations that cannot work, for `world_size` ranks. Every check that needs no file and no tensor is here."""
-    problems = [*_check_ranges(config), *_check_model(config.model), *_check_length_of_run(config), *_check_optimizer(config)]
-    return problems + _check_batch(config, world_size)
+def validate(config: Config, world_size: int | None = 1) -> list[Problem]:
+    """Combinations that cannot work, for `world_size` ranks (None: any). Every check that needs no file and no tensor is here."""
+    problems = [*_check_ranges(config), *_check_model(config.model), *_check_length_of_run(config)]
+    problems += _check_engine(config.engine, world_size) + _check_optimizer(config)
+    return problems if world_size is None else problems + _check_batch(config, world_size)
 
 
 _AT_LEAST = {
     0: "schedule.warmup_steps evaluate.every_steps checkpoint.every_steps checkpoint.every_minutes checkpoint.keep_best "
-    "optimizer.weight_decay optimizer.grad_clip run.seed",
+    "optimizer.weight_decay optimizer.grad_clip run.seed engine.keep_whole_below",
     1: "model.hidden_size model.num_hidden_layers model.num_attention_heads model.num_key_value_heads model.head_dim model.intermediate_size "
     "model.vocab_multiple model.max_position_embeddings data.sequence_length data.synthetic.num_samples batch.global_batch_size "
-    "batch.micro_batch_size schedule.decay_steps train.max_steps train.max_tokens train.max_skipped_steps engine.world_size "
+    "batch.micro_batch_size schedule.decay_steps train.max_steps train.max_tokens train.max_skipped_steps engine.world_size engine.replicas engine.bucket_mib "
     "evaluate.max_batches checkpoint.keep_last log.every_steps",
     2: "model.vocab_size",
 }
@@ -385,6 +402,26 @@ def _check_length_of_run(config: Config) -> list[Problem]:
         problems.append(Problem("schedule.warmup_steps", f"got {config.schedule.warmup_steps}, more than train.max_steps = {steps}"))
     elif steps is not None and (total := config.schedule.warmup_steps + (config.schedule.decay_steps or 0)) > steps:
         problems.append(Problem("schedule.decay_steps", f"warmup_steps + decay_steps = {total}, more than train.max_steps = {steps}"))
+    return problems
+
+
+def _check_engine(engine: EngineConfig, world_size: int | None) -> list[Problem]:
+    """A lever that the chosen engine does not have is refused, never ignored."""
+    problems = []
+    allowed = {
+        "offload": {"optimizer": ("zero1", "zero2", "zero3"), "all": ("zero3",)},
+        "reduce_gradients": {"micro_batch": ("zero2", "zero3", "fsdp2")},
+    }
+    for key, values in allowed.items():
+        value = getattr(engine, key)
+        if engine.name not in (names := values.get(value, (engine.name,))):
+            problems.append(Problem(f"engine.{key}", f"got {value}, which only {', '.join(names)} can do; engine.name is {engine.name}"))
+    if engine.bucket_mib is not None and engine.name == "fsdp2":
+        problems.append(Problem("engine.bucket_mib", "has no meaning for fsdp2, which sends the gradients of a block at once; use null"))
+    if engine.replicas != 1 and engine.name != "fsdp2":
+        problems.append(Problem("engine.replicas", f"got {engine.replicas}, which only fsdp2 can do; engine.name is {engine.name}"))
+    elif world_size is not None and engine.replicas >= 1 and world_size % engine.replicas:
+        problems.append(Problem("engine.replicas", f"got {engine.replicas}, must divide the number of processes, {world_size}"))
     return problems
 
 

@@ -1,4 +1,5 @@
-"""The only file that knows how a model is spread over processes.
+"""How a model is spread over processes: the seam that every engine fits, and the engine `ddp`. `zero.py` and `fsdp2.py` hold the
+others; nothing above this room knows which one runs.
 
 An engine is built from *our* settings, never from a launcher's flags, and then asserts that what runs is what was asked. It runs
 micro-batches and updates; it knows nothing of data, metrics or the loop. Every engine averages gradients over ranks and is told
@@ -13,28 +14,20 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError, EngineConfig, Problem
+from pretrain.runtime.levers import checkpoint_activations, compile_model
 
-# A launcher's flag, or a default accelerate configuration in the user's home, must not win over our settings.
-_FOREIGN_VARIABLES = (
-    "ACCELERATE_USE_DEEPSPEED",
-    "ACCELERATE_USE_FSDP",
-    "ACCELERATE_CONFIG_DS_FIELDS",
-    "ACCELERATE_DEEPSPEED_CONFIG_FILE",
-    "ACCELERATE_DEEPSPEED_ZERO_STAGE",
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
-    "ACCELERATE_GRADIENT_CLIPPING",
-)
+_KEPT_VARIABLES = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_LOG_LEVEL")
 
 
 class Shard(NamedTuple):
-    """A contiguous piece, owned by this rank, of one flattened tensor of the training state."""
+    """A contiguous piece, held by this rank, of one flattened tensor of the training state."""
 
     name: str
     """`model/<parameter>`, `exp_avg/<parameter>`, ..."""
@@ -43,60 +36,102 @@ class Shard(NamedTuple):
     offset: int
     """Where the piece begins in the flattened tensor."""
     piece: Tensor
-    """1-D view of live fp32 memory: reading it saves, writing into it restores."""
+    """1-D view of live fp32 memory: reading it saves; `Engine.restore` writes into it."""
+
+
+class Held(NamedTuple):
+    """What this rank holds of one parameter: the same piece of its master weight and of each of its moments."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    tensors: dict[str, Tensor]
+    """1-D views of live fp32 memory: `model` is the weight, the others are named as the optimizer names its state."""
+
+
+def start_engine(config: EngineConfig) -> Engine:
+    """The engine of this process, which joins the others. Raises ConfigError when they are not what the settings ask for."""
+    if config.name == "fsdp2":
+        from pretrain.runtime.fsdp2 import Fsdp2Engine
+
+        return Fsdp2Engine(config)
+    if config.name.startswith("zero"):
+        from pretrain.runtime.zero import ZeroEngine  # imports DeepSpeed
+
+        return ZeroEngine(config)
+    return DdpEngine(config)
 
 
 class Engine:
-    """One process of a `ddp` run: every rank holds the whole model; gradients are averaged in the last backward pass of a step.
+    """What all engines share. Attributes: rank, world_size, device, precision; after `prepare`: model (bare module), optimizer.
 
-    At one process there is no wrapper at all. Attributes: rank, world_size, device, precision, model (bare module), optimizer.
-    Raises ConfigError when the processes are not what the settings ask for.
+    An engine defines `_spread`, `_held`, `micro_batch` and `update`, and what else differs.
     """
+
+    autocast_dtype: torch.dtype | None = None
+    """Of products in the forward pass, where the engine leaves weights in fp32; None: the weights' own."""
 
     def __init__(self, config: EngineConfig):
         self.config = config
-        self.accelerator = _start_processes(config)
+        self.precision = config.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+        self.accelerator = _start_processes(config, **self._accelerator_options())
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
-        self.precision = config.precision or ("bf16" if self.device.type == "cuda" else "fp32")
-        self._assert_as_asked()
-
-    def _assert_as_asked(self) -> None:
-        """Accelerate drops or overrides settings silently under some environments; an unequal pair stops the run."""
         ranks = int(os.environ.get("WORLD_SIZE", 1))
-        kind = "NO" if ranks == 1 and not dist.is_initialized() else "MULTI_GPU" if self.device.type == "cuda" else "MULTI_CPU"
-        pairs = {
-            "processes": (self.config.world_size or ranks, self.world_size),
-            "distributed type": (kind, self.accelerator.distributed_type.value),
-            "accumulation inside the engine": (1, self.accelerator.gradient_accumulation_steps),
-            "precision inside accelerate": ("no", self.accelerator.mixed_precision),
-        }
-        problems = [
-            Problem("engine", f"{what}: asked for {asked}, got {got}; look for ACCELERATE_* variables and an accelerate config file")
-            for what, (asked, got) in pairs.items()
-            if asked != got
-        ]
-        if problems:
-            raise ConfigError(problems)
+        require(
+            processes=(config.world_size or ranks, self.world_size),
+            accumulation_inside_the_engine=(1, self.accelerator.gradient_accumulation_steps),
+            **self._expected_of_accelerate(ranks),
+        )
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, grad_clip: float) -> None:
-        """Takes the model (on this rank's device, equal on all ranks) and its optimizer. `grad_clip` 0 is off."""
-        self.model, self.optimizer, self.grad_clip = model, optimizer, grad_clip
-        if self.config.compile:
-            model.compile_parts()
-        self._wrapped = model
-        if self.world_size > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self._wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    def _accelerator_options(self) -> dict[str, Any]:
+        """Of the Accelerator, beside those that all engines give."""
+        return {"mixed_precision": "no", "cpu": not torch.cuda.is_available()}
+
+    def _expected_of_accelerate(self, ranks: int) -> dict[str, tuple]:
+        """What of accelerate's state: (asked, got). It drops or overrides settings silently under some environments."""
+        kind = "NO" if ranks == 1 else "MULTI_GPU" if self.device.type == "cuda" else "MULTI_CPU"
+        return {
+            "distributed_type": (kind, self.accelerator.distributed_type.value),
+            "precision_inside_accelerate": ("no", self.accelerator.mixed_precision),
+        }
+
+    # ---------------------------------------------------------------- building
+
+    def prepare(
+        self,
+        make_model: Callable[[], nn.Module],
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        grad_clip: float,
+        seed: int,
+    ) -> None:
+        """Builds the model, spreads it, and gives it the initial weights of `seed`: the same under every engine.
+
+        make_model: the model without values; it is called on the meta device, so that no rank ever holds more than its engine
+        keeps there. make_optimizer: over the model's parameters. grad_clip: largest norm of the full gradient; 0 is off.
+        """
+        self.grad_clip = grad_clip
+        self.model = self._make(make_model)
+        if self.config.activation_checkpointing != "none":
+            checkpoint_activations(self.model, self.config.activation_checkpointing)
+        if self.config.compile != "none":
+            compile_model(self.model, self.config.compile, hooked=self.config.name == "zero3")
+        self._spread(make_optimizer)
+        self.restore(lambda shard: _draw(self.model, shard, seed), moments=False)
+
+    def _make(self, make_model: Callable[[], nn.Module]) -> nn.Module:
+        with torch.device("meta"):
+            return make_model()
+
+    def _spread(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
+        """Gives `self.model` memory and sets `self._wrapped`, what is called in a forward pass, and `self.optimizer`."""
+        raise NotImplementedError
 
     # ---------------------------------------------------------------- the calls of a step
 
-    @contextlib.contextmanager
-    def micro_batch(self, last: bool) -> Iterator[None]:
-        """Around one forward and backward; gradients travel between ranks only in the `last` of a step."""
-        quiet = self._wrapped.no_sync() if self.world_size > 1 and not last else contextlib.nullcontext()
-        with quiet:
-            yield
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager:
+        """Around one forward and backward; `last` of a step."""
+        raise NotImplementedError
 
     def forward(self, *batch: Tensor | None) -> Tensor:
         """loss_sum of one micro-batch: (), fp32, nats summed over its valid labels."""
@@ -108,13 +143,12 @@ class Engine:
         loss.backward()
 
     def update(self, lr: float) -> tuple[Tensor, Tensor]:
-        """Clips, and moves the weights unless the gradient is not finite.
+        """Clips, and moves the weights unless the gradient is not finite. `lr` is times each group's `lr_scale`, if it has one.
 
         Returns the norm of the full gradient before clipping () and whether the update was applied (), bool; both stay on the device.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
+        self._set_lr(lr)
+        grad_norm = self._clip()
         applied = torch.isfinite(grad_norm)
         # Fused optimizers leave weights, moments and their step counter untouched where found_inf is 1, without asking the host.
         self.optimizer.found_inf = (~applied).float()
@@ -122,15 +156,67 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm, applied
 
+    def _set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+
+    def _clip(self) -> Tensor:
+        """-> norm of the full gradient before clipping, ()."""
+        return nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
+
+    # ---------------------------------------------------------------- the training state
+
+    def shards(self, *, saving: bool) -> Iterator[Shard]:
+        """The training state as pieces: when saving, ranks share the work and the pieces of all ranks tile every tensor exactly
+        once; else each rank gets all that it holds. To write into them, use `restore`."""
+        self._make_moments()
+        for name, shape, offset, tensors in self._held(saving):
+            for kind, piece in tensors.items():
+                yield Shard(f"{kind}/{name}", shape, offset, piece)
+
+    def restore(self, fill: Callable[[Shard], None], *, moments: bool = True) -> None:
+        """Calls `fill` on every piece of the state that this rank holds (with or without moments), then makes it take effect."""
+        if moments:
+            self._make_moments()
+        with torch.no_grad():
+            for name, shape, offset, tensors in self._held(saving=False):
+                for kind, piece in tensors.items():
+                    if moments or kind == "model":
+                        fill(Shard(f"{kind}/{name}", shape, offset, piece))
+        self._refresh()
+
+    def _held(self, saving: bool) -> Iterator[Held]:
+        """What this rank holds of each parameter; when saving, what it writes. Moments are there once they are made."""
+        raise NotImplementedError
+
+    def _refresh(self) -> None:
+        """After master weights were written: brings what the forward pass uses in line."""
+
+    def _make_moments(self) -> None:
+        if not self.optimizer.state:
+            make_moments(self.optimizer, [group["params"] for group in self.optimizer.param_groups])
+
+    @property
+    def updates(self) -> int:
+        """Updates applied so far, as the optimizer's bias correction counts them."""
+        self._make_moments()
+        return int(next(iter(self.optimizer.state.values()))["step"])
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        self._make_moments()
+        for state in self.optimizer.state.values():
+            state["step"].fill_(count)
+
     # ---------------------------------------------------------------- other services
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """bf16 compute under `precision: bf16`; weights, gradients and their reduction stay fp32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        """Around forward passes: bf16 products where the engine leaves weights in fp32."""
+        return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """Sum over ranks, in place."""
-        if dist.is_initialized():
+        if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
@@ -155,7 +241,7 @@ class Engine:
     def broadcast(self, number: int) -> int:
         """Rank 0's whole number, on every rank."""
         value = torch.tensor(number, device=self.device)
-        if dist.is_initialized():
+        if self.world_size > 1:
             dist.broadcast(value, 0)
         return int(value)
 
@@ -163,39 +249,8 @@ class Engine:
         """Waits for all ranks."""
         self.broadcast(0)
 
-    def shards(self, *, saving: bool) -> Iterator[Shard]:
-        """The training state as pieces: when saving, ranks share the work and the pieces of all ranks tile every tensor exactly
-        once; when loading, each rank gets all that it holds."""
-        for name, parameter in self.model.named_parameters():
-            state = self._optimizer_state(parameter)
-            count = parameter.numel()
-            share = math.ceil(count / self.world_size)
-            start, stop = (min(r * share, count) for r in (self.rank, self.rank + 1)) if saving else (0, count)
-            for kind, tensor in {"model": parameter.detach(), **state}.items():
-                yield Shard(f"{kind}/{name}", tuple(parameter.shape), start, tensor.view(-1)[start:stop])
-
-    def _optimizer_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Moments of a parameter; made the way torch makes them where no step was taken yet."""
-        state = self.optimizer.state[parameter]
-        if "exp_avg" not in state:
-            device = parameter.device if self.optimizer.defaults.get("fused") else "cpu"
-            state["step"] = torch.zeros((), device=device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        return {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq")}
-
-    @property
-    def updates(self) -> int:
-        """Updates applied so far, as the optimizer's bias correction counts them."""
-        return int(next(iter(self.optimizer.state.values()))["step"])
-
-    @updates.setter
-    def updates(self, count: int) -> None:
-        for state in self.optimizer.state.values():
-            state["step"].fill_(count)
-
     def close(self) -> None:
-        """Ends the process group; gloo aborts at exit when the DDP object still lives then."""
+        """Ends the process group; gloo aborts at exit when an object that uses it still lives then."""
         self.model = self.optimizer = self._wrapped = None
         gc.collect()
         if dist.is_initialized():
@@ -203,10 +258,85 @@ class Engine:
             dist.destroy_process_group()
 
 
-def _start_processes(config: EngineConfig):
+class DdpEngine(Engine):
+    """Every rank holds the whole model; gradients are averaged in the last backward pass of a step. One process has no wrapper."""
+
+    def __init__(self, config: EngineConfig):
+        super().__init__(config)
+        self.autocast_dtype = torch.bfloat16 if self.precision == "bf16" else None
+
+    def _spread(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
+        self.model.to_empty(device=self.device)
+        self._wrapped = self.model
+        if self.world_size > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            bucket_mib = self.config.bucket_mib or 25
+            self._wrapped = nn.parallel.DistributedDataParallel(
+                self.model, device_ids=ids, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mib
+            )
+        self.optimizer = make_optimizer(self.model)
+
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager:
+        return self._wrapped.no_sync() if self.world_size > 1 and not last else contextlib.nullcontext()
+
+    def _held(self, saving: bool) -> Iterator[Held]:
+        for name, parameter in self.model.named_parameters():
+            count = parameter.numel()
+            share = math.ceil(count / self.world_size)
+            start, stop = (min(r * share, count) for r in (self.rank, self.rank + 1)) if saving else (0, count)
+            tensors = {"model": parameter.detach(), **moments_of(self.optimizer, parameter)}
+            yield Held(name, tuple(parameter.shape), start, {kind: t.view(-1)[start:stop] for kind, t in tensors.items()})
+
+
+# ---------------------------------------------------------------- what engines use
+
+
+def require(**pairs: tuple) -> None:
+    """what=(asked, got): raises ConfigError with every pair that is not equal."""
+    problems = [
+        Problem("engine", f"{what.replace('_', ' ')}: asked for {asked}, got {got}; look for ACCELERATE_* variables and an "
+                "accelerate configuration file, or report it: this program asked and the library did otherwise")
+        for what, (asked, got) in pairs.items()
+        if asked != got
+    ]  # fmt: skip
+    if problems:
+        raise ConfigError(problems)
+
+
+def moments_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """The tensors that the optimizer keeps for each element of a parameter; none before it made them."""
+    state = optimizer.state.get(parameter, {})
+    return {kind: tensor for kind, tensor in state.items() if isinstance(tensor, Tensor) and tensor.shape == parameter.shape}
+
+
+def make_moments(optimizer: torch.optim.Optimizer, parameters_of_groups: list[list[Tensor]]) -> None:
+    """Lets the optimizer make its state as it does in a first step: one on zero gradients that found_inf turns into nothing."""
+    parameters = [parameter for group in parameters_of_groups for parameter in group]
+    kept = [group["params"] for group in optimizer.param_groups], [parameter.grad for parameter in parameters]
+    for group, given in zip(optimizer.param_groups, parameters_of_groups, strict=True):
+        group["params"] = given
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.found_inf = torch.ones((), device=parameters[0].device)
+    optimizer.step()
+    del optimizer.found_inf
+    for group, params in zip(optimizer.param_groups, kept[0], strict=True):
+        group["params"] = params
+    for parameter, gradient in zip(parameters, kept[1], strict=True):
+        parameter.grad = gradient
+
+
+def _draw(model: nn.Module, shard: Shard, seed: int) -> None:
+    """Fills a piece of a weight with its part of the whole parameter's initial value."""
+    whole = model.initial_weight(shard.name.removeprefix("model/"), shard.shape, seed).view(-1)
+    shard.piece.copy_(whole[shard.offset : shard.offset + shard.piece.numel()])
+
+
+def _start_processes(config: EngineConfig, **options: Any):
     """The Accelerator, made from our settings alone. Works under python, torchrun and accelerate launch."""
-    for name in _FOREIGN_VARIABLES:
-        os.environ.pop(name, None)
+    # A launcher's flag, or a default accelerate configuration in the user's home, must not win over our settings.
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_")) and name not in _KEPT_VARIABLES]:
+        del os.environ[name]
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
@@ -216,5 +346,8 @@ def _start_processes(config: EngineConfig):
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     group = InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=timedelta(seconds=config.timeout_seconds))
-    alone = "LOCAL_RANK" not in os.environ  # plain python, or accelerate launch with one process: no process group
-    return Accelerator(cpu=cpu, mixed_precision="no", gradient_accumulation_steps=1, kwargs_handlers=[] if alone else [group])
+    alone = "LOCAL_RANK" not in os.environ  # plain python, or accelerate launch with one process
+    if alone and config.name != "ddp":  # these engines want a process group also for one process
+        backend = "gloo" if cpu else "cuda:nccl,cpu:gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return Accelerator(gradient_accumulation_steps=1, kwargs_handlers=[] if alone else [group], **options)

@@ -1,0 +1,54 @@
+"""What is traded for speed or memory inside a block, before an engine spreads the model: compilation and recomputation.
+
+It knows the model's blocks. It knows nothing of ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+
+def compile_model(model: nn.Module, what: str, *, hooked: bool) -> None:
+    """Compiles, in place so that parameter names stay, each block and the loss of a chunk (`blocks`), or the `model` whole.
+
+    hooked: the engine has hooks inside blocks, which cut them into several graphs.
+    """
+    if what == "model":
+        model.compile(dynamic=False)
+        return
+    for block in model.model.layers:
+        block.compile(fullgraph=not hooked, dynamic=False)
+    model.lm_head.chunk_step = torch.compile(model.lm_head.chunk_step, fullgraph=True, dynamic=False)
+
+
+def checkpoint_activations(model: nn.Module, what: str) -> None:
+    """Makes each block keep less for its backward pass and compute the rest again: `full` or `selective`.
+
+    Source: Chen et al. 2016; selective recomputation: Korthikanti et al. 2022.
+    """
+    options = {"context_fn": _keep_products} if what == "selective" else {}
+    for block in model.model.layers:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def _keep_products():
+    """Matrix products and attention are kept: they cost most of the time, and much less than all of the memory."""
+    aten = torch.ops.aten
+    kept = {
+        aten.mm.default,
+        aten.bmm.default,
+        aten.addmm.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+
+    def policy(context, operation, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
