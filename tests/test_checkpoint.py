@@ -162,12 +162,11 @@ def test_a_checkpoint_of_another_format_is_refused_not_put_aside(folder):
 
 
 def test_another_architecture_is_named(folder):
-    engine = Engine(EngineConfig(name="ddp"))
+    engine = start_engine(EngineConfig(name="ddp"))
     other = resolve_model(
         ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2), vocab_size=50, sequence_length=8
     )
-    model = build(other, "cpu", 0)
-    engine.prepare(model, build_optimizer(model, OptimizerConfig()), 1.0)
+    engine.prepare(lambda: Transformer(other), lambda model: build_optimizer(model, OptimizerConfig()), 1.0, seed=0)
     with pytest.raises(
         CheckpointError, match=r"model/model.embed_tokens.weight must be \(64, 32\), the checkpoint has \(64, 16\)"
     ):
