@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+SOURCES := $(wildcard pretrain launch tools tests benchmarks)
 QUICK := data/quickstart
 # One thread for each test process: threads of parallel tests would fight for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
@@ -34,12 +35,12 @@ check: $(INSTALLED)  ## lint, format, spelling, and the rules of the house
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
-	$(BIN)/python -m compileall -q pretrain launch tools tests benchmarks
+	$(BIN)/python -m compileall -q $(SOURCES)
 	$(BIN)/python -m pytest -q tests/test_house.py
 
 clean:  ## remove caches and build files; runs/, data/ and .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find pretrain launch tools tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip reads the user's own settings (mirrors, proxies, caches) as always.
 $(INSTALLED): setup.py pyproject.toml constraints.txt
