@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +15,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from pretrain.config import Config, ConfigError, EngineConfig, ModelConfig, OptimizerConfig, load, resolve_model, validate
+from pretrain.data.batches import Batch
 from pretrain.model.transformer import Transformer, build
 from pretrain.optim import partition
 from pretrain.optim.muon import Muon, newton_schulz
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.optim.partition import Partition
+from pretrain.runtime import checkpoint
 from pretrain.runtime.engine import start_engine
 from pretrain.train import train_step
 from tests.ranks import run_ranks
@@ -234,17 +237,27 @@ MODEL = resolve_model(
 SETTINGS = OptimizerConfig(name="muon", lr=0.01)
 
 
-def train_model(engine_settings: dict, steps: int) -> dict:
-    """Weights after some steps of 8 sequences, split over the ranks."""
+def train_model(engine_settings: dict, first: int, last: int, folder: Path | None = None) -> dict:
+    """Weights after steps first to last of 8 sequences, split over the ranks. With a folder: goes on from its checkpoint of
+    step first - 1, if first > 1, and leaves one of the last step."""
     engine = start_engine(EngineConfig(**engine_settings))
     engine.prepare(lambda: Transformer(MODEL), lambda model: build_optimizer(model, SETTINGS), 0.5, 0)
-    for step in range(steps):
+    if first > 1:
+        checkpoint.load(checkpoint.Checkpoint(folder / f"step_{first - 1:08d}"), engine)
+    for step in range(first, last + 1):
         mine = [tensor.chunk(engine.world_size)[engine.rank] for tensor in global_batch(step)[:2]]
-        batch = type(global_batch(step))(*mine, None)
-        train_step(engine, [batch], SETTINGS.lr, [0])
+        train_step(engine, [Batch(*mine, None)], SETTINGS.lr, [0])
+    if folder:
+        checkpoint.save(folder, last, engine, {})
+    assert engine.updates == last
     weights = {name: whole(parameter).numpy() for name, parameter in engine.model.named_parameters()}
     engine.close()
     return weights
+
+
+def difference(found: dict, expected: dict) -> float:
+    assert found.keys() == expected.keys()
+    return max(abs(found[name] - expected[name]).max() for name in expected)
 
 
 @pytest.mark.parametrize(
@@ -257,12 +270,18 @@ def train_model(engine_settings: dict, steps: int) -> dict:
     ],
     ids=["2 ddp", "2 fsdp2", "4 ddp", "4 fsdp2 in 2 replicas"],
 )
-def test_a_model_trains_alike_on_any_ranks_and_engine(ranks, settings):
-    expected = train_model({}, 5)
-    for weights in run_ranks(ranks, train_model, settings, 5):
-        difference = max(abs(weights[name] - expected[name]).max() for name in expected)
-        print(f"{ranks} {settings}: {difference:.1e}")
-        assert weights.keys() == expected.keys() and difference < 2e-6
+def test_a_run_goes_from_one_process_to_any_engine_and_back(ranks, settings, tmp_path):
+    expected = [train_model({}, 1, last) for last in (5, 6)]
+    train_model({}, 1, 2, tmp_path)
+    for weights in run_ranks(ranks, train_model, settings, 3, 5, tmp_path):
+        print(f"{ranks} {settings}: {difference(weights, expected[0]):.1e}")
+        assert difference(weights, expected[0]) < 2e-6
+    assert difference(train_model({}, 6, 6, tmp_path), expected[1]) < 2e-6
+
+
+def test_alone_a_checkpoint_goes_on_to_the_bit(tmp_path):
+    train_model({}, 1, 2, tmp_path)
+    assert difference(train_model({}, 3, 5, tmp_path), train_model({}, 1, 5)) == 0
 
 
 # ---------------------------------------------------------------- state, and what is refused
