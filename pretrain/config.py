@@ -58,8 +58,6 @@ class ModelConfig:
     """RMSNorm on queries and keys, per head (Qwen3)."""
     tie_word_embeddings: bool = False
     """One matrix for the input embedding and the head."""
-    initializer_range: float = 0.02
-    """Standard deviation of initial weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,7 +342,7 @@ _AT_LEAST = {
     "evaluate.max_batches checkpoint.keep_last log.every_steps",
     2: "model.vocab_size",
 }
-_POSITIVE = "optimizer.lr optimizer.eps model.rope_theta model.rms_norm_eps model.initializer_range train.epochs engine.timeout_seconds log.peak_tflops"
+_POSITIVE = "optimizer.lr optimizer.eps model.rope_theta model.rms_norm_eps train.epochs engine.timeout_seconds log.peak_tflops"
 
 
 def _check_ranges(config: Config) -> list[Problem]:

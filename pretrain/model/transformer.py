@@ -150,12 +150,6 @@ class Transformer(nn.Module):
         """Logits (B, V) of the token after tokens_BT, which follow those already in the cache and are added to it."""
         return self._head(self.model(tokens_BT, cache=cache)[:, -1:], None)[:, 0]
 
-    def compile_parts(self, **options) -> None:
-        """Compile, in place, each block and the loss of a chunk. options: those of `torch.compile`. Parameter names stay."""
-        for block in self.model.layers:
-            block.compile(fullgraph=True, dynamic=False, **options)
-        self.lm_head.chunk_step = torch.compile(chunk_step, fullgraph=True, dynamic=False, **options)
-
     def _head(self, hidden_BTD: Tensor, labels_BT: Tensor | None) -> Tensor:
         tied_weight_VD = self.model.embed_tokens.weight if self.config.tie_word_embeddings else None
         return self.lm_head(hidden_BTD, labels_BT, tied_weight_VD)
@@ -168,10 +162,13 @@ class Transformer(nn.Module):
         norm weights                     1 (constant)                        Zhang and Sennrich 2019
         q, k, v, gate, up                1 / sqrt(fan_in)                    unit variance: LeCun et al. 1998
         o, down                          1 / sqrt(fan_in * 2 * layers)       residual sum of order one: GPT-2
-        embed_tokens                     initializer_range                   Llama
-        lm_head, or tied embed_tokens    at most 0.4 / sqrt(D)               see below
+        embed_tokens                     0.3                                 as large as the sum of the branches: see below
+        lm_head, or tied embed_tokens    0.4 / sqrt(D)                       first loss ln V: see below
 
-        The head reads a vector of length sqrt(D), so its logits have variance D * std^2 <= 0.16 and the first loss exceeds
+        An embedding of the usual 0.02 drowns in the first block's output. Measured on Python source, 4 layers, D 128, 300 steps
+        of 2048 tokens: training loss 4.27 with 0.3 and 4.53 with 0.02 (V 4096, lr 2e-3), 1.76 and 1.89 (bytes, lr 5e-4).
+
+        The head reads a vector of length sqrt(D), so its logits have variance D * std^2 = 0.16, and the first loss exceeds
         ln V by half of that: under 2 % for any V >= 64. Tied, the input token's own logit is D * std^2 / rms, with rms the
         size of the residual stream after the last block, which the scaled branches keep near 0.5: again less than one.
 
@@ -196,9 +193,9 @@ class Transformer(nn.Module):
     def _initial_std(self, name: str, fan_in: int) -> float:
         config = self.config
         if name == "lm_head.weight" or (name == "model.embed_tokens.weight" and config.tie_word_embeddings):
-            return min(config.initializer_range, 0.4 * config.hidden_size**-0.5)
+            return 0.4 * config.hidden_size**-0.5
         if name == "model.embed_tokens.weight":
-            return config.initializer_range
+            return 0.3
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             return (fan_in * 2 * config.num_hidden_layers) ** -0.5
         return fan_in**-0.5
