@@ -1,0 +1,79 @@
+"""One validation loss for one set: on any number of ranks, with any micro-batch, the last partial batch included."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pretrain.config import DataConfig, EngineConfig, ModelConfig, OptimizerConfig, SourceConfig, resolve_model
+from pretrain.data.batches import open_valid
+from pretrain.evaluate import evaluate
+from pretrain.model.transformer import Transformer, build
+from pretrain.optim.optimizer import build_optimizer
+from pretrain.runtime.engine import start_engine
+from tests.ranks import run_ranks
+
+LENGTH, VOCAB = 8, 40
+SIZES = {"a": 8 * 11 + 4, "b": 8 * 3 + 1}  # tokens: `a` ends in a window of 3 labels, `b` in a whole one
+MODEL = resolve_model(
+    ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2), vocab_size=VOCAB, sequence_length=LENGTH
+)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for seed, (name, size) in enumerate(SIZES.items()):
+        np.random.default_rng(seed).integers(0, VOCAB, size).astype(np.uint16).tofile(tmp_path / f"{name}.bin")
+    return tmp_path
+
+
+def sets_of(folder: Path):
+    data = DataConfig(valid=[SourceConfig(path=str(folder / f"{name}.bin")) for name in SIZES], sequence_length=LENGTH)
+    return open_valid(data, seed=0, vocab_size=VOCAB, tokenizer_fingerprint=None)
+
+
+def evaluate_here(folder: Path, micro_batch_size: int, max_samples: int | None) -> dict[str, float]:
+    engine = start_engine(EngineConfig(name="ddp"))
+    engine.prepare(lambda: Transformer(MODEL), lambda model: build_optimizer(model, OptimizerConfig()), 1.0, seed=0)
+    figures = evaluate(engine, sets_of(folder), micro_batch_size, max_samples)
+    assert engine.model.training
+    engine.close()
+    return figures
+
+
+def plain_losses(folder: Path) -> dict[str, tuple[float, int]]:
+    """(nats, labels) of each set, window by window, without a batch, a mask or an engine."""
+    model, sums = build(MODEL, "cpu", seed=0), {}
+    for name in SIZES:
+        tokens = torch.from_numpy(np.fromfile(folder / f"{name}.bin", np.uint16).astype(np.int64))
+        nats, labels = 0.0, 0
+        for start in range(0, len(tokens) - 1, LENGTH):
+            window = tokens[start : start + LENGTH + 1]
+            nats += F.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="sum").item()
+            labels += len(window) - 1
+        sums[name] = nats, labels
+    return sums
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch_size"), [(1, 1), (1, 5), (1, 64), (2, 3), (4, 2)])
+def test_every_label_of_every_set_counts_once(folder, ranks, micro_batch_size):
+    plain = plain_losses(folder)
+    assert {name: labels for name, (_, labels) in plain.items()} == {name: size - 1 for name, size in SIZES.items()}
+    total = sum(nats for nats, _ in plain.values()) / sum(labels for _, labels in plain.values())
+    for figures in run_ranks(ranks, evaluate_here, folder, micro_batch_size, None):
+        assert figures["val_loss"] == pytest.approx(total, rel=1e-6)
+        assert figures["val_perplexity"] == pytest.approx(math.exp(total), rel=1e-5)
+        for name, (nats, labels) in plain.items():
+            assert figures[f"val_loss/{name}.bin"] == pytest.approx(nats / labels, rel=1e-6)
+        assert "val_bits_per_byte" not in figures  # nobody knows how many bytes of text these ids were
+
+
+def test_a_limit_chooses_the_same_samples_whatever_the_split(folder):
+    few = {size: evaluate_here(folder, size, 4)["val_loss"] for size in (1, 2, 4, 7)}
+    assert max(few.values()) == pytest.approx(min(few.values()), rel=1e-6)
+    assert few[1] != pytest.approx(evaluate_here(folder, 4, None)["val_loss"], rel=1e-6)

@@ -1,0 +1,67 @@
+"""Figures of an interval against arithmetic done by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pretrain.report.metrics import Meter, bits_per_byte, perplexity
+
+
+def add(meter: Meter, nats: float, tokens: int, applied: bool = True, grad_norm: float = 1.0) -> None:
+    values = (torch.tensor(nats, dtype=torch.float64), torch.tensor(tokens), torch.tensor(grad_norm), torch.tensor(applied))
+    meter.add(*values)
+
+
+def alone(values: torch.Tensor) -> torch.Tensor:
+    return values
+
+
+def test_the_loss_is_weighted_by_tokens_over_all_steps_of_the_interval():
+    meter = Meter(torch.device("cpu"), 0, 1)
+    add(meter, 20.0, 10)
+    add(meter, 30.0, 30, grad_norm=2.5)
+    figures = meter.read(alone)
+    assert figures["loss"] == 50 / 40  # the mean of the two steps' means would be 1.5
+    assert (figures["steps"], figures["interval_tokens"], figures["grad_norm"]) == (2, 40, 2.5)
+    add(meter, 8.0, 4)
+    assert meter.read(alone)["loss"] == 2.0
+
+
+def test_skipped_steps_are_counted_and_leave_the_loss_alone():
+    meter = Meter(torch.device("cpu"), 0, 1)
+    add(meter, 20.0, 10)
+    add(meter, math.nan, 10, applied=False)
+    figures = meter.read(alone)
+    assert (figures["loss"], figures["interval_tokens"], figures["skipped_steps"], figures["skipped_in_a_row"]) == (
+        2.0,
+        20,
+        1,
+        1,
+    )
+    add(meter, math.inf, 10, applied=False)
+    figures = meter.read(alone)
+    assert math.isnan(figures["loss"]) and (figures["skipped_steps"], figures["skipped_in_a_row"]) == (1, 2)
+    add(meter, 20.0, 10)
+    assert meter.read(alone)["skipped_in_a_row"] == 0
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_an_interval_goes_on_from_its_state_on_the_same_ranks_or_others(ranks):
+    meters = [Meter(torch.device("cpu"), rank, 2) for rank in range(2)]
+    for rank, meter in enumerate(meters):
+        add(meter, 10.0 + rank, 10)
+    sums = sum(meter._slot(0.0) + torch.eye(2, dtype=torch.float64)[rank] * meter.loss_sum for rank, meter in enumerate(meters))
+    state = meters[0].state(lambda _: sums)
+    resumed = [Meter(torch.device("cpu"), rank, ranks, state) for rank in range(ranks)]
+    assert sum(meter.loss_sum.item() for meter in resumed) == 21.0
+    assert all(meter.counts.tolist() == [1, 10, 10, 0, 0] for meter in resumed)
+
+
+def test_perplexity_and_bits_per_byte():
+    assert perplexity(math.log(50)) == pytest.approx(50)
+    assert perplexity(1e4) == math.inf
+    assert bits_per_byte(math.log(256), 1.0) == pytest.approx(8)  # a byte that cannot be predicted costs 8 bits
+    assert bits_per_byte(math.log(256), 4.0) == pytest.approx(2)
