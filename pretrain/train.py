@@ -317,11 +317,16 @@ class Clock:
 
 
 def _total_steps(config: Config, data: TrainData) -> int:
-    batch, train = config.batch.global_batch_size, config.train
-    if train.max_steps is not None:
-        return train.max_steps
-    samples = train.epochs * data.samples_per_epoch if train.epochs else train.max_tokens / config.data.sequence_length
-    return math.ceil(samples / batch)
+    """Of the whole run. Raises ConfigError when its schedule does not fit into them."""
+    batch, train, schedule = config.batch.global_batch_size, config.train, config.schedule
+    steps = train.max_steps
+    if steps is None:
+        samples = train.epochs * data.samples_per_epoch if train.epochs else train.max_tokens / config.data.sequence_length
+        steps = math.ceil(samples / batch)
+    if (least := schedule.warmup_steps + (schedule.decay_steps or 0)) > steps:
+        problem = f"warmup_steps + decay_steps = {least}, but the run has only {steps} steps; shorten them or train longer"
+        raise ConfigError([Problem("schedule", problem)])
+    return steps
 
 
 def _checkpoint_to_resume(config: Config, engine: Engine, folder: Path) -> Checkpoint | None:

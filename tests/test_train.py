@@ -239,6 +239,7 @@ TEXT = ["--data.synthetic", "null", "--model.vocab_size", "null"]
         (["--data.synthetic", "null", "--data.train", "[{path: {d}/text}]"], "its largest id is"),
         ([*TEXT, "--tokenizer.path", "{d}/text_tokenizer", "--data.train", "[{path: {d}/text}]", "--data.sequence_length", "1000000"],
          "1,000,001 are needed"),
+        (["--train.max_steps", "null", "--train.epochs", "1e-6", "--schedule.warmup_steps", "9"], "the run has only 1 steps"),
         (["--run.directory", "/proc/nowhere"], "/proc/nowhere"),
         (["--checkpoint.resume", "{d}/step_00000001"], "step_00000001"),
     ],
