@@ -43,6 +43,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict], lr: float):
+        # load_state_dict brings `step` to the parameter's device only where a group says that it is fused.
         super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "fused": True})
         self._partitions: list[list[Partition]] = []
         for group in self.param_groups:
@@ -70,16 +71,16 @@ class Muon(torch.optim.Optimizer):
     def _muon(self, group: dict, partitions: list[Partition], found_inf: Tensor) -> None:
         lr, momentum = group["lr"], group["momentum"]
         skip, applied = found_inf.bool(), 1 - found_inf
-        weights, gradients = _local(group["params"]), _local([parameter.grad.contiguous() for parameter in group["params"]])
-        averages, steps = self._states(group, "momentum_buffer"), self._states(group, "step")
+        weights, averages = _local(group["params"]), self._states(group, "momentum_buffer")
+        gradients = [gradient.contiguous() for gradient in _local([parameter.grad for parameter in group["params"]])]
         for average, gradient in zip(averages, gradients, strict=True):
             average.lerp_(gradient.masked_fill(skip, 0), (1 - momentum) * applied)
-        torch._foreach_add_(steps, applied)
+        torch._foreach_add_(self._states(group, "step"), applied)
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"] * applied)
         # Newton-Schulz bears the rounding of bf16 (Jordan et al. 2024), which halves what is sent; CPUs are slow in it.
         dtype = torch.float32 if found_inf.device.type == "cpu" else torch.bfloat16
         for partition in partitions:
-            ahead = [_cut(gradients, piece).lerp(_cut(averages, piece), momentum) for piece in partition.pieces]
+            ahead = (_cut(gradients, piece).lerp(_cut(averages, piece), momentum) for piece in partition.pieces)
             sent = torch.cat([found_inf.new_empty(0), *ahead]).masked_fill_(skip, 0).to(dtype)
             for piece, update in partition.map(newton_schulz, sent):
                 _cut(weights, piece).add_(update, alpha=-lr * 0.2 * math.sqrt(max(piece.shape)))
