@@ -80,8 +80,9 @@ class Momentum(torch.optim.SGD):
     """Plain steps: unlike AdamW's they do not blow rounding errors up. Gradients must be finite: found_inf is not obeyed."""
 
     def step(self):
-        self.__dict__.pop("found_inf", None)
+        found_inf = self.__dict__.pop("found_inf", None)
         super().step()
+        self.found_inf = found_inf
 
 
 def optimizer_lr(name: str) -> float:
@@ -119,8 +120,16 @@ def window_of(engine: Engine, step: int, micro_batch: int) -> list[Batch]:
 
 
 def run_split(config: EngineConfig, micro_batch: int, optimizer_name: str, mutants: list[str | None]):
-    """On each rank: for every mutant (None: the true code) what was shown in each step, and its pieces of the weights at the end."""
-    engine, results = start_engine(config), {}
+    """On each rank: `run_steps` under an engine of its own."""
+    engine = start_engine(config)
+    results = run_steps(engine, micro_batch, optimizer_name, mutants)
+    engine.close()
+    return results
+
+
+def run_steps(engine: Engine, micro_batch: int, optimizer_name: str, mutants: list[str | None]):
+    """For every mutant (None: the true code) what was shown in each step, and this rank's pieces of the weights at the end."""
+    results = {}
     for mutant in mutants:
         step_function, read = mutate(mutant)
         prepare(engine, optimizer_name)
@@ -131,7 +140,6 @@ def run_split(config: EngineConfig, micro_batch: int, optimizer_name: str, mutan
             figures = read(meter, engine.all_reduce)
             shown.append((figures["loss"], figures["grad_norm"]))
         results[mutant] = shown, pieces_of(engine, "model/")
-    engine.close()
     return results
 
 

@@ -1,0 +1,237 @@
+"""Every engine computes what one process computes, skips what is not finite, and reads what any other engine wrote.
+
+One start of the ranks serves all engines: starting costs more than the few tiny steps that each claim needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from pretrain import train
+from pretrain.config import EngineConfig
+from pretrain.model.transformer import Transformer, build
+from pretrain.report import metrics
+from pretrain.runtime import checkpoint
+from pretrain.runtime.engine import Engine, start_engine
+from tests.ranks import run_ranks
+from tests.test_step import (
+    CLIP,
+    LR,
+    MODEL,
+    MUTANTS,
+    assemble,
+    differences,
+    global_batch,
+    make_optimizer,
+    pieces_of,
+    plain_run,
+    prepare,
+    run_steps,
+    window_of,
+)
+
+ENGINES = {
+    "ddp": EngineConfig(name="ddp"),
+    "zero1": EngineConfig(name="zero1"),
+    "zero2": EngineConfig(name="zero2"),
+    "zero3": EngineConfig(name="zero3", keep_whole_below=100),  # norms stay whole, matrices are cut
+    "fsdp2": EngineConfig(name="fsdp2"),
+}
+VARIANTS = {
+    "zero3 cut everywhere": EngineConfig(name="zero3", keep_whole_below=0),
+    "zero3 offload": EngineConfig(name="zero3", keep_whole_below=0, offload="all"),
+    "zero2 offload": EngineConfig(name="zero2", offload="optimizer"),
+    "fsdp2 step": EngineConfig(name="fsdp2", reduce_gradients="step"),
+    "zero2 step": EngineConfig(name="zero2", reduce_gradients="step"),
+    "zero3 step": EngineConfig(name="zero3", reduce_gradients="step", keep_whole_below=0),
+    **{
+        f"{name} {how}": dataclasses.replace(config, activation_checkpointing=how)
+        for name, config in ENGINES.items()
+        for how in ("full", "selective")
+    },
+}
+
+
+def run_engines(ranks: int, function: Callable, configs: dict[str, EngineConfig], *args) -> list[dict]:
+    """`function(configs, *args)` on each rank: one start for all engines; for one process, whose group is its own, one for each."""
+    if ranks > 1:
+        return run_ranks(ranks, function, configs, *args)
+    starts = [run_ranks(1, function, {name: config}, *args)[0] for name, config in configs.items()]
+    return [{key: value for start in starts for key, value in start.items()}]
+
+
+def engine_of(config: EngineConfig) -> Engine:
+    """Another engine on the process group that is there already."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return start_engine(config)
+
+
+def prove(configs: dict[str, EngineConfig], micro_batch: int, optimizer_name: str, mutants: list[str]) -> dict:
+    """On each rank, for each engine: initial weights, and what `run_steps` returns for the true code and each mutant."""
+    results = {}
+    for name, config in configs.items():
+        engine = engine_of(config)
+        prepare(engine, optimizer_name)
+        initial = pieces_of(engine, "model/")
+        results[name] = initial, run_steps(engine, micro_batch, optimizer_name, [None, *mutants])
+    return results
+
+
+def check_proof(subtests, ranks: int, configs: dict, micro_batch: int, optimizer_name: str, mutants: list[str]) -> None:
+    results = run_engines(ranks, prove, configs, micro_batch, optimizer_name, mutants)
+    expected = plain_run(optimizer_name)
+    true_initial = dict(build(MODEL, "cpu", seed=0).named_parameters())
+    for name in configs:
+        proofs = [rank[name][1] for rank in results]
+        with subtests.test(name):
+            initial = assemble([piece for rank in results for piece in rank[name][0]])
+            assert all(torch.equal(initial[f"model/{key}"], weight) for key, weight in true_initial.items())
+            loss, norm, weight = differences(proofs, expected)
+            print(f"{name} on {ranks}, {optimizer_name}: loss {loss:.1e}, norm {norm:.1e}, weights {weight:.1e}")
+            assert loss < 1e-6 and norm < 1e-6 and weight < 1e-6
+            for mutant in mutants:
+                assert max(differences(proofs, expected, mutant)) > 1e-2, mutant
+
+
+def test_every_engine_equals_one_process_and_shows_every_planted_bug(subtests):
+    check_proof(subtests, 2, ENGINES, 2, "sgd", list(MUTANTS))
+
+
+@pytest.mark.slow
+def test_levers_change_no_number(subtests):
+    check_proof(subtests, 2, VARIANTS, 2, "sgd", [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 2), (2, 1), (4, 1)])
+def test_every_engine_equals_one_process_on_any_ranks(subtests, ranks, micro_batch):
+    hybrid = {"fsdp2 hybrid": EngineConfig(name="fsdp2", replicas=2)} if ranks == 4 else {}
+    for optimizer_name in ("sgd", "adamw"):
+        check_proof(subtests, ranks, ENGINES | hybrid, micro_batch, optimizer_name, [])
+
+
+# ---------------------------------------------------------------- steps that are not finite
+
+
+def poisoned(configs: dict[str, EngineConfig]) -> dict:
+    """Three steps; in the second, the last rank's gradient is not finite. -> what there was after each."""
+    results = {}
+    for name, config in configs.items():
+        engine = engine_of(config)
+        prepare(engine, "adamw")
+        meter, forward, trace = metrics.Meter(engine.device, engine.rank, engine.world_size), engine.forward, []
+        for step in range(3):
+            bad = step == 1 and engine.rank == engine.world_size - 1
+            engine.forward = lambda *batch, forward=forward, factor=math.nan if bad else 1.0: forward(*batch) * factor
+            result = train.train_step(engine, [global_batch(step)], LR, [0])
+            meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
+            figures = meter.read(engine.all_reduce)
+            used = torch.cat([p.detach().float().flatten() for p in local_parameters(engine)])
+            state = torch.cat([shard.piece.flatten() for shard in engine.shards(saving=False)])
+            trace.append((state.numpy().copy(), used.numpy(), engine.updates, figures))
+        results[name] = trace
+    return results
+
+
+def local_parameters(engine: Engine) -> list[torch.Tensor]:
+    """What this rank's forward pass reads, in the dtype it reads it in."""
+    local = [getattr(p, "ds_tensor", p) for p in engine.model.parameters()]
+    return [p.to_local() if hasattr(p, "to_local") else p for p in local]
+
+
+def test_a_step_that_is_not_finite_leaves_weights_and_moments_of_all_ranks_untouched(subtests):
+    configs = ENGINES | {f"{name} bf16": dataclasses.replace(config, precision="bf16") for name, config in ENGINES.items()}
+    for results in run_ranks(2, poisoned, configs):
+        for name, trace in results.items():
+            with subtests.test(name):
+                (state, used, updates, _), (state_2, used_2, updates_2, figures), (state_3, used_3, updates_3, after) = trace
+                assert (state == state_2).all() and (used == used_2).all() and updates == updates_2 == 1
+                assert (figures["skipped_steps"], figures["skipped_in_a_row"]) == (1, 1) and math.isnan(figures["loss"])
+                assert not math.isfinite(figures["grad_norm"])
+                assert (state != state_3).any() and (used != used_3).any() and updates_3 == 2
+                assert after["skipped_in_a_row"] == 0 and math.isfinite(after["loss"]) and math.isfinite(after["grad_norm"])
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def two_steps(engine: Engine, first: int) -> list[tuple[float, float]]:
+    """[(loss, norm)] of two steps of AdamW."""
+    meter, shown = metrics.Meter(engine.device, engine.rank, engine.world_size), []
+    for step in range(first, first + 2):
+        result = train.train_step(engine, window_of(engine, step, 1), 10 * LR, [0])
+        meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
+        figures = meter.read(engine.all_reduce)
+        shown.append((figures["loss"], figures["grad_norm"]))
+    return shown
+
+
+def save_with(configs: dict[str, EngineConfig], folder: Path) -> dict:
+    """Each engine trains two steps, saves, and goes on. -> its pieces when it saved, and the steps after."""
+    results = {}
+    for name, config in configs.items():
+        engine = engine_of(config)
+        prepare(engine, "adamw")
+        two_steps(engine, 0)
+        checkpoint.save(folder / name, 2, engine, {})
+        results[name] = pieces_of(engine), two_steps(engine, 2)
+    return results
+
+
+def load_with(configs: dict[str, EngineConfig], folder: Path, saved: list[str]) -> dict:
+    """Each engine loads what each other saved, and goes on."""
+    results = {}
+    for name, config in configs.items():
+        engine = engine_of(config)
+        engine.prepare(make_model, lambda model: make_optimizer(model, "adamw"), CLIP, seed=1)  # other weights
+        for other in saved:
+            [found] = checkpoint.checkpoints(folder / other)
+            checkpoint.load(found, engine)
+            results[name, other] = pieces_of(engine), engine.updates, two_steps(engine, 2)
+    return results
+
+
+def make_model() -> Transformer:
+    return Transformer(MODEL)
+
+
+def check_checkpoints(subtests, folder: Path, configs: dict, writers: int, readers: list[int], tolerance: float) -> None:
+    written = run_ranks(writers, save_with, configs, folder)
+    for ranks in readers:
+        read = run_engines(ranks, load_with, configs, folder, list(configs))
+        for name, other in read[0]:
+            with subtests.test(f"{other} on {writers} -> {name} on {ranks}"):
+                truth = assemble([piece for rank in written for piece in rank[other][0]])
+                found = assemble([piece for rank in read for piece in rank[name, other][0]])
+                assert truth.keys() == found.keys() and len(truth) == 3 * len(list(make_model().parameters()))
+                assert all(torch.equal(found[key], truth[key]) for key in truth)
+                _, updates, shown = read[0][name, other]
+                assert updates == 2
+                for after, expected in zip(shown, written[0][other][1], strict=True):
+                    assert after == pytest.approx(expected, rel=tolerance)
+                if name == other and ranks == writers:
+                    assert shown == written[0][other][1]  # to the bit
+
+
+def test_every_engine_goes_on_from_what_any_other_saved(subtests, tmp_path):
+    check_checkpoints(subtests, tmp_path, ENGINES, writers=2, readers=[2, 1], tolerance=2e-6)
+
+
+@pytest.mark.slow
+def test_checkpoints_move_between_any_ranks(subtests, tmp_path):
+    check_checkpoints(subtests, tmp_path, ENGINES, writers=4, readers=[2], tolerance=2e-6)
+    hybrid = {"fsdp2 hybrid": EngineConfig(name="fsdp2", replicas=2), "fsdp2": ENGINES["fsdp2"], "zero1": ENGINES["zero1"]}
+    check_checkpoints(subtests, tmp_path / "hybrid", hybrid, writers=4, readers=[4], tolerance=2e-6)
+
+
+@pytest.mark.slow
+def test_bf16_checkpoints_hold_the_fp32_master_weights(subtests, tmp_path):
+    configs = {name: dataclasses.replace(config, precision="bf16") for name, config in ENGINES.items()}
+    check_checkpoints(subtests, tmp_path, configs, writers=2, readers=[2, 4], tolerance=2e-2)
