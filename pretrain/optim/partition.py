@@ -194,8 +194,9 @@ def _owners(stacks: list[_Stack], replicas: int, shards: int) -> dict[tuple[int,
     owned: dict[tuple[int, int], list[_Stack]] = {(r, s): [] for r in range(replicas) for s in range(shards)}
     load = dict.fromkeys(owned, 0)
     for stack in sorted(stacks, key=lambda stack: (-stack.cost // stack.shape[0], stack.shape[1:], -stack.shape[0])):
-        whole = math.prod(stack.shape) in stack.held
-        owner = min((rank for rank in owned if not whole or stack.held[rank[1]]), key=load.__getitem__)
+        holders = [s for s in range(shards) if stack.held[s]]
+        candidates = itertools.product(range(replicas), holders if len(holders) == 1 else range(shards))
+        owner = min(candidates, key=load.__getitem__)
         owned[owner].append(stack)
         load[owner] += stack.cost
     return owned
