@@ -2,13 +2,14 @@
 
 DeepSpeed flattens the parameters of each optimizer group and gives every rank one contiguous part of the result, so what a rank
 holds of a parameter is a contiguous piece of it. The names read here (`bit16_groups`, `fp16_groups`, `_hp_mapping`, ...) are
-DeepSpeed's own and may move; constraints.txt pins the version, and tests/distributed/test_engines.py saves and loads each stage.
+DeepSpeed's own and may move: constraints.txt pins the version, and tests/distributed/test_engines.py goes through each stage.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import logging
 import math
 import os
@@ -40,7 +41,7 @@ class ZeroEngine(Engine):
             os.environ["DS_ACCELERATOR"] = "cpu"
             import deepspeed.ops
 
-            # Else DeepSpeed compiles a C++ extension at its first start: half a minute, and for ever if a lock file is left over.
+            # Else DeepSpeed compiles a C++ extension at its first start: for half a minute, or for ever behind a stale lock file.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         from accelerate.utils import DeepSpeedPlugin
 
@@ -90,7 +91,7 @@ class ZeroEngine(Engine):
         if self.stage == 3:
             import deepspeed
 
-            # Each module is cut as soon as it is made. Init takes the dtype from the settings; its argument of that name is not obeyed.
+            # Each module is cut as soon as it is made. Init does not obey its argument `dtype`; it reads the settings.
             with deepspeed.zero.Init(config_dict_or_path=self.accelerator.deepspeed_plugin.deepspeed_config):
                 return make_model()
         return super()._make(make_model).to(self._compute_dtype).to_empty(device=self.device)
@@ -103,7 +104,9 @@ class ZeroEngine(Engine):
         self.accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = self.grad_clip
         with _whole_shapes(self.model):
             optimizer = make_optimizer(self.model)
-        self._wrapped, _ = self.accelerator.prepare(self.model, optimizer)
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what memory it takes
+            self._wrapped, _ = self.accelerator.prepare(self.model, optimizer)
+        self._unreduced: contextlib.AbstractContextManager | None = None
         self._zero = self._wrapped.optimizer  # ZeRO's own, around ours
         self.optimizer = self._zero.optimizer
         require(
@@ -121,8 +124,15 @@ class ZeroEngine(Engine):
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
+        if self.stage > 1 and self.config.reduce_gradients == "step" and self._unreduced is None:
+            self._unreduced = self._wrapped.coalesce_grad_reduction()  # stays open over the micro-batches of a step
+            self._unreduced.__enter__()
         self._wrapped.set_gradient_accumulation_boundary(last)
         yield
+        if last and self._unreduced is not None:
+            self._unreduced.__exit__(None, None, None)
+            self._unreduced = None
+            self._wrapped.set_gradient_accumulation_boundary(True)  # leaving it has brought back the value from before
 
     def backward(self, loss: Tensor) -> None:
         self._wrapped.backward(loss)
@@ -205,8 +215,8 @@ class ZeroEngine(Engine):
 
 @contextlib.contextmanager
 def _whole_shapes(model: nn.Module) -> Iterator[None]:
-    """Parameters that ZeRO-3 has cut are empty tensors; in here they show their shapes, in the memory of one element each, so that
-    an optimizer can tell matrices from vectors."""
+    """Parameters that ZeRO-3 has cut are empty tensors. In here they show their shapes, in the memory of one element each, so
+    that an optimizer can tell matrices from vectors."""
     cut = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_shape")]
     empty = [parameter.data for parameter in cut]
     for parameter in cut:

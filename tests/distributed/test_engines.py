@@ -60,7 +60,7 @@ VARIANTS = {
 
 
 def run_engines(ranks: int, function: Callable, configs: dict[str, EngineConfig], *args) -> list[dict]:
-    """`function(configs, *args)` on each rank: one start for all engines; for one process, whose group is its own, one for each."""
+    """`function(configs, *args)` on each rank: one start for all engines; one for each where a process is alone, with its own group."""
     if ranks > 1:
         return run_ranks(ranks, function, configs, *args)
     starts = [run_ranks(1, function, {name: config}, *args)[0] for name, config in configs.items()]
@@ -128,8 +128,8 @@ def poisoned(configs: dict[str, EngineConfig]) -> dict:
         prepare(engine, "adamw")
         meter, forward, trace = metrics.Meter(engine.device, engine.rank, engine.world_size), engine.forward, []
         for step in range(3):
-            bad = step == 1 and engine.rank == engine.world_size - 1
-            engine.forward = lambda *batch, forward=forward, factor=math.nan if bad else 1.0: forward(*batch) * factor
+            factor = math.nan if step == 1 and engine.rank == engine.world_size - 1 else 1.0
+            engine.forward = lambda *batch, forward=forward, factor=factor: forward(*batch) * factor
             result = train.train_step(engine, [global_batch(step)], LR, [0])
             meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
             figures = meter.read(engine.all_reduce)
@@ -202,12 +202,16 @@ def make_model() -> Transformer:
     return Transformer(MODEL)
 
 
-def check_checkpoints(subtests, folder: Path, configs: dict, writers: int, readers: list[int], tolerance: float) -> None:
-    written = run_ranks(writers, save_with, configs, folder)
-    for ranks in readers:
-        read = run_engines(ranks, load_with, configs, folder, list(configs))
+def check_checkpoints(
+    subtests, folder: Path, writers: tuple[int, dict], readers: list[tuple[int, dict]], tolerance: float
+) -> None:
+    """writers, readers: (ranks, engines by name). What is read is what was written, to the bit, and the run goes on alike."""
+    (wrote, configs) = writers
+    written = run_engines(wrote, save_with, configs, folder)
+    for ranks, reading in readers:
+        read = run_engines(ranks, load_with, reading, folder, list(configs))
         for name, other in read[0]:
-            with subtests.test(f"{other} on {writers} -> {name} on {ranks}"):
+            with subtests.test(f"{other} on {wrote} -> {name} on {ranks}"):
                 truth = assemble([piece for rank in written for piece in rank[other][0]])
                 found = assemble([piece for rank in read for piece in rank[name, other][0]])
                 assert truth.keys() == found.keys() and len(truth) == 3 * len(list(make_model().parameters()))
@@ -216,22 +220,22 @@ def check_checkpoints(subtests, folder: Path, configs: dict, writers: int, reade
                 assert updates == 2
                 for after, expected in zip(shown, written[0][other][1], strict=True):
                     assert after == pytest.approx(expected, rel=tolerance)
-                if name == other and ranks == writers:
+                if name == other and ranks == wrote:
                     assert shown == written[0][other][1]  # to the bit
 
 
 def test_every_engine_goes_on_from_what_any_other_saved(subtests, tmp_path):
-    check_checkpoints(subtests, tmp_path, ENGINES, writers=2, readers=[2, 1], tolerance=2e-6)
+    one = {"ddp": ENGINES["ddp"]}
+    check_checkpoints(subtests, tmp_path, (2, ENGINES), [(2, ENGINES), (1, one)], tolerance=2e-6)
 
 
 @pytest.mark.slow
 def test_checkpoints_move_between_any_ranks(subtests, tmp_path):
-    check_checkpoints(subtests, tmp_path, ENGINES, writers=4, readers=[2], tolerance=2e-6)
-    hybrid = {"fsdp2 hybrid": EngineConfig(name="fsdp2", replicas=2), "fsdp2": ENGINES["fsdp2"], "zero1": ENGINES["zero1"]}
-    check_checkpoints(subtests, tmp_path / "hybrid", hybrid, writers=4, readers=[4], tolerance=2e-6)
+    hybrid = ENGINES | {"fsdp2 hybrid": EngineConfig(name="fsdp2", replicas=2)}
+    check_checkpoints(subtests, tmp_path, (4, hybrid), [(4, hybrid), (2, ENGINES), (1, ENGINES)], tolerance=2e-6)
 
 
 @pytest.mark.slow
 def test_bf16_checkpoints_hold_the_fp32_master_weights(subtests, tmp_path):
     configs = {name: dataclasses.replace(config, precision="bf16") for name, config in ENGINES.items()}
-    check_checkpoints(subtests, tmp_path, configs, writers=2, readers=[2, 4], tolerance=2e-2)
+    check_checkpoints(subtests, tmp_path, (2, configs), [(2, configs), (4, configs)], tolerance=2e-2)
