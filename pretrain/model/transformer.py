@@ -33,6 +33,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Causal self-attention with grouped key and value heads; with `qk_norm`, queries and keys are normalised per head."""
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
