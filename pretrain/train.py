@@ -22,7 +22,7 @@ from pretrain.config import Config, ConfigError, ModelConfig, Problem
 from pretrain.data.batches import Batch, TrainData, ValidData, open_train, open_valid
 from pretrain.data.indexed import DataError
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.evaluate import evaluate
+from pretrain.evaluate import Stopped, evaluate
 from pretrain.model import flops
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
@@ -32,13 +32,15 @@ from pretrain.report.metrics import Meter, perplexity
 from pretrain.report.plot import plot_runs
 from pretrain.report.sinks import Sinks
 from pretrain.runtime import checkpoint as checkpoints
+from pretrain.runtime.canary import Canary
 from pretrain.runtime.checkpoint import Checkpoint, CheckpointError
 from pretrain.runtime.engine import Engine, start_engine
-from pretrain.runtime.preemption import StopRequest, exit_status
+from pretrain.runtime.levers import compile_report
+from pretrain.runtime.preemption import PEER_LOST, StopRequest, exit_status, is_peer_lost, who_asked
 from pretrain.runtime.run_directory import Locked, RunDirectory
 from pretrain.schema import to_dict, to_yaml
 
-DONE, REFUSED, DIVERGED, LOCKED, STORAGE_FAILED = 0, 2, 70, 73, 74
+DONE, FAILED, REFUSED, DIVERGED, LOCKED, STORAGE_FAILED = 0, 1, 2, 70, 73, 74
 
 # ================================================================ the step
 
@@ -108,6 +110,8 @@ class Progress:
     """Of the newest logging line."""
     val_loss: float | None = None
     """Of the newest validation."""
+    evaluation_due: bool = False
+    """This step's validation was given up to save in time; it comes first when the run goes on."""
 
 
 @dataclass
@@ -125,6 +129,8 @@ class Run:
     progress: Progress
     sinks: Sinks | None
     """On rank 0."""
+    directory: RunDirectory | None
+    """On rank 0."""
 
     def say(self, text: str) -> None:
         """A line for people, once."""
@@ -137,52 +143,66 @@ class Run:
             self.sinks.log(record)
 
 
-def train(config: Config) -> int:
-    """Trains, or goes on training, as `config` says. Returns the exit status; on rank 0 the same stands in run_state.json."""
-    engine, directory = None, None
+def train(config: Config, stop: StopRequest | None = None) -> int:
+    """Trains, or goes on training, as `config` says. Returns the exit status; on rank 0 the same stands in run_state.json.
+
+    `stop`: where signals have been heard since the process began; null: from now.
+    """
+    stop = stop or StopRequest()
+    stop.deadline_seconds = config.checkpoint.deadline_seconds
+    engine, directory, agreed = None, None, False
     try:
+        directory, refusal = _take_directory(config)
+        if directory:
+            stop.last_words = lambda status, reason: directory.write_state("stopped", exit_status=status, reason=reason)
         engine = start_engine(config.engine)
-        directory = _take_directory(config, engine)
-        status, reason, step = _train(config, engine, directory)
+        if engine.broadcast(int(refusal is not None)):
+            raise refusal or Locked("rank 0 cannot use the run's folder")
+        status, reason, step = _train(config, engine, directory, stop)
+        agreed = True
     except (ConfigError, DataError, CheckpointError) as error:
         status, reason, step = REFUSED, str(error), None
     except Locked as error:
         status, reason, step = LOCKED, str(error), None
     except OSError as error:
         status, reason, step = STORAGE_FAILED, str(error), None
-    except KeyboardInterrupt:
-        status, reason, step = exit_status([0, 1]), "interrupted", None
     except BaseException as error:
+        cause = f"{type(error).__name__}: {error}"
+        if is_peer_lost(error):
+            stop.leave(PEER_LOST, f"peer_lost: another rank is gone ({cause.splitlines()[0]})")
         if directory:
-            directory.write_state("failed", exit_status=1, reason=f"{type(error).__name__}: {error}")
+            directory.write_state("failed", exit_status=FAILED, reason=cause)
         raise
     if directory:
         directory.write_state("done" if status == DONE else "stopped", exit_status=status, step=step, reason=reason)
     if reason and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"pretrain: {reason}", file=sys.stderr, flush=True)
-    if engine:
+    if engine and (agreed or engine.world_size == 1):  # after an error of one rank alone, the others may never come to meet it
         engine.close()
+    stop.close()
     return status
 
 
-def _take_directory(config: Config, engine: Engine) -> RunDirectory | None:
-    """Rank 0 locks the run's folder. Raises Locked or ConfigError on every rank when it cannot."""
-    path, failure, directory = Path(config.run.directory) / config.run.name, None, None
-    if engine.rank == 0:
-        try:
-            directory = RunDirectory(path)
-            directory.write_state("running")
-        except Locked as error:
-            failure = error
-        except OSError as error:
-            failure = ConfigError([Problem("run.directory", f"{path} cannot be written: {error}; choose another")])
-    if engine.broadcast(int(failure is not None)):
-        raise failure or Locked(f"{path}: rank 0 cannot use it")
-    return directory
+def _take_directory(config: Config) -> tuple[RunDirectory | None, Exception | None]:
+    """Rank 0 locks the run's folder. -> (the folder, None), or (None, why not), which rank 0 has yet to tell the others."""
+    path = Path(config.run.directory) / config.run.name
+    if int(os.environ.get("RANK", 0)) > 0:
+        return None, None
+    try:
+        directory = RunDirectory(path)
+        directory.write_state("running")
+        return directory, None
+    except Locked as error:
+        return None, error
+    except OSError as error:
+        return None, ConfigError([Problem("run.directory", f"{path} cannot be written: {error}; choose another")])
 
 
-def _train(config: Config, engine: Engine, directory: RunDirectory | None) -> tuple[int, str, int]:
+def _train(config: Config, engine: Engine, directory: RunDirectory | None, stop: StopRequest) -> tuple[int, str, int | None]:
     """-> (exit status, reason, last step)."""
+    folder = Path(config.run.directory) / config.run.name
+    if engine.broadcast(int((folder / "STOP").exists())):
+        return STOPPED_BY_PERSON, f"{folder / 'STOP'} is there, so nothing is trained; remove it to go on", None
     tokenizer = Tokenizer.load(config.tokenizer.path) if config.tokenizer.path else None
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     opened = dict(seed=config.run.seed, vocab_size=vocab_size, tokenizer_fingerprint=tokenizer and tokenizer.fingerprint)
@@ -195,7 +215,6 @@ def _train(config: Config, engine: Engine, directory: RunDirectory | None) -> tu
         config.run.seed,
     )
 
-    folder = Path(config.run.directory) / config.run.name
     found = _checkpoint_to_resume(config, engine, folder)
     progress, state = Progress(started=time.time()), {}
     if found:
@@ -211,12 +230,12 @@ def _train(config: Config, engine: Engine, directory: RunDirectory | None) -> tu
     if engine.rank == 0:
         sinks = Sinks(config.log, folder, name=config.run.name, settings=to_dict(config), total_steps=total_steps,
                       resume_step=progress.step, wandb_id=state.get("wandb_id"))  # fmt: skip
-    run = Run(config, engine, model_config, data, valid, folder, total_steps, progress, sinks)
+    run = Run(config, engine, model_config, data, valid, folder, total_steps, progress, sinks, directory)
     meter = Meter(engine.device, engine.rank, engine.world_size, state.get("meter"))
     with sinks or contextlib.nullcontext():
         _announce(run, found)
-        with StopRequest() as stop:
-            status, reason = _loop(run, meter, stop)
+        stop.training()
+        status, reason = _loop(run, meter, stop)
         if status == DONE:
             _finish(run)
     return status, reason, progress.step
@@ -225,35 +244,43 @@ def _train(config: Config, engine: Engine, directory: RunDirectory | None) -> tu
 def _loop(run: Run, meter: Meter, stop: StopRequest) -> tuple[int, str]:
     """Steps until the end, a request to stop, or too many skipped steps. -> (exit status, reason)."""
     config, engine, progress = run.config, run.engine, run.progress
-    clock, saved_at = Clock(), time.monotonic()
+    clock, saved_at, flags = Clock(), time.monotonic(), []
+    stop_file = run.folder / "STOP" if engine.rank == 0 else None
     gc.collect()
     gc.freeze()  # what exists now lives as long as the run: later collections need not look at it
     with contextlib.closing(_windows(run)) as windows:
-        while progress.step < run.total_steps:
-            with clock.waiting():
-                window = next(windows)
-            step = progress.step + 1
-            lr = lr_at(step, config.schedule, config.optimizer.lr, run.total_steps)
-            save_wanted = engine.rank == 0 and 0 < 60 * config.checkpoint.every_minutes < time.monotonic() - saved_at
-            result = train_step(engine, window, lr, [*stop.flags, int(save_wanted)])
-            meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
-            progress.step, progress.position = step, progress.position + config.batch.global_batch_size
-            *stop_flags, save_due = result.requests()
-            last, status = step == run.total_steps, exit_status(stop_flags)
-            if step == 1 or last or _due(step, config.log.every_steps):
-                _log_step(run, meter, clock, lr)
-                if meter.figures["skipped_in_a_row"] >= config.train.max_skipped_steps:
-                    return DIVERGED, _diverged(run, meter)
-            if run.sinks:
-                run.sinks.progress(step)
+        while not any(flags) and (progress.step < run.total_steps or progress.evaluation_due):
+            save_due = False
+            if not progress.evaluation_due:  # else the run goes on in the middle of this step
+                with clock.waiting():
+                    window = next(windows)
+                step = progress.step + 1
+                lr = lr_at(step, config.schedule, config.optimizer.lr, run.total_steps)
+                save_wanted = engine.rank == 0 and 0 < 60 * config.checkpoint.every_minutes < time.monotonic() - saved_at
+                result = train_step(engine, window, lr, [*stop.flags(stop_file), int(save_wanted)])
+                meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
+                progress.step, progress.position = step, progress.position + config.batch.global_batch_size
+                *flags, save_due = result.requests()
+                if step in (1, run.total_steps) or _due(step, config.log.every_steps):
+                    _log_step(run, meter, clock, lr)
+                    if meter.figures["skipped_in_a_row"] >= config.train.max_skipped_steps:
+                        return DIVERGED, _diverged(run, meter)
+                if run.sinks:
+                    run.sinks.progress(step)
+                progress.evaluation_due = step == run.total_steps or _due(step, config.evaluate.every_steps)
+                save_due = save_due or step == run.total_steps or _due(step, config.checkpoint.every_steps)
+            stop.agreed(exit_status(flags))
             with clock.paused():
-                val_loss = _evaluate(run) if last or _due(step, config.evaluate.every_steps) else None
-                if last or status or save_due or _due(step, config.checkpoint.every_steps):
+                val_loss = None
+                if progress.evaluation_due and not any(flags):
+                    val_loss, flags = _evaluate(run, lambda: stop.flags(stop_file))
+                progress.evaluation_due &= any(flags)
+                if save_due or any(flags):
                     _save(run, meter, val_loss)
                     saved_at = time.monotonic()
-            if status and not last:
-                return status, f"stopped by a signal after step {step}, which is saved; the same command goes on from there"
-    return DONE, ""
+    if not any(flags):
+        return DONE, ""
+    return exit_status(flags), f"stopped by {who_asked(flags)} after step {progress.step}, which is saved; the same command goes on"
 
 
 def _due(step: int, every: int) -> bool:
@@ -395,7 +422,7 @@ def _announce(run: Run, found: Checkpoint | None) -> None:
 # ================================================================ now and then
 
 
-def _log_step(run: Run, meter: Meter, clock: Clock, lr: float) -> None:
+def _log_step(run: Run, meter: Meter, clock: Clock, lr: float, canary: Canary | None) -> None:
     """One line; a collective."""
     progress, engine, figures = run.progress, run.engine, meter.read(run.engine.all_reduce)
     seconds, steps = clock.train_seconds, max(1, figures["steps"])
@@ -425,7 +452,12 @@ def _log_step(run: Run, meter: Meter, clock: Clock, lr: float) -> None:
         for name, causal in (("mfu", False), ("mfu_causal", True)):
             per_token = flops.flops_per_token(run.model, run.config.data.sequence_length, causal=causal)
             record[name] = per_token * rate / (engine.world_size * peak * 1e12)
-    run.log(record)
+    found, warnings = canary.figures(lr) if canary and not figures["skipped_in_a_row"] else ({}, [])
+    run.log(record | found)
+    for warning in warnings:
+        run.say(f"step {progress.step}: {warning}")
+    if progress.step == 1 and run.config.engine.compile != "none":
+        run.say(f"compile    step 1 took {seconds:.1f} s, {compile_report()}")
     if progress.step == 1:
         run.say(diagnose.first_step(figures["loss"], run.model.vocab_size))
     clock.restart()
@@ -440,17 +472,20 @@ def _diverged(run: Run, meter: Meter) -> str:
     )
 
 
-def _evaluate(run: Run) -> float | None:
-    """Validation, logged; a collective. -> val_loss, if there is validation data."""
+def _evaluate(run: Run, requests: Callable[[], list[int]]) -> tuple[float | None, list[int]]:
+    """Validation, logged, if there is data for it; given up when a rank is asked to stop. A collective. -> (val_loss, flags)."""
     if not run.valid:
-        return None
+        return None, []
     config = run.config
     limit = config.evaluate.max_batches
     samples = None if limit is None else limit * config.batch.global_batch_size
-    figures = evaluate(run.engine, run.valid, config.batch.micro_batch_size, samples)
+    try:
+        figures = evaluate(run.engine, run.valid, config.batch.micro_batch_size, samples, requests)
+    except Stopped as stopped:
+        return None, stopped.flags
     run.log({"step": run.progress.step, "tokens": run.progress.tokens, **figures})
     run.progress.val_loss = figures["val_loss"]
-    return figures["val_loss"]
+    return figures["val_loss"], []
 
 
 def _save(run: Run, meter: Meter, val_loss: float | None) -> None:
@@ -476,6 +511,8 @@ def _save(run: Run, meter: Meter, val_loss: float | None) -> None:
         }
         checkpoints.prune(folder, keep)
     run.say(f"saved {saved.path}")
+    if run.directory:
+        run.directory.write_state("running", step=run.progress.step, saved_step=saved.step)
 
 
 def _finish(run: Run) -> None:

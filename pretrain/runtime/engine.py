@@ -1,9 +1,9 @@
-"""How a model is spread over processes: the seam that every engine fits, and the engine `ddp`. `zero.py` and `fsdp2.py` hold the
-others; nothing above this room knows which one runs.
+"""How a model is spread over processes: the seam that every engine fits, and the engine `ddp`. `zero.py` and `fsdp2.py` hold
+the others; nothing above this room knows which one runs.
 
-An engine is built from *our* settings, never from a launcher's flags, and then asserts that what runs is what was asked. It runs
-micro-batches and updates; it knows nothing of data, metrics or the loop. Every engine averages gradients over ranks and is told
-that accumulation is 1: the step (`train.py`) owns the scaling, so nobody divides behind its back.
+An engine is built from *our* settings, never from a launcher's flags, and then asserts that what runs is what was asked. It
+runs micro-batches and updates; it knows nothing of data, metrics or the loop. Every engine averages gradients over ranks and is
+told that accumulation is 1: the step (`train.py`) owns the scaling, so nobody divides behind its back.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pretrain.config import ConfigError, EngineConfig, Problem
 from pretrain.runtime.levers import checkpoint_activations, compile_model
+from pretrain.runtime.watchdog import Watchdog, interval
 
 _KEPT_VARIABLES = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_LOG_LEVEL")
 
@@ -63,9 +64,8 @@ def start_engine(config: EngineConfig) -> Engine:
 
 
 class Engine:
-    """What all engines share. Attributes: rank, world_size, device, precision; after `prepare`: model (bare module), optimizer.
-
-    An engine defines `_spread`, `_held`, `micro_batch` and `update`, and what else differs.
+    """What all engines share. Attributes: rank, world_size, device, precision, watchdog; after `prepare` also model (the bare
+    module) and optimizer. An engine defines `_spread`, `micro_batch`, `held` and `copies`, and what else differs.
     """
 
     autocast_dtype: torch.dtype | None = None
@@ -77,6 +77,7 @@ class Engine:
         self.accelerator = _start_processes(config, **self._accelerator_options())
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
+        self.watchdog = Watchdog(self.rank, self.world_size, config.timeout_seconds)
         ranks = int(os.environ.get("WORLD_SIZE", 1))
         require(
             processes=(config.world_size or ranks, self.world_size),
@@ -135,30 +136,37 @@ class Engine:
 
     def forward(self, *batch: Tensor | None) -> Tensor:
         """loss_sum of one micro-batch: (), fp32, nats summed over its valid labels."""
+        self.watchdog.mark("forward")
         with self.autocast():
             return self._wrapped(*batch)
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of `loss` to this rank's gradients."""
+        self.watchdog.mark("backward")
+        self._backward(loss)
+
+    def _backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def update(self, lr: float) -> tuple[Tensor, Tensor]:
-        """Clips, and moves the weights unless the gradient is not finite. `lr` is times each group's `lr_scale`, if it has one.
+        """Clips, and moves the weights unless the gradient is not finite. A group's `lr_scale`, if it has one, multiplies `lr`.
 
-        Returns the norm of the full gradient before clipping () and whether the update was applied (), bool; both stay on the device.
+        Returns two tensors () that stay on the device: the norm of the full gradient before clipping, and whether the update
+        was applied, bool.
         """
-        self._set_lr(lr)
+        self.watchdog.mark("update")
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        return self._update()
+
+    def _update(self) -> tuple[Tensor, Tensor]:
         grad_norm = self._clip()
         applied = torch.isfinite(grad_norm)
-        # Fused optimizers leave weights, moments and their step counter untouched where found_inf is 1, without asking the host.
+        # Fused optimizers leave weights, moments and step counters untouched where found_inf is 1, without asking the host.
         self.optimizer.found_inf = (~applied).float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm, applied
-
-    def _set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
 
     def _clip(self) -> Tensor:
         """-> norm of the full gradient before clipping, ()."""
@@ -170,23 +178,29 @@ class Engine:
         """The training state as pieces: when saving, ranks share the work and the pieces of all ranks tile every tensor exactly
         once; else each rank gets all that it holds. To write into them, use `restore`."""
         self._make_moments()
-        for name, shape, offset, tensors in self._held(saving):
+        for name, shape, offset, tensors in self.held(saving):
+            self.watchdog.alive("saving" if saving else "reading its state")
             for kind, piece in tensors.items():
                 yield Shard(f"{kind}/{name}", shape, offset, piece)
 
     def restore(self, fill: Callable[[Shard], None], *, moments: bool = True) -> None:
-        """Calls `fill` on every piece of the state that this rank holds (with or without moments), then makes it take effect."""
+        """Calls `fill` on every piece of the state that this rank holds, moments or not, then makes it take effect."""
         if moments:
             self._make_moments()
         with torch.no_grad():
-            for name, shape, offset, tensors in self._held(saving=False):
+            for name, shape, offset, tensors in self.held(saving=False):
+                self.watchdog.alive("loading")
                 for kind, piece in tensors.items():
                     if moments or kind == "model":
                         fill(Shard(f"{kind}/{name}", shape, offset, piece))
         self._refresh()
 
-    def _held(self, saving: bool) -> Iterator[Held]:
+    def held(self, saving: bool) -> Iterator[Held]:
         """What this rank holds of each parameter; when saving, what it writes. Moments are there once they are made."""
+        raise NotImplementedError
+
+    def copies(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
+        """The weights that every rank of a group holds a copy of, in one order, and the group; None: all ranks."""
         raise NotImplementedError
 
     def _refresh(self) -> None:
@@ -216,6 +230,7 @@ class Engine:
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """Sum over ranks, in place."""
+        self.watchdog.mark("all_reduce")
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
@@ -240,6 +255,7 @@ class Engine:
 
     def broadcast(self, number: int) -> int:
         """Rank 0's whole number, on every rank."""
+        self.watchdog.mark("broadcast")
         value = torch.tensor(number, device=self.device)
         if self.world_size > 1:
             dist.broadcast(value, 0)
@@ -251,6 +267,7 @@ class Engine:
 
     def close(self) -> None:
         """Ends the process group; gloo aborts at exit when an object that uses it still lives then."""
+        self.watchdog.stop()
         self.model = self.optimizer = self._wrapped = None
         gc.collect()
         if dist.is_initialized():
@@ -259,7 +276,8 @@ class Engine:
 
 
 class DdpEngine(Engine):
-    """Every rank holds the whole model; gradients are averaged in the last backward pass of a step. One process has no wrapper."""
+    """Every rank holds the whole model; gradients are averaged in the last backward pass of a step. One process has no
+    wrapper."""
 
     def __init__(self, config: EngineConfig):
         super().__init__(config)
@@ -279,13 +297,16 @@ class DdpEngine(Engine):
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager:
         return self._wrapped.no_sync() if self.world_size > 1 and not last else contextlib.nullcontext()
 
-    def _held(self, saving: bool) -> Iterator[Held]:
+    def held(self, saving: bool) -> Iterator[Held]:
         for name, parameter in self.model.named_parameters():
             count = parameter.numel()
             share = math.ceil(count / self.world_size)
             start, stop = (min(r * share, count) for r in (self.rank, self.rank + 1)) if saving else (0, count)
             tensors = {"model": parameter.detach(), **moments_of(self.optimizer, parameter)}
             yield Held(name, tuple(parameter.shape), start, {kind: t.view(-1)[start:stop] for kind, t in tensors.items()})
+
+    def copies(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
+        return list(self.model.parameters()), None
 
 
 # ---------------------------------------------------------------- what engines use
@@ -345,7 +366,8 @@ def _start_processes(config: EngineConfig, **options: Any):
         # torchrun sets one thread for every process; on CPUs that leaves most of the machine idle.
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
-    group = InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=timedelta(seconds=config.timeout_seconds))
+    patience = timedelta(seconds=config.timeout_seconds + 5 * interval(config.timeout_seconds))  # the watchdog speaks first
+    group = InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=patience)
     alone = "LOCAL_RANK" not in os.environ  # plain python, or accelerate launch with one process
     if alone and config.name != "ddp":  # these engines want a process group also for one process
         backend = "gloo" if cpu else "cuda:nccl,cpu:gloo"

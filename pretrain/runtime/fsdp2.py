@@ -1,8 +1,8 @@
-"""The engine `fsdp2`: PyTorch's `fully_shard`. Weights, gradients and optimizer state are cut along their first dimension; a block's
-weights are gathered for its forward and backward pass only.
+"""The engine `fsdp2`: PyTorch's `fully_shard`. Weights, gradients and optimizer state are cut along their first dimension; a
+block's weights are gathered for its forward and backward pass only.
 
-With `engine.replicas` the ranks form a grid: weights are cut over the ranks of a row and equal in a column, so that gathering stays
-inside a row (usually one node) and only summed gradients cross rows (hybrid sharding).
+With `engine.replicas` the ranks form a grid: weights are cut over the ranks of a row and equal in a column, so that gathering
+stays inside a row (usually one node) and only summed gradients cross rows (hybrid sharding).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Fsdp2Engine(Engine):
             torch._foreach_mul_(gradients, torch.clamp(self.grad_clip / (norm + 1e-6), max=1.0))
         return norm
 
-    def _held(self, saving: bool) -> Iterator[Held]:
+    def held(self, saving: bool) -> Iterator[Held]:
         if saving and self.config.replicas > 1 and self.mesh.get_local_rank("replica") > 0:
             return  # the first replica writes
         shards, shard = self.mesh["shard"].size(), self.mesh.get_local_rank("shard")
@@ -76,3 +76,8 @@ class Fsdp2Engine(Engine):
             offset = min(shard * rows, parameter.shape[0]) * math.prod(parameter.shape[1:])
             tensors = {"model": parameter.detach(), **moments_of(self.optimizer, parameter)}
             yield Held(name, tuple(parameter.shape), offset, {kind: t.to_local().view(-1) for kind, t in tensors.items()})
+
+    def copies(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
+        if self.config.replicas == 1:
+            return [], None
+        return [parameter.to_local() for parameter in self.model.parameters()], self.mesh.get_group("replica")

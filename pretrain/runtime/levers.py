@@ -52,3 +52,10 @@ def _keep_products():
         return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
+
+
+def compile_report() -> str:
+    """What the compiler made so far in this process."""
+    counters = torch._dynamo.utils.counters
+    graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    return f"{graphs} graph{'' if graphs == 1 else 's'}, {breaks} graph break{'' if breaks == 1 else 's'}"

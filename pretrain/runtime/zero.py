@@ -41,7 +41,7 @@ class ZeroEngine(Engine):
             os.environ["DS_ACCELERATOR"] = "cpu"
             import deepspeed.ops
 
-            # Else DeepSpeed compiles a C++ extension at its first start: for half a minute, or for ever behind a stale lock file.
+            # Else DeepSpeed compiles a C++ extension at its first start: half a minute, or for ever behind a stale lock file.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         from accelerate.utils import DeepSpeedPlugin
 
@@ -134,11 +134,10 @@ class ZeroEngine(Engine):
             self._unreduced = None
             self._wrapped.set_gradient_accumulation_boundary(True)  # leaving it has brought back the value from before
 
-    def backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Tensor) -> None:
         self._wrapped.backward(loss)
 
-    def update(self, lr: float) -> tuple[Tensor, Tensor]:
-        self._set_lr(lr)
+    def _update(self) -> tuple[Tensor, Tensor]:
         self._wrapped.step()  # clips, and skips by itself where the gradient is not finite
         applied = self._wrapped.was_step_applied()
         grad_norm = (
@@ -148,7 +147,7 @@ class ZeroEngine(Engine):
 
     # ---------------------------------------------------------------- the training state
 
-    def _held(self, saving: bool) -> Iterator[Held]:
+    def held(self, saving: bool) -> Iterator[Held]:
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         for parameters, flat in self._groups():
             tensors = {"model": flat.detach(), **moments_of(self.optimizer, flat)}
@@ -157,6 +156,9 @@ class ZeroEngine(Engine):
                 shape, offset, begin, count = self._place(parameter, start)
                 start += getattr(parameter, "ds_tensor", parameter).numel()
                 yield Held(names[parameter], shape, offset, {kind: t[begin : begin + count] for kind, t in tensors.items()})
+
+    def copies(self) -> tuple[list[Tensor], None]:
+        return [p.data for p in self.model.parameters() if self.stage < 3 or p.ds_persist], None
 
     def _groups(self) -> list[tuple[list[Tensor], Tensor]]:
         """(parameters, this rank's flat fp32 part of them), for each flat tensor that the optimizer updates."""

@@ -1,0 +1,150 @@
+"""A run that hangs says where: every rank writes its Python stacks, and the rank that is behind is named.
+
+    <run>/stacks/rank_N.txt     written when a rank has not moved for `engine.timeout_seconds`, or on SIGUSR1 to any one rank
+
+All ranks make the same sequence of engine calls, so the rank whose count of calls is lowest is the one that the others wait
+for. Counts are exchanged by a thread through the store that joined the ranks, which works also while a collective hangs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+_NEVER_SEEN = (-1, 0, "starting", 0)
+
+
+class Watchdog:
+    """Of one rank. `mark` costs a fraction of a microsecond; the rest is done by a thread now and then."""
+
+    def __init__(self, rank: int, world_size: int, timeout_seconds: float):
+        self.rank, self.world_size, self.timeout_seconds = rank, world_size, timeout_seconds
+        self.interval = interval(timeout_seconds)
+        self.step, self.calls, self.doing, self.since = 0, 0, "starting", time.monotonic()
+        self._thread: threading.Thread | None = None
+
+    def mark(self, doing: str) -> None:
+        """This rank begins what all ranks do in the same order."""
+        self.calls += 1
+        self.alive(doing)
+
+    def alive(self, doing: str) -> None:
+        """This rank is doing something, perhaps on its own."""
+        self.doing, self.since = doing, time.monotonic()
+
+    def begin_step(self, step: int) -> None:
+        """This rank waits for the data of `step`."""
+        self.step = step
+        self.mark("waiting for data")
+
+    def start(self, folder: Path) -> None:
+        """Begins to watch; stacks will go to `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"rank_{self.rank}.txt"
+        self._file = open(self.path, "a")
+        faulthandler.register(signal.SIGUSR1, file=self._file, all_threads=True)  # in C: works whatever Python is doing
+        self._seen_bytes, self._seen_requests = os.fstat(self._file.fileno()).st_size, 0
+        self._store = _store() if self.world_size > 1 else dist.HashStore()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends watching; a rank that wrote no stacks leaves no file."""
+        if self._thread is None:
+            return
+        self._stop.set()
+        self._thread.join()
+        self._thread = None
+        faulthandler.unregister(signal.SIGUSR1)
+        self._file.close()
+        if not self.path.stat().st_size:
+            self.path.unlink()
+            with contextlib.suppress(OSError):  # others' stacks stay
+                self.path.parent.rmdir()
+
+    # ---------------------------------------------------------------- the thread
+
+    def _watch(self) -> None:
+        ticks, reported_calls = 0, -1
+        while not self._stop.wait(self.interval):
+            ticks += 1
+            try:
+                self._exchange(ticks)
+                if time.monotonic() - self.since > self.timeout_seconds and self.calls != reported_calls:
+                    reported_calls = self.calls
+                    self._report()
+            except (RuntimeError, OSError) as error:  # the process that holds the store has ended, or the disk is full
+                if not self._stop.is_set():
+                    print(f"watchdog: rank {self.rank} cannot reach the others: {str(error).splitlines()[0]}", file=sys.stderr)
+                return
+
+    def _exchange(self, ticks: int) -> None:
+        """Publishes where this rank is, and writes its stacks when another rank asked for everybody's."""
+        self._store.set(f"at/{self.rank}", json.dumps([self.calls, self.step, self.doing, ticks]))
+        if os.fstat(self._file.fileno()).st_size > self._seen_bytes:  # a signal made this rank write
+            self._seen_bytes = os.fstat(self._file.fileno()).st_size
+            self._seen_requests = self._store.add("requests", 1)
+        requests = self._store.add("requests", 0)
+        if requests > self._seen_requests:
+            self._seen_requests = requests
+            self._write_stacks()
+
+    def _report(self) -> None:
+        """Stacks of all ranks, and one line, from the lowest of the ranks that wait, that names those that are behind."""
+        self._write_stacks()
+        self._seen_requests = self._store.add("requests", 1)
+        before = self._positions()
+        time.sleep(3 * self.interval)
+        now = self._positions()
+        furthest = max(calls for calls, *_ in now)
+        waiting = [rank for rank, (calls, *_) in enumerate(now) if calls == furthest]
+        if self.rank == waiting[0]:
+            seconds = time.monotonic() - self.since
+            print(hang_line(before, now, seconds, self.path.parent), file=sys.stderr, flush=True)
+
+    def _positions(self) -> list[tuple[int, int, str, int]]:
+        """(calls, step, doing, ticks) of every rank."""
+        keys = [f"at/{rank}" for rank in range(self.world_size)]
+        return [tuple(json.loads(self._store.get(key))) if self._store.check([key]) else _NEVER_SEEN for key in keys]
+
+    def _write_stacks(self) -> None:
+        self._file.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.rank}, step {self.step}, in {self.doing}\n")
+        self._file.flush()
+        faulthandler.dump_traceback(self._file, all_threads=True)
+        self._seen_bytes = os.fstat(self._file.fileno()).st_size
+
+
+def interval(timeout_seconds: float) -> float:
+    """Seconds between two looks of the watchdog."""
+    return min(10.0, timeout_seconds / 20)
+
+
+def hang_line(before: list[tuple], now: list[tuple], seconds: float, folder: Path) -> str:
+    """One line from two looks, some time apart, at (calls, step, doing, ticks) of every rank."""
+    furthest = max(calls for calls, *_ in now)
+    _, step, doing, _ = max(now)
+    behind = [
+        f"rank {rank} (step {rank_step}, in {rank_doing}{'' if ticks > old[3] else ', does not answer'})"
+        for rank, (old, (calls, rank_step, rank_doing, ticks)) in enumerate(zip(before, now, strict=True))
+        if calls < furthest or ticks == old[3]
+    ]
+    named = ", ".join(behind[:8]) + (f" and {len(behind) - 8} more" if len(behind) > 8 else "")
+    blame = f"waiting for {named}" if behind else f"all {len(now)} ranks at the same call" if len(now) > 1 else "alone"
+    return f"hang: nothing has moved for {seconds:.0f} s in step {step}, in {doing}, {blame}; stacks: {folder}"
+
+
+def _store() -> dist.Store:
+    """A connection of its own to the store at which the ranks met: the main thread may block on its one."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"watchdog/{attempt}", dist.TCPStore(host, port, is_master=False))
