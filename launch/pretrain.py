@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # else `import pretrain` would find this very file
 
 from pretrain.config import ConfigError, load
+from pretrain.runtime.preemption import StopRequest
 
 
 def main() -> int:
@@ -20,9 +21,10 @@ def main() -> int:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(error, file=sys.stderr)
         return 2
+    stop = StopRequest()
     from pretrain.train import train  # torch is imported here, after the settings are known to be right
 
-    return train(config)
+    return train(config, stop)
 
 
 if __name__ == "__main__":

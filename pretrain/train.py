@@ -36,7 +36,7 @@ from pretrain.runtime.canary import Canary
 from pretrain.runtime.checkpoint import Checkpoint, CheckpointError
 from pretrain.runtime.engine import Engine, start_engine
 from pretrain.runtime.levers import compile_report
-from pretrain.runtime.preemption import PEER_LOST, StopRequest, exit_status, is_peer_lost, who_asked
+from pretrain.runtime.preemption import PEER_LOST, STOPPED_BY_PERSON, StopRequest, exit_status, is_peer_lost, who_asked
 from pretrain.runtime.run_directory import Locked, RunDirectory
 from pretrain.schema import to_dict, to_yaml
 
@@ -158,14 +158,15 @@ def train(config: Config, stop: StopRequest | None = None) -> int:
         engine = start_engine(config.engine)
         if engine.broadcast(int(refusal is not None)):
             raise refusal or Locked("rank 0 cannot use the run's folder")
-        status, reason, step = _train(config, engine, directory, stop)
+        engine.watchdog.start(Path(config.run.directory) / config.run.name / "stacks")
+        status, reason = _train(config, engine, directory, stop)
         agreed = True
     except (ConfigError, DataError, CheckpointError) as error:
-        status, reason, step = REFUSED, str(error), None
+        status, reason = REFUSED, str(error)
     except Locked as error:
-        status, reason, step = LOCKED, str(error), None
+        status, reason = LOCKED, str(error)
     except OSError as error:
-        status, reason, step = STORAGE_FAILED, str(error), None
+        status, reason = STORAGE_FAILED, str(error)
     except BaseException as error:
         cause = f"{type(error).__name__}: {error}"
         if is_peer_lost(error):
@@ -173,14 +174,20 @@ def train(config: Config, stop: StopRequest | None = None) -> int:
         if directory:
             directory.write_state("failed", exit_status=FAILED, reason=cause)
         raise
-    if directory:
-        directory.write_state("done" if status == DONE else "stopped", exit_status=status, step=step, reason=reason)
+    if not agreed:
+        _tell(directory, status, None, reason)
     if reason and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"pretrain: {reason}", file=sys.stderr, flush=True)
     if engine and (agreed or engine.world_size == 1):  # after an error of one rank alone, the others may never come to meet it
         engine.close()
     stop.close()
     return status
+
+
+def _tell(directory: RunDirectory | None, status: int, step: int | None, reason: str) -> None:
+    """How the run ended, into run_state.json."""
+    if directory:
+        directory.write_state("done" if status == DONE else "stopped", exit_status=status, step=step, reason=reason or None)
 
 
 def _take_directory(config: Config) -> tuple[RunDirectory | None, Exception | None]:
@@ -198,11 +205,13 @@ def _take_directory(config: Config) -> tuple[RunDirectory | None, Exception | No
         return None, ConfigError([Problem("run.directory", f"{path} cannot be written: {error}; choose another")])
 
 
-def _train(config: Config, engine: Engine, directory: RunDirectory | None, stop: StopRequest) -> tuple[int, str, int | None]:
-    """-> (exit status, reason, last step)."""
+def _train(config: Config, engine: Engine, directory: RunDirectory | None, stop: StopRequest) -> tuple[int, str]:
+    """-> (exit status, reason), which run_state.json has by then."""
     folder = Path(config.run.directory) / config.run.name
     if engine.broadcast(int((folder / "STOP").exists())):
-        return STOPPED_BY_PERSON, f"{folder / 'STOP'} is there, so nothing is trained; remove it to go on", None
+        reason = f"{folder / 'STOP'} is there, so nothing is trained; remove it to go on"
+        _tell(directory, STOPPED_BY_PERSON, None, reason)
+        return STOPPED_BY_PERSON, reason
     tokenizer = Tokenizer.load(config.tokenizer.path) if config.tokenizer.path else None
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     opened = dict(seed=config.run.seed, vocab_size=vocab_size, tokenizer_fingerprint=tokenizer and tokenizer.fingerprint)
@@ -236,9 +245,11 @@ def _train(config: Config, engine: Engine, directory: RunDirectory | None, stop:
         _announce(run, found)
         stop.training()
         status, reason = _loop(run, meter, stop)
+        _tell(directory, status, progress.step, reason)  # before what may hang: W&B, the other ranks
+        stop.saved(status)
         if status == DONE:
             _finish(run)
-    return status, reason, progress.step
+    return status, reason
 
 
 def _loop(run: Run, meter: Meter, stop: StopRequest) -> tuple[int, str]:
@@ -252,23 +263,26 @@ def _loop(run: Run, meter: Meter, stop: StopRequest) -> tuple[int, str]:
         while not any(flags) and (progress.step < run.total_steps or progress.evaluation_due):
             save_due = False
             if not progress.evaluation_due:  # else the run goes on in the middle of this step
+                step = progress.step + 1
+                engine.watchdog.begin_step(step)
                 with clock.waiting():
                     window = next(windows)
-                step = progress.step + 1
                 lr = lr_at(step, config.schedule, config.optimizer.lr, run.total_steps)
                 save_wanted = engine.rank == 0 and 0 < 60 * config.checkpoint.every_minutes < time.monotonic() - saved_at
+                canary = Canary(engine) if _due(step, 10 * config.log.every_steps) else None
                 result = train_step(engine, window, lr, [*stop.flags(stop_file), int(save_wanted)])
                 meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
                 progress.step, progress.position = step, progress.position + config.batch.global_batch_size
                 *flags, save_due = result.requests()
                 if step in (1, run.total_steps) or _due(step, config.log.every_steps):
-                    _log_step(run, meter, clock, lr)
+                    _log_step(run, meter, clock, lr, canary)
                     if meter.figures["skipped_in_a_row"] >= config.train.max_skipped_steps:
                         return DIVERGED, _diverged(run, meter)
                 if run.sinks:
                     run.sinks.progress(step)
-                progress.evaluation_due = step == run.total_steps or _due(step, config.evaluate.every_steps)
-                save_due = save_due or step == run.total_steps or _due(step, config.checkpoint.every_steps)
+                last = step == run.total_steps
+                progress.evaluation_due = bool(run.valid) and (last or _due(step, config.evaluate.every_steps))
+                save_due = save_due or last or _due(step, config.checkpoint.every_steps)
             stop.agreed(exit_status(flags))
             with clock.paused():
                 val_loss = None
@@ -278,7 +292,7 @@ def _loop(run: Run, meter: Meter, stop: StopRequest) -> tuple[int, str]:
                 if save_due or any(flags):
                     _save(run, meter, val_loss)
                     saved_at = time.monotonic()
-    if not any(flags):
+    if progress.step == run.total_steps and not progress.evaluation_due:
         return DONE, ""
     return exit_status(flags), f"stopped by {who_asked(flags)} after step {progress.step}, which is saved; the same command goes on"
 
@@ -473,9 +487,7 @@ def _diverged(run: Run, meter: Meter) -> str:
 
 
 def _evaluate(run: Run, requests: Callable[[], list[int]]) -> tuple[float | None, list[int]]:
-    """Validation, logged, if there is data for it; given up when a rank is asked to stop. A collective. -> (val_loss, flags)."""
-    if not run.valid:
-        return None, []
+    """Validation, logged; given up when a rank is asked to stop. A collective. -> (val_loss, flags)."""
     config = run.config
     limit = config.evaluate.max_batches
     samples = None if limit is None else limit * config.batch.global_batch_size

@@ -1,43 +1,167 @@
-"""Signals that ask a run to stop: noticed on any rank, agreed on by all ranks inside the step's own collective.
+"""Requests to stop: noticed at any moment on any rank, agreed on by all ranks inside a collective that runs anyway.
 
-SIGTERM means "save, and start me again" (a spot notice, a scheduler); SIGINT "save, and stop". A second SIGINT leaves at once.
+    SIGTERM         save, status 75: a spot notice, a scheduler, or a launcher that has lost another rank or its own life
+    SIGINT          save, status 130: Ctrl-C. A second one leaves at once
+    the file STOP   in the run's folder, seen by rank 0: save, status 130. The run does not go on while the file is there
+
+Before the first step there is nothing to save, and a signal ends the process at once. Later, SIGTERM starts a deadline: a rank that
+has no durable checkpoint by then, because a peer is gone and the collective will never end, leaves without one.
+
+Signals are noticed by a thread: Python's own handlers run in the main thread, which may hang in a collective for ever.
+It knows processes and signals, not what is saved.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
 import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
 from types import FrameType
 
-EXIT_STATUS = {signal.SIGTERM: 75, signal.SIGINT: 130}
-SIGNALS = tuple(EXIT_STATUS)
+STOPPED = (("SIGTERM", 75), ("SIGINT", 130), ("the file STOP", 130))
+"""Who may ask, and the exit status of a run that did as asked, in the order of flags. What a person stopped, nothing restarts."""
+PEER_LOST, STOPPED_BY_PERSON = 75, 130
+_PARENT_POLL_SECONDS, _LAST_WORDS_SECONDS = 1.0, 5.0
 
 
 class StopRequest:
-    """Context manager that turns SIGTERM and SIGINT into a flag."""
+    """From here until `close`, signals are requests. To be made in the main thread, before slow imports.
+
+    deadline_seconds: from SIGTERM to a durable checkpoint, `checkpoint.deadline_seconds`.
+    last_words(status, reason): called before the process is left at once; on rank 0 it writes run_state.json.
+    """
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.deadline_seconds: float | None = None
+        self.last_words: Callable[[int, str], None] = lambda status, reason: None
+        self.received: str | None = None
+        self._training, self._deadline, self._saved_status = False, None, None
+        # A launcher that is killed cannot tell its workers; a shell that ends must not end a job started by hand.
+        launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+        self._parent = os.getppid() if launched else None
+        self._notices, wakeup = os.pipe()
+        os.set_blocking(wakeup, False)
+        self._wakeup, self._previous_wakeup = wakeup, signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        self._previous = {number: signal.signal(number, _do_nothing) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._thread.start()
 
-    def __enter__(self) -> StopRequest:
-        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
-        return self
+    def close(self) -> None:
+        """Gives the signals back to whom they belonged."""
+        if self._previous:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._previous_wakeup)
+            self._previous = {}
+            self._wake()
+            self._thread.join()
+            os.close(self._wakeup)
+            os.close(self._notices)
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    # ---------------------------------------------------------------- for the loop
 
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        if number == self.received == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = self.received or number
+    def training(self) -> None:
+        """From now on there is something to save: requests are for the loop to answer."""
+        self._training = True
 
-    @property
-    def flags(self) -> list[int]:
-        """1 for the signal that this rank received, 0 for the others, in the order of SIGNALS."""
-        return [int(self.received == number) for number in SIGNALS]
+    def flags(self, stop_file: str | os.PathLike | None = None) -> list[int]:
+        """1 for what this rank was asked, in the order of STOPPED. Whoever looks after it gives the path of the file STOP."""
+        asked = [int(self.received == name) for name, _ in STOPPED]
+        asked[-1] = int(stop_file is not None and os.path.exists(stop_file))
+        return asked
+
+    def agreed(self, status: int) -> None:
+        """All ranks will save and end with `status`: the deadline holds on ranks that got no signal, too."""
+        if status == 75:
+            self._start_deadline()
+
+    def saved(self, status: int) -> None:
+        """The checkpoint is durable and run_state.json written: what is left to do may be cut short by the deadline."""
+        self._saved_status = status
+
+    def leave(self, status: int, reason: str) -> None:
+        """Ends the process now: no cleaning up, which could wait for a peer that is gone."""
+        end = threading.Timer(_LAST_WORDS_SECONDS, os._exit, [status])  # the storage may hang
+        end.daemon = True
+        end.start()
+        with contextlib.suppress(Exception):
+            if self._saved_status is None:
+                self.last_words(status, reason)
+            print(f"pretrain: process {os.getpid()}: {reason}", file=sys.stderr, flush=True)
+        os._exit(status)
+
+    # ---------------------------------------------------------------- the thread
+
+    def _watch(self) -> None:
+        while self._previous:
+            ready, _, _ = select.select([self._notices], [], [], self._wait_seconds())
+            if ready:
+                self._receive(os.read(self._notices, 1)[0])
+            elif self._deadline is not None and time.monotonic() >= self._deadline:
+                self._pass_deadline()
+            elif self._parent is not None and os.getppid() != self._parent:
+                self._parent = None
+                self._receive(signal.SIGTERM, "the launcher is gone")
+
+    def _wait_seconds(self) -> float | None:
+        waits = [] if self._parent is None else [_PARENT_POLL_SECONDS]
+        if self._deadline is not None:
+            waits.append(max(0.0, self._deadline - time.monotonic()))
+        return min(waits, default=None)
+
+    def _receive(self, number: int, who: str | None = None) -> None:
+        if number not in (signal.SIGTERM, signal.SIGINT):
+            return  # it was only woken, or another signal has a handler in Python
+        name = signal.Signals(number).name
+        status = dict(STOPPED)[name]
+        if not self._training:
+            self.leave(status, f"stopped by {who or name} before the first step: nothing to save")
+        if number == signal.SIGINT and self.received == name:
+            self.leave(status, "left at once at the second SIGINT; what came after the last checkpoint is lost")
+        self.received = self.received or name
+        if number == signal.SIGTERM:
+            self._start_deadline()
+
+    def _start_deadline(self) -> None:
+        if self._deadline is None and self.deadline_seconds is not None:
+            self._deadline = time.monotonic() + self.deadline_seconds
+            self._wake()
+
+    def _wake(self) -> None:
+        os.write(self._wakeup, b"\0")
+
+    def _pass_deadline(self) -> None:
+        limit = f"{self.deadline_seconds:g} s (checkpoint.deadline_seconds)"
+        if self._saved_status is not None:
+            self.leave(self._saved_status, f"saved, but to end took longer than {limit}; left at once")
+        self.leave(
+            PEER_LOST,
+            f"peer_lost: no durable checkpoint {limit} after SIGTERM: another rank is gone or hangs, or a step and a save take longer",
+        )
+
+
+def _do_nothing(number: int, frame: FrameType | None) -> None:
+    """A handler must exist, or the signal would end the process; the thread hears of the signal by itself."""
 
 
 def exit_status(flags: list[int]) -> int:
-    """Exit status for the flags of all ranks, summed; 0: nobody asks to stop. A person's Ctrl-C wins over a SIGTERM."""
-    asked = [EXIT_STATUS[number] for number, count in zip(SIGNALS, flags, strict=True) if count]
-    return max(asked, default=0)
+    """Exit status for the flags of all ranks, summed; 0: nobody asks to stop. A person wins over SIGTERM."""
+    return max((status for (_, status), count in zip(STOPPED, flags, strict=True) if count), default=0)
+
+
+def who_asked(flags: list[int]) -> str:
+    """Who asked, for people."""
+    return " and ".join(name for (name, _), count in zip(STOPPED, flags, strict=True) if count)
+
+
+def is_peer_lost(error: BaseException) -> bool:
+    """Whether a collective failed because of another process. Gloo has no class of errors of its own: its messages name its files."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"DistBackendError", "DistNetworkError"}) or (
+        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    )
