@@ -1,0 +1,403 @@
+"""What is wrong with the loss that a training log shows: the finding engine of the loss doctor.
+
+Each check looks at one way in which a loss goes wrong and yields findings only where the figures support one; what they leave
+open becomes a note. Clean logs get no finding: a false alarm costs as much as a miss. Knows logs (log_formats.py) and the
+factor between shown and true loss (shown_factor.py). Knows no model and no data, and imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pretrain.report.log_formats import TEXT_FORMATS, TrainingLog
+from pretrain.report.shown_factor import (
+    LARGEST_LN_V,
+    LEAST_EVER,
+    MOST,
+    Curve,
+    Evidence,
+    Factor,
+    Setup,
+    contenders,
+    factors,
+    from_perplexity,
+    from_some_vocabulary,
+    from_start,
+    from_validation,
+    line_noise,
+    vocabularies_of,
+)
+
+_ONE_STEP = "Print the first step twice, with accumulation 1 and 2 and the same global batch: a true loss does not change."
+_NOTHING_LEARNED = (
+    "labels that do not follow from the tokens (random data, labels of another sample) or weights that do not move"
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong."""
+
+    fault: str
+    """One word: scale, start, nan, stall, noise, auxiliary, ranks, collapse, divergence."""
+    certainty: str
+    """certain, very likely, likely or possible."""
+    text: str
+    advice: str
+    """What to do, or what it takes to be sure."""
+    causes: tuple[str, ...] = ()
+    """Of a scale, a start or a noise: the likeliest first, as accumulation, both, bits, perplexity, initialisation."""
+
+
+@dataclass
+class Diagnosis:
+    """Everything said about one log."""
+
+    log: TrainingLog
+    setup: Setup
+    curve: Curve | None
+    """None: no loss is finite."""
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    explanation: Factor | None = None
+    """Between the shown and the true loss; None: they are the same, as far as the log tells."""
+
+    @property
+    def true(self) -> np.ndarray:
+        """(N,) the losses of `curve` in nats per token."""
+        return self.explanation.true(self.curve.loss) if self.explanation else self.curve.loss
+
+    @property
+    def place(self) -> str:
+        """Where the curve begins, as `step 100`."""
+        return f"{self.log.unit} {self.curve.steps[0]:g}"
+
+
+def diagnose(log: TrainingLog, setup: Setup) -> Diagnosis:
+    """All that `log` shows to be wrong, given what is known about the run."""
+    result = Diagnosis(log, setup, Curve.of(log), notes=list(log.notes))
+    result.findings += _not_finite(log)
+    if log.skipped_steps:
+        result.notes.append(f"{log.skipped_steps} steps were skipped, as their loss or gradient was not finite")
+    if log.format in TEXT_FORMATS:
+        result.notes.append(f"scripts that write {log.format} show, as published, {TEXT_FORMATS[log.format][1]}")
+    if result.curve is not None:
+        for check in (_scale, _ranks, _auxiliary, _stall, _collapse, _divergence, _noise):
+            result.findings += check(result)
+    return result
+
+
+def summary(result: Diagnosis) -> list[str]:
+    """The figures of the log, one line each."""
+    log, curve = result.log, result.curve
+    count = f"{len(log.loss)} losses ({log.loss_name!r})"
+    if curve is None:
+        return [f"{log.name}: {log.format}, {count}, none of them finite"]
+    loss, change = curve.loss, curve.last / curve.first - 1
+    trend = f"{'falls' if change < 0 else 'rises'} by {abs(change):.1%} from the first line to the last tenth"
+    return [
+        f"{log.name}: {log.format}, {count}, {log.unit} {log.steps[0]:g} to {log.steps[-1]:g}",
+        f"first {curve.first:.5g}   last {loss[-1]:.5g}   min {loss.min():.5g}   max {loss.max():.5g}   mean {loss.mean():.5g}",
+        f"trend: {trend}; lines jump by {curve.noise:.2g} around their neighbours",
+    ]
+
+
+# ---------------------------------------------------------------- the scale
+
+
+def _scale(result: Diagnosis) -> Iterator[Finding]:
+    """A factor between the shown and the true loss: from companions in the log first, then from the first line."""
+    log, curve, ln_v = result.log, result.curve, result.setup.ln_v
+    if evidence := from_perplexity(log):
+        yield _factor(result, evidence, f"The perplexity on the same lines is exp(loss / {evidence.best:.4g}). ")
+    elif evidence := from_validation(log, curve, ln_v):
+        yield _factor(result, evidence, f"The same log's evaluation shows {1 / evidence.best:.3g} times this loss, all along. ")
+    elif ln_v is None:
+        yield from _scale_without_vocabulary(result)
+    else:
+        evidence = from_start(curve, ln_v)
+        if evidence.least > 1:
+            yield _too_high(result, evidence)
+        elif evidence.most < 1:
+            yield from _too_low(result, evidence)
+        else:
+            result.notes += _what_the_start_leaves_open(result, evidence)
+
+
+def _too_high(result: Diagnosis, evidence: Evidence) -> Finding:
+    """The first line exceeds what any healthy run shows."""
+    curve, setup = result.curve, result.setup
+    named = contenders(evidence, setup, curve, setup.ln_v)
+    ratio = curve.first / setup.ln_v
+    start = f"the first loss, {curve.first:.4g}, is {ratio:.3g} times {_expected(setup)}"
+    if not named and ratio < 1.35 and curve.age <= 1:
+        text = f"{start}: the head's initial weights are too large, an auxiliary loss is mixed in, or the vocabulary is larger"
+        advice = "Print the cross-entropy alone, and the standard deviation s of the logits: they add about s^2 / 2."
+        return Finding("start", "likely", text, advice, ("initialisation", "auxiliary", "vocabulary"))
+    if not named and curve.low < LEAST_EVER * curve.first:
+        text = f"{start}, but the curve falls to {curve.low:.4g}: no factor (it would stay), but initial weights too large"
+        advice = "Smaller initial weights of embedding and head start near ln V."
+        return Finding("start", "likely", text, advice, ("initialisation",))
+    return _factor(result, evidence, "", named)
+
+
+def _too_low(result: Diagnosis, evidence: Evidence) -> Iterator[Finding]:
+    """The first line is less than any healthy run from scratch shows; a run from trained weights may show it."""
+    curve, setup = result.curve, result.setup
+    named = contenders(evidence, setup, curve, setup.ln_v)
+    start = f"the first loss, {curve.first:.4g} at {result.place}, is {curve.first / setup.ln_v:.2f} times {_expected(setup)}"
+    exact = bool(named) and curve.age <= 1 and abs(math.log(evidence.best / named[0].value)) < 0.06
+    too_good = curve.last < LEAST_EVER * setup.ln_v
+    untrained = (
+        curve.from_start
+        and len(curve.loss) >= 5
+        and curve.last <= (0.85 if named and not named[0].is_unit else 0.65) * curve.first
+    )
+    if named and (exact or untrained or (too_good and not named[0].is_unit)):
+        yield _factor(result, evidence, "", named)
+    elif untrained and curve.first > 0.6 * setup.ln_v:
+        text = f"{start}, as with {math.exp(curve.first):,.0f} ids: another vocabulary, or padding that counts with loss 0"
+        yield Finding("start", "likely", text, "Compare the model's vocabulary with the tokenizer's.", ("vocabulary", "mask"))
+    elif untrained:
+        text = f"{start}, and it falls as an untrained model's does: the shown loss is divided by about {1 / evidence.best:.2g}"
+        result.explanation = Factor(evidence.best, "divided", "")
+        advice = f"If the run began with trained weights, this is right. {_ONE_STEP}"
+        yield Finding("scale", "possible", text, advice, ("divided",))
+    else:
+        result.notes.append(f"{start}: right for a run from trained weights, too low for one that began untrained")
+
+
+def _scale_without_vocabulary(result: Diagnosis) -> Iterator[Finding]:
+    """Only a loss that no vocabulary explains is a finding; hypotheses become notes."""
+    curve, setup = result.curve, result.setup
+    evidence, ids = from_some_vocabulary(curve), math.exp(min(curve.first, 700))
+    if curve.first > MOST * LARGEST_LN_V:
+        yield _factor(
+            result, evidence, f"No vocabulary starts at {curve.first:.4g} nats: 300,000 ids start at {LARGEST_LN_V:.1f}. "
+        )
+    elif curve.from_start and curve.age <= 1 and curve.first < math.log(16) and curve.last < 0.65 * curve.first:
+        yield _factor(result, evidence, f"An untrained model that starts at {curve.first:.4g} nats would have {ids:.0f} ids. ")
+    elif curve.from_start:
+        fits = vocabularies_of(curve.first, curve.age)
+        hypotheses = [f"as it stands it fits {fits}"] if fits else []
+        for factor in factors(setup, curve, evidence.best):
+            if curve.age <= 1 and not factor.is_unit and (fits := vocabularies_of(curve.first / factor.value, curve.age)):
+                hypotheses.append(f"if it {factor.claim()} ({factor.words}), {fits}")
+        of = f"ln of {ids:,.0f}, or log2 of {2**curve.first:,.0f}"
+        note = f"the vocabulary is unknown, so the first loss is not judged: {curve.first:.4g} is {of}"
+        result.notes.append("; ".join([note, *hypotheses]) + ". Give --vocab-size")
+    else:
+        result.notes.append(f"the vocabulary is unknown and the log begins at {result.place}: the scale cannot be judged")
+
+
+def _what_the_start_leaves_open(result: Diagnosis, evidence: Evidence) -> Iterator[str]:
+    """Notes on a first line that is in order."""
+    curve, setup = result.curve, result.setup
+    ratio = curve.first / setup.ln_v
+    if not curve.from_start:
+        yield (
+            f"the log begins at {result.place}, not at a run's start: its first loss is not compared with {_expected(setup)}, "
+            "and a loss divided by something cannot be told from a good one"
+        )
+    elif curve.age <= 1:
+        high = ": a little high; the head's initial weights are large, or an auxiliary loss is mixed in"
+        yield f"the first loss is {ratio:.3f} times {_expected(setup)}{high if ratio > 1.04 else ': as it should be'}"
+    else:
+        hidden = [f for f in factors(setup, curve, 1.0) if evidence.least <= f.value <= evidence.most and not f.is_unit]
+        open_factors = " or ".join(f"{factor.value:.3g}" for factor in hidden)
+        yield f"the first line, {result.place}, is {ratio:.2f} times {_expected(setup)}: right for a run from scratch" + (
+            f". A factor of {open_factors} could hide in that; a log from the first step on would tell" if hidden else ""
+        )
+
+
+def _factor(result: Diagnosis, evidence: Evidence, why: str, named: list[Factor] | None = None) -> Finding:
+    """The finding for a factor with one name, with several, or with none; sets the explanation."""
+    curve, setup = result.curve, result.setup
+    if named is None:
+        named = contenders(evidence, setup, curve, setup.ln_v)
+    if not named:
+        return _factor_without_name(result, evidence, why)
+    first = result.explanation = named[0]
+    same = [factor for factor in named if factor.value == first.value]
+    others = [factor for factor in named if factor.value != first.value]
+    certainty = "possible" if len(named) > 1 else "very likely" if curve.from_start or why else "likely"
+    if setup.ln_v:
+        fits = f", and {_expected(setup)}"
+    else:
+        vocabularies = "" if first.is_unit else vocabularies_of(curve.first / first.value, curve.age)
+        fits = f", as with a vocabulary of {vocabularies}" if vocabularies else ""
+    text = f"{why}{first.arithmetic(curve.first)}{fits}: the shown loss {first.claim()}"
+    if len(same) > 1:
+        count = f"{max(first.value, 1 / first.value):g}"
+        text += f", {' or '.join(factor.words for factor in same)}; both are {count}, and no log can tell them apart"
+    elif not first.is_unit:
+        text += f", {'possibly' if others else certainty} {first.words}"
+    if others:
+        text += ". Also possible: " + "; ".join(f"{f.arithmetic(curve.first)} ({f.words})" for f in others)
+    return Finding("scale", certainty, text, _ONE_STEP, tuple(factor.cause for factor in named))
+
+
+def _factor_without_name(result: Diagnosis, evidence: Evidence, why: str) -> Finding:
+    curve, setup = result.curve, result.setup
+    target = f", and {_expected(setup)}" if setup.ln_v else ""
+    values = (evidence.least, evidence.best, evidence.most)
+    up = evidence.best > 1
+    least, by, most = values if up else (1 / value for value in reversed(values))
+    causes = ("multiplied" if up else "divided",)
+    text = f"{why}{curve.first:.4g} at {result.place}{target}: the shown loss is {causes[0]} by about {by:.3g}"
+    text += f" ({least:.3g} to {most:.3g})" + (", as a sum over so many tokens is" if by > 100 else "")
+    if up and setup.ln_v and curve.low < setup.ln_v:
+        text, causes = f"{text}, or the initial weights are far too large", (*causes, "initialisation")
+    result.explanation = Factor(evidence.best, causes[0], "")
+    advice = f"Give --accumulation, --world-size and --sequence-length to have their products tried. {_ONE_STEP}"
+    return Finding("scale", "likely", text, advice, causes)
+
+
+def _expected(setup: Setup) -> str:
+    return f"ln({setup.vocab_size}) = {setup.ln_v:.2f}"
+
+
+# ---------------------------------------------------------------- what is no scale
+
+
+def _not_finite(log: TrainingLog) -> Iterator[Finding]:
+    """NaN, infinities, and zeros that stand for them."""
+    bad, zeros = np.flatnonzero(~np.isfinite(log.loss)), np.flatnonzero(log.loss == 0)
+    if len(bad):
+        forever = len(bad) == len(log.loss) - bad[0] and len(bad) > 1
+        text = f"{len(bad)} of {len(log.loss)} losses are not finite, the first at {log.unit} {log.steps[bad[0]]:g}"
+        text += ", and none is finite after it" if forever else ""
+        advice = "Go on from a checkpoint before it, with a lower learning rate; weights that are NaN stay NaN."
+        yield Finding("nan", "certain", text, advice)
+    if len(zeros):
+        norm = log.columns.get("grad_norm")
+        text = f"{len(zeros)} of {len(log.loss)} losses are exactly 0, the first at {log.unit} {log.steps[zeros[0]]:g}"
+        text += ", with a gradient norm of NaN" if norm is not None and np.isnan(norm[zeros]).any() else ""
+        text += ": no language model gets there; loggers that filter NaN write 0"
+        yield Finding("nan", "likely", text, "Switch that filter off, and look for the first NaN.")
+
+
+def _ranks(result: Diagnosis) -> Iterator[Finding]:
+    """Every rank prints a line of its own."""
+    if (lines := result.log.lines_per_step) > 1:
+        text = f"each {result.log.unit} stands {lines} times: every rank shows its own loss. Judged here is their mean"
+        yield Finding("ranks", "very likely", text, "Sum nats and tokens over the ranks, divide last, and print once.")
+
+
+def _auxiliary(result: Diagnosis) -> Iterator[Finding]:
+    """A total that holds more than the cross-entropy beside it, or that moves with the auxiliary loss."""
+    columns, loss = result.log.columns, result.log.loss
+    aux, pure = columns.get("aux_loss"), columns.get("lm_loss")
+    if pure is not None:
+        known = np.flatnonzero(np.isfinite(loss) & np.isfinite(pure))
+        extra = (loss - pure)[known]
+        # A rank's own cross-entropy beside the mean of all scatters to both sides; an auxiliary loss adds every time.
+        if (
+            len(known)
+            and np.median(extra) > 2e-4 * np.median(pure[known])
+            and np.mean(extra > 0) > 0.95
+            and not result.explanation
+        ):
+            text = (
+                f"shown is {loss[known[0]]:.4g}, and its cross-entropy is {pure[known[0]]:.4g}: an auxiliary loss is mixed in"
+            )
+            yield Finding("auxiliary", "very likely", text, "Judge the run by the cross-entropy alone.")
+    elif aux is not None:
+        known = np.isfinite(aux) & np.isfinite(loss)
+        weight = _moves_with(loss[known], aux[known])
+        if weight:
+            part = f"{weight * aux[known][0]:.2g} of the first line is not cross-entropy"
+            text = f"the loss moves with the auxiliary loss, {weight:.2g} for each unit: {part}"
+            yield Finding("auxiliary", "likely", text, "Show the cross-entropy alone.")
+        else:
+            result.notes.append("an auxiliary loss is shown too; whether the loss holds it cannot be told from their movements")
+
+
+def _moves_with(loss: np.ndarray, aux: np.ndarray) -> float:
+    """Slope of the line-to-line changes of loss on those of aux; 0 where it is not beyond chance, or explains little."""
+    if len(loss) < 20 or np.ptp(aux) == 0:
+        return 0.0
+    x, y = np.diff(aux, 2), np.diff(loss, 2)
+    slope = float(x @ y / (x @ x))
+    error = float(np.std(y - slope * x) / math.sqrt(x @ x / 3))  # neighbouring second differences share lines: a third counts
+    return slope if slope > 8 * error and slope * np.std(x) > 0.3 * np.std(y) else 0.0
+
+
+def _stall(result: Diagnosis) -> Iterator[Finding]:
+    """The loss stays where it says nothing: at ln V, or at the frequency of the tokens."""
+    log, curve, setup, true = result.log, result.curve, result.setup, result.true
+    lines, ln_v, fifth = log.reference_lines, setup.ln_v, max(3, len(true) // 5)
+    span_steps = curve.steps[-1] - curve.steps[0]
+    if len(true) < 8 or (log.unit == "step" and span_steps < 90 and len(true) < 40):
+        return  # too short: the loss of a warm-up stays at its start, too
+    level = float(np.median(true[len(true) // 2 :]))
+    change = float(np.median(true[:fifth]) - np.median(true[-fifth:]))
+    blur = 3 * line_noise(true) / math.sqrt(fifth)
+    if abs(change) > max(0.01 * level, blur) or blur > 0.02 * level:
+        return
+    frozen = "lr" in log.columns and np.nanmax(log.columns["lr"]) == 0
+    advice = (
+        f"Causes: {'the learning rate, 0 on every line' if frozen else _NOTHING_LEARNED}. One batch over and over must fall."
+    )
+    span = f"the loss stays at {level:.3f} from {result.place} to {curve.steps[-1]:g}"
+    if ln_v and 0.985 <= level / ln_v <= 1.06:
+        random = " (this data is random, the log says: there it is right)" if lines.get("floor", 0) > 0.99 * ln_v else ""
+        yield Finding("stall", "very likely", f"{span}, and {_expected(setup)}: nothing is learned{random}", advice)
+    elif not ln_v and curve.from_start and log.unit == "step" and span_steps >= 200 and 4 < level < LARGEST_LN_V:
+        text = f"{span}, its first value, which is ln of {math.exp(level):,.0f}: if the vocabulary is that, nothing is learned"
+        yield Finding("stall", "likely", text, advice)
+    elif lines.get("unigram", 0) < 0.98 * lines.get("uniform", 0) and abs(level / lines["unigram"] - 1) < 0.01:
+        text = f"{span}, the entropy of single tokens ({lines['unigram']:.3f}): frequencies are learned, context is not used"
+        yield Finding("stall", "likely", text, "Look at the attention mask and the positions.")
+
+
+def _collapse(result: Diagnosis) -> Iterator[Finding]:
+    """A loss near 0: the answer stands in the input."""
+    curve, true, floor = result.curve, result.true, result.log.reference_lines.get("floor", math.inf)
+    last = float(np.median(true[-max(min(3, len(true)), len(true) // 10) :]))
+    if 0 < last < min(0.1, floor - 0.1) and true[0] > 2:
+        text = f"the loss falls to {last:.3g} nats at {result.log.unit} {curve.steps[-1]:g}; no text can be predicted so well"
+        advice = "Causes: labels not shifted (label = input), attention that sees what follows, or a few samples over and over."
+        yield Finding("collapse", "likely", text, advice)
+
+
+def _divergence(result: Diagnosis) -> Iterator[Finding]:
+    """The curve ends well above its lowest part."""
+    curve, true, tenth = result.curve, result.true, max(3, len(result.true) // 10)
+    if len(true) < 4 * tenth:
+        return
+    medians = np.array([np.median(true[i : i + tenth]) for i in range(len(true) - tenth + 1)])
+    best = int(medians.argmin())
+    rise = float(medians[-1] - medians[best])
+    if rise > max(0.08 * medians[best], 0.3, 8 * line_noise(true) / math.sqrt(tenth)):
+        where = f"{result.log.unit} {curve.steps[best + tenth // 2]:g}"
+        text = f"the loss rises from {medians[best]:.3g} around {where} to {medians[-1]:.3g} at the end"
+        yield Finding("divergence", "likely", text, "Go on from a checkpoint before the rise, with a lower learning rate.")
+
+
+def _noise(result: Diagnosis) -> Iterator[Finding]:
+    """The mean over many sequences cannot jump as one micro-batch does."""
+    setup, half = result.setup, len(result.true) // 2
+    if setup.micro_batches < 2 or half < 20 or (result.explanation and result.explanation.cause == "perplexity"):
+        return
+    noise = line_noise(result.true[half:])
+    sequences = setup.micro_batches * (setup.micro_batch_size or 1)
+    # Sequence means of mixed web text and code spread by 0.3 to 0.8 nats; half as much again is beyond what data explains.
+    bound = 1.2 / math.sqrt(sequences)
+    figures = (
+        f"lines jump by {noise:.2g} nats; the mean over {sequences} sequences{'' if setup.micro_batch_size else ' or more'}"
+    )
+    if noise <= bound:
+        result.notes.append(
+            f"{figures} may jump by up to {bound:.2g}: no sign that only a part of the step is shown, and no proof"
+        )
+        return
+    causes = ["last micro-batch"] if (setup.accumulation or 1) > 1 else []
+    causes += ["one rank"] if (setup.world_size or 1) > 1 else []
+    text = f"{figures} would by less than {bound:.2g}: shown is {' or '.join(f'{cause} alone' for cause in causes)}"
+    advice = "Print the mean over all micro-batches and ranks beside it: it must jump far less. Unstable training jumps, too."
+    yield Finding("noise", "possible", text.replace("last", "the last"), advice, tuple(causes))

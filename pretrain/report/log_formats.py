@@ -1,0 +1,404 @@
+"""Training logs of any framework as arrays: JSON (lines), CSV, TensorBoard events, tables and lines of text.
+
+Knows how losses, steps and their companions are spelled. Judges nothing (diagnose_log.py does), and imports no torch.
+
+    file -> rows {name as written: number} -> each name gets a meaning -> TrainingLog, one loss per step, oldest first
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+Row = dict[str, float]
+COLUMNS = ("lr", "grad_norm", "aux_loss", "lm_loss", "perplexity")
+
+
+class LogError(ValueError):
+    """A log that cannot be read; the message is for the user."""
+
+
+@dataclass
+class TrainingLog:
+    """What a log says. NaN and infinities stand as they were written."""
+
+    name: str
+    format: str
+    loss_name: str
+    """As the log spells it."""
+    unit: str
+    """What `steps` counts: step, epoch (the log has no steps) or line (it has neither)."""
+    steps: np.ndarray  # (N,)
+    loss: np.ndarray  # (N,)
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    """Of COLUMNS those that the log has, (N,); NaN where a line lacks it. lm_loss: the cross-entropy beside a total."""
+    val_steps: np.ndarray = field(default_factory=lambda: np.zeros(0))  # (M,)
+    val_loss: np.ndarray = field(default_factory=lambda: np.zeros(0))  # (M,)
+    evaluated_steps: np.ndarray = field(default_factory=lambda: np.zeros(0))  # (E,)
+    evaluated_loss: np.ndarray = field(default_factory=lambda: np.zeros(0))  # (E,) of training data, beside the validation
+    skipped_steps: int = 0
+    lines_per_step: int = 1
+    """More than 1: every rank printed a line of its own; `loss` is then their mean."""
+    reference_lines: dict[str, float] = field(default_factory=dict)
+    """Nats per token; only our own logs have them."""
+    notes: list[str] = field(default_factory=list)
+
+
+# ---------------------------------------------------------------- what a name means
+
+_VALIDATION = {"val", "valid", "validation", "eval", "evaluation", "test", "dev", "heldout"}
+_AUXILIARY = {"aux", "auxiliary", "balance", "balancing", "router", "routing", "z", "moe", "load", "lb"}
+_CROSS_ENTROPY = {"lm", "ce", "nll", "xent", "cross", "entropy", "logits", "language", "model"}
+_PLAIN = {"loss", "losses", "train", "training", "trn", "avg", "average", "mean", "total", "step", "steps", "batch", "epoch"}
+_PLAIN |= {"running", "reduced", "inner", "iter", "current", "smooth", "smoothed", "ema", "value", "per", "token", "main"}
+_PLAIN |= {"global", "stats", "metrics"}
+_NO_LOSS = {"scale", "scaling", "scaler", "std", "var", "min", "max", "best", "delta", "time", "weight", "coef", "ppl"}
+_STEP = {"step", "steps", "updates"}
+_ITERATION = {"iter", "iters", "iteration", "itr"}
+_NO_STEP = {
+    "time",
+    "per",
+    "max",
+    "total",
+    "warmup",
+    "every",
+    "elapsed",
+    "remaining",
+    "skipped",
+    "loss",
+    "nan",
+    "number",
+    "size",
+}
+
+
+def meaning(name: str) -> str | None:
+    """The one word for what a column, key or label holds: step, iteration, epoch, loss, lm_loss, other_loss, aux_loss,
+    val_loss, lr, grad_norm, perplexity, skipped; None for everything else."""
+    name = name.rpartition(" - ")[2]  # W&B exports put the run's name before it
+    words = re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
+    unique = set(words)
+    if not words:
+        return None
+    if unique & {"loss", "losses", "nll", "xent"} or {"cross", "entropy"} <= unique:
+        return None if unique & _NO_LOSS else _kind_of_loss(unique)
+    if words == ["val"]:
+        return "val_loss"  # "loss train: 3.1, val: 3.2"
+    if unique & {"ppl", "perplexity"}:
+        return None if unique & _VALIDATION else "perplexity"
+    if "lr" in unique or {"learning", "rate"} <= unique:
+        return "lr"
+    if unique & {"gnorm", "gradnorm"} or {"grad", "norm"} <= unique or {"gradient", "norm"} <= unique:
+        return "grad_norm"
+    if "skipped" in unique or {"nan", "iterations"} <= unique:
+        return "skipped"
+    if words[-1] == "epoch":
+        return "epoch"
+    if unique & _NO_STEP:
+        return None
+    return "step" if words[-1] in _STEP else "iteration" if words[-1] in _ITERATION else None
+
+
+def _kind_of_loss(words: set[str]) -> str:
+    if words & _VALIDATION:
+        return "val_loss"
+    if words & _AUXILIARY:
+        return "aux_loss"
+    if words - _PLAIN - _CROSS_ENTROPY:
+        return "other_loss"
+    return "lm_loss" if words & _CROSS_ENTROPY else "loss"
+
+
+# ---------------------------------------------------------------- files to rows
+
+_WHOLE_STEP = "the mean over ranks and micro-batches"
+_LAST = "the last micro-batch of rank 0"
+TEXT_FORMATS = {
+    "MiniMind-like text": (r"Epoch:?\s*\[\d+/\d+\]\s*\(\s*\d+/\d+\)", f"{_LAST}; its steps count micro-batches"),
+    "nanochat text": (r"^step \d{5}/\d{5} \(.*loss:", f"{_LAST}, smoothed"),
+    "litgpt text": (r"\biter \d+ step \d+.*\bloss train", "a mean of rank 0 alone"),
+    "nanoGPT text": (r"^iter \d+: loss", _LAST),
+    "Megatron text": (r"\biteration\s+\d+/\s*\d+\s*\|.*loss", _WHOLE_STEP),
+    "fairseq text": (r"\btrain_inner\b", "bits, not nats"),
+    "torchtitan text": (r"\bstep:\s+\d+\s+loss:\s+\S+\s+grad_norm:", _WHOLE_STEP),
+    "Hugging Face Trainer text": (r"\{'(loss|eval_loss)':", f"{_WHOLE_STEP}, since the last line"),
+}
+"""Format: (what its lines look like, what the published script behind it shows as the loss)."""
+
+_NUMBER = r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|[-+]?(?:nan|inf(?:inity)?)\b"
+_WORD = r"(?!nan\b|inf\b)[A-Za-z_][\w/.\-]*"
+_PAIR = re.compile(rf"(?<![\w])({_WORD}(?: {_WORD})*)[\"']?\s*[:=]?\s*(?:tensor\()?[\"'\[(]?\s*({_NUMBER})", re.IGNORECASE)
+_EPOCH_AND_BATCH = re.compile(r"epoch:?\s*\[?\s*(\d+)\s*(/\s*\d+)?\s*\]?\s*[\[(]\s*(\d+)\s*/\s*(\d+)\s*[\])]", re.IGNORECASE)
+_OUT_OF = re.compile(r"[\[(|]\s*(\d+)\s*/\s*\d+\s*(?:[\])]|\[)")
+_AT_STEP = re.compile(r"\bat (iteration|step)\b")  # "validation loss at iteration 100 | lm loss value: 9.1"
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+def read_log(path: Path) -> TrainingLog:
+    """The log in a file, or in the folder of a run of ours or of TensorBoard. Raises LogError, OSError."""
+    path = Path(path)
+    if path.is_dir() and (path / "metrics.jsonl").is_file():
+        path = path / "metrics.jsonl"
+    if path.is_dir() or "tfevents" in path.name:
+        return _assemble(path, "TensorBoard events", list(_tensorboard_rows(path)))
+    raw = path.read_bytes()
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        text = raw.decode("utf-16", errors="replace")
+    elif b"\0" in raw[:4096]:
+        raise LogError(f"{path}: is a binary file; give text, JSON lines, CSV, or a TensorBoard file (events.out.tfevents...)")
+    else:
+        text = raw.decode("utf-8-sig", errors="replace")
+    if not text.strip():
+        raise LogError(f"{path}: is empty; give a log that holds at least one loss")
+    rows = _json_rows(text)
+    if rows:
+        ours = any("reference_lines/uniform" in row for row in rows)
+        return _assemble(path, "metrics.jsonl of this project" if ours else "JSON", rows)
+    if rows := _csv_rows(text):
+        return _assemble(path, "CSV", rows)
+    lines = [line for line in re.split(r"[\r\n]+", _ESCAPES.sub("", text)) if line.strip()]
+    counts = {name: sum(bool(re.search(shape, line)) for line in lines) for name, (shape, _) in TEXT_FORMATS.items()}
+    name = max(counts, key=counts.get)
+    return _assemble(path, name if counts[name] else "text", list(_text_rows(lines)))
+
+
+def _json_rows(text: str) -> list[Row]:
+    """Rows of JSON lines, or of one document: a list of objects, or an object that holds one (trainer_state.json)."""
+    records = []
+    if text.lstrip()[0] not in "{[":
+        return []
+    for line in text.splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue  # a torn last line, or words between the records
+    if sum(isinstance(record, dict) for record in records) <= 1:
+        try:
+            document = json.loads(text)
+        except ValueError:
+            document = None
+        lists = [document, *document.values()] if isinstance(document, dict) else [document]
+        records = next((value for value in lists if isinstance(value, list) and value), records)
+    return [dict(_numbers(record)) for record in records if isinstance(record, dict)]
+
+
+def _numbers(record: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every number by its path a/b. Our logs write null for what is not finite and say under `nonfinite` what it was."""
+    for key, value in record.items():
+        if key == "nonfinite" and isinstance(value, dict):
+            yield from ((name, float(word)) for name, word in value.items())
+        elif isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{key}/")
+        elif not isinstance(value, bool) and (number := _number(value)) is not None:
+            yield prefix + key, number
+
+
+def _number(value: object) -> float | None:
+    """A number, also one in a string ("9.1", "1,000", "10/500"); None for everything else."""
+    if isinstance(value, str):
+        value = value.strip().partition("/")[0].replace(",", "")
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+
+
+def _csv_rows(text: str) -> list[Row]:
+    """Rows under a header that names a loss; [] when there is none."""
+    header = text.lstrip().splitlines()[0]
+    delimiter = max(",;\t", key=header.count)
+    names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter))]
+    if not any((meaning(name) or "").endswith("loss") for name in names) or any(_number(name) is not None for name in names):
+        return []
+    if len(names) > 1 and not all(re.search("[A-Za-z]", name) and len(name) < 80 for name in names if name):
+        return []
+    if re.search(r"[:=]\s*[-+.\d]", header):
+        return []  # "step: 1, loss: 9.1" is a line of text
+    table = csv.reader(io.StringIO(text.lstrip()), delimiter=delimiter)
+    next(table)
+    rows = [{n: v for n, cell in zip(names, cells, strict=False) if (v := _number(cell)) is not None} for cells in table]
+    return [row for row in rows if row]
+
+
+def _tensorboard_rows(path: Path) -> Iterator[Row]:
+    """One row a step, of all scalars in an event file or in the files of a folder."""
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        from tensorboard.util.tensor_util import make_ndarray
+    except ImportError:
+        raise LogError(f"{path}: reading TensorBoard files needs the package tensorboard; pip install tensorboard") from None
+    if path.is_dir() and not any("tfevents" in file.name for file in path.iterdir()):
+        raise LogError(f"{path}: holds neither metrics.jsonl nor TensorBoard files (events.out.tfevents...); give a log file")
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    by_step: dict[int, Row] = {}
+    for tag in events.Tags()["scalars"]:
+        for event in events.Scalars(tag):
+            by_step.setdefault(event.step, {"step": float(event.step)})[tag] = event.value
+    for tag in events.Tags()["tensors"]:
+        if events.SummaryMetadata(tag).plugin_data.plugin_name == "scalars":
+            for event in events.Tensors(tag):
+                by_step.setdefault(event.step, {"step": float(event.step)})[tag] = float(make_ndarray(event.tensor_proto))
+    yield from (by_step[step] for step in sorted(by_step))
+
+
+def _text_rows(lines: Iterable[str]) -> Iterator[Row]:
+    """Rows of tables (a header with step and loss, cells two spaces apart) and of lines with `name value` pairs."""
+    header: list[str] = []
+    step: float | None = None
+    for line in lines:
+        cells = re.split(r"\s{2,}|\t+", line.strip())
+        if {"step", "loss"} <= {cell.lower() for cell in cells}:
+            header = cells
+        elif header and len(cells) == len(header):
+            numbers = ((name, _number(cell)) for name, cell in zip(header, cells, strict=True))
+            if row := {name: number for name, number in numbers if number is not None}:
+                yield row
+        else:
+            row = _pairs(line)
+            if not {meaning(name) for name in row} & {"step", "iteration"}:
+                found = _step_without_name(line)
+                step = found if found is not None else step
+                if step is not None:
+                    row["step"] = step  # its own, or that of the lines above: some print one figure a line
+            else:
+                step = next(row[name] for name in row if meaning(name) in ("step", "iteration"))
+            if len(row) > ("step" in row):
+                yield row
+
+
+def _pairs(line: str) -> Row:
+    """All `name value`, `name: value`, `'name': value` and `name=value` of a line; the first of a name counts."""
+    row: Row = {}
+    validation = re.search(r"\b(validation|valid|evaluation|eval|test)\b", line, re.IGNORECASE) and not re.search("train", line)
+    for name, number in _PAIR.findall(_AT_STEP.sub(r", \1", line)):
+        if validation and (meaning(name) or "").endswith("loss"):
+            name = f"val {name}"
+        row.setdefault(name, float(number.replace(",", "")))
+    return row
+
+
+def _step_without_name(line: str) -> float | None:
+    if found := _EPOCH_AND_BATCH.search(line):
+        epoch, of_epochs, batch, batches = found.groups()
+        return (int(epoch) - bool(of_epochs)) * int(batches) + int(batch)  # [1/2] counts from 1, [0] from 0
+    found = _OUT_OF.search(line)
+    return float(found[1]) if found else None
+
+
+# ---------------------------------------------------------------- rows to a log
+
+
+def _assemble(path: Path, kind: str, rows: list[Row]) -> TrainingLog:
+    """Rows to series. Raises LogError when there is no loss in them."""
+    counts = Counter(name for row in rows for name in row)
+    names: dict[str | None, list[str]] = {}  # of each meaning, the most frequent first
+    for name, _ in counts.most_common():
+        names.setdefault(meaning(name), []).append(name)
+    losses = [name for kind_of_loss in ("loss", "lm_loss", "other_loss") for name in names.get(kind_of_loss, [])]
+    if not losses:
+        seen = ", ".join(repr(name) for name, _ in counts.most_common(8)) or "no numbers"
+        raise LogError(f"{path}: no training loss in it (found: {seen}). Give a log with lines such as 'step 10 loss 9.2'")
+    loss_name = losses[0]
+    train = [row for row in rows if loss_name in row]
+    step_names = sorted(names.get("step", []), key=lambda name: "global" not in name) + names.get("iteration", [])
+    _count_on_over_epochs(rows, step_names, names.get("epoch", []))
+    unit, x_of = _x_axis(train, step_names, names.get("epoch", []))
+    columns = {word: [name for name in names.get(word, []) if name != loss_name][:1] for word in COLUMNS}
+    log = TrainingLog(
+        name=path.name,
+        format=kind,
+        loss_name=loss_name,
+        unit=unit,
+        steps=np.array([x_of(row, i) for i, row in enumerate(train, start=1)], dtype=float),
+        loss=np.array([row[loss_name] for row in train]),
+        columns={
+            word: np.array([row.get(name, math.nan) for row in train]) for word, found in columns.items() for name in found
+        },
+        skipped_steps=_skipped(rows, names.get("skipped", []), kind),
+        reference_lines={
+            name.partition("/")[2]: row[name] for row in rows for name in row if name.startswith("reference_lines/")
+        },
+    )
+    if unit != "line" and (val_name := next(iter(names.get("val_loss", [])), None)):
+        log.val_steps, log.val_loss = _series(rows, val_name, x_of)
+        beside = [name for name in names.get("loss", [])[1:] if all(val_name in row for row in rows if name in row)]
+        if beside:
+            log.evaluated_steps, log.evaluated_loss = _series(rows, beside[0], x_of)
+    by_micro_batch = all({"step", "iteration"} <= {meaning(name) for name in row} for row in train[:100])
+    _one_loss_per_step(log, by_micro_batch)
+    return log
+
+
+def _count_on_over_epochs(rows: list[Row], step_names: list[str], epoch_names: list[str]) -> None:
+    """Steps that begin again with each epoch go on counting instead, in place."""
+    offset, last_step, last_epoch = 0.0, -math.inf, math.inf
+    for row in rows:
+        name = next((name for name in step_names if name in row), None)
+        epoch = next((row[each] for each in epoch_names if each in row), last_epoch)
+        if name is not None:
+            if row[name] < last_step and epoch > last_epoch:
+                offset += last_step
+            last_step, last_epoch = row[name], epoch
+            row[name] += offset
+
+
+def _x_axis(train: list[Row], step_names: list[str], epoch_names: list[str]) -> tuple[str, Callable[[Row, int], float]]:
+    """-> (unit, function of (row, number of the row) -> x): the first that nearly all rows have."""
+    for unit, names in (("step", step_names), ("epoch", epoch_names)):
+        if sum(any(name in row for name in names) for row in train) >= 0.9 * len(train):
+            return unit, lambda row, i, names=names: next((row[name] for name in names if name in row), math.nan)
+    return "line", lambda row, i: i
+
+
+def _series(rows: list[Row], name: str, x_of) -> tuple[np.ndarray, np.ndarray]:
+    """(x, values) of one name, where both are finite."""
+    pairs = [(x_of(row, 0), row[name]) for row in rows if name in row]
+    pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
+    return np.array([x for x, _ in pairs], dtype=float), np.array([value for _, value in pairs], dtype=float)
+
+
+def _skipped(rows: list[Row], names: list[str], kind: str) -> int:
+    """Ours and most count from the start; Megatron counts since the last line."""
+    values = [row[name] for row in rows for name in names if name in row and math.isfinite(row[name])]
+    return int(sum(values) if kind.startswith("Megatron") else max(values, default=0))
+
+
+def _one_loss_per_step(log: TrainingLog, by_micro_batch: bool) -> None:
+    """Several lines of one step become their mean; after a restart the newer line of a step stands. Writes notes."""
+    _keep(log, np.flatnonzero(np.isfinite(log.steps)))
+    starts = np.flatnonzero(np.r_[True, np.diff(log.steps) != 0])
+    lengths = np.diff(np.r_[starts, len(log.steps)])
+    lines = int(np.median(lengths)) if len(lengths) else 0
+    if len(starts) >= 2 and lines >= 2 and np.mean(lengths == lines) > 0.8:
+        with np.errstate(invalid="ignore"):
+            differ = np.maximum.reduceat(log.loss, starts) - np.minimum.reduceat(log.loss, starts) > 0
+        mean = np.add.reduceat(log.loss, starts) / lengths
+        _keep(log, starts)
+        log.loss = mean
+        if by_micro_batch:
+            log.notes.append(f"each step has {lines} lines, one for each micro-batch; their mean is judged")
+        elif np.mean(differ) > 0.5:
+            log.lines_per_step = lines
+    kept: list[int] = []
+    for i, step in enumerate(log.steps):
+        if kept and step < log.steps[kept[-1]]:
+            place = f"{log.unit} {log.steps[kept[-1]]:g} to {step:g}"
+            log.notes.append(f"the log goes back from {place}: a restart; where steps stand twice the newer line is judged")
+        while kept and log.steps[kept[-1]] >= step:
+            kept.pop()
+        kept.append(i)
+    _keep(log, np.array(kept, dtype=int))
+
+
+def _keep(log: TrainingLog, lines: np.ndarray) -> None:
+    log.steps, log.loss = log.steps[lines], log.loss[lines]
+    log.columns = {name: values[lines] for name, values in log.columns.items()}
