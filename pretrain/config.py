@@ -216,6 +216,10 @@ class CheckpointConfig:
     """Newest checkpoints kept; at least 1."""
     keep_best: int = 1
     """Checkpoints kept with the lowest validation loss. 0: off."""
+    asynchronous: bool = True
+    """Write in the background; costs the host one copy of each rank's share of the state. false: the run waits for the disk."""
+    deadline_seconds: float = 25.0
+    """From SIGTERM to a durable checkpoint; a rank that has none by then leaves, because a peer is gone. Launchers kill after 30."""
     resume: str = "auto"
     """auto: the newest valid checkpoint of this run, else a fresh start; never: refuse a directory that has some; or the path of a checkpoint."""
     allow_changes: list[str] = field(default_factory=list)
@@ -342,7 +346,7 @@ _AT_LEAST = {
     "evaluate.max_batches checkpoint.keep_last log.every_steps",
     2: "model.vocab_size",
 }
-_POSITIVE = "optimizer.lr optimizer.eps model.rope_theta model.rms_norm_eps train.epochs engine.timeout_seconds log.peak_tflops"
+_POSITIVE = "optimizer.lr optimizer.eps model.rope_theta model.rms_norm_eps train.epochs engine.timeout_seconds log.peak_tflops checkpoint.deadline_seconds"
 
 
 def _check_ranges(config: Config) -> list[Problem]:

@@ -5,6 +5,8 @@ Sums of nats over sums of labels, divided last; the last partial window and the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from pretrain.data.batches import ValidData
@@ -12,14 +14,30 @@ from pretrain.report.metrics import bits_per_byte, perplexity
 from pretrain.runtime.engine import Engine
 
 
-def evaluate(engine: Engine, sets: list[ValidData], micro_batch_size: int, max_samples: int | None = None) -> dict[str, float]:
+class Stopped(Exception):
+    """Validation was given up on all ranks; `flags`: their requests, summed."""
+
+    def __init__(self, flags: list[int]):
+        self.flags = flags
+
+
+def evaluate(
+    engine: Engine,
+    sets: list[ValidData],
+    micro_batch_size: int,
+    max_samples: int | None = None,
+    requests: Callable[[], list[int]] = list,
+) -> dict[str, float]:
     """val_loss (nats per token), val_perplexity, val_bits_per_byte over all sets, and val_loss/<name> where there are several.
 
-    A collective. `max_samples` are spread evenly over each set, so that the choice does not depend on ranks.
+    A collective. `max_samples` are spread evenly over each set, so that the choice does not depend on ranks. `requests` asks
+    this rank between micro-batches; as soon as any rank's flags are not all 0, every rank raises Stopped.
     """
     engine.model.eval()
-    totals = torch.stack([_loss_sum_and_labels(engine, data, micro_batch_size, max_samples) for data in sets])
-    engine.model.train()
+    try:
+        totals = torch.stack([_loss_sum_and_labels(engine, data, micro_batch_size, max_samples, requests) for data in sets])
+    finally:
+        engine.model.train()
     sums = engine.all_reduce(totals).tolist()
     loss_sum, labels = (sum(column) for column in zip(*sums, strict=True))
     figures = {"val_loss": loss_sum / labels, "val_perplexity": perplexity(loss_sum / labels)}
@@ -32,14 +50,21 @@ def evaluate(engine: Engine, sets: list[ValidData], micro_batch_size: int, max_s
 
 
 @torch.no_grad()
-def _loss_sum_and_labels(engine: Engine, data: ValidData, micro_batch_size: int, max_samples: int | None) -> torch.Tensor:
+def _loss_sum_and_labels(
+    engine: Engine, data: ValidData, micro_batch_size: int, max_samples: int | None, requests: Callable[[], list[int]]
+) -> torch.Tensor:
     """[nats, labels] (2,) float64 of this rank's share."""
     samples = data.num_samples if max_samples is None else min(max_samples, data.num_samples)
     chosen = [i * data.num_samples // samples for i in range(samples)]
     round_size = micro_batch_size * engine.world_size
     chosen += [None] * (-samples % round_size)  # masked samples: all ranks run the same number of micro-batches
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    flags_of_last_round = list
     for first in range(engine.rank * micro_batch_size, len(chosen), round_size):
+        flags = engine.copy_to_host(engine.all_reduce(torch.tensor(requests(), device=engine.device)))
+        if any(told := flags_of_last_round()):  # one round late: nobody waits for the device
+            raise Stopped(told)
+        flags_of_last_round = flags
         batch = data.take(chosen[first : first + micro_batch_size])
         sums[0] += engine.forward(*engine.to_device(batch))
         sums[1] += (batch.labels_BT != -100).sum().item()

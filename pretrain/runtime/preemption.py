@@ -4,8 +4,8 @@
     SIGINT          save, status 130: Ctrl-C. A second one leaves at once
     the file STOP   in the run's folder, seen by rank 0: save, status 130. The run does not go on while the file is there
 
-Before the first step there is nothing to save, and a signal ends the process at once. Later, SIGTERM starts a deadline: a rank that
-has no durable checkpoint by then, because a peer is gone and the collective will never end, leaves without one.
+Before the first step there is nothing to save, and a signal ends the process at once. Later, SIGTERM starts a deadline: a rank
+that has no durable checkpoint by then, because a peer is gone and the collective will never end, leaves without one.
 
 Signals are noticed by a thread: Python's own handlers run in the main thread, which may hang in a collective for ever.
 It knows processes and signals, not what is saved.
@@ -24,7 +24,7 @@ from collections.abc import Callable
 from types import FrameType
 
 STOPPED = (("SIGTERM", 75), ("SIGINT", 130), ("the file STOP", 130))
-"""Who may ask, and the exit status of a run that did as asked, in the order of flags. What a person stopped, nothing restarts."""
+"""Who may ask, and the exit status of a run that did so, in the order of flags. What a person stopped, nothing restarts."""
 PEER_LOST, STOPPED_BY_PERSON = 75, 130
 _PARENT_POLL_SECONDS, _LAST_WORDS_SECONDS = 1.0, 5.0
 
@@ -139,10 +139,8 @@ class StopRequest:
         limit = f"{self.deadline_seconds:g} s (checkpoint.deadline_seconds)"
         if self._saved_status is not None:
             self.leave(self._saved_status, f"saved, but to end took longer than {limit}; left at once")
-        self.leave(
-            PEER_LOST,
-            f"peer_lost: no durable checkpoint {limit} after SIGTERM: another rank is gone or hangs, or a step and a save take longer",
-        )
+        cause = "another rank is gone or hangs, or a step and a save take longer"
+        self.leave(PEER_LOST, f"peer_lost: no durable checkpoint {limit} after SIGTERM: {cause}")
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:
@@ -160,7 +158,7 @@ def who_asked(flags: list[int]) -> str:
 
 
 def is_peer_lost(error: BaseException) -> bool:
-    """Whether a collective failed because of another process. Gloo has no class of errors of its own: its messages name its files."""
+    """Whether a collective failed because of another process. Gloo has no errors of its own: its messages name its files."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"DistBackendError", "DistNetworkError"}) or (
         isinstance(error, RuntimeError) and "gloo/transport" in str(error)

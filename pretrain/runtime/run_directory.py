@@ -2,7 +2,15 @@
 
     runs/<name>/config.yaml  metrics.jsonl  console.log  run_state.json  run.lock  checkpoints/  plots/
 
-`accelerate launch` returns 1 whatever its workers return, so the exit status also stands in run_state.json.
+`accelerate launch` returns 1 whatever its workers return, so the exit status also stands in run_state.json:
+
+    status       running, done, stopped, failed; a job that is gone but `running` was killed
+    exit_status  null while running; docs/running.md says what each means
+    step         last step that is known to be finished
+    saved_step   step of the newest durable checkpoint; null: none yet
+    attempt      how often the run was started
+    reason       for people; null: nothing to say
+    time         when this was written, seconds since 1970
 """
 
 from __future__ import annotations
@@ -11,6 +19,7 @@ import fcntl
 import json
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -25,7 +34,7 @@ class RunDirectory:
     def __init__(self, directory: Path):
         self.path = directory
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lock = open(directory / "run.lock", "a+")  # noqa: SIM115 -- held for life
+        self._lock = open(directory / "run.lock", "a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -36,17 +45,40 @@ class RunDirectory:
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         self._lock.flush()
+        self._writing = threading.Lock()  # the thread that hears signals writes too
+        before = read_state(directory)
+        self._state = {"step": before.get("step"), "saved_step": before.get("saved_step")}
+        self._state["attempt"] = before.get("attempt", 0) + 1
 
-    def write_state(self, status: str, *, exit_status: int | None = None, step: int | None = None, reason: str = "") -> None:
-        """run_state.json: status is running, done, stopped, diverged or failed; exit_status as documented in the README."""
-        state = {"status": status, "exit_status": exit_status, "step": step, "reason": reason, "time": time.time()}
-        self.write_text("run_state.json", json.dumps(state) + "\n")
+    def write_state(
+        self,
+        status: str,
+        *,
+        exit_status: int | None = None,
+        step: int | None = None,
+        saved_step: int | None = None,
+        reason: str | None = None,
+    ) -> None:
+        """run_state.json, as the module's head says; a step that is not given stays as it was."""
+        known = {name: value for name, value in (("step", step), ("saved_step", saved_step)) if value is not None}
+        self._state |= {"status": status, "exit_status": exit_status, "reason": reason, "time": time.time(), **known}
+        self.write_text("run_state.json", json.dumps(self._state) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         """A small file of the run, replaced as a whole."""
         temporary = self.path / f".{name}.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path / name)
+        with self._writing:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path / name)
+
+
+def read_state(directory: Path) -> dict:
+    """run_state.json of a run; empty where there is none that can be read."""
+    try:
+        state = json.loads((directory / "run_state.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
