@@ -366,7 +366,7 @@ def _start_processes(config: EngineConfig, **options: Any):
         # torchrun sets one thread for every process; on CPUs that leaves most of the machine idle.
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
-    patience = timedelta(seconds=config.timeout_seconds + 5 * interval(config.timeout_seconds))  # the watchdog speaks first
+    patience = timedelta(seconds=config.timeout_seconds + 10 * interval(config.timeout_seconds))  # the watchdog speaks first
     group = InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=patience)
     alone = "LOCAL_RANK" not in os.environ  # plain python, or accelerate launch with one process
     if alone and config.name != "ddp":  # these engines want a process group also for one process

@@ -75,14 +75,17 @@ class Watchdog:
     # ---------------------------------------------------------------- the thread
 
     def _watch(self) -> None:
-        ticks, reported_calls = 0, -1
+        ticks, hung_call, hung_tick, before = 0, -1, -1, []
         while not self._stop.wait(self.interval):
             ticks += 1
             try:
                 self._exchange(ticks)
-                if time.monotonic() - self.since > self.timeout_seconds and self.calls != reported_calls:
-                    reported_calls = self.calls
-                    self._report()
+                if time.monotonic() - self.since > self.timeout_seconds and self.calls != hung_call:
+                    hung_call, hung_tick, before = self.calls, ticks, self._positions()
+                    self._write_stacks()
+                    self._seen_requests = self._store.add("requests", 1)
+                elif ticks == hung_tick + 3 and self.calls == hung_call:  # by now every living rank has published again
+                    self._name_the_rank_behind(before, self._positions())
             except (RuntimeError, OSError) as error:  # the process that holds the store has ended, or the disk is full
                 if not self._stop.is_set():
                     print(f"watchdog: rank {self.rank} cannot reach the others: {str(error).splitlines()[0]}", file=sys.stderr)
@@ -99,18 +102,12 @@ class Watchdog:
             self._seen_requests = requests
             self._write_stacks()
 
-    def _report(self) -> None:
-        """Stacks of all ranks, and one line, from the lowest of the ranks that wait, that names those that are behind."""
-        self._write_stacks()
-        self._seen_requests = self._store.add("requests", 1)
-        before = self._positions()
-        time.sleep(3 * self.interval)
-        now = self._positions()
+    def _name_the_rank_behind(self, before: list[tuple], now: list[tuple]) -> None:
+        """One line, from the lowest of the ranks that wait."""
         furthest = max(calls for calls, *_ in now)
-        waiting = [rank for rank, (calls, *_) in enumerate(now) if calls == furthest]
-        if self.rank == waiting[0]:
-            seconds = time.monotonic() - self.since
-            print(hang_line(before, now, seconds, self.path.parent), file=sys.stderr, flush=True)
+        if self.rank == [calls for calls, *_ in now].index(furthest):
+            line = hang_line(before, now, time.monotonic() - self.since, self.path.parent)
+            print(line, file=sys.stderr, flush=True)
 
     def _positions(self) -> list[tuple[int, int, str, int]]:
         """(calls, step, doing, ticks) of every rank."""

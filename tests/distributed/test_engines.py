@@ -60,9 +60,9 @@ VARIANTS = {
 
 
 def run_engines(ranks: int, function: Callable, configs: dict[str, EngineConfig], *args) -> list[dict]:
-    """`function(configs, *args)` on each rank: one start for all engines; one for each where a process is alone, with its own group."""
+    """`function(configs, *args)` on each rank: one start for all engines, or, without a common process group, one for each."""
     if ranks > 1:
-        return run_ranks(ranks, function, configs, *args)
+        return run_ranks(ranks, function, configs, *args, timeout=600)
     starts = [run_ranks(1, function, {name: config}, *args)[0] for name, config in configs.items()]
     return [{key: value for start in starts for key, value in start.items()}]
 
@@ -95,7 +95,8 @@ def check_proof(subtests, ranks: int, configs: dict, micro_batch: int, optimizer
             assert all(torch.equal(initial[f"model/{key}"], weight) for key, weight in true_initial.items())
             loss, norm, weight = differences(proofs, expected)
             print(f"{name} on {ranks}, {optimizer_name}: loss {loss:.1e}, norm {norm:.1e}, weights {weight:.1e}")
-            assert loss < 1e-6 and norm < 1e-6 and weight < 1e-6
+            # AdamW divides a gradient by its own size, so where that is near zero it shows rounding errors at full length.
+            assert loss < 1e-6 and norm < 1e-6 and weight < (1e-6 if optimizer_name == "sgd" else 3e-5)
             for mutant in mutants:
                 assert max(differences(proofs, expected, mutant)) > 1e-2, mutant
 
@@ -148,7 +149,7 @@ def local_parameters(engine: Engine) -> list[torch.Tensor]:
 
 def test_a_step_that_is_not_finite_leaves_weights_and_moments_of_all_ranks_untouched(subtests):
     configs = ENGINES | {f"{name} bf16": dataclasses.replace(config, precision="bf16") for name, config in ENGINES.items()}
-    for results in run_ranks(2, poisoned, configs):
+    for results in run_ranks(2, poisoned, configs, timeout=300):
         for name, trace in results.items():
             with subtests.test(name):
                 (state, used, updates, _), (state_2, used_2, updates_2, figures), (state_3, used_3, updates_3, after) = trace
