@@ -8,7 +8,8 @@ import torch
 
 from pretrain.config import Config, ModelConfig, load
 from pretrain.model.transformer import Transformer
-from pretrain.runtime.checkpoint import CheckpointError, best_key, checkpoints, load_weights
+from pretrain.runtime.checkpoint import best_key, load_weights
+from pretrain.runtime.manifest import CheckpointError, checkpoints
 
 
 def load_model(run_directory: Path, step: int | str | None = None) -> tuple[Config, Transformer]:

@@ -33,14 +33,16 @@ from pretrain.report.plot import plot_runs
 from pretrain.report.sinks import Sinks
 from pretrain.runtime import checkpoint as checkpoints
 from pretrain.runtime.canary import Canary
-from pretrain.runtime.checkpoint import Checkpoint, CheckpointError
+from pretrain.runtime.checkpoint import NotFinite
 from pretrain.runtime.engine import Engine, start_engine
 from pretrain.runtime.levers import compile_report
+from pretrain.runtime.manifest import Checkpoint, CheckpointError, UnsafeCheckpoint
 from pretrain.runtime.preemption import PEER_LOST, STOPPED_BY_PERSON, StopRequest, exit_status, is_peer_lost, who_asked
 from pretrain.runtime.run_directory import Locked, RunDirectory
+from pretrain.runtime.saver import VOTES, Saver
 from pretrain.schema import to_dict, to_yaml
 
-DONE, FAILED, REFUSED, DIVERGED, LOCKED, STORAGE_FAILED = 0, 1, 2, 70, 73, 74
+DONE, FAILED, REFUSED, DIVERGED, LOCKED, STORAGE_FAILED, UNSAFE = 0, 1, 2, 70, 73, 74, 77
 
 # ================================================================ the step
 
@@ -131,6 +133,7 @@ class Run:
     """On rank 0."""
     directory: RunDirectory | None
     """On rank 0."""
+    saver: Saver
 
     def say(self, text: str) -> None:
         """A line for people, once."""
@@ -161,6 +164,10 @@ def train(config: Config, stop: StopRequest | None = None) -> int:
         engine.watchdog.start(Path(config.run.directory) / config.run.name / "stacks")
         status, reason = _train(config, engine, directory, stop)
         agreed = True
+    except UnsafeCheckpoint as error:
+        status, reason = UNSAFE, str(error)
+    except NotFinite as error:
+        status, reason = DIVERGED, str(error)
     except (ConfigError, DataError, CheckpointError) as error:
         status, reason = REFUSED, str(error)
     except Locked as error:
@@ -239,12 +246,20 @@ def _train(config: Config, engine: Engine, directory: RunDirectory | None, stop:
     if engine.rank == 0:
         sinks = Sinks(config.log, folder, name=config.run.name, settings=to_dict(config), total_steps=total_steps,
                       resume_step=progress.step, wandb_id=state.get("wandb_id"))  # fmt: skip
-    run = Run(config, engine, model_config, data, valid, folder, total_steps, progress, sinks, directory)
+
+    def acknowledge(saved: Checkpoint) -> None:
+        sinks.say(f"saved {saved.path}")
+        directory.write_state("running", step=progress.step, saved_step=saved.step)
+
+    saver = Saver(folder / "checkpoints", engine, config.checkpoint, acknowledge, sinks.say if sinks else print,
+                  [found.step] if found else [])  # fmt: skip
+    run = Run(config, engine, model_config, data, valid, folder, total_steps, progress, sinks, directory, saver)
     meter = Meter(engine.device, engine.rank, engine.world_size, state.get("meter"))
     with sinks or contextlib.nullcontext():
         _announce(run, found)
         stop.training()
-        status, reason = _loop(run, meter, stop)
+        with saver:
+            status, reason = _loop(run, meter, stop)
         _tell(directory, status, progress.step, reason)  # before what may hang: W&B, the other ranks
         stop.saved(status)
         if status == DONE:
@@ -270,10 +285,13 @@ def _loop(run: Run, meter: Meter, stop: StopRequest) -> tuple[int, str]:
                 lr = lr_at(step, config.schedule, config.optimizer.lr, run.total_steps)
                 save_wanted = engine.rank == 0 and 0 < 60 * config.checkpoint.every_minutes < time.monotonic() - saved_at
                 canary = Canary(engine) if _due(step, 10 * config.log.every_steps) else None
-                result = train_step(engine, window, lr, [*stop.flags(stop_file), int(save_wanted)])
+                result = train_step(engine, window, lr, [*stop.flags(stop_file), int(save_wanted), *run.saver.votes()])
                 meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
                 progress.step, progress.position = step, progress.position + config.batch.global_batch_size
-                *flags, save_due = result.requests()
+                requests = result.requests()
+                *flags, save_due = requests[: -len(VOTES)]
+                with clock.paused():
+                    run.saver.settle(requests[-len(VOTES) :])
                 if step in (1, run.total_steps) or _due(step, config.log.every_steps):
                     _log_step(run, meter, clock, lr, canary)
                     if meter.figures["skipped_in_a_row"] >= config.train.max_skipped_steps:
@@ -290,11 +308,11 @@ def _loop(run: Run, meter: Meter, stop: StopRequest) -> tuple[int, str]:
                     val_loss, flags = _evaluate(run, lambda: stop.flags(stop_file))
                 progress.evaluation_due &= any(flags)
                 if save_due or any(flags):
-                    _save(run, meter, val_loss)
+                    _save(run, meter, val_loss, last=any(flags) or progress.step == run.total_steps)
                     saved_at = time.monotonic()
     if progress.step == run.total_steps and not progress.evaluation_due:
         return DONE, ""
-    return exit_status(flags), f"stopped by {who_asked(flags)} after step {progress.step}, which is saved; the same command goes on"
+    return exit_status(flags), f"stopped by {who_asked(flags)} after step {progress.step}, which is saved"
 
 
 def _due(step: int, every: int) -> bool:
@@ -373,6 +391,8 @@ def _total_steps(config: Config, data: TrainData) -> int:
 def _checkpoint_to_resume(config: Config, engine: Engine, folder: Path) -> Checkpoint | None:
     """What `checkpoint.resume` means here. Raises ConfigError, CheckpointError."""
     wish, saved = config.checkpoint.resume, folder / "checkpoints"
+    if engine.rank == 0:
+        checkpoints.clean(saved)
     if wish == "auto":
         return checkpoints.newest_valid(saved, engine)
     if wish == "never":
@@ -381,9 +401,8 @@ def _checkpoint_to_resume(config: Config, engine: Engine, folder: Path) -> Check
                 [Problem("checkpoint.resume", f"is never, but {saved} has checkpoints; use auto, or another run.name")]
             )
         return None
-    chosen = Checkpoint(Path(wish))
-    if damage := chosen.damage():
-        raise CheckpointError(damage)
+    chosen = Checkpoint(Path(wish).resolve())
+    checkpoints.verify(chosen, engine)
     return chosen
 
 
@@ -500,31 +519,18 @@ def _evaluate(run: Run, requests: Callable[[], list[int]]) -> tuple[float | None
     return figures["val_loss"], []
 
 
-def _save(run: Run, meter: Meter, val_loss: float | None) -> None:
-    """A durable checkpoint, and only then the removal of older ones; a collective."""
-    config, engine, folder = run.config, run.engine, run.folder / "checkpoints"
+def _save(run: Run, meter: Meter, val_loss: float | None, last: bool) -> None:
+    """Starts to save; the last checkpoint of a job is durable when this returns. A collective."""
     state = {
         "progress": asdict(run.progress),
-        "meter": meter.state(engine.all_reduce),
+        "meter": meter.state(run.engine.all_reduce),
         "model": asdict(run.model),
-        "settings": to_dict(config),
+        "settings": to_dict(run.config),
         "data": run.data.fingerprint,
         "val_loss": val_loss,
         "wandb_id": run.sinks.wandb_id if run.sinks else None,
     }
-    saved = checkpoints.save(folder, run.progress.step, engine, state)
-    if engine.rank == 0:
-        everything = checkpoints.checkpoints(folder)
-        best = sorted(
-            (c for c in everything if c.state()["val_loss"] is not None), key=lambda c: checkpoints.best_key(c.state())
-        )
-        keep = {c.step for c in everything[: config.checkpoint.keep_last]} | {
-            c.step for c in best[: config.checkpoint.keep_best]
-        }
-        checkpoints.prune(folder, keep)
-    run.say(f"saved {saved.path}")
-    if run.directory:
-        run.directory.write_state("running", step=run.progress.step, saved_step=saved.step)
+    run.saver.save(run.progress.step, state, last)
 
 
 def _finish(run: Run) -> None:
