@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -79,6 +79,8 @@ class Diagnosis:
 
 def diagnose(log: TrainingLog, setup: Setup) -> Diagnosis:
     """All that `log` shows to be wrong, given what is known about the run."""
+    if setup.vocab_size is None and (uniform := log.reference_lines.get("uniform")):
+        setup = replace(setup, vocab_size=round(math.exp(uniform)))  # the log says it
     result = Diagnosis(log, setup, Curve.of(log), notes=list(log.notes))
     result.findings += _not_finite(log)
     if log.skipped_steps:
