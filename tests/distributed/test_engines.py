@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pretrain import train
 from pretrain.config import EngineConfig
+from pretrain.data.batches import Batch
 from pretrain.model.transformer import Transformer, build
 from pretrain.report import metrics
 from pretrain.runtime import checkpoint
@@ -240,3 +243,77 @@ def test_checkpoints_move_between_any_ranks(subtests, tmp_path):
 def test_bf16_checkpoints_hold_the_fp32_master_weights(subtests, tmp_path):
     configs = {name: dataclasses.replace(config, precision="bf16") for name, config in ENGINES.items()}
     check_checkpoints(subtests, tmp_path, (2, configs), [(2, configs), (4, configs)], tolerance=2e-2)
+
+
+# ---------------------------------------------------------------- precision
+
+
+class Wire(TorchDispatchMode):
+    """Notes the dtypes of what collectives send."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: dict[str, set[str]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        if name.startswith("c10d::"):
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            self.seen.setdefault(name, set()).update(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
+        return function(*args, **(kwargs or {}))
+
+    def floats(self, *names: str) -> str:
+        found = set().union(*(self.seen.get(f"c10d::{name}", set()) for name in names)) & {"float32", "bfloat16", "float16"}
+        return ", ".join(sorted(found)) or "none"
+
+
+def gradient(engine: Engine, batches: list[Batch]) -> list[torch.Tensor]:
+    """Pieces of the summed gradient: a cleared first moment of AdamW becomes a tenth of it; a rate of 0 moves nothing."""
+    engine.restore(lambda shard: shard.piece.zero_() if shard.name.startswith("exp_avg/") else None)
+    for i, batch in enumerate(batches):
+        with engine.micro_batch(last=i == len(batches) - 1):
+            engine.backward(engine.forward(*batch) / 100)
+    engine.update(0.0)
+    return [10 * shard.piece.double() for shard in engine.shards(saving=False) if shard.name.startswith("exp_avg/")]
+
+
+def look_at_dtypes(configs: dict[str, EngineConfig]) -> dict:
+    """For each engine: its row of the table, and the error of a sum of gradients relative to the sum of each alone."""
+    results = {}
+    for name, config in configs.items():
+        engine = engine_of(config)
+        engine.prepare(make_model, lambda model: make_optimizer(model, "adamw"), 0.0, seed=0)
+        used, wire = {}, Wire()
+        projection = engine.model.model.layers[0].self_attn.q_proj
+        hooks = [
+            projection.register_forward_pre_hook(lambda module, _, used=used: used.update(weights=module.weight.dtype)),
+            projection.register_forward_hook(lambda module, _, out, used=used: used.update(products=out.dtype)),
+        ]
+        with wire:
+            train.train_step(engine, window_of(engine, 0, 1), LR, [0])
+        for hook in hooks:
+            hook.remove()
+        kept = {kind: tensor.dtype for held in engine.held(saving=False) for kind, tensor in held.tensors.items()}
+        assert kept["exp_avg"] == kept["exp_avg_sq"]
+        row = [str(dtype).removeprefix("torch.") for dtype in (kept["model"], used["weights"], used["products"])]
+        row += [wire.floats("_allgather_base_", "allgather_"), wire.floats("allreduce_", "reduce_", "_reduce_scatter_base_")]
+        window = window_of(engine, 1, 1)
+        whole, parts = gradient(engine, window), [gradient(engine, [batch]) for batch in window]
+        error = sum((total - sum(pieces)).square().sum() for total, *pieces in zip(whole, *parts, strict=True))
+        relative = (error / sum(total.square().sum() for total in whole)).sqrt().item()
+        results[name] = [*row, str(kept["exp_avg"]).removeprefix("torch.")], relative
+    return results
+
+
+def test_the_documented_dtypes_are_those_that_run_and_gradients_are_summed_in_fp32(subtests):
+    configs = {name: dataclasses.replace(config, precision="bf16") for name, config in ENGINES.items()}
+    found = run_ranks(2, look_at_dtypes, configs, timeout=300)[0]
+    text = (Path(__file__).parents[2] / "docs" / "engines.md").read_text()
+    lines = text.split("<!-- dtypes under bf16 -->\n")[1].split("<!-- end -->")[0].splitlines()[2:]
+    table = {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)}
+    assert table.keys() == found.keys()
+    for name, (row, error) in found.items():
+        with subtests.test(name):
+            print(f"{name}: {row}, error of the sum {error:.1e}")
+            assert row == table[name]
+            assert error < 1e-6  # a sum in bf16: 5e-3
