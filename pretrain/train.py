@@ -28,7 +28,7 @@ from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.optim.schedule import lr_at
 from pretrain.report import diagnose
-from pretrain.report.metrics import Meter, perplexity
+from pretrain.report.metrics import Clock, Meter, perplexity
 from pretrain.report.plot import plot_runs
 from pretrain.report.sinks import Sinks
 from pretrain.runtime import checkpoint as checkpoints
@@ -301,7 +301,8 @@ def _loop(run: Run, meter: Meter, stop: StopRequest) -> tuple[int, str]:
                 last = step == run.total_steps
                 progress.evaluation_due = bool(run.valid) and (last or _due(step, config.evaluate.every_steps))
                 save_due = save_due or last or _due(step, config.checkpoint.every_steps)
-            stop.agreed(exit_status(flags))
+            if any(flags):
+                stop.agreed(exit_status(flags))
             with clock.paused():
                 val_loss = None
                 if progress.evaluation_due and not any(flags):
@@ -340,36 +341,6 @@ def _windows(run: Run) -> Iterator[list[Batch]]:
             position += batch.global_batch_size
             ahead = pool.submit(read, position)
             yield [engine.to_device(micro_batch) for micro_batch in window]
-
-
-class Clock:
-    """Wall-clock seconds of an interval, without those in which the run evaluated or saved."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Starts a new interval."""
-        self.began, self.data_seconds, self.paused_seconds = time.monotonic(), 0.0, 0.0
-
-    @property
-    def train_seconds(self) -> float:
-        """Of this interval so far."""
-        return time.monotonic() - self.began - self.paused_seconds
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time in here is waiting for data."""
-        began = time.monotonic()
-        yield
-        self.data_seconds += time.monotonic() - began
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time in here is not training."""
-        began = time.monotonic()
-        yield
-        self.paused_seconds += time.monotonic() - began
 
 
 # ================================================================ beginning
