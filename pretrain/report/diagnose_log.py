@@ -169,8 +169,10 @@ def _too_low(result: Diagnosis, evidence: Evidence) -> Iterator[Finding]:
         result.explanation = Factor(evidence.best, "divided", "")
         advice = f"If the run began with trained weights, this is right. {_ONE_STEP}"
         yield Finding("scale", "possible", text, advice, ("divided",))
-    else:
+    elif curve.from_start:
         result.notes.append(f"{start}: right for a run from trained weights, too low for one that began untrained")
+    else:
+        result.notes += _what_the_start_leaves_open(result, evidence)
 
 
 def _scale_without_vocabulary(result: Diagnosis) -> Iterator[Finding]:
@@ -226,7 +228,8 @@ def _factor(result: Diagnosis, evidence: Evidence, why: str, named: list[Factor]
     first = result.explanation = named[0]
     same = [factor for factor in named if factor.value == first.value]
     others = [factor for factor in named if factor.value != first.value]
-    certainty = "possible" if len(named) > 1 else "very likely" if curve.from_start or why else "likely"
+    by_heart = first.value < 1 and not curve.from_start and not why
+    certainty = "possible" if len(named) > 1 or by_heart else "very likely" if curve.from_start or why else "likely"
     if setup.ln_v:
         fits = f", and {_expected(setup)}"
     else:
@@ -237,9 +240,11 @@ def _factor(result: Diagnosis, evidence: Evidence, why: str, named: list[Factor]
         count = f"{max(first.value, 1 / first.value):g}"
         text += f", {' or '.join(factor.words for factor in same)}; both are {count}, and no log can tell them apart"
     elif not first.is_unit:
-        text += f", {'possibly' if others else certainty} {first.words}"
+        text += f", {'possibly' if certainty == 'possible' else certainty} {first.words}"
     if others:
         text += ". Also possible: " + "; ".join(f"{f.arithmetic(curve.first)} ({f.words})" for f in others)
+    if by_heart:
+        text += ". Or the model knows its data by heart: no unseen text gets so low"
     return Finding("scale", certainty, text, _ONE_STEP, tuple(factor.cause for factor in named))
 
 

@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,7 @@ _NO_STEP = {
 }
 
 
+@lru_cache(maxsize=10_000)
 def meaning(name: str) -> str | None:
     """The one word for what a column, key or label holds: step, iteration, epoch, loss, lm_loss, other_loss, aux_loss,
     val_loss, lr, grad_norm, perplexity, skipped; None for everything else."""
@@ -136,7 +138,8 @@ TEXT_FORMATS = {
 
 _NUMBER = r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|[-+]?(?:nan|inf(?:inity)?)\b"
 _WORD = r"(?!nan\b|inf\b)[A-Za-z_][\w/.\-]*"
-_PAIR = re.compile(rf"(?<![\w])({_WORD}(?: {_WORD})*)[\"']?\s*[:=]?\s*(?:tensor\()?[\"'\[(]?\s*({_NUMBER})", re.IGNORECASE)
+_NAME = re.compile(rf"(?<!\w){_WORD}(?: {_WORD})*", re.IGNORECASE)
+_VALUE = re.compile(rf"[\"']?\s*[:=]?\s*(?:tensor\()?[\"'\[(]?\s*({_NUMBER})", re.IGNORECASE)
 _EPOCH_AND_BATCH = re.compile(r"epoch:?\s*\[?\s*(\d+)\s*(/\s*\d+)?\s*\]?\s*[\[(]\s*(\d+)\s*/\s*(\d+)\s*[\])]", re.IGNORECASE)
 _OUT_OF = re.compile(r"[\[(|]\s*(\d+)\s*/\s*\d+\s*(?:[\])]|\[)")
 _AT_STEP = re.compile(r"\bat (iteration|step)\b")  # "validation loss at iteration 100 | lm loss value: 9.1"
@@ -166,7 +169,7 @@ def read_log(path: Path) -> TrainingLog:
     if rows := _csv_rows(text):
         return _assemble(path, "CSV", rows)
     lines = [line for line in re.split(r"[\r\n]+", _ESCAPES.sub("", text)) if line.strip()]
-    counts = {name: sum(bool(re.search(shape, line)) for line in lines) for name, (shape, _) in TEXT_FORMATS.items()}
+    counts = {name: sum(bool(re.search(shape, line)) for line in lines[:2000]) for name, (shape, _) in TEXT_FORMATS.items()}
     name = max(counts, key=counts.get)
     return _assemble(path, name if counts[name] else "text", list(_text_rows(lines)))
 
@@ -279,10 +282,13 @@ def _pairs(line: str) -> Row:
     """All `name value`, `name: value`, `'name': value` and `name=value` of a line; the first of a name counts."""
     row: Row = {}
     validation = re.search(r"\b(validation|valid|evaluation|eval|test)\b", line, re.IGNORECASE) and not re.search("train", line)
-    for name, number in _PAIR.findall(_AT_STEP.sub(r", \1", line)):
-        if validation and (meaning(name) or "").endswith("loss"):
-            name = f"val {name}"
-        row.setdefault(name, float(number.replace(",", "")))
+    line, position = _AT_STEP.sub(r", \1", line), 0
+    while found := _NAME.search(line, position):
+        value = _VALUE.match(line, found.end())
+        position = value.end() if value else found.end()
+        if value:
+            name = f"val {found[0]}" if validation and (meaning(found[0]) or "").endswith("loss") else found[0]
+            row.setdefault(name, float(value[1].replace(",", "")))
     return row
 
 

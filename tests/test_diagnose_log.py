@@ -1,0 +1,434 @@
+"""The loss doctor finds planted faults in every format by name, and nothing in clean logs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pretrain.report.diagnose_log import Diagnosis, diagnose, summary
+from pretrain.report.log_formats import LogError, TrainingLog, meaning, read_log
+from pretrain.report.shown_factor import Setup
+
+STORY = "Epoch:[1/2](100/442) loss:213.776 lr:0.000500000000 epoch_Time:12.0min:\n"
+A, W, T = 16, 6, 512
+
+
+# ---------------------------------------------------------------- logs with a planted fault
+
+
+def curve(vocab_size: int, steps: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A healthy training loss (nats) from scratch: a power law from ln V to 1.6 to 3.2 nats."""
+    start, end = math.log(vocab_size), rng.uniform(1.6, 3.2)
+    return end + (start - end) * (1 + steps / rng.uniform(80, 300)) ** -rng.uniform(0.4, 0.7)
+
+
+def planted(fault: str, vocab_size: int, steps: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(loss, auxiliary loss) as a script with that fault shows them; one sequence alone scatters by 0.4 nats."""
+    rng = np.random.default_rng(seed)
+    loss = curve(vocab_size, steps, rng)
+    if fault == "stall":
+        loss = np.full(len(steps), math.log(vocab_size))
+    if fault == "collapse":
+        loss = np.maximum(0.02, math.log(vocab_size) * np.exp(-steps / steps[-1] * 8))
+    if fault == "divergence":
+        loss[-len(loss) // 4 :] += np.linspace(0.5, 3, len(loss[-len(loss) // 4 :]))
+    sequences = 1 if fault == "last micro-batch" else A * W
+    noisy = loss + rng.normal(size=len(steps)) * min(0.4, 0.05 * loss[-1]) / math.sqrt(sequences)
+    noisy = noisy if fault != "last micro-batch" else loss + rng.normal(size=len(steps)) * 0.4
+    aux = rng.uniform(0.9, 1.3, len(steps))
+    factor = {"accumulation": A, "divided by accumulation": 1 / A, "world size": W, "divided by world size": 1 / W,
+              "both": A * W, "divided by both": 1 / (A * W), "sequence length": T, "bits": 1 / math.log(2)}  # fmt: skip
+    shown = noisy * factor.get(fault, 1.0) + (0.3 * aux if fault == "auxiliary" else 0)
+    if fault == "perplexity":
+        shown = np.exp(noisy)
+    if fault == "nan":
+        shown[len(shown) // 2 :] = math.nan
+    return shown, aux
+
+
+def write_jsonl(rows, path):
+    path.write_text("".join(json.dumps({"step": s, "loss": x, "aux_loss": a, "lr": 1e-3}) + "\n" for s, x, a in rows))
+
+
+def write_csv(rows, path):
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["Step", "run-1 - train/loss", "run-1 - train/loss__MIN", "run-1 - train/aux_loss"])
+        table.writerows((s, x, x, a) for s, x, a in rows)
+
+
+def write_tensorboard(rows, path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(path)) as writer:
+        for s, x, a in rows:
+            writer.add_scalar("train/loss", x, s, new_style=bool(s % 20))
+            writer.add_scalar("train/aux_loss", a, s)
+
+
+LINES = {
+    "minimind": "Epoch:[1/2]({s}/442000) loss:{x:.3f} aux_loss:{a:.4f} lr:0.000500000000 epoch_Time:12.0min:",
+    "nanogpt": "iter {s}: loss {x:.4f}, aux loss {a:.4f}, time 301.52ms, mfu 31.10%",
+    "litgpt": "Epoch 1 | iter 1{s}0 step {s} | loss train: {x:.3f}, val: n/a | aux loss: {a:.4f} | iter time: 1234.56 ms "
+    "(step) remaining time: 1 day, 2:03:04",
+    "hugging_face": "{{'loss': {x:.4f}, 'grad_norm': 1.25, 'aux_loss': {a:.4f}, 'learning_rate': 0.0005, 'epoch': {s}e-4}}",
+    "megatron": " [2026-05-01 10:00:00.1] iteration {s:8d}/    5000 | consumed samples:  25600 | elapsed time per iteration "
+    "(ms): 512.0 | learning rate: 1.500E-04 | global batch size:   256 | lm loss: {x:.6E} | load_balancing_loss: {a:.6E} "
+    "| loss scale: 1.0 | grad norm: 1.203 | number of skipped iterations:   0 | number of nan iterations:   0 |",
+    "nanochat": "step {s:05d}/01000 (7.50%) | loss: {x:.6f} | aux loss: {a:.4f} | grad norm: 0.7312 | lrm: 1.00 | dt: 512.12ms "
+    "| tok/sec: 1,024,000 | mfu: 41.20 | total time: 1.20m",
+    "torchtitan": "\x1b[31mstep: {s:2d}  \x1b[32mloss: {x:7.4f}  \x1b[33mgrad_norm:  1.21  aux_loss: {a:.4f}  tps: 7,300\x1b[0m",
+}
+AROUND = {  # what else stands in such logs
+    "nanogpt": "tokens per iteration will be: 491,520\nnumber of parameters: 123.59M\n",
+    "hugging_face": "{'train_runtime': 99.5, 'train_samples_per_second': 12.0, 'train_loss': 4.2, 'epoch': 1.0}\n",
+    "torchtitan": "[rank0]:2026-05-01 10:00:00,123 - root - INFO - Starting job: 8 GPUs\r\n",
+}
+FIRST_STEP = {"minimind": 10, "hugging_face": 10, "megatron": 10}  # the others begin at step 0
+FORMATS = ["jsonl", "csv", "tensorboard", *LINES]
+FAULTS = [
+    *("clean", "accumulation", "divided by accumulation", "world size", "divided by world size", "both", "divided by both"),
+    *("sequence length", "bits", "perplexity", "last micro-batch", "auxiliary", "nan", "stall", "collapse", "divergence"),
+]
+
+
+def write(kind: str, steps: np.ndarray, loss: np.ndarray, aux: np.ndarray, path: Path) -> None:
+    rows = list(zip(steps.tolist(), loss.tolist(), aux.tolist(), strict=True))
+    if kind in LINES:
+        path.write_text(AROUND.get(kind, "") + "\n".join(LINES[kind].format(s=s, x=x, a=a) for s, x, a in rows))
+    else:
+        {"jsonl": write_jsonl, "csv": write_csv, "tensorboard": write_tensorboard}[kind](rows, path)
+
+
+def name_of(result: Diagnosis) -> str:
+    """The fault that the doctor names, in the words of FAULTS; several are joined."""
+    names = [(f.causes[0] if f.fault in ("scale", "noise") else f.fault) for f in result.findings]
+    return " + ".join(names) or "clean"
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_planted_fault_is_named_in_every_format_and_the_confusion_matrix_is_diagonal(kind, tmp_path):
+    matrix = Counter()
+    for number, fault in enumerate(FAULTS):
+        for seed, vocab_size in enumerate((6400, 50304, 151936)[: 1 if kind == "tensorboard" else 3]):
+            path = tmp_path / f"{number}-{seed}"
+            steps = np.arange(FIRST_STEP.get(kind, 0), 1000, 10)
+            loss, aux = planted(fault, vocab_size, steps, 100 * number + seed)
+            write(kind, steps, loss, aux, path)
+            log = read_log(path)
+            assert len(log.loss) == len(steps), (kind, log.format, log.loss_name)
+            assert np.allclose(log.loss, loss, rtol=1e-2, atol=2e-3, equal_nan=True)
+            matrix[fault, name_of(diagnose(log, Setup(vocab_size, A, W, T)))] += 1
+    for (fault, name), count in sorted(matrix.items()):
+        print(f"{kind:14} planted {fault:26} named {name:26} {count}")
+    assert [pair for pair in matrix if pair[0] != pair[1]] == []
+
+
+# ---------------------------------------------------------------- clean logs
+
+
+def log_of(steps, loss, **other) -> TrainingLog:
+    return TrainingLog("log", "text", "loss", "step", np.asarray(steps, float), np.asarray(loss, float), **other)
+
+
+def clean_log(seed: int) -> tuple[TrainingLog, Setup]:
+    rng = np.random.default_rng(seed)
+    vocab_size = int(rng.choice([65, 256, 4096, 6400, 10000, 32000, 50257, 128256, 151936]))
+    every, lines = int(rng.choice([1, 10, 100])), int(rng.choice([1, 3, 10, 40, 200, 1000]))
+    accumulation, ranks = int(rng.choice([1, 2, 4, 8, 25])), int(rng.choice([1, 2, 8, 16]))
+    offset = rng.choice([0, 1, every, 3000, 50_000])
+    steps = offset + np.arange(lines) * every
+    low = min(0.5 * math.log(vocab_size), rng.uniform(1.3, 3.3))
+    fall = (math.log(vocab_size) - low) * (1 + steps / rng.uniform(30, 400)) ** -rng.uniform(0.3, 0.7)
+    loss = (
+        low
+        + fall * rng.normal(1, 0.01)
+        + rng.normal(size=lines) * rng.uniform(0.1, 0.5) / math.sqrt(accumulation * ranks * rng.choice([1, 8]))
+    )
+    known = rng.random()
+    setup = (
+        Setup(vocab_size, accumulation, ranks, 512)
+        if known < 0.6
+        else Setup(vocab_size)
+        if known < 0.8
+        else Setup(None, accumulation, ranks)
+    )
+    return log_of(steps, loss), setup
+
+
+def test_clean_logs_of_all_vocabularies_lengths_and_noises_raise_no_alarm():
+    alarms = [(seed, result.findings) for seed in range(600) if (result := diagnose(*clean_log(seed))).findings]
+    assert alarms == []
+
+
+def test_a_resumed_log_is_not_judged_by_ln_v():
+    steps = np.arange(5000, 6000, 10)
+    for level in (3.1, 1.2):
+        result = diagnose(log_of(steps, level + 0.02 * np.sin(steps)), Setup(50257, 8, 2, 1024))
+        assert result.findings == []
+        assert any("not at a run's start" in note for note in result.notes)
+
+
+def test_a_resumed_log_above_ln_v_is_still_impossible():
+    result = diagnose(log_of(np.arange(5000, 5400, 10), 80 + np.sin(np.arange(40))), Setup(6400, 25))
+    assert result.findings[0].causes[0] == "accumulation" and "80 / 25 = 3.2" in result.findings[0].text
+
+
+def test_a_model_that_begins_with_trained_weights_is_no_fault():
+    steps = np.arange(0, 1000, 10)
+    result = diagnose(log_of(steps, 2.6 - 0.3 * steps / 1000), Setup(151936, 4, 8, 2048))
+    assert result.findings == [] and any("trained weights" in note for note in result.notes)
+
+
+def test_a_fast_recipe_that_halves_its_loss_in_a_hundred_steps_is_no_fault():
+    assert diagnose(log_of([100, 200, 300, 400, 500], [5.0, 4.4, 4.15, 4.0, 3.9]), Setup(50304, 8, 8, 1024)).findings == []
+
+
+def test_a_few_flat_lines_of_a_warm_up_are_no_stall():
+    assert diagnose(log_of(range(0, 50, 10), [9.21] * 5), Setup(10000)).findings == []
+
+
+# ---------------------------------------------------------------- the two stories
+
+
+def doctor(tmp_path: Path, text: str, name: str = "train.log", **setup) -> Diagnosis:
+    (tmp_path / name).write_text(text)
+    return diagnose(read_log(tmp_path / name), Setup(**setup))
+
+
+def test_first_story_213_at_vocabulary_6400_and_accumulation_25(tmp_path):
+    (finding,) = doctor(tmp_path, STORY, vocab_size=6400, accumulation=25).findings
+    assert finding.text == (
+        "213.8 / 25 = 8.55, and ln(6400) = 8.76: the shown loss is multiplied by 25, very likely the accumulation steps"
+    )
+    assert finding.causes == ("accumulation",)
+
+
+@pytest.mark.parametrize(
+    ("setup", "words"),
+    [
+        ({"accumulation": 25}, "213.8 / 25 = 8.55, as with a vocabulary of 6400 (MiniMind, ln = 8.76)"),
+        ({"vocab_size": 6400}, "multiplied by about 32.5 (21.8 to 73.9)"),
+        ({}, "No vocabulary starts at 213.8 nats"),
+        ({"vocab_size": 6400, "accumulation": 25, "world_size": 25}, "both are 25, and no log can tell them apart"),
+        ({"vocab_size": 6400, "accumulation": 25, "world_size": 2}, "Also possible: 213.8 / 50 = 4.28"),
+    ],
+)
+def test_first_story_with_less_or_more_known(tmp_path, setup, words):
+    (finding,) = doctor(tmp_path, STORY, **setup).findings
+    assert finding.fault == "scale" and words in finding.text
+
+
+def test_second_story_stall_at_9_2_on_random_data_with_vocabulary_10000(tmp_path):
+    rng = np.random.default_rng(0)
+    text = "".join(f"iter {i}: loss {9.2103 + 0.01 * rng.normal():.4f}, time 12.1ms, mfu 3.0%\n" for i in range(0, 500, 10))
+    (finding,) = doctor(tmp_path, text, vocab_size=10000).findings
+    assert (
+        finding.fault == "stall" and "ln(10000) = 9.21: nothing is learned" in finding.text and "random data" in finding.advice
+    )
+    (finding,) = doctor(tmp_path, text).findings
+    assert finding.fault == "stall" and "ln of 10,022" in finding.text
+    lines = [{"step": 0, "reference_lines": {"uniform": math.log(10000), "floor": math.log(10000)}}]
+    lines += [{"step": step, "loss": 9.21} for step in range(10, 300, 10)]
+    (finding,) = doctor(tmp_path, "\n".join(map(json.dumps, lines)), "metrics.jsonl").findings
+    assert "there it is right" in finding.text
+
+
+def test_a_stall_whose_scale_is_wrong_is_both(tmp_path):
+    text = "".join(f"iter {i}: loss {8 * 9.2103:.4f}, time 12.1ms\n" for i in range(0, 500, 10))
+    assert [f.fault for f in doctor(tmp_path, text, vocab_size=10000, accumulation=8).findings] == ["scale", "stall"]
+
+
+# ---------------------------------------------------------------- evidence beside the first line
+
+
+def test_equal_accumulation_and_ranks_are_told_as_ambiguous():
+    (finding,) = diagnose(log_of([0, 10, 20], [83, 80, 77]), Setup(32000, 8, 8, 1024)).findings
+    assert set(finding.causes) == {"accumulation", "world size"} and finding.certainty == "possible"
+
+
+def test_a_perplexity_beside_the_loss_gives_the_factor_on_any_log():
+    true = np.linspace(4.0, 3.0, 30)
+    log = log_of(np.arange(9000, 9300, 10), true / 8, columns={"perplexity": np.exp(true)})
+    assert diagnose(log, Setup(32000, 8)).findings[0].causes[0] == "divided by accumulation"
+    agreeing = log_of(np.arange(9000, 9300, 10), true, columns={"perplexity": np.exp(true)})
+    assert diagnose(agreeing, Setup(32000, 8)).findings == []
+
+
+def test_a_validation_loss_in_the_log_gives_the_factor_and_memorising_gives_none():
+    steps = np.arange(5000, 6000, 10)
+    val = {"val_steps": np.array([5200.0, 5500.0, 5900.0])}
+    scaled = log_of(steps, 8 * np.linspace(3.3, 3.0, 100), val_loss=np.array([3.3, 3.2, 3.1]), **val)
+    assert diagnose(scaled, Setup(None, 8)).findings[0].causes[0] == "accumulation"
+    memorising = log_of(steps, np.linspace(2.0, 0.6, 100), val_loss=np.array([3.0, 3.3, 3.9]), **val)
+    assert diagnose(memorising, Setup(50257, 4)).findings == []
+
+
+def test_an_evaluated_training_loss_beside_the_shown_one_gives_the_factor(tmp_path):
+    text = "step 0: train loss 10.9897, val loss 10.9867\n" + "".join(
+        f"iter {i}: loss {40 * (10.98 - i / 50):.3f}, time 9ms\n" for i in range(0, 30, 10)
+    )
+    finding = doctor(tmp_path, text, accumulation=40).findings[0]
+    assert finding.causes == ("accumulation",) and "evaluation shows 0.025 times" in finding.text
+
+
+def test_a_total_beside_its_cross_entropy_shows_the_auxiliary_loss(tmp_path):
+    text = "".join(
+        f"Epoch:[1/1]({i}/900), loss: {8.8 - i / 500 + 0.06:.4f}, logits_loss: {8.8 - i / 500:.4f}, lr: 0.0005\n"
+        for i in range(0, 300, 10)
+    )
+    (finding,) = doctor(tmp_path, text, vocab_size=6400).findings
+    assert finding.fault == "auxiliary" and "8.86" in finding.text and "8.8" in finding.text
+    clean = text.replace("logits_loss", "unused")
+    assert doctor(tmp_path, clean, vocab_size=6400).findings == []
+
+
+def test_one_rank_of_six_cannot_be_told_from_all_and_the_note_says_so():
+    steps = np.arange(0, 2000, 10)
+    rng = np.random.default_rng(1)
+    result = diagnose(
+        log_of(steps, curve(50304, steps, rng) + 0.4 / math.sqrt(A) * rng.normal(size=200)), Setup(50304, A, W, T)
+    )
+    assert result.findings == [] and any("no proof" in note for note in result.notes)
+
+
+def test_initial_weights_far_too_large_are_no_factor():
+    steps = np.arange(0, 2000, 10)
+    result = diagnose(log_of(steps, 3.0 + 210 * np.exp(-steps / 40)), Setup(6400))
+    assert result.findings[0].causes == ("initialisation",)
+
+
+# ---------------------------------------------------------------- what logs look like
+
+
+def test_null_losses_of_our_metrics_are_the_nan_that_they_were(tmp_path):
+    lines = [{"step": 0, "reference_lines": {"uniform": math.log(6400), "unigram": 6.0}, "world_size": 2}]
+    lines += [
+        {"step": 1, "loss": 8.8, "skipped_steps": 0},
+        {"step": 10, "loss": None, "nonfinite": {"loss": "nan"}, "skipped_steps": 9},
+    ]
+    lines += [{"step": 10, "val_loss": 8.5}]
+    result = doctor(tmp_path, "\n".join(map(json.dumps, lines)) + '\n{"step": 20, "lo', "metrics.jsonl")
+    assert [f.fault for f in result.findings] == ["nan"] and "the first at step 10" in result.findings[0].text
+    assert result.log.steps.tolist() == [1, 10] and result.log.val_loss.tolist() == [8.5] and result.setup.vocab_size == 6400
+    assert any("9 steps were skipped" in note for note in result.notes)
+
+
+def test_zeros_of_a_logger_that_filters_nan_are_found(tmp_path):
+    text = "".join(
+        str({"loss": x, "grad_norm": g, "epoch": e / 10}) + "\n"
+        for e, (x, g) in enumerate([(8.7, 1.0), (8.1, 1.1), (0.0, math.nan)], 1)
+    )
+    (finding,) = doctor(tmp_path, text, vocab_size=6400).findings
+    assert finding.fault == "nan" and "gradient norm of NaN" in finding.text
+
+
+def test_lines_of_every_rank_are_found_and_their_mean_is_judged(tmp_path):
+    rng = np.random.default_rng(0)
+    text = "".join(
+        f"rank {r} step {s} loss {8.7 - s / 500 + 0.1 * rng.normal():.4f}\n" for s in range(0, 200, 10) for r in range(4)
+    )
+    result = doctor(tmp_path, text, vocab_size=6400)
+    assert [f.fault for f in result.findings] == ["ranks"] and len(result.log.loss) == 20 and result.log.lines_per_step == 4
+
+
+def test_lines_of_micro_batches_are_no_ranks(tmp_path):
+    text = "".join(
+        f"iter {4 * s + m} step {s} loss train: {8.7 - s / 50 + m / 100:.4f}, val: n/a\n" for s in range(20) for m in range(4)
+    )
+    result = doctor(tmp_path, text, vocab_size=6400)
+    assert result.findings == [] and any("one for each micro-batch" in note for note in result.notes)
+
+
+def test_a_restart_in_the_log_keeps_the_newer_lines(tmp_path):
+    text = "".join(f"step {s} loss {x}\n" for s, x in [(0, 8.8), (10, 8.0), (20, 7.5), (10, 8.1), (20, 7.6), (30, 7.0)])
+    log = doctor(tmp_path, text).log
+    assert log.loss.tolist() == [8.8, 8.1, 7.6, 7.0] and "goes back from step 20 to 10" in log.notes[0]
+
+
+def test_steps_that_begin_again_with_each_epoch_count_on(tmp_path):
+    text = "".join(f"Epoch {e} | step {s} | loss {8.8 - e - s / 100:.3f}\n" for e in range(2) for s in (10, 20, 30))
+    assert doctor(tmp_path, text).log.steps.tolist() == [10, 20, 30, 40, 50, 60]
+
+
+def test_other_shapes_of_text_and_documents_are_read(tmp_path):
+    table = "10:00:00  step    loss    lr\n10:00:00  1/500   8.81  1e-3\n10:00:09  10/500  8.70  1e-3\n"
+    bar = " 2%|#    | 10/500 [00:10<08:00, 1.0it/s]\n{'loss': '8.7', 'learning_rate': '1e-4', 'epoch': '0.1'}\n"
+    fairseq = (
+        '2026 | INFO | train_inner | {"epoch": 1, "update": 0.1, "loss": "12.71", "ppl": "6700.1", "num_updates": "100"}\n'
+    )
+    state = {"log_history": [{"loss": 8.7, "step": 10, "epoch": 0.1}, {"eval_loss": 8.6, "step": 10}], "epoch": 1}
+    cases = {
+        table: [1, 10],
+        bar: [10],
+        fairseq: [100],
+        json.dumps(state, indent=1): [10],
+        "step\tloss\n0\t8.8\n10\t8.7\n": [0, 10],
+        "Step 3/10, Loss: tensor(8.71, device='cuda:0')\n": [3],
+        "validation loss at iteration 10 | lm loss value: 9.1 |\n iteration 20/ 99 | lm loss: 8.8E+00 |\n": [20],
+    }
+    for text, steps in cases.items():
+        log = doctor(tmp_path, text).log
+        assert log.steps.tolist() == steps, text
+        assert log.unit == "step" and 8 < log.loss[-1] < 13, text
+
+
+def test_utf_16_as_windows_shells_write_it_is_read(tmp_path):
+    (tmp_path / "log").write_bytes("step 1 loss 8.5\nstep 2 loss 8.4\n".encode("utf-16"))
+    assert read_log(tmp_path / "log").loss.tolist() == [8.5, 8.4]
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("loss", "loss"),
+        ("train/loss", "loss"),
+        ("run - train/loss", "loss"),
+        ("trainLoss", "loss"),
+        ("run - loss__MIN", None),
+        ("loss scale", None),
+        ("lm loss", "lm_loss"),
+        ("validation/loss", "val_loss"),
+        ("eval_loss", "val_loss"),
+        ("load_balancing_loss", "aux_loss"),
+        ("mtp_1 loss", "other_loss"),
+        ("number of skipped iterations", "skipped"),
+        ("elapsed time per iteration", None),
+        ("train/global_step", "step"),
+        ("max_steps", None),
+        ("learning rate", "lr"),
+        ("total grad norm", "grad_norm"),
+        ("closs", None),
+    ],
+)
+def test_names_mean_what_they_say(name, word):
+    assert meaning(name) == word
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"\x7fELF\0\0\0", "is a binary file"),
+        (b"hello 3 world\n", "no training loss in it"),
+        (b'{"step": 1, "accuracy": 0.5}\n', "no training loss in it (found: 'step', 'accuracy')"),
+        (b"step,val_loss\n1,2\n", "no training loss"),
+    ],
+)
+def test_what_is_no_log_is_refused_in_words(tmp_path, content, words):
+    (tmp_path / "log").write_bytes(content)
+    with pytest.raises(LogError, match=words.replace("(", r"\(").replace(")", r"\)")):
+        read_log(tmp_path / "log")
+
+
+def test_the_summary_shows_the_figures(tmp_path):
+    lines = summary(doctor(tmp_path, "".join(f"step {i} loss {9 - i / 10}\n" for i in range(11))))
+    assert (
+        "11 losses" in lines[0] and "first 9   last 8   min 8   max 9   mean 8.5" in lines[1] and "falls by 10.0%" in lines[2]
+    )
