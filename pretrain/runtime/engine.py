@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pretrain.config import ConfigError, EngineConfig, Problem
 from pretrain.runtime.levers import checkpoint_activations, compile_model
@@ -118,6 +119,7 @@ class Engine:
         if self.config.compile != "none":
             compile_model(self.model, self.config.compile, hooked=self.config.name == "zero3")
         self._spread(make_optimizer)
+        self._settle()
         self.restore(lambda shard: _draw(self.model, shard, seed), moments=False)
 
     def _make(self, make_model: Callable[[], nn.Module]) -> nn.Module:
@@ -127,6 +129,9 @@ class Engine:
     def _spread(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
         """Gives `self.model` memory and sets `self._wrapped`, what is called in a forward pass, and `self.optimizer`."""
         raise NotImplementedError
+
+    def _settle(self) -> None:
+        """What an engine would else change after its first step. The weights are not there yet."""
 
     # ---------------------------------------------------------------- the calls of a step
 
@@ -293,6 +298,19 @@ class DdpEngine(Engine):
                 self.model, device_ids=ids, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mib
             )
         self.optimizer = make_optimizer(self.model)
+
+    def _settle(self) -> None:
+        """After its first backward pass DDP sorts its buckets anew, and sums over ranks round differently from then on. That
+        pass is made here, on one token, so that a resumed run computes its first step as the run that never stopped did."""
+        if self.world_size == 1:
+            return
+        token_BT = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        with self.autocast(), torch.compiler.set_stance("force_eager"):
+            for output in tree_leaves(self._wrapped(token_BT, token_BT)):
+                if output.requires_grad:
+                    output.sum().backward()
+            self._wrapped(token_BT, token_BT)  # here it sorts
+        self.optimizer.zero_grad(set_to_none=True)
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager:
         return self._wrapped.no_sync() if self.world_size > 1 and not last else contextlib.nullcontext()

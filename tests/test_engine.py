@@ -1,0 +1,231 @@
+"""Engines are what the settings ask for, under every launcher; levers save what they promise and change no number."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pretrain.config import Config, ConfigError, EngineConfig, ModelConfig, load, resolve_model, validate
+from pretrain.model.transformer import Transformer
+from pretrain.runtime.engine import require, start_engine
+from pretrain.runtime.levers import compile_report
+from tests.distributed.test_engines import ENGINES, engine_of
+from tests.ranks import run_ranks
+from tests.test_step import differences, make_engine, make_optimizer, plain_run, run_steps, window_of
+
+ROOT = Path(__file__).parents[1]
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("engine", "key", "words"),
+    [
+        (dict(name="ddp", offload="optimizer"), "engine.offload", "only zero1, zero2, zero3"),
+        (dict(name="zero2", offload="all"), "engine.offload", "only zero3"),
+        (dict(name="fsdp2", offload="all"), "engine.offload", "only zero3"),
+        (dict(name="zero3", replicas=2), "engine.replicas", "only fsdp2"),
+        (dict(name="fsdp2", replicas=3), "engine.replicas", "must divide the number of processes, 4"),
+        (dict(name="ddp", reduce_gradients="micro_batch"), "engine.reduce_gradients", "only zero2, zero3, fsdp2"),
+        (dict(name="fsdp2", bucket_mib=25), "engine.bucket_mib", "has no meaning for fsdp2"),
+        (dict(name="zero3", activation_checkpointing="selective"), "engine.activation_checkpointing", "use full, or"),
+    ],
+)
+def test_a_lever_that_an_engine_does_not_have_is_refused(engine, key, words):
+    config = dataclasses.replace(Config(), engine=EngineConfig(**engine))
+    assert [problem for problem in validate(config, 4) if problem.key == key and words in problem.message]
+
+
+def test_what_runs_and_what_was_asked_are_both_named():
+    with pytest.raises(ConfigError, match=r"stage: asked for 3, got 2"):
+        require(stage=(3, 2), ranks=(8, 8))
+
+
+def test_another_number_of_processes_than_asked_for_is_refused():
+    with pytest.raises(ConfigError, match="processes: asked for 2, got 1"):
+        start_engine(EngineConfig(world_size=2))
+
+
+def test_ddp_and_fsdp2_do_not_import_deepspeed():
+    script = (
+        "import sys; from pretrain.config import EngineConfig; from pretrain.runtime.engine import start_engine; "
+        "start_engine(EngineConfig(name='{}')); assert 'deepspeed' not in sys.modules"
+    )
+    for name in ("ddp", "fsdp2"):
+        subprocess.run([sys.executable, "-c", script.format(name)], cwd=ROOT, check=True, timeout=100)
+
+
+# ---------------------------------------------------------------- launchers
+
+SHRINK = [
+    *("--tokenizer.path", "null", "--data.train", "[]", "--data.valid", "[]", "--data.synthetic.kind", "markov"),
+    *("--data.sequence_length", "32", "--model.vocab_size", "128", "--model.hidden_size", "64"),
+    *("--model.num_hidden_layers", "2", "--model.intermediate_size", "96"),
+    *("--batch.global_batch_size", "8", "--batch.micro_batch_size", "2", "--train.max_tokens", "2560"),
+    *("--schedule.warmup_steps", "2", "--schedule.decay_steps", "4"),
+    *("--engine.precision", "fp32", "--engine.compile", "none", "--log.every_steps", "1", "--log.wandb.mode", "offline"),
+]
+"""Flags that make any configuration one of seconds on a CPU: another model, generated data, fp32."""
+
+LAUNCHERS = {
+    "python": [sys.executable],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"],
+    "accelerate": [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu.yaml",
+                   "--main_process_port", "0"],
+}  # fmt: skip
+HOSTILE = {
+    "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8",
+    "ACCELERATE_GRADIENT_CLIPPING": "0.01",
+    "ACCELERATE_MIXED_PRECISION": "bf16",
+    "FSDP_VERSION": "1",
+}
+
+
+def launch(folder: Path, launcher: str, config: str, *flags: str, **variables: str) -> list[dict]:
+    """Runs a configuration, shrunk, to its end. -> its records."""
+    command = [*LAUNCHERS[launcher], "launch/pretrain.py", "--config", f"configs/{config}.yaml", "--run.directory", str(folder)]
+    environment = os.environ | {"WANDB_DIR": str(folder)} | variables
+    done = subprocess.run(
+        [*command, *SHRINK, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=170, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    [metrics] = folder.glob("*/metrics.jsonl")
+    return [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+def losses(records: list[dict]) -> list[float]:
+    return [record["loss"] for record in records if "loss" in record]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cloud", "cloud_zero3"])
+def test_the_cloud_configurations_run_to_their_end_with_the_model_shrunk(tmp_path, config):
+    records = launch(tmp_path, "accelerate", config)
+    shown = losses(records)
+    assert len(shown) == 10 and shown[0] == pytest.approx(4.852, rel=0.02) and shown[-1] < shown[0]
+    assert records[-2]["stuck_parameters"] == records[-2]["diverged_ranks"] == 0 and "val_loss" in records[-1]
+    assert list((tmp_path / config).glob("wandb/offline-run-*")) or list(tmp_path.glob("**/offline-run-*"))
+
+
+@pytest.mark.slow
+def test_every_launcher_and_engine_gives_the_same_losses_whatever_the_environment_says(tmp_path):
+    expected = losses(launch(tmp_path / "expected", "python", "cloud", "--engine.name", "ddp"))
+    for launcher in LAUNCHERS:
+        for engine in ("ddp", "zero1", "fsdp2", "zero3"):
+            flags = ["--engine.name", engine, "--engine.activation_checkpointing", "none"]
+            shown = losses(launch(tmp_path / f"{launcher}_{engine}", launcher, "cloud", *flags, **HOSTILE))
+            assert shown == pytest.approx(expected, rel=2e-6), (launcher, engine)
+
+
+# ---------------------------------------------------------------- levers
+
+
+def compiled_losses(configs: dict[str, EngineConfig]) -> dict:
+    """For each engine: what `run_steps` returns, and how often a graph was broken."""
+    results = {}
+    for name, config in configs.items():
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        engine = engine_of(config)
+        results[name] = run_steps(engine, 2, "sgd", [None]), compile_report()
+    return results
+
+
+@pytest.mark.slow
+def test_compiled_engines_change_no_number_and_break_no_graph_but_zero3(subtests):
+    configs = {name: dataclasses.replace(config, compile="blocks") for name, config in ENGINES.items()}
+    configs["ddp model"] = EngineConfig(compile="model")
+    configs["fsdp2 full"] = EngineConfig(name="fsdp2", compile="blocks", activation_checkpointing="full")
+    results, expected = run_ranks(2, compiled_losses, configs, timeout=900), plain_run("sgd")
+    for name in configs:
+        with subtests.test(name):
+            loss, norm, weight = differences([rank[name][0] for rank in results], expected)
+            print(f"{name}: loss {loss:.1e}, norm {norm:.1e}, weights {weight:.1e}; {results[0][name][1]}")
+            assert loss < 1e-6 and norm < 1e-5 and weight < 1e-6
+            assert " 0 graph breaks" in results[0][name][1] or name in ("zero3", "ddp model")
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count[function.name()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_recomputation_keeps_less_and_computes_again_what_it_says():
+    """Bytes kept between forward and backward pass, and products and activations computed in the backward pass."""
+    kept, again = {}, {}
+    for how in ("none", "selective", "full"):
+        engine = make_engine(EngineConfig(activation_checkpointing=how), "adamw")
+        parameters = {parameter.data_ptr() for parameter in engine.model.parameters()}
+        seen: dict[int, int] = {}
+
+        def pack(tensor, parameters=parameters, seen=seen):
+            if tensor.data_ptr() not in parameters:
+                seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = engine.forward(*window_of(engine, 0, 8)[0])
+        with Operations() as operations:
+            loss.backward()
+        kept[how], again[how] = sum(seen.values()), operations.count
+    assert kept["full"] < 0.2 * kept["none"]
+    mm, silu = "aten::mm", "aten::silu"
+    assert again["none"][mm] == again["selective"][mm] < again["full"][mm]
+    assert again["none"][silu] == 0 and again["selective"][silu] == again["full"][silu] == 2  # one in each block
+
+
+LARGE = resolve_model(
+    ModelConfig(hidden_size=512, num_hidden_layers=12, num_attention_heads=8), vocab_size=8192, sequence_length=32
+)
+
+
+def peak_of_start(config: EngineConfig) -> tuple[float, float]:
+    """MiB that this process took at most while the engine built the model, and MiB of the model."""
+    engine = start_engine(config)
+    make_model_free = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    engine.prepare(lambda: Transformer(LARGE), lambda model: make_optimizer(model, "adamw"), 1.0, seed=0)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - make_model_free
+    with torch.device("meta"):
+        whole = sum(parameter.nbytes for parameter in Transformer(LARGE).parameters()) / 2**20
+    engine.close()
+    return peak, whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "most"), [("fsdp2", 0.5), ("zero3", 1.0)])
+def test_no_rank_holds_the_whole_model_while_it_is_built(name, most):
+    """On 4 ranks: a quarter of the weights (zero3: and as much again for master weights), and one parameter being drawn."""
+    for peak, whole in run_ranks(4, peak_of_start, EngineConfig(name=name)):
+        print(f"{name}: {peak:.0f} MiB at most, the model has {whole:.0f} MiB")
+        assert peak < most * whole
+
+
+def test_every_engine_setting_is_documented():
+    text = (ROOT / "docs" / "engines.md").read_text()
+    for field in dataclasses.fields(EngineConfig):
+        if field.name not in ("name", "world_size", "bucket_mib", "keep_whole_below"):
+            assert f"engine.{field.name}" in text, field.name
+
+
+def test_the_cloud_configurations_fit_their_ranks():
+    for config, ranks in (("cloud", 8), ("cloud_zero3", 8), ("cloud_zero3", 64)):
+        load(["--config", str(ROOT / "configs" / f"{config}.yaml")], world_size=ranks)
