@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 TRANSFORMERS = ["transformers>=5.0", "protobuf"]  # conversion and its tests
 TENSORBOARD = ["tensorboard"]
-DEVELOPMENT = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "psutil", "ruff", "codespell"]
+DEVELOPMENT = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "codespell"]
 
 setup(
     name="pretrain",
@@ -26,6 +26,7 @@ setup(
         "pyyaml",
         "numpy",
         "tqdm",
+        "psutil",
         "matplotlib",
         "xxhash",
     ],

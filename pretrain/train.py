@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 
 from pretrain import config as settings
+from pretrain import rules
+from pretrain import divergence
 from pretrain.config import Config, ConfigError, ModelConfig, Problem
+from pretrain.data import skips
 from pretrain.data.batches import Batch, TrainData, ValidData, open_train, open_valid
 from pretrain.data.indexed import DataError
 from pretrain.data.tokenizer import Tokenizer
@@ -31,6 +34,7 @@ from pretrain.report import diagnose
 from pretrain.report.metrics import Clock, Meter, perplexity
 from pretrain.report.plot import plot_runs
 from pretrain.report.sinks import Sinks
+from pretrain.report.spikes import SpikeWatch
 from pretrain.runtime import checkpoint as checkpoints
 from pretrain.runtime.canary import Canary
 from pretrain.runtime.checkpoint import NotFinite
@@ -58,21 +62,25 @@ class StepResult(NamedTuple):
     """(): norm of the full mean gradient before clipping."""
     applied: Tensor
     """(), bool: False where loss or gradient were not finite; weights and moments are then untouched."""
-    requests: Callable[[], list[int]]
-    """The ranks' requests, summed; already on their way to the host."""
+    requests: Callable[[], list[float]]
+    """The ranks' requests, summed, and last of all that of `last_loss`; already on their way to the host."""
 
 
-def train_step(engine: Engine, window: list[Batch], lr: float, requests: list[int]) -> StepResult:
+def train_step(
+    engine: Engine, window: list[Batch], lr: float, requests: list[int], last_loss: Tensor | float = math.nan
+) -> StepResult:
     """One optimizer update on this rank's micro-batches of the global batch. The host never waits for the device in here.
 
     Every valid token (label != -100) of the global batch weighs the same: the gradient is that of
 
         loss = sum over ranks and micro-batches of loss_sum / tokens
 
-    however the batch is split. `requests` (stop, save) are summed over ranks in the collective that counts the tokens.
+    however the batch is split. `requests` (stop, save) are summed over ranks in the collective that counts the tokens, and so
+    is `last_loss`, this rank's part of the loss of the step before: the host learns each step's loss one step late, without
+    waiting for it.
     """
-    counts = engine.all_reduce(_valid_tokens_and(requests, window, engine.device))
-    tokens, requested = counts[0], engine.copy_to_host(counts[1:])
+    counts = engine.all_reduce(_valid_tokens_and(requests, last_loss, window, engine.device))
+    tokens, requested = counts[0].long(), engine.copy_to_host(counts[1:])
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     for i, batch in enumerate(window):
         with engine.micro_batch(last=i == len(window) - 1):
@@ -86,9 +94,11 @@ def train_step(engine: Engine, window: list[Batch], lr: float, requests: list[in
     return StepResult(loss_sum, tokens, grad_norm, applied, requested)
 
 
-def _valid_tokens_and(requests: list[int], window: list[Batch], device: torch.device) -> Tensor:
+def _valid_tokens_and(requests: list[int], last_loss: Tensor | float, window: list[Batch], device: torch.device) -> Tensor:
+    """float64, in which counts are exact to 2^53."""
     valid = sum((batch.labels_BT != -100).sum() for batch in window)
-    return torch.cat([valid[None], torch.tensor(requests, device=device)])
+    requested = torch.tensor(requests, dtype=torch.float64, device=device)
+    return torch.cat([valid.double()[None], requested, torch.as_tensor(last_loss, dtype=torch.float64, device=device)[None]])
 
 
 # ================================================================ a run and its parts
@@ -114,6 +124,10 @@ class Progress:
     """Of the newest validation."""
     evaluation_due: bool = False
     """This step's validation was given up to save in time; it comes first when the run goes on."""
+    rollbacks: int = 0
+    """How often the run went back to a checkpoint because it had diverged."""
+    skipped_positions: skips.Ranges = field(default_factory=list)
+    """The samples that it then left out."""
 
 
 @dataclass
@@ -134,6 +148,7 @@ class Run:
     directory: RunDirectory | None
     """On rank 0."""
     saver: Saver
+    spikes: SpikeWatch
 
     def say(self, text: str) -> None:
         """A line for people, once."""
@@ -232,16 +247,47 @@ def _train(config: Config, engine: Engine, directory: RunDirectory | None, stop:
     )
 
     found = _checkpoint_to_resume(config, engine, folder)
-    progress, state = Progress(started=time.time()), {}
     if found:
-        state = found.state()
-        _refuse_another_run(config, model_config, data, state, found)
-        checkpoints.load(found, engine)
-        progress = Progress(**state["progress"])
+        _refuse_another_run(config, model_config, data, found.state(), found)
     if directory:
         directory.write_text("config.yaml", to_yaml(config))
+    left_out: tuple[int, skips.Ranges] | None = None
+    while True:
+        run, meter = _begin_at(found, config, engine, model_config, data, valid, directory)
+        if left_out:
+            run.progress.rollbacks, run.progress.skipped_positions = left_out
+        with run.sinks or contextlib.nullcontext():
+            _announce(run, found)
+            stop.training()
+            with run.saver:
+                status, reason = _loop(run, meter, stop)
+            found = divergence.checkpoint_to_go_back_to(run, meter) if status == DIVERGED else None
+            if found is None:
+                _tell(directory, status, run.progress.step, reason)  # before what may hang: W&B, the other ranks
+                stop.saved(status)
+                if status == DONE:
+                    _finish(run)
+                return status, reason
+            run.say(f"{reason}. Going back to {found.path}, to go on without these samples")
+        bad = divergence.bad_positions(run, meter)
+        left_out = run.progress.rollbacks + 1, skips.with_range(run.progress.skipped_positions, *bad)
 
-    total_steps = _total_steps(config, data)
+
+def _begin_at(
+    found: Checkpoint | None,
+    config: Config,
+    engine: Engine,
+    model: ModelConfig,
+    data: TrainData,
+    valid: list[ValidData],
+    directory: RunDirectory | None,
+) -> tuple[Run, Meter]:
+    """The run as it stood at a checkpoint, or at its very beginning."""
+    progress, state = Progress(started=time.time()), {}
+    if found:
+        state = checkpoints.load(found, engine)
+        progress = Progress(**state["progress"])
+    folder, total_steps = Path(config.run.directory) / config.run.name, _total_steps(config, data)
     sinks = None
     if engine.rank == 0:
         sinks = Sinks(config.log, folder, name=config.run.name, settings=to_dict(config), total_steps=total_steps,
@@ -253,18 +299,9 @@ def _train(config: Config, engine: Engine, directory: RunDirectory | None, stop:
 
     saver = Saver(folder / "checkpoints", engine, config.checkpoint, acknowledge, sinks.say if sinks else print,
                   [found.step] if found else [])  # fmt: skip
-    run = Run(config, engine, model_config, data, valid, folder, total_steps, progress, sinks, directory, saver)
-    meter = Meter(engine.device, engine.rank, engine.world_size, state.get("meter"))
-    with sinks or contextlib.nullcontext():
-        _announce(run, found)
-        stop.training()
-        with saver:
-            status, reason = _loop(run, meter, stop)
-        _tell(directory, status, progress.step, reason)  # before what may hang: W&B, the other ranks
-        stop.saved(status)
-        if status == DONE:
-            _finish(run)
-    return status, reason
+    spikes = SpikeWatch(state.get("spikes"))
+    run = Run(config, engine, model, data, valid, folder, total_steps, progress, sinks, directory, saver, spikes)
+    return run, Meter(engine.device, engine.rank, engine.world_size, state.get("meter"))
 
 
 def _loop(run: Run, meter: Meter, stop: StopRequest) -> tuple[int, str]:
@@ -285,17 +322,19 @@ def _loop(run: Run, meter: Meter, stop: StopRequest) -> tuple[int, str]:
                 lr = lr_at(step, config.schedule, config.optimizer.lr, run.total_steps)
                 save_wanted = engine.rank == 0 and 0 < 60 * config.checkpoint.every_minutes < time.monotonic() - saved_at
                 canary = Canary(engine) if _due(step, 10 * config.log.every_steps) else None
-                result = train_step(engine, window, lr, [*stop.flags(stop_file), int(save_wanted), *run.saver.votes()])
+                requests = [*run.saver.votes(), int(save_wanted), *stop.flags(stop_file)]
+                result = train_step(engine, window, lr, requests, meter.last_loss)
                 meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
-                progress.step, progress.position = step, progress.position + config.batch.global_batch_size
-                requests = result.requests()
-                *flags, save_due = requests[: -len(VOTES)]
+                *requests, last_loss = result.requests()
+                votes, save_due, flags = requests[: len(VOTES)], requests[len(VOTES)], requests[len(VOTES) + 1 :]
                 with clock.paused():
-                    run.saver.settle(requests[-len(VOTES) :])
+                    run.saver.settle(votes)
+                divergence.report_spike(run, last_loss)
+                _advance(run)
                 if step in (1, run.total_steps) or _due(step, config.log.every_steps):
                     _log_step(run, meter, clock, lr, canary)
                     if meter.figures["skipped_in_a_row"] >= config.train.max_skipped_steps:
-                        return DIVERGED, _diverged(run, meter)
+                        return DIVERGED, divergence.in_words(run, meter)
                 if run.sinks:
                     run.sinks.progress(step)
                 last = step == run.total_steps
@@ -333,12 +372,13 @@ def _windows(run: Run) -> Iterator[list[Batch]]:
         columns = [part or [None] * (per_rank // batch.micro_batch_size) for part in parts]
         return [Batch(*tensors) for tensors in zip(*columns, strict=True)]
 
-    position = run.progress.position
+    skipped = run.progress.skipped_positions
+    position = skips.next_position(run.progress.position, skipped)
     with ThreadPoolExecutor(1, "data") as pool:
         ahead = pool.submit(read, position)
         while True:
             window = ahead.result()
-            position += batch.global_batch_size
+            position = skips.next_position(position + batch.global_batch_size, skipped)
             ahead = pool.submit(read, position)
             yield [engine.to_device(micro_batch) for micro_batch in window]
 
@@ -380,7 +420,7 @@ def _checkpoint_to_resume(config: Config, engine: Engine, folder: Path) -> Check
 def _refuse_another_run(config: Config, model: ModelConfig, data: TrainData, state: dict, found: Checkpoint) -> None:
     """Raises ConfigError when these settings or this data are not those of the checkpoint."""
     old, new = state["settings"] | {"model": state["model"]}, to_dict(config) | {"model": asdict(model)}
-    problems = settings.check_resume(old, new, config.checkpoint.allow_changes, str(found.path))
+    problems = rules.check_resume(old, new, config.checkpoint.allow_changes, str(found.path))
     if state["data"] != data.fingerprint:
         problems.append(Problem("data", "the training data, its order or its weights are not those of the checkpoint; "
                                 "restore the files, or start another run with another run.name", str(found.path)))  # fmt: skip
@@ -467,13 +507,14 @@ def _log_step(run: Run, meter: Meter, clock: Clock, lr: float, canary: Canary | 
     clock.restart()
 
 
-def _diverged(run: Run, meter: Meter) -> str:
-    batch, step = run.config.batch.global_batch_size, run.progress.step
-    first = run.progress.position - meter.figures["skipped_in_a_row"] * batch
-    return (
-        f"diverged: the loss or gradient was not finite in the last {meter.figures['skipped_in_a_row']} steps up to step {step} "
-        f"(samples {first} to {run.progress.position - 1}). The last checkpoint is from before; go on from it with a lower optimizer.lr"
-    )
+def _advance(run: Run) -> None:
+    """One step further. Samples that are left out here, are so in the record of the step that does without them."""
+    progress, skipped = run.progress, run.progress.skipped_positions
+    begin = skips.next_position(progress.position, skipped)
+    progress.step += 1
+    if begin > progress.position:
+        run.log({"step": progress.step, "rollbacks": progress.rollbacks, "skipped_positions": [progress.position, begin]})
+    progress.position = begin + run.config.batch.global_batch_size
 
 
 def _evaluate(run: Run, requests: Callable[[], list[int]]) -> tuple[float | None, list[int]]:
@@ -495,6 +536,7 @@ def _save(run: Run, meter: Meter, val_loss: float | None, last: bool) -> None:
     state = {
         "progress": asdict(run.progress),
         "meter": meter.state(run.engine.all_reduce),
+        "spikes": run.spikes.state(),
         "model": asdict(run.model),
         "settings": to_dict(run.config),
         "data": run.data.fingerprint,

@@ -53,9 +53,12 @@ def test_an_interval_goes_on_from_its_state_on_the_same_ranks_or_others(ranks):
     meters = [Meter(torch.device("cpu"), rank, 2) for rank in range(2)]
     for rank, meter in enumerate(meters):
         add(meter, 10.0 + rank, 10)
-    sums = sum(meter._slot(0.0) + torch.eye(2, dtype=torch.float64)[rank] * meter.loss_sum for rank, meter in enumerate(meters))
-    state = meters[0].state(lambda _: sums)
+    parts: list[torch.Tensor] = []
+    for meter in meters:
+        meter.state(lambda part: parts.append(part) or part)
+    state = meters[0].state(lambda _: sum(parts))
     resumed = [Meter(torch.device("cpu"), rank, ranks, state) for rank in range(ranks)]
+    assert state["last_loss"] == sum(meter.last_loss.item() for meter in resumed) == 2.1
     assert sum(meter.loss_sum.item() for meter in resumed) == 21.0
     assert all(meter.counts.tolist() == [1, 10, 10, 0, 0] for meter in resumed)
 

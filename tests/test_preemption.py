@@ -50,9 +50,7 @@ def soon(condition) -> bool:
     return condition()
 
 
-@pytest.mark.parametrize(
-    ("number", "flags", "status"), [(signal.SIGTERM, [1, 0, 0], 75), (signal.SIGINT, [0, 1, 0], 130)]
-)
+@pytest.mark.parametrize(("number", "flags", "status"), [(signal.SIGTERM, [1, 0, 0], 75), (signal.SIGINT, [0, 1, 0], 130)])
 def test_a_signal_becomes_a_flag(stop, number, flags, status):
     assert stop.flags() == [0, 0, 0] and exit_status(stop.flags()) == 0
     os.kill(os.getpid(), number)

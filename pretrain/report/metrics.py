@@ -5,10 +5,12 @@ Definitions of all figures: docs/understanding_the_loss.md.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -26,9 +28,12 @@ class Meter:
         self.device, self.rank, self.world_size = device, rank, world_size
         self.figures: dict[str, float] = {}
         """What `read` returned last."""
-        state = state or {"loss_sums": [0.0], "counts": [0] * len(_COUNTS)}
+        state = state or {"loss_sums": [0.0], "counts": [0] * len(_COUNTS), "last_loss": None}
         sums = state["loss_sums"]
         mine = sums[rank] if len(sums) == world_size else sum(sums) if rank == 0 else 0.0
+        last_loss = state["last_loss"] if rank == 0 else 0.0
+        self.last_loss = torch.tensor(math.nan if last_loss is None else last_loss, dtype=torch.float64, device=device)
+        """This rank's part of the loss of the last step, NaN where it was skipped: the sum over ranks is in nats per token."""
         self.loss_sum = torch.tensor(mine, dtype=torch.float64, device=device)  # nats, this rank, applied steps
         self.counts = torch.tensor(state["counts"], device=device)  # of all ranks, equal on all
 
@@ -39,6 +44,7 @@ class Meter:
         self.counts += torch.stack([one, tokens, tokens * applied, one * ~applied, one])
         self.counts[-1] *= ~applied
         self.grad_norm = grad_norm
+        self.last_loss = torch.where(applied, loss_sum / tokens, math.nan)
 
     def read(self, all_reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Figures of the interval, equal on all ranks (a collective); then starts a new interval.
@@ -60,13 +66,45 @@ class Meter:
         """The unfinished interval, for a checkpoint (a collective)."""
         slots = self._slot(0.0)
         slots[self.rank] = self.loss_sum
-        return {"loss_sums": all_reduce(slots).tolist(), "counts": self.counts.tolist()}
+        *loss_sums, last_loss = all_reduce(torch.cat([slots, self.last_loss[None]])).tolist()
+        last_loss = last_loss if math.isfinite(last_loss) else None
+        return {"loss_sums": loss_sums, "counts": self.counts.tolist(), "last_loss": last_loss}
 
     def _slot(self, value: float) -> Tensor:
         """One place for each rank: summed over ranks, every rank sees all values."""
         slots = torch.zeros(self.world_size, dtype=torch.float64, device=self.device)
         slots[self.rank] = value
         return slots
+
+
+class Clock:
+    """Wall-clock seconds of an interval, without those in which the run evaluated or saved."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts a new interval."""
+        self.began, self.data_seconds, self.paused_seconds = time.monotonic(), 0.0, 0.0
+
+    @property
+    def train_seconds(self) -> float:
+        """Of this interval so far."""
+        return time.monotonic() - self.began - self.paused_seconds
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in here is waiting for data."""
+        began = time.monotonic()
+        yield
+        self.data_seconds += time.monotonic() - began
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in here is not training."""
+        began = time.monotonic()
+        yield
+        self.paused_seconds += time.monotonic() - began
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -1,6 +1,7 @@
 """Requests to stop: noticed at any moment on any rank, agreed on by all ranks inside a collective that runs anyway.
 
-    SIGTERM         save, status 75: a spot notice, a scheduler, or a launcher that has lost another rank or its own life
+    SIGTERM         save, status 75: a spot notice, a scheduler, or a launcher that has lost another rank or its own life.
+                    So does SIGHUP (the terminal is gone), unless the run was started under nohup
     SIGINT          save, status 130: Ctrl-C. A second one leaves at once
     the file STOP   in the run's folder, seen by rank 0: save, status 130. The run does not go on while the file is there
 
@@ -26,6 +27,7 @@ from types import FrameType
 STOPPED = (("SIGTERM", 75), ("SIGINT", 130), ("the file STOP", 130))
 """Who may ask, and the exit status of a run that did so, in the order of flags. What a person stopped, nothing restarts."""
 PEER_LOST, STOPPED_BY_PERSON = 75, 130
+_FLAG = {signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGTERM", signal.SIGINT: "SIGINT"}
 _PARENT_POLL_SECONDS, _LAST_WORDS_SECONDS = 1.0, 5.0
 
 
@@ -47,7 +49,8 @@ class StopRequest:
         self._notices, wakeup = os.pipe()
         os.set_blocking(wakeup, False)
         self._wakeup, self._previous_wakeup = wakeup, signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-        self._previous = {number: signal.signal(number, _do_nothing) for number in (signal.SIGTERM, signal.SIGINT)}
+        heard = [each for each in _FLAG if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, _do_nothing) for number in heard}
         self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._thread.start()
 
@@ -115,16 +118,16 @@ class StopRequest:
         return min(waits, default=None)
 
     def _receive(self, number: int, who: str | None = None) -> None:
-        if number not in (signal.SIGTERM, signal.SIGINT):
+        if number not in _FLAG:
             return  # it was only woken, or another signal has a handler in Python
-        name = signal.Signals(number).name
-        status = dict(STOPPED)[name]
+        name = _FLAG[number]
         if not self._training:
-            self.leave(status, f"stopped by {who or name} before the first step: nothing to save")
-        if number == signal.SIGINT and self.received == name:
-            self.leave(status, "left at once at the second SIGINT; what came after the last checkpoint is lost")
+            who = who or signal.Signals(number).name
+            self.leave(dict(STOPPED)[name], f"stopped by {who} before the first step: nothing to save")
+        if name == self.received == "SIGINT":
+            self.leave(STOPPED_BY_PERSON, "left at once at the second SIGINT; what came after the last checkpoint is lost")
         self.received = self.received or name
-        if number == signal.SIGTERM:
+        if name == "SIGTERM":
             self._start_deadline()
 
     def _start_deadline(self) -> None:

@@ -1,0 +1,65 @@
+"""Every real spike, and nothing else, is called one."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+
+from pretrain.report.spikes import ACTIVE_FROM, NEW_LEVEL, SpikeWatch, in_words
+
+
+def curve(seed: int, noise: float, steps: int = 10_000) -> list[float]:
+    """A loss that falls from 10.5 to 2.5, each step with noise in proportion."""
+    draw = random.Random(seed)
+    return [(2.5 + 8 * math.exp(-step / 300)) * (1 + draw.gauss(0, noise)) for step in range(steps)]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.005, 0.03, 0.12])
+def test_no_loss_of_ten_thousand_clean_noisy_steps_is_called_a_spike(noise):
+    watch = SpikeWatch()
+    assert not [loss for loss in curve(1, noise) if watch.judge(loss)]
+
+
+def test_every_tenfold_spike_is_seen_in_its_step():
+    seen = 0
+    for seed in range(200):
+        losses, watch = curve(seed, 0.03, 400), SpikeWatch()
+        at = random.Random(seed).randrange(ACTIVE_FROM, 399)
+        losses[at] *= 10
+        spikes = [step for step, loss in enumerate(losses) if watch.judge(loss)]
+        seen += spikes == [at]
+    assert seen == 200
+
+
+def test_what_is_not_finite_never_enters_and_the_next_finite_loss_is_accepted():
+    watch = SpikeWatch()
+    for loss in (*curve(0, 0.01, 100), math.nan, math.inf, -math.inf):
+        assert watch.judge(loss) is None
+    accepted = len(watch.accepted)
+    assert watch.judge(curve(0, 0.01, 101)[-1]) is None and len(watch.accepted) == accepted + 1
+
+
+def test_a_slow_drift_is_no_spike_and_a_jump_that_stays_is_said_five_times_and_then_accepted():
+    drift = SpikeWatch()
+    assert not any(drift.judge(2.5 + step / 1000 + 0.02 * math.sin(step)) for step in range(3000))
+    watch = SpikeWatch()
+    for loss in curve(3, 0.01, 300):
+        watch.judge(loss)
+    spikes = [watch.judge(20.0 + step / 10) for step in range(200)]
+    assert [spike is not None for spike in spikes] == [True] * NEW_LEVEL + [False] * (200 - NEW_LEVEL)
+    assert spikes[NEW_LEVEL - 1].stays and "counts as the new level" in in_words(7, spikes[NEW_LEVEL - 1])
+    assert in_words(1234, spikes[0]).startswith("loss spike at step 1,234: 20.0000, ")
+
+
+def test_a_watch_goes_on_from_its_state_as_if_nothing_had_happened():
+    losses = curve(5, 0.05, 300)
+    losses[150:152] = [30.0, 31.0]
+    straight, first = SpikeWatch(), SpikeWatch()
+    verdicts = [straight.judge(loss) for loss in losses]
+    before = [first.judge(loss) for loss in losses[:151]]
+    second = SpikeWatch(json.loads(json.dumps(first.state())))
+    assert before + [second.judge(loss) for loss in losses[151:]] == verdicts and sum(map(bool, verdicts)) == 2
+    assert second.state() == straight.state()

@@ -1,0 +1,146 @@
+"""The supervisor with the real launcher, two ranks: what it starts again, what it does not, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from pretrain.runtime.run_directory import RunDirectory
+from tests.ranks import run_ranks
+from tests.test_train import ROOT, TINY, curve, run_of, train_here
+
+LAUNCH = ["--config_file", "launch/accelerate/cpu.yaml", "--main_process_port", "0"]
+
+
+@pytest.fixture
+def tiny(tmp_path) -> list[str]:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    return ["--config", str(tmp_path / "tiny.yaml"), "--run.directory", str(tmp_path / "runs")]
+
+
+class Job:
+    """A supervisor under test."""
+
+    def __init__(self, settings: list[str], flags: list[str] = LAUNCH):
+        self.run, command = run_of(settings), [sys.executable, "launch/supervise.py", *flags, "--", *settings]
+        self.run.parent.mkdir(exist_ok=True)
+        self.output = open(self.run.parent.with_suffix(".log"), "w+")
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True)
+        self.family: set[psutil.Process] = set()
+
+    def wait_for(self, step: int) -> None:
+        """Until metrics.jsonl holds `step`."""
+        metrics, deadline = self.run / "metrics.jsonl", time.monotonic() + 90
+        while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+            assert time.monotonic() < deadline and self.process.poll() is None, self.said()
+            time.sleep(0.005)
+        self.family = set(psutil.Process(self.process.pid).children(recursive=True))
+
+    def workers(self) -> list[psutil.Process]:
+        """The ranks."""
+        return sorted(
+            (p for p in self.family if "-u" in p.cmdline() and any(w.endswith("launch/pretrain.py") for w in p.cmdline())),
+            key=lambda process: int(process.environ().get("RANK", 0)),
+        )
+
+    def launcher(self) -> psutil.Process:
+        return next(process for process in self.family if process.ppid() == self.process.pid)
+
+    def end(self, timeout: float = 120) -> int:
+        """-> exit status, once it is sure that nothing stayed behind."""
+        status = self.process.wait(timeout)
+        assert not [process for process in self.family if process.is_running()]
+        return status
+
+    def said(self) -> str:
+        self.output.seek(0)
+        return self.output.read()
+
+    def state(self) -> dict:
+        return json.loads((self.run / "run_state.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_killed_rank_and_a_killed_launcher_are_started_again_and_no_step_differs(tiny):
+    tiny = ["--train.max_steps", "160", "--checkpoint.every_steps", "8", *tiny]
+    job = Job(tiny)
+    job.wait_for(20)
+    job.workers()[1].kill()
+    job.wait_for(60)
+    job.launcher().kill()  # its workers notice, save, and are waited for
+    assert job.end() == 0, job.said()
+    assert job.said().count("starting again in 1 s") == 2 and "peer_lost" in job.said()
+    assert (job.state()["status"], job.state()["attempt"], job.state()["saved_step"]) == ("done", 3, 160)
+    assert run_ranks(2, train_here, [*tiny, "--run.name", "straight"]) == [0, 0]
+    assert curve(job.run) == curve(run_of(tiny, "straight"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("numbers", "status"), [([signal.SIGTERM], 75), ([signal.SIGINT] * 2, 130)])
+def test_signals_reach_the_job_and_end_the_supervisor(tiny, numbers, status):
+    job = Job(["--train.max_steps", "5000", *tiny])
+    job.wait_for(10)
+    for number in numbers:
+        job.process.send_signal(number)
+        time.sleep(0.05)
+    assert job.end() == status, job.said()
+    assert job.state()["exit_status"] == status and "starting again" not in job.said()
+
+
+@pytest.mark.slow
+def test_a_killed_supervisor_leaves_no_process_and_a_checkpoint(tiny):
+    job = Job(["--train.max_steps", "5000", *tiny])
+    job.wait_for(10)
+    job.process.kill()
+    _, alive = psutil.wait_procs(job.family, timeout=30)
+    assert not alive
+    state = job.state()
+    assert (state["exit_status"], state["step"]) == (75, state["saved_step"])
+
+
+@pytest.mark.slow
+def test_a_crash_loop_ends_with_70_and_stays_refused_until_forced(tiny):
+    """Collectives that may take a millisecond: every attempt loses its peer before the first checkpoint."""
+    never = ["--engine.timeout_seconds", "0.001", *tiny]
+    job = Job(never)
+    assert job.end(300) == 70, job.said()
+    assert "starting again in 4 s (1 of 3" in job.said() and "starting again in 16 s (2 of 3" in job.said()
+    assert job.state()["reason"].startswith("crash_loop: 3 attempts in a row ended without a new checkpoint")
+    again = Job(tiny)
+    assert again.end() == 70 and "start with --force" in again.said()
+    forced = Job(tiny, ["--force", *LAUNCH])
+    assert forced.end() == 0, forced.said()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["--optimizr.lr", "1"], "did you mean optimizer"),  # seen by the supervisor itself
+        pytest.param(["--batch.global_batch_size", "2"], "the nearest is 4", marks=pytest.mark.slow),  # only by the ranks
+    ],
+)
+def test_refused_settings_end_with_2_and_are_not_tried_again(tiny, settings, said):
+    job = Job([*settings, *tiny])
+    assert job.end() == 2
+    assert said in job.said() and "starting again" not in job.said()
+
+
+def test_a_folder_in_use_ends_with_73(tiny):
+    held = RunDirectory(run_of(tiny))
+    job = Job(tiny)
+    assert job.end() == 73 and f"is in use by process {os.getpid()}" in job.said()
+    del held
+
+
+def test_without_settings_it_explains_itself():
+    done = subprocess.run([sys.executable, "launch/supervise.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "launch/supervise.py [--force] [accelerate flags] --" in done.stdout
+    done = subprocess.run([sys.executable, "launch/supervise.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "crash loop" in done.stdout
