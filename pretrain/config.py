@@ -164,7 +164,7 @@ class TrainConfig:
     max_skipped_steps: int = 10
     """Non-finite steps in a row after which the run has diverged."""
     on_divergence: Literal["stop", "rollback"] = "stop"
-    """stop: end with status 70; rollback: go back to the last checkpoint and leave out the samples of those steps, at most twice."""
+    """stop: end with status 70; rollback: go back to the last checkpoint and leave out those steps' samples, at most twice."""
 
 
 @dataclass(frozen=True, kw_only=True)

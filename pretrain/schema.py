@@ -1,8 +1,8 @@
 """YAML files and `--section.key value` flags -> a tree of frozen dataclasses, with every problem reported at once.
 
-Knows dataclasses and YAML nodes; knows nothing about what the settings mean (that is `config.py`). Scalars are read by the type of
-the field they are for, from their text, so YAML 1.1's surprises (`3e-4` a string, `on` a boolean, `12:30:45` a number) do not exist
-here. Imports no torch.
+Knows dataclasses and YAML nodes; knows nothing about what the settings mean (that is `config.py`). Scalars are read from their
+text by the type of their field, so YAML 1.1's surprises (`3e-4` a string, `on` a boolean, `12:30:45` a number) do not
+exist here. Imports no torch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import math
 import textwrap
 import types
@@ -253,7 +254,7 @@ def _unknown_key(key: str, prefix: str, hints: dict[str, Any], root: type) -> st
 def field_docs(cls: type) -> dict[str, str]:
     """Field name -> the docstring that stands below the field."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-    pairs = zip(body, body[1:], strict=False)
+    pairs = itertools.pairwise(body)
     return {
         field.target.id: " ".join(inspect.cleandoc(text.value.value).split())
         for field, text in pairs
@@ -270,6 +271,11 @@ def walk(cls: type, prefix: str = "") -> typing.Iterator[tuple[str, Any, str]]:
         else:
             default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
             yield f"{prefix}{field.name}", default, docs.get(field.name, "")
+
+
+def shown(value: Any) -> str:
+    """A value as YAML writes it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def to_yaml(instance: Any) -> str:

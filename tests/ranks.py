@@ -1,7 +1,7 @@
 """Runs a function on several real gloo ranks: `run_ranks(2, function, *args)`.
 
-The ranks come from a fork server that has imported torch already, so a start takes about a second. `function` must be importable
-(a module's own function) and its result picklable. An exception on any rank is raised here.
+The ranks come from a fork server that has imported torch already, so a start takes about a second. `function` must be
+importable (a module's own function) and its result picklable. An exception on any rank is raised here.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from pretrain import config as config_module
 from pretrain import schema
-from pretrain.config import Config, ConfigError, check_resume, load, resume_class
+from pretrain.config import Config, ConfigError, load
+from pretrain.rules import check_resume, resume_class
 
 ROOT = Path(__file__).parents[1]
 GOOD = ["--model.vocab_size", "100", "--data.synthetic.kind", "uniform", "--train.max_steps", "10"]
@@ -106,7 +107,8 @@ def test_scalars_are_read_by_the_type_of_their_field(tmp_path):
     config = load(
         write(
             tmp_path,
-            "run: {name: 2024-01-01}\noptimizer: {lr: 3e-4, betas: [0.9, 1e-1]}\ntrain: {max_steps: 1e3, max_tokens: null}\nlog: {wandb: {project: on}}\n",
+            "run: {name: 2024-01-01}\noptimizer: {lr: 3e-4, betas: [0.9, 1e-1]}\n"
+            "train: {max_steps: 1e3, max_tokens: null}\nlog: {wandb: {project: on}}\n",
         )
         + ["--model.vocab_size", "6_400", "--data.synthetic.kind", "uniform"]
     )
@@ -134,8 +136,15 @@ def test_help_lists_every_key_with_its_comment(capsys):
         assert f"--{key}" in text and doc and doc in text, f"{key} has no docstring"
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text()), lambda s: st.one_of(st.lists(s), st.dictionaries(st.text(), s)), max_leaves=8),
+ANY_YAML = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text()),
+    lambda inner: st.one_of(st.lists(inner), st.dictionaries(st.text(), inner)),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(ANY_YAML,
        st.sampled_from([key for key, _, _ in schema.walk(Config)]))  # fmt: skip
 def test_any_value_of_any_key_is_accepted_or_refused_in_words(tmp_path_factory, value, key):
     import yaml
@@ -168,7 +177,14 @@ def test_resuming_refuses_frozen_keys_and_lets_guarded_ones_be_confirmed():
 
 
 def test_a_wrong_setting_exits_2_before_torch_is_imported():
-    code = "import sys; sys.argv[1:] = ['--optimizer.lr', 'fast']\nimport runpy\ntry: runpy.run_path('launch/pretrain.py', run_name='__main__')\nexcept SystemExit as e: print(e.code, 'torch' in sys.modules)"
+    code = """
+import runpy, sys
+sys.argv[1:] = ["--optimizer.lr", "fast"]
+try:
+    runpy.run_path("launch/pretrain.py", run_name="__main__")
+except SystemExit as left:
+    print(left.code, "torch" in sys.modules)
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "2 False" and "optimizer.lr: got 'fast'" in done.stderr
 

@@ -21,8 +21,8 @@ def test_the_first_loss_is_compared_with_ln_of_the_vocabulary():
 @pytest.mark.parametrize(
     ("loss", "val_loss", "lines", "word"),
     [
-        (9.21, 9.22, RANDOM, "cannot be predicted"),
-        (9.21, None, RANDOM, "cannot be predicted"),
+        (9.21, 9.22, RANDOM, "no token can be predicted"),
+        (9.21, None, RANDOM, "no token can be predicted"),
         (8.2, 8.25, TEXT, "Nothing was learned"),
         (6.5, 6.45, TEXT, "Little more than token frequencies"),
         (2.0, 4.0, TEXT, "memorising"),

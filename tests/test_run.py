@@ -63,7 +63,12 @@ def test_one_folder_one_job_and_a_dead_job_holds_nothing(tmp_path):
     with pytest.raises(Locked, match=f"in use by process {os.getpid()} on"):
         RunDirectory(tmp_path / "r")
     del first
-    code = f"from pathlib import Path; from pretrain.runtime.run_directory import RunDirectory as R; R(Path({str(tmp_path / 'r')!r})); import os; os._exit(9)"
+    code = f"""
+import os, pathlib
+from pretrain.runtime.run_directory import RunDirectory
+RunDirectory(pathlib.Path({str(tmp_path / "r")!r}))
+os._exit(9)
+"""
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
     RunDirectory(tmp_path / "r")
 

@@ -225,6 +225,7 @@ def main_of_launch_script(argv: list[str], monkeypatch) -> int:
 
 
 TEXT = ["--data.synthetic", "null", "--model.vocab_size", "null"]
+OURS = [*TEXT, "--tokenizer.path", "{d}/text_tokenizer", "--data.train", "[{path: {d}/text}]"]
 
 
 @pytest.mark.parametrize(
@@ -233,12 +234,11 @@ TEXT = ["--data.synthetic", "null", "--model.vocab_size", "null"]
         (["--optimizr.lr", "3"], "optimizr: unknown key; did you mean optimizer?"),
         (["--optimizer.lr", "fast"], "optimizer.lr: got 'fast', must be a number"),
         (["--batch.micro_batch_size", "3"], "must be a multiple of micro_batch_size x ranks = 3 x 1 = 3"),
-        ([*TEXT, "--tokenizer.path", "{d}/text_tokenizer", "--data.train", "[{path: {d}/missing}]"], "missing"),
-        ([*TEXT, "--tokenizer.path", "{d}/other_tokenizer", "--data.train", "[{path: {d}/text}]"], "was made with the tokenizer"),
-        ([*TEXT, "--tokenizer.path", "{d}/nowhere", "--data.train", "[{path: {d}/text}]"], "nowhere"),
+        ([*OURS, "--data.train", "[{path: {d}/missing}]"], "missing"),
+        ([*OURS, "--tokenizer.path", "{d}/other_tokenizer"], "was made with the tokenizer"),
+        ([*OURS, "--tokenizer.path", "{d}/nowhere"], "nowhere"),
         (["--data.synthetic", "null", "--data.train", "[{path: {d}/text}]"], "its largest id is"),
-        ([*TEXT, "--tokenizer.path", "{d}/text_tokenizer", "--data.train", "[{path: {d}/text}]", "--data.sequence_length", "1000000"],
-         "1,000,001 are needed"),
+        ([*OURS, "--data.sequence_length", "1000000"], "1,000,001 are needed"),
         (["--train.max_steps", "null", "--train.epochs", "1e-6", "--schedule.warmup_steps", "9"], "the run has only 1 steps"),
         (["--run.directory", "/proc/nowhere"], "/proc/nowhere"),
         (["--checkpoint.resume", "{d}/step_00000001"], "step_00000001"),

@@ -20,8 +20,8 @@ def lr_at(step: int, config: ScheduleConfig, peak_lr: float, total_steps: int) -
     left = total_steps - config.warmup_steps
     if left < (config.decay_steps or 0):
         raise ValueError(
-            f"schedule.warmup_steps + schedule.decay_steps = {config.warmup_steps + (config.decay_steps or 0)}, but the run has "
-            f"{total_steps} steps: shorten them or train longer"
+            f"schedule.warmup_steps + schedule.decay_steps = {config.warmup_steps + (config.decay_steps or 0)}, but the run "
+            f"has {total_steps} steps: shorten them or train longer"
         )
     if step <= config.warmup_steps:
         return peak_lr * (step / config.warmup_steps)

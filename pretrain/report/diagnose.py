@@ -51,14 +51,14 @@ def last_word(loss: float, val_loss: float | None, lines: dict[str, float]) -> s
     floor = lines.get("floor")
     if floor is not None and judged < floor + 0.02 * max(1.0, floor):
         if floor > 0.99 * uniform:
-            return f"{share}. This data is random: its tokens cannot be predicted, ln(vocabulary) is the floor, and staying there is right"
+            return f"{share}. This data is random: no token can be predicted, so ln(vocabulary) is its floor"
         return f"{share}. The floor of this data is {floor:.3f}: the model has learned all there is to learn"
     if judged > 0.97 * uniform:
         return f"{share}. Nothing was learned: check the labels, the learning rate, and whether the data is random"
     if "unigram" in lines and judged > 0.97 * lines["unigram"]:
-        return f"{share}. Little more than token frequencies ({lines['unigram']:.3f}) was learned: train longer or raise the learning rate"
+        return f"{share}. Little more than token frequencies ({lines['unigram']:.3f}) was learned: train longer or raise the rate"
     if val_loss is not None and val_loss > 1.15 * loss:
-        return f"{share}, but the training loss is {loss:.3f}: the model is memorising; use more data, fewer epochs or a smaller model"
+        return f"{share}, but the training loss is {loss:.3f}: it is memorising; use more data or a smaller model"
     return f"{share}. The model predicts far better than token frequencies alone would"
 
 
