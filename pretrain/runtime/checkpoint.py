@@ -99,10 +99,10 @@ def _make_empty(folder: Path, needed: int) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700)
+    os.mkdir(folder, 0o700)
     disk = shutil.disk_usage(folder)
     if disk.free < needed and disk.total:  # some file systems of object stores report nothing
-        folder.rmdir()
+        os.rmdir(folder)
         room = f"a checkpoint needs {needed / 2**30:.3f} GiB, the disk has {disk.free / 2**30:.3f} GiB free"
         raise OSError(errno.ENOSPC, room, str(folder.parent))
 
@@ -159,7 +159,7 @@ def commit(temporary: Path, state: bytes, world_size: int) -> Checkpoint:
         if not part.exists():
             raise OSError(f"{part}: is missing; run.directory must be on a file system that all nodes share")
         files.update(json.loads(part.read_text()))
-        part.unlink()
+        os.unlink(part)
     manifest = {"format_version": FORMAT_VERSION, "world_size": world_size, "files": files}
     manifest["xxh3"] = digest_json(manifest)
     write_file(temporary / "manifest.json", [json.dumps(manifest, indent=1).encode()])
