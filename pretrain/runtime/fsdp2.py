@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from pretrain.runtime.engine import Engine, Held, moments_of, require
@@ -67,6 +67,9 @@ class Fsdp2Engine(Engine):
         return norm
 
     def held(self, saving: bool) -> Iterator[Held]:
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a forward pass without a backward pass (validation) leaves the head whole
         if saving and self.config.replicas > 1 and self.mesh.get_local_rank("replica") > 0:
             return  # the first replica writes
         shards, shard = self.mesh["shard"].size(), self.mesh.get_local_rank("shard")
