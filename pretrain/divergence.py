@@ -17,7 +17,7 @@ from pretrain.runtime import checkpoint as checkpoints
 from pretrain.runtime.manifest import Checkpoint, CheckpointError
 
 if TYPE_CHECKING:
-    from pretrain.train import Run
+    from pretrain.beginning import Run
 
 MOST_ROLLBACKS = 2
 _SAMPLES_SHOWN = 8

@@ -1,4 +1,4 @@
-"""The step, then the loop around it. The only file that knows all the rooms."""
+"""The step, then the job and the loop around it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pretrain import beginning, divergence
 from pretrain import config as settings
-from pretrain import rules
-from pretrain import divergence
-from pretrain.config import Config, ConfigError, ModelConfig, Problem
+from pretrain.beginning import Run
+from pretrain.config import Config, ConfigError, Problem
 from pretrain.data import skips
-from pretrain.data.batches import Batch, TrainData, ValidData, open_train, open_valid
+from pretrain.data.batches import Batch, open_train, open_valid
 from pretrain.data.indexed import DataError
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.evaluate import Stopped, evaluate
@@ -33,17 +33,14 @@ from pretrain.optim.schedule import lr_at
 from pretrain.report import diagnose
 from pretrain.report.metrics import Clock, Meter, perplexity
 from pretrain.report.plot import plot_runs
-from pretrain.report.sinks import Sinks
-from pretrain.report.spikes import SpikeWatch
-from pretrain.runtime import checkpoint as checkpoints
 from pretrain.runtime.canary import Canary
 from pretrain.runtime.checkpoint import NotFinite
 from pretrain.runtime.engine import Engine, start_engine
 from pretrain.runtime.levers import compile_report
-from pretrain.runtime.manifest import Checkpoint, CheckpointError, UnsafeCheckpoint
+from pretrain.runtime.manifest import CheckpointError, UnsafeCheckpoint
 from pretrain.runtime.preemption import PEER_LOST, STOPPED_BY_PERSON, StopRequest, exit_status, is_peer_lost, who_asked
 from pretrain.runtime.run_directory import Locked, RunDirectory
-from pretrain.runtime.saver import VOTES, Saver
+from pretrain.runtime.saver import VOTES
 from pretrain.schema import to_dict, to_yaml
 
 DONE, FAILED, REFUSED, DIVERGED, LOCKED, STORAGE_FAILED, UNSAFE = 0, 1, 2, 70, 73, 74, 77
@@ -101,64 +98,7 @@ def _valid_tokens_and(requests: list[int], last_loss: Tensor | float, window: li
     return torch.cat([valid.double()[None], requested, torch.as_tensor(last_loss, dtype=torch.float64, device=device)[None]])
 
 
-# ================================================================ a run and its parts
-
-
-@dataclass
-class Progress:
-    """Where a run stands; a checkpoint keeps all of it."""
-
-    step: int = 0
-    position: int = 0
-    """Samples consumed since the start."""
-    tokens: int = 0
-    """Valid tokens consumed since the start."""
-    skipped_steps: int = 0
-    train_seconds: float = 0.0
-    """Spent in steps that count, over all starts."""
-    started: float = 0.0
-    """When the run was first started, seconds since 1970."""
-    loss: float | None = None
-    """Of the newest logging line."""
-    val_loss: float | None = None
-    """Of the newest validation."""
-    evaluation_due: bool = False
-    """This step's validation was given up to save in time; it comes first when the run goes on."""
-    rollbacks: int = 0
-    """How often the run went back to a checkpoint because it had diverged."""
-    skipped_positions: skips.Ranges = field(default_factory=list)
-    """The samples that it then left out."""
-
-
-@dataclass
-class Run:
-    """The parts of a running job."""
-
-    config: Config
-    engine: Engine
-    model: ModelConfig
-    """Every null resolved."""
-    data: TrainData
-    valid: list[ValidData]
-    folder: Path
-    total_steps: int
-    progress: Progress
-    sinks: Sinks | None
-    """On rank 0."""
-    directory: RunDirectory | None
-    """On rank 0."""
-    saver: Saver
-    spikes: SpikeWatch
-
-    def say(self, text: str) -> None:
-        """A line for people, once."""
-        if self.sinks:
-            self.sinks.say(text)
-
-    def log(self, record: dict) -> None:
-        """A record for metrics.jsonl and its copies, once."""
-        if self.sinks:
-            self.sinks.log(record)
+# ================================================================ the job
 
 
 def train(config: Config, stop: StopRequest | None = None) -> int:
@@ -246,18 +186,18 @@ def _train(config: Config, engine: Engine, directory: RunDirectory | None, stop:
         config.run.seed,
     )
 
-    found = _checkpoint_to_resume(config, engine, folder)
+    found = beginning.checkpoint_to_resume(config, engine, folder)
     if found:
-        _refuse_another_run(config, model_config, data, found.state(), found)
+        beginning.refuse_another_run(config, model_config, data, found.state(), found)
     if directory:
         directory.write_text("config.yaml", to_yaml(config))
     left_out: tuple[int, skips.Ranges] | None = None
     while True:
-        run, meter = _begin_at(found, config, engine, model_config, data, valid, directory)
+        run, meter = beginning.begin_at(found, config, engine, model_config, data, valid, directory)
         if left_out:
             run.progress.rollbacks, run.progress.skipped_positions = left_out
         with run.sinks or contextlib.nullcontext():
-            _announce(run, found)
+            beginning.announce(run, found)
             stop.training()
             with run.saver:
                 status, reason = _loop(run, meter, stop)
@@ -273,35 +213,7 @@ def _train(config: Config, engine: Engine, directory: RunDirectory | None, stop:
         left_out = run.progress.rollbacks + 1, skips.with_range(run.progress.skipped_positions, *bad)
 
 
-def _begin_at(
-    found: Checkpoint | None,
-    config: Config,
-    engine: Engine,
-    model: ModelConfig,
-    data: TrainData,
-    valid: list[ValidData],
-    directory: RunDirectory | None,
-) -> tuple[Run, Meter]:
-    """The run as it stood at a checkpoint, or at its very beginning."""
-    progress, state = Progress(started=time.time()), {}
-    if found:
-        state = checkpoints.load(found, engine)
-        progress = Progress(**state["progress"])
-    folder, total_steps = Path(config.run.directory) / config.run.name, _total_steps(config, data)
-    sinks = None
-    if engine.rank == 0:
-        sinks = Sinks(config.log, folder, name=config.run.name, settings=to_dict(config), total_steps=total_steps,
-                      resume_step=progress.step, wandb_id=state.get("wandb_id"))  # fmt: skip
-
-    def acknowledge(saved: Checkpoint) -> None:
-        sinks.say(f"saved {saved.path}")
-        directory.write_state("running", step=progress.step, saved_step=saved.step)
-
-    saver = Saver(folder / "checkpoints", engine, config.checkpoint, acknowledge, sinks.say if sinks else print,
-                  [found.step] if found else [])  # fmt: skip
-    spikes = SpikeWatch(state.get("spikes"))
-    run = Run(config, engine, model, data, valid, folder, total_steps, progress, sinks, directory, saver, spikes)
-    return run, Meter(engine.device, engine.rank, engine.world_size, state.get("meter"))
+# ================================================================ the loop
 
 
 def _loop(run: Run, meter: Meter, stop: StopRequest) -> tuple[int, str]:
@@ -381,86 +293,6 @@ def _windows(run: Run) -> Iterator[list[Batch]]:
             position = skips.next_position(position + batch.global_batch_size, skipped)
             ahead = pool.submit(read, position)
             yield [engine.to_device(micro_batch) for micro_batch in window]
-
-
-# ================================================================ beginning
-
-
-def _total_steps(config: Config, data: TrainData) -> int:
-    """Of the whole run. Raises ConfigError when its schedule does not fit into them."""
-    batch, train, schedule = config.batch.global_batch_size, config.train, config.schedule
-    steps = train.max_steps
-    if steps is None:
-        samples = train.epochs * data.samples_per_epoch if train.epochs else train.max_tokens / config.data.sequence_length
-        steps = math.ceil(samples / batch)
-    if (least := schedule.warmup_steps + (schedule.decay_steps or 0)) > steps:
-        problem = f"warmup_steps + decay_steps = {least}, but the run has only {steps} steps; shorten them or train longer"
-        raise ConfigError([Problem("schedule", problem)])
-    return steps
-
-
-def _checkpoint_to_resume(config: Config, engine: Engine, folder: Path) -> Checkpoint | None:
-    """What `checkpoint.resume` means here. Raises ConfigError, CheckpointError."""
-    wish, saved = config.checkpoint.resume, folder / "checkpoints"
-    if engine.rank == 0:
-        checkpoints.clean(saved)
-    if wish == "auto":
-        return checkpoints.newest_valid(saved, engine)
-    if wish == "never":
-        if checkpoints.checkpoints(saved):
-            raise ConfigError(
-                [Problem("checkpoint.resume", f"is never, but {saved} has checkpoints; use auto, or another run.name")]
-            )
-        return None
-    chosen = Checkpoint(Path(wish).resolve())
-    checkpoints.verify(chosen, engine)
-    return chosen
-
-
-def _refuse_another_run(config: Config, model: ModelConfig, data: TrainData, state: dict, found: Checkpoint) -> None:
-    """Raises ConfigError when these settings or this data are not those of the checkpoint."""
-    old, new = state["settings"] | {"model": state["model"]}, to_dict(config) | {"model": asdict(model)}
-    problems = rules.check_resume(old, new, config.checkpoint.allow_changes, str(found.path))
-    if state["data"] != data.fingerprint:
-        problems.append(Problem("data", "the training data, its order or its weights are not those of the checkpoint; "
-                                "restore the files, or start another run with another run.name", str(found.path)))  # fmt: skip
-    if problems:
-        raise ConfigError(problems)
-
-
-def _announce(run: Run, found: Checkpoint | None) -> None:
-    """What will be done, in arithmetic that a reader can check, and what the numbers will mean."""
-    config, engine, batch = run.config, run.engine, run.config.batch
-    length, ranks = config.data.sequence_length, engine.world_size
-    accumulation = settings.accumulation(batch, ranks)
-    counts = flops.num_parameters(run.model)
-    tokens_per_step = batch.global_batch_size * length
-    schedule, peak = config.schedule, config.optimizer.lr
-    lines = [
-        f"run        {run.folder}" + (f", going on after step {run.progress.step:,}" if found else ""),
-        f"model      {counts.total:,} parameters, vocabulary {run.model.vocab_size:,}, initial weights from seed {config.run.seed}",
-        f"engine     {config.engine.name}, {ranks} process{'es' if ranks > 1 else ''} on {engine.device_name}, {engine.precision}",
-        f"batch      {batch.global_batch_size} sequences a step = ranks {ranks} x micro-batch {batch.micro_batch_size} x accumulation {accumulation}; "
-        f"times {length} tokens = {tokens_per_step:,} tokens a step",
-        f"length     {run.total_steps:,} steps = {run.total_steps * tokens_per_step:,} tokens = "
-        f"{run.total_steps * batch.global_batch_size / run.data.samples_per_epoch:.2f} epochs, "
-        f"{run.total_steps * tokens_per_step / counts.total:.1f} tokens per parameter",
-        f"lr         {schedule.name}: step 1 {lr_at(1, schedule, peak, run.total_steps):.2e}, peak {peak:.2e} at step "
-        f"{max(1, schedule.warmup_steps)}, last step {lr_at(run.total_steps, schedule, peak, run.total_steps):.2e}",
-        *(f"data       {line}" for line in run.data.description()),
-        "levels of the loss, in nats per token, that this data has:",
-        *diagnose.reference_lines(run.data.reference_lines),
-        diagnose.LEGEND,
-    ]
-    for line in lines:
-        run.say(line)
-    if engine.precision == "bf16" and engine.device.type == "cpu":
-        run.say(
-            "bf16 on a CPU is emulated, about 25 times slower than fp32; set engine.precision to fp32 unless you test just that"
-        )
-    if not found:
-        start = {"step": 0, "reference_lines": run.data.reference_lines, "parameters": counts.total, "world_size": ranks}
-        run.log(start | {"tokens_per_step": tokens_per_step, "data": run.data.fingerprint})
 
 
 # ================================================================ now and then

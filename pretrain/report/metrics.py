@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-
 _COUNTS = ("steps", "interval_tokens", "loss_tokens", "skipped_steps", "skipped_in_a_row")
 """Whole numbers of an interval; the last one alone goes on over its end. loss_tokens: those of applied steps."""
 

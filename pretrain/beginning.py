@@ -1,0 +1,191 @@
+"""How a run begins, or goes on: its parts, the checkpoint it goes on from, what is refused, and what is said before step 1."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from pretrain import config as settings
+from pretrain import rules
+from pretrain.config import Config, ConfigError, ModelConfig, Problem
+from pretrain.data import skips
+from pretrain.data.batches import TrainData, ValidData
+from pretrain.model import flops
+from pretrain.optim.schedule import lr_at
+from pretrain.report import diagnose
+from pretrain.report.metrics import Meter
+from pretrain.report.sinks import Sinks
+from pretrain.report.spikes import SpikeWatch
+from pretrain.runtime import checkpoint as checkpoints
+from pretrain.runtime.engine import Engine
+from pretrain.runtime.manifest import Checkpoint
+from pretrain.runtime.run_directory import RunDirectory
+from pretrain.runtime.saver import Saver
+from pretrain.schema import to_dict
+
+
+@dataclass
+class Progress:
+    """Where a run stands; a checkpoint keeps all of it."""
+
+    step: int = 0
+    position: int = 0
+    """Samples consumed since the start."""
+    tokens: int = 0
+    """Valid tokens consumed since the start."""
+    skipped_steps: int = 0
+    train_seconds: float = 0.0
+    """Spent in steps that count, over all starts."""
+    started: float = 0.0
+    """When the run was first started, seconds since 1970."""
+    loss: float | None = None
+    """Of the newest logging line."""
+    val_loss: float | None = None
+    """Of the newest validation."""
+    evaluation_due: bool = False
+    """This step's validation was given up to save in time; it comes first when the run goes on."""
+    rollbacks: int = 0
+    """How often the run went back to a checkpoint because it had diverged."""
+    skipped_positions: skips.Ranges = field(default_factory=list)
+    """The samples that it then left out."""
+
+
+@dataclass
+class Run:
+    """The parts of a running job."""
+
+    config: Config
+    engine: Engine
+    model: ModelConfig
+    """Every null resolved."""
+    data: TrainData
+    valid: list[ValidData]
+    folder: Path
+    total_steps: int
+    progress: Progress
+    sinks: Sinks | None
+    """On rank 0."""
+    directory: RunDirectory | None
+    """On rank 0."""
+    saver: Saver
+    spikes: SpikeWatch
+
+    def say(self, text: str) -> None:
+        """A line for people, once."""
+        if self.sinks:
+            self.sinks.say(text)
+
+    def log(self, record: dict) -> None:
+        """A record for metrics.jsonl and its copies, once."""
+        if self.sinks:
+            self.sinks.log(record)
+
+
+def begin_at(
+    found: Checkpoint | None,
+    config: Config,
+    engine: Engine,
+    model: ModelConfig,
+    data: TrainData,
+    valid: list[ValidData],
+    directory: RunDirectory | None,
+) -> tuple[Run, Meter]:
+    """The run as it stood at a checkpoint, or at its very beginning."""
+    progress, state = Progress(started=time.time()), {}
+    if found:
+        state = checkpoints.load(found, engine)
+        progress = Progress(**state["progress"])
+    folder, total_steps = Path(config.run.directory) / config.run.name, count_steps(config, data)
+    sinks = None
+    if engine.rank == 0:
+        sinks = Sinks(config.log, folder, name=config.run.name, settings=to_dict(config), total_steps=total_steps,
+                      resume_step=progress.step, wandb_id=state.get("wandb_id"))  # fmt: skip
+
+    def acknowledge(saved: Checkpoint) -> None:
+        sinks.say(f"saved {saved.path}")
+        directory.write_state("running", step=progress.step, saved_step=saved.step)
+
+    saver = Saver(folder / "checkpoints", engine, config.checkpoint, acknowledge, sinks.say if sinks else print,
+                  [found.step] if found else [])  # fmt: skip
+    spikes = SpikeWatch(state.get("spikes"))
+    run = Run(config, engine, model, data, valid, folder, total_steps, progress, sinks, directory, saver, spikes)
+    return run, Meter(engine.device, engine.rank, engine.world_size, state.get("meter"))
+
+
+def count_steps(config: Config, data: TrainData) -> int:
+    """Of the whole run. Raises ConfigError when its schedule does not fit into them."""
+    batch, train, schedule = config.batch.global_batch_size, config.train, config.schedule
+    steps = train.max_steps
+    if steps is None:
+        samples = train.epochs * data.samples_per_epoch if train.epochs else train.max_tokens / config.data.sequence_length
+        steps = math.ceil(samples / batch)
+    if (least := schedule.warmup_steps + (schedule.decay_steps or 0)) > steps:
+        problem = f"warmup_steps + decay_steps = {least}, but the run has only {steps} steps; shorten them or train longer"
+        raise ConfigError([Problem("schedule", problem)])
+    return steps
+
+
+def checkpoint_to_resume(config: Config, engine: Engine, folder: Path) -> Checkpoint | None:
+    """What `checkpoint.resume` means here. Raises ConfigError, CheckpointError."""
+    wish, saved = config.checkpoint.resume, folder / "checkpoints"
+    if engine.rank == 0:
+        checkpoints.clean(saved)
+    if wish == "auto":
+        return checkpoints.newest_valid(saved, engine)
+    if wish == "never":
+        if checkpoints.checkpoints(saved):
+            raise ConfigError(
+                [Problem("checkpoint.resume", f"is never, but {saved} has checkpoints; use auto, or another run.name")]
+            )
+        return None
+    chosen = Checkpoint(Path(wish).resolve())
+    checkpoints.verify(chosen, engine)
+    return chosen
+
+
+def refuse_another_run(config: Config, model: ModelConfig, data: TrainData, state: dict, found: Checkpoint) -> None:
+    """Raises ConfigError when these settings or this data are not those of the checkpoint."""
+    old, new = state["settings"] | {"model": state["model"]}, to_dict(config) | {"model": asdict(model)}
+    problems = rules.check_resume(old, new, config.checkpoint.allow_changes, str(found.path))
+    if state["data"] != data.fingerprint:
+        problems.append(Problem("data", "the training data, its order or its weights are not those of the checkpoint; "
+                                "restore the files, or start another run with another run.name", str(found.path)))  # fmt: skip
+    if problems:
+        raise ConfigError(problems)
+
+
+def announce(run: Run, found: Checkpoint | None) -> None:
+    """What will be done, in arithmetic that a reader can check, and what the numbers will mean."""
+    config, engine, batch = run.config, run.engine, run.config.batch
+    length, ranks = config.data.sequence_length, engine.world_size
+    accumulation = settings.accumulation(batch, ranks)
+    counts = flops.num_parameters(run.model)
+    tokens_per_step = batch.global_batch_size * length
+    schedule, peak = config.schedule, config.optimizer.lr
+    lines = [
+        f"run        {run.folder}" + (f", going on after step {run.progress.step:,}" if found else ""),
+        f"model      {counts.total:,} parameters, vocabulary {run.model.vocab_size:,}, weights from seed {config.run.seed}",
+        f"engine     {config.engine.name}, {ranks} process{'es' * (ranks > 1)} on {engine.device_name}, {engine.precision}",
+        f"batch      {batch.global_batch_size} sequences a step = ranks {ranks} x micro-batch {batch.micro_batch_size} x "
+        f"accumulation {accumulation}; times {length} tokens = {tokens_per_step:,} tokens a step",
+        f"length     {run.total_steps:,} steps = {run.total_steps * tokens_per_step:,} tokens = "
+        f"{run.total_steps * batch.global_batch_size / run.data.samples_per_epoch:.2f} epochs, "
+        f"{run.total_steps * tokens_per_step / counts.total:.1f} tokens per parameter",
+        f"lr         {schedule.name}: step 1 {lr_at(1, schedule, peak, run.total_steps):.2e}, peak {peak:.2e} at step "
+        f"{max(1, schedule.warmup_steps)}, last step {lr_at(run.total_steps, schedule, peak, run.total_steps):.2e}",
+        *(f"data       {line}" for line in run.data.description()),
+        "levels of the loss, in nats per token, that this data has:",
+        *diagnose.reference_lines(run.data.reference_lines),
+        diagnose.LEGEND,
+    ]
+    for line in lines:
+        run.say(line)
+    if engine.precision == "bf16" and engine.device.type == "cpu":
+        run.say(
+            "bf16 on a CPU is emulated, about 25 times slower than fp32; set engine.precision to fp32 unless you test just that"
+        )
+    if not found:
+        start = {"step": 0, "reference_lines": run.data.reference_lines, "parameters": counts.total, "world_size": ranks}
+        run.log(start | {"tokens_per_step": tokens_per_step, "data": run.data.fingerprint})
