@@ -178,9 +178,10 @@ class EngineConfig:
     """bf16: bf16 compute; master weights, summed gradients and moments fp32. null: bf16 on GPUs, fp32 on CPUs. (fp16 needs
     loss scaling and skips steps: refused.)"""
     compile: Literal["none", "blocks", "model"] = "none"
-    """torch.compile: blocks compiles one block and uses it for all; model the whole. The first step takes longer. none: off."""
+    """torch.compile: blocks compiles one block and uses it for all; model (not zero3) the whole. The first step takes longer.
+    none: off."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """full: keep only the inputs of blocks, run each block twice (a third more FLOPs); selective (not zero3): keep the matrix
+    """full: keep only the inputs of blocks, run each block twice (a third more FLOPs); selective: keep the matrix
     products too. none: off."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """optimizer (zero1, zero2, zero3): optimizer state lives and is updated on the host; all (zero3): weights too. none:

@@ -129,11 +129,8 @@ def _check_engine(engine: EngineConfig, world_size: int | None) -> list[Problem]
             problems.append(
                 Problem(f"engine.{key}", f"got {value}, which only {', '.join(names)} can do; engine.name is {engine.name}")
             )
-    if engine.name == "zero3" and engine.activation_checkpointing == "selective":
-        problems.append(
-            Problem("engine.activation_checkpointing", "got selective, which zero3 cannot do (its hooks gather weights in "
-                    "another order when a block is computed again); use full, or engine.name fsdp2")
-        )  # fmt: skip
+    if engine.name == "zero3" and engine.compile == "model":
+        problems.append(Problem("engine.compile", "got model, which zero3's hooks would cut into many graphs; use blocks"))
     if engine.bucket_mib is not None and engine.name == "fsdp2":
         problems.append(
             Problem("engine.bucket_mib", "has no meaning for fsdp2, which sends the gradients of a block at once; use null")

@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[1]
         (dict(name="fsdp2", replicas=3), "engine.replicas", "must divide the number of processes, 4"),
         (dict(name="ddp", reduce_gradients="micro_batch"), "engine.reduce_gradients", "only zero2, zero3, fsdp2"),
         (dict(name="fsdp2", bucket_mib=25), "engine.bucket_mib", "has no meaning for fsdp2"),
-        (dict(name="zero3", activation_checkpointing="selective"), "engine.activation_checkpointing", "use full, or"),
+        (dict(name="zero3", compile="model"), "engine.compile", "use blocks"),
     ],
 )
 def test_a_lever_that_an_engine_does_not_have_is_refused(engine, key, words):
@@ -144,7 +144,7 @@ def compiled_losses(configs: dict[str, EngineConfig]) -> dict:
 
 
 @pytest.mark.slow
-def test_compiled_engines_change_no_number_and_break_no_graph_but_zero3(subtests):
+def test_compiled_engines_change_no_number_and_break_no_graph(subtests):
     configs = {name: dataclasses.replace(config, compile="blocks") for name, config in ENGINES.items()}
     configs["ddp model"] = EngineConfig(compile="model")
     configs["fsdp2 full"] = EngineConfig(name="fsdp2", compile="blocks", activation_checkpointing="full")
@@ -154,7 +154,7 @@ def test_compiled_engines_change_no_number_and_break_no_graph_but_zero3(subtests
             loss, norm, weight = differences([rank[name][0] for rank in results], expected)
             print(f"{name}: loss {loss:.1e}, norm {norm:.1e}, weights {weight:.1e}; {results[0][name][1]}")
             assert loss < 1e-6 and norm < 1e-5 and weight < 1e-6
-            assert " 0 graph breaks" in results[0][name][1] or name in ("zero3", "ddp model")
+            assert " 0 graph breaks" in results[0][name][1] or name == "ddp model"  # DDP's own hooks
 
 
 class Operations(TorchDispatchMode):

@@ -117,7 +117,7 @@ class Engine:
         if self.config.activation_checkpointing != "none":
             checkpoint_activations(self.model, self.config.activation_checkpointing)
         if self.config.compile != "none":
-            compile_model(self.model, self.config.compile, hooked=self.config.name == "zero3")
+            compile_model(self.model, self.config.compile)
         self._spread(make_optimizer)
         self._settle()
         self.restore(lambda shard: _draw(self.model, shard, seed), moments=False)
@@ -306,10 +306,10 @@ class DdpEngine(Engine):
             return
         token_BT = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         with self.autocast(), torch.compiler.set_stance("force_eager"):
-            for output in tree_leaves(self._wrapped(token_BT, token_BT)):
-                if output.requires_grad:
-                    output.sum().backward()
-            self._wrapped(token_BT, token_BT)  # here it sorts
+            for _ in range(2):  # it sorts at the second forward pass; without a backward, it would sum in the middle of step 1
+                for output in tree_leaves(self._wrapped(token_BT, token_BT)):
+                    if output.requires_grad:
+                        output.sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager:

@@ -12,16 +12,16 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 
-def compile_model(model: nn.Module, what: str, *, hooked: bool) -> None:
+def compile_model(model: nn.Module, what: str) -> None:
     """Compiles, in place so that parameter names stay, each block and the loss of a chunk (`blocks`), or the `model` whole.
 
-    hooked: the engine has hooks inside blocks, which cut them into several graphs.
+    Of a block only its `forward`: the hooks by which an engine gathers its weights run around that, and break no graph.
     """
     if what == "model":
         model.compile(dynamic=False)
         return
     for block in model.model.layers:
-        block.compile(fullgraph=not hooked, dynamic=False)
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
     model.lm_head.chunk_step = torch.compile(model.lm_head.chunk_step, fullgraph=True, dynamic=False)
 
 

@@ -102,6 +102,12 @@ class ZeroEngine(Engine):
 
     def _spread(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
         self.accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = self.grad_clip
+        if self.stage == 3:
+            from deepspeed.utils import set_z3_leaf_modules
+
+            # A block is gathered at once, by hooks around it: fewer messages, and nothing in it that compilation or
+            # recomputation could stumble on.
+            set_z3_leaf_modules(self.model, [type(block) for block in self.model.model.layers])
         with _whole_shapes(self.model):
             optimizer = make_optimizer(self.model)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what memory it takes
