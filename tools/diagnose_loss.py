@@ -53,11 +53,14 @@ def main(arguments: list[str] | None = None) -> int:
     log.add_argument("--plot", type=Path, nargs="?", const=Path(), metavar="PNG", help="draw the curve (FILE.png)")
     settings = "settings follow as for launch/pretrain.py: --config FILE [--section.key value ...]"
     initial = commands.add_parser(
-        "initial", help="the untrained model's loss on real batches beside ln V", description=settings
+        "initial", help="the untrained model's loss on real batches beside ln V", description=settings, allow_abbrev=False
     )
     initial.add_argument("--samples", type=_positive, default=16, metavar="N", help="samples to measure (16)")
     chain = commands.add_parser(
-        "chain", help="one real batch from the tokenizer to the shown number, each stage checked", description=settings
+        "chain",
+        help="one real batch from the tokenizer to the shown number, each stage checked",
+        description=settings,
+        allow_abbrev=False,
     )
     chain.add_argument("--checkpoint", type=Path, metavar="PATH", help="weights to use (default: the initial ones)")
     chain.add_argument("--ranks", type=_positive, metavar="W", help="ranks to share the batch (engine.world_size, or 1)")

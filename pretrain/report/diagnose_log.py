@@ -100,7 +100,8 @@ def summary(result: Diagnosis) -> list[str]:
     if curve is None:
         return [f"{log.name}: {log.format}, {count}, none of them finite"]
     loss, change = curve.loss, curve.last / curve.first - 1
-    trend = f"{'falls' if change < 0 else 'rises'} by {abs(change):.1%} from the first line to the last tenth"
+    verb = "stays within" if abs(change) < 0.005 else "falls by" if change < 0 else "rises by"
+    trend = f"{verb} {abs(change):.1%} from the first line to the last tenth"
     return [
         f"{log.name}: {log.format}, {count}, {log.unit} {log.steps[0]:g} to {log.steps[-1]:g}",
         f"first {curve.first:.5g}   last {loss[-1]:.5g}   min {loss.min():.5g}   max {loss.max():.5g}   mean {loss.mean():.5g}",
