@@ -340,8 +340,8 @@ def _stall(result: Diagnosis) -> Iterator[Finding]:
     log, curve, setup, true = result.log, result.curve, result.setup, result.true
     lines, ln_v, fifth = log.reference_lines, setup.ln_v, max(3, len(true) // 5)
     span_steps = curve.steps[-1] - curve.steps[0]
-    if len(true) < 8 or (log.unit == "step" and span_steps < 90 and len(true) < 40):
-        return  # too short: the loss of a warm-up stays at its start, too
+    if len(true) < 8:
+        return
     level = float(np.median(true[len(true) // 2 :]))
     change = float(np.median(true[:fifth]) - np.median(true[-fifth:]))
     blur = 3 * line_noise(true) / math.sqrt(fifth)
@@ -354,7 +354,11 @@ def _stall(result: Diagnosis) -> Iterator[Finding]:
     span = f"the loss stays at {level:.3f} from {result.place} to {curve.steps[-1]:g}"
     if ln_v and 0.985 <= level / ln_v <= 1.06:
         random = " (this data is random, the log says: there it is right)" if lines.get("floor", 0) > 0.99 * ln_v else ""
-        yield Finding("stall", "very likely", f"{span}, and {_expected(setup)}: nothing is learned{random}", advice)
+        text, short = f"{span}, and {_expected(setup)}: nothing is learned{random}", log.unit == "step" and span_steps < 200
+        if short and span_steps < 90:
+            result.notes.append(f"{text} so far, as in many a warm-up")
+        else:
+            yield Finding("stall", "likely" if short else "very likely", text, advice)
     elif not ln_v and curve.from_start and log.unit == "step" and span_steps >= 200 and 4 < level < LARGEST_LN_V:
         text = f"{span}, its first value, which is ln of {math.exp(level):,.0f}: if the vocabulary is that, nothing is learned"
         yield Finding("stall", "likely", text, advice)
