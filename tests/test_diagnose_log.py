@@ -197,6 +197,11 @@ def test_a_model_that_begins_with_trained_weights_is_no_fault():
     assert result.findings == [] and any("trained weights" in note for note in result.notes)
 
 
+def test_one_low_line_may_be_either_and_the_finding_says_so():
+    (finding,) = diagnose(log_of([0], [2.7]), Setup(50257, accumulation=4)).findings
+    assert finding.certainty == "possible" and "2.7 x 4 = 10.8" in finding.text and "trained weights" in finding.text
+
+
 def test_a_fast_recipe_that_halves_its_loss_in_a_hundred_steps_is_no_fault():
     assert diagnose(log_of([100, 200, 300, 400, 500], [5.0, 4.4, 4.15, 4.0, 3.9]), Setup(50304, 8, 8, 1024)).findings == []
 

@@ -230,7 +230,8 @@ def _factor(result: Diagnosis, evidence: Evidence, why: str, named: list[Factor]
     same = [factor for factor in named if factor.value == first.value]
     others = [factor for factor in named if factor.value != first.value]
     by_heart = first.value < 1 and not curve.from_start and not why
-    certainty = "possible" if len(named) > 1 or by_heart else "very likely" if curve.from_start or why else "likely"
+    trained = first.value < 1 and curve.from_start and not why and (len(curve.loss) < 5 or curve.last > 0.85 * curve.first)
+    certainty = "possible" if len(named) > 1 or by_heart or trained else "very likely" if curve.from_start or why else "likely"
     if setup.ln_v:
         fits = f", and {_expected(setup)}"
     else:
@@ -246,6 +247,8 @@ def _factor(result: Diagnosis, evidence: Evidence, why: str, named: list[Factor]
         text += ". Also possible: " + "; ".join(f"{f.arithmetic(curve.first)} ({f.words})" for f in others)
     if by_heart:
         text += ". Or the model knows its data by heart: no unseen text gets so low"
+    if trained:
+        text += ". Or the run began with trained weights"
     return Finding("scale", certainty, text, _ONE_STEP, tuple(factor.cause for factor in named))
 
 
