@@ -1,4 +1,4 @@
-"""Proof, for a configuration, that no number depends on how a batch is spread: five real steps on real processes of this machine,
+"""Proof, for a configuration, that no number depends on how a batch is spread: five real steps on processes of this machine,
 against one process that takes the whole batch with PyTorch's own loss and no code of the step, the engine or the meter.
 
 The model is shrunk (its kind stays: grouped queries, query norm, tied embeddings), the engine and its levers are those of the
@@ -32,7 +32,7 @@ from pretrain.train import train_step
 
 STEPS, LENGTH, VOCABULARY, LR = 5, 32, 128, 1e-2
 BOUNDS = {"fp32": (1e-6, 1e-6, 1e-6), "bf16": (5e-3, 2e-2, 2e-2)}
-"""Largest allowed difference of loss (relative), gradient norm (relative), weights (absolute); in bf16 as measured, times ten."""
+"""Largest difference allowed of loss (relative), gradient norm (relative), weights (absolute); in bf16 ten times as measured."""
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = sorted((ROOT / "pretrain").rglob("*.py"))
 SCRIPTS = sorted(path for folder in ("launch", "tools", "benchmarks") for path in (ROOT / folder).glob("*.py"))
 ROOMS = sorted(path.name for path in (ROOT / "pretrain").iterdir() if (path / "__init__.py").exists())
-SHARED = {"pretrain", "pretrain.config", "pretrain.schema"}
+SHARED = {"pretrain", "pretrain.config", "pretrain.rules", "pretrain.schema"}
 WITHOUT_TORCH = [
     "pretrain.config",
+    "pretrain.rules",
     "pretrain.schema",
     "pretrain.optim.schedule",
     "pretrain.data.order",
@@ -35,6 +36,9 @@ WITHOUT_TORCH = [
     "pretrain.model.flops",
     "pretrain.report.sinks",
     "pretrain.report.plot",
+    "pretrain.report.diagnose",
+    "pretrain.report.diagnose_log",
+    "pretrain.runtime.manifest",
 ]
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 100, 550
 

@@ -56,7 +56,7 @@ def last_word(loss: float, val_loss: float | None, lines: dict[str, float]) -> s
     if judged > 0.97 * uniform:
         return f"{share}. Nothing was learned: check the labels, the learning rate, and whether the data is random"
     if "unigram" in lines and judged > 0.97 * lines["unigram"]:
-        return f"{share}. Little more than token frequencies ({lines['unigram']:.3f}) was learned: train longer or raise the rate"
+        return f"{share}. Little more than token frequencies ({lines['unigram']:.3f}) was learned: train longer, or raise lr"
     if val_loss is not None and val_loss > 1.15 * loss:
         return f"{share}, but the training loss is {loss:.3f}: it is memorising; use more data or a smaller model"
     return f"{share}. The model predicts far better than token frequencies alone would"
