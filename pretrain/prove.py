@@ -32,7 +32,7 @@ from pretrain.train import train_step
 
 STEPS, LENGTH, VOCABULARY, LR = 5, 32, 128, 1e-2
 BOUNDS = {"fp32": (1e-6, 1e-6, 1e-6), "bf16": (5e-3, 2e-2, 2e-2)}
-"""Largest difference allowed of loss (relative), gradient norm (relative), weights (absolute); in bf16 ten times as measured."""
+"""Largest difference allowed of loss (relative), norm (relative), weights (absolute); in bf16 ten times as measured."""
 
 
 @dataclass(frozen=True)
