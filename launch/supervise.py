@@ -2,8 +2,8 @@
 
     python launch/supervise.py [--force] [accelerate flags] -- --config X.yaml [--section.key value ...]
 
-Starts `accelerate launch [accelerate flags] launch/pretrain.py ...`, passes SIGTERM and SIGINT on, and reads from run_state.json
-how the job really ended, since accelerate returns 1 for every end but success.
+Starts `accelerate launch [accelerate flags] launch/pretrain.py ...`, passes SIGTERM and SIGINT on, and reads from
+run_state.json how the job really ended, since accelerate returns 1 for every end but success.
 
     75 (preempted, peer lost), killed, failed    starts it again, after 1 s, or longer where there was no new checkpoint
     three such ends in a row without one         70: a crash loop. Refused from then on, until --force

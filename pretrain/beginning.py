@@ -101,7 +101,7 @@ def begin_at(
     sinks = None
     if engine.rank == 0:
         sinks = Sinks(config.log, folder, name=config.run.name, settings=to_dict(config), total_steps=total_steps,
-                      resume_step=progress.step, wandb_id=state.get("wandb_id"))  # fmt: skip
+                      resume_step=progress.step, wandb_id=state.get("wandb_id"), validation_due=progress.evaluation_due)  # fmt: skip
 
     def acknowledge(saved: Checkpoint) -> None:
         sinks.say(f"saved {saved.path}")

@@ -24,13 +24,16 @@ _SAMPLES_SHOWN = 8
 
 
 def report_spike(run: Run, loss: float) -> None:
-    """Judges the loss of the step that `run.progress` stands at; a spike is reported with the samples that made it."""
+    """Judges the loss of the step that `run.progress` stands at; a spike is reported with the samples that made it.
+
+    The record belongs to the next step, when the loss is known: a run that goes on from this one's checkpoint makes it anew.
+    """
     spike = run.spikes.judge(loss)
     if spike is None:
         return
     progress, count = run.progress, run.config.batch.global_batch_size
     ids = run.data.sample_ids(progress.position - count, count)
-    run.log({"step": progress.step, "spike": spike._asdict(), "samples": ids})
+    run.log({"step": progress.step + 1, "spike": {"step": progress.step, **spike._asdict()}, "samples": ids})
     shown = ", ".join(f"{run.data.sources[source].name}:{epoch}:{sample}" for source, epoch, sample in ids[:_SAMPLES_SHOWN])
     more = f" and {count - _SAMPLES_SHOWN} more in metrics.jsonl" if count > _SAMPLES_SHOWN else ""
     run.say(f"{spikes.in_words(progress.step, spike)}. Its samples, as source:epoch:sample: {shown}{more}")

@@ -208,6 +208,8 @@ def _train(config: Config, engine: Engine, directory: RunDirectory | None, stop:
                 if status == DONE:
                     _finish(run)
                 return status, reason
+            if directory:
+                directory.write_state("running", step=found.step, saved_step=found.step)
             run.say(f"{reason}. Going back to {found.path}, to go on without these samples")
         bad = divergence.bad_positions(run, meter)
         left_out = run.progress.rollbacks + 1, skips.with_range(run.progress.skipped_positions, *bad)
@@ -219,14 +221,14 @@ def _train(config: Config, engine: Engine, directory: RunDirectory | None, stop:
 def _loop(run: Run, meter: Meter, stop: StopRequest) -> tuple[int, str]:
     """Steps until the end, a request to stop, or too many skipped steps. -> (exit status, reason)."""
     config, engine, progress = run.config, run.engine, run.progress
-    clock, saved_at, flags = Clock(), time.monotonic(), []
+    clock, saved_at, flags, moved = Clock(), time.monotonic(), [], False
     stop_file = run.folder / "STOP" if engine.rank == 0 else None
     gc.collect()
     gc.freeze()  # what exists now lives as long as the run: later collections need not look at it
     with contextlib.closing(_windows(run)) as windows:
         while not any(flags) and (progress.step < run.total_steps or progress.evaluation_due):
-            save_due = False
-            if not progress.evaluation_due:  # else the run goes on in the middle of this step
+            save_due = progress.evaluation_due  # true where the run goes on in the middle of a step, not validated in its checkpoint
+            if not progress.evaluation_due:
                 step = progress.step + 1
                 engine.watchdog.begin_step(step)
                 with clock.waiting():
@@ -243,6 +245,7 @@ def _loop(run: Run, meter: Meter, stop: StopRequest) -> tuple[int, str]:
                     run.saver.settle(votes)
                 divergence.report_spike(run, last_loss)
                 _advance(run)
+                moved = True
                 if step in (1, run.total_steps) or _due(step, config.log.every_steps):
                     _log_step(run, meter, clock, lr, canary)
                     if meter.figures["skipped_in_a_row"] >= config.train.max_skipped_steps:
@@ -259,10 +262,11 @@ def _loop(run: Run, meter: Meter, stop: StopRequest) -> tuple[int, str]:
                 if progress.evaluation_due and not any(flags):
                     val_loss, flags = _evaluate(run, lambda: stop.flags(stop_file))
                 progress.evaluation_due &= any(flags)
-                if save_due or any(flags):
+                if moved if any(flags) else save_due:
                     _save(run, meter, val_loss, last=any(flags) or progress.step == run.total_steps)
                     saved_at = time.monotonic()
     if progress.step == run.total_steps and not progress.evaluation_due:
+        divergence.report_spike(run, engine.all_reduce(meter.last_loss.clone()).item())
         return DONE, ""
     return exit_status(flags), f"stopped by {who_asked(flags)} after step {progress.step}, which is saved"
 

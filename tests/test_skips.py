@@ -22,6 +22,8 @@ def test_steps_forwards_backwards_and_by_number_agree(left_out, size):
     assert begins == [number * size for number in range(200) if number not in left_out][:40]
     for step, begin in enumerate(begins, start=1):
         assert skips.position_of_step(step, size, ranges) == begin
+        assert skips.step_of_position(begin + size - 1, size, ranges) == step
+    assert all(skips.step_of_position(number * size, size, ranges) is None for number in left_out)
     for steps in range(1, 41):
         assert skips.begin_of_last(position, steps, size, ranges) == begins[-steps]
 

@@ -13,6 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import numpy as np
 
 from pretrain.config import Config, ConfigError, load
+from pretrain.data import skips
 from pretrain.data.indexed import DataError, TokenFile
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.report.progress import Progress
@@ -141,17 +142,27 @@ def about_run(arguments: argparse.Namespace):
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     fingerprint = tokenizer.fingerprint if tokenizer else None
     data = open_train(config.data, seed=config.run.seed, vocab_size=vocab_size, tokenizer_fingerprint=fingerprint)
+    left_out = ranges_left_out(arguments.run)
     if arguments.document is not None:
-        return steps_of_document(data, arguments.document, config)
+        return steps_of_document(data, arguments.document, config, left_out)
     if arguments.step < 1:
         raise DataError(f"--step {arguments.step}: steps count from 1")
-    return samples_of_step(data, arguments.step, config, tokenizer, arguments.characters)
+    first = skips.position_of_step(arguments.step, config.batch.global_batch_size, left_out)
+    return samples_of_step(data, arguments.step, first, config, tokenizer, arguments.characters)
 
 
-def samples_of_step(data: TrainData, step: int, config: Config, tokenizer: Tokenizer | None, characters: int):
-    """One line for each sample of the global batch of `step`."""
+def ranges_left_out(run: Path) -> skips.Ranges:
+    """The samples that the run did without, after it had diverged on them."""
+    path, ranges = run / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        if '"skipped_positions"' in line:
+            ranges = skips.with_range(ranges, *json.loads(line)["skipped_positions"])
+    return ranges
+
+
+def samples_of_step(data: TrainData, step: int, first: int, config: Config, tokenizer: Tokenizer | None, characters: int):
+    """One line for each sample of the global batch of `step`, which begins at position `first`."""
     size = config.batch.global_batch_size
-    first = (step - 1) * size
     yield f"step {step}: positions {first:,} to {first + size - 1:,}"
     for offset, (number, epoch, sample) in enumerate(data.sample_ids(first, size)):
         source = data.sources[number]
@@ -163,7 +174,7 @@ def samples_of_step(data: TrainData, step: int, config: Config, tokenizer: Token
         yield f"{place}: {shown(source.read(np.array([sample]))[0], tokenizer, characters)}"
 
 
-def steps_of_document(data: TrainData, chosen: str, config: Config):
+def steps_of_document(data: TrainData, chosen: str, config: Config, left_out: skips.Ranges):
     """Where each sample that holds a part of the document stands in the first epochs."""
     try:
         number, document = map(int, chosen.split(":"))
@@ -175,7 +186,8 @@ def steps_of_document(data: TrainData, chosen: str, config: Config):
     last = min(tokens[1] // source.sequence_length, source.num_samples - 1)
     for sample in range(tokens[0] // source.sequence_length, last + 1):
         positions = [data.position(number, epoch, sample) for epoch in range(_EPOCHS_SHOWN)]
-        steps = ", ".join(f"{p // config.batch.global_batch_size + 1} (epoch {e})" for e, p in enumerate(positions))
+        steps = [skips.step_of_position(position, config.batch.global_batch_size, left_out) for position in positions]
+        steps = ", ".join(f"{step or 'left out'} (epoch {epoch})" for epoch, step in enumerate(steps))
         yield f"sample {sample}: steps {steps}"
 
 

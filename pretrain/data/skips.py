@@ -35,3 +35,10 @@ def position_of_step(step: int, global_batch_size: int, skipped: Ranges) -> int:
         if position >= first:
             position += end - first
     return position
+
+
+def step_of_position(position: int, global_batch_size: int, skipped: Ranges) -> int | None:
+    """The step, counted from 1, that takes the sample at `position`; None: no step does."""
+    if any(first <= position < end for first, end in skipped):
+        return None
+    return (position - sum(end - first for first, end in skipped if end <= position)) // global_batch_size + 1

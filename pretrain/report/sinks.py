@@ -75,7 +75,8 @@ class Sinks:
     """All outputs of one run; a context manager, on rank 0 only.
 
     `directory` is the run's folder, `settings` the resolved configuration as plain data (W&B keeps a copy). Records after
-    `resume_step` are cut from metrics.jsonl; 0 is a fresh start and empties it. `wandb_id` continues that W&B run; null: a
+    `resume_step` are cut from metrics.jsonl, and with `validation_due` its validation, which is still to come; 0 is a fresh
+    start and empties it. `wandb_id` continues that W&B run; null: a
     new one, whose id is then in `.wandb_id` (null without W&B). Errors of the copies are said once and never raised;
     OSError is raised where metrics.jsonl cannot be opened, or at `close` when records never reached the disk.
     """
@@ -90,6 +91,7 @@ class Sinks:
         total_steps: int,
         resume_step: int,
         wandb_id: str | None,
+        validation_due: bool = False,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory, self.total_steps = directory, total_steps
@@ -101,7 +103,8 @@ class Sinks:
         self._lines_since_header = 0
         self._console_log = _Appender(directory / "console.log")
         # Cut also when jsonl is off now: a later resume must not find records of an abandoned branch.
-        dropped, unreadable, self._reference_lines = cut_metrics(directory / "metrics.jsonl", resume_step)
+        path = directory / "metrics.jsonl"
+        dropped, unreadable, self._reference_lines = cut_metrics(path, resume_step, validation_due)
         self._metrics = _Appender(directory / "metrics.jsonl") if "jsonl" in config.sinks else None
         if self._to_stdout and sys.stdout.isatty():
             bar_format = "{percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt}{postfix}"
@@ -253,8 +256,9 @@ def merge_equal(lines: dict[str, float]) -> dict[str, float]:
     return {" = ".join(same): lines[same[0]] for same in names.values()}
 
 
-def cut_metrics(path: Path, resume_step: int) -> tuple[int, int, dict[str, float] | None]:
+def cut_metrics(path: Path, resume_step: int, validation_due: bool = False) -> tuple[int, int, dict[str, float] | None]:
     """Drop the records after `resume_step` (0: all) and unreadable lines, as the torn last one of a killed run, atomically.
+    validation_due: the step's own validation is still to come, so a record of it is of a job that ended after it, and goes too.
 
     Returns how many records and how many unreadable lines went, and the reference lines of the start record, if it stays.
     """
@@ -271,7 +275,7 @@ def cut_metrics(path: Path, resume_step: int) -> tuple[int, int, dict[str, float
             except (ValueError, KeyError, TypeError):
                 unreadable += 1
                 continue
-            if resume_step == 0 or step > resume_step:
+            if resume_step == 0 or step > resume_step or (validation_due and step == resume_step and "val_loss" in record):
                 dropped += 1
                 continue
             reference_lines = record.get("reference_lines", reference_lines)

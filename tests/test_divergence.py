@@ -1,0 +1,132 @@
+"""Whole runs whose loss goes wrong on chosen samples: reported, gone back from, the same when they are killed on the way."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.data.batches import TrainData
+from pretrain.runtime.engine import DdpEngine
+from tests.ranks import run_ranks
+from tests.test_train import TINY, curve, records, run_of, signal_itself_at, train_here
+
+SIZE = 8  # global batch: step s takes positions [8 (s - 1), 8 s)
+POISON = 63  # a sample of nothing but this token
+
+
+@pytest.fixture
+def tiny(tmp_path) -> list[str]:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    flags = ["--train.max_skipped_steps", "3", "--train.on_divergence", "rollback"]
+    return ["--config", str(tmp_path / "tiny.yaml"), *flags, "--run.directory", str(tmp_path / "runs")]
+
+
+def train_poisoned(argv: list[str], first_step: int, last_step: int, factor: float, how=train_here, *more) -> int:
+    """Trains on data whose samples of some steps, as they stand in the order, multiply the loss by `factor`."""
+    take, forward = TrainData.take, DdpEngine.forward
+
+    def poisoned_take(self, position: int, count: int):
+        batch = take(self, position, count)
+        rows = torch.arange(position, position + count) // SIZE
+        batch.tokens_BT[(rows >= first_step - 1) & (rows < last_step)] = POISON
+        return batch
+
+    def poisoned_forward(self, *batch):
+        return forward(self, *batch) * (factor if (batch[0] == POISON).all() and self.model.training else 1.0)
+
+    TrainData.take, DdpEngine.forward = poisoned_take, poisoned_forward
+    return how(argv, *more)
+
+
+def train_without(argv: list[str], first_step: int, last_step: int) -> int:
+    """Trains on data that never had the samples of these steps."""
+    take = TrainData.take
+    skip = (last_step - first_step + 1) * SIZE
+    TrainData.take = lambda self, position, count: take(self, position + skip * (position >= (first_step - 1) * SIZE), count)
+    return train_here(argv)
+
+
+def losses(run: Path) -> list[tuple]:
+    return [(r["step"], r["loss"], r["grad_norm"], r["lr"], r["tokens"]) for r in records(run) if "grad_norm" in r]
+
+
+def test_a_rolled_back_run_is_the_run_that_never_saw_the_samples(tiny):
+    """Steps 7 to 9 are bad; step 8 is saved within them; the run goes back to step 4 and takes the samples after them."""
+    assert run_ranks(2, train_without, [*tiny, "--run.name", "without"], 7, 9) == [0, 0]
+    assert run_ranks(2, train_poisoned, tiny, 7, 9, math.nan) == [0, 0]
+    assert losses(run_of(tiny)) == losses(run_of(tiny, "without"))
+    (left_out,) = [record for record in records(run_of(tiny)) if "skipped_positions" in record]
+    assert left_out == {"step": 7, "rollbacks": 1, "skipped_positions": [48, 72]}
+    said = (run_of(tiny) / "console.log").read_text()
+    assert "not finite in the last 3 steps up to step 9 (samples 48 to 71). Going back to" in said and "step_00000004" in said
+
+
+def test_a_rolled_back_run_goes_on_after_a_signal_as_if_there_had_been_none(tiny):
+    assert run_ranks(2, train_poisoned, [*tiny, "--run.name", "straight"], 7, 9, math.nan) == [0, 0]
+    assert run_ranks(2, train_poisoned, tiny, 7, 9, math.nan, signal_itself_at, 1, 13, signal.SIGTERM) == [75, 75]
+    assert run_ranks(2, train_poisoned, tiny, 7, 9, math.nan) == [0, 0]
+    assert curve(run_of(tiny)) == curve(run_of(tiny, "straight"))
+    mine, other = ([r for r in records(run_of(tiny, name)) if "rollbacks" in r] for name in ("tiny", "straight"))
+    assert mine == other and len(mine) == 1
+
+
+def die_after_rollback(argv: list[str]) -> int:
+    """Killed at the first step that does without the samples, before anything of the rollback is saved."""
+    take = TrainData.take
+
+    def dying_take(self, position: int, count: int):
+        if position >= 72:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return take(self, position, count)
+
+    TrainData.take = dying_take
+    return train_here(argv)
+
+
+def test_a_kill_before_the_rollback_is_saved_repeats_it(tiny):
+    one_rank = ["--log.every_steps", "3", *tiny]  # the divergence is seen at step 9, when position 72 is only read ahead
+    assert train_in_child([*one_rank, "--run.name", "straight"]) == 0
+    with pytest.raises(RuntimeError, match="died"):
+        run_ranks(1, train_poisoned, one_rank, 7, 9, math.nan, die_after_rollback)
+    assert train_in_child(one_rank) == 0
+    assert curve(run_of(tiny)) == curve(run_of(tiny, "straight"))
+
+
+def train_in_child(argv: list[str]) -> int:
+    return run_ranks(1, train_poisoned, argv, 7, 9, math.nan)[0]
+
+
+def test_a_run_that_diverges_again_and_again_stops_with_70_after_two_rollbacks(tiny):
+    assert run_ranks(2, train_poisoned, tiny, 7, 10**9, math.inf) == [70, 70]
+    state = json.loads((run_of(tiny) / "run_state.json").read_text())
+    assert state["exit_status"] == 70 and state["reason"].startswith("diverged after 2 rollbacks: ")
+    assert state["saved_step"] == 4 and max(r["step"] for r in records(run_of(tiny))) == 9
+
+
+def test_without_a_checkpoint_from_before_there_is_nothing_to_go_back_to(tiny):
+    assert run_ranks(1, train_poisoned, tiny, 2, 4, math.nan) == [70]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_spike_is_reported_once_with_its_step_and_samples(tiny, stopped):
+    """Also when the run is stopped between the step and its verdict, which comes one step later."""
+    tiny = ["--train.max_steps", "30", "--optimizer.lr", "1e-4", "--log.every_steps", "5", *tiny]
+    if stopped:  # every checkpoint is followed by its own start
+        for steps in (20, 25):
+            limit = ["--train.max_steps", str(steps), "--checkpoint.allow_changes", "[train.max_steps]"]
+            assert run_ranks(2, train_poisoned, [*tiny[2:-2], *limit, *tiny[-2:]], 25, 25, 10.0) == [0, 0]
+        tiny = ["--checkpoint.allow_changes", "[train.max_steps]", *tiny]
+    assert run_ranks(2, train_poisoned, tiny, 25, 25, 10.0) == [0, 0]
+    (record,) = [record for record in records(run_of(tiny)) if "spike" in record]
+    spike = record["spike"]
+    assert (record["step"], spike["step"]) == (26, 25) and spike["loss"] > 8 * spike["median"] and not spike["stays"]
+    assert len(record["samples"]) == SIZE and all(source == 0 for source, _, _ in record["samples"])
+    said = [line for line in (run_of(tiny) / "console.log").read_text().splitlines() if "loss spike" in line]
+    first = ":".join(map(str, record["samples"][0][1:]))
+    assert len(said) == 1 and "at step 25: " in said[0] and f"synthetic-markov:{first}" in said[0]
