@@ -127,6 +127,7 @@ def test_a_failed_save_is_said_and_three_in_a_row_stop_the_run(tmp_path, monkeyp
     failures = [line.split(" (")[0] for line in said if "saved" not in line]
     assert failures == [f"checkpoint of step {step} failed" for step in (2, 3, 12, 13)]
     assert "No space left" in said[1] and "1 in a row; 3 stop the run" in said[1]
+    saver._wait_for_pruning()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000004", "step_00000014"]
     monkeypatch.setattr(checkpoint, "write_part", full_disk(3))
     for step in (21, 22, 23):
@@ -184,6 +185,16 @@ def test_a_bug_in_the_thread_is_not_taken_for_a_full_disk(tmp_path, monkeypatch)
     monkeypatch.setattr(checkpoint, "write_part", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         saver.save(1, {}, last=True)
+
+
+def test_a_run_that_ends_in_an_error_does_not_leave_its_thread_behind(tmp_path, monkeypatch):
+    """A thread inside PyTorch when the interpreter ends aborts the process, and its exit status is lost."""
+    monkeypatch.setattr(checkpoint, "_BLOCK_BYTES", 8)  # thousands of writes
+    with pytest.raises(KeyError), make_saver(tmp_path, make_engine()) as saver:
+        saver.save(1, {}, last=False)
+        raise KeyError
+    assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint" and thread.is_alive()]
+    assert not checkpoints(tmp_path)
 
 
 def some_rank_fails(folder: Path) -> tuple[list[str], list[int], list[int]]:

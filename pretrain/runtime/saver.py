@@ -33,7 +33,7 @@ from pretrain.runtime.manifest import Checkpoint
 
 WRITTEN, FAILED, NOT_FINITE, GIVE_UP = VOTES = range(4)
 MOST_FAILURES = 3
-_POLL_SECONDS = 0.5
+_POLL_SECONDS, _ABANDON_SECONDS = 0.5, 10.0
 
 
 class Saver:
@@ -132,7 +132,7 @@ class Saver:
         if kind is None:
             self.wait()
         elif self._save:  # no collective now: some rank may be gone; the unfinished folder is cleaned at the next start
-            self._save.wait(_POLL_SECONDS)
+            self._save.abandon()
         self._wait_for_pruning()
 
     # ---------------------------------------------------------------- after the votes
@@ -182,10 +182,16 @@ class _Save:
         self._place = engine.rank, engine.world_size
         self._done = threading.Event()
         self._moved = time.monotonic()
+        self._abandoned = False
 
     def start(self, files: list[list[Shard]]) -> None:
         """Writes in a thread."""
         threading.Thread(target=self.write, args=(files,), name="checkpoint", daemon=True).start()
+
+    def abandon(self) -> None:
+        """Ends the thread at its next block: if the process ends while it is inside PyTorch, that aborts (seen: status 134)."""
+        self._abandoned = True
+        self.wait(_ABANDON_SECONDS)
 
     def write(self, files: Iterable[list[Shard]]) -> None:
         """Writes now; what goes wrong is kept for `outcome`."""
@@ -197,6 +203,8 @@ class _Save:
 
     def _beat(self) -> None:
         self._moved = time.monotonic()
+        if self._abandoned:
+            raise InterruptedError("the process ends")
 
     def wait(self, seconds: float) -> None:
         """Returns when this rank is done, or after a while."""
