@@ -6,8 +6,8 @@
     step 1003   all have voted: rank 0 commits, says so, and then removes older checkpoints
 
 Host memory for the snapshot is the rank's share of the state (12 bytes per parameter with AdamW, divided by the ranks), once,
-kept for the life of the run, and pinned where there is a GPU. With `asynchronous: false` there is no snapshot and no thread:
-files are written from live memory, and are the same to the byte.
+kept for the life of the run, and pinned where there is a GPU. The last save of a job, and all with `asynchronous: false`, take
+no snapshot: the run waits while the thread writes from live memory. The files are the same to the byte.
 
 A failed save leaves what was there, is said, and does not stop the run; three in a row, or a failed last one, do (OSError).
 """
@@ -73,18 +73,18 @@ class Saver:
         """
         self.wait()
         self._wait_for_pruning()
+        background = self.config.asynchronous and not last
         try:
             temporary = checkpoint.begin(self.folder, step, self.engine)
         except OSError as error:
             self._failed(step, error)
         else:
-            shards = self.engine.shards(saving=True)
+            files = list(checkpoint.files_of(self.engine.shards(saving=True)))  # views of live memory
+            if background:
+                files = self._snapshot.take(files)
             self._save = _Save(temporary, step, checkpoint.state_text(state, step, self.engine), self.engine)
-            if self.config.asynchronous:
-                self._save.start(self._snapshot.take(shards))
-            else:
-                self._save.write(checkpoint.files_of(shards))
-        if last or not self.config.asynchronous:
+            self._save.start(files)
+        if not background:
             self.wait()
         if last and self.engine.broadcast(self.failures):
             raise OSError(f"{self.folder}: the checkpoint of step {step} could not be saved; what was saved before is whole")
@@ -131,9 +131,9 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         if kind is None:
             self.wait()
+            self._wait_for_pruning()
         elif self._save:  # no collective now: some rank may be gone; the unfinished folder is cleaned at the next start
             self._save.abandon()
-        self._wait_for_pruning()
 
     # ---------------------------------------------------------------- after the votes
 
@@ -185,16 +185,15 @@ class _Save:
         self._abandoned = False
 
     def start(self, files: list[list[Shard]]) -> None:
-        """Writes in a thread."""
-        threading.Thread(target=self.write, args=(files,), name="checkpoint", daemon=True).start()
+        """Writes in a thread; what goes wrong is kept for `outcome`."""
+        threading.Thread(target=self._write, args=(files,), name="checkpoint", daemon=True).start()
 
     def abandon(self) -> None:
         """Ends the thread at its next block: if the process ends while it is inside PyTorch, that aborts (seen: status 134)."""
         self._abandoned = True
         self.wait(_ABANDON_SECONDS)
 
-    def write(self, files: Iterable[list[Shard]]) -> None:
-        """Writes now; what goes wrong is kept for `outcome`."""
+    def _write(self, files: list[list[Shard]]) -> None:
         try:
             checkpoint.write_part(self.temporary, *self._place, files, self._beat)
         except Exception as error:
@@ -230,20 +229,20 @@ class _Snapshot:
         self.device = device
         self.buffers: list[Tensor] = []
 
-    def take(self, shards: Iterable[Shard]) -> list[list[Shard]]:
+    def take(self, files: list[list[Shard]]) -> list[list[Shard]]:
         """The same pieces, copied; they stay as they are until the next call."""
-        files = []
-        for number, file in enumerate(checkpoint.files_of(shards)):
+        copied = []
+        for number, file in enumerate(files):
             buffer = self._buffer(number, sum(shard.piece.numel() for shard in file))
             begin, copies = 0, []
             for shard in file:
                 end = begin + shard.piece.numel()
                 copies.append(shard._replace(piece=buffer[begin:end].copy_(shard.piece.detach(), non_blocking=True)))
                 begin = end
-            files.append(copies)
+            copied.append(copies)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
-        return files
+        return copied
 
     def _buffer(self, number: int, count: int) -> Tensor:
         if number == len(self.buffers):
