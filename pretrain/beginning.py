@@ -100,8 +100,16 @@ def begin_at(
     folder, total_steps = Path(config.run.directory) / config.run.name, count_steps(config, data)
     sinks = None
     if engine.rank == 0:
-        sinks = Sinks(config.log, folder, name=config.run.name, settings=to_dict(config), total_steps=total_steps,
-                      resume_step=progress.step, wandb_id=state.get("wandb_id"), validation_due=progress.evaluation_due)  # fmt: skip
+        sinks = Sinks(
+            config.log,
+            folder,
+            name=config.run.name,
+            settings=to_dict(config),
+            total_steps=total_steps,
+            resume_step=progress.step,
+            wandb_id=state.get("wandb_id"),
+            validation_due=progress.evaluation_due,
+        )
 
     def acknowledge(saved: Checkpoint) -> None:
         sinks.say(f"saved {saved.path}")

@@ -227,7 +227,7 @@ def _loop(run: Run, meter: Meter, stop: StopRequest) -> tuple[int, str]:
     gc.freeze()  # what exists now lives as long as the run: later collections need not look at it
     with contextlib.closing(_windows(run)) as windows:
         while not any(flags) and (progress.step < run.total_steps or progress.evaluation_due):
-            save_due = progress.evaluation_due  # true where the run goes on in the middle of a step, not validated in its checkpoint
+            save_due = progress.evaluation_due  # only where the run goes on in a step whose checkpoint lacks the validation
             if not progress.evaluation_due:
                 step = progress.step + 1
                 engine.watchdog.begin_step(step)
