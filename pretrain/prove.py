@@ -104,7 +104,13 @@ def cases(config: Config, most_ranks: int) -> list[Case]:
 
 
 def prove(model: ModelConfig, tried: list[Case], grad_clip: float, seed: int) -> Iterator[Outcome]:
-    """Runs each case on processes of its own. Raises RuntimeError with the traceback of a rank that fails."""
+    """Runs each case on processes of its own, on CPUs: fp32 products are exact enough there for a proof, those of GPUs are not.
+
+    Raises RuntimeError with the traceback of a rank that fails.
+    """
+    os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    zero = ["deepspeed", "transformers"] if any(case.engine.name.startswith("zero") for case in tried) else []
+    multiprocessing.set_forkserver_preload(["torch", "accelerate", "pretrain.train", "torch.distributed.fsdp", *zero])
     references: dict[int, tuple] = {}
     for case in tried:
         if case.sequences not in references:
@@ -227,7 +233,6 @@ def run_processes(world_size: int, function, *args: Any) -> list[Any]:
     Raises RuntimeError with the traceback of the first rank that fails.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "accelerate", "pretrain.train"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

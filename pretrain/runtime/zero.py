@@ -13,6 +13,7 @@ import io
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -46,6 +47,7 @@ class ZeroEngine(Engine):
         from accelerate.utils import DeepSpeedPlugin
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
         plugin = DeepSpeedPlugin(hf_ds_config=self._settings(), zero3_init_flag=False)
         return {"deepspeed_plugin": plugin, "mixed_precision": "bf16" if self.precision == "bf16" else "no"}
 

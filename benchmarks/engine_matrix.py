@@ -1,0 +1,100 @@
+"""Engines x (processes, micro-batch, accumulation) x precision: do all compute the same, and hold what arithmetic says?
+
+    python benchmarks/engine_matrix.py [--engines ddp zero1 ...] [--processes 1 2] [--precision fp32 bf16] [--output FILE]
+
+Prints one row for each combination: loss and gradient norm of the last of five steps, the largest differences from one process
+that takes the whole batch (relative for loss and norm, absolute for weights), and the bytes that a rank holds of weights,
+gradients and optimizer state, with `=` where they are exactly those of the arithmetic below. Writes the same as JSON. Runs on
+CPUs, so that anyone can; exit status 1 when a difference is too large or a byte is not accounted for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+import torch
+
+from pretrain.config import EngineConfig, ModelConfig
+from pretrain.model.transformer import Transformer
+from pretrain.prove import Case, Outcome, prove, shrink
+
+SEQUENCES, GRAD_CLIP, SEED = 16, 0.5, 0
+ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+
+
+def expected_bytes(case: Case, shapes: list[tuple[int, ...]]) -> dict[str, int]:
+    """On the rank that holds most, with momentum as the only moment.
+
+    ddp: everything. zero1, zero2: all weights flattened and padded to a multiple of 2 elements for each rank, of which a rank
+    owns a part; zero1 in bf16 sums all gradients on every rank. zero3: a part of each parameter, rounded up. fsdp2: rows of
+    each parameter, rounded up, which are their own master weights.
+    """
+    ranks, name = case.ranks, case.engine.name
+    total = sum(map(math.prod, shapes))
+    compute = 2 if case.engine.precision == "bf16" else 4
+    if name == "ddp":
+        return {"weights": 4 * total, "gradients": 4 * total, "state": 4 * total}
+    if name == "fsdp2":
+        share = sum(math.ceil(rows / ranks) * math.prod(rest) for rows, *rest in shapes)
+        return {"weights": 4 * share, "gradients": 4 * share, "state": 4 * share}
+    if name == "zero3":
+        share = sum(math.ceil(math.prod(shape) / ranks) for shape in shapes)
+        return {"weights": compute * share, "gradients": 4 * share, "state": 8 * share}
+    share = math.ceil(total / (2 * ranks)) * 2
+    summed = share * ranks if (name, case.engine.precision) == ("zero1", "bf16") else share
+    return {"weights": compute * share * ranks, "gradients": 4 * summed, "state": 8 * share}
+
+
+def main() -> int:
+    """-> exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--output", type=Path, default=Path("engine_matrix.json"))
+    options = parser.parse_args()
+    model = shrink(ModelConfig(qk_norm=True))
+    with torch.device("meta"):
+        shapes = [tuple(parameter.shape) for parameter in Transformer(model).parameters()]
+    print("engine  precision  ranks x micro x accumulation     loss     norm | differences: loss     norm  weights | bytes: "
+          "  weights gradients     state")  # fmt: skip
+    rows = []
+    for outcome in prove(model, list(_cases(options)), GRAD_CLIP, SEED):
+        expected = expected_bytes(outcome.case, shapes)
+        rows.append(dataclasses.asdict(outcome) | {"proved": outcome.proved, "expected_bytes": expected})
+        print(_row(outcome, expected), flush=True)
+    options.output.write_text(json.dumps(rows, indent=1) + "\n")
+    good = all(row["proved"] and row["bytes_per_rank"] == row["expected_bytes"] for row in rows)
+    print(f"{'all equal' if good else 'NOT ALL EQUAL'}; written to {options.output}")
+    return 0 if good else 1
+
+
+def _cases(options: argparse.Namespace):
+    for name in options.engines:
+        for precision in options.precision:
+            engine = EngineConfig(name=name, precision=precision, keep_whole_below=0, bucket_mib=None if name == "fsdp2" else 1)
+            for ranks in options.processes:
+                share = SEQUENCES // ranks
+                for micro_batch in (1, share // 2, share):
+                    yield Case(engine, ranks, micro_batch, SEQUENCES)
+
+
+def _row(outcome: Outcome, expected: dict[str, int]) -> str:
+    case, held = outcome.case, outcome.bytes_per_rank
+    split = f"{case.ranks} x {case.micro_batch} x {case.accumulation}"
+    sizes = " ".join(f"{held[key]:>9,}{'=' if held[key] == expected[key] else '!'}" for key in expected)
+    return (
+        f"{case.engine.name:7} {case.engine.precision:9}  {split:28} {outcome.losses[-1]:8.5f} {outcome.norms[-1]:8.5f} | "
+        f"           {outcome.loss_difference:8.1e} {outcome.norm_difference:8.1e} {outcome.weight_difference:8.1e} | "
+        f"      {sizes}{'' if outcome.proved else '  DIFFERENT'}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

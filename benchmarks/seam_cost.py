@@ -1,0 +1,117 @@
+"""What the seam costs: steps of `train_step` under the engine `ddp` in one process against a bare PyTorch loop.
+
+    python benchmarks/seam_cost.py [--device cpu|cuda] [--rounds 6] [--steps 20] [--output FILE]
+
+Both loops train the same model from the same weights on the same tokens with the same fused AdamW, clipping, accumulation and
+precision, and must end with the same loss. The bare loop is the least one can write: no valid-token count, no guard against
+steps that are not finite, no meter. They take turns (A B, B A, ...) in one process after a warm-up; the figure is the median of
+the ratios of the rounds. The target is less than 2 % lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from torch import nn
+
+from pretrain.config import EngineConfig, ModelConfig, OptimizerConfig, resolve_model
+from pretrain.data.batches import Batch
+from pretrain.model.transformer import Transformer, build
+from pretrain.optim.optimizer import build_optimizer
+from pretrain.report.metrics import Meter
+from pretrain.runtime.engine import start_engine
+from pretrain.train import train_step
+
+LENGTH, VOCABULARY, ACCUMULATION, LR = 256, 8192, 2, 3e-4
+SIZES = {  # device: (model, micro-batch)
+    "cpu": (ModelConfig(hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2), 2),
+    "cuda": (ModelConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=6, head_dim=128), 32),
+}
+
+
+def main() -> int:
+    """-> exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=SIZES, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--output", type=Path, default=Path("seam_cost.json"))
+    options = parser.parse_args()
+    sizes, micro_batch = SIZES[options.device]
+    model = resolve_model(sizes, vocab_size=VOCABULARY, sequence_length=LENGTH)
+    engine = start_engine(EngineConfig(precision="fp32" if options.device == "cpu" else "bf16"))
+    windows = _windows(options.steps, micro_batch, engine.device)
+    loops = {"bare": _bare(model, windows, engine.device), "engine": _engine(engine, model, windows)}
+    losses = {name: loop() for name, loop in loops.items()}  # warm-up
+    assert abs(losses["bare"] / losses["engine"] - 1) < 1e-3, losses
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for number in range(options.rounds):
+        for name in sorted(loops, reverse=number % 2 == 1):
+            began = time.perf_counter()
+            loops[name]()
+            seconds[name].append((time.perf_counter() - began) / options.steps)
+    lost = statistics.median(a / b - 1 for a, b in zip(seconds["engine"], seconds["bare"], strict=True))
+    for name, values in seconds.items():
+        print(
+            f"{name:8} {1000 * statistics.median(values):8.2f} ms a step (least {1000 * min(values):.2f}, most {1000 * max(values):.2f})"
+        )
+    print(
+        f"lost     {100 * lost:8.2f} % (target: less than 2), {options.device}, {options.rounds} rounds of {options.steps} steps"
+    )
+    result = {"device": engine.device_name, "seconds_per_step": seconds, "lost_fraction": lost, "torch": torch.__version__}
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    return 0 if lost < 0.02 else 1
+
+
+def _windows(steps: int, micro_batch: int, device: torch.device) -> list[list[Batch]]:
+    """Random tokens, never zeros; a label is the next token."""
+    tokens = torch.randint(0, VOCABULARY, (steps, ACCUMULATION, micro_batch, LENGTH + 1)).to(device)
+    return [[Batch(micro[:, :-1].contiguous(), micro[:, 1:].contiguous(), None) for micro in step] for step in tokens]
+
+
+def _bare(config: ModelConfig, windows: list[list[Batch]], device: torch.device) -> Callable[[], float]:
+    model = build(config, device, seed=0)
+    optimizer = build_optimizer(model, OptimizerConfig(lr=LR))
+    tokens = ACCUMULATION * windows[0][0].labels_BT.numel()
+
+    def run() -> float:
+        total = torch.zeros((), device=device)
+        for window in windows:
+            for batch in window:
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    loss = model(batch.tokens_BT, batch.labels_BT) / tokens
+                loss.backward()
+                total += loss.detach()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return total.item() / len(windows)
+
+    return run
+
+
+def _engine(engine, config: ModelConfig, windows: list[list[Batch]]) -> Callable[[], float]:
+    engine.prepare(lambda: Transformer(config), lambda model: build_optimizer(model, OptimizerConfig(lr=LR)), 1.0, seed=0)
+    meter = Meter(engine.device, engine.rank, engine.world_size)
+
+    def run() -> float:
+        for window in windows:
+            result = train_step(engine, window, LR, [0])
+            meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
+            result.requests()
+        return meter.read(engine.all_reduce)["loss"]
+
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(main())
