@@ -106,7 +106,8 @@ def test_a_run_that_diverges_again_and_again_stops_with_70_after_two_rollbacks(t
     assert run_ranks(2, train_poisoned, tiny, 7, 10**9, math.inf) == [70, 70]
     state = json.loads((run_of(tiny) / "run_state.json").read_text())
     assert state["exit_status"] == 70 and state["reason"].startswith("diverged after 2 rollbacks: ")
-    assert state["saved_step"] == 4 and max(r["step"] for r in records(run_of(tiny))) == 9
+    assert max(record["step"] for record in records(run_of(tiny))) == 9
+    assert (run_of(tiny) / "checkpoints" / f"step_{state['saved_step']:08d}").is_dir()
 
 
 def test_without_a_checkpoint_from_before_there_is_nothing_to_go_back_to(tiny):
@@ -129,4 +130,5 @@ def test_a_spike_is_reported_once_with_its_step_and_samples(tiny, stopped):
     assert len(record["samples"]) == SIZE and all(source == 0 for source, _, _ in record["samples"])
     said = [line for line in (run_of(tiny) / "console.log").read_text().splitlines() if "loss spike" in line]
     first = ":".join(map(str, record["samples"][0][1:]))
-    assert len(said) == 1 and "at step 25: " in said[0] and f"synthetic-markov:{first}" in said[0]
+    assert len(said) == 1 + stopped  # by the run that ended with this step, and by the one that went on
+    assert "at step 25: " in said[0] and f"synthetic-markov:{first}" in said[0]

@@ -170,7 +170,7 @@ class Engine:
         # Fused optimizers leave weights, moments and step counters untouched where found_inf is 1, without asking the host.
         self.optimizer.found_inf = (~applied).float()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         return grad_norm, applied
 
     def _clip(self) -> Tensor:
@@ -310,7 +310,7 @@ class DdpEngine(Engine):
                 for output in tree_leaves(self._wrapped(token_BT, token_BT)):
                     if output.requires_grad:
                         output.sum().backward()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)  # not the optimizer's: it may lack a parameter, which the canary will say
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager:
         return self._wrapped.no_sync() if self.world_size > 1 and not last else contextlib.nullcontext()
