@@ -1,6 +1,7 @@
 """Keeps a job running without people:
 
     python launch/supervise.py [--force] [accelerate flags] -- --config X.yaml [--section.key value ...]
+    python launch/supervise.py --config_file launch/accelerate/cpu.yaml -- --config configs/quickstart.yaml
 
 Starts `accelerate launch [accelerate flags] launch/pretrain.py ...`, passes SIGTERM and SIGINT on, and reads from
 run_state.json how the job really ended, since accelerate returns 1 for every end but success.
@@ -10,7 +11,8 @@ run_state.json how the job really ended, since accelerate returns 1 for every en
     0, 2, 70, 73, 74, 77, 130                    ends with this status: starting again would not help, or nobody wants it
     SIGTERM or SIGINT to the supervisor          ends with the job, 75 or 130
 
-However it ends, even by kill -9, no process of the job stays behind. docs/running.md explains the statuses.
+However it ends, even by kill -9, no process of the job stays behind. It looks after one machine; on several, the scheduler
+starts the job again (launch/slurm.sh). docs/running.md explains the statuses.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # else `import pretrain` would find launch/pretrain.py
 
 import psutil
+import yaml
 
 from pretrain.config import Config, ConfigError, load
 from pretrain.runtime.run_directory import Locked, RunDirectory, read_state
@@ -46,6 +49,9 @@ def main() -> int:
     if not separator or not settings:
         print(__doc__)
         return DONE if {"--help", "-h"} & set(flags) else REFUSED
+    if _machines(flags) > 1:
+        _say("several machines are asked for, and a supervisor looks after one; use the scheduler, as launch/slurm.sh does")
+        return REFUSED
     try:
         config = load(settings, world_size=None, program="launch/supervise.py [--force] [accelerate flags] --")
     except ConfigError as error:
@@ -61,6 +67,16 @@ def main() -> int:
 def _split(argv: list[str]) -> tuple[list[str], bool, list[str]]:
     at = argv.index("--") if "--" in argv else len(argv)
     return argv[:at], "--" in argv, argv[at + 1 :]
+
+
+def _machines(flags: list[str]) -> int:
+    """How many the launcher would use: its flag, else its configuration file."""
+    words = [word for flag in flags for word in flag.split("=", 1)]
+    after = {name: words[words.index(name) + 1] for name in ("--num_machines", "--config_file") if name in words[:-1]}
+    if "--num_machines" in after:
+        return int(after["--num_machines"])
+    file = Path(after.get("--config_file", ""))
+    return int(yaml.safe_load(file.read_text()).get("num_machines") or 1) if file.is_file() else 1
 
 
 def _say(text: str) -> None:

@@ -139,6 +139,12 @@ def test_a_folder_in_use_ends_with_73(tiny):
     del held
 
 
+def test_several_machines_are_refused(tiny):
+    for flags in (["--num_machines", "2"], ["--num_machines=2"], ["--config_file", "launch/accelerate/machines.yaml"]):
+        job = Job(tiny, flags)
+        assert job.end() == 2 and "launch/slurm.sh" in job.said()
+
+
 def test_without_settings_it_explains_itself():
     done = subprocess.run([sys.executable, "launch/supervise.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "launch/supervise.py [--force] [accelerate flags] --" in done.stdout

@@ -1,0 +1,79 @@
+"""The drill is green on this build and red on builds that break a promise."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import load
+from tests.test_train import ROOT, TINY
+
+DRILL = ["tools/fire_drill.py", "--model.vocab_size", "64", "--data.synthetic.kind", "markov", "--train.max_steps", "9"]
+
+VISIBLE_FIRST = {  # a checkpoint has its name before it has its files
+    "pretrain/runtime/checkpoint.py": [
+        ('temporary = folder / f".tmp-step_{step:08d}"', 'temporary = folder / f"step_{step:08d}"'),
+        ("    if final.exists():", "    if False:"),
+        ("    os.rename(temporary, final)\n", ""),
+    ],
+}
+RESUMES_WRONG = {"pretrain/beginning.py": [('SpikeWatch(state.get("spikes"))', "SpikeWatch(); progress.position -= 1")]}
+
+
+def build_with(mutant: dict[str, list[tuple[str, str]]], folder: Path) -> Path:
+    """A copy of the project with a planted bug."""
+    for part in ("pretrain", "launch", "tools"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, changes in mutant.items():
+        text = (folder / name).read_text()
+        for old, new in changes:
+            assert text.count(old) == 1, f"{name} no longer has {old!r}"
+            text = text.replace(old, new)
+        (folder / name).write_text(text)
+    return folder
+
+
+def rehearse(build: Path, fault: str, keep: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, *DRILL, "--only", fault, "--processes", "1", "--keep", str(keep)]
+    return subprocess.run(command, cwd=build, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("fault", "mutant", "said"),
+    [
+        ("kill_in_save", {}, "nothing unfinished was taken for a checkpoint; curve the same to the bit"),
+        ("kill_in_save", VISIBLE_FIRST, "a checkpoint is there that is not whole"),
+        ("sigterm", RESUMES_WRONG, "it was"),
+    ],
+    ids=["sound", "visible_first", "resumes_wrong"],
+)
+def test_the_drill_is_red_on_a_build_that_breaks_a_promise_and_green_on_a_sound_one(fault, mutant, said, tmp_path):
+    done = rehearse(build_with(mutant, tmp_path / "build"), fault, tmp_path / "runs")
+    assert done.returncode == int(bool(mutant)), done.stdout + done.stderr
+    assert said in done.stdout and ("BROKEN" in done.stdout) == bool(mutant)
+
+
+def test_a_refused_configuration_ends_with_2():
+    command = [sys.executable, "tools/fire_drill.py", "--optimizr.lr", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "did you mean optimizer" in done.stderr
+
+
+def test_the_shrunk_run_keeps_what_is_rehearsed(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("fire_drill", ROOT / "tools" / "fire_drill.py")
+    fire_drill = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", ["tools", *sys.path])  # the script replaces the first
+    spec.loader.exec_module(fire_drill)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    flags = ["--engine.name", "zero3", "--model.num_key_value_heads", "1", "--optimizer.weight_decay", "0.3"]
+    small = fire_drill.shrink(load(["--config", str(tmp_path / "tiny.yaml"), *flags]), 2, tmp_path)
+    assert (small.engine.name, small.optimizer.weight_decay) == ("zero3", 0.3)
+    assert small.model.num_key_value_heads < small.model.num_attention_heads
+    assert small.checkpoint.every_steps < small.train.max_steps and small.log.every_steps == 1

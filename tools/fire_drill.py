@@ -1,0 +1,436 @@
+"""Rehearses what will go wrong, on your configuration, shrunk, before it goes wrong on a machine that costs money.
+
+    python tools/fire_drill.py --config X.yaml [--processes N] [--only FAULT ...] [--keep FOLDER] [--section.key value ...]
+
+Trains a small model with the configuration's engine, optimizer and data, once in peace and then once for each fault: the fault
+strikes, the same command goes on, and the whole curve and the last checkpoint must be those of the run in peace. Checkpoints
+that were announced must be there, those that are there must be whole, and no process may stay behind.
+
+--processes  ranks (default 2)          --only  some of the faults, by name          --keep  leave the runs here
+
+Exit status: 0 every fault was survived, 1 not every one, 2 the configuration or the command is wrong, or it does not train.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import psutil
+
+from pretrain.config import Config, ConfigError, load
+from pretrain.runtime.manifest import checkpoints
+from pretrain.runtime.run_directory import read_state
+from pretrain.schema import to_yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS, SAVE_EVERY, PATIENCE_SECONDS = 96, 8, 180
+BEGIN = "  run        "
+"""What the console says first at every start."""
+SAME = ("step", "loss", "grad_norm", "lr", "tokens", "val_loss")
+ALLOWED = {"loss": 1e-5, "grad_norm": 1e-3, "val_loss": 1e-5}
+"""Relative differences that sums in another order may make on GPUs; on CPUs there are none, and the table says so."""
+
+
+class Broken(Exception):
+    """A promise that did not hold; the message is for the table."""
+
+
+class Result(NamedTuple):
+    """One line of the table."""
+
+    fault: str
+    survived: bool
+    outcome: str
+    steps_lost: int | None
+    recovery_seconds: float | None
+
+
+def main() -> int:
+    """-> exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), metavar="FAULT", help=", ".join(FAULTS))
+    parser.add_argument("--keep", type=Path)
+    options, settings = parser.parse_known_args()
+    folder = options.keep or Path(tempfile.mkdtemp(prefix="fire_drill_"))
+    try:
+        drill = Drill(load(settings, world_size=None, program="tools/fire_drill.py"), options.processes, folder)
+        drill.train_in_peace()
+    except (ConfigError, Broken) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{'fault':16}  {'':8}  {'steps lost':>10}  {'recovery':>8}  outcome")
+    results = []
+    for name in options.only:
+        results.append(result := drill.rehearse(name))
+        lost = "-" if result.steps_lost is None else result.steps_lost
+        seconds = "-" if result.recovery_seconds is None else f"{result.recovery_seconds:.1f} s"
+        verdict = "survived" if result.survived else "BROKEN"
+        print(f"{name:16}  {verdict:8}  {lost:>10}  {seconds:>8}  {result.outcome}", flush=True)
+    broken = sum(not result.survived for result in results)
+    if broken:
+        print(f"{broken} of {len(results)} faults were not survived; the runs are in {folder}")
+        return 1
+    if not options.keep:
+        shutil.rmtree(folder)
+    print(f"all {len(results)} faults were survived")
+    return 0
+
+
+def shrink(config: Config, processes: int, directory: Path) -> Config:
+    """A run of a minute: a small model of the same kind, short samples, many checkpoints; engine, optimizer and data stay."""
+    model, batch, heads = config.model, config.batch, 4
+    grouped = (model.num_key_value_heads or model.num_attention_heads) < model.num_attention_heads
+    small = dataclasses.replace(
+        model, hidden_size=64, num_hidden_layers=2, num_attention_heads=heads, num_key_value_heads=2 if grouped else heads,
+        head_dim=None, intermediate_size=128,
+    )  # fmt: skip
+    replicas = config.engine.replicas if processes % config.engine.replicas == 0 else 1
+    return dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, name="peace", directory=str(directory)),
+        model=small,
+        data=dataclasses.replace(config.data, sequence_length=min(32, config.data.sequence_length)),
+        batch=dataclasses.replace(batch, global_batch_size=4 * processes, micro_batch_size=2),
+        schedule=dataclasses.replace(config.schedule, warmup_steps=min(8, config.schedule.warmup_steps), decay_steps=None),
+        train=dataclasses.replace(config.train, max_steps=STEPS, max_tokens=None, epochs=None),
+        engine=dataclasses.replace(config.engine, world_size=None, replicas=replicas, timeout_seconds=60.0),
+        evaluate=dataclasses.replace(config.evaluate, every_steps=STEPS // 4, max_batches=2),
+        checkpoint=dataclasses.replace(
+            config.checkpoint, every_steps=SAVE_EVERY, every_minutes=0, keep_last=2, resume="auto", allow_changes=[]
+        ),
+        log=dataclasses.replace(config.log, every_steps=1, sinks=["console", "jsonl"]),
+    )
+
+
+class Job:
+    """One start of a run under the real launcher."""
+
+    def __init__(self, run: Path, command: list[str], *, file_limit: int | None = None, **variables: str):
+        self.run, self.began, self.starts_before = run, time.monotonic(), console(run).count(BEGIN)
+        self.output = open(run.with_suffix(".log"), "a")
+        environment = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **os.environ, **variables}
+        limit = None if file_limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+        self.launcher = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=limit,
+        )
+
+    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
+        """Polls without a pause: some faults must strike within milliseconds. Raises Broken."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            if self.launcher.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                raise Broken(f"the run ended, or hung, before it {what}; see {self.output.name}")
+            time.sleep(0.001)
+
+    def family(self) -> list[psutil.Process]:
+        """The launcher and all below it, the last rank first."""
+        try:
+            launcher = psutil.Process(self.launcher.pid)
+            return [*reversed(launcher.children(recursive=True)), launcher]
+        except psutil.NoSuchProcess:
+            return []
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes that train, in order."""
+        ranks = [process for process in self.family() if "RANK" in process.environ()]
+        if not ranks:  # one process
+            ranks = [process for process in self.family() if process.pid != self.launcher.pid]
+        return sorted(ranks, key=lambda process: int(process.environ().get("RANK", 0)))
+
+    def kill(self) -> None:
+        """kill -9 of everything at once."""
+        for process in self.family():
+            process.kill()
+        self.launcher.wait()
+
+    def end(self, family: list[psutil.Process]) -> None:
+        """Waits for the launcher's end. Raises Broken when any of the family stays behind, and ends it."""
+        try:
+            self.launcher.wait(PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise Broken(f"the job did not end in {PATIENCE_SECONDS} s") from None
+        _, left = psutil.wait_procs(family, timeout=10)
+        for process in left:
+            process.kill()
+        if left:
+            raise Broken(f"{len(left)} processes stayed behind")
+
+
+class Drill:
+    """The configuration under test and its run in peace."""
+
+    def __init__(self, config: Config, processes: int, folder: Path):
+        self.folder, self.processes = folder, processes
+        folder.mkdir(parents=True, exist_ok=True)
+        self.settings = folder / "drill.yaml"
+        self.settings.write_text(to_yaml(shrink(config, processes, folder)))
+        load(["--config", str(self.settings)], world_size=processes)  # the shrunk one must be allowed, too
+        self.random = random.Random(config.run.seed)
+
+    def start(self, name: str, *flags: str, **options) -> Job:
+        """Starts, or goes on with, the run `name`."""
+        launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
+        if self.processes > 1:
+            launcher += ["--config_file", "launch/accelerate/cpu.yaml", "--num_processes", str(self.processes)]
+        settings = ["--config", str(self.settings), "--run.name", name, *flags]
+        return Job(self.folder / name, [*launcher, "launch/pretrain.py", *settings], **options)
+
+    def train_in_peace(self) -> None:
+        """The run that all others are compared with. Raises Broken when it does not come to its end."""
+        print(f"a shrunk run in peace: {self.processes} processes, {STEPS} steps, a checkpoint every {SAVE_EVERY}", flush=True)
+        job = self.start("peace")
+        job.end([])
+        if exit_status(job.run) != 0:
+            raise Broken(f"the configuration does not train even in peace; see {job.output.name}")
+        self.peace = records(job.run)
+
+    def rehearse(self, name: str) -> Result:
+        """One fault and what came of it."""
+        run = self.folder / name
+        try:
+            outcome, lost, seconds = FAULTS[name](self, name)
+            differences = self.compare(run)
+            return Result(name, True, f"{outcome}; curve {differences}", lost, seconds)
+        except Broken as error:
+            return Result(name, False, str(error), None, None)
+
+    def go_on(self, run: Path, struck_at: float) -> tuple[int, float]:
+        """The same command again, to the end. -> (steps lost, seconds from the fault to the first new step). Raises Broken."""
+        reached, announced = last_step(run), announced_step(run)
+        require_whole(run)
+        return self.watch(self.start(run.name), reached, announced, struck_at)
+
+    def watch(self, job: Job, reached: int, announced: int, struck_at: float) -> tuple[int, float]:
+        """Follows a run that goes on. -> as `go_on`."""
+        run = job.run
+        job.wait_until(lambda: goes_on(job), "went on")
+        resumed = resumed_step(run)
+        if resumed < announced:
+            raise Broken(f"went on after step {resumed}, but the checkpoint of step {announced} had been announced")
+        seen = time.monotonic()
+        family = job.family()
+        job.end(family)
+        if (status := exit_status(run)) != 0:
+            raise Broken(f"ended with status {status} when it went on: {read_state(run).get('reason')}")
+        return reached - resumed, seen - struck_at
+
+    def compare(self, run: Path) -> str:
+        """How the curve of a run differs from that of the run in peace, in words. Raises Broken where it should not."""
+        mine = records(run)
+        if [r["step"] for r in mine] != [r["step"] for r in self.peace]:
+            raise Broken("steps are missing from the curve, or there twice")
+        largest = 0.0
+        for record, peaceful in zip(mine, self.peace, strict=True):
+            for key in SAME:
+                a, b = record.get(key), peaceful.get(key)
+                if a == b:
+                    continue
+                difference = abs(a - b) / abs(b) if a is not None and b else float("inf")
+                largest = max(largest, difference)
+                if difference > ALLOWED.get(key, 0.0):
+                    raise Broken(f"{key} of step {record['step']} is {a}, it was {b} in peace")
+        return f"within {largest:.0e}" if largest else "the same to the bit"
+
+
+# ---------------------------------------------------------------- what a run left
+
+
+def records(run: Path) -> list[dict]:
+    """Of metrics.jsonl: steps and validations; an unfinished last line is no record."""
+    lines = (run / "metrics.jsonl").read_text().split("\n")[:-1] if (run / "metrics.jsonl").exists() else []
+    return [record for record in map(json.loads, lines) if "loss" in record or "val_loss" in record]
+
+
+def last_step(run: Path) -> int:
+    """The newest step in metrics.jsonl; 0: none."""
+    return max((record["step"] for record in records(run)), default=0)
+
+
+def exit_status(run: Path) -> int | None:
+    """Of the newest attempt."""
+    return read_state(run).get("exit_status")
+
+
+def entries(folder: Path) -> set[str]:
+    """Names in a folder, which need not be there."""
+    return set(os.listdir(folder)) if folder.exists() else set()
+
+
+def require_whole(run: Path) -> None:
+    """Raises Broken when a folder bears the name of a checkpoint and is none."""
+    for checkpoint in checkpoints(run / "checkpoints"):
+        if damage := checkpoint.damage():
+            raise Broken(f"a checkpoint is there that is not whole: {damage}")
+
+
+def console(run: Path) -> str:
+    """Everything that was said."""
+    path = run / "console.log"
+    return path.read_text() if path.exists() else ""
+
+
+def announced_step(run: Path) -> int:
+    """The newest checkpoint that the run said it had saved; 0: none."""
+    return max((int(step) for step in re.findall(r"saved .*step_(\d+)$", console(run), re.MULTILINE)), default=0)
+
+
+def resumed_step(run: Path) -> int:
+    """Where the newest attempt went on; 0: from the beginning."""
+    begins = re.findall(BEGIN + r"\S.*?(?:, going on after step ([\d,]+))?$", console(run), re.MULTILINE)
+    return int(begins[-1].replace(",", "") or 0) if begins else 0
+
+
+def goes_on(job: Job) -> bool:
+    """Whether a step was finished since the job began."""
+    return console(job.run).count(BEGIN) > job.starts_before and last_step(job.run) > resumed_step(job.run)
+
+
+# ---------------------------------------------------------------- faults: each -> (outcome, steps lost, seconds to recovery)
+
+
+def strike_at_some_step(drill: Drill, name: str) -> tuple[Job, list[psutil.Process]]:
+    """A run that is on its way, at a step that is not told before."""
+    job, step = drill.start(name), drill.random.randrange(SAVE_EVERY + 2, STEPS // 2)
+    job.wait_until(lambda: last_step(job.run) >= step, f"reached step {step}")
+    return job, job.family()
+
+
+def kill_rank(drill: Drill, name: str) -> tuple[str, int, float]:
+    """kill -9 of the last rank."""
+    job, family = strike_at_some_step(drill, name)
+    struck = time.monotonic()
+    job.ranks()[-1].kill()
+    job.end(family)
+    ended = time.monotonic() - struck
+    return (f"the job ended {ended:.1f} s later", *drill.go_on(job.run, struck))
+
+
+def kill_all(drill: Drill, name: str) -> tuple[str, int, float]:
+    """kill -9 of every process, as when a machine dies."""
+    job, _ = strike_at_some_step(drill, name)
+    struck = time.monotonic()
+    job.kill()
+    return ("nothing could be saved", *drill.go_on(job.run, struck))
+
+
+def sigterm(drill: Drill, name: str) -> tuple[str, int, float]:
+    """SIGTERM to the last rank alone: a spot notice."""
+    job, family = strike_at_some_step(drill, name)
+    struck = time.monotonic()
+    job.ranks()[-1].send_signal(signal.SIGTERM)
+    job.end(family)
+    ended = time.monotonic() - struck
+    if exit_status(job.run) != 75:
+        raise Broken(f"status {exit_status(job.run)} after SIGTERM, not 75")
+    lost, seconds = drill.go_on(job.run, struck)
+    if lost:
+        raise Broken(f"{lost} steps were lost although there was time to save")
+    return f"saved by all ranks, ended {ended:.1f} s later", lost, seconds
+
+
+def kill_in_save(drill: Drill, name: str) -> tuple[str, int, float]:
+    """kill -9 of every process while a checkpoint is being written, three times, each a little later."""
+    for delay_seconds in (0.0, 0.003, 0.01):
+        job = drill.start(name)
+        struck = kill_at_next_save(job, delay_seconds)
+        require_whole(job.run)
+    return ("nothing unfinished was taken for a checkpoint", *drill.go_on(job.run, struck))
+
+
+def kill_at_next_save(job: Job, delay_seconds: float) -> float:
+    """Kills as soon as anything new stands beside the checkpoints, or a little later. -> when, by time.monotonic."""
+    folder = job.run / "checkpoints"
+    job.wait_until(lambda: goes_on(job), "went on")
+    known, family = entries(folder), job.family()
+    job.wait_until(lambda: not entries(folder) <= known, "saved")
+    time.sleep(delay_seconds)
+    struck = time.monotonic()
+    for process in family:
+        process.kill()
+    job.launcher.wait()
+    return struck
+
+
+def truncate_newest(drill: Drill, name: str) -> tuple[str, int, float]:
+    """The largest file of the newest checkpoint loses its second half."""
+    job, _ = strike_at_some_step(drill, name)
+    job.wait_until(lambda: len(checkpoints(job.run / "checkpoints")) > 1, "had two checkpoints")
+    job.kill()
+    newest, older = checkpoints(job.run / "checkpoints")[:2]
+    file = max(newest.path.iterdir(), key=lambda path: path.stat().st_size)
+    os.truncate(file, file.stat().st_size // 2)
+    struck, reached = time.monotonic(), last_step(job.run)
+    lost, seconds = drill.watch(drill.start(name), reached, older.step, struck)
+    if reached - lost != older.step:
+        raise Broken(f"went on after step {reached - lost}, not from the older checkpoint of step {older.step}")
+    return f"fell back from step {newest.step} to step {older.step}", lost, seconds
+
+
+def full_disk(drill: Drill, name: str) -> tuple[str, int, float]:
+    """No file may grow beyond half a shard: every save fails."""
+    job, family = strike_at_some_step(drill, name)
+    job.ranks()[0].send_signal(signal.SIGTERM)
+    job.end(family)
+    good = checkpoints(job.run / "checkpoints")[0]
+    limit = max(path.stat().st_size for path in good.path.iterdir()) // 2
+    job = drill.start(name, file_limit=max(limit, 64 * 1024))
+    job.end([])
+    struck = time.monotonic()
+    if exit_status(job.run) != 74:
+        raise Broken(f"status {exit_status(job.run)} on a full disk, not 74")
+    if good.damage():
+        raise Broken("the checkpoint from before the disk was full is gone")
+    return ("ended with 74, the older checkpoint stayed", *drill.go_on(job.run, struck))
+
+
+def wandb_outage(drill: Drill, name: str) -> tuple[str, None, None]:
+    """A W&B server that refuses every connection."""
+    dead = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+    job = drill.start(name, "--log.sinks", "[console, jsonl, wandb]", **dead)
+    job.end([])
+    if exit_status(job.run) != 0:
+        raise Broken(f"status {exit_status(job.run)}; see {job.output.name}")
+    if not list((job.run / "wandb").glob("offline-run-*")):
+        raise Broken("no offline records were kept for wandb sync")
+    return f"not stopped, records kept for `wandb sync`; {time.monotonic() - job.began:.0f} s in all", None, None
+
+
+FAULTS = {
+    "kill_rank": kill_rank,
+    "kill_all": kill_all,
+    "sigterm": sigterm,
+    "kill_in_save": kill_in_save,
+    "truncate_newest": truncate_newest,
+    "full_disk": full_disk,
+    "wandb_outage": wandb_outage,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
