@@ -40,6 +40,8 @@ from tests.test_step import (
     window_of,
 )
 
+pytestmark = pytest.mark.timeout(900)
+
 ENGINES = {
     "ddp": EngineConfig(name="ddp"),
     "zero1": EngineConfig(name="zero1"),
