@@ -20,6 +20,7 @@ from pretrain import train
 from pretrain.config import EngineConfig
 from pretrain.data.batches import Batch
 from pretrain.model.transformer import Transformer, build
+from pretrain.prove import BOUNDS
 from pretrain.report import metrics
 from pretrain.runtime import checkpoint
 from pretrain.runtime.engine import Engine, start_engine
@@ -113,6 +114,17 @@ def test_every_engine_equals_one_process_and_shows_every_planted_bug(subtests):
 @pytest.mark.slow
 def test_levers_change_no_number(subtests):
     check_proof(subtests, 2, VARIANTS, 2, "sgd", [])
+
+
+@pytest.mark.slow
+def test_bf16_stays_near_one_process_in_fp32(subtests):
+    configs = {name: dataclasses.replace(config, precision="bf16") for name, config in ENGINES.items()}
+    results, expected = run_ranks(2, prove, configs, 2, "sgd", [], timeout=600), plain_run("sgd")
+    for name in configs:
+        with subtests.test(name):
+            found = differences([rank[name][1] for rank in results], expected)
+            print(f"{name}: loss {found[0]:.1e}, norm {found[1]:.1e}, weights {found[2]:.1e}")
+            assert all(difference < bound for difference, bound in zip(found, BOUNDS["bf16"], strict=True))
 
 
 @pytest.mark.slow
