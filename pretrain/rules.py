@@ -8,32 +8,34 @@ from pretrain import schema
 from pretrain.schema import Problem, shown
 
 if TYPE_CHECKING:
-    from pretrain.config import Config, EngineConfig, ModelConfig
+    from pretrain.config import Config, EngineConfig, ModelConfig, MoeConfig, RopeScalingConfig
 
 
 def validate(config: Config, world_size: int | None = 1) -> list[Problem]:
     """Combinations that cannot work, for `world_size` ranks (None: any). Every check that needs no file and no tensor is
     here."""
     problems = [*_check_ranges(config), *_check_model(config.model), *_check_length_of_run(config)]
-    problems += _check_engine(config.engine, world_size) + _check_optimizer(config)
+    problems += _check_engine(config.engine, world_size) + _check_optimizer(config) + _check_experts(config, world_size)
     return problems if world_size is None else problems + _check_batch(config, world_size)
 
 
 _AT_LEAST = {
     0: """
         schedule.warmup_steps evaluate.every_steps checkpoint.every_steps checkpoint.every_minutes
-        checkpoint.keep_best optimizer.weight_decay optimizer.grad_clip run.seed engine.keep_whole_below""",
+        checkpoint.keep_best optimizer.weight_decay optimizer.grad_clip run.seed engine.keep_whole_below
+        model.moe.num_shared_experts model.moe.aux_loss_weight model.moe.z_loss_weight model.moe.bias_update_rate""",
     1: """
         model.hidden_size model.num_hidden_layers model.num_attention_heads model.num_key_value_heads model.head_dim
         model.intermediate_size model.vocab_multiple model.max_position_embeddings data.sequence_length
         data.synthetic.num_samples batch.global_batch_size batch.micro_batch_size schedule.decay_steps train.max_steps
         train.max_tokens train.max_skipped_steps engine.world_size engine.replicas engine.bucket_mib
-        evaluate.max_batches checkpoint.keep_last log.every_steps""",
-    2: "model.vocab_size",
+        evaluate.max_batches checkpoint.keep_last log.every_steps model.sliding_window model.rope_scaling.factor
+        model.rope_scaling.original_max_position_embeddings model.moe.num_experts_per_tok model.moe.moe_intermediate_size""",
+    2: "model.vocab_size model.moe.num_experts",
 }
 _POSITIVE = """
     optimizer.lr optimizer.eps model.rope_theta model.rms_norm_eps train.epochs engine.timeout_seconds
-    log.peak_tflops checkpoint.deadline_seconds"""
+    log.peak_tflops checkpoint.deadline_seconds model.rope_scaling.low_freq_factor model.moe.routed_scaling_factor"""
 
 
 def _check_ranges(config: Config) -> list[Problem]:
@@ -47,7 +49,7 @@ def _check_ranges(config: Config) -> list[Problem]:
     problems += [
         Problem(key, f"got {values[key]}, must be greater than 0")
         for key in _POSITIVE.split()
-        if values[key] is not None and values[key] <= 0
+        if values.get(key) is not None and values[key] <= 0
     ]
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
         problems.append(Problem("optimizer.betas", f"got {list(config.optimizer.betas)}, both must be in [0, 1)"))
@@ -85,6 +87,38 @@ def _check_model(model: ModelConfig) -> list[Problem]:
                 f"is {model.head_dim or model.hidden_size // heads}, must be even: rotary embedding turns pairs",
             )
         )
+    problems += _check_rope_scaling(model.rope_scaling) if model.rope_scaling else []
+    return problems + (_check_moe(model.moe) if model.moe else [])
+
+
+def _check_rope_scaling(scaling: RopeScalingConfig) -> list[Problem]:
+    names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    given = [name for name in names if getattr(scaling, name) is not None]
+    if scaling.kind == "linear":
+        return [Problem(f"model.rope_scaling.{name}", "has no meaning for kind linear; leave it out") for name in given]
+    if missing := [name for name in names if name not in given]:
+        return [Problem(f"model.rope_scaling.{name}", "is needed for kind llama3") for name in missing]
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    return [] if low < high else [
+        Problem("model.rope_scaling.high_freq_factor", f"got {high}, must be more than low_freq_factor = {low}")
+    ]  # fmt: skip
+
+
+def _check_moe(moe: MoeConfig) -> list[Problem]:
+    problems = []
+    chosen = moe.num_experts_per_tok
+    if chosen > moe.num_experts:
+        problems.append(Problem("model.moe.num_experts_per_tok", f"got {chosen}, more than num_experts = {moe.num_experts}"))
+    if chosen == 1 and moe.norm_topk_prob:
+        problems.append(
+            Problem("model.moe.norm_topk_prob", "is true with one expert per token, whose weight would always be 1: the router "
+                    "would learn nothing from the loss; set it to false, or num_experts_per_tok to 2 or more")
+        )  # fmt: skip
+    if moe.bias_update_rate > 0 and moe.score != "sigmoid":
+        problems.append(
+            Problem("model.moe.bias_update_rate", f"got {moe.bias_update_rate}, which only score sigmoid can do; set it to 0, "
+                    "or model.moe.score to sigmoid")
+        )  # fmt: skip
     return problems
 
 
@@ -149,6 +183,20 @@ def _check_optimizer(config: Config) -> list[Problem]:
         return [
             Problem("optimizer.name", f"is muon, which engine.name {config.engine.name} cannot run: DeepSpeed would clip the "
                     "orthogonalised update, not the gradient, and report its norm; use engine.name ddp or fsdp2, or adamw")
+        ]  # fmt: skip
+    return []
+
+
+def _check_experts(config: Config, world_size: int | None) -> list[Problem]:
+    moe, engine = config.model.moe, config.engine
+    if not moe or engine.name != "fsdp2" or world_size is None:
+        return []
+    shards = world_size // max(1, engine.replicas)
+    if shards > moe.num_experts:
+        return [
+            Problem("engine.name", f"is fsdp2, which would cut {moe.num_experts} experts, whole ones, over {shards} ranks: "
+                    "some would hold none; use zero3, which cuts evenly, or engine.replicas so that at most "
+                    f"{moe.num_experts} ranks share one copy of the weights")
         ]  # fmt: skip
     return []
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from pretrain.config import Config, ModelConfig, load
+from pretrain.config import Config, load, model_from_dict
 from pretrain.model.transformer import Transformer
 from pretrain.runtime.checkpoint import best_key, load_weights
 from pretrain.runtime.manifest import CheckpointError, checkpoints
@@ -28,7 +28,7 @@ def load_model(run_directory: Path, step: int | str | None = None) -> tuple[Conf
         raise CheckpointError(f"{folder}: has no checkpoint{'' if step is None else f' of step {step}'}; it has: {steps}")
     config = load(["--config", str(Path(run_directory) / "config.yaml")], world_size=None)
     with torch.device("meta"):
-        model = Transformer(ModelConfig(**found[0].state()["model"]))
+        model = Transformer(model_from_dict(found[0].state()["model"]))
     model.to_empty(device="cpu")
     load_weights(found[0], model)
     return config, model.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,16 @@ from hypothesis import strategies as st
 
 from pretrain import config as config_module
 from pretrain import schema
-from pretrain.config import Config, ConfigError, load
+from pretrain.config import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    MoeConfig,
+    RopeScalingConfig,
+    load,
+    model_from_dict,
+    resolve_model,
+)
 from pretrain.rules import check_resume, resume_class
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +82,15 @@ def test_every_problem_is_reported_at_once_with_file_line_key_and_advice(tmp_pat
         (["--model.num_attention_heads", "7"], "must divide hidden_size"),
         (["--model.num_key_value_heads", "3"], "must divide num_attention_heads"),
         (["--model.head_dim", "7"], "must be even"),
+        (["--model.rope_scaling.kind", "linear"], "model.rope_scaling.factor: is required"),
+        (["--model.rope_scaling", "{kind: linear, factor: 2, low_freq_factor: 1}"], "has no meaning for kind linear"),
+        (["--model.rope_scaling", "{kind: llama3, factor: 2, low_freq_factor: 1}"], "is needed for kind llama3"),
+        (["--model.sliding_window", "0"], "must be at least 1"),
+        (["--model.moe.num_experts_per_tok", "2"], "model.moe.num_experts: is required"),
+        (["--model.moe", "{num_experts: 2, num_experts_per_tok: 3}"], "more than num_experts = 2"),
+        (["--model.moe", "{num_experts: 4, num_experts_per_tok: 1}"], "whose weight would always be 1"),
+        (["--model.moe", "{num_experts: 4, bias_update_rate: 0.001}"], "only score sigmoid can do"),
+        (["--model.moe", "{num_experts: 4, z_loss_weight: -1}"], "must be at least 0"),
         (["--train.epochs", "1"], "set exactly one of"),
         (["--schedule.warmup_steps", "11"], "more than train.max_steps"),
         (["--schedule.warmup_steps", "5", "--schedule.decay_steps", "6"], "warmup_steps + decay_steps = 11"),
@@ -191,5 +210,22 @@ except SystemExit as left:
 
 def test_resolve_model_fills_every_null():
     model = config_module.resolve_model(Config().model, vocab_size=100, sequence_length=64)
-    assert None not in vars(model).values()
+    assert {key for key, value in vars(model).items() if value is None} == {"rope_scaling", "sliding_window", "moe"}
     assert (model.head_dim, model.intermediate_size, model.num_key_value_heads) == (64, 1408, 8)
+
+
+def test_fsdp2_is_refused_where_a_rank_would_hold_no_expert():
+    flags = [*GOOD, "--engine.name", "fsdp2", "--model.moe.num_experts", "4", "--batch.micro_batch_size", "1"]
+    load(flags, world_size=4)
+    load([*flags, "--engine.replicas", "2"], world_size=8)
+    with pytest.raises(ConfigError, match="over 8 ranks"):
+        load(flags, world_size=8)
+
+
+def test_a_model_comes_back_from_the_plain_values_that_a_checkpoint_keeps():
+    moe, scaling = MoeConfig(num_experts=4), RopeScalingConfig(kind="linear", factor=2.0)
+    for model in (ModelConfig(), ModelConfig(moe=moe, rope_scaling=scaling, intermediate_size=96)):
+        model = resolve_model(model, vocab_size=10, sequence_length=8)
+        assert model_from_dict(dataclasses.asdict(model)) == model
+    assert model.moe.moe_intermediate_size == 96
+    assert model_from_dict({"hidden_size": 64}) == ModelConfig(hidden_size=64)
