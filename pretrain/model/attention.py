@@ -8,6 +8,7 @@ C size of one head.
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pretrain.config import RopeScalingConfig
 
 _CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -35,32 +38,63 @@ class Places:
     """True where a query may see a key; None: every key up to its own position (T == S), or all keys (T == 1)."""
     cudnn_first: bool = False
     """Prefer cuDNN's kernel. Decided outside the compiled blocks: in them, asking for the device would enter the graph."""
+    valid_BT: Tensor | None = None
+    """True where a position has a label: routers count only those. None: there are no labels, and nothing is counted."""
 
 
 def places(
-    length: int, head_dim: int, rope_theta: float, device: torch.device, documents_BT: Tensor | None = None, start: int = 0
+    length: int,
+    head_dim: int,
+    rope_theta: float,
+    device: torch.device,
+    documents_BT: Tensor | None = None,
+    start: int = 0,
+    *,
+    rope_scaling: RopeScalingConfig | None = None,
+    sliding_window: int | None = None,
+    valid_BT: Tensor | None = None,
 ) -> Places:
     """Places of `length` tokens that follow `start` cached ones.
 
     Computed in fp32 for each call, so there is no table to outgrow and no buffer that an engine could cast or forget to fill.
-    documents_BT: the document of each token, int; tokens see only their own document. Source: Su et al. 2021 (RoFormer).
+    documents_BT: the document of each token, int; tokens see only their own document. sliding_window: how many tokens a token
+    sees, itself included (Beltagy et al. 2020; as in Mistral 7B). Source: Su et al. 2021 (RoFormer).
     """
-    exponent_C = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     position_T = torch.arange(start, start + length, dtype=torch.float32, device=device)
-    angle_TC = position_T[:, None] * (1.0 / rope_theta**exponent_C)
+    angle_TC = position_T[:, None] * frequencies(head_dim, rope_theta, rope_scaling, device)
     visible_BTS = None
     if documents_BT is not None:
         same_document_BTS = documents_BT[:, :, None] == documents_BT[:, None, :]
-        visible_BTS = same_document_BTS & _not_later(position_T, length)
-    elif start > 0 and length > 1:
-        visible_BTS = _not_later(position_T, start + length)[None]
+        visible_BTS = same_document_BTS & _in_sight(position_T, length, sliding_window)
+    elif (start > 0 and length > 1) or (sliding_window is not None and start + length > sliding_window):
+        visible_BTS = _in_sight(position_T, start + length, sliding_window)[None]
     # On Hopper 1.7 to 2.3 times as fast as the default flash kernel; slower than it on other generations.
     cudnn_first = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    return Places(angle_TC.cos(), angle_TC.sin(), visible_BTS, cudnn_first)
+    return Places(angle_TC.cos(), angle_TC.sin(), visible_BTS, cudnn_first, valid_BT)
 
 
-def _not_later(position_T: Tensor, keys: int) -> Tensor:
-    return position_T[:, None] >= torch.arange(keys, device=position_T.device)
+def frequencies(head_dim: int, rope_theta: float, scaling: RopeScalingConfig | None, device: torch.device) -> Tensor:
+    """Radians per position of each pair of a head, (C / 2,) fp32.
+
+    Scaling: `linear`, Chen et al. 2023; `llama3`, Llama 3.1's own (Grattafiori et al. 2024, section 3.4.2, and its code).
+    """
+    exponent_C = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    frequency_C = 1.0 / rope_theta**exponent_C
+    if scaling is None:
+        return frequency_C
+    if scaling.kind == "linear":
+        return frequency_C / scaling.factor
+    turns_C = frequency_C * (scaling.original_max_position_embeddings / (2 * math.pi))
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept_C = ((turns_C - low) / (high - low)).clamp(0, 1)
+    return frequency_C * (kept_C + (1 - kept_C) / scaling.factor)
+
+
+def _in_sight(position_T: Tensor, keys: int, sliding_window: int | None) -> Tensor:
+    """(T, S), True where a query may see a key by its distance."""
+    distance_TS = position_T[:, None] - torch.arange(keys, device=position_T.device)
+    in_sight_TS = distance_TS >= 0
+    return in_sight_TS if sliding_window is None else in_sight_TS & (distance_TS < sliding_window)
 
 
 def rotate(x_BTHC: Tensor, places: Places) -> Tensor:

@@ -18,8 +18,10 @@ class ParameterCount:
 
     total: int
     """All parameters as built, padding rows of the vocabulary included; a tied matrix once."""
+    active: int
+    """All but the experts that a token is not sent to; in a dense model all."""
     matmul: int
-    """Those that multiply every token: the blocks' matrices and the head, without the padding rows."""
+    """Those that multiply every token: the blocks' matrices, of the experts those chosen, and the head without padding rows."""
     embedding: int
     """Input embedding as built, padding rows included; also when it is the head too."""
 
@@ -41,13 +43,21 @@ def vocabulary_rows(config: ModelConfig) -> int:
 def num_parameters(config: ModelConfig) -> ParameterCount:
     """Parameters of the model."""
     width, head_dim = config.hidden_size, config.head_dim
+    layers, moe = config.num_hidden_layers, config.moe
     attention = 2 * width * head_dim * (config.num_attention_heads + config.num_key_value_heads)
-    matrices = config.num_hidden_layers * (attention + 3 * width * config.intermediate_size)
-    norms = config.num_hidden_layers * (2 * width + 2 * head_dim * config.qk_norm) + width
+    feed_forward, idle = 3 * width * config.intermediate_size, 0
+    if moe:
+        expert = 3 * width * moe.moe_intermediate_size
+        feed_forward = width * moe.num_experts + expert * (moe.num_experts + moe.num_shared_experts)
+        idle = layers * expert * (moe.num_experts - moe.num_experts_per_tok)
+    matrices = layers * (attention + feed_forward)
+    norms = layers * (2 * width + 2 * head_dim * config.qk_norm) + width
     embedding = vocabulary_rows(config) * width
+    total = matrices + norms + embedding * (1 if config.tie_word_embeddings else 2)
     return ParameterCount(
-        total=matrices + norms + embedding * (1 if config.tie_word_embeddings else 2),
-        matmul=matrices + config.vocab_size * width,
+        total=total,
+        active=total - idle,
+        matmul=matrices - idle + config.vocab_size * width,
         embedding=embedding,
     )
 
@@ -56,11 +66,14 @@ def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = Fa
     """FLOPs of forward and backward for one token of a sequence of sequence_length tokens.
 
     6 for each matmul parameter, and 12 * layers * d_attn * T for attention's two products; causal: 6 * ..., the half that a
-    causal kernel cannot avoid. Recomputation never counts. Source: PaLM (Chowdhery et al. 2022), appendix B.
+    causal kernel cannot avoid. With a sliding window W < T a token has W keys instead of T, and causal 12 * their mean,
+    W - W^2 / 2T. Recomputation never counts. Source: PaLM (Chowdhery et al. 2022), appendix B.
     """
-    attention_width = config.num_attention_heads * config.head_dim
-    attention = config.num_hidden_layers * attention_width * sequence_length
-    return 6 * num_parameters(config).matmul + (6 if causal else 12) * attention
+    keys = min(sequence_length, config.sliding_window or sequence_length)
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * keys
+    if causal:
+        attention = attention * (2 * sequence_length - keys) // (2 * sequence_length)
+    return 6 * num_parameters(config).matmul + attention
 
 
 def bytes_estimate(config: ModelConfig) -> ByteCount:

@@ -1,5 +1,6 @@
-"""The decoder: tokens to hidden states to logits or loss. Parameter names and results are those of `LlamaForCausalLM`, and with
-qk_norm those of `Qwen3ForCausalLM`, so a state dict goes either way unchanged.
+"""The decoder: tokens to hidden states to logits or loss. Parameter names and results are those of `LlamaForCausalLM`, with
+qk_norm those of `Qwen3ForCausalLM`, with experts those of `Qwen3MoeForCausalLM`, `MixtralForCausalLM` or `Dots1ForCausalLM`, so
+a state dict goes either way unchanged.
 
 It knows one device's tensors. It knows nothing of ranks, precision (autocast is the caller's), optimizers or files.
 
@@ -9,6 +10,7 @@ Dimensions: B batch, T time, D model, H query heads, K key and value heads, C si
 from __future__ import annotations
 
 import hashlib
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,8 @@ from torch import Tensor, nn
 from pretrain.config import ModelConfig
 from pretrain.model.attention import KeyValueCache, Places, attend, places, rotate
 from pretrain.model.flops import vocabulary_rows
-from pretrain.model.loss import chunk_step, cross_entropy_sum, product_dtype
+from pretrain.model.loss import IGNORED, chunk_step, cross_entropy_sum, product_dtype
+from pretrain.model.moe import MixtureOfExperts, Routed
 
 
 class RMSNorm(nn.Module):
@@ -59,11 +62,11 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU. Source: Shazeer 2020."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(hidden_BTD)) * self.up_proj(hidden_BTD))
@@ -77,11 +80,21 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = FeedForward(config)
+        self.mlp = _experts(config) if config.moe else FeedForward(config.hidden_size, config.intermediate_size)
 
-    def forward(self, hidden_BTD: Tensor, places: Places, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, places: Places, cache: KeyValueCache | None = None) -> tuple[Tensor, Routed | None]:
+        """-> hidden_BTD, and what this block's router counted, if it has one and there are labels."""
         hidden_BTD = hidden_BTD + self.self_attn(self.input_layernorm(hidden_BTD), places, cache)
-        return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD))
+        normed_BTD = self.post_attention_layernorm(hidden_BTD)
+        if isinstance(self.mlp, MixtureOfExperts):
+            out_BTD, routed = self.mlp(normed_BTD, places.valid_BT)
+            return hidden_BTD + out_BTD, routed
+        return hidden_BTD + self.mlp(normed_BTD), None
+
+
+def _experts(config: ModelConfig) -> MixtureOfExperts:
+    shared = config.moe.num_shared_experts * config.moe.moe_intermediate_size
+    return MixtureOfExperts(config, FeedForward(config.hidden_size, shared) if shared else None)
 
 
 class Decoder(nn.Module):
@@ -89,22 +102,42 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
+        self.config = config
         self.embed_tokens = nn.Embedding(vocabulary_rows(config), config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        documents_BT: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        valid_BT: Tensor | None = None,
+    ) -> tuple[Tensor, list[Routed]]:
+        """-> hidden_BTD, and what each layer's router counted over the positions where valid_BT, if it is given."""
+        config = self.config
         embedded_BTD = self.embed_tokens(tokens_BT)
         # Autocast leaves an embedding in fp32; added to bf16 branches it would keep the residual stream so: twice the traffic.
         hidden_BTD = embedded_BTD.to(product_dtype(embedded_BTD))
-        start = 0 if cache is None else cache.length
-        where = places(tokens_BT.shape[1], self.head_dim, self.rope_theta, tokens_BT.device, documents_BT, start)
+        where = places(
+            tokens_BT.shape[1],
+            config.head_dim,
+            config.rope_theta,
+            tokens_BT.device,
+            documents_BT,
+            0 if cache is None else cache.length,
+            rope_scaling=config.rope_scaling,
+            sliding_window=config.sliding_window,
+            valid_BT=valid_BT,
+        )
+        routed = []
         for block in self.layers:
-            hidden_BTD = block(hidden_BTD, where, cache)
+            hidden_BTD, counted = block(hidden_BTD, where, cache)
+            if counted is not None:
+                routed.append(counted)
         if cache is not None:
             cache.length += tokens_BT.shape[1]
-        return self.norm(hidden_BTD)
+        return self.norm(hidden_BTD), routed
 
 
 class Head(nn.Module):
@@ -138,6 +171,9 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = Head(config)
+        self.routing_LX: Tensor | None = None
+        """What the routers did in the last forward pass with labels, (L, 2 + E) float64, in sums over its valid tokens, of each
+        layer: balance loss, z-loss, tokens sent to each expert. None in a dense model."""
 
     def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None, documents_BT: Tensor | None = None) -> Tensor:
         """With labels_BT the loss_sum: cross-entropy in nats summed over the labels that are not -100, a 0-dim fp32 tensor.
@@ -145,12 +181,38 @@ class Transformer(nn.Module):
 
         tokens_BT, labels_BT: int64 ids; labels are already shifted (the label of a position is the next token).
         documents_BT: int, the document of each token; a token sees only earlier tokens of its own. None: one document.
+
+        With experts, the gradient of loss_sum is that of loss_sum plus the routers' losses, each times its weight, mean over
+        layers, summed over valid tokens as loss_sum is; its value stays the cross-entropy alone.
         """
-        return self._head(self.model(tokens_BT, documents_BT), labels_BT)
+        if labels_BT is None:
+            return self._head(self.model(tokens_BT, documents_BT)[0], None)
+        hidden_BTD, routed = self.model(tokens_BT, documents_BT, valid_BT=labels_BT != IGNORED)
+        loss_sum = self._head(hidden_BTD, labels_BT)
+        if not routed:
+            return loss_sum
+        moe = self.config.moe
+        penalties = (moe.aux_loss_weight * layer.aux_sum + moe.z_loss_weight * layer.z_sum for layer in routed)
+        penalty = sum(penalties) / len(routed)
+        rows = [torch.cat([layer.aux_sum[None], layer.z_sum[None], layer.tokens_E]) for layer in routed]
+        self.routing_LX = torch.stack(rows).detach().double()
+        return loss_sum + (penalty - penalty.detach())
+
+    def rebalance(self, routing_LX: Tensor, applied: Tensor) -> None:
+        """After a step: what the routers draw from the routing of its global batch, which is that of all micro-batches and ranks,
+        added up, if the step was applied, (), bool. Models whose `rebalances` is False need no call."""
+        for block, routing_X in zip(self.model.layers, routing_LX, strict=True):
+            block.mlp.gate.rebalance(routing_X[2:], applied)
+
+    @property
+    def rebalances(self) -> bool:
+        """Whether the routers learn from what a step's global batch did beyond its gradient."""
+        moe = self.config.moe
+        return moe is not None and (moe.bias_update_rate > 0 or moe.balance == "global_batch")
 
     def decode(self, tokens_BT: Tensor, cache: KeyValueCache) -> Tensor:
         """Logits (B, V) of the token after tokens_BT, which follow those already in the cache and are added to it."""
-        return self._head(self.model(tokens_BT, cache=cache)[:, -1:], None)[:, 0]
+        return self._head(self.model(tokens_BT, cache=cache)[0][:, -1:], None)[:, 0]
 
     def _head(self, hidden_BTD: Tensor, labels_BT: Tensor | None) -> Tensor:
         tied_weight_VD = self.model.embed_tokens.weight if self.config.tie_word_embeddings else None
@@ -158,12 +220,15 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fill every parameter; usable after any materialisation (`to_empty`). All values are normal with mean 0, except norms.
+        """Fill every parameter and buffer; usable after any materialisation (`to_empty`). All values are normal with mean 0,
+        except norms. A router's bias is 0, the shares of its experts are even.
 
         parameter                        standard deviation                  source
         norm weights                     1 (constant)                        Zhang and Sennrich 2019
         q, k, v, gate, up                1 / sqrt(fan_in)                    unit variance: LeCun et al. 1998
         o, down                          1 / sqrt(fan_in * 2 * layers)       residual sum of order one: GPT-2
+        experts, shared experts          as gate, up and down                each is a feed-forward
+        router (mlp.gate)                1 / sqrt(fan_in)                    logits of unit variance, so a soft choice
         embed_tokens                     0.3                                 as large as the sum of the branches: see below
         lm_head, or tied embed_tokens    0.4 / sqrt(D)                       first loss ln V: see below
 
@@ -176,21 +241,23 @@ class Transformer(nn.Module):
 
         Each parameter has a generator of its own (see `initial_weight`).
         """
-        for name, parameter in self.named_parameters():
-            parameter.copy_(self.initial_weight(name, tuple(parameter.shape), seed))
+        for name, tensor in itertools.chain(self.named_parameters(), self.named_buffers()):
+            tensor.copy_(self.initial_weight(name, tuple(tensor.shape), seed))
 
     def initial_weight(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-        """The initial value of the parameter `name` of whole shape `shape`: fp32, on the CPU.
+        """The initial value of the parameter or buffer `name` of whole shape `shape`: fp32, on the CPU.
 
         Its generator is keyed by seed and name: equal on every rank, device and dtype, whatever was drawn before. So a rank
         that holds a piece of each parameter may draw one parameter at a time, keep its piece and free the rest.
         """
         if name.endswith("norm.weight"):
             return torch.ones(shape, device="cpu")
+        if name.endswith((".e_score_correction_bias", ".expert_share")):
+            return torch.full(shape, 0.0 if name.endswith("bias") else 1 / shape[0], device="cpu")
         key = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
         values = torch.empty(shape, dtype=torch.float32, device="cpu")
-        return values.normal_(0.0, self._initial_std(name, shape[1]), generator=generator)
+        return values.normal_(0.0, self._initial_std(name, shape[-1]), generator=generator)
 
     def _initial_std(self, name: str, fan_in: int) -> float:
         config = self.config
@@ -198,7 +265,7 @@ class Transformer(nn.Module):
             return 0.4 * config.hidden_size**-0.5
         if name == "model.embed_tokens.weight":
             return 0.3
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
+        if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
             return (fan_in * 2 * config.num_hidden_layers) ** -0.5
         return fan_in**-0.5
 
