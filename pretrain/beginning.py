@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -164,7 +165,7 @@ def refuse_another_run(config: Config, model: ModelConfig, data: TrainData, stat
         raise ConfigError(problems)
 
 
-def announce(run: Run, found: Checkpoint | None) -> None:
+def announce(run: Run, found: Checkpoint | None, warnings: Sequence[object]) -> None:
     """What will be done, in arithmetic that a reader can check, and what the numbers will mean."""
     config, engine, batch = run.config, run.engine, run.config.batch
     length, ranks = config.data.sequence_length, engine.world_size
@@ -187,6 +188,7 @@ def announce(run: Run, found: Checkpoint | None) -> None:
         "levels of the loss, in nats per token, that this data has:",
         *diagnose.reference_lines(run.data.reference_lines),
         diagnose.LEGEND,
+        *(f"warning    {warning}" for warning in warnings),
     ]
     for line in lines:
         run.say(line)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pretrain import beginning, divergence
+from pretrain import beginning, divergence, preflight
 from pretrain import config as settings
 from pretrain.beginning import Run
 from pretrain.config import Config, ConfigError, Problem
@@ -179,6 +179,7 @@ def _train(config: Config, engine: Engine, directory: RunDirectory | None, stop:
     opened = dict(seed=config.run.seed, vocab_size=vocab_size, tokenizer_fingerprint=tokenizer and tokenizer.fingerprint)
     data, valid = open_train(config.data, **opened), open_valid(config.data, **opened)
     model_config = settings.resolve_model(config.model, vocab_size=vocab_size, sequence_length=config.data.sequence_length)
+    warnings = preflight.at_start(config, engine, model_config, data, valid)
     engine.prepare(
         lambda: Transformer(model_config),
         lambda model: build_optimizer(model, config.optimizer),
@@ -197,7 +198,7 @@ def _train(config: Config, engine: Engine, directory: RunDirectory | None, stop:
         if left_out:
             run.progress.rollbacks, run.progress.skipped_positions = left_out
         with run.sinks or contextlib.nullcontext():
-            beginning.announce(run, found)
+            beginning.announce(run, found, warnings)
             stop.training()
             with run.saver:
                 status, reason = _loop(run, meter, stop)

@@ -1,14 +1,19 @@
-"""Checks a configuration before it costs money.
+"""Checks a configuration before it costs money, on a machine without a GPU.
 
+    python tools/check_run.py --config X.yaml [--ranks N] [--json FILE] [--section.key value ...]
     python tools/check_run.py --config X.yaml --invariance [--processes N] [--json FILE] [--section.key value ...]
 
+Alone, the preflight: data, tokenizer, batch, learning rate, storage, and what stands in the way, in less than a minute. Each
+finding has a stable name, as id-outside-vocabulary, and either stops a run or warns; docs/data.md explains all of them.
+
+--ranks N     number of processes that the run will have (default: engine.world_size, else unknown).
 --invariance  trains a shrunk model with the configuration's engine, levers and clipping on 1, 2, ... N processes of this
               machine's CPUs, split into small and large micro-batches, and compares each step with one process that takes the
               whole batch: loss, gradient norm and weights must agree.
---processes   largest number of processes (default 2).
---json FILE   also writes the table as JSON.
+--processes   largest number of processes for --invariance (default 2).
+--json FILE   also writes the findings, or the table, as JSON.
 
-Exit status: 0 proved, 1 not, 2 the configuration or the command is wrong.
+Exit status: 0 nothing stops a run, or proved; 1 not proved; 2 findings that stop a run, or a wrong command.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -26,19 +32,53 @@ from pretrain.config import Config, ConfigError, load
 
 def main() -> int:
     """-> exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--invariance", action="store_true")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--json", type=Path)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--ranks", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--invariance", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--processes", type=int, default=2, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     options, settings = parser.parse_known_args()
     try:
         config = load(settings, world_size=None, program="tools/check_run.py")
     except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    if not options.invariance or options.processes < max(1, config.engine.replicas):
-        parser.error(f"give --invariance, and at least as many --processes as engine.replicas ({config.engine.replicas})")
+        return refused(error, options.json)
+    if not options.invariance:
+        return 2 if check(config, options.ranks, options.json) else 0
+    if options.processes < max(1, config.engine.replicas):
+        parser.error(f"give at least as many --processes as engine.replicas ({config.engine.replicas})")
     return 0 if check_invariance(config, options.processes, options.json) else 1
+
+
+def refused(error: ConfigError, output: Path | None) -> int:
+    """Settings that cannot be read are findings, too."""
+    for problem in error.problems:
+        print(f"STOP  settings-refused: {problem}", file=sys.stderr)
+    if output:
+        found = [
+            {"name": "settings-refused", "where": each.key, "text": each.message, "stops": True} for each in error.problems
+        ]
+        output.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    return 2
+
+
+def check(config: Config, ranks: int | None, output: Path | None) -> bool:
+    """Prints facts and findings; whether any of them stops a run."""
+    from pretrain.preflight import preflight
+
+    began = time.monotonic()
+    report = preflight(config, ranks)
+    for line in report.facts:
+        print(line)
+    for finding in sorted(report.findings, key=lambda finding: not finding.stops):
+        print(f"{'STOP' if finding.stops else 'warn'}  {finding}")
+    stopping = sum(finding.stops for finding in report.findings)
+    warnings = len(report.findings) - stopping
+    print(f"{stopping} findings stop this run, {warnings} warnings ({time.monotonic() - began:.1f} s)")
+    if output:
+        output.write_text(json.dumps([each._asdict() for each in report.findings], indent=1, ensure_ascii=False) + "\n")
+    return report.stops
 
 
 def check_invariance(config: Config, processes: int, output: Path | None) -> bool:

@@ -19,6 +19,7 @@ import torch
 
 from pretrain.config import DataConfig, SourceConfig
 
+from .health import unfit
 from .indexed import DataError, TokenFile
 from .order import Order
 from .synthetic import SyntheticSource
@@ -120,6 +121,11 @@ class TrainData:
         """The position of a sample in an epoch of its source: the inverse of `sample_ids`."""
         return self._order.position(source, epoch, sample)
 
+    def passes(self, samples: int) -> list[float]:
+        """How often the first `samples` positions read each source."""
+        counts = self._order.blend.counts(samples)
+        return [count / source.num_samples for count, source in zip(counts, self.sources, strict=True)]
+
     def description(self) -> list[str]:
         """Lines for the console: tokens, samples, weights and how often an epoch reads each source."""
         tokens = sum(source.num_tokens for source in self.sources)
@@ -139,12 +145,12 @@ class TrainData:
 class ValidData:
     """A fixed set of validation samples, by number.
 
-    `name` (unique); `num_samples`; `num_labels`: labels that count, over all samples; `bytes_per_token` of the text (None:
-    unknown); `reference_lines`: nats per token.
+    `name` (unique); `source`; `num_samples`; `num_labels`: labels that count, over all samples; `bytes_per_token` of the text
+    (None: unknown); `reference_lines`: nats per token.
     """
 
     def __init__(self, source, data: DataConfig, *, vocab_size: int):
-        self.name, self._source, self._data = source.name, source, data
+        self.name, self.source, self._data = source.name, source, data
         self.num_labels = source.num_samples * data.sequence_length
         self.bytes_per_token = source.seal.utf8_bytes / source.seal.num_tokens if source.seal else None
         self.reference_lines = _blended_lines([source], [1.0], vocab_size)
@@ -158,22 +164,22 @@ class ValidData:
         shape = (len(numbers), self._data.sequence_length)
         tokens_BT, labels_BT = np.zeros(shape, dtype=np.int64), np.full(shape, MASKED, dtype=np.int64)
         documents_BT = np.zeros(shape, dtype=np.int64) if self._data.document_mask else None
-        whole = np.flatnonzero((numbers >= 0) & (numbers < self._source.num_samples))
-        partial = np.flatnonzero((numbers >= self._source.num_samples) & (numbers < self.num_samples))
-        for rows, read in (whole, self._source.read), (partial, self._read_partial):
+        whole = np.flatnonzero((numbers >= 0) & (numbers < self.source.num_samples))
+        partial = np.flatnonzero((numbers >= self.source.num_samples) & (numbers < self.num_samples))
+        for rows, read in (whole, self.source.read), (partial, self._read_partial):
             if rows.size:
                 windows = read(numbers[rows])
                 tokens_BT[rows], labels_BT[rows] = windows[:, :-1], windows[:, 1:]
                 if documents_BT is not None:
-                    documents_BT[rows] = self._source.documents(numbers[rows], windows)
+                    documents_BT[rows] = self.source.documents(numbers[rows], windows)
         last = self.num_labels - (self.num_samples - 1) * self._data.sequence_length
         labels_BT[partial, last:] = MASKED
         return _batch(tokens_BT, labels_BT, documents_BT)
 
     def _read_partial(self, numbers: np.ndarray) -> np.ndarray:
         """The last window of the file, padded with id 0, once for each of `numbers`: (n, T + 1)."""
-        first = self._source.num_samples * self._data.sequence_length
-        tokens = self._source.file.read([first], [self._source.num_tokens - first])
+        first = self.source.num_samples * self._data.sequence_length
+        tokens = self.source.file.read([first], [self.source.num_tokens - first])
         padded = np.pad(tokens, (0, self._data.sequence_length + 1 - len(tokens)))
         return np.broadcast_to(padded, (len(numbers), len(padded)))
 
@@ -226,44 +232,20 @@ def _open_files(
             problems.append(f"data.{key}[{i}].path: {error}")
             continue
         opened.append(source)
-        found = _content_problems(source.file, data.document_mask, vocab_size, tokenizer_fingerprint)
         least = data.sequence_length + 1 if key == "train" else 2
-        if source.num_tokens < least:
-            found.append(
-                f"holds {source.num_tokens:,} tokens, {least:,} are needed (data.sequence_length {data.sequence_length:,})"
-            )
-        problems += [f"data.{key}[{i}].path: {config.path}: {problem}" for problem in found]
+        found = unfit(
+            source.file,
+            f"data.{key}[{i}].path",
+            data,
+            vocab_size=vocab_size,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            least_tokens=least,
+        )
+        problems += [f"{finding.where}: {finding.text}" for finding in found]
     if problems:
         raise DataError("\n".join(problems))
     _make_names_unique(opened)
     return opened
-
-
-def _content_problems(file: TokenFile, document_mask: bool, vocab_size: int, tokenizer_fingerprint: str | None) -> list[str]:
-    """What makes the ids of `file` unfit for this model: exact with a seal, by a sample of the file without one."""
-    problems = []
-    if file.seal is None:
-        ids = file.sample()
-        if ids.min() < 0 or ids.max() >= vocab_size:
-            problems.append(
-                f"holds ids from {ids.min()} to {ids.max()}, the model has ids 0 to {vocab_size - 1}; wrong tokenizer?"
-            )
-        if document_mask and file.num_documents is None:
-            problems.append("a flat .bin does not say where documents end; switch data.document_mask off or tokenize again")
-        return problems
-    seal = file.seal
-    if tokenizer_fingerprint is not None and tokenizer_fingerprint != seal.tokenizer_fingerprint:
-        problems.append(
-            f"was made with the tokenizer {seal.tokenizer_path} (fingerprint {seal.tokenizer_fingerprint}), not with that of"
-            f" tokenizer.path (fingerprint {tokenizer_fingerprint}); set tokenizer.path to it or tokenize again"
-        )
-    elif tokenizer_fingerprint is not None and seal.vocab_size != vocab_size:
-        problems.append(f"its vocabulary has {seal.vocab_size} ids, the model {vocab_size}; leave model.vocab_size null")
-    if seal.max_id >= vocab_size:
-        problems.append(
-            f"its largest id is {seal.max_id}, the model has ids 0 to {vocab_size - 1}; set model.vocab_size to null"
-        )
-    return problems
 
 
 def _blended_lines(sources: list, shares: list[float], vocab_size: int) -> dict[str, float]:

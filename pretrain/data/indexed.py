@@ -45,6 +45,10 @@ class DataError(ValueError):
     """Data that cannot be used as asked. The message is for the user: what is wrong, where, and what to do."""
 
 
+class DataMissing(DataError):
+    """There is no token file of that name."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Seal:
     """What PREFIX.json says about PREFIX.bin and PREFIX.idx."""
@@ -207,6 +211,14 @@ class TokenFile:
             return self.num_tokens
         return int(self._pointers[sequence]) // self.dtype.itemsize
 
+    def document_starts(self, numbers: np.ndarray) -> np.ndarray:
+        """`document_start` of many documents (n,): int64. Only for pairs."""
+        sequences = self._documents[numbers]
+        starts = np.full(len(sequences), self.num_tokens)
+        inside = sequences < len(self._pointers)
+        starts[inside] = self._pointers[sequences[inside]] // self.dtype.itemsize
+        return starts
+
     def document_at(self, token: int) -> int:
         """Number of the document that holds token number `token`. Only for pairs."""
         return bisect.bisect_right(range(self.num_documents), token, key=self.document_start) - 1
@@ -305,7 +317,7 @@ def _resolve(path: str) -> tuple[str, Path, Path | None]:
         folder = Path(prefix).parent
         there = sorted(str(found.with_suffix("")) for found in folder.glob("*.idx"))[:8] if folder.is_dir() else []
         hint = f"; there is {', '.join(there)}" if there else "; make it with tools/tokenize_corpus.py"
-        raise DataError(f"{path}: no token file here ({' and '.join(missing)} not found){hint}")
+        raise DataMissing(f"{path}: no token file here ({' and '.join(missing)} not found){hint}")
     return prefix, Path(prefix + ".bin"), Path(prefix + ".idx")
 
 

@@ -1,0 +1,505 @@
+"""Every planted fault is caught by its name, and nothing is found where nothing is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain.config import load
+from pretrain.data import health, tokenizer
+from pretrain.data.batches import MASKED, Batch
+from pretrain.data.indexed import TokenFile, TokenWriter
+from pretrain.preflight import Report, first_batch_findings, preflight
+from pretrain.runtime.run_directory import RunDirectory
+from pretrain.train import train
+from tests.test_indexed import write_megatron
+
+ROOT = Path(__file__).resolve().parents[1]
+ENGLISH = "the of and to in is that it was for on are with as at be this have from or one had by word but not what all were"
+CHINESE = "天地玄黃宇宙洪荒日月盈昃辰宿列張寒來暑往秋收冬藏閏餘成歲律呂調陽雲騰致雨露結為霜金生麗水玉出崑岡劍號巨闕珠稱夜光"
+CODE = "def return self import for in range len print if else None True lambda x y z = ( ) [ ] : + - * 0 1 2 3"
+
+
+def texts(kind: str, count: int = 600) -> list[str]:
+    """Documents in which the next word depends on the last one, as in any text."""
+    generator, made = random.Random(kind), []
+    words = {"english": ENGLISH.split(), "chinese": list(CHINESE), "code": CODE.split()}[kind]
+    follow = {word: generator.sample(words, 4) for word in words}
+    for number in range(count):
+        word, line = generator.choice(words), [f"{number}"]
+        for _ in range(generator.randint(20, 200)):
+            word = generator.choice(follow[word])
+            line.append(word)
+        made.append(("" if kind == "chinese" else " ").join(line) + "\n")
+    return made
+
+
+def encode(folder: Path, made: list[str], prefix: Path, **options) -> None:
+    """Sealed tokens of the documents."""
+    tool = tokenizer.Tokenizer.load(folder)
+    about = dict(vocab_size=tool.vocab_size, end_of_document_id=tool.end_of_document_id)
+    about |= dict(tokenizer_fingerprint=tool.fingerprint, tokenizer_path=str(folder), shuffled=True, overwrite=True)
+    with TokenWriter(prefix, **(about | options)) as writer:
+        for text in made:
+            ids = [*tool.encode(text), about["end_of_document_id"]]
+            writer.add(np.array(ids), np.array([len(ids)]), len(text.encode()))
+        writer.finish({"inputs": ["test"], "sha256": "0"})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A tokenizer for each kind of text, and sealed training and validation data."""
+    folder = tmp_path_factory.mktemp("made")
+    for kind in ("english", "chinese", "code"):
+        written = texts(kind)
+        sizes = {"english": 320, "chinese": 420, "code": 320}
+        tokenizer.train(written, folder / f"{kind}_tokenizer", vocab_size=sizes[kind], describe=dict)
+        encode(folder / f"{kind}_tokenizer", written[:500], folder / f"{kind}_train")
+        encode(folder / f"{kind}_tokenizer", written[500:], folder / f"{kind}_valid")
+    return folder
+
+
+class World:
+    """A configuration and its files, copied, so that a fault can be planted."""
+
+    def __init__(self, made: Path, folder: Path, kind: str = "english"):
+        for path in made.glob(f"{kind}_*"):
+            place = folder / path.name.removeprefix(f"{kind}_")
+            shutil.copytree(path, place) if path.is_dir() else shutil.copy(path, place)
+        self.folder, self.ranks = folder, None
+        self.train, self.valid, self.tokenizer = folder / "train", folder / "valid", folder / "tokenizer"
+        self.flags = {
+            "run.directory": folder / "runs",
+            "model.hidden_size": 32,
+            "model.num_hidden_layers": 1,
+            "model.num_attention_heads": 2,
+            "tokenizer.path": self.tokenizer,
+            "data.train": f"[{{path: {self.train}}}]",
+            "data.valid": f"[{{path: {self.valid}}}]",
+            "data.sequence_length": 64,
+            "batch.global_batch_size": 8,
+            "batch.micro_batch_size": 2,
+            "schedule.warmup_steps": 10,
+            "train.max_steps": 200,
+            "log.sinks": "[console, jsonl]",
+        }
+
+    def argv(self) -> list[str]:
+        return [word for key, value in self.flags.items() for word in (f"--{key}", str(value))]
+
+    def check(self) -> Report:
+        return preflight(load(self.argv(), world_size=None), self.ranks)
+
+    def tokens(self) -> list[np.ndarray]:
+        file = TokenFile(self.train)
+        return [file.document(i) for i in range(file.num_documents)]
+
+    def foreign(self, documents: list[np.ndarray], **options) -> None:
+        """The training data as another program writes them: without a seal."""
+        Path(f"{self.train}.json").unlink(missing_ok=True)
+        write_megatron(self.train, documents, **options)
+
+    def seal(self, **changes) -> None:
+        path = Path(f"{self.train}.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture
+def world(made, tmp_path, monkeypatch):
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setattr("pretrain.preflight.DEFAULT_PORT", free_port())
+    return World(made, tmp_path)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# ---------------------------------------------------------------- nothing wrong
+
+
+@pytest.mark.parametrize("kind", ["english", "chinese", "code"])
+def test_clean_data_in_any_language_have_no_finding(made, tmp_path, world, kind):
+    (tmp_path / kind).mkdir()
+    clean = World(made, tmp_path / kind, kind)
+    report = clean.check()
+    assert report.findings == []
+    text = "\n".join(report.facts)
+    assert "batch: 8 sequences a step; times 64 tokens = 512 tokens a step. Numbers of ranks that fit: 1, 2, 4" in text
+    assert "end of warm-up (10) 0.0003" in text and "last (200) 3e-05" in text and "0.0% of labels masked" in text
+
+
+@pytest.mark.parametrize("kind", ["uniform", "unigram", "markov", "repeat", "copy"])
+def test_generated_data_have_no_finding(world, kind):
+    world.flags |= {"data.train": "[]", "data.valid": "[]", "tokenizer.path": "null", "model.vocab_size": 256}
+    assert preflight(load([*world.argv(), "--data.synthetic.kind", kind], world_size=None)).findings == []
+
+
+def test_data_of_other_programs_are_judged_without_a_seal_and_a_flat_file_too(world):
+    documents = world.tokens()
+    world.foreign(documents)
+    assert names(world) == ["no-seal"]
+    np.concatenate(documents).astype("<u2").tofile(world.folder / "flat.bin")
+    world.flags["data.train"] = f"[{{path: {world.folder / 'flat.bin'}}}]"
+    assert names(world) == ["no-seal"]
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_shipped_configurations_find_at_most_that_their_data_are_not_there(config, world):
+    flags = ["--config", str(config), "--run.directory", str(world.folder / "runs")]
+    missing = {"data-missing", "tokenizer-missing"}
+    assert {each.name for each in preflight(load(flags, world_size=None)).findings} - {"wandb-no-key"} <= missing
+
+
+def names(world: World) -> list[str]:
+    return sorted(finding.name for finding in world.check().findings)
+
+
+# ---------------------------------------------------------------- planted faults: those that stop a run
+
+
+def id_beyond_the_vocabulary(world):
+    world.flags |= {"model.vocab_size": 300, "tokenizer.path": "null"}
+
+
+def id_beyond_the_vocabulary_without_a_seal(world):
+    world.foreign([*world.tokens(), np.array([319, 320, 2])])
+
+
+def a_seal_that_understates_the_largest_id(world):
+    world.seal(max_id=50)
+
+
+def dtype_too_narrow_for_the_tokenizer(world):
+    world.flags |= {"model.vocab_size": 100_000, "tokenizer.path": "null"}
+    world.foreign(world.tokens())
+
+
+def another_tokenizer(world):
+    tokenizer.train(texts("code"), world.folder / "other", vocab_size=320, describe=dict)
+    world.flags["tokenizer.path"] = world.folder / "other"
+
+
+def another_vocabulary(world):
+    world.flags["model.vocab_size"] = 384
+
+
+def no_tokenizer(world):
+    shutil.rmtree(world.tokenizer)
+
+
+def broken_tokenizer(world):
+    (world.tokenizer / "tokenizer.model").write_bytes(b"not a model")
+
+
+def no_data(world):
+    world.flags["data.train"] = "[{path: nowhere}]"
+
+
+def cut_file(world):
+    os.truncate(f"{world.train}.bin", 1000)
+
+
+def flipped_byte(world):
+    with open(f"{world.train}.bin", "r+b") as file:
+        file.seek(5000)
+        byte = file.read(1)
+        file.seek(5000)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def hole_in_a_file(world):
+    documents = np.concatenate(world.tokens())
+    documents[1000:9000] = 0
+    world.foreign(np.split(documents, [500, 20_000]))
+
+
+def too_short(world):
+    world.flags["data.sequence_length"] = 100_000
+
+
+def document_mask_without_documents(world):
+    np.concatenate(world.tokens()).astype("<u2").tofile(world.folder / "flat.bin")
+    world.flags |= {"data.train": f"[{{path: {world.folder / 'flat.bin'}}}]", "data.document_mask": "true"}
+
+
+def batch_that_does_not_divide(world):
+    world.ranks = 3
+
+
+def other_number_of_ranks(world):
+    world.flags["engine.world_size"], world.ranks = 4, 2
+
+
+def schedule_beyond_the_run(world):
+    world.flags |= {"train.max_steps": "null", "train.max_tokens": 1000}
+
+
+def directory_that_is_a_file(world):
+    (world.folder / "runs").write_text("in the way")
+
+
+def disk_too_small(world):
+    world.flags |= {"model.hidden_size": 2**19, "model.num_hidden_layers": 64}
+
+
+def another_job_in_the_folder(world):
+    world.held = RunDirectory(world.folder / "runs" / "run")
+
+
+def a_stop_file(world):
+    (world.folder / "runs" / "run").mkdir(parents=True)
+    (world.folder / "runs" / "run" / "STOP").touch()
+
+
+def stale_build_lock(world):
+    lock = world.folder / "extensions" / "py311_cpu" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (time.time() - 3600, time.time() - 3600))
+    world.flags["engine.name"] = "zero2"
+
+
+def checkpoints_that_are_not_to_be_continued(world):
+    (world.folder / "runs" / "run" / "checkpoints" / "step_00000010").mkdir(parents=True)
+    world.flags["checkpoint.resume"] = "never"
+
+
+@pytest.mark.parametrize(
+    ("plant", "name"),
+    [
+        (id_beyond_the_vocabulary, "id-outside-vocabulary"),
+        (id_beyond_the_vocabulary_without_a_seal, "id-outside-vocabulary"),
+        (a_seal_that_understates_the_largest_id, "seal-contradicted"),
+        (dtype_too_narrow_for_the_tokenizer, "dtype-too-narrow"),
+        (another_tokenizer, "tokenizer-mismatch"),
+        (another_vocabulary, "vocabulary-mismatch"),
+        (no_tokenizer, "tokenizer-missing"),
+        (broken_tokenizer, "tokenizer-damaged"),
+        (no_data, "data-missing"),
+        (cut_file, "data-damaged"),
+        (flipped_byte, "checksum-wrong"),
+        (hole_in_a_file, "constant-tokens"),
+        (too_short, "too-few-tokens"),
+        (document_mask_without_documents, "no-document-index"),
+        (batch_that_does_not_divide, "batch-arithmetic"),
+        (other_number_of_ranks, "batch-arithmetic"),
+        (schedule_beyond_the_run, "schedule-too-long"),
+        (directory_that_is_a_file, "directory-not-writable"),
+        (disk_too_small, "disk-too-small"),
+        (another_job_in_the_folder, "run-locked"),
+        (a_stop_file, "stop-file"),
+        (stale_build_lock, "build-lock"),
+        (checkpoints_that_are_not_to_be_continued, "resume-refused"),
+    ],
+)
+def test_what_stops_a_run_is_caught_by_its_name(world, plant, name):
+    plant(world)
+    found = world.check().findings
+    assert {each.name for each in found if each.stops} == {name}, found
+    assert {each.name for each in found} - {"no-seal"} == {name}, found
+
+
+# ---------------------------------------------------------------- planted faults: those that warn
+
+
+def no_end_of_document(world):
+    world.foreign([document[:-1] for document in world.tokens()])
+
+
+def end_inside_documents(world):
+    world.foreign([np.insert(document, range(1, len(document), 9), 2) for document in world.tokens()])
+
+
+def lines_as_documents(world):
+    world.foreign([np.array([5, 6, 7, 2 + 0 * i]) for i in range(300)] + world.tokens()[:2])
+
+
+def empty_documents(world):
+    world.foreign([part for document in world.tokens() for part in (document, np.array([2]))])
+
+
+def shuffled_tokens(world):
+    everything = np.random.default_rng(0).permutation(np.concatenate(world.tokens()))
+    everything = everything[everything != 2]
+    world.foreign([np.append(part, 2) for part in np.array_split(everything, 400)])
+
+
+def random_tokens(world):
+    world.foreign([np.append(np.random.default_rng(i).integers(3, 320, 200), 2) for i in range(400)])
+
+
+def copies_of_documents(world):
+    encode(world.tokenizer, texts("english")[:300] * 2, world.train)
+
+
+def copies_in_validation(world):
+    encode(world.tokenizer, texts("english")[450:600], world.valid)
+
+
+def a_tokenizer_of_another_language(world):
+    """Bytes for Chinese, from a tokenizer that has seen code alone and has a thousand ids to spare."""
+    many = [" ".join(f"{a}{b}" for b in range(40)) for a in ("def", "return", "self", "import") for _ in range(40)]
+    many += ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz ", k=400)) for i in range(400)]
+    tokenizer.train(many, world.folder / "code", vocab_size=1200, describe=dict)
+    for prefix, part in ((world.train, texts("chinese")[:500]), (world.valid, texts("chinese")[500:])):
+        encode(world.folder / "code", part, prefix)
+    world.flags["tokenizer.path"] = world.folder / "code"
+
+
+def ids_of_another_tokenizer(world):
+    """Without a seal only the decoded text tells."""
+    documents = [np.append(np.random.default_rng(i).integers(131, 255, 60).repeat(2), 2) for i in range(400)]
+    world.foreign(documents)
+
+
+def learning_rate_in_percent(world):
+    world.flags["optimizer.lr"] = 0.3
+
+
+def warm_up_of_most_of_the_run(world):
+    world.flags["schedule.warmup_steps"] = 150
+
+
+def decay_that_ends_early(world):
+    world.flags["schedule.decay_steps"] = 50
+
+
+def many_epochs(world):
+    world.flags["train.max_steps"] = 20_000
+
+
+def busy_port(world):
+    world.server = socket.create_server(("127.0.0.1", 0))
+    os.environ["MASTER_PORT"] = str(world.server.getsockname()[1])
+
+
+def no_wandb(world):
+    os.environ |= {"WANDB_MODE": "online", "WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}"}
+    world.flags["log.sinks"] = "[jsonl, wandb]"
+
+
+def no_wandb_key(world):
+    server = socket.create_server(("127.0.0.1", 0))
+    os.environ |= {"WANDB_MODE": "online", "HOME": str(world.folder)}
+    os.environ |= {"WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}"}
+    os.environ.pop("WANDB_API_KEY", None)
+    world.flags["log.sinks"], world.server = "[jsonl, wandb]", server
+
+
+def young_build_lock(world):
+    stale_build_lock(world)
+    os.utime(world.folder / "extensions" / "py311_cpu" / "cpu_adam" / "lock")
+
+
+@pytest.mark.parametrize(
+    ("plant", "name"),
+    [
+        (no_end_of_document, "documents-not-ended"),
+        (end_inside_documents, "end-inside-documents"),
+        (lines_as_documents, "documents-tiny"),
+        (empty_documents, "documents-empty"),
+        (shuffled_tokens, "tokens-shuffled"),
+        (random_tokens, "tokens-random"),
+        (copies_of_documents, "duplicate-documents"),
+        (copies_in_validation, "validation-overlap"),
+        (a_tokenizer_of_another_language, "tokens-are-bytes"),
+        (ids_of_another_tokenizer, "text-garbled"),
+        (learning_rate_in_percent, "lr-out-of-range"),
+        (warm_up_of_most_of_the_run, "warmup-too-long"),
+        (decay_that_ends_early, "lr-ends-early"),
+        (many_epochs, "many-passes"),
+        (busy_port, "port-in-use"),
+        (no_wandb, "wandb-unreachable"),
+        (no_wandb_key, "wandb-no-key"),
+        (young_build_lock, "build-lock"),
+    ],
+)
+def test_what_is_doubtful_is_warned_of_by_its_name(world, monkeypatch, plant, name):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    plant(world)
+    found = world.check().findings
+    assert name in {each.name for each in found}, found
+    assert {each.name for each in found if each.stops} <= {"port-in-use"}, found
+
+
+# ---------------------------------------------------------------- the parts
+
+
+def test_labels_that_are_not_the_next_token_stop_a_run():
+    tokens = torch.randint(0, 50, (4, 33), generator=torch.Generator().manual_seed(0))
+    right = Batch(tokens[:, :-1], tokens[:, 1:])
+    assert first_batch_findings(right, None) == []
+    (unshifted,) = first_batch_findings(Batch(tokens[:, :-1], tokens[:, :-1]), None)
+    assert unshifted.name == "labels-wrong" and "not shifted" in unshifted.text and unshifted.stops
+    (masked,) = first_batch_findings(Batch(tokens[:, :-1], torch.full((4, 32), MASKED)), None)
+    assert masked.name == "labels-all-masked" and masked.stops
+
+
+def test_copies_are_found_wherever_they_lie_and_a_part_of_the_documents_gives_the_same_shares(world, monkeypatch):
+    """A third of the training documents twice, far apart; half of the validation documents from the training data."""
+    written = texts("english")
+    encode(world.tokenizer, written[:300] + written[:100], world.train)
+    encode(world.tokenizer, written[250:350], world.valid)
+    files = [TokenFile(world.train)], [TokenFile(world.valid)]
+    whole = health.copies(*files, None)
+    assert whole.whole and whole.documents == 500
+    assert whole.train == pytest.approx(0.25, abs=0.05) and whole.valid == pytest.approx(0.5, abs=0.1)
+    monkeypatch.setattr(health, "_HASHED_TOKENS", TokenFile(world.train).num_tokens // 2)
+    part = health.copies(*files, None)
+    assert not part.whole and 100 < part.documents < 400
+    assert part.train == pytest.approx(whole.train, abs=0.1) and part.valid == pytest.approx(whole.valid, abs=0.15)
+
+
+def test_a_run_refuses_at_its_start_what_the_quick_part_finds(world, capsys):
+    hole_in_a_file(world)
+    assert train(load(world.argv())) == 2
+    assert "constant-tokens: " in capsys.readouterr().err
+    assert not (world.folder / "runs" / "run" / "checkpoints").exists()
+
+
+def test_a_run_says_its_warnings_and_trains(world, capsys):
+    world.flags |= {"train.max_steps": 3, "schedule.warmup_steps": 2}
+    assert train(load(world.argv())) == 0
+    assert "warning    warmup-too-long: schedule.warmup_steps: 2 of 3 steps" in capsys.readouterr().out
+
+
+def test_a_run_that_would_not_go_on_is_known_before(world):
+    world.flags |= {"train.max_steps": 3, "schedule.warmup_steps": 0}
+    assert train(load(world.argv())) == 0
+    assert names(world) == []
+    world.flags["optimizer.lr"] = 1e-4
+    (finding,) = world.check().findings
+    assert finding.name == "resume-refused" and finding.where == "optimizer.lr" and finding.stops
+
+
+def test_the_command_takes_less_than_a_minute_and_its_exit_status_and_json_say_the_same(world):
+    def command(*more: str) -> tuple[int, str, list[dict]]:
+        done = subprocess.run(
+            [sys.executable, "tools/check_run.py", *world.argv(), "--json", str(world.folder / "found.json"), *more],
+            cwd=ROOT, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        return done.returncode, done.stdout + done.stderr, json.loads((world.folder / "found.json").read_text())
+
+    status, said, found = command("--ranks", "2")
+    assert (
+        status == 0 and "ranks 2 x micro-batch 2 x accumulation 2" in said and [each for each in found if each["stops"]] == []
+    )
+    status, said, found = command("--ranks", "3")
+    assert status == 2 and "STOP  batch-arithmetic: batch.global_batch_size" in said and found[0]["name"] == "batch-arithmetic"
+    status, said, found = command("--optimizer.lr", "fast")
+    assert status == 2 and "STOP  settings-refused: optimizer.lr" in said and found[0]["name"] == "settings-refused"
