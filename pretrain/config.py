@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from pretrain import schema
+from pretrain import huggingface, schema
 from pretrain.rules import validate
 from pretrain.schema import ConfigError, Problem
 
@@ -81,6 +82,9 @@ class ModelConfig:
     """A decoder of the Llama family: dense (Llama, Mistral; with qk_norm Qwen3) or with experts (Mixtral, Qwen3-MoE). Names are
     those of Hugging Face configurations. configs/models/ has published shapes."""
 
+    from_pretrained: str | None = None
+    """Folder whose weights a new run begins with, and whose shapes this section then has by default: one of Hugging Face, of a
+    run, or a checkpoint. More ids (a larger tokenizer or vocab_size) may be added. null: initial weights from run.seed."""
     hidden_size: int = 512
     """Width D of the residual stream."""
     num_hidden_layers: int = 8
@@ -159,6 +163,8 @@ class DataConfig:
     """Tokens T that a sample feeds to the model; a sample is T + 1 tokens."""
     document_mask: bool = False
     """Tokens attend only inside their document."""
+    quarantine: str | None = None
+    """File of training samples that are left out (pretrain/data/quarantine.py has its format); null: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,7 +363,11 @@ def load(argv: list[str], *, world_size: int | None = 1, program: str = "launch/
         keys = "\n".join(f"  --{key} ({schema.shown(default)})\n        {doc}" for key, default, doc in schema.walk(Config))
         print(USAGE.format(program=program, keys=keys))
         raise SystemExit(0)
-    config = schema.build(Config, schema.read_layers(paths, flags, problems), problems)
+    tree = schema.read_layers(paths, flags, problems)
+    pretrained = _read_pretrained(tree, problems)
+    config = schema.build(Config, tree, problems)
+    if pretrained and not problems:
+        problems += _check_pretrained(config.model, pretrained)
     sections = {problem.key.split(".")[0] for problem in problems}  # a wrong value was replaced by its default there
     problems += [problem for problem in validate(config, world_size) if problem.key.split(".")[0] not in sections]
     if problems:
@@ -366,6 +376,47 @@ def load(argv: list[str], *, world_size: int | None = 1, program: str = "launch/
         print(schema.to_yaml(config), end="")
         raise SystemExit(0)
     return config
+
+
+def _read_pretrained(tree: dict[str, Any], problems: list[Problem]) -> ModelConfig | None:
+    """The model in the folder that `model.from_pretrained` names, whose settings go below those in `tree`."""
+    given = tree.get("model")
+    path = given.get("from_pretrained") if isinstance(given, dict) else None
+    if not isinstance(path, schema.Scalar) or path.text in ("", "null", "~"):
+        return None
+    try:
+        found = huggingface.architecture(Path(path.text))
+    except huggingface.NotOurs as error:
+        if "hidden_size" not in given:  # a run's own config.yaml says it all: it can be read when that folder is gone
+            problems.append(Problem("model.from_pretrained", str(error), path.origin))
+        return None
+    tree["model"] = schema.over(schema.nodes(found, path.text), given)
+    return model_from_dict(found)
+
+
+def _check_pretrained(model: ModelConfig, pretrained: ModelConfig) -> list[Problem]:
+    vocab_size = model.vocab_size or pretrained.vocab_size
+    resolved = resolve_model(model, vocab_size=vocab_size, sequence_length=pretrained.max_position_embeddings)
+    return [
+        Problem(f"model.{key}", f"is {new}, but {model.from_pretrained} has {old}; leave it out, or use another folder")
+        for key, old, new in differences(pretrained, resolved)
+    ]
+
+
+def differences(old: ModelConfig, new: ModelConfig) -> list[tuple[str, Any, Any]]:
+    """(key, old value, new value) of what keeps `new` from taking the weights of `old`; both resolved.
+
+    More ids and longer contexts are no difference, nor is what only training reads.
+    """
+    before, after = (schema.flatten(schema.to_dict(model)) for model in (old, new))
+    free = {"from_pretrained", "vocab_multiple", "max_position_embeddings"}
+    free |= {"moe.balance", "moe.aux_loss_weight", "moe.z_loss_weight", "moe.bias_update_rate"}
+    if new.vocab_size >= old.vocab_size:
+        free.add("vocab_size")
+    if old.moe and new.moe:
+        free.add("intermediate_size")  # no layer has it
+    keys = (before | after).keys() - free
+    return [(key, before.get(key), after.get(key)) for key in sorted(keys) if before.get(key) != after.get(key)]
 
 
 def _split_arguments(argv: list[str], problems: list[Problem]) -> tuple[list[str], dict[str, str], set[str]]:
@@ -401,6 +452,7 @@ def resolve_model(model: ModelConfig, *, vocab_size: int, sequence_length: int) 
     moe = model.moe
     return dataclasses.replace(
         model,
+        from_pretrained=None,
         num_key_value_heads=model.num_key_value_heads or heads,
         head_dim=model.head_dim or model.hidden_size // heads,
         intermediate_size=intermediate_size,

@@ -230,9 +230,11 @@ GUARDED = ("optimizer", "schedule", "train", "batch.global_batch_size", "engine.
 """Changing these bends the curve: only with checkpoint.allow_changes."""
 FREE = (
     "run",
+    "model.from_pretrained",
     "tokenizer.path",
     "data.train",
     "data.valid",
+    "data.quarantine",
     "batch.micro_batch_size",
     "engine",
     "evaluate",
@@ -241,7 +243,7 @@ FREE = (
     "train.max_skipped_steps",
     "train.on_divergence",
 )
-"""May change. Data files may move: their content is held by the fingerprint of the data."""
+"""May change. Data files may move: their content is held by the fingerprint of the data, and by the list in quarantine."""
 
 
 def resume_class(key: str) -> str:

@@ -1,34 +1,101 @@
-"""A run seen from outside: its settings and its trained model, read from its folder without any process group."""
+"""A trained model seen from outside: what a run's folder or a Hugging Face folder holds, read without any process group."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
-
-from pretrain.config import Config, load, model_from_dict
+from pretrain import config as settings
+from pretrain.config import Config, ConfigError, ModelConfig, model_from_dict
+from pretrain.data.indexed import DataError
+from pretrain.data.tokenizer import Tokenizer
 from pretrain.model.transformer import Transformer
-from pretrain.runtime.checkpoint import best_key, load_weights
-from pretrain.runtime.manifest import CheckpointError, checkpoints
+from pretrain.runtime.checkpoint import best_key
+from pretrain.runtime.manifest import Checkpoint, CheckpointError, checkpoints
+from pretrain.weights import CheckpointWeights, FolderWeights, MeanWeights, Weights, load_transformer
 
 
-def load_model(run_directory: Path, step: int | str | None = None) -> tuple[Config, Transformer]:
-    """Settings and model, on the CPU in fp32, of a checkpoint of a run.
+class Trained(NamedTuple):
+    """A trained model that is not in memory yet."""
+
+    weights: Weights
+    tokenizer: Path | None
+    """Its folder."""
+    document_mask: bool
+    """Tokens saw only their own document in training."""
+    config: Config | None
+    """Of a run."""
+    origin: dict
+    """What it was made from, in words for people: {"run", "step", ...} or {"model"}."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """Resolved."""
+        return self.weights.model
+
+
+def open_run(run_directory: Path, step: int | str | None = None, average: int = 1) -> Trained:
+    """A checkpoint of a run, or the mean of the `average` checkpoints that end with it.
 
     `step`: a number; "best" for the lowest validation loss; None for the newest. Raises CheckpointError, ConfigError.
     """
     folder = Path(run_directory) / "checkpoints"
     found = checkpoints(folder)
     steps = ", ".join(str(checkpoint.step) for checkpoint in found) or "none"
-    if step == "best":
-        found = sorted(found, key=lambda checkpoint: best_key(checkpoint.state()))
+    last = found[0] if found else None
+    if step == "best" and found:
+        last = min(found, key=lambda checkpoint: best_key(checkpoint.state()))
     elif step is not None:
-        found = [checkpoint for checkpoint in found if checkpoint.step == int(step)]
-    if not found:
+        last = next((checkpoint for checkpoint in found if checkpoint.step == int(step)), None)
+    if last is None:
         raise CheckpointError(f"{folder}: has no checkpoint{'' if step is None else f' of step {step}'}; it has: {steps}")
-    config = load(["--config", str(Path(run_directory) / "config.yaml")], world_size=None)
-    with torch.device("meta"):
-        model = Transformer(model_from_dict(found[0].state()["model"]))
-    model.to_empty(device="cpu")
-    load_weights(found[0], model)
-    return config, model.eval()
+    chosen = [checkpoint for checkpoint in found if checkpoint.step <= last.step][:average]
+    if len(chosen) < average:
+        raise CheckpointError(f"{folder}: has fewer than {average} checkpoints up to step {last.step}; it has: {steps}")
+    config = settings.load(["--config", str(Path(run_directory) / "config.yaml")], world_size=None)
+    sources = [_open_checkpoint(checkpoint) for checkpoint in chosen]
+    origin = {"run": config.run.name, "step": last.step}
+    if average > 1:
+        origin["mean_of_steps"] = [checkpoint.step for checkpoint in reversed(chosen)]
+    return Trained(
+        MeanWeights(sources) if average > 1 else sources[0],
+        None if config.tokenizer.path is None else Path(config.tokenizer.path),
+        config.data.document_mask,
+        config,
+        origin,
+    )
+
+
+def open_folder(folder: Path) -> Trained:
+    """A Hugging Face folder. Raises NotOurs, OSError."""
+    folder = Path(folder)
+    try:
+        Tokenizer.load(folder)
+        tokenizer = folder
+    except DataError:
+        tokenizer = None
+    return Trained(FolderWeights(folder), tokenizer, False, None, {"model": folder.name})
+
+
+def open_weights(path: Path) -> Weights:
+    """The weights that `model.from_pretrained` names: of a Hugging Face folder, of a run (its newest checkpoint), or of one
+    checkpoint. Raises ConfigError, NotOurs, CheckpointError."""
+    path = Path(path)
+    if (path / "config.json").is_file():
+        return FolderWeights(path)
+    if (path / "manifest.json").is_file():
+        return _open_checkpoint(Checkpoint(path))
+    if found := checkpoints(path / "checkpoints"):
+        return _open_checkpoint(found[0])
+    problem = f"{path}: is no Hugging Face folder (config.json), no run (checkpoints) and no checkpoint (manifest.json)"
+    raise ConfigError([settings.Problem("model.from_pretrained", problem)])
+
+
+def _open_checkpoint(checkpoint: Checkpoint) -> CheckpointWeights:
+    return CheckpointWeights(checkpoint, model_from_dict(checkpoint.state()["model"]))
+
+
+def load_model(run_directory: Path, step: int | str | None = None) -> tuple[Config, Transformer]:
+    """Settings and model, on the CPU in fp32, of a checkpoint of a run. As `open_run`."""
+    trained = open_run(run_directory, step)
+    return trained.config, load_transformer(trained.weights)

@@ -135,6 +135,19 @@ def _unfold(node: yaml.Node, file: str, problems: list[Problem], depth: int) -> 
     return result
 
 
+def nodes(values: dict[str, Any], origin: str) -> dict[str, Any]:
+    """Plain settings, sections as dicts, as `read_layers` gives those of a file."""
+    return {
+        key: nodes(value, origin) if isinstance(value, dict) else Scalar(shown(value), origin) for key, value in values.items()
+    }
+
+
+def over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two layers as one."""
+    _merge(below, above)
+    return below
+
+
 def _merge(tree: dict[str, Any], layer: dict[str, Any]) -> None:
     for key, value in layer.items():
         if isinstance(value, dict) and isinstance(tree.get(key), dict):

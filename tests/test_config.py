@@ -210,7 +210,12 @@ except SystemExit as left:
 
 def test_resolve_model_fills_every_null():
     model = config_module.resolve_model(Config().model, vocab_size=100, sequence_length=64)
-    assert {key for key, value in vars(model).items() if value is None} == {"rope_scaling", "sliding_window", "moe"}
+    assert {key for key, value in vars(model).items() if value is None} == {
+        "from_pretrained",
+        "rope_scaling",
+        "sliding_window",
+        "moe",
+    }
     assert (model.head_dim, model.intermediate_size, model.num_key_value_heads) == (64, 1408, 8)
 
 

@@ -23,9 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = sorted((ROOT / "pretrain").rglob("*.py"))
 SCRIPTS = sorted(path for folder in ("launch", "tools", "benchmarks") for path in (ROOT / folder).glob("*.py"))
 ROOMS = sorted(path.name for path in (ROOT / "pretrain").iterdir() if (path / "__init__.py").exists())
-SHARED = {"pretrain", "pretrain.config", "pretrain.rules", "pretrain.schema"}
+SHARED = {"pretrain", "pretrain.config", "pretrain.huggingface", "pretrain.rules", "pretrain.schema"}
 WITHOUT_TORCH = [
     "pretrain.config",
+    "pretrain.huggingface",
     "pretrain.rules",
     "pretrain.schema",
     "pretrain.optim.schedule",

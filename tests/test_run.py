@@ -42,7 +42,7 @@ def run(tmp_path):
 def test_the_wished_checkpoint_is_read(run, wish, step):
     loaded, model = load_model(run, wish)
     assert isinstance(loaded, Config)
-    assert all(bool((parameter == step).all()) for parameter in model.parameters())
+    assert all(bool((parameter[: MODEL.vocab_size] == step).all()) for parameter in model.parameters())
     assert model(torch.tensor([[1, 2]])).isfinite().all()
 
 

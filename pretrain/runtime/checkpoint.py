@@ -15,6 +15,7 @@ host, which is never larger than a file.
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -324,7 +325,7 @@ def verify(checkpoint: Checkpoint, engine: Engine) -> None:
 
 def load(checkpoint: Checkpoint, engine: Engine) -> dict:
     """Restores weights and optimizer on this rank and returns the state. Raises CheckpointError when it does not fit."""
-    state, pieces = checkpoint.state(), _Pieces(checkpoint)
+    state, pieces = checkpoint.state(), Pieces(checkpoint)
     if state.get("step") != checkpoint.step or type(state.get("optimizer_updates")) is not int:
         raise CheckpointError(f"{checkpoint.path}: state.json is of step {state.get('step')}; was the folder renamed?")
     engine.restore(pieces.read_into)
@@ -332,7 +333,7 @@ def load(checkpoint: Checkpoint, engine: Engine) -> dict:
     return state
 
 
-class _Pieces:
+class Pieces:
     """The pieces of a checkpoint, by tensor. Reads straight into live memory: the host holds one block beside it."""
 
     def __init__(self, checkpoint: Checkpoint):
@@ -383,13 +384,13 @@ def _read(path: Path, position: int, into: Tensor) -> None:
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Fills the parameters of a model that is spread over nothing, without an engine. Raises CheckpointError."""
+    """Fills the parameters and buffers of a model that is spread over nothing, without an engine. Raises CheckpointError."""
     if damage := checkpoint.damage():
         raise CheckpointError(damage)
-    pieces = _Pieces(checkpoint)
+    pieces = Pieces(checkpoint)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            pieces.read_into(Shard(f"model/{name}", tuple(parameter.shape), 0, parameter.detach().view(-1)))
+        for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+            pieces.read_into(Shard(f"model/{name}", tuple(tensor.shape), 0, tensor.detach().view(-1)))
 
 
 # ---------------------------------------------------------------- files

@@ -1,0 +1,83 @@
+"""Models for tests of conversion: one of each family, far from untrained, and folders of runs that hold them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from pretrain import config as settings
+from pretrain import schema
+from pretrain.config import EngineConfig, ModelConfig, MoeConfig, OptimizerConfig, RopeScalingConfig, resolve_model
+from pretrain.data import tokenizer
+from pretrain.model.transformer import Transformer
+from pretrain.optim.optimizer import build_optimizer
+from pretrain.runtime import checkpoint
+from pretrain.runtime.engine import start_engine
+
+V = 320  # what the tokenizer below has; not a multiple of 128: there are padding rows
+LLAMA3 = RopeScalingConfig(
+    kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+)
+LINEAR = RopeScalingConfig(kind="linear", factor=2.0)
+
+
+def moe(**changes) -> MoeConfig:
+    return MoeConfig(**dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32) | changes)
+
+
+FAMILIES = {
+    "llama": {},
+    "llama3": dict(rope_scaling=LLAMA3, rope_theta=5e5, tie_word_embeddings=True, max_position_embeddings=256),
+    "linear": dict(rope_scaling=LINEAR),
+    "mistral": dict(sliding_window=8),
+    "odd": dict(hidden_size=52, num_attention_heads=3, num_key_value_heads=1, head_dim=16),
+    "qwen3": dict(qk_norm=True, head_dim=24, tie_word_embeddings=True),
+    "qwen3_window": dict(qk_norm=True, sliding_window=8),
+    "mixtral": dict(moe=moe()),
+    "mixtral_window": dict(moe=moe(), sliding_window=8),
+    "qwen3_moe": dict(qk_norm=True, moe=moe(norm_topk_prob=False)),
+    "qwen3_moe_window": dict(qk_norm=True, moe=moe(), sliding_window=8),
+    "glm4_moe": dict(moe=moe(score="sigmoid", num_shared_experts=2, routed_scaling_factor=2.5)),
+    "glm4_moe_qk": dict(qk_norm=True, moe=moe(score="sigmoid")),
+    "dots1": dict(qk_norm=True, sliding_window=8, moe=moe(score="sigmoid", num_shared_experts=1)),
+}
+"""What each differs in from the smallest model."""
+
+
+def model_of(family: str, **changes) -> ModelConfig:
+    base = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_multiple=128)
+    return resolve_model(ModelConfig(**base | FAMILIES[family] | changes), vocab_size=V, sequence_length=64)
+
+
+def stir(model: Transformer, seed: int = 0) -> None:
+    """Norms and correction biases away from their constants, so that their place shows; no two rows alike."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.dim() == 1:
+                tensor += 0.3 * torch.rand(tensor.shape, generator=generator)
+            elif "q_proj" in name or "k_proj" in name or "gate.weight" in name:
+                tensor *= 3.0  # attention and routing that choose
+
+
+def make_tokenizer(folder: Path) -> Path:
+    texts = ["def area(radius):\n    return 3.14159 * radius ** 2\n" * 3, "the quick brown fox jumps over the lazy dog " * 20]
+    tokenizer.train(texts, folder, vocab_size=V, describe=dict)
+    return folder
+
+
+def make_run(folder: Path, model: ModelConfig, tokenizer_folder: Path | None, steps: tuple[int, ...] = (1,)) -> Path:
+    """The folder of a run with a checkpoint of each step, each with weights of its own."""
+    flags = ["--run.name", folder.name, "--run.directory", str(folder.parent), "--model.vocab_size", str(V)]
+    flags += ["--data.synthetic.kind", "uniform", "--train.max_steps", str(max(steps))]
+    flags += ["--tokenizer.path", str(tokenizer_folder) if tokenizer_folder else "null"]
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(schema.to_yaml(settings.load(flags)))
+    engine = start_engine(EngineConfig(name="ddp"))
+    for step in steps:
+        engine.prepare(lambda: Transformer(model), lambda built: build_optimizer(built, OptimizerConfig()), 1.0, seed=step)
+        stir(engine.model, step)
+        checkpoint.save(folder / "checkpoints", step, engine, {"model": asdict(model), "val_loss": 1.0 / step})
+    return folder
