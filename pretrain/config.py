@@ -403,6 +403,18 @@ def _check_pretrained(model: ModelConfig, pretrained: ModelConfig) -> list[Probl
     ]
 
 
+def vocabulary(model: ModelConfig, tokenizer_ids: int | None) -> tuple[int, int]:
+    """(ids of the model, ids that the data may hold), from the settings and the size of the tokenizer, where there is one.
+
+    They differ only with `from_pretrained`: a published model may have more ids than its tokenizer, and a tokenizer with more
+    ids than the model makes it larger.
+    """
+    if model.from_pretrained and tokenizer_ids:
+        return max(model.vocab_size or 0, tokenizer_ids), tokenizer_ids
+    ids = model.vocab_size or tokenizer_ids
+    return ids, ids
+
+
 def differences(old: ModelConfig, new: ModelConfig) -> list[tuple[str, Any, Any]]:
     """(key, old value, new value) of what keeps `new` from taking the weights of `old`; both resolved.
 

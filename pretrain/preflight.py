@@ -66,11 +66,11 @@ def preflight(config: Config, ranks: int | None = None) -> Report:
     report.findings += batch_findings(config, ranks)
     tokenizer, found = _open_tokenizer(config)
     report.findings += found
-    vocab_size = config.model.vocab_size or (tokenizer and tokenizer.vocab_size)
+    vocab_size, data_ids = settings.vocabulary(config.model, tokenizer and tokenizer.vocab_size)
     if vocab_size is None:
         return report
-    report.findings += _file_findings(config, tokenizer, vocab_size, report.facts)
-    opened = dict(seed=config.run.seed, vocab_size=vocab_size, tokenizer_fingerprint=tokenizer and tokenizer.fingerprint)
+    report.findings += _file_findings(config, tokenizer, data_ids, report.facts)
+    opened = dict(seed=config.run.seed, vocab_size=data_ids, tokenizer_fingerprint=tokenizer and tokenizer.fingerprint)
     try:
         data = open_train(config.data, **opened)
         open_valid(config.data, **opened)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from pretrain import config as settings
-from pretrain.config import Config, ConfigError, ModelConfig, model_from_dict
+from pretrain.config import Config, ModelConfig
 from pretrain.data.indexed import DataError
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.huggingface import NotOurs
 from pretrain.model.transformer import Transformer
 from pretrain.runtime.checkpoint import best_key
 from pretrain.runtime.manifest import Checkpoint, CheckpointError, checkpoints
@@ -53,7 +55,9 @@ def open_run(run_directory: Path, step: int | str | None = None, average: int = 
     if len(chosen) < average:
         raise CheckpointError(f"{folder}: has fewer than {average} checkpoints up to step {last.step}; it has: {steps}")
     config = settings.load(["--config", str(Path(run_directory) / "config.yaml")], world_size=None)
-    sources = [_open_checkpoint(checkpoint) for checkpoint in chosen]
+    for checkpoint in chosen:
+        verify(checkpoint)
+    sources = [CheckpointWeights(checkpoint) for checkpoint in chosen]
     origin = {"run": config.run.name, "step": last.step}
     if average > 1:
         origin["mean_of_steps"] = [checkpoint.step for checkpoint in reversed(chosen)]
@@ -77,22 +81,28 @@ def open_folder(folder: Path) -> Trained:
     return Trained(FolderWeights(folder), tokenizer, False, None, {"model": folder.name})
 
 
-def open_weights(path: Path) -> Weights:
+def verify(checkpoint: Checkpoint) -> None:
+    """Reads all files of a checkpoint. Raises CheckpointError unless they are what was written."""
+    if damage := checkpoint.damage():
+        raise CheckpointError(damage)
+
+
+def open_weights(path: Path, verify: Callable[[Checkpoint], None] = verify) -> Weights:
     """The weights that `model.from_pretrained` names: of a Hugging Face folder, of a run (its newest checkpoint), or of one
-    checkpoint. Raises ConfigError, NotOurs, CheckpointError."""
+    checkpoint, which `verify` has looked at. Raises NotOurs, CheckpointError."""
     path = Path(path)
     if (path / "config.json").is_file():
         return FolderWeights(path)
     if (path / "manifest.json").is_file():
-        return _open_checkpoint(Checkpoint(path))
-    if found := checkpoints(path / "checkpoints"):
-        return _open_checkpoint(found[0])
-    problem = f"{path}: is no Hugging Face folder (config.json), no run (checkpoints) and no checkpoint (manifest.json)"
-    raise ConfigError([settings.Problem("model.from_pretrained", problem)])
-
-
-def _open_checkpoint(checkpoint: Checkpoint) -> CheckpointWeights:
-    return CheckpointWeights(checkpoint, model_from_dict(checkpoint.state()["model"]))
+        found = [Checkpoint(path)]
+    else:
+        found = checkpoints(path / "checkpoints")
+    if not found:
+        raise NotOurs(
+            f"{path}: is no Hugging Face folder (config.json), no run (checkpoints) and no checkpoint (manifest.json)"
+        )
+    verify(found[0])
+    return CheckpointWeights(found[0])
 
 
 def load_model(run_directory: Path, step: int | str | None = None) -> tuple[Config, Transformer]:

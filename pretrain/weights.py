@@ -54,12 +54,10 @@ class Weights(Protocol):
 
 
 class CheckpointWeights:
-    """The weights of a checkpoint, verified first. Raises CheckpointError."""
+    """The weights of a checkpoint that was verified. Raises CheckpointError."""
 
-    def __init__(self, checkpoint: Checkpoint, model: ModelConfig):
-        if damage := checkpoint.damage():
-            raise CheckpointError(damage)
-        self.model, self._pieces = model, Pieces(checkpoint)
+    def __init__(self, checkpoint: Checkpoint):
+        self.model, self._pieces = model_from_dict(checkpoint.state()["model"]), Pieces(checkpoint)
 
     def read(self, name: str, start: int, into: Tensor) -> None:
         """See `Weights`."""

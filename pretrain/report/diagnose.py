@@ -15,10 +15,12 @@ LEGEND = """What the columns mean (more: docs/understanding_the_loss.md)
   val loss   the same loss on text that is never trained on: the number to judge a model by"""
 
 
-def first_step(loss: float, vocab_size: int) -> str:
-    """The first loss beside that of a model that knows nothing."""
+def first_step(loss: float, vocab_size: int, trained: bool = False) -> str:
+    """The first loss beside that of a model that knows nothing. `trained`: the run began with weights that know something."""
     expected = math.log(vocab_size)
     line = f"first loss {loss:.3f}; a model that knows nothing gives ln({vocab_size}) = {expected:.3f}"
+    if trained:
+        return f"{line}, these weights should do better" + (": they do" if loss < 0.97 * expected else ", but do not")
     if abs(loss / expected - 1) <= 0.03:
         return f"{line}: as it should be"
     ratio = loss / expected
