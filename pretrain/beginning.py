@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -13,9 +14,10 @@ from pretrain import rules
 from pretrain.config import Config, ConfigError, ModelConfig, Problem
 from pretrain.data import skips
 from pretrain.data.batches import TrainData, ValidData
+from pretrain.huggingface import NotOurs
 from pretrain.model import flops
 from pretrain.optim.schedule import lr_at
-from pretrain.report import diagnose
+from pretrain.report import diagnose, environment
 from pretrain.report.metrics import Meter
 from pretrain.report.sinks import Sinks
 from pretrain.report.spikes import SpikeWatch
@@ -101,11 +103,13 @@ def begin_at(
     folder, total_steps = Path(config.run.directory) / config.run.name, count_steps(config, data)
     sinks = None
     if engine.rank == 0:
+        made_with = _environment(config, engine, model, data, folder, progress.step)
+        directory.write_text("environment.json", json.dumps(made_with, indent=1, ensure_ascii=False) + "\n")
         sinks = Sinks(
             config.log,
             folder,
             name=config.run.name,
-            settings=to_dict(config),
+            settings=to_dict(config) | {"environment": made_with},
             total_steps=total_steps,
             resume_step=progress.step,
             wandb_id=state.get("wandb_id"),
@@ -121,6 +125,33 @@ def begin_at(
     spikes = SpikeWatch(state.get("spikes"))
     run = Run(config, engine, model, data, valid, folder, total_steps, progress, sinks, directory, saver, spikes)
     return run, Meter(engine.device, engine.rank, engine.world_size, state.get("meter"))
+
+
+def _environment(config: Config, engine: Engine, model: ModelConfig, data: TrainData, folder: Path, step: int) -> dict:
+    """environment.json, once more after a start that goes on after `step`."""
+    per_token = flops.flops_per_token(model, config.data.sequence_length)
+    seals = {
+        source.name: {"fingerprint": source.fingerprint()}
+        | {key: value for key, value in (asdict(source.seal) if source.seal else {}).items() if key != "block_checksums"}
+        for source in data.sources
+    }
+    facts = {
+        "model": asdict(flops.num_parameters(model)) | {"flops_per_token": per_token, "settings": asdict(model)},
+        "data": {"order": data.fingerprint, "quarantine": data.quarantine.ranges, "seals": seals},
+    }
+    start = {"step": step, "time": time.time(), "world_size": engine.world_size, "device": engine.device_name}
+    start |= {"precision": engine.precision, **environment.here()}
+    return environment.with_start(environment.read(folder), facts, start)
+
+
+def load_pretrained(path: Path, engine: Engine, model: ModelConfig) -> None:
+    """Fills the weights of this rank, and only those, from the folder that `model.from_pretrained` names. A collective.
+    Raises ConfigError, CheckpointError."""
+    try:
+        source = open_weights(path, lambda checkpoint: checkpoints.verify(checkpoint, engine))
+        engine.restore(filler(source, model), moments=False)
+    except NotOurs as error:
+        raise ConfigError([Problem("model.from_pretrained", str(error))]) from None
 
 
 def count_steps(config: Config, data: TrainData) -> int:
@@ -161,8 +192,32 @@ def refuse_another_run(config: Config, model: ModelConfig, data: TrainData, stat
     if state["data"] != data.fingerprint:
         problems.append(Problem("data", "the training data, its order or its weights are not those of the checkpoint; "
                                 "restore the files, or start another run with another run.name", str(found.path)))  # fmt: skip
+    elif (left_out := state.get("quarantine", [])) != data.quarantine.ranges:
+        problems += _quarantine_problems(config, data, left_out, Progress(**state["progress"]), str(found.path))
     if problems:
         raise ConfigError(problems)
+
+
+def _active(counts: flops.ParameterCount) -> str:
+    return f", of which {counts.active:,} for each token" if counts.active < counts.total else ""
+
+
+def _quarantine_problems(
+    config: Config, data: TrainData, left_out: list[list[int]], progress: Progress, origin: str
+) -> list[Problem]:
+    """Why a run cannot go on with another quarantine: only what is still ahead of it may change, and only if that is meant."""
+    if changed := data.history_changed(left_out, progress.position):
+        problem = f"differs from the checkpoint's in {changed}; go back to an earlier checkpoint, or restore the file"
+    elif any(end > progress.position for _, end in progress.skipped_positions):
+        problem = "has changed while the run leaves out samples after a rollback; go on first, or restore the file"
+    elif "data.quarantine" not in config.checkpoint.allow_changes:
+        problem = (
+            "leaves out other samples than the checkpoint's; restore the file, or confirm with "
+            "--checkpoint.allow_changes [data.quarantine]: all of them are still ahead"
+        )
+    else:
+        return []
+    return [Problem("data.quarantine", problem, origin)]
 
 
 def announce(run: Run, found: Checkpoint | None, warnings: Sequence[object]) -> None:

@@ -377,6 +377,7 @@ def _save(run: Run, meter: Meter, val_loss: float | None, last: bool) -> None:
         "model": asdict(run.model),
         "settings": to_dict(run.config),
         "data": run.data.fingerprint,
+        "quarantine": run.data.quarantine.ranges,
         "val_loss": val_loss,
         "wandb_id": run.sinks.wandb_id if run.sinks else None,
     }

@@ -34,10 +34,13 @@ WITHOUT_TORCH = [
     "pretrain.data.indexed",
     "pretrain.data.corpus",
     "pretrain.data.tokenizer",
+    "pretrain.data.health",
+    "pretrain.data.quarantine",
     "pretrain.model.flops",
     "pretrain.report.sinks",
     "pretrain.report.plot",
     "pretrain.report.diagnose",
+    "pretrain.report.environment",
     "pretrain.report.diagnose_log",
     "pretrain.runtime.manifest",
 ]

@@ -1,6 +1,7 @@
 """Batches for training and validation: the order (order.py) read from token files (indexed.py) or generated (synthetic.py).
 
     train   position -> source, epoch, sample -> window of T + 1 tokens -> Batch. The whole state is the position.
+            Samples in quarantine (quarantine.py) have no position.
     valid   every token of the file but the first is a label exactly once; the last partial window is padded.
 
 A sample is tokens [i * T, i * T + T] of its source: T inputs and the T tokens after them, one token shared with the next.
@@ -19,9 +20,11 @@ import torch
 
 from pretrain.config import DataConfig, SourceConfig
 
+from . import quarantine
 from .health import unfit
 from .indexed import DataError, TokenFile
 from .order import Order
+from .quarantine import Quarantine
 from .synthetic import SyntheticSource
 
 MASKED = -100  # the label that cross-entropy ignores
@@ -84,23 +87,29 @@ class FileSource:
 class TrainData:
     """The endless, ordered stream of training samples.
 
-    `sources`; `samples_per_epoch`: as many samples as all sources hold together (with weights in the ratio of their sizes
-    that is each sample once; with others, small sources repeat while large ones wait); `fingerprint`: changes with content,
-    weights, seed and sequence length, so a run can only go on with the data it began with; `reference_lines`: nats per token.
+    `sources`; `samples_per_epoch`: as many samples as all sources hold together, without those in quarantine (with weights in
+    the ratio of their sizes that is each sample once; with others, small sources repeat while large ones wait);
+    `fingerprint`: changes with content, weights, seed and sequence length, so a run can only go on with the data it began
+    with; `quarantine`: what is left out; `reference_lines`: nats per token.
     """
 
     def __init__(self, sources: list, weights: list[float], data: DataConfig, *, seed: int, vocab_size: int):
         self.sources, self._data = sources, data
         self._shares = [weight / math.fsum(weights) for weight in weights]
         self._order = Order([source.num_samples for source in sources], weights, seed)
-        self.samples_per_epoch = sum(source.num_samples for source in sources)
+        ranges: quarantine.Ranges = []
+        if data.quarantine is not None:
+            sizes = [source.num_samples for source in sources]
+            ranges = quarantine.read(data.quarantine, [source.name for source in sources], sizes, data.sequence_length)
+        self.quarantine = Quarantine(self._order, ranges)
+        self.samples_per_epoch = sum(source.num_samples for source in sources) - sum(self.quarantine.sizes)
         self.reference_lines = _blended_lines(sources, self._shares, vocab_size)
         blend = ", ".join(f"{share:.9g} of {s.fingerprint()}" for share, s in zip(self._shares, sources, strict=True))
         self.fingerprint = f"order 1, seed {seed}, sequence_length {data.sequence_length}, {blend}"
 
     def take(self, position: int, count: int) -> Batch:
         """The samples at positions [position, position + count)."""
-        numbers, _, samples = self._order.locate(position, count)
+        numbers, _, samples = self._locate(position, count)
         shape = (count, self._data.sequence_length)
         tokens_BT, labels_BT = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
         documents_BT = np.empty(shape, dtype=np.int64) if self._data.document_mask else None
@@ -115,15 +124,25 @@ class TrainData:
 
     def sample_ids(self, position: int, count: int) -> list[tuple[int, int, int]]:
         """(source, epoch, sample) of positions [position, position + count)."""
-        return list(zip(*(ids.tolist() for ids in self._order.locate(position, count)), strict=True))
+        return list(zip(*(ids.tolist() for ids in self._locate(position, count)), strict=True))
 
-    def position(self, source: int, epoch: int, sample: int) -> int:
-        """The position of a sample in an epoch of its source: the inverse of `sample_ids`."""
-        return self._order.position(source, epoch, sample)
+    def _locate(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if not self.quarantine.ranges:
+            return self._order.locate(position, count)
+        return self._order.at(self.quarantine.locate(position, count))
+
+    def position(self, source: int, epoch: int, sample: int) -> int | None:
+        """The position of a sample in an epoch of its source: the inverse of `sample_ids`. Null: it is in quarantine."""
+        return self.quarantine.position(self._order.position(source, epoch, sample))
+
+    def history_changed(self, left_out: quarantine.Ranges, position: int) -> str | None:
+        """Why a run that has read `position` samples without `left_out` cannot go on without this quarantine; null: it can."""
+        changed = self.quarantine.changed_before(Quarantine(self._order, left_out), position)
+        return changed and f"sample {changed[1]} of {self.sources[changed[0]].name}, whose place in the order is passed"
 
     def passes(self, samples: int) -> list[float]:
         """How often the first `samples` positions read each source."""
-        counts = self._order.blend.counts(samples)
+        counts = self._order.blend.counts(self.quarantine.begin(samples))
         return [count / source.num_samples for count, source in zip(counts, self.sources, strict=True)]
 
     def description(self) -> list[str]:

@@ -166,13 +166,16 @@ class Blend:
 
     def position(self, source: int, index: int) -> int:
         """The position at which `source` provides its sample number `index`: the inverse of `locate`."""
-        low, high = 0, 1  # the smallest position with counts(position + 1)[source] > index
-        while self.counts(high)[source] <= index:
-            low, high = high, 2 * high
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (middle + 1, high) if self.counts(middle + 1)[source] <= index else (low, middle)
-        return low
+        node = source
+        for number, (left, right, share) in enumerate(self.nodes):  # children come before their parents
+            if node == left:  # the least x with round((x + 1) * share / 2^32) > index
+                index = -(-((index << 32) + 2**31) // share) - 1
+            elif node == right:  # the least x with x + 1 - round((x + 1) * share / 2^32) > index
+                index = ((index << 32) + 2**31) // (2**32 - share)
+            else:
+                continue
+            node = self.num_sources + number
+        return index
 
 
 def _left_count(x: np.ndarray, share: np.uint64) -> np.ndarray:
@@ -199,7 +202,11 @@ class Order:
         """(source, epoch, sample), three int64 arrays, of the positions [position, position + count)."""
         if position < 0 or count < 0:
             raise ValueError(f"position and count must be >= 0, not {position} and {count}")
-        sources, samples = self.blend.locate(np.arange(position, position + count, dtype=np.uint64))
+        return self.at(np.arange(position, position + count, dtype=np.uint64))
+
+    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(source, epoch, sample), three int64 arrays, of rising positions (n,)."""
+        sources, samples = self.blend.locate(positions)
         epochs = np.zeros_like(samples)
         for source in np.unique(sources).tolist():
             of_source = np.flatnonzero(sources == source)
@@ -211,5 +218,9 @@ class Order:
 
     def position(self, source: int, epoch: int, sample: int) -> int:
         """The position that shows `sample` of `source` in its epoch number `epoch`: the inverse of `locate`."""
-        rank = int(self._permutation(source, epoch).inverse(np.array([sample]))[0])
-        return self.blend.position(source, epoch * self.num_samples[source] + rank)
+        return int(self.positions(source, epoch, np.array([sample]))[0])
+
+    def positions(self, source: int, epoch: int, samples: np.ndarray) -> np.ndarray:
+        """`position` of many samples (n,): int64."""
+        ranks = self._permutation(source, epoch).inverse(samples) + epoch * self.num_samples[source]
+        return np.array([self.blend.position(source, rank) for rank in ranks.tolist()], dtype=np.int64)
