@@ -192,7 +192,6 @@ _MUST_BE = {
     "first_k_dense_replace": 0,
     "n_group": 1,
     "topk_group": 1,
-    "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
 """What a config.json may not say otherwise: our models have no other form of it."""
@@ -288,8 +287,9 @@ def _rope(given: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
     theta = float(rope.get("rope_theta", given.get("rope_theta", 10000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise NotOurs(f"partial_rotary_factor is {rope['partial_rotary_factor']}, this program's models rotate whole heads")
+    rotated = rope.get("partial_rotary_factor", given.get("partial_rotary_factor", 1.0))
+    if rotated != 1.0:
+        raise NotOurs(f"partial_rotary_factor is {rotated}, this program's models rotate whole heads")
     if kind == "default":
         return theta, None
     if kind not in ("linear", "llama3"):

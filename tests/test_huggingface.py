@@ -1,0 +1,143 @@
+"""A config.json and tensor names say of a model what transformers reads from them, and what is not ours is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+import transformers
+
+from pretrain import config as settings
+from pretrain import huggingface
+from pretrain.config import model_from_dict
+from pretrain.huggingface import NotOurs
+from pretrain.model.transformer import Transformer
+from tests.models import FAMILIES, LLAMA3, model_of, moe
+
+IDS = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 3}
+
+
+def written(model, folder) -> dict:
+    (folder / "config.json").write_text(json.dumps(huggingface.to_config(model, "float32", IDS)))
+    return huggingface.read_config(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_settings_come_back_from_the_file(family, tmp_path):
+    model = model_of(family)
+    back = model_from_dict(huggingface.from_config(written(model, tmp_path), tmp_path))
+    assert not settings.differences(model, back) and not settings.differences(back, model)
+    assert back.max_position_embeddings == model.max_position_embeddings
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensors_have_the_names_and_shapes_that_transformers_saves(family, tmp_path):
+    model = model_of(family)
+    written(model, tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_config(config)
+    assert type(theirs).__name__ == huggingface.CLASSES[huggingface.model_type(model)] == config.architectures[0]
+    theirs.save_pretrained(tmp_path)
+    with transformers.modeling_utils.safe_open(tmp_path / "model.safetensors", "pt") as file:
+        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.offset_keys()}
+    assert {part.name: part.shape for part in huggingface.parts(model)} == saved
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_tile_our_parameters_without_padding_rows(family):
+    model = model_of(family)
+    with torch.device("meta"):
+        ours = {
+            name: tensor.shape
+            for name, tensor in Transformer(dataclasses.replace(model, vocab_multiple=1)).state_dict().items()
+        }
+    found: dict[str, list] = {}
+    for part in huggingface.parts(model):
+        if part.count:
+            found.setdefault(part.ours, []).append((part.start, part.start + part.count))
+    assert found.keys() == ours.keys()
+    for name, shape in ours.items():
+        spans = sorted(found[name])
+        assert spans[0][0] == 0 and spans[-1][1] == shape.numel()
+        assert all(left[1] == right[0] for left, right in itertools.pairwise(spans))
+
+
+@pytest.mark.parametrize("kind", huggingface.CLASSES)
+def test_a_key_that_is_missing_means_what_it_means_to_transformers(kind, tmp_path):
+    """Each key of a full file is left out in turn: we must read what transformers reads, or refuse."""
+    family = {"llama": "llama3", "qwen3": "qwen3_window", "mixtral": "mixtral_window", "qwen3_moe": "qwen3_moe_window"}
+    full = huggingface.to_config(model_of(family.get(kind, kind), tie_word_embeddings=True), "float32", IDS)
+    required = {"model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"}
+    required |= {"num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"}
+    for key in full.keys() - required:
+        less = {name: value for name, value in full.items() if name != key}
+        if key == "rope_theta":
+            del less["rope_parameters"]
+        (tmp_path / "config.json").write_text(json.dumps(less))
+        theirs = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
+        try:
+            ours, same = (huggingface.from_config(each, key) for each in (less, theirs))
+        except NotOurs:
+            assert key in ("partial_rotary_factor", "first_k_dense_replace"), key
+            continue
+        assert ours == same, key
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'; this program has llama"),
+        ({"hidden_act": "gelu"}, "hidden_act is gelu, this program's models have silu"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "of type 'yarn', this program has default, linear and llama3"),
+        ({"rope_scaling": {"type": "linear"}}, "'factor' is missing"),
+        ({"hidden_size": None}, "'hidden_size' is missing"),
+        ({"num_attention_heads": "many"}, "of another type"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            "some of its layers have a sliding window, some none",
+        ),
+        ({"model_type": "glm4_moe"}, "first_k_dense_replace is 1"),
+    ],
+)
+def test_what_is_not_ours_is_refused_by_name(changes, message):
+    config = huggingface.to_config(model_of("llama"), "float32", IDS)
+    with pytest.raises(NotOurs, match=f"here: .*{message}"):
+        huggingface.from_config(config | changes, "here")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(moe=moe(num_shared_experts=1)),
+        dict(moe=moe(norm_topk_prob=False)),
+        dict(moe=moe(routed_scaling_factor=2.0)),
+        dict(moe=moe(score="sigmoid"), sliding_window=8),
+    ],
+)
+def test_a_model_that_no_class_computes_is_refused(settings):
+    with pytest.raises(NotOurs, match="no class of transformers"):
+        huggingface.model_type(model_of("llama", **settings))
+
+
+def test_older_files_are_read():
+    """As Llama 3.1 and Llama 2 were published."""
+    config = huggingface.to_config(model_of("llama3"), "float32", IDS)
+    del config["rope_parameters"]
+    model = huggingface.from_config(config, "here")
+    assert (model["rope_theta"], model["rope_scaling"]) == (5e5, dataclasses.asdict(LLAMA3))
+    del config["rope_scaling"], config["rope_theta"], config["head_dim"], config["num_key_value_heads"]
+    model = huggingface.from_config(config, "here")
+    assert (model["rope_theta"], model["rope_scaling"], model["head_dim"], model["num_key_value_heads"]) == (1e4, None, 12, 4)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 100_000, '{"model_type": 3}'])
+def test_a_damaged_config_is_refused_in_words(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(NotOurs, match=r"config\.json"):
+        huggingface.from_config(huggingface.read_config(tmp_path), tmp_path / "config.json")
