@@ -21,12 +21,14 @@ from pretrain.report import diagnose, environment
 from pretrain.report.metrics import Meter
 from pretrain.report.sinks import Sinks
 from pretrain.report.spikes import SpikeWatch
+from pretrain.run import open_weights
 from pretrain.runtime import checkpoint as checkpoints
 from pretrain.runtime.engine import Engine
 from pretrain.runtime.manifest import Checkpoint
 from pretrain.runtime.run_directory import RunDirectory
 from pretrain.runtime.saver import Saver
 from pretrain.schema import to_dict
+from pretrain.weights import filler
 
 
 @dataclass
@@ -100,10 +102,12 @@ def begin_at(
     if found:
         state = checkpoints.load(found, engine)
         progress = Progress(**state["progress"])
+    elif config.model.from_pretrained:
+        load_pretrained(Path(config.model.from_pretrained), engine, model)
     folder, total_steps = Path(config.run.directory) / config.run.name, count_steps(config, data)
     sinks = None
     if engine.rank == 0:
-        made_with = _environment(config, engine, model, data, folder, progress.step)
+        made_with = {"total_steps": total_steps} | _environment(config, engine, model, data, folder, progress.step)
         directory.write_text("environment.json", json.dumps(made_with, indent=1, ensure_ascii=False) + "\n")
         sinks = Sinks(
             config.log,
@@ -230,7 +234,8 @@ def announce(run: Run, found: Checkpoint | None, warnings: Sequence[object]) -> 
     schedule, peak = config.schedule, config.optimizer.lr
     lines = [
         f"run        {run.folder}" + (f", going on after step {run.progress.step:,}" if found else ""),
-        f"model      {counts.total:,} parameters, vocabulary {run.model.vocab_size:,}, weights from seed {config.run.seed}",
+        f"model      {counts.total:,} parameters{_active(counts)}, vocabulary {run.model.vocab_size:,}, "
+        f"weights from {config.model.from_pretrained or f'seed {config.run.seed}'}",
         f"engine     {config.engine.name}, {ranks} process{'es' * (ranks > 1)} on {engine.device_name}, {engine.precision}",
         f"batch      {batch.global_batch_size} sequences a step = ranks {ranks} x micro-batch {batch.micro_batch_size} x "
         f"accumulation {accumulation}; times {length} tokens = {tokens_per_step:,} tokens a step",

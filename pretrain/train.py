@@ -61,6 +61,8 @@ class StepResult(NamedTuple):
     """(), bool: False where loss or gradient were not finite; weights and moments are then untouched."""
     requests: Callable[[], list[float]]
     """The ranks' requests, summed, and last of all that of `last_loss`; already on their way to the host."""
+    routing_LX: Tensor | None
+    """(L, 2 + E), float64: what the routers did with this rank's valid tokens (`Transformer.routing_LX`); None: no routers."""
 
 
 def train_step(
@@ -72,13 +74,15 @@ def train_step(
 
         loss = sum over ranks and micro-batches of loss_sum / tokens
 
-    however the batch is split. `requests` (stop, save) are summed over ranks in the collective that counts the tokens, and so
-    is `last_loss`, this rank's part of the loss of the step before: the host learns each step's loss one step late, without
-    waiting for it.
+    however the batch is split. Routers' losses, if there are any, are weighed in the same way; the model adds them to the
+    gradient and not to the value.
+
+    `requests` (stop, save) are summed over ranks in the collective that counts the tokens, and so is `last_loss`, this rank's
+    part of the loss of the step before: the host learns each step's loss one step late, without waiting for it.
     """
     counts = engine.all_reduce(_valid_tokens_and(requests, last_loss, window, engine.device))
     tokens, requested = counts[0].long(), engine.copy_to_host(counts[1:])
-    loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
+    loss_sum, routing = torch.zeros((), dtype=torch.float64, device=engine.device), []
     for i, batch in enumerate(window):
         with engine.micro_batch(last=i == len(window) - 1):
             nats = engine.forward(*batch)
@@ -87,8 +91,12 @@ def train_step(
             scale = engine.world_size / tokens.clamp(min=1) + 0 * nats.detach()
             engine.backward(nats * scale)
         loss_sum += nats.detach()
+        routing.append(engine.model.routing_LX)
     grad_norm, applied = engine.update(lr)
-    return StepResult(loss_sum, tokens, grad_norm, applied, requested)
+    routing_LX = None if routing[0] is None else torch.stack(routing).sum(0)
+    if engine.model.rebalances:
+        engine.model.rebalance(engine.all_reduce(routing_LX.clone()), applied)
+    return StepResult(loss_sum, tokens, grad_norm, applied, requested, routing_LX)
 
 
 def _valid_tokens_and(requests: list[int], last_loss: Tensor | float, window: list[Batch], device: torch.device) -> Tensor:
@@ -175,8 +183,8 @@ def _train(config: Config, engine: Engine, directory: RunDirectory | None, stop:
         _tell(directory, STOPPED_BY_PERSON, None, reason)
         return STOPPED_BY_PERSON, reason
     tokenizer = Tokenizer.load(config.tokenizer.path) if config.tokenizer.path else None
-    vocab_size = config.model.vocab_size or tokenizer.vocab_size
-    opened = dict(seed=config.run.seed, vocab_size=vocab_size, tokenizer_fingerprint=tokenizer and tokenizer.fingerprint)
+    vocab_size, data_ids = settings.vocabulary(config.model, tokenizer and tokenizer.vocab_size)
+    opened = dict(seed=config.run.seed, vocab_size=data_ids, tokenizer_fingerprint=tokenizer and tokenizer.fingerprint)
     data, valid = open_train(config.data, **opened), open_valid(config.data, **opened)
     model_config = settings.resolve_model(config.model, vocab_size=vocab_size, sequence_length=config.data.sequence_length)
     warnings = preflight.at_start(config, engine, model_config, data, valid)
@@ -239,7 +247,7 @@ def _loop(run: Run, meter: Meter, stop: StopRequest) -> tuple[int, str]:
                 canary = Canary(engine) if _due(step, 10 * config.log.every_steps) else None
                 requests = [*run.saver.votes(), int(save_wanted), *stop.flags(stop_file)]
                 result = train_step(engine, window, lr, requests, meter.last_loss)
-                meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
+                meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied, result.routing_LX)
                 *requests, last_loss = result.requests()
                 votes, save_due, flags = requests[: len(VOTES)], requests[len(VOTES)], requests[len(VOTES) + 1 :]
                 with clock.paused():
@@ -334,13 +342,13 @@ def _log_step(run: Run, meter: Meter, clock: Clock, lr: float, canary: Canary | 
             per_token = flops.flops_per_token(run.model, run.config.data.sequence_length, causal=causal)
             record[name] = per_token * rate / (engine.world_size * peak * 1e12)
     found, warnings = canary.figures(lr) if canary and not figures["skipped_in_a_row"] else ({}, [])
-    run.log(record | found)
+    run.log(record | figures["routing"] | found)
     for warning in warnings:
         run.say(f"step {progress.step}: {warning}")
     if progress.step == 1 and run.config.engine.compile != "none":
         run.say(f"compile    step 1 took {seconds:.1f} s, {compile_report()}")
     if progress.step == 1:
-        run.say(diagnose.first_step(figures["loss"], run.model.vocab_size))
+        run.say(diagnose.first_step(figures["loss"], run.model.vocab_size, trained=bool(run.config.model.from_pretrained)))
     clock.restart()
 
 

@@ -28,13 +28,13 @@ SPLITS = [(1, 8, 1), (1, 2, 4), (1, 1, 8), (2, 2, 2), (2, 1, 4), (4, 1, 2)]
 
 SCALE = "engine.world_size / tokens.clamp(min=1)"
 OWN_MEAN = "1 / (batch.labels_BT != -100).sum().clamp(min=1)"
-REDUCED = "all_reduce(torch.cat([self.loss_sum[None], memory]))"
+REDUCED = "all_reduce(torch.cat([self.loss_sum[None], memory, routing]))"
 # name: (function, what stands there, what the bug writes)
 MUTANTS = {
     "divided by accumulation twice": (train.train_step, SCALE, f"{SCALE} / len(window)"),
     "not divided by accumulation": (train.train_step, SCALE, OWN_MEAN),
     "last micro-batch only": (train.train_step, "loss_sum += nats.detach()", "loss_sum = nats.detach().double()"),
-    "rank 0 only": (metrics.Meter.read, REDUCED, "torch.cat([self.loss_sum[None], memory])"),
+    "rank 0 only": (metrics.Meter.read, REDUCED, "torch.cat([self.loss_sum[None], memory, routing])"),
     "mean of means": (train.train_step, SCALE, f"{OWN_MEAN} / len(window)"),
 }
 

@@ -199,8 +199,8 @@ class Transformer(nn.Module):
         return loss_sum + (penalty - penalty.detach())
 
     def rebalance(self, routing_LX: Tensor, applied: Tensor) -> None:
-        """After a step: what the routers draw from the routing of its global batch, which is that of all micro-batches and ranks,
-        added up, if the step was applied, (), bool. Models whose `rebalances` is False need no call."""
+        """After a step: what the routers draw from the routing of its global batch (that of all micro-batches and ranks, added
+        up) if the step was applied, (), bool. Models whose `rebalances` is False need no call."""
         for block, routing_X in zip(self.model.layers, routing_LX, strict=True):
             block.mlp.gate.rebalance(routing_X[2:], applied)
 

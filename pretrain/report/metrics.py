@@ -34,29 +34,45 @@ class Meter:
         self.last_loss = torch.tensor(math.nan if last_loss is None else last_loss, dtype=torch.float64, device=device)
         """This rank's part of the loss of the last step, NaN where it was skipped: the sum over ranks is in nats per token."""
         self.loss_sum = torch.tensor(mine, dtype=torch.float64, device=device)  # nats, this rank, applied steps
+        routing = state.get("routing")
+        self.routing_LX = None if routing is None else torch.tensor(routing, dtype=torch.float64, device=device) * (rank == 0)
         self.counts = torch.tensor(state["counts"], device=device)  # of all ranks, equal on all
 
-    def add(self, loss_sum: Tensor, tokens: Tensor, grad_norm: Tensor, applied: Tensor) -> None:
-        """One step: nats of this rank (), valid tokens of all ranks (), gradient norm (), whether the update was applied ()."""
+    def add(
+        self, loss_sum: Tensor, tokens: Tensor, grad_norm: Tensor, applied: Tensor, routing_LX: Tensor | None = None
+    ) -> None:
+        """One step: nats of this rank (), valid tokens of all ranks (), gradient norm (), whether the update was applied ().
+
+        routing_LX: with routers, of each layer this rank's sums of balance loss, z-loss and tokens for each expert (L, 2 + E).
+        """
         self.loss_sum += torch.where(applied, loss_sum, 0)
         one = torch.ones_like(tokens)
         self.counts += torch.stack([one, tokens, tokens * applied, one * ~applied, one])
         self.counts[-1] *= ~applied
         self.grad_norm = grad_norm
         self.last_loss = torch.where(applied, loss_sum / tokens, math.nan)
+        if routing_LX is not None:
+            self.routing_LX = torch.where(applied, routing_LX, 0) + (0 if self.routing_LX is None else self.routing_LX)
 
     def read(self, all_reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Figures of the interval, equal on all ranks (a collective); then starts a new interval.
 
-        loss: nats per valid token over the applied steps, NaN if there were none. grad_norm: of the last step.
+        loss: nats per valid token over the applied steps, NaN if there were none. grad_norm: of the last step. routing: the
+        `routing_figures` of the applied steps, empty without routers.
         """
-        memory = self._slot(peak_memory_gib(self.device))
-        loss_sum, *memories = all_reduce(torch.cat([self.loss_sum[None], memory])).tolist()
+        memory, routing = self._slot(peak_memory_gib(self.device)), self._routing()
+        sums = all_reduce(torch.cat([self.loss_sum[None], memory, routing])).cpu()
+        loss_sum, *memories = sums[: 1 + self.world_size].tolist()
         self.figures = dict(zip(_COUNTS, self.counts.tolist(), strict=True))
         loss_tokens = self.figures["loss_tokens"]
         self.figures["loss"] = loss_sum / loss_tokens if loss_tokens else math.nan
         self.figures["grad_norm"] = self.grad_norm.item()
         self.figures["peak_memory_gib"] = max(memories)
+        self.figures["routing"] = {}
+        if loss_tokens and self.routing_LX is not None:
+            routing_LX = sums[1 + self.world_size :].view_as(self.routing_LX)
+            self.figures["routing"] = routing_figures(routing_LX, loss_tokens)
+        self.routing_LX = None
         self.loss_sum.zero_()
         self.counts[:-1] = 0
         return self.figures
@@ -65,15 +81,40 @@ class Meter:
         """The unfinished interval, for a checkpoint (a collective)."""
         slots = self._slot(0.0)
         slots[self.rank] = self.loss_sum
-        *loss_sums, last_loss = all_reduce(torch.cat([slots, self.last_loss[None]])).tolist()
+        sums = all_reduce(torch.cat([slots, self.last_loss[None], self._routing()])).cpu()
+        *loss_sums, last_loss = sums[: self.world_size + 1].tolist()
         last_loss = last_loss if math.isfinite(last_loss) else None
-        return {"loss_sums": loss_sums, "counts": self.counts.tolist(), "last_loss": last_loss}
+        state = {"loss_sums": loss_sums, "counts": self.counts.tolist(), "last_loss": last_loss}
+        if self.routing_LX is not None:
+            state["routing"] = sums[self.world_size + 1 :].view_as(self.routing_LX).tolist()
+        return state
+
+    def _routing(self) -> Tensor:
+        return self.loss_sum.new_empty(0) if self.routing_LX is None else self.routing_LX.flatten()
 
     def _slot(self, value: float) -> Tensor:
         """One place for each rank: summed over ranks, every rank sees all values."""
         slots = torch.zeros(self.world_size, dtype=torch.float64, device=self.device)
         slots[self.rank] = value
         return slots
+
+
+def routing_figures(routing_LX: Tensor, tokens: float) -> dict[str, float]:
+    """Of routers, from the sums over `tokens` tokens of each layer's balance loss, z-loss and tokens for each expert:
+
+    aux_loss, z_loss: per token, mean over layers, unweighted. expert_load_max, expert_load_min: of any expert of any layer, in
+    multiples of an even load. expert_load_entropy: of the layer where it is lowest; 1 is an even load, 0 all on one expert.
+    """
+    tokens_LE = routing_LX[:, 2:]
+    load_LE = tokens_LE / tokens_LE.mean(1, keepdim=True)
+    entropy_L = torch.special.entr(load_LE / tokens_LE.shape[1]).sum(1) / math.log(tokens_LE.shape[1])
+    return {
+        "aux_loss": routing_LX[:, 0].mean().item() / tokens,
+        "z_loss": routing_LX[:, 1].mean().item() / tokens,
+        "expert_load_max": load_LE.max().item(),
+        "expert_load_min": load_LE.min().item(),
+        "expert_load_entropy": entropy_L.min().item(),
+    }
 
 
 class Clock:

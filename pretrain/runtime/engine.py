@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -183,7 +184,7 @@ class Engine:
         """The training state as pieces: when saving, ranks share the work and the pieces of all ranks tile every tensor exactly
         once; else each rank gets all that it holds. To write into them, use `restore`."""
         self._make_moments()
-        for name, shape, offset, tensors in self.held(saving):
+        for name, shape, offset, tensors in itertools.chain(self.held(saving), self._buffers(saving)):
             self.watchdog.alive("saving" if saving else "reading its state")
             for kind, piece in tensors.items():
                 yield Shard(f"{kind}/{name}", shape, offset, piece)
@@ -193,7 +194,7 @@ class Engine:
         if moments:
             self._make_moments()
         with torch.no_grad():
-            for name, shape, offset, tensors in self.held(saving=False):
+            for name, shape, offset, tensors in itertools.chain(self.held(saving=False), self._buffers(saving=False)):
                 self.watchdog.alive("loading")
                 for kind, piece in tensors.items():
                     if moments or kind == "model":
@@ -203,6 +204,12 @@ class Engine:
     def held(self, saving: bool) -> Iterator[Held]:
         """What this rank holds of each parameter; when saving, what it writes. Moments are there once they are made."""
         raise NotImplementedError
+
+    def _buffers(self, saving: bool) -> Iterator[Held]:
+        """A model's buffers are fp32 and equal on all ranks, of which the first writes them."""
+        for name, buffer in self.model.named_buffers():
+            piece = buffer.view(-1)[: 0 if saving and self.rank > 0 else None]
+            yield Held(name, tuple(buffer.shape), 0, {"model": piece})
 
     def copies(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
         """The weights that every rank of a group holds a copy of, in one order, and the group; None: all ranks."""
@@ -295,7 +302,11 @@ class DdpEngine(Engine):
             ids = [self.device.index] if self.device.type == "cuda" else None
             bucket_mib = self.config.bucket_mib or 25
             self._wrapped = nn.parallel.DistributedDataParallel(
-                self.model, device_ids=ids, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mib
+                self.model,
+                device_ids=ids,
+                gradient_as_bucket_view=True,
+                bucket_cap_mb=bucket_mib,
+                broadcast_buffers=False,  # they are equal already
             )
         self.optimizer = make_optimizer(self.model)
 

@@ -37,8 +37,11 @@ def checkpoint_activations(model: nn.Module, what: str) -> None:
 
 def _keep_products():
     """Matrix products and attention are kept: they cost most of the time, and much less than all of the memory."""
-    aten = torch.ops.aten
+    aten, ours = torch.ops.aten, torch.ops.pretrain
     kept = {
+        aten._grouped_mm.default,
+        ours.looped_product.default,
+        aten.topk.default,  # a choice of experts made twice could differ
         aten.mm.default,
         aten.bmm.default,
         aten.addmm.default,

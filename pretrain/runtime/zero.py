@@ -114,6 +114,8 @@ class ZeroEngine(Engine):
             optimizer = make_optimizer(self.model)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what memory it takes
             self._wrapped, _ = self.accelerator.prepare(self.model, optimizer)
+        for buffer in self.model.buffers():  # DeepSpeed made them bf16, or left them where they were made
+            buffer.data = buffer.data.to(self.device, torch.float32)
         self._unreduced: contextlib.AbstractContextManager | None = None
         self._zero = self._wrapped.optimizer  # ZeRO's own, around ours
         self.optimizer = self._zero.optimizer
