@@ -24,6 +24,7 @@ from typing import Any
 
 import psutil
 import torch
+import transformers
 from safetensors import safe_open
 from torch import Tensor
 
@@ -62,6 +63,7 @@ def certify(
     if scope == "auto":
         needed = 4 * num_parameters(trained.model).total
         scope = "whole" if needed < psutil.virtual_memory().available / 2 else "layers"
+    transformers.logging.disable_progress_bar()  # one line for each layer says more
     say("comparing weights")
     found: dict[str, Any] = {"scope": scope, "settings": _compare_settings(folder, trained.model)}
     found["weights"] = _compare_weights(folder, trained.weights, DTYPES[dtype])
@@ -141,12 +143,10 @@ def _first_difference(values: Tensor, wanted: Tensor) -> str:
 def _compare_tokenizers(folder: Path, trained: Trained) -> dict[str, Any] | None:
     if trained.tokenizer is None:
         return None
-    from transformers import AutoTokenizer
-
     ours, copy = Tokenizer.load(trained.tokenizer), Tokenizer.load(folder)
     if copy.fingerprint != ours.fingerprint:
         raise Refused(f"the tokenizer's fingerprint is {copy.fingerprint}, that of the model's is {ours.fingerprint}")
-    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
     count = 0
     for text in _TEXTS:
         ids = ours.encode(text)
@@ -226,10 +226,8 @@ def _compare_whole(folder: Path, trained: Trained, dtype: torch.dtype) -> dict[s
 
 
 def _load_whole(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
     try:
-        theirs, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        theirs, report = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise Refused(f"transformers cannot load it: {error}") from error
     return _whole_report(theirs, report)
@@ -244,8 +242,6 @@ def _whole_report(theirs: Any, report: dict[str, Any]) -> Any:
 
 def _load_one_layer(folder: Path, source: OneLayer) -> Any:
     """transformers' model of that layer alone, from the folder's files."""
-    import transformers
-
     config = transformers.AutoConfig.from_pretrained(folder)
     config.num_hidden_layers = 1
     if getattr(config, "layer_types", None):

@@ -20,6 +20,7 @@ from typing import Any
 from pretrain import huggingface
 from pretrain.certificate import Refused, certify
 from pretrain.config import Config, DataConfig, RunConfig, SyntheticConfig, TokenizerConfig, TrainConfig
+from pretrain.data.tokenizer import Tokenizer
 from pretrain.model.flops import num_parameters
 from pretrain.report.progress import Progress
 from pretrain.run import Trained, open_folder, open_run
@@ -57,6 +58,13 @@ def export(trained: Trained, output: Path, dtype: str, max_file_bytes: int = 5 *
         huggingface.model_type(trained.model)
     except huggingface.NotOurs as error:
         raise ConversionError(f"transformers cannot hold this model: {error}") from None
+    if trained.tokenizer is not None and trained.tokenizer_fingerprint is not None:
+        found = Tokenizer.load(trained.tokenizer).fingerprint
+        if found != trained.tokenizer_fingerprint:
+            raise ConversionError(
+                f"{trained.tokenizer}: holds the tokenizer {found}, but the model was trained with the tokenizer "
+                f"{trained.tokenizer_fingerprint}; restore that one"
+            )
     with _whole_or_absent(Path(output)) as folder:
         size = DTYPES[dtype].itemsize * num_parameters(trained.model).total
         try:
@@ -134,6 +142,7 @@ def import_folder(source: Path, output: Path) -> None:
         )
         write_file(folder / "config.yaml", [(head + to_yaml(config)).encode()])
         state = {"model": asdict(trained.model), "settings": to_dict(config), "val_loss": None}
+        state["tokenizer"] = trained.tokenizer_fingerprint
         with Progress("writing", 4 * num_parameters(trained.model).total) as progress:
             write_checkpoint(folder / "checkpoints", trained.weights, state, progress.update)
     print(f"{output}: ready for --run and for model.from_pretrained")

@@ -23,6 +23,8 @@ class Trained(NamedTuple):
     weights: Weights
     tokenizer: Path | None
     """Its folder."""
+    tokenizer_fingerprint: str | None
+    """Of the tokenizer that the model was trained with, where that is known."""
     document_mask: bool
     """Tokens saw only their own document in training."""
     config: Config | None
@@ -64,6 +66,7 @@ def open_run(run_directory: Path, step: int | str | None = None, average: int = 
     return Trained(
         MeanWeights(sources) if average > 1 else sources[0],
         None if config.tokenizer.path is None else Path(config.tokenizer.path),
+        last.state().get("tokenizer"),
         config.data.document_mask,
         config,
         origin,
@@ -74,11 +77,10 @@ def open_folder(folder: Path) -> Trained:
     """A Hugging Face folder. Raises NotOurs, OSError."""
     folder = Path(folder)
     try:
-        Tokenizer.load(folder)
-        tokenizer = folder
+        tokenizer, fingerprint = folder, Tokenizer.load(folder).fingerprint
     except DataError:
-        tokenizer = None
-    return Trained(FolderWeights(folder), tokenizer, False, None, {"model": folder.name})
+        tokenizer = fingerprint = None
+    return Trained(FolderWeights(folder), tokenizer, fingerprint, False, None, {"model": folder.name})
 
 
 def verify(checkpoint: Checkpoint) -> None:

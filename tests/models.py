@@ -75,9 +75,12 @@ def make_run(folder: Path, model: ModelConfig, tokenizer_folder: Path | None, st
     flags += ["--tokenizer.path", str(tokenizer_folder) if tokenizer_folder else "null"]
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(schema.to_yaml(settings.load(flags)))
+    fingerprint = tokenizer_folder and tokenizer.Tokenizer.load(tokenizer_folder).fingerprint
     engine = start_engine(EngineConfig(name="ddp"))
     for step in steps:
         engine.prepare(lambda: Transformer(model), lambda built: build_optimizer(built, OptimizerConfig()), 1.0, seed=step)
         stir(engine.model, step)
-        checkpoint.save(folder / "checkpoints", step, engine, {"model": asdict(model), "val_loss": 1.0 / step})
+        checkpoint.save(
+            folder / "checkpoints", step, engine, {"model": asdict(model), "val_loss": 1.0 / step, "tokenizer": fingerprint}
+        )
     return folder

@@ -13,6 +13,7 @@ Exit status: 0 done, 2 refused, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -46,6 +47,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main() -> int:
     """-> exit status."""
     options = parse(sys.argv[1:])
+    if not importlib.util.find_spec("transformers"):
+        print("convert_checkpoint: needs the package transformers: pip install 'pretrain[hf]'", file=sys.stderr)
+        return 2
     from pretrain.config import ConfigError  # after the flags are known to be right: torch takes seconds
     from pretrain.convert import ConversionError, export_run, import_folder
     from pretrain.data.indexed import DataError
