@@ -29,6 +29,7 @@ WITHOUT_TORCH = [
     "pretrain.huggingface",
     "pretrain.rules",
     "pretrain.schema",
+    "pretrain.compare",
     "pretrain.optim.schedule",
     "pretrain.data.order",
     "pretrain.data.indexed",
