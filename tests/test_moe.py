@@ -1,0 +1,444 @@
+"""Mixtures of experts: results of transformers, no token lost, routers' losses that no split changes and no loss shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    Dots1Config,
+    Dots1ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+from pretrain.config import EngineConfig, ModelConfig, MoeConfig, OptimizerConfig, resolve_model
+from pretrain.data.batches import Batch
+from pretrain.model.attention import KeyValueCache
+from pretrain.model.flops import num_parameters
+from pretrain.model.moe import Experts, grouped_product
+from pretrain.model.transformer import Transformer, build
+from pretrain.optim.optimizer import build_optimizer
+from pretrain.prove import Case, prove, shrink
+from pretrain.report.metrics import Meter, routing_figures
+from pretrain.runtime import checkpoint
+from pretrain.runtime.engine import Engine, start_engine
+from pretrain.train import train_step
+
+V, T = 61, 16
+SIGMOID = dict(score="sigmoid", num_shared_experts=2, routed_scaling_factor=1.7, bias_update_rate=0.01)
+
+
+def resolved(layers: int = 2, qk_norm: bool = True, **moe) -> ModelConfig:
+    defaults = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24)
+    shape = dict(hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, vocab_multiple=1)
+    model = ModelConfig(**shape, qk_norm=qk_norm, moe=MoeConfig(**defaults | moe))
+    return resolve_model(model, vocab_size=V, sequence_length=T)
+
+
+def some_tokens(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, V, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def some_labels(*shape: int) -> torch.Tensor:
+    """The first sequence has few valid labels, the last one none."""
+    labels_BT = some_tokens(*shape, seed=2)
+    labels_BT[0, 3:] = -100
+    labels_BT[-1] = -100
+    return labels_BT
+
+
+def reference(model: Transformer) -> torch.nn.Module:
+    """transformers' model with the same weights; all of them must fit."""
+    config, moe = model.config, model.config.moe
+    names = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim rms_norm_eps vocab_size"
+    given = {name: getattr(config, name) for name in names.split()}
+    given |= dict(num_experts_per_tok=moe.num_experts_per_tok, output_router_logits=True)
+    given |= dict(rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta}, attn_implementation="eager")
+    own = dict(moe_intermediate_size=moe.moe_intermediate_size, norm_topk_prob=moe.norm_topk_prob)
+    if moe.score == "sigmoid":
+        shared = dict(n_shared_experts=moe.num_shared_experts, routed_scaling_factor=moe.routed_scaling_factor)
+        theirs = Dots1ForCausalLM(Dots1Config(**given, **own, **shared, n_routed_experts=moe.num_experts))
+    elif config.qk_norm:
+        theirs = Qwen3MoeForCausalLM(Qwen3MoeConfig(**given, **own, num_experts=moe.num_experts))
+    else:
+        size = moe.moe_intermediate_size
+        theirs = MixtralForCausalLM(MixtralConfig(**given, intermediate_size=size, num_local_experts=moe.num_experts))
+    theirs.load_state_dict(model.state_dict())
+    return theirs.eval()
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float = 1e-5) -> None:
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], atol=atol, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+
+
+# ---------------------------------------------------------------- results of transformers
+
+
+@pytest.mark.parametrize(
+    ("qk_norm", "moe"),
+    [(True, {}), (True, {"norm_topk_prob": False}), (False, {}), (True, SIGMOID)],
+    ids=["qwen3_moe", "qwen3_moe plain weights", "mixtral", "dots1"],
+)
+def test_logits_and_gradients_equal_transformers(qk_norm, moe):
+    model = build(resolved(qk_norm=qk_norm, **moe | dict(aux_loss_weight=0, z_loss_weight=0)), "cpu", seed=0)
+    for name, buffer in model.named_buffers():  # an uneven bias changes the choice of many tokens, and no weight
+        assert name.endswith("e_score_correction_bias")
+        buffer.copy_(torch.linspace(-0.2, 0.2, len(buffer)))
+    theirs, tokens_BT, labels_BT = reference(model), some_tokens(3, T), some_labels(3, T)
+    logits_BTV = theirs(tokens_BT).logits
+    torch.testing.assert_close(model(tokens_BT), logits_BTV, atol=1e-5, rtol=0)
+    F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten()).backward()
+    (model(tokens_BT, labels_BT) / (labels_BT != -100).sum()).backward()
+    assert_equal(gradients(model), gradients(theirs))
+
+
+@pytest.mark.parametrize("qk_norm", [True, False], ids=["qwen3_moe", "mixtral"])
+def test_the_balance_loss_and_its_gradient_are_those_of_transformers_where_the_settings_can_be_compared(qk_norm):
+    """One sequence and one layer: theirs is over the whole batch and all layers at once. And it is k times as large."""
+    weight, chosen = 0.7, 2
+    config = resolved(layers=1, qk_norm=qk_norm, aux_loss_weight=weight * chosen, z_loss_weight=0)
+    model, tokens_BT, labels_BT = build(config, "cpu", seed=0), some_tokens(1, T), some_tokens(1, T, seed=2)
+    theirs = reference(model)
+    out = theirs(tokens_BT)
+    (F.cross_entropy(out.logits.flatten(0, 1), labels_BT.flatten()) + weight * out.aux_loss).backward()
+    (model(tokens_BT, labels_BT) / T).backward()
+    assert model.routing_LX[0, 0].item() / T == pytest.approx(out.aux_loss.item() / chosen, rel=1e-6)
+    assert_equal(gradients(model), gradients(theirs))
+
+
+def test_the_losses_of_routers_are_the_formulas_on_transformers_logits():
+    """Balance in each sequence over its valid tokens, z-loss over valid tokens: weighed by tokens, mean over layers."""
+    config = resolved(aux_loss_weight=0.7, z_loss_weight=0.3)
+    model, tokens_BT, labels_BT = build(config, "cpu", seed=0), some_tokens(4, T), some_labels(4, T)
+    theirs = reference(model)
+    out, valid_BT = theirs(tokens_BT), labels_BT != -100
+    aux, z = [], []
+    for logits_NE in out.router_logits:
+        logits_BTE = logits_NE.view(4, T, -1)
+        aux.append(sum(
+            load_balancing_loss_func((logits_TE,), 6, 2, valid_T[None].float()) / 2 * valid_T.sum()
+            for logits_TE, valid_T in zip(logits_BTE, valid_BT, strict=True) if valid_T.any()
+        ))  # fmt: skip
+        z.append((logits_BTE.logsumexp(-1)[valid_BT] ** 2).sum())
+    nats = F.cross_entropy(out.logits.flatten(0, 1), labels_BT.flatten(), reduction="sum")
+    (nats + 0.7 * (aux[0] + aux[1]) / 2 + 0.3 * (z[0] + z[1]) / 2).backward()
+    loss_sum = model(tokens_BT, labels_BT)
+    loss_sum.backward()
+    assert loss_sum.item() == pytest.approx(nats.item(), rel=1e-6)
+    expected_L2 = torch.tensor([[a.item(), b.item()] for a, b in zip(aux, z, strict=True)], dtype=torch.float64)
+    torch.testing.assert_close(model.routing_LX[:, :2], expected_L2, rtol=1e-5, atol=0)
+    assert model.routing_LX[:, 2:].sum(1).tolist() == [2 * valid_BT.sum()] * 2
+    assert_equal(gradients(model), gradients(theirs), atol=2e-4)  # sums over 35 tokens
+
+
+def test_an_even_router_has_a_balance_loss_of_one():
+    model = build(resolved(num_experts=4), "cpu", seed=0)
+    for block in model.model.layers:
+        block.mlp.gate.weight.data.zero_()  # equal scores
+    labels_BT = some_tokens(2, T, seed=2)
+    model(some_tokens(2, T), labels_BT)
+    torch.testing.assert_close(model.routing_LX[:, 0] / labels_BT.numel(), torch.ones(2, dtype=torch.float64))
+
+
+# ---------------------------------------------------------------- splits
+
+
+@pytest.mark.parametrize("balance", ["sequence", "global_batch"])
+def test_no_split_of_a_batch_changes_its_gradient_or_its_routing(balance):
+    moe = dict(balance=balance, aux_loss_weight=1.0, z_loss_weight=0.1)
+    model, tokens_BT, labels_BT = build(resolved(**moe), "cpu", seed=0), some_tokens(4, T), some_labels(4, T)
+    if balance == "global_batch":
+        for block in model.model.layers:
+            block.mlp.gate.expert_share.copy_(torch.linspace(0.1, 0.9, 6).softmax(0))
+    found = []
+    for parts in ([4], [1, 3], [1, 1, 1, 1]):
+        routing_LX = torch.zeros(2, 8, dtype=torch.float64)
+        for tokens, labels in zip(tokens_BT.split(parts), labels_BT.split(parts), strict=True):
+            model(tokens, labels).backward()
+            routing_LX += model.routing_LX
+        found.append((gradients(model), routing_LX))
+    for gradient, routing_LX in found[1:]:
+        assert_equal(gradient, found[0][0], atol=3e-5)
+        torch.testing.assert_close(routing_LX, found[0][1], rtol=1e-6, atol=0)
+
+
+def test_router_losses_move_the_gradient_and_not_the_loss():
+    tokens_BT, labels_BT = some_tokens(2, T), some_labels(2, T)
+    losses, grads = [], []
+    for weight in (0.0, 10.0):
+        model = build(resolved(aux_loss_weight=weight, z_loss_weight=weight), "cpu", seed=0)
+        loss_sum = model(tokens_BT, labels_BT)
+        loss_sum.backward()
+        losses.append(loss_sum.item())
+        grads.append(model.model.layers[0].mlp.gate.weight.grad)
+    assert losses[0] == losses[1]
+    assert (grads[0] - grads[1]).abs().max() > 1e-3
+
+
+ENGINES = ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2", "zero3", "fsdp2"))]
+KINDS = [{}, SIGMOID | dict(balance="global_batch")]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", KINDS, ids=["softmax", "sigmoid with bias, over the global batch"])
+def test_two_ranks_of_every_engine_train_as_one_process(engine, kind):
+    """Loss, norm, weights and the routers' biases and shares, after five steps."""
+    model = shrink(resolved(**kind | dict(aux_loss_weight=0.1, z_loss_weight=0.01)))
+    case = Case(EngineConfig(name=engine, precision="fp32", keep_whole_below=100), ranks=2, micro_batch=2, sequences=8)
+    (outcome,) = prove(model, [case], 1.0, 0)
+    assert outcome.proved, outcome
+
+
+# ---------------------------------------------------------------- experts
+
+
+@pytest.mark.parametrize("ends", [[3, 3, 10, 12], [0, 0, 0, 12], [12, 12, 12, 12]], ids=str)
+def test_a_grouped_product_is_one_product_for_each_group_and_so_is_its_gradient(ends):
+    generator = torch.Generator().manual_seed(0)
+    rows_PD, weight_EFD = torch.randn(12, 8, generator=generator), torch.randn(4, 16, 8, generator=generator)
+    results = []
+    for ours in (True, False):
+        rows, weight = rows_PD.clone().requires_grad_(), weight_EFD.clone().requires_grad_()
+        if ours:
+            out_PF = grouped_product(rows, weight, torch.tensor(ends, dtype=torch.int32))
+        else:
+            starts = [0, *ends]
+            out_PF = torch.cat([rows[starts[e] : ends[e]] @ weight[e].T for e in range(4)])
+        out_PF.sum().backward()  # a gradient of stride 0
+        results.append((out_PF, rows.grad, weight.grad))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
+def test_the_looped_product_is_that_of_the_kernel():
+    ends_E = torch.tensor([4, 4, 32, 64], dtype=torch.int32)
+    rows_PD, weight_EFD = torch.randn(64, 16).bfloat16(), torch.randn(4, 32, 16).bfloat16()
+    expected = F.grouped_mm(rows_PD, weight_EFD.transpose(1, 2), offs=ends_E)
+    torch.testing.assert_close(grouped_product(rows_PD, weight_EFD, ends_E), expected)
+
+
+def test_no_token_is_dropped_even_if_all_go_to_one_expert():
+    config = resolved(num_experts_per_tok=1, norm_topk_prob=False)
+    experts = Experts(config)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    hidden_ND = torch.randn(50, 32)
+    out_ND = experts(hidden_ND, torch.full((50, 1), 4), torch.full((50, 1), 0.5))
+    gate_NF, up_NF = (hidden_ND @ experts.gate_up_proj[4].T).chunk(2, dim=1)
+    torch.testing.assert_close(out_ND, 0.5 * (F.silu(gate_NF) * up_NF) @ experts.down_proj[4].T)
+
+
+@pytest.mark.parametrize("how", ["full", "selective"])
+def test_recomputation_changes_no_bit_and_counts_no_token_twice(how):
+    window = [Batch(some_tokens(2, T, seed=seed), some_labels(2, T), None) for seed in range(2)]
+    seen = []
+    for what in ("none", how):
+        engine = engine_of(resolved(**SIGMOID, balance="global_batch"), activation_checkpointing=what)
+        result = train_step(engine, window, 1e-2, [0])
+        seen.append((result.routing_LX, [tensor.clone() for tensor in engine.model.state_dict().values()]))
+    assert torch.equal(seen[0][0], seen[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(seen[0][1], seen[1][1], strict=True))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_have_no_graph_break_and_the_same_gradients():
+    tokens_BT, labels_BT = some_tokens(2, T), some_labels(2, T)
+    for kind in KINDS:
+        found = []
+        for compiled in (False, True):
+            model = build(resolved(**kind), "cpu", seed=0)
+            for block in model.model.layers if compiled else []:
+                block.compile(fullgraph=True, dynamic=False)
+            model(tokens_BT, labels_BT).backward()
+            found.append((gradients(model), model.routing_LX))
+        assert_equal(found[1][0], found[0][0], atol=1e-4)
+        torch.testing.assert_close(found[1][1], found[0][1])
+
+
+def test_bf16_keeps_the_router_in_fp32():
+    model = build(resolved(), "cpu", seed=0)
+    seen = {}
+    gate = model.model.layers[0].mlp.gate
+    gate.register_forward_hook(lambda module, arguments, out: seen.update(weights=out[1].dtype, sums=out[2].aux_sum.dtype))
+    exact, found = model(some_tokens(1, T), some_tokens(1, T)), None
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(some_tokens(1, T), some_tokens(1, T))
+    assert set(seen.values()) == {torch.float32}
+    assert found.item() == pytest.approx(exact.item(), rel=2e-2) and found.item() != exact.item()
+
+
+def test_a_cache_gives_the_logits_of_the_whole_text():
+    config = dataclasses.replace(resolved(), sliding_window=5)
+    model, tokens_BT = build(config, "cpu", seed=0).eval(), some_tokens(2, 12)
+    whole_BTV, cache = model(tokens_BT), KeyValueCache(2, 12)
+    for start, end in [(0, 4), (4, 9), (9, 10), (10, 11), (11, 12)]:
+        logits_BV = model.decode(tokens_BT[:, start:end], cache)
+        torch.testing.assert_close(logits_BV, whole_BTV[:, end - 1], atol=1e-5, rtol=0)
+
+
+# ---------------------------------------------------------------- balance
+
+
+def engine_of(model: ModelConfig, name: str = "adamw", **settings) -> Engine:
+    engine = start_engine(EngineConfig(**settings))
+    engine.prepare(lambda: Transformer(model), lambda m: build_optimizer(m, OptimizerConfig(name=name)), 1.0, 0)
+    return engine
+
+
+def most_loaded(engine: Engine, window: list[Batch], lr: float, steps: int) -> list[float]:
+    """Load of the expert with most tokens, in multiples of an even load, at each step."""
+    loads = []
+    for _ in range(steps):
+        routing_LX = train_step(engine, window, lr, [0]).routing_LX
+        loads.append(routing_figures(routing_LX, 1)["expert_load_max"])
+    return loads
+
+
+@pytest.mark.parametrize(
+    ("kind", "lr"),
+    [
+        (SIGMOID | dict(aux_loss_weight=0, z_loss_weight=0, bias_update_rate=0.02), 0.0),
+        (dict(aux_loss_weight=1.0), 3e-3),
+        (dict(aux_loss_weight=1.0, balance="global_batch"), 3e-3),
+    ],
+    ids=["bias alone", "each sequence", "global batch"],
+)
+def test_every_way_of_balancing_evens_the_load(kind, lr):
+    engine = engine_of(resolved(layers=1, **kind))
+    gate = engine.model.model.layers[0].mlp.gate
+    with torch.no_grad():  # hidden states get a mean, which expert 0 likes
+        engine.model.model.embed_tokens.weight += 0.3
+        gate.weight[0] += 0.05
+    window = [Batch(some_tokens(8, T), some_tokens(8, T, seed=2), None)]
+    loads = most_loaded(engine, window, lr, 60)
+    assert loads[0] > 1.5 and loads[-1] < 1.25, loads
+
+
+def test_the_bias_moves_by_its_rate_towards_experts_with_too_few_tokens_and_not_in_a_skipped_step():
+    model = build(resolved(**SIGMOID), "cpu", seed=0)
+    routing_LX = torch.tensor([[0.0, 0.0, 9, 1, 5, 5, 5, 5], [0.0, 0.0, 1, 1, 1, 1, 1, 7]], dtype=torch.float64)
+    gates = [block.mlp.gate for block in model.model.layers]
+    model.rebalance(routing_LX, torch.tensor(False))
+    assert not any(gate.e_score_correction_bias.any() for gate in gates)
+    model.rebalance(routing_LX, torch.tensor(True))
+    assert gates[0].e_score_correction_bias.tolist() == pytest.approx([-0.01, 0.01, 0, 0, 0, 0])
+    assert gates[1].e_score_correction_bias.tolist() == pytest.approx([0.01] * 5 + [-0.01])
+
+
+def test_over_the_global_batch_the_choices_are_those_of_the_step_before():
+    model = build(resolved(balance="global_batch"), "cpu", seed=0)
+    labels_BT = some_tokens(2, T, seed=2)
+    model(some_tokens(2, T), labels_BT)
+    torch.testing.assert_close(model.routing_LX[:, 0] / (2 * T), torch.ones(2, dtype=torch.float64))  # even shares at first
+    counted_LX = model.routing_LX
+    model.rebalance(counted_LX, torch.tensor(True))
+    model(some_tokens(2, T), labels_BT)
+    for block, counted_X in zip(model.model.layers, counted_LX, strict=True):
+        torch.testing.assert_close(block.mlp.gate.expert_share, (counted_X[2:] / counted_X[2:].sum()).float())
+    assert (model.routing_LX[:, 0] / (2 * T)).min() > 1.001  # the chosen have the larger scores
+
+
+def test_figures_of_the_load_say_what_they_mean():
+    routing_LX = torch.tensor([[20.0, 80, 10, 10, 10, 10], [30.0, 40, 40, 0, 0, 0]], dtype=torch.float64)
+    figures = routing_figures(routing_LX, 20)
+    assert figures == pytest.approx(
+        {"aux_loss": 1.25, "z_loss": 3, "expert_load_max": 4, "expert_load_min": 0, "expert_load_entropy": 0}
+    )
+    assert routing_figures(routing_LX[:1], 20)["expert_load_entropy"] == pytest.approx(1)
+
+
+def test_the_meter_adds_up_ranks_and_applied_steps_and_goes_on_from_a_checkpoint():
+    one, yes, no = torch.tensor(1.0), torch.tensor(True), torch.tensor(False)
+    routing_LX = torch.tensor([[2.0, 4, 3, 1]], dtype=torch.float64)
+    meter = Meter(torch.device("cpu"), 0, 1)
+    meter.add(one.double(), torch.tensor(2), one, yes, routing_LX)
+    state = meter.state(lambda values: values)
+    meter = Meter(torch.device("cpu"), 0, 1, state)
+    meter.add(one.double(), torch.tensor(2), one, no, routing_LX * math.nan)
+    meter.add(one.double(), torch.tensor(2), one, yes, routing_LX)
+    figures = meter.read(lambda values: values)["routing"]
+    assert (figures["aux_loss"], figures["z_loss"], figures["expert_load_max"]) == (1, 2, 1.5)
+    meter.add(one.double(), torch.tensor(2), one, yes, 2 * routing_LX)
+    assert meter.read(lambda values: values)["routing"]["aux_loss"] == 2  # a new interval
+    dense = Meter(torch.device("cpu"), 0, 1)
+    dense.add(one.double(), torch.tensor(2), one, yes)
+    assert dense.read(lambda values: values)["routing"] == {}
+
+
+# ---------------------------------------------------------------- the state
+
+
+def test_biases_and_shares_are_saved_and_come_back(tmp_path):
+    config = resolved(**SIGMOID, balance="global_batch")
+    window = [Batch(some_tokens(4, T), some_labels(4, T), None)]
+    engine = engine_of(config)
+    train_step(engine, window, 1e-2, [0])
+    buffers = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
+    assert len(buffers) == 4 and all(buffer.any() for buffer in buffers.values())
+    saved = checkpoint.save(tmp_path, 1, engine, {})
+    after = train_step(engine, window, 1e-2, [0])
+
+    resumed = engine_of(config)
+    checkpoint.load(saved, resumed)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in resumed.model.named_buffers())
+    again = train_step(resumed, window, 1e-2, [0])
+    assert torch.equal(again.routing_LX, after.routing_LX) and again.loss_sum == after.loss_sum
+
+    model = Transformer(config)
+    checkpoint.load_weights(saved, model)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+
+
+def test_initial_weights_of_experts_and_routers_are_as_documented():
+    config = resolve_model(
+        ModelConfig(hidden_size=128, num_hidden_layers=3, moe=MoeConfig(num_experts=8, moe_intermediate_size=96, **SIGMOID)),
+        vocab_size=V,
+        sequence_length=T,
+    )
+    model = build(config, "cpu", seed=0)
+    mlp = model.model.layers[0].mlp
+    for parameter, expected in [
+        (mlp.experts.gate_up_proj, 128**-0.5),
+        (mlp.experts.down_proj, (96 * 2 * 3) ** -0.5),
+        (mlp.shared_experts.down_proj.weight, (2 * 96 * 2 * 3) ** -0.5),
+        (mlp.gate.weight, 128**-0.5),
+    ]:
+        assert parameter.std().item() == pytest.approx(expected, rel=0.05)
+    assert not mlp.gate.e_score_correction_bias.any()
+
+
+@pytest.mark.parametrize("kind", [{}, SIGMOID], ids=["softmax", "shared"])
+def test_parameters_and_active_parameters_are_counted(kind):
+    config = resolved(**kind)
+    model, counts = build(config, "cpu", seed=0), num_parameters(config)
+    expert = sum(p[0].numel() for p in model.model.layers[0].mlp.experts.parameters())
+    assert counts.total == sum(parameter.numel() for parameter in model.parameters())
+    assert counts.active == counts.total - config.num_hidden_layers * 4 * expert
+    matrices = [p.numel() for name, p in model.named_parameters() if p.ndim > 1 and "embed_tokens" not in name]
+    assert counts.matmul == sum(matrices) - config.num_hidden_layers * 4 * expert
+
+
+def test_muon_takes_each_expert_for_a_matrix_of_its_own():
+    engine = engine_of(resolved(layers=1), name="muon")
+    experts = engine.model.model.layers[0].mlp.experts
+    assert any(parameter is experts.down_proj for parameter in engine.optimizer.param_groups[0]["params"])
+    before_EDF = experts.down_proj.detach().clone()
+    train_step(engine, [Batch(some_tokens(4, T), some_tokens(4, T, seed=2), None)], 1e-1, [0])
+    for update_DF in before_EDF * (1 - 1e-1 * 0.1) - experts.down_proj.detach():
+        sizes = torch.linalg.svdvals(update_DF) / (1e-1 * 0.2 * math.sqrt(32))
+        assert sizes.max() < 1.3 and sizes.median() > 0.5
