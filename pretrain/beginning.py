@@ -76,6 +76,8 @@ class Run:
     """On rank 0."""
     saver: Saver
     spikes: SpikeWatch
+    tokenizer_fingerprint: str | None
+    """Of the tokenizer that the settings name."""
 
     def say(self, text: str) -> None:
         """A line for people, once."""
@@ -96,6 +98,7 @@ def begin_at(
     data: TrainData,
     valid: list[ValidData],
     directory: RunDirectory | None,
+    tokenizer_fingerprint: str | None,
 ) -> tuple[Run, Meter]:
     """The run as it stood at a checkpoint, or at its very beginning."""
     progress, state = Progress(started=time.time()), {}
@@ -127,7 +130,10 @@ def begin_at(
     saver = Saver(folder / "checkpoints", engine, config.checkpoint, acknowledge, sinks.say if sinks else print,
                   [found.step] if found else [])  # fmt: skip
     spikes = SpikeWatch(state.get("spikes"))
-    run = Run(config, engine, model, data, valid, folder, total_steps, progress, sinks, directory, saver, spikes)
+    run = Run(
+        config, engine, model, data, valid, folder, total_steps, progress, sinks, directory, saver, spikes,
+        tokenizer_fingerprint,
+    )  # fmt: skip
     return run, Meter(engine.device, engine.rank, engine.world_size, state.get("meter"))
 
 

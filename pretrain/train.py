@@ -202,7 +202,9 @@ def _train(config: Config, engine: Engine, directory: RunDirectory | None, stop:
         directory.write_text("config.yaml", to_yaml(config))
     left_out: tuple[int, skips.Ranges] | None = None
     while True:
-        run, meter = beginning.begin_at(found, config, engine, model_config, data, valid, directory)
+        run, meter = beginning.begin_at(
+            found, config, engine, model_config, data, valid, directory, tokenizer and tokenizer.fingerprint
+        )
         if left_out:
             run.progress.rollbacks, run.progress.skipped_positions = left_out
         with run.sinks or contextlib.nullcontext():
@@ -386,6 +388,7 @@ def _save(run: Run, meter: Meter, val_loss: float | None, last: bool) -> None:
         "settings": to_dict(run.config),
         "data": run.data.fingerprint,
         "quarantine": run.data.quarantine.ranges,
+        "tokenizer": run.tokenizer_fingerprint,
         "val_loss": val_loss,
         "wandb_id": run.sinks.wandb_id if run.sinks else None,
     }

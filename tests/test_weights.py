@@ -1,0 +1,261 @@
+"""Weights move as they are: any stretch of any parameter, from checkpoints and folders, to any engine on any ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from pretrain import huggingface
+from pretrain.config import EngineConfig, OptimizerConfig
+from pretrain.convert import export_run, import_folder
+from pretrain.huggingface import NotOurs
+from pretrain.model.transformer import Transformer
+from pretrain.optim.optimizer import build_optimizer
+from pretrain.run import load_model, open_folder, open_run, open_weights
+from pretrain.runtime.engine import Shard, start_engine
+from pretrain.runtime.manifest import CheckpointError
+from pretrain.weights import DTYPES, FolderWeights, MeanWeights, filler, load_transformer, write_folder
+from tests.models import FAMILIES, V, make_run, model_of
+from tests.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("weights") / "run", model_of("qwen3_moe"), None, steps=(1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def folder(run) -> Path:
+    export_run(run, run.parent / "hf")
+    return run.parent / "hf"
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), [(family, "bf16") for family in FAMILIES] + [("llama", "fp32"), ("dots1", "fp32"), ("dots1", "fp16")]
+)
+def test_a_model_of_transformers_comes_in_and_goes_out_bit_by_bit(family, dtype, tmp_path):
+    """What save_pretrained wrote, through a checkpoint of ours, and out again: the same tensors under the same names."""
+    run = make_run(tmp_path / "run", model_of(family), None)
+    (tmp_path / "hf").mkdir()
+    trained = open_run(run)
+    config = huggingface.to_config(trained.model, str(DTYPES[dtype]).removeprefix("torch."), {})
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    write_folder(tmp_path / "hf", trained.weights, dtype, 10**9)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
+    import_folder(tmp_path / "theirs", tmp_path / "back")
+    written = write_folder_of(tmp_path / "back", tmp_path / "again", dtype)
+    saved = {}
+    for path in sorted((tmp_path / "theirs").glob("*.safetensors")):
+        saved |= load_file(path)
+    assert written.keys() == saved.keys()
+    for name, tensor in saved.items():
+        assert tensor.dtype == written[name].dtype and torch.equal(tensor, written[name]), name
+
+
+def write_folder_of(run: Path, output: Path, dtype: str) -> dict[str, torch.Tensor]:
+    output.mkdir()
+    write_folder(output, open_run(run).weights, dtype, 10**9)
+    return load_file(output / "model.safetensors")
+
+
+@pytest.mark.parametrize("max_file_bytes", [1, 40_000, 10**9])
+def test_files_are_cut_and_indexed_as_transformers_expects(run, tmp_path, max_file_bytes):
+    (tmp_path / "hf").mkdir()
+    trained = open_run(run)
+    files = write_folder(tmp_path / "hf", trained.weights, "bf16", max_file_bytes)
+    assert {path.name: path.stat().st_size for path in (tmp_path / "hf").iterdir()} == {k: v["bytes"] for k, v in files.items()}
+    tensors = {}
+    for path in sorted((tmp_path / "hf").glob("*.safetensors")):
+        assert max_file_bytes == 1 or path.stat().st_size < max_file_bytes + 10_000
+        tensors |= load_file(path)
+    index = tmp_path / "hf" / "model.safetensors.index.json"
+    assert index.exists() == (max_file_bytes < 10**9)
+    if index.exists():
+        content = json.loads(index.read_text())
+        assert content["weight_map"].keys() == tensors.keys()
+        assert content["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_any_stretch_reads_what_the_whole_holds(run, folder):
+    whole = dict(load_transformer(open_run(run).weights).named_parameters())
+    sources = [open_run(run).weights, FolderWeights(folder), MeanWeights([open_run(run, 3).weights])]
+    generator = torch.Generator().manual_seed(0)
+    for name in ("model.layers.1.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj", "model.norm.weight"):
+        values = whole[name].detach().flatten()
+        for _ in range(20):
+            start, stop = sorted(torch.randint(0, len(values) + 1, (2,), generator=generator).tolist())
+            for source in sources:
+                into = torch.full((stop - start,), torch.nan)
+                source.read(name, start, into)
+                assert torch.equal(into, values[start:stop]), (name, start, stop)
+
+
+def loaded_by(paths: list[Path], engine_name: str, target) -> list[tuple[str, int, np.ndarray]]:
+    engine = start_engine(EngineConfig(name=engine_name))
+    engine.prepare(lambda: Transformer(target), lambda model: build_optimizer(model, OptimizerConfig()), 1.0, seed=0)
+    tokens_BT, found = torch.arange(16).view(1, 16) % V, []
+    for path in paths:
+        engine.restore(filler(open_weights(path), target), moments=False)
+        found += [(name, offset, pieces["model"].numpy().copy()) for name, _, offset, pieces in engine.held(saving=False)]
+        found.append(("loss", 0, engine.forward(tokens_BT, tokens_BT, None).detach().view(1).numpy()))
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("engine", "ranks"),
+    [
+        ("zero3", 2),
+        ("fsdp2", 3),
+        pytest.param("ddp", 2, marks=pytest.mark.slow),
+        pytest.param("zero1", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_every_engine_takes_its_share_of_a_folder_and_of_a_run(engine, ranks, run, folder):
+    target = dataclasses.replace(model_of("qwen3_moe"), vocab_size=V + 70)  # more ids, and padding rows
+    whole = {name: parameter.detach() for name, parameter in load_transformer(open_run(run).weights).named_parameters()}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows = whole[name][:V]
+        mean = rows.double().mean(0, keepdim=True).float()
+        whole[name] = torch.cat([rows, mean.expand(70, -1), torch.zeros(512 - V - 70, 48)])
+    seen = {name: torch.zeros(tensor.numel(), dtype=torch.int) for name, tensor in whole.items()}
+    losses = []
+    for name, offset, piece in itertools.chain(*run_ranks(ranks, loaded_by, [folder, run], engine, target)):
+        if name == "loss":
+            losses.append(float(piece[0]))
+            continue
+        wanted = whole[name].flatten()[offset : offset + len(piece)]
+        torch.testing.assert_close(torch.from_numpy(piece), wanted, rtol=0, atol=1e-9)
+        seen[name][offset : offset + len(piece)] += 1
+    assert all((counts >= 2).all() for counts in seen.values()), "from the folder and from the run"
+    assert max(losses) == pytest.approx(min(losses), rel=1e-6)
+
+
+def test_more_ids_change_no_other_ids_logits(run):
+    source = open_run(run).weights
+    target = dataclasses.replace(source.model, vocab_size=V + 10)
+    with torch.device("meta"):
+        larger = Transformer(target)
+    larger.to_empty(device="cpu")
+    with torch.no_grad():
+        fill = filler(source, target)
+        for name, tensor in larger.named_parameters():
+            fill(Shard(f"model/{name}", tuple(tensor.shape), 0, tensor.view(-1)))
+        tokens_BT = torch.arange(32).view(2, 16)
+        before, after = load_transformer(source)(tokens_BT), larger(tokens_BT)
+    assert torch.equal(after[..., :V], before)
+    mean = before.mean(-1, keepdim=True).expand(-1, -1, 10)
+    torch.testing.assert_close(after[..., V:], mean, atol=1e-5, rtol=0)
+
+
+def test_the_mean_of_checkpoints_is_the_mean_of_their_weights(run):
+    each = [dict(load_model(run, step)[1].named_parameters()) for step in (2, 3)]
+    mean = open_run(run, average=2)
+    assert mean.origin == {"run": "run", "step": 3, "mean_of_steps": [2, 3]}
+    for name, parameter in load_transformer(mean.weights).named_parameters():
+        wanted = ((each[0][name].double() + each[1][name].double()) / 2).float()
+        assert torch.equal(parameter, wanted)
+    assert open_run(run, 2, average=2).origin["mean_of_steps"] == [1, 2]
+    with pytest.raises(CheckpointError, match="has fewer than 4 checkpoints up to step 3; it has: 3, 2, 1"):
+        open_run(run, average=4)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def strange(path: Path, change) -> None:
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def cut(path: Path) -> None:
+    file = path / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def as_int8(path: Path) -> None:
+    strange(path, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.int8)}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"), "pickled weights .* never opened"),
+        (cut, "does not lie where its header says; was the file cut off"),
+        (lambda path: (path / "model.safetensors").write_bytes(b"\xff" * 100), "its header claims"),
+        (as_int8, "has dtype I8; allowed: F32, BF16, F16"),
+        (lambda path: strange(path, lambda t: t.pop("lm_head.weight")), r"lm_head.weight must have shape .* it is missing"),
+        (
+            lambda path: strange(path, lambda t: t.update(extra=torch.zeros(1))),
+            "1 tensors that .* does not have, such as extra",
+        ),
+        (
+            lambda path: (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}'),
+            "'../x.safetensors', which is not a file of this folder",
+        ),
+        (lambda path: (path / "model.safetensors.index.json").write_text("{}"), "cannot be read"),
+    ],
+)
+def test_a_folder_that_cannot_be_the_model_is_refused_in_words(damage, message, folder, tmp_path):
+    shutil.copytree(folder, copy := tmp_path / "hf")
+    open_folder(copy)
+    damage(copy)
+    with pytest.raises(NotOurs, match=message):
+        open_folder(copy)
+
+
+def test_weights_of_another_model_are_refused(run):
+    source = open_run(run).weights
+    for change in (dict(rope_theta=5e5), dict(hidden_size=96), dict(vocab_size=V - 1), dict(qk_norm=False)):
+        with pytest.raises(NotOurs, match=f"of another model: .*{next(iter(change))} is"):
+            filler(source, dataclasses.replace(source.model, **change))
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.slow
+def test_writing_holds_a_few_megabytes_whatever_the_model(tmp_path):
+    """1.5 GiB of weights in each direction, under a peak that lies 0.5 GiB above that of a tiny model."""
+    peaks = [peak_of_conversion(tmp_path / str(width), width) for width in (64, 2048)]
+    assert peaks[1] - peaks[0] < 0.5 * 2**30, peaks
+
+
+def peak_of_conversion(folder: Path, width: int) -> int:
+    """Bytes at the peak of a process that writes a folder and reads it back into a checkpoint; nothing is compared."""
+    code = f"""
+import resource, sys, torch
+from pathlib import Path
+from pretrain import convert, weights
+from pretrain.run import Trained
+from tests.models import model_of
+
+class Ones:
+    model = model_of("llama", hidden_size={width}, num_hidden_layers=6, head_dim=64, vocab_size=32000)
+
+    def read(self, name, start, into):
+        into.fill_(0.25)
+
+convert.certify = lambda *rest: {{}}
+out = Path({str(folder)!r})
+convert.export(Trained(Ones(), None, None, False, None, {{}}), out / "hf", "bf16", 10**9)
+convert.import_folder(out / "hf", out / "back")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."})
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1])
