@@ -121,6 +121,21 @@ def test_the_cloud_configurations_run_to_their_end_with_the_model_shrunk(tmp_pat
 
 
 @pytest.mark.slow
+def test_the_cloud_mixture_of_experts_runs_to_its_end_with_the_model_shrunk(tmp_path):
+    flags = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    records = launch(tmp_path, "accelerate", "cloud_moe", *(w for k, v in flags.items() for w in (f"--model.moe.{k}", str(v))))
+    shown = losses(records)
+    assert len(shown) == 10 and shown[0] == pytest.approx(4.852, rel=0.02) and shown[-1] < shown[0]
+    assert records[-2]["stuck_parameters"] == records[-2]["diverged_ranks"] == 0 and "val_loss" in records[-1]
+    for record in records:
+        if "loss" in record:
+            assert 0.9 < record["aux_loss"] < 1.5 and record["z_loss"] > 0
+            assert (
+                0 <= record["expert_load_min"] < 1 < record["expert_load_max"] < 4 and 0.8 < record["expert_load_entropy"] < 1
+            )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", list(LAUNCHERS))
 def test_every_launcher_and_engine_gives_the_same_losses_whatever_the_environment_says(tmp_path, launcher):
     expected = losses(launch(tmp_path / "expected", "python", "cloud", "--engine.name", "ddp"))
@@ -232,5 +247,5 @@ def test_every_engine_setting_is_documented():
 
 
 def test_the_cloud_configurations_fit_their_ranks():
-    for config, ranks in (("cloud", 8), ("cloud_zero3", 8), ("cloud_zero3", 64)):
+    for config, ranks in (("cloud", 8), ("cloud_moe", 8), ("cloud_zero3", 8), ("cloud_zero3", 64)):
         load(["--config", str(ROOT / "configs" / f"{config}.yaml")], world_size=ranks)
