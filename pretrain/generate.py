@@ -13,6 +13,8 @@ from torch import Tensor
 from pretrain.model.attention import KeyValueCache
 from pretrain.model.transformer import Transformer
 
+_NOT_FINITE = "the model's logits are not finite: its weights are damaged or it has diverged"
+
 
 def generate(
     model: Transformer,
@@ -27,43 +29,88 @@ def generate(
 ) -> Iterator[int]:
     """New ids, each as soon as it is chosen; ends after max_new_tokens, or before stop_id, which is not given out.
 
-    The prompt runs through the model once; after that each token costs one position, the rest comes from the cache.
-    temperature 0 is greedy; top_k keeps the k likeliest ids (0: all), then top_p the fewest that reach probability p (1: all).
-    The same seed gives the same ids. Prompt and new ids together may be longer than any training sample.
+    As `generate_batch` of one prompt. Raises as that does.
+    """
+    steps = generate_batch(
+        model, [prompt_ids], max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop_id=stop_id
+    )
+    return (token for (token,) in steps)
+
+
+def generate_batch(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_id: int | None = None,
+) -> Iterator[list[int | None]]:
+    """The next id of every prompt, step by step; None once a prompt's text has ended (stop_id is not given out). Ends after
+    max_new_tokens steps, or when all texts have ended.
+
+    The prompts run through the model once, all together, shorter ones with padding before them that nothing sees; after that
+    each step costs one position, the rest comes from the cache. temperature 0 is greedy; top_k keeps the k likeliest ids (0:
+    all), then top_p the fewest that reach probability p (1: all). Prompt i draws with seed + i, so the same seed gives the same
+    ids. Prompt and new ids together may be longer than any training sample.
 
     Raises ValueError, on the call, for an empty prompt, ids outside the vocabulary or settings out of range; and while
     generating, when the model's logits are not finite.
     """
     vocab_size = model.config.vocab_size
-    if not prompt_ids or not all(0 <= token < vocab_size for token in prompt_ids):
-        raise ValueError(f"the prompt must hold at least one id, all from 0 to {vocab_size - 1}")
+    if not prompts or not all(prompt and all(0 <= token < vocab_size for token in prompt) for prompt in prompts):
+        raise ValueError(f"a prompt must hold at least one id, all from 0 to {vocab_size - 1}")
     if max_new_tokens < 0 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
             f"got max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k}, top_p {top_p}; "
             "allowed: at least 0, at least 0, at least 0, above 0 and up to 1"
         )
-    return _generate(model, prompt_ids, max_new_tokens, temperature, top_k, top_p, seed, stop_id)
+    generators = [torch.Generator().manual_seed(seed + number) for number in range(len(prompts))]
+
+    def choices(logits_BV: Tensor) -> list[int]:
+        if temperature == 0:
+            tokens = torch.where(
+                logits_BV.isfinite().all(1), logits_BV.argmax(1), -1
+            ).tolist()  # one id a row leaves the device
+            if min(tokens) < 0:
+                raise ValueError(_NOT_FINITE)
+            return tokens
+        rows = logits_BV.float().cpu()
+        return [choose(row, temperature, top_k, top_p, each) for row, each in zip(rows, generators, strict=True)]
+
+    return _generate(model, prompts, max_new_tokens, choices, stop_id)
 
 
-def _generate(model, prompt_ids, max_new_tokens, temperature, top_k, top_p, seed, stop_id) -> Iterator[int]:
+def _generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    choices: Callable[[Tensor], list[int]],
+    stop_id: int | None,
+) -> Iterator[list[int | None]]:
     device = model.model.embed_tokens.weight.device
-    cache = KeyValueCache(model.config.num_hidden_layers, len(prompt_ids) + max_new_tokens)
-    generator = torch.Generator().manual_seed(seed)
-    tokens_BT = torch.tensor([prompt_ids], device=device)
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    padding_B = torch.tensor(padding, device=device) if any(padding) else None
+    cache = KeyValueCache(model.config.num_hidden_layers, longest + max_new_tokens, padding_B)
+    tokens_BT = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)], device=device)
+    ended = [False] * len(prompts)
     for _ in range(max_new_tokens):
         with torch.inference_mode():  # not around the yield: the caller must not run in it
-            logits_V = model.decode(tokens_BT, cache)[0].float().cpu()
-            token = choose(logits_V, temperature, top_k, top_p, generator)
-        if token == stop_id:
+            tokens = choices(model.decode(tokens_BT, cache))
+        ended = [over or token == stop_id for over, token in zip(ended, tokens, strict=True)]
+        if all(ended):
             return
-        yield token
-        tokens_BT = torch.tensor([[token]], device=device)
+        yield [None if over else token for over, token in zip(ended, tokens, strict=True)]
+        tokens_BT = torch.tensor(tokens, device=device)[:, None]
 
 
 def choose(logits_V: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
     """One id from fp32 logits on the CPU; drawn there so that a seed means the same on every device."""
     if not logits_V.isfinite().all():
-        raise ValueError("the model's logits are not finite: its weights are damaged or it has diverged")
+        raise ValueError(_NOT_FINITE)
     if temperature == 0:
         return int(logits_V.argmax())
     if top_k or top_p < 1:

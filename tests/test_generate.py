@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 
@@ -9,10 +10,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
+from pretrain import huggingface
 from pretrain.config import ModelConfig, resolve_model
-from pretrain.generate import choose, generate, stream_text
+from pretrain.generate import choose, generate, generate_batch, stream_text
 from pretrain.model.transformer import Transformer, build
+from pretrain.weights import write_folder
+from tests.models import model_of, stir
 from tests.test_transformer import reference
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -41,6 +46,53 @@ def test_greedy_equals_the_loop_without_a_cache_and_transformers(settings):
         torch.tensor([PROMPT]), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     assert got == theirs[0, len(PROMPT) :].tolist()
+
+
+PROMPTS = [PROMPT, [7], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8, 4, 5, 9], [31, 41, 59]]
+
+
+@pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen3", "qwen3_moe", "dots1"])
+def test_prompts_of_any_length_at_once_equal_each_alone_and_transformers(family, tmp_path):
+    model = build(model_of(family), "cpu", seed=5)
+    stir(model)
+    steps = list(generate_batch(model, PROMPTS, 24, temperature=0))
+    for prompt, got in zip(PROMPTS, zip(*steps, strict=True), strict=True):
+        assert list(generate(model, prompt, 24, temperature=0)) == list(got)
+    theirs = theirs_of(model, tmp_path)
+    longest = max(map(len, PROMPTS))
+    padded_BT = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in PROMPTS])
+    mask_BT = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
+    out_BT = theirs.generate(
+        padded_BT, attention_mask=mask_BT, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert out_BT[:, longest:].tolist() == [list(got) for got in zip(*steps, strict=True)]
+
+
+def theirs_of(model: Transformer, folder):
+    """transformers' model with the same weights."""
+
+    class Source:
+        def __init__(self):
+            self.model = model.config
+
+        def read(self, name, start, into):
+            into.copy_(model.state_dict()[name].flatten()[start : start + len(into)])
+
+    write_folder(folder, Source(), "fp32", 10**9)
+    (folder / "config.json").write_text(json.dumps(huggingface.to_config(model.config, "float32", {})))
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_texts_of_a_batch_end_on_their_own_and_draw_as_if_alone():
+    model = small_model()
+    alone = [list(generate(model, prompt, 20, temperature=2.0, seed=3 + i)) for i, prompt in enumerate(PROMPTS)]
+    steps = list(generate_batch(model, PROMPTS, 20, temperature=2.0, seed=3))
+    assert [list(got) for got in zip(*steps, strict=True)] == alone
+    stop_id = alone[0][4]
+    steps = list(generate_batch(model, PROMPTS, 20, temperature=2.0, seed=3, stop_id=stop_id))
+    for got, whole in zip(zip(*steps, strict=True), alone, strict=True):
+        kept = whole[: whole.index(stop_id)] if stop_id in whole else whole
+        assert list(got) == (kept + [None] * 20)[: len(steps)]
 
 
 def test_same_seed_same_ids_and_the_global_generator_is_left_alone():

@@ -31,9 +31,9 @@ class Places:
     """
 
     cos_TC: Tensor
-    """fp32, (T, C / 2)."""
+    """fp32, (T, C / 2); (B, T, C / 2) where rows begin with padding."""
     sin_TC: Tensor
-    """fp32, (T, C / 2)."""
+    """As cos_TC."""
     visible_BTS: Tensor | None = None
     """True where a query may see a key; None: every key up to its own position (T == S), or all keys (T == 1)."""
     cudnn_first: bool = False
@@ -53,19 +53,26 @@ def places(
     rope_scaling: RopeScalingConfig | None = None,
     sliding_window: int | None = None,
     valid_BT: Tensor | None = None,
+    padding_B: Tensor | None = None,
 ) -> Places:
     """Places of `length` tokens that follow `start` cached ones.
 
     Computed in fp32 for each call, so there is no table to outgrow and no buffer that an engine could cast or forget to fill.
     documents_BT: the document of each token, int; tokens see only their own document. sliding_window: how many tokens a token
-    sees, itself included (Beltagy et al. 2020; as in Mistral 7B). Source: Su et al. 2021 (RoFormer).
+    sees, itself included (Beltagy et al. 2020; as in Mistral 7B). padding_B: tokens at the head of each row that no other token
+    sees; the row's positions count from the token after them. Source: Su et al. 2021 (RoFormer).
     """
     position_T = torch.arange(start, start + length, dtype=torch.float32, device=device)
-    angle_TC = position_T[:, None] * frequencies(head_dim, rope_theta, rope_scaling, device)
+    place_T = position_T if padding_B is None else position_T - padding_B[:, None]
+    angle_TC = place_T[..., None] * frequencies(head_dim, rope_theta, rope_scaling, device)
     visible_BTS = None
     if documents_BT is not None:
         same_document_BTS = documents_BT[:, :, None] == documents_BT[:, None, :]
         visible_BTS = same_document_BTS & _in_sight(position_T, length, sliding_window)
+    elif padding_B is not None:
+        key_S = torch.arange(start + length, device=device)
+        text_BTS = (key_S >= padding_B[:, None])[:, None] | (key_S == position_T[:, None])  # itself, or softmax would be NaN
+        visible_BTS = text_BTS & _in_sight(position_T, start + length, sliding_window)
     elif (start > 0 and length > 1) or (sliding_window is not None and start + length > sliding_window):
         visible_BTS = _in_sight(position_T, start + length, sliding_window)[None]
     # On Hopper 1.7 to 2.3 times as fast as the default flash kernel; slower than it on other generations.
@@ -99,17 +106,20 @@ def _in_sight(position_T: Tensor, keys: int, sliding_window: int | None) -> Tens
 
 def rotate(x_BTHC: Tensor, places: Places) -> Tensor:
     """Rotary embedding in the half-split layout of Hugging Face; computed in fp32, returned in the dtype of x_BTHC."""
-    cos_T1C, sin_T1C = places.cos_TC[:, None], places.sin_TC[:, None]
+    cos_T1C, sin_T1C = places.cos_TC.unsqueeze(-2), places.sin_TC.unsqueeze(-2)
     first, second = x_BTHC.chunk(2, dim=-1)
     rotated = torch.cat((first * cos_T1C - second * sin_T1C, second * cos_T1C + first * sin_T1C), dim=-1)
     return rotated.to(x_BTHC.dtype)
 
 
 class KeyValueCache:
-    """Keys and values of the tokens seen so far, for every layer, in memory taken once for `capacity` tokens."""
+    """Keys and values of the tokens seen so far, for every layer, in memory taken once for `capacity` tokens.
 
-    def __init__(self, layers: int, capacity: int):
-        self.capacity, self.length = capacity, 0
+    padding_B: how many tokens at the head of each row are padding (int64); None: none are.
+    """
+
+    def __init__(self, layers: int, capacity: int, padding_B: Tensor | None = None):
+        self.capacity, self.length, self.padding_B = capacity, 0, padding_B
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * layers
 
     def append(self, layer: int, key_BTKC: Tensor, value_BTKC: Tensor) -> tuple[Tensor, Tensor]:

@@ -129,6 +129,7 @@ class Decoder(nn.Module):
             rope_scaling=config.rope_scaling,
             sliding_window=config.sliding_window,
             valid_BT=valid_BT,
+            padding_B=None if cache is None else cache.padding_B,
         )
         routed = []
         for block in self.layers:
