@@ -6,8 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from pretrain.model.attention import KeyValueCache, attend, places, rotate
+from pretrain.config import RopeScalingConfig
+from pretrain.model.attention import KeyValueCache, attend, frequencies, places, rotate
 
 CPU = torch.device("cpu")
 
@@ -57,15 +60,50 @@ def test_mask_is_same_document_and_not_later():
     assert places(4, 8, 1e4, CPU, documents_BT).visible_BTS.int().tolist() == [expected]
 
 
+@pytest.mark.parametrize("documents", [None, [0, 0, 0, 0, 0, 0, 1, 1, 1]], ids=["one document", "documents"])
+@pytest.mark.parametrize("window", [1, 4, 9, 20])
+def test_a_sliding_window_shows_as_many_tokens_as_it_says_itself_included(window, documents):
+    documents_BT = None if documents is None else torch.tensor([documents])
+    query, key, value = random(1, 9, 4, 8), random(1, 9, 2, 8, seed=1), random(1, 9, 2, 8, seed=2)
+    seen_BTS = torch.zeros(1, 9, 9, dtype=torch.bool)
+    for at in range(9):
+        for key_at in range(max(0, at - window + 1), at + 1):
+            seen_BTS[0, at, key_at] = documents is None or documents[at] == documents[key_at]
+    where = places(9, 8, 1e4, CPU, documents_BT, sliding_window=window)
+    assert where.visible_BTS is not None or window >= 9  # else the fast causal kernel
+    torch.testing.assert_close(attend(query, key, value, where), formula(query, key, value, seen_BTS))
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        dict(kind="linear", factor=4.0),
+        dict(kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192),
+        dict(kind="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=512),
+    ],
+    ids=["linear", "llama 3.1", "short"],
+)
+def test_scaled_frequencies_are_those_of_transformers(scaling, theta):
+    theirs = LlamaConfig(hidden_size=512, num_attention_heads=4, max_position_embeddings=131072)
+    theirs.rope_parameters = {**scaling, "rope_type": scaling["kind"], "rope_theta": theta}
+    expected_C, factor = ROPE_INIT_FUNCTIONS[scaling["kind"]](theirs, CPU)
+    assert factor == 1
+    found_C = frequencies(128, theta, RopeScalingConfig(**scaling), CPU)
+    torch.testing.assert_close(found_C, expected_C, rtol=1e-5, atol=0)
+    assert (found_C != frequencies(128, theta, None, CPU)).any()
+
+
+@pytest.mark.parametrize("window", [None, 3, 5], ids=["all", "window 3", "window 5"])
 @pytest.mark.parametrize("split", [[9], [1] * 9, [4, 5], [3, 1, 5], [8, 1]], ids=str)
-def test_attention_in_pieces_through_the_cache_equals_attention_at_once(split):
+def test_attention_in_pieces_through_the_cache_equals_attention_at_once(split, window):
     query, key, value = random(2, 9, 4, 8), random(2, 9, 2, 8, seed=1), random(2, 9, 2, 8, seed=2)
-    whole = places(9, 8, 1e4, CPU)
+    whole = places(9, 8, 1e4, CPU, sliding_window=window)
     expected = attend(rotate(query, whole), rotate(key, whole), value, whole)
     cache, got = KeyValueCache(layers=1, capacity=9), []
     for length in split:
         part = slice(cache.length, cache.length + length)
-        where = places(length, 8, 1e4, CPU, start=cache.length)
+        where = places(length, 8, 1e4, CPU, start=cache.length, sliding_window=window)
         keys, values = cache.append(0, rotate(key[:, part], where), value[:, part])
         got.append(attend(rotate(query[:, part], where), keys, values, where))
         cache.length += length

@@ -7,9 +7,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from pretrain.config import ModelConfig, resolve_model
+from pretrain.config import ModelConfig, RopeScalingConfig, resolve_model
 from pretrain.model.transformer import Transformer, build
 
 V = 97  # not a multiple of 64: 31 padding rows
@@ -27,11 +34,17 @@ def some_tokens(*shape: int, vocab_size: int = V) -> torch.Tensor:
 def reference(config: ModelConfig, model: Transformer) -> torch.nn.Module:
     """transformers' model with the same weights."""
     kind, settings = (Qwen3ForCausalLM, Qwen3Config) if config.qk_norm else (LlamaForCausalLM, LlamaConfig)
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    rope, extra = {"rope_type": "default", "rope_theta": config.rope_theta}, {}
+    if config.rope_scaling:
+        rope |= {"rope_type": config.rope_scaling.kind, **vars(config.rope_scaling)}
+    if config.sliding_window:
+        kind, settings = (kind, settings) if config.qk_norm else (MistralForCausalLM, MistralConfig)
+        extra = {"sliding_window": config.sliding_window}
+        extra |= {"use_sliding_window": True, "max_window_layers": 0} if config.qk_norm else {}
     names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
     names += " rms_norm_eps tie_word_embeddings max_position_embeddings"
     shapes = {name: getattr(config, name) for name in names.split()}
-    theirs = kind(settings(vocab_size=model.model.embed_tokens.weight.shape[0], rope_parameters=rope, **shapes))
+    theirs = kind(settings(vocab_size=model.model.embed_tokens.weight.shape[0], rope_parameters=rope, **shapes, **extra))
     missing, unexpected = theirs.load_state_dict(model.state_dict(), strict=False)
     assert not unexpected and missing == (["lm_head.weight"] if config.tie_word_embeddings else [])
     return theirs.eval()
@@ -62,6 +75,34 @@ def test_logits_and_gradients_equal_transformers(qk_norm, tied, shape):
         torch.testing.assert_close(
             parameter.grad, expected[name].grad, atol=1e-5, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
         )
+
+
+LLAMA_3_1 = dict(kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(sliding_window=7),
+        dict(sliding_window=7, qk_norm=True),
+        dict(rope_scaling=RopeScalingConfig(**LLAMA_3_1), rope_theta=100.0),
+        dict(rope_scaling=RopeScalingConfig(kind="linear", factor=3.0)),
+    ],
+    ids=["mistral", "qwen3 with a window", "llama 3.1", "linear"],
+)
+def test_windows_and_scaled_places_give_the_logits_and_gradients_of_transformers(settings):
+    config, plain = resolved(**settings), resolved(qk_norm=settings.get("qk_norm", False))
+    model, tokens_BT = build(config, "cpu", seed=0), some_tokens(2, 32)
+    theirs = reference(config, model)
+    logits_BTV = theirs(tokens_BT).logits[..., :V]
+    torch.testing.assert_close(model(tokens_BT), logits_BTV, atol=1e-5, rtol=0)
+    assert (build(plain, "cpu", seed=0)(tokens_BT) - logits_BTV).abs().max() > 1e-2  # the setting matters
+    logits_BTV.logsumexp(-1).mean().backward()
+    model(tokens_BT).logsumexp(-1).mean().backward()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in model.named_parameters():
+        rows = parameter.grad[:V] if name in ("lm_head.weight",) else parameter.grad
+        torch.testing.assert_close(rows, expected[name].grad[: len(rows)], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
