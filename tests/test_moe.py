@@ -261,13 +261,13 @@ def test_compiled_blocks_have_no_graph_break_and_the_same_gradients():
     for kind in KINDS:
         found = []
         for compiled in (False, True):
-            model = build(resolved(**kind), "cpu", seed=0)
+            model = build(resolved(layers=1, **kind), "cpu", seed=0)
             for block in model.model.layers if compiled else []:
                 block.compile(fullgraph=True, dynamic=False)
             model(tokens_BT, labels_BT).backward()
             found.append((gradients(model), model.routing_LX))
         assert_equal(found[1][0], found[0][0], atol=1e-4)
-        torch.testing.assert_close(found[1][1], found[0][1])
+        torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-5, atol=0)
 
 
 def test_bf16_keeps_the_router_in_fp32():
