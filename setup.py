@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 TRANSFORMERS = ["transformers>=5.0", "protobuf"]  # conversion and its tests
+EVALUATION = ["lm-eval[hf]>=0.4.9"]  # launch/evaluate.py --tasks
 TENSORBOARD = ["tensorboard"]
 DEVELOPMENT = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "codespell"]
 
@@ -32,6 +33,7 @@ setup(
     ],
     extras_require={
         "hf": TRANSFORMERS,
+        "eval": TRANSFORMERS + EVALUATION,
         "tensorboard": TENSORBOARD,
         "all": TRANSFORMERS + TENSORBOARD,
         "dev": DEVELOPMENT,

@@ -1,9 +1,14 @@
-"""Continues a text with a trained model: launch/generate.py --run runs/X --prompt TEXT
+"""Continues texts with a trained model.
 
-The text streams to standard output as it is made, the prompt first; tokens per second go to standard error.
+    launch/generate.py --run runs/X --prompt TEXT [--prompt TEXT ...]
+    launch/generate.py --model HF_FOLDER --prompts-file FILE --output FILE.jsonl
+
+Prompts run through the model together, --batch-size at a time. The texts stream to standard output in the order of the prompts,
+each begun with its prompt; tokens per second go to standard error. With --temperature 0 they are those of transformers.
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -14,25 +19,61 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # else `import pretrain`
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="folder of a run, runs/<name>")
-    parser.add_argument("--step", help="a checkpoint's step, or best (lowest validation loss); default: the newest")
-    parser.add_argument("--prompt", required=True, help="text to continue; empty: begin a new document")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, help="folder of a run, runs/<name>")
+    source.add_argument("--model", type=Path, help="Hugging Face folder")
+    parser.add_argument("--step", help="--run: a checkpoint's step, or best (lowest validation loss); default: the newest")
+    parser.add_argument(
+        "--prompt", action="append", default=[], help="text to continue; empty: begin a new document; repeatable"
+    )
+    parser.add_argument("--prompts-file", type=Path, help="a prompt a line, or .jsonl with a key prompt")
+    parser.add_argument("--output", type=Path, help="write {prompt, text} a line to this new file instead of standard output")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts at a time (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="longest continuation in tokens (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=0, help="choose among the k likeliest tokens; 0: all (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="choose among the likeliest that reach p; 1: all (default)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same texts (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda if there is one, else cpu")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], help="of the weights; default: bf16 on a GPU, fp32 on a CPU")
     options = parser.parse_args(argv)
     if options.step not in (None, "best") and not options.step.isdecimal():
         parser.error(f"--step: got {options.step!r}, allowed: a number or best")
+    if options.step and options.model:
+        parser.error("--step belongs to --run: a Hugging Face folder has one model")
+    if not options.prompt and not options.prompts_file:
+        parser.error("give --prompt or --prompts-file")
+    if options.batch_size < 1:
+        parser.error(f"--batch-size: got {options.batch_size}, must be at least 1")
     return options
 
 
-def prompt_tokens(prompt: str, tokenizer, document_mask: bool) -> list[int]:
-    """The prompt as the model met text in training: a document follows the end of another, unless a mask hides it."""
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    """All prompts, those of the file last. Raises ValueError, OSError."""
+    path, prompts = options.prompts_file, list(options.prompt)
+    if path is None:
+        return prompts
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if path.suffix != ".jsonl":
+        return prompts + lines
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompts.append(json.loads(line)["prompt"] + "")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{path}:{number}: is no object with a text "prompt" ({error})') from None
+    return prompts
+
+
+def prompt_tokens(prompt: str, trained, tokenizer) -> list[int]:
+    """The prompt as the model met text in training: a document follows the end of another, unless a mask hides it. For a
+    Hugging Face folder, as transformers gives it to the model."""
+    end = tokenizer.end_of_document_id
+    if trained.config is None:
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(trained.tokenizer / "tokenizer.json")).encode(prompt).ids or [end]
     ids = tokenizer.encode(prompt)
-    return ids if ids and document_mask else [tokenizer.end_of_document_id, *ids]
+    return ids if ids and trained.document_mask else [end, *ids]
 
 
 def pick_device(name: str | None):
@@ -47,50 +88,67 @@ def pick_device(name: str | None):
     return device
 
 
-def run(options: argparse.Namespace) -> None:
-    """Loads, generates, prints. Raises ValueError and its like with a sentence for the user."""
+def texts(options: argparse.Namespace, made: list[int]) -> Iterator[tuple[str, Iterator[str]]]:
+    """(prompt, its continuation in pieces), in order; `made` counts the new tokens. Raises ValueError and its like."""
     from pretrain.data.tokenizer import Tokenizer
-    from pretrain.generate import generate, stream_text
-    from pretrain.run import load_model
+    from pretrain.generate import generate_batch, ids_of_each, stream_text
+    from pretrain.run import open_folder, open_run
+    from pretrain.weights import DTYPES, load_transformer
 
-    device = pick_device(options.device)
-    config, model = load_model(options.run, int(options.step) if (options.step or "").isdecimal() else options.step)
-    if config.tokenizer.path is None:
-        raise ValueError(f"{options.run}: trained without a tokenizer (tokenizer.path), so it cannot read a prompt")
-    tokenizer = Tokenizer.load(Path(config.tokenizer.path))
-    prompt_ids = prompt_tokens(options.prompt, tokenizer, config.data.document_mask)
-    new_ids = generate(
-        model.to(device),
-        prompt_ids,
-        options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-        stop_id=tokenizer.end_of_document_id,
-    )
-    made = 0
+    device, prompts = pick_device(options.device), read_prompts(options)
+    trained = open_run(options.run, options.step) if options.run else open_folder(options.model)
+    if trained.tokenizer is None:
+        raise ValueError(f"{options.run or options.model}: has no tokenizer (tokenizer.path), so it cannot read a prompt")
+    tokenizer = Tokenizer.load(trained.tokenizer)
+    dtype = DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    model = load_transformer(trained.weights).to(device, dtype)
 
-    def counted() -> Iterator[int]:
-        nonlocal made
-        for token in new_ids:
-            made += 1
+    def counted(ids: Iterator[int]) -> Iterator[int]:
+        for token in ids:
+            made[0] += 1
             yield token
 
-    started = time.perf_counter()
-    print(options.prompt, end="", flush=True)
-    for piece in stream_text(tokenizer.decode, prompt_ids, counted()):
-        print(piece, end="", flush=True)
-    seconds = time.perf_counter() - started
-    print(flush=True)
-    print(f"{made} tokens in {seconds:.1f} s, {made / seconds:.1f} tokens/s", file=sys.stderr)
+    for first in range(0, len(prompts), options.batch_size):
+        batch = prompts[first : first + options.batch_size]
+        batch_ids = [prompt_tokens(prompt, trained, tokenizer) for prompt in batch]
+        steps = generate_batch(
+            model,
+            batch_ids,
+            options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed + first,
+            stop_id=tokenizer.end_of_document_id,
+        )
+        for prompt, prompt_ids, ids in zip(batch, batch_ids, ids_of_each(steps, len(batch)), strict=True):
+            yield prompt, stream_text(tokenizer.decode, prompt_ids, counted(ids))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Loads, generates, prints. Raises ValueError and its like with a sentence for the user."""
+    made, seconds = [0], 0.0
+    output = options.output.open("x", encoding="utf-8") if options.output else None
+    for number, (prompt, pieces) in enumerate(texts(options, made)):
+        started = time.perf_counter()
+        if output:
+            print(json.dumps({"prompt": prompt, "text": "".join(pieces)}, ensure_ascii=False), file=output, flush=True)
+        else:
+            print("\n" * (number > 0) + prompt, end="", flush=True)
+            for piece in pieces:
+                print(piece, end="", flush=True)
+            print(flush=True)
+        seconds += time.perf_counter() - started
+        if output and sys.stderr.isatty():
+            print(f"\r{number + 1} texts, {made[0] / seconds:.1f} tokens/s", end="", file=sys.stderr, flush=True)
+    print(f"{made[0]} tokens in {seconds:.1f} s, {made[0] / seconds:.1f} tokens/s", file=sys.stderr)
 
 
 def main() -> int:
     """-> exit status: 0 done, 2 refused, 130 interrupted."""
     options = parse(sys.argv[1:])
     from pretrain.config import ConfigError  # after the flags are known to be right: torch takes seconds
-    from pretrain.runtime.checkpoint import CheckpointError
+    from pretrain.runtime.manifest import CheckpointError
 
     try:
         run(options)

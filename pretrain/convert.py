@@ -32,7 +32,7 @@ _NOT_OF_A_TOKENIZER = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", 
 _OF_A_MODEL = ("config.json", "generation_config.json", "certificate.json")
 
 
-class ConversionError(Exception):
+class ConversionError(ValueError):
     """Nothing was written; the message says why."""
 
 
@@ -100,6 +100,7 @@ def _write_settings(folder: Path, trained: Trained, dtype: str) -> None:
         from transformers import AutoTokenizer
 
         _copy_tokenizer(trained.tokenizer, folder)
+        _begin_as_trained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         special = {name: getattr(tokenizer, name) for name in special}
     name = str(DTYPES[dtype]).removeprefix("torch.")
@@ -115,6 +116,15 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copytree(path, folder / path.name)
         elif path.is_file() and not ours:
             shutil.copyfile(path, folder / path.name)
+
+
+def _begin_as_trained(folder: Path) -> None:
+    """Our tokenizers have a <|bos|> that no data of ours holds; a text begins after the end of another. Programs that put the
+    tokenizer's first token before a text (lm-eval does) must put that one, or they measure a model that saw a stranger."""
+    if (folder / "tokenizer_info.json").is_file():
+        path = folder / "tokenizer_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(config | {"bos_token": config["eos_token"]}, indent=1) + "\n", encoding="utf-8")
 
 
 def import_folder(source: Path, output: Path) -> None:

@@ -5,13 +5,20 @@ Sums of nats over sums of labels, divided last; the last partial window and the 
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 
 import torch
 
-from pretrain.data.batches import ValidData
+from pretrain.config import DataConfig
+from pretrain.data.batches import ValidData, open_valid
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.model.transformer import Transformer
 from pretrain.report.metrics import bits_per_byte, perplexity
+from pretrain.run import Trained
 from pretrain.runtime.engine import Engine
+from pretrain.weights import filler
 
 
 class Stopped(Exception):
@@ -47,6 +54,50 @@ def evaluate(
     if len(sets) > 1:
         figures |= {f"val_loss/{data.name}": nats / count for data, (nats, count) in zip(sets, sums, strict=True)}
     return figures
+
+
+def score(
+    engine: Engine,
+    trained: Trained,
+    data: DataConfig,
+    micro_batch_size: int,
+    max_samples: int | None = None,
+    beat: Callable[[int, int], None] = lambda done, total: None,
+) -> list[dict]:
+    """A trained model on the validation sets of `data`: {"source", "samples", "loss", "perplexity", "bits_per_byte"} for each
+    of them, and last for all of them together ("all"). bits_per_byte is missing where nobody knows the bytes of the text.
+
+    A collective; the model is spread over the ranks as the engine does it. beat: called with the micro-batches done and all of
+    them. Raises DataError, and what reading the weights raises.
+    """
+    ids = trained.model.vocab_size
+    if trained.tokenizer is not None:
+        ids = min(ids, Tokenizer.load(trained.tokenizer).vocab_size)  # published models often have a few more
+    sets = open_valid(data, seed=0, vocab_size=ids, tokenizer_fingerprint=trained.tokenizer_fingerprint)
+    engine.prepare(
+        lambda: Transformer(trained.model),
+        lambda model: torch.optim.SGD(model.parameters(), lr=0.0),  # never steps, and keeps nothing
+        0.0,
+        seed=0,
+        fill=filler(trained.weights, trained.model),
+    )
+    samples = [min(each.num_samples, max_samples or each.num_samples) for each in sets]
+    rounds = sum(math.ceil(count / (micro_batch_size * engine.world_size)) for count in samples)
+    done = itertools.count()
+
+    def requests() -> list[int]:
+        beat(next(done), rounds)
+        return [0]
+
+    figures = evaluate(engine, sets, micro_batch_size, max_samples, requests)
+    rows = []
+    for each, count in zip(sets, samples, strict=True):
+        loss = figures.get(f"val_loss/{each.name}", figures["val_loss"])
+        rows.append({"source": each.name, "samples": count, "loss": loss, "perplexity": perplexity(loss)})
+        if each.bytes_per_token:
+            rows[-1]["bits_per_byte"] = bits_per_byte(loss, each.bytes_per_token)
+    whole = {name: figures[f"val_{name}"] for name in ("loss", "perplexity", "bits_per_byte") if f"val_{name}" in figures}
+    return [*rows, {"source": "all", "samples": sum(samples), **whole}]
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ It knows the model's `decode` and ids; `stream_text` knows how ids become text. 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -121,6 +122,15 @@ def choose(logits_V: Tensor, temperature: float, top_k: int, top_p: float, gener
         probability_V[before_V >= top_p] = 0.0
     drawn = int(torch.multinomial(probability_V, 1, generator=generator))
     return int(ids_V[drawn]) if top_k or top_p < 1 else drawn
+
+
+def ids_of_each(steps: Iterator[list[int | None]], prompts: int) -> list[Iterator[int]]:
+    """What `generate_batch` gives, as one iterator for each prompt; reading one on makes the next step of all."""
+
+    def ids(number: int, copy: Iterator[list[int | None]]) -> Iterator[int]:
+        return itertools.takewhile(lambda token: token is not None, (step[number] for step in copy))
+
+    return [ids(number, copy) for number, copy in enumerate(itertools.tee(steps, prompts))]
 
 
 def stream_text(decode: Callable[[list[int]], str], prompt_ids: list[int], new_ids: Iterable[int]) -> Iterator[str]:

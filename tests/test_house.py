@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import re
 import runpy
@@ -238,6 +239,8 @@ def test_every_direct_dependency_is_pinned_once_for_every_python(python):
 def test_the_installed_versions_are_the_pinned_ones():
     for each in constraints():
         if not each.marker or each.marker.evaluate():
+            if each.name == "lm-eval" and not importlib.util.find_spec("lm_eval"):
+                continue  # the extra `eval` is no part of `all`: three dozen libraries for one flag
             installed = metadata.version(each.name)
             assert each.specifier.contains(installed), f"{each.name} {installed} is installed, {each} is pinned: make install"
 

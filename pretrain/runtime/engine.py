@@ -107,8 +107,10 @@ class Engine:
         make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         grad_clip: float,
         seed: int,
+        fill: Callable[[Shard], None] | None = None,
     ) -> None:
-        """Builds the model, spreads it, and gives it the initial weights of `seed`: the same under every engine.
+        """Builds the model, spreads it, and gives it the initial weights of `seed`: the same under every engine; or those with
+        which `fill` fills each piece that this rank holds.
 
         make_model: the model without values; it is called on the meta device, so that no rank ever holds more than its engine
         keeps there. make_optimizer: over the model's parameters. grad_clip: largest norm of the full gradient; 0 is off.
@@ -121,7 +123,7 @@ class Engine:
             compile_model(self.model, self.config.compile)
         self._spread(make_optimizer)
         self._settle()
-        self.restore(lambda shard: _draw(self.model, shard, seed), moments=False)
+        self.restore(fill or (lambda shard: _draw(self.model, shard, seed)), moments=False)
 
     def _make(self, make_model: Callable[[], nn.Module]) -> nn.Module:
         with torch.device("meta"):

@@ -1,0 +1,377 @@
+"""From text to a model to a folder to a better model: training goes on from trained weights as any other program's would, and
+what was trained is served and measured without any hand-work."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from pretrain import config as settings
+from pretrain.config import ConfigError, DataConfig, EngineConfig, SourceConfig
+from pretrain.convert import export_run, import_folder
+from pretrain.data import tokenizer as tokenizers
+from pretrain.data.batches import open_train
+from pretrain.data.indexed import TokenFile, TokenWriter
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.evaluate import score
+from pretrain.generate import generate
+from pretrain.optim.schedule import lr_at
+from pretrain.run import load_model, open_folder, open_run
+from pretrain.runtime.engine import start_engine
+from pretrain.train import train
+from pretrain.weights import load_transformer
+from tests.models import V, make_tokenizer
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).parents[1]
+SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards brew dark coffee for nine old men"
+WORDS = SENTENCE.split()
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """A tokenizer, and tokens of 600 small documents for training, 60 for validation."""
+    folder = tmp_path_factory.mktemp("text")
+    tokenizer = Tokenizer.load(make_tokenizer(folder / "tokenizer"))
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 600), ("valid", 60)):
+        with TokenWriter(
+            folder / name,
+            vocab_size=tokenizer.vocab_size,
+            end_of_document_id=tokenizer.end_of_document_id,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            tokenizer_path=str(folder / "tokenizer"),
+            shuffled=True,
+        ) as writer:
+            for _ in range(count):
+                document = " ".join(rng.choice(WORDS, rng.integers(5, 30)))
+                ids = [*tokenizer.encode(document), tokenizer.end_of_document_id]
+                writer.add(np.array(ids), [len(ids)], len(document.encode()))
+            writer.finish({"inputs": ["test"], "sha256": "0"})
+    return folder
+
+
+def flags(text: Path, runs: Path, name: str, steps: int, *more: str) -> list[str]:
+    given = {
+        "run.name": name,
+        "run.directory": str(runs),
+        "tokenizer.path": str(text / "tokenizer"),
+        "data.train": f"[{{path: {text / 'train'}}}]",
+        "data.valid": f"[{{path: {text / 'valid'}}}]",
+        "data.sequence_length": str(LENGTH),
+        "batch.global_batch_size": "8",
+        "batch.micro_batch_size": "4",
+        "train.max_steps": str(steps),
+        "optimizer.lr": "3e-3",
+        "log.every_steps": "1",
+        "checkpoint.every_steps": "10",
+        "checkpoint.keep_last": "4",
+    }
+    return [word for key, value in given.items() for word in (f"--{key}", value)] + list(more)
+
+
+SMALL = ["--model.hidden_size", "48", "--model.num_hidden_layers", "2", "--model.num_attention_heads", "4"]
+SMALL += ["--model.num_key_value_heads", "2", "--model.qk_norm", "true"]
+
+
+def train_here(argv: list[str]) -> int:
+    return train(settings.load(argv, world_size=int(os.environ.get("WORLD_SIZE", 1))))
+
+
+def losses(run: Path) -> list[float]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def base(text, tmp_path_factory) -> Path:
+    """A run of 40 steps, with checkpoints of 10, 20, 30 and 40."""
+    runs = tmp_path_factory.mktemp("runs")
+    assert train_here(flags(text, runs, "base", 40, *SMALL)) == 0
+    return runs / "base"
+
+
+@pytest.fixture(scope="module")
+def folder(base) -> Path:
+    export_run(base, base.parent / "hf")
+    return base.parent / "hf"
+
+
+# ---------------------------------------------------------------- going on
+
+
+def peer_losses(folder: Path, text: Path, steps: int) -> list[float]:
+    """transformers and PyTorch alone: a plain loop on the same batches, with the same rule of what is decayed."""
+    model = AutoModelForCausalLM.from_pretrained(folder).train()
+    embeddings = model.get_input_embeddings().weight
+    decayed = [each for each in model.parameters() if each.ndim > 1 and each is not embeddings]
+    plain = [each for each in model.parameters() if each.ndim == 1 or each is embeddings]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8)
+    tokenizer = Tokenizer.load(text / "tokenizer")
+    data = DataConfig(train=[SourceConfig(path=str(text / "train"))], sequence_length=LENGTH)
+    stream = open_train(data, seed=1234, vocab_size=V, tokenizer_fingerprint=tokenizer.fingerprint)
+    schedule, found = settings.ScheduleConfig(), []
+    for step in range(1, steps + 1):
+        batch = stream.take((step - 1) * 8, 8)
+        loss = F.cross_entropy(model(batch.tokens_BT).logits.flatten(0, 1), batch.labels_BT.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, schedule, 3e-3, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+def test_fifty_steps_from_a_folder_are_those_of_a_plain_loop_of_transformers(folder, text, tmp_path):
+    argv = flags(text, tmp_path, "on", 50, "--model.from_pretrained", str(folder))
+    assert train_here(argv) == 0
+    ours = losses(tmp_path / "on")
+    assert ours == pytest.approx(peer_losses(folder, text, 50), rel=1e-4)
+    assert ours[0] < 0.6 * math.log(V), "the weights are trained ones"
+
+
+def test_a_run_of_ours_a_converted_folder_and_the_folder_begin_alike_on_two_ranks(base, folder, text, tmp_path):
+    import_folder(folder, tmp_path / "converted")
+    firsts = []
+    for number, source in enumerate((folder, base, base / "checkpoints" / "step_00000040", tmp_path / "converted")):
+        engine = ["--engine.name", "fsdp2"] if number == 0 else []
+        argv = flags(text, tmp_path, f"r{number}", 2, "--model.from_pretrained", str(source), *engine)
+        assert (run_ranks(2, train_here, argv) if number == 0 else [train_here(argv)])[0] == 0
+        firsts.append(losses(tmp_path / f"r{number}"))
+    assert np.ptp(firsts, axis=0) == pytest.approx([0, 0], abs=1e-5)
+
+
+def test_a_run_from_a_folder_resumes_from_its_own_checkpoint_when_the_folder_is_gone(folder, text, tmp_path):
+    shutil.copytree(folder, mine := tmp_path / "hf")
+    assert train_here(flags(text, tmp_path / "a", "on", 20, "--model.from_pretrained", str(mine))) == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "on" / "checkpoints" / "step_00000020")
+    shutil.rmtree(mine)
+    resumed = tmp_path / "b" / "on" / "config.yaml"
+    assert train_here(["--config", str(resumed), "--run.directory", str(tmp_path / "b")]) == 0
+    assert losses(tmp_path / "b" / "on") == losses(tmp_path / "a" / "on")
+    with pytest.raises(ConfigError, match=r"model\.from_pretrained: .*is no Hugging Face folder"):
+        settings.load(flags(text, tmp_path, "new", 20, "--model.from_pretrained", str(mine)))
+
+
+def test_a_larger_tokenizer_makes_the_model_larger(base, tmp_path):
+    words = "twenty more pieces come with this text: numbers, letters, sentences, and other things " * 20
+    tokenizers.train([words, SENTENCE * 30], tmp_path / "t", vocab_size=V + 40, describe=dict)
+    argv = ["--model.from_pretrained", str(base), "--tokenizer.path", str(tmp_path / "t"), "--run.directory", str(tmp_path)]
+    argv += ["--data.synthetic.kind", "uniform", "--data.sequence_length", "16", "--train.max_steps", "1"]
+    argv += ["--batch.global_batch_size", "2", "--batch.micro_batch_size", "2", "--optimizer.lr", "1e-12"]
+    assert train_here(argv) == 0
+    _, before = load_model(base)
+    _, after = load_model(tmp_path / "run")
+    assert (before.config.vocab_size, after.config.vocab_size) == (V, V + 40)
+    old, new = before.model.embed_tokens.weight[:V], after.model.embed_tokens.weight
+    torch.testing.assert_close(new[:V], old, atol=1e-9, rtol=0)
+    torch.testing.assert_close(new[V : V + 40], old.mean(0).expand(40, -1), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--model.hidden_size", "64"], "model.hidden_size: is 64, but .* has 48; leave it out, or use another folder"),
+        (["--model.rope_theta", "5e5"], "model.rope_theta: is 500000.0, but .* has 10000.0"),
+        (["--model.head_dim", "null"], None),
+        (["--model.vocab_size", "100"], f"model.vocab_size: is 100, but .* has {V}"),
+        (["--model.vocab_size", "1000"], None),
+        (["--model.moe", "{num_experts: 4}"], "model.moe.num_experts: is 4, but .* has None"),
+        (["--model.qk_norm", "false"], "model.qk_norm: is False, but .* has True"),
+        (["--model.max_position_embeddings", "4096"], None),
+    ],
+)
+def test_settings_that_contradict_the_folder_are_refused_and_others_taken(given, message, folder, text, tmp_path):
+    argv = flags(text, tmp_path, "x", 5, "--model.from_pretrained", str(folder), *given)
+    if message is None:
+        model = settings.load(argv).model
+        assert (model.hidden_size, model.num_hidden_layers, model.qk_norm) == (48, 2, True)
+        return
+    with pytest.raises(ConfigError, match=message):
+        settings.load(argv)
+
+
+# ---------------------------------------------------------------- what was trained is used
+
+
+def test_a_trained_model_is_served_by_the_pipeline_of_transformers(folder, text):
+    served = pipeline("text-generation", model=str(folder))
+    prompt = "the quick brown"
+    found = served(prompt, max_new_tokens=12, do_sample=False)[0]["generated_text"]
+    trained = open_folder(folder)
+    tokenizer = Tokenizer.load(text / "tokenizer")
+    ids = tokenizer.encode(prompt)
+    mine = generate(load_transformer(trained.weights), ids, 12, temperature=0, stop_id=tokenizer.end_of_document_id)
+    assert found == tokenizer.decode([*ids, *mine])
+    assert any(word in found[len(prompt) :].split() for word in WORDS)
+    copied = AutoTokenizer.from_pretrained(folder)
+    assert copied.bos_token_id == copied.eos_token_id == tokenizer.end_of_document_id
+
+
+def score_here(base: Path, text: Path, engine: str) -> list[dict]:
+    trained = open_run(base) if (base / "checkpoints").exists() else open_folder(base)
+    valid = [SourceConfig(path=str(text / name)) for name in ("valid", "train")]
+    engine = start_engine(EngineConfig(name=engine))
+    rows = score(engine, trained, DataConfig(valid=valid, sequence_length=LENGTH), 8)
+    engine.close()
+    return rows
+
+
+def test_a_model_is_measured_alike_from_run_and_folder_on_any_ranks_and_by_transformers(base, folder, text):
+    one = score_here(base, text, "ddp")
+    for rows in (*run_ranks(2, score_here, folder, text, "fsdp2"), score_here(folder, text, "ddp")):
+        for row, expected in zip(rows, one, strict=True):
+            assert row.pop("source") == expected["source"]
+            assert row == pytest.approx({key: value for key, value in expected.items() if key != "source"}, rel=1e-6)
+    model, nats, labels = AutoModelForCausalLM.from_pretrained(folder), 0.0, 0
+    tokens = torch.from_numpy(TokenFile(text / "valid").tokens.astype(np.int64))
+    with torch.inference_mode():
+        for start in range(0, len(tokens) - 1, LENGTH):
+            window = tokens[start : start + LENGTH + 1]
+            nats += F.cross_entropy(model(window[None, :-1]).logits[0], window[1:], reduction="sum").item()
+            labels += len(window) - 1
+    valid = one[0]
+    assert [row["source"] for row in one] == ["valid", "train", "all"]
+    assert valid["loss"] == pytest.approx(nats / labels, rel=1e-5)
+    assert valid["perplexity"] == pytest.approx(math.exp(nats / labels), rel=1e-4)
+    seal = TokenFile(text / "valid").seal
+    assert valid["bits_per_byte"] == pytest.approx(valid["loss"] / math.log(2) * seal.num_tokens / seal.utf8_bytes)
+
+
+def test_the_mean_of_the_last_checkpoints_is_measured_beside_the_last(base, text):
+    data = DataConfig(valid=[SourceConfig(path=str(text / "valid"))], sequence_length=LENGTH)
+    found = []
+    for average in (1, 2):
+        engine = start_engine(EngineConfig(name="ddp"))
+        found.append(score(engine, open_run(base, average=average), data, 8)[0]["loss"])
+        engine.close()
+    assert found[0] != found[1] and abs(found[1] - found[0]) < 0.5
+
+
+# ---------------------------------------------------------------- commands
+
+
+def run_script(monkeypatch, *words: object) -> int:
+    """A command in this process: torch is here already."""
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(words[0]), run_name="__main__")
+    return end.value.code
+
+
+def test_commands_convert_measure_and_write(base, text, tmp_path, monkeypatch, capsys):
+    convert = ("tools/convert_checkpoint.py", "--run", base, "--average", 2, "--dtype", "bf16", "--output", tmp_path / "hf")
+    assert run_script(monkeypatch, *convert) == 0
+    made_from = json.loads((tmp_path / "hf" / "certificate.json").read_text())["made_from"]
+    assert made_from == {"run": "base", "step": 40, "mean_of_steps": [30, 40]}
+    assert run_script(monkeypatch, *convert) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert run_script(monkeypatch, "tools/convert_checkpoint.py", "--model", tmp_path / "hf", "--output", tmp_path / "r") == 0
+
+    output = tmp_path / "figures.json"
+    measured = ("launch/evaluate.py", "--data", text / "valid", "--output", output)
+    assert run_script(monkeypatch, *measured, "--model", tmp_path / "hf") == 0
+    first = json.loads(output.read_text())["loss"]
+    assert "bits/byte" in capsys.readouterr().out and first[0]["source"] == "valid"
+    assert run_script(monkeypatch, *measured, "--run", tmp_path / "r") == 0
+    assert json.loads(output.read_text())["loss"] == first
+
+    capsys.readouterr()
+    words = ("--prompt", "the quick", "--prompt", "seven", "--max-new-tokens", 8, "--temperature", 0)
+    assert run_script(monkeypatch, "launch/generate.py", "--model", tmp_path / "hf", *words) == 0
+    shown = capsys.readouterr()
+    texts = shown.out.rstrip("\n").split("\n\n")
+    assert texts[0].startswith("the quick") and texts[1].startswith("seven") and "tokens/s" in shown.err
+    (tmp_path / "p.jsonl").write_text('{"prompt": "the quick"}\n{"prompt": "seven"}\n')
+    words = ("--prompts-file", tmp_path / "p.jsonl", "--output", tmp_path / "o.jsonl", *words[4:])
+    assert run_script(monkeypatch, "launch/generate.py", "--model", tmp_path / "hf", "--batch-size", 1, *words) == 0
+    lines = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert [line["prompt"] + line["text"] for line in lines] == texts
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tools/convert_checkpoint.py", "--run", "RUN", "--output", "OUT", "--step", "7"], "it has: 40, 30, 20, 10"),
+        (["tools/convert_checkpoint.py", "--run", "OUT", "--output", "OUT2"], "has no checkpoint"),
+        (["tools/convert_checkpoint.py", "--model", "OUT", "--output", "OUT2"], "config.json: cannot be read"),
+        (["tools/convert_checkpoint.py", "--model", "HF", "--output", "OUT2", "--dtype", "bf16"], "belong to --run"),
+        (["launch/evaluate.py", "--model", "HF"], "give --data or --tasks"),
+        (["launch/evaluate.py", "--run", "RUN", "--data", "OUT"], "no token file here"),
+        (["launch/generate.py", "--run", "RUN"], "give --prompt or --prompts-file"),
+        (["launch/generate.py", "--model", "HF", "--prompts-file", "OUT"], "No such file"),
+    ],
+)
+def test_a_command_that_cannot_be_done_says_why_in_a_sentence(words, message, base, folder, tmp_path, monkeypatch, capsys):
+    names = {"RUN": base, "HF": folder, "OUT": tmp_path / "out", "OUT2": tmp_path / "out2"}
+    assert run_script(monkeypatch, *(names.get(word, word) for word in words)) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_several_processes_measure_what_one_does(base, text, tmp_path):
+    measured = ["launch/evaluate.py", "--run", base, "--data", text / "valid", text / "train", "--output"]
+    launchers = {
+        "one": [sys.executable],
+        "two": [ROOT / ".venv/bin/accelerate", "launch", "--config_file", "launch/accelerate/cpu.yaml", "--num_processes", "2"],
+    }
+    found = {}
+    for name, launcher in launchers.items():
+        words = list(map(str, [*launcher, *measured, tmp_path / name]))
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=170)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("bits/byte") == 1
+        found[name] = [row["loss"] for row in json.loads((tmp_path / name).read_text())["loss"]]
+    assert found["one"] == pytest.approx(found["two"], rel=1e-6)
+
+
+def test_tasks_of_lm_eval_are_measured_without_a_network(base, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    questions = [{"q": "the quick brown", "choices": [" fox", " qzj"], "gold": 0} for _ in range(8)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    (tmp_path / "local.yaml").write_text(
+        f"""
+task: local_fox
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "q.jsonl"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: gold
+target_delimiter: ""
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+    )
+    output = tmp_path / "figures.json"
+    words = ["--run", base, "--tasks", "local_fox", "--include-path", tmp_path, "--output", output]
+    assert run_script(monkeypatch, "launch/evaluate.py", *words) == 0
+    assert json.loads(output.read_text())["tasks"]["local_fox"]["acc,none"] == 1.0
+
+
+def test_tasks_without_lm_eval_name_the_extra(base, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else find(name, *rest))
+    assert run_script(monkeypatch, "launch/evaluate.py", "--run", base, "--tasks", "x") == 2
+    assert "pip install 'pretrain[eval]'" in capsys.readouterr().err
