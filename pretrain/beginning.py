@@ -78,6 +78,8 @@ class Run:
     spikes: SpikeWatch
     tokenizer_fingerprint: str | None
     """Of the tokenizer that the settings name."""
+    verdict: str = ""
+    """Kind of the newest verdict on the curve: an alarm is said once, not at every validation."""
 
     def say(self, text: str) -> None:
         """A line for people, once."""

@@ -32,7 +32,7 @@ from pretrain.optim.optimizer import build_optimizer
 from pretrain.optim.schedule import lr_at
 from pretrain.report import diagnose
 from pretrain.report.metrics import Clock, Meter, perplexity
-from pretrain.report.plot import plot_runs
+from pretrain.report.plot import PlotError, plot_runs, read_curves
 from pretrain.runtime.canary import Canary
 from pretrain.runtime.checkpoint import NotFinite
 from pretrain.runtime.engine import Engine, start_engine
@@ -375,6 +375,11 @@ def _evaluate(run: Run, requests: Callable[[], list[int]]) -> tuple[float | None
         return None, stopped.flags
     run.log({"step": run.progress.step, "tokens": run.progress.tokens, **figures})
     run.progress.val_loss = figures["val_loss"]
+    if run.sinks and "jsonl" in config.log.sinks:
+        verdict = _verdict(run)
+        if verdict.is_alarm and verdict.kind != run.verdict:
+            run.say(f"step {run.progress.step}: {verdict.text}")
+        run.verdict = verdict.kind
     return figures["val_loss"], []
 
 
@@ -397,10 +402,20 @@ def _save(run: Run, meter: Meter, val_loss: float | None, last: bool) -> None:
 
 def _finish(run: Run) -> None:
     """The picture and the verdict."""
-    if not run.sinks:
+    if not run.sinks or "jsonl" not in run.config.log.sinks:
         return
     plot_runs([run.folder], run.folder / "plots" / "loss.png")
     run.sinks.image("loss", run.folder / "plots" / "loss.png")
     run.say(f"curve      {run.folder / 'plots' / 'loss.png'}")
-    if run.progress.loss is not None:
-        run.say(f"result     {diagnose.last_word(run.progress.loss, run.progress.val_loss, run.data.reference_lines)}")
+    run.say(f"result     {_verdict(run).text}")
+
+
+def _verdict(run: Run) -> diagnose.Verdict:
+    """What metrics.jsonl says about the run, in one sentence."""
+    try:
+        curves = read_curves(run.folder)
+    except (PlotError, OSError) as error:
+        return diagnose.Verdict("short", str(error))
+    known = [] if run.config.data.synthetic else run.data.passes(run.progress.position)
+    curve = diagnose.Curve(curves.step, curves.loss, curves.val_step, curves.val_loss, max(known, default=math.nan))
+    return diagnose.judge(curve, run.data.reference_lines)

@@ -164,7 +164,7 @@ def test_reference_lines_are_weighted_means_where_all_sources_know_them(tmp_path
     assert data.reference_lines["unigram"] == pytest.approx(expected)
     assert data.reference_lines["uniform"] == math.log(100)
     write_megatron(tmp_path / "foreign", documents())
-    assert set(open_train(config(sources[0], tmp_path / "foreign"), **OPEN).reference_lines) == {"uniform"}
+    assert set(open_train(config(sources[0], tmp_path / "foreign"), **OPEN).reference_lines) == {"uniform", "unigram"}
 
 
 def test_description_says_how_often_each_source_is_read(data):

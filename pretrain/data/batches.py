@@ -21,6 +21,7 @@ import torch
 from pretrain.config import DataConfig, SourceConfig
 
 from . import quarantine
+from .entropy import unigram_entropy
 from .health import unfit
 from .indexed import DataError, TokenFile
 from .order import Order
@@ -52,9 +53,10 @@ class FileSource:
         self.name, self.seal = Path(file.path).name, file.seal
         self.num_tokens = file.num_tokens
         self.num_samples = (file.num_tokens - 1) // sequence_length
-        self.reference_lines = {}
         if file.seal:
             self.reference_lines = {"unigram": file.seal.unigram_entropy_nats, "bigram": file.seal.bigram_entropy_nats}
+        else:
+            self.reference_lines = {"unigram": unigram_entropy(np.unique(file.sample(), return_counts=True)[1])}
 
     def fingerprint(self) -> str:
         """Changes with the content, not with the place."""
