@@ -16,7 +16,7 @@ from pretrain.certificate import Refused, certify
 from pretrain.convert import ConversionError, export_run
 from pretrain.data import tokenizer
 from pretrain.run import open_run
-from tests.models import FAMILIES, V, make_run, make_tokenizer, model_of
+from tests.models import FAMILIES, V, make_run, make_tokenizer, model_of, moe
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +51,22 @@ def test_every_family_is_certified_whole_and_layer_by_layer(family, dtype, tmp_p
             assert found["generation"] == {"tokens": 16, "asked": 16}
         if dtype != "fp32" and scope == "whole":
             assert 0 < abs(found["loss"]["before_rounding"] - found["loss"]["ours"]) < 0.05
+
+
+REAL_WIDTHS = {
+    "llama3": dict(hidden_size=4096, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+                   intermediate_size=14336),
+    "qwen3_moe": dict(hidden_size=2048, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
+                      moe=moe(num_experts=32, num_experts_per_tok=8, moe_intermediate_size=768)),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", REAL_WIDTHS)
+def test_logits_agree_at_real_width(family, tmp_path):
+    run = make_run(tmp_path / "run", model_of(family, **REAL_WIDTHS[family]), None)
+    found = export_run(run, tmp_path / "hf", scope="whole")["compared"]
+    assert found["logits"]["difference"] <= 1e-5
 
 
 # ---------------------------------------------------------------- mutants

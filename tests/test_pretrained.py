@@ -334,7 +334,7 @@ def test_several_processes_measure_what_one_does(base, text, tmp_path):
     measured = ["launch/evaluate.py", "--run", base, "--data", text / "valid", text / "train", "--output"]
     launchers = {
         "one": [sys.executable],
-        "two": [ROOT / ".venv/bin/accelerate", "launch", "--config_file", "launch/accelerate/cpu.yaml", "--num_processes", "2"],
+        "two": [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu.yaml"],
     }
     found = {}
     for name, launcher in launchers.items():
