@@ -96,7 +96,8 @@ class ModelConfig:
     head_dim: int | None = None
     """Size of one head; null: hidden_size / num_attention_heads. Must be even (rotary pairs)."""
     intermediate_size: int | None = None
-    """Width of the SwiGLU feed-forward; null: 8/3 of hidden_size, rounded up to a multiple of 64."""
+    """Width of the SwiGLU feed-forward; null: 8/3 of hidden_size, rounded up to a multiple of 64. With moe: of one expert,
+    where moe.moe_intermediate_size is null."""
     vocab_size: int | None = None
     """Number of token ids V; null: taken from the tokenizer."""
     vocab_multiple: int = 64

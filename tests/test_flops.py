@@ -57,6 +57,17 @@ def test_causal_flops_halve_attention_alone():
     assert 2 * causal - full == 6 * num_parameters(config).matmul
 
 
+@pytest.mark.parametrize("window", [1, 16, 512, 1000])
+def test_a_sliding_window_leaves_its_own_keys_and_no_more(window):
+    config, length = resolved(**SHAPES[1], sliding_window=window), 512
+    products = 6 * num_parameters(config).matmul
+    keys = (flops_per_token(config, length) - products) / (12 * 3 * 64)
+    seen = (flops_per_token(config, length, causal=True) - products) / (12 * 3 * 64)
+    assert keys == min(window, length)
+    mean = sum(min(at + 1, window) for at in range(length)) / length
+    assert mean - 0.5 <= seen <= mean  # a token's own key counts by half, as where there is no window
+
+
 def test_known_model_tinyllama():
     config = resolved(vocab_size=32000, **SHAPES[3])
     assert num_parameters(config).total == 1_100_048_384

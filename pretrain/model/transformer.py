@@ -186,18 +186,17 @@ class Transformer(nn.Module):
         With experts, the gradient of loss_sum is that of loss_sum plus the routers' losses, each times its weight, mean over
         layers, summed over valid tokens as loss_sum is; its value stays the cross-entropy alone.
         """
-        if labels_BT is None:
-            return self._head(self.model(tokens_BT, documents_BT)[0], None)
-        hidden_BTD, routed = self.model(tokens_BT, documents_BT, valid_BT=labels_BT != IGNORED)
-        loss_sum = self._head(hidden_BTD, labels_BT)
-        if not routed:
-            return loss_sum
         moe = self.config.moe
+        valid_BT = None if labels_BT is None or moe is None else labels_BT != IGNORED
+        hidden_BTD, routed = self.model(tokens_BT, documents_BT, valid_BT=valid_BT)
+        out = self._head(hidden_BTD, labels_BT)
+        if not routed:
+            return out
         penalties = (moe.aux_loss_weight * layer.aux_sum + moe.z_loss_weight * layer.z_sum for layer in routed)
         penalty = sum(penalties) / len(routed)
         rows = [torch.cat([layer.aux_sum[None], layer.z_sum[None], layer.tokens_E]) for layer in routed]
         self.routing_LX = torch.stack(rows).detach().double()
-        return loss_sum + (penalty - penalty.detach())
+        return out + (penalty - penalty.detach())
 
     def rebalance(self, routing_LX: Tensor, applied: Tensor) -> None:
         """After a step: what the routers draw from the routing of its global batch (that of all micro-batches and ranks, added
