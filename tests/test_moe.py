@@ -176,6 +176,17 @@ def test_no_split_of_a_batch_changes_its_gradient_or_its_routing(balance):
         torch.testing.assert_close(routing_LX, found[0][1], rtol=1e-6, atol=0)
 
 
+def test_a_step_adds_up_the_routing_of_its_micro_batches():
+    tokens_BT, labels_BT = some_tokens(4, T), some_labels(4, T)
+    found = []
+    for size in (4, 1):
+        engine = engine_of(resolved())
+        window = [Batch(*parts, None) for parts in zip(tokens_BT.split(size), labels_BT.split(size), strict=True)]
+        found.append(train_step(engine, window, 1e-2, [0]).routing_LX)
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+    assert found[0][:, 2:].sum(1).tolist() == [2 * (labels_BT != -100).sum()] * 2
+
+
 def test_router_losses_move_the_gradient_and_not_the_loss():
     tokens_BT, labels_BT = some_tokens(2, T), some_labels(2, T)
     losses, grads = [], []
@@ -329,15 +340,17 @@ def test_every_way_of_balancing_evens_the_load(kind, lr):
     assert loads[0] > 1.5 and loads[-1] < 1.25, loads
 
 
-def test_the_bias_moves_by_its_rate_towards_experts_with_too_few_tokens_and_not_in_a_skipped_step():
-    model = build(resolved(**SIGMOID), "cpu", seed=0)
+def test_biases_move_by_their_rate_towards_experts_with_too_few_tokens_and_nothing_moves_in_a_skipped_step():
+    model = build(resolved(**SIGMOID, balance="global_batch"), "cpu", seed=0)
     routing_LX = torch.tensor([[0.0, 0.0, 9, 1, 5, 5, 5, 5], [0.0, 0.0, 1, 1, 1, 1, 1, 7]], dtype=torch.float64)
     gates = [block.mlp.gate for block in model.model.layers]
     model.rebalance(routing_LX, torch.tensor(False))
     assert not any(gate.e_score_correction_bias.any() for gate in gates)
+    assert all((gate.expert_share == 1 / 6).all() for gate in gates)
     model.rebalance(routing_LX, torch.tensor(True))
     assert gates[0].e_score_correction_bias.tolist() == pytest.approx([-0.01, 0.01, 0, 0, 0, 0])
     assert gates[1].e_score_correction_bias.tolist() == pytest.approx([0.01] * 5 + [-0.01])
+    assert gates[0].expert_share.tolist() == pytest.approx([0.3, 1 / 30, *[1 / 6] * 4])
 
 
 def test_over_the_global_batch_the_choices_are_those_of_the_step_before():
