@@ -270,6 +270,10 @@ class EvaluateConfig:
     """Steps between validations; there is one at the end anyway. 0: only at the end."""
     max_batches: int | None = None
     """At most this many global batches, spread evenly over the set; null: the whole set."""
+    sample_prompts: list[str] = field(default_factory=list)
+    """Beginnings that the model continues after each validation (ddp, zero1, zero2; with tokenizer.path); empty: off."""
+    sample_tokens: int = 40
+    """Most tokens of each continuation; the likeliest one each time."""
 
 
 @dataclass(frozen=True, kw_only=True)

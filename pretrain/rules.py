@@ -16,6 +16,7 @@ def validate(config: Config, world_size: int | None = 1) -> list[Problem]:
     here."""
     problems = [*_check_ranges(config), *_check_model(config.model), *_check_length_of_run(config)]
     problems += _check_engine(config.engine, world_size) + _check_optimizer(config) + _check_experts(config, world_size)
+    problems += _check_sample_prompts(config)
     return problems if world_size is None else problems + _check_batch(config, world_size)
 
 
@@ -29,7 +30,8 @@ _AT_LEAST = {
         model.intermediate_size model.vocab_multiple model.max_position_embeddings data.sequence_length
         data.synthetic.num_samples batch.global_batch_size batch.micro_batch_size schedule.decay_steps train.max_steps
         train.max_tokens train.max_skipped_steps engine.world_size engine.replicas engine.bucket_mib
-        evaluate.max_batches checkpoint.keep_last log.every_steps model.sliding_window model.rope_scaling.factor
+        evaluate.max_batches evaluate.sample_tokens checkpoint.keep_last log.every_steps
+        model.sliding_window model.rope_scaling.factor
         model.rope_scaling.original_max_position_embeddings model.moe.num_experts_per_tok model.moe.moe_intermediate_size""",
     2: "model.vocab_size model.moe.num_experts",
 }
@@ -199,6 +201,20 @@ def _check_experts(config: Config, world_size: int | None) -> list[Problem]:
                     f"{moe.num_experts} ranks share one copy of the weights")
         ]  # fmt: skip
     return []
+
+
+def _check_sample_prompts(config: Config) -> list[Problem]:
+    if not config.evaluate.sample_prompts:
+        return []
+    key, problems = "evaluate.sample_prompts", []
+    if config.engine.name not in ("ddp", "zero1", "zero2"):
+        problems.append(Problem(key, f"needs whole weights on a rank, which engine.name {config.engine.name} does not have; "
+                                "leave it empty, and let launch/generate.py write from checkpoints"))  # fmt: skip
+    if config.tokenizer.path is None:
+        problems.append(Problem(key, "needs tokenizer.path, which is null"))
+    if not (config.data.valid or config.data.synthetic):
+        problems.append(Problem(key, "are continued after validations, and data.valid is empty"))
+    return problems
 
 
 def _check_batch(config: Config, world_size: int) -> list[Problem]:

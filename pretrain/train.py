@@ -26,6 +26,7 @@ from pretrain.data.batches import Batch, open_train, open_valid
 from pretrain.data.indexed import DataError
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.evaluate import Stopped, evaluate
+from pretrain.generate import generate, stream_text
 from pretrain.model import flops
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
@@ -375,6 +376,8 @@ def _evaluate(run: Run, requests: Callable[[], list[int]]) -> tuple[float | None
         return None, stopped.flags
     run.log({"step": run.progress.step, "tokens": run.progress.tokens, **figures})
     run.progress.val_loss = figures["val_loss"]
+    if run.sinks and config.evaluate.sample_prompts:
+        run.log({"step": run.progress.step, "generated": _continuations(run)})
     if run.sinks and "jsonl" in config.log.sinks:
         verdict = _verdict(run)
         if verdict.is_alarm and verdict.kind != run.verdict:
@@ -383,8 +386,31 @@ def _evaluate(run: Run, requests: Callable[[], list[int]]) -> tuple[float | None
     return figures["val_loss"], []
 
 
+@torch.compiler.set_stance("force_eager")  # each length of a text would be compiled anew
+def _continuations(run: Run) -> list[dict[str, str]]:
+    """What the model writes after each of evaluate.sample_prompts; on rank 0, while the others wait in the next collective."""
+    config, model = run.config, run.engine.model
+    tokenizer, made = Tokenizer.load(config.tokenizer.path), []
+    model.eval()
+    try:
+        for prompt in config.evaluate.sample_prompts:
+            ids = [tokenizer.end_of_document_id, *tokenizer.encode(prompt)]
+            with run.engine.autocast():
+                new = list(
+                    generate(model, ids, config.evaluate.sample_tokens, temperature=0, stop_id=tokenizer.end_of_document_id)
+                )
+            made.append({"prompt": prompt, "text": "".join(stream_text(tokenizer.decode, ids, new))})
+    except ValueError as error:  # its logits are not finite
+        made.append({"prompt": "", "text": f"nothing: {error}"})
+    finally:
+        model.train()
+    return made
+
+
 def _save(run: Run, meter: Meter, val_loss: float | None, last: bool) -> None:
     """Starts to save; the last checkpoint of a job is durable when this returns. A collective."""
+    if run.sinks:
+        run.sinks.sync()
     state = {
         "progress": asdict(run.progress),
         "meter": meter.state(run.engine.all_reduce),

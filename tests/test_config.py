@@ -234,3 +234,11 @@ def test_a_model_comes_back_from_the_plain_values_that_a_checkpoint_keeps():
         assert model_from_dict(dataclasses.asdict(model)) == model
     assert model.moe.moe_intermediate_size == 96
     assert model_from_dict({"hidden_size": 64}) == ModelConfig(hidden_size=64)
+
+
+def test_continuing_prompts_needs_whole_weights_a_tokenizer_and_validations():
+    flags = ["--model.vocab_size", "64", "--data.synthetic.kind", "markov", "--train.max_steps", "3"]
+    prompts = ["--evaluate.sample_prompts", "[hello]", "--tokenizer.path", "data/t"]
+    assert load([*flags, *prompts]).evaluate.sample_prompts == ["hello"]
+    assert "evaluate.sample_prompts: needs whole weights on a rank" in problems_of([*flags, *prompts, "--engine.name", "fsdp2"])
+    assert "evaluate.sample_prompts: needs tokenizer.path" in problems_of([*flags, *prompts[:2]])

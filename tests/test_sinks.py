@@ -29,7 +29,7 @@ PRELUDE = """
 import json, math, os, resource, signal, sys, time
 from pathlib import Path
 from pretrain.config import LogConfig, WandbConfig
-from pretrain.report import sinks as module
+from pretrain.report import copies
 from pretrain.report.sinks import Sinks
 
 def open_sinks(*names, resume_step=0, mode="offline", wandb_id=None):
@@ -315,11 +315,11 @@ print("end")
 # ---------------------------------------------------------------- the copies
 
 
-def wandb_history(directory: Path) -> list[dict]:
-    """All history rows of the offline .wandb files: LevelDB's log format around protobuf records."""
+def wandb_rows(directory: Path) -> dict[int, dict]:
+    """What `wandb sync` would send, by step: LevelDB's log format around protobuf records."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    rows = []
+    rows: dict[int, dict] = {}
     for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
         data, offset, parts = path.read_bytes(), 7, b""
         assert data[:4] == b":W&B"
@@ -334,40 +334,99 @@ def wandb_history(directory: Path) -> list[dict]:
                 record, parts = Record.FromString(parts), b""
                 if record.WhichOneof("record_type") == "history":
                     items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-                    rows.append({key: value for key, value in items.items() if not key.startswith("_")})
+                    assert items["_step"] == items["step"] and items["step"] not in rows, "two rows of one step"
+                    rows[items["step"]] = {key: value for key, value in items.items() if not key.startswith("_")}
     return rows
 
 
-def finite(record: dict) -> dict:
-    return {key: value for key, value in record.items() if isinstance(value, int | float) and math.isfinite(value)}
+def by_step(made: list[dict]) -> dict[int, dict]:
+    """All numbers of records, those of a step together, as the copies name them."""
+    rows: dict[int, dict] = {}
+    for record in made:
+        flat = {}
+        for key, value in record.items():
+            flat |= {f"{key}/{name}": each for name, each in value.items()} if isinstance(value, dict) else {key: value}
+        rows.setdefault(record["step"], {}).update(flat)
+    return rows
 
 
-def test_wandb_offline_holds_every_value_of_metrics_jsonl_and_of_the_branch_before_a_resume(tmp_path):
+def finite(rows: dict[int, dict]) -> dict[int, dict]:
+    return {
+        step: {key: value for key, value in row.items() if isinstance(value, int | float) and math.isfinite(value)}
+        for step, row in rows.items()
+    }
+
+
+def test_wandb_offline_holds_the_one_curve_of_metrics_jsonl_before_and_after_a_resume(tmp_path):
     code = """
 def record(step):
     return {"step": step, "loss": 10 / 3 / step, "lr": 1e-3 / step, "tokens": step * 123_456_789_012}
 
-with open_sinks("jsonl", "wandb") as sinks:
+with open_sinks("jsonl", "wandb", "console") as sinks:
     for step in range(1, 61):
         sinks.log(record(step) if step != 7 else {"step": 7, "loss": math.nan, "grad_norm": math.inf})
-    sinks.log({"step": 60, "val_loss": 2.0})
-Path(sys.argv[1], "first.jsonl").write_bytes(Path(sys.argv[1], "metrics.jsonl").read_bytes())
-with open_sinks("jsonl", "wandb", resume_step=50, wandb_id=sinks.wandb_id) as again:
-    for step in range(51, 71):
-        again.log(record(step))
-assert again.wandb_id == sinks.wandb_id
+        if step % 25 == 0:
+            sinks.log({"step": step, "val_loss": 2.0})
+for life in range(2):
+    with open_sinks("jsonl", "wandb", "console", resume_step=50, wandb_id=sinks.wandb_id) as again:
+        for step in range(51, 71):
+            again.log(record(step) | {"loss": 5.5})
+    assert again.wandb_id == sinks.wandb_id
 """
     process = python(
         code, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, variables={"WANDB_API_KEY": "canary" * 7}
     )
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and output == ""
-    first = [json.loads(line) for line in (tmp_path / "first.jsonl").read_text().splitlines()]
-    second = [record for record in records(tmp_path) if record["step"] > 50]
-    rows = wandb_history(tmp_path)
-    assert [finite(row) for row in rows] == [finite(record) for record in first + second]
-    assert rows[6]["step"] == 7 and not math.isfinite(float(rows[6]["loss"]))
+    assert process.returncode == 0 and "Traceback" not in output, output
+    rows = wandb_rows(tmp_path)
+    assert finite(rows) == finite(by_step(records(tmp_path))) and rows[60]["loss"] == 5.5
+    assert rows[25] == {"step": 25, "loss": 10 / 75, "lr": 4e-5, "tokens": 25 * 123_456_789_012, "val_loss": 2.0}
+    assert not math.isfinite(float(rows[7]["loss"]))
+    assert output.count("its new file holds the curve up to step 50") == 2
+    assert len(list((tmp_path / "wandb" / "superseded").iterdir())) == 2
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"canarycanary" in path.read_bytes()]
+
+
+STUB = """
+import types
+class Run:
+    offline, url = False, "https://wandb.example/run"
+    def __init__(self): self.rows, self.axes = [], []
+    def define_metric(self, name, **options): self.axes.append(name)
+    def log(self, row, step): self.rows.append((step, row))
+    def finish(self): print("rows", json.dumps(self.rows), "axes", self.axes)
+calls = []
+def init(**options):
+    calls.append({key: options.get(key) for key in ("mode", "id", "resume", "resume_from")})
+    if "resume_from" in options and REFUSES:
+        raise RuntimeError("rewinding is not enabled for this entity")
+    return Run()
+stub = types.ModuleType("wandb")
+stub.Settings, stub.setup, stub.login = dict, lambda settings: None, lambda **options: True
+stub.init, stub.teardown = init, lambda: None
+sys.modules["wandb"] = stub
+"""
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_wandb_server_is_asked_to_rewind_to_the_checkpoint_and_a_refusal_is_said(tmp_path, refuses):
+    """The order of calls alone: no server can be had here."""
+    code = (
+        f"REFUSES = {refuses}\n{STUB}"
+        + """
+with open_sinks("jsonl", "wandb", "console", mode="online", resume_step=50, wandb_id="abc") as sinks:
+    sinks.log({"step": 51, "loss": 1.5, "tokens": 9})
+print("calls", json.dumps(calls))
+"""
+    )
+    process = python(code, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, variables={"WANDB_MODE": "online"})
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    calls = json.loads(re.search(r"calls (.*)", output)[1])
+    assert calls[0] == {"mode": "online", "id": None, "resume": None, "resume_from": "abc?_step=50"}
+    assert calls[1:] == ([{"mode": "online", "id": "abc", "resume": "allow", "resume_from": None}] if refuses else [])
+    assert ("W&B cannot rewind the run (rewinding is not enabled" in output) == refuses
+    assert 'rows [[51, {"step": 51, "loss": 1.5, "tokens": 9}]]' in output and "'tokens', 'train_hours'" in output
 
 
 @pytest.mark.parametrize("outage", ["refused", "silent"])
@@ -377,7 +436,7 @@ def test_a_wandb_outage_neither_stops_nor_delays_the_run_and_its_records_go_offl
     if outage == "refused":
         server.close()
     code = """
-module.WANDB_START_SECONDS = 1.0
+copies.WANDB_START_SECONDS = 1.0
 start = time.monotonic()
 sinks = open_sinks("jsonl", "wandb", "console", mode="online")
 for step in range(1, 31):
@@ -394,7 +453,7 @@ sinks.close()
     assert process.returncode == 0 and time.monotonic() - began < 30
     assert float(re.search(r"logged in (\S+)", output)[1]) < 0.5
     assert output.count("W&B cannot be reached") == 1 and "Traceback" not in output
-    assert [row["loss"] for row in wandb_history(tmp_path)] == [record["loss"] for record in records(tmp_path)]
+    assert [row["loss"] for row in wandb_rows(tmp_path).values()] == [record["loss"] for record in records(tmp_path)]
 
 
 def test_wandb_without_a_key_asks_nothing_on_a_terminal_and_goes_offline(tmp_path):
@@ -404,7 +463,7 @@ with open_sinks("jsonl", "wandb", "console", mode="online") as sinks:
 """
     output = on_terminal(code, tmp_path, WANDB_MODE="online", WANDB_API_KEY="", HOME=str(tmp_path / "home"))
     assert output.count("no API key") == 1 and "Enter your choice" not in output
-    assert [row["loss"] for row in wandb_history(tmp_path)] == [1.5]
+    assert [row["loss"] for row in wandb_rows(tmp_path).values()] == [1.5]
 
 
 def test_tensorboard_holds_every_value_exactly_and_shows_one_value_a_step_after_a_resume(tmp_path):
@@ -444,3 +503,45 @@ def test_a_picture_reaches_tensorboard(tmp_path):
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(image.width, image.height) for image in events.Images("loss_curve")] == [(9, 8)]
+
+
+def test_texts_that_the_model_writes_are_shown_kept_and_copied(tmp_path, capsys):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with open_sinks(tmp_path, "jsonl", "console", "tensorboard", "wandb") as sinks:
+        sinks.log({"step": 5, "loss": 1.0})
+        sinks.log({"step": 5, "generated": [{"prompt": "def ", "text": "main():"}, {"prompt": "模", "text": "型"}]})
+    assert "step 5 writes: def |main():\nstep 5 writes: 模|型" in capsys.readouterr().out
+    assert records(tmp_path)[1]["generated"][1] == {"prompt": "模", "text": "型"}
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (text,) = events.Tensors("generated/text_summary")
+    assert text.tensor_proto.string_val[0].decode() == "def  | main():\n\n模 | 型"
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/generated_*.json")
+    assert json.loads(table.read_text())["data"] == [["def ", "main():"], ["模", "型"]]
+
+
+def test_the_levels_of_the_data_are_lines_in_the_copies(tmp_path):
+    with open_sinks(tmp_path, "jsonl", "wandb") as sinks:
+        sinks.log({"step": 0, "reference_lines": {"uniform": 8.3, "unigram": 6.5}})
+        for step in (5, 10):
+            sinks.log({"step": step, "val_loss": 7.0})
+    rows = wandb_rows(tmp_path)
+    assert [rows[step]["reference_lines/unigram"] for step in (0, 5, 10)] == [6.5, 6.5, 6.5]
+    assert "reference_lines" not in records(tmp_path)[1]
+
+
+def test_syncing_what_a_full_disk_refuses_is_said_and_not_raised(tmp_path):
+    code = """
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+with open_sinks("jsonl", "console") as sinks:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    sinks.log({"step": 1, "loss": 1.0})
+    sinks.sync()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    sinks.sync()
+"""
+    process = python(code, tmp_path, stdout=subprocess.PIPE)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and output.count("metrics.jsonl is not on the disk yet") == 1
+    assert [record["step"] for record in records(tmp_path)] == [1]

@@ -5,11 +5,12 @@ Knows how records are kept and shown. Knows nothing of models, data or devices: 
 A record is a flat dict with an integer `step`; what else it holds says what it is:
     `loss`       a logging step
     `val_loss`   a validation; `val_loss/<source>` for each source when there are several
+    `generated`  texts that the model wrote: [{"prompt": ..., "text": ...}]
     otherwise    kept without a console line, as the start record {"step": 0, "reference_lines": {"uniform": nats, ...}}
 
 metrics.jsonl is the truth: one JSON object a line, floats to the last bit (`float(repr(x)) == x`). JSON has no NaN, so a
 number that is not finite becomes null and `nonfinite` names it: {"step": 7, "loss": null, "nonfinite": {"loss": "nan"}}.
-W&B and TensorBoard are copies: each is fed by a thread of its own, so that no outage of theirs can stop or slow the run.
+W&B and TensorBoard are copies (copies.py): no outage of theirs can stop or slow the run.
 """
 
 from __future__ import annotations
@@ -17,25 +18,21 @@ from __future__ import annotations
 import json
 import math
 import os
-import queue
 import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 
 from pretrain.config import LogConfig
+from pretrain.report.copies import CopyThread, tensorboard_copy, values_of, wandb_copy
 
 SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 LINES_PER_HEADER = 20
-WANDB_START_SECONDS = 20.0  # start + close stay under the 30 s that a preempted job typically has
 COPY_CLOSE_SECONDS = 28.0
-
-Copy = Callable[[dict[str, object], Path | None], None]  # (record, picture): numbers only, or {name: ...} with a picture
 
 
 def human_count(value: float) -> str:
@@ -105,7 +102,8 @@ class Sinks:
         # Cut also when jsonl is off now: a later resume must not find records of an abandoned branch.
         path = directory / "metrics.jsonl"
         dropped, unreadable, self._reference_lines = cut_metrics(path, resume_step, validation_due)
-        self._metrics = _Appender(directory / "metrics.jsonl") if "jsonl" in config.sinks else None
+        self._metrics = _Appender(path) if "jsonl" in config.sinks else None
+        self._step = resume_step
         if self._to_stdout and sys.stdout.isatty():
             bar_format = "{percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt}{postfix}"
             self._bar = tqdm(
@@ -115,14 +113,14 @@ class Sinks:
             self.say(f"metrics.jsonl: cut {dropped} records after step {resume_step} and {unreadable} unreadable lines.")
 
         self.wandb_id = wandb_id
-        self._copies: list[_CopyThread] = []
+        self._copies: list[CopyThread] = []
         if "wandb" in config.sinks:
             self.wandb_id = wandb_id or secrets.token_hex(4)
-            opened = _wandb_copy(config, directory, name, settings, self.wandb_id, self.say)
-            self._copies.append(_CopyThread("W&B", opened, self.say))
+            opened = wandb_copy(config, directory, name, settings, self.wandb_id, resume_step, self.say)
+            self._copies.append(CopyThread("W&B", opened, self.say))
         if "tensorboard" in config.sinks:
-            opened = _tensorboard_copy(directory / "tensorboard", resume_step)
-            self._copies.append(_CopyThread("TensorBoard", opened, self.say))
+            opened = tensorboard_copy(directory / "tensorboard", resume_step)
+            self._copies.append(CopyThread("TensorBoard", opened, self.say))
 
     def __enter__(self) -> Sinks:
         return self
@@ -140,18 +138,21 @@ class Sinks:
             error = self._metrics.append(json.dumps(clean, allow_nan=False))
             if error is not None:
                 self.say(f"metrics.jsonl cannot be written ({error}); its lines wait in memory and are tried again.")
-        for copy in self._copies:
-            copy.put(dict(_numbers(record)), None)
         self._reference_lines = record.get("reference_lines", self._reference_lines)
+        self._step = record["step"]
+        for copy in self._copies:
+            copy.put(self._step, values_of(record, self._reference_lines))
         if "loss" in record:
             self._show_step(record)
         elif "val_loss" in record:
             self.say(validation_line(record, self._reference_lines))
+        for made in record.get("generated", []):
+            self.say(f"step {self._step:,} writes: {made['prompt']}|{made['text']}")
 
     def image(self, name: str, path: Path) -> None:
         """Send a PNG file to W&B and TensorBoard under `name`; the newest one stands."""
         for copy in self._copies:
-            copy.put({"name": name}, path)
+            copy.put(self._step, {name: path})
 
     def say(self, text: str) -> None:
         """A line for people: console and console.log (there with the time of day)."""
@@ -172,9 +173,13 @@ class Sinks:
             self._bar.update(step - self._bar.n)
 
     def sync(self) -> None:
-        """Put all records on the disk itself, so that a power cut loses none; call it before a checkpoint is committed."""
-        if self._metrics is not None:
-            self._metrics.sync()
+        """Put all records on the disk itself, so that no power cut leaves a checkpoint without the curve that led to it. What
+        the disk refuses is said, not raised: a checkpoint is worth more."""
+        try:
+            if self._metrics is not None:
+                self._metrics.sync()
+        except OSError as error:
+            self.say(f"metrics.jsonl is not on the disk yet ({error}); its lines wait in memory.")
 
     def close(self) -> None:
         """End all outputs; waits for the copies, at most COPY_CLOSE_SECONDS together. Safe to call twice.
@@ -275,7 +280,11 @@ def cut_metrics(path: Path, resume_step: int, validation_due: bool = False) -> t
             except (ValueError, KeyError, TypeError):
                 unreadable += 1
                 continue
-            if resume_step == 0 or step > resume_step or (validation_due and step == resume_step and "val_loss" in record):
+            if (
+                resume_step == 0
+                or step > resume_step
+                or (validation_due and step == resume_step and record.keys() & {"val_loss", "generated"})
+            ):
                 dropped += 1
                 continue
             reference_lines = record.get("reference_lines", reference_lines)
@@ -337,93 +346,6 @@ class _Appender:
         return None
 
 
-class _CopyThread(threading.Thread):
-    """Feeds one copy from a queue. A daemon: a copy that hangs for ever does not keep the process alive."""
-
-    def __init__(self, name: str, opened: AbstractContextManager[Copy], say: Callable[[str], None]) -> None:
-        super().__init__(name=name, daemon=True)
-        self._opened, self._say = opened, say
-        self._jobs: queue.SimpleQueue[tuple[dict[str, object], Path | None] | None] = queue.SimpleQueue()
-        self.start()
-
-    def put(self, record: dict[str, object], picture: Path | None) -> None:
-        if self.is_alive():
-            self._jobs.put((record, picture))
-
-    def end(self) -> None:
-        self._jobs.put(None)
-
-    def run(self) -> None:
-        try:
-            with self._opened as write:
-                for job in iter(self._jobs.get, None):
-                    write(*job)
-        except BaseException as error:  # whatever a foreign library raises, SystemExit too, ends the copy alone
-            self._say(f"{self.name} is off for the rest of this run ({one_line(error)}); metrics.jsonl is whole.")
-
-
-@contextmanager
-def _wandb_copy(
-    config: LogConfig, directory: Path, name: str, settings: dict, run_id: str, say: Callable[[str], None]
-) -> Iterator[Copy]:
-    """A W&B run, online if it answers in WANDB_START_SECONDS, else offline in <directory>/wandb; WANDB_MODE overrules the mode.
-
-    Steps are an x axis of our own: after a resume from an earlier step W&B would drop what its internal counter has seen.
-    """
-    os.environ.setdefault(
-        "WANDB_ERROR_REPORTING", "false"
-    )  # W&B's own telemetry blocks the exit for 12 s when the server hangs
-    import wandb  # half a second, only for those who want it
-
-    quiet = wandb.Settings(silent=True, console="off", init_timeout=WANDB_START_SECONDS, finish_timeout=WANDB_START_SECONDS)
-    common = {"project": config.wandb.project, "entity": config.wandb.entity, "dir": directory, "name": name, "id": run_id}
-    common |= {"config": settings, "resume": "allow", "settings": quiet}
-    mode = os.environ.get("WANDB_MODE", config.wandb.mode)
-    try:
-        wandb.setup(quiet)
-        if mode == "online" and not wandb.login(prompt=False, verify=False):  # init alone would ask on a terminal, and wait
-            raise RuntimeError("no API key: set WANDB_API_KEY or run `wandb login`")
-        run = wandb.init(mode=mode, **common)
-    except Exception as error:
-        if mode != "online":
-            raise
-        say(f"W&B cannot be reached ({one_line(error)}); its records go to {directory / 'wandb'}, for `wandb sync` later.")
-        wandb.teardown()  # or the id of the failed try stays in use
-        run = wandb.init(mode="offline", **common)
-    if not run.offline and run.url:
-        say(f"W&B: {run.url}")
-    run.define_metric("step")
-    run.define_metric("*", step_metric="step")
-
-    def write(record: dict[str, object], picture: Path | None) -> None:
-        run.log(record if picture is None else {str(record["name"]): wandb.Image(str(picture))})
-
-    try:
-        yield write
-    finally:
-        run.finish()
-
-
-@contextmanager
-def _tensorboard_copy(directory: Path, resume_step: int) -> Iterator[Copy]:
-    """TensorBoard event files; what an earlier life of the run wrote after `resume_step` is hidden by a purge mark."""
-    import matplotlib.image
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else 0) as writer:
-
-        def write(record: dict[str, object], picture: Path | None) -> None:
-            if picture is not None:
-                writer.add_image(str(record["name"]), matplotlib.image.imread(picture)[..., :3], dataformats="HWC")
-                return
-            for key, value in record.items():
-                if key != "step":  # float32, the default, would round token counts
-                    writer.add_scalar(key, value, record["step"], new_style=True, double_precision=True)
-            writer.flush()
-
-        yield write
-
-
 def _without_nonfinite(value: object, path: str, nonfinite: dict[str, str]) -> object:
     """The value with None for each number that JSON cannot write; their dotted paths and names go to `nonfinite`."""
     if isinstance(value, dict):
@@ -432,18 +354,3 @@ def _without_nonfinite(value: object, path: str, nonfinite: dict[str, str]) -> o
         nonfinite[path] = repr(float(value))
         return None
     return value
-
-
-def _numbers(record: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """All numbers of a record by name, those of nested dicts as "outer/inner"."""
-    for key, value in record.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield prefix + key, value
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error with its type when it has no text."""
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
