@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import itertools
 import math
 import os
@@ -302,13 +303,14 @@ class DdpEngine(Engine):
         self._wrapped = self.model
         if self.world_size > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            bucket_mib = self.config.bucket_mib or 25
-            self._wrapped = nn.parallel.DistributedDataParallel(
+            ddp = nn.parallel.DistributedDataParallel
+            newer = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters  # the older name warns from 2.13 on
+            self._wrapped = ddp(
                 self.model,
                 device_ids=ids,
                 gradient_as_bucket_view=True,
-                bucket_cap_mb=bucket_mib,
-                broadcast_buffers=False,  # they are equal already
+                bucket_cap_mb=self.config.bucket_mib or 25,
+                **{"forward_sync_buffers" if newer else "broadcast_buffers": False},  # they are equal already
             )
         self.optimizer = make_optimizer(self.model)
 
