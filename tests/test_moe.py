@@ -29,6 +29,7 @@ from pretrain.prove import Case, prove, shrink
 from pretrain.report.metrics import Meter, routing_figures
 from pretrain.runtime import checkpoint
 from pretrain.runtime.engine import Engine, start_engine
+from pretrain.runtime.levers import checkpoint_activations
 from pretrain.train import train_step
 
 V, T = 61, 16
@@ -264,6 +265,22 @@ def test_recomputation_changes_no_bit_and_counts_no_token_twice(how):
         seen.append((result.routing_LX, [tensor.clone() for tensor in engine.model.state_dict().values()]))
     assert torch.equal(seen[0][0], seen[1][0])
     assert all(torch.equal(a, b) for a, b in zip(seen[0][1], seen[1][1], strict=True))
+
+
+@pytest.mark.parametrize("how", ["none", "full", "selective"])
+def test_a_compiled_block_is_one_graph_with_the_same_bits_also_when_it_is_recomputed(how):
+    """Traced, not yet turned into machine code: that takes minutes, and the slow test below does it."""
+    found = []
+    for compiled in (False, True):
+        model = build(resolved(layers=1, **KINDS[1]), "cpu", seed=0)
+        if compiled and how != "none":
+            checkpoint_activations(model, how)
+        for block in model.model.layers if compiled else []:
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend="aot_eager")
+        model(some_tokens(2, T), some_labels(2, T)).backward()
+        found.append((gradients(model), model.routing_LX))
+    assert_equal(found[1][0], found[0][0], atol=0)
+    assert torch.equal(found[1][1], found[0][1])
 
 
 @pytest.mark.slow
