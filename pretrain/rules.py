@@ -242,7 +242,16 @@ def _check_batch(config: Config, world_size: int) -> list[Problem]:
 
 FROZEN = ("model", "tokenizer", "data", "run.seed", "optimizer.name")
 """Changing these makes another run: refused."""
-GUARDED = ("optimizer", "schedule", "train", "batch.global_batch_size", "engine.precision")
+GUARDED = (
+    "optimizer",
+    "schedule",
+    "train",
+    "batch.global_batch_size",
+    "engine.precision",
+    "model.moe.aux_loss_weight",
+    "model.moe.z_loss_weight",
+    "model.moe.bias_update_rate",
+)
 """Changing these bends the curve: only with checkpoint.allow_changes."""
 FREE = (
     "run",

@@ -181,6 +181,7 @@ def test_any_value_of_any_key_is_accepted_or_refused_in_words(tmp_path_factory, 
 def test_every_key_has_a_class_for_resuming():
     assert {resume_class(key) for key, _, _ in schema.walk(Config)} == {"frozen", "guarded", "free"}
     assert resume_class("model.hidden_size") == resume_class("data.sequence_length") == "frozen"
+    assert resume_class("model.moe.balance") == "frozen" and resume_class("model.moe.aux_loss_weight") == "guarded"
     assert resume_class("optimizer.lr") == resume_class("train.max_steps") == "guarded"
     assert resume_class("batch.micro_batch_size") == resume_class("log.wandb.project") == "free"
 
