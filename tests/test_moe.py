@@ -237,11 +237,18 @@ def test_a_grouped_product_is_one_product_for_each_group_and_so_is_its_gradient(
 
 
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
-def test_the_looped_product_is_that_of_the_kernel():
+def test_the_looped_product_and_its_gradients_are_those_of_the_kernel():
+    generator = torch.Generator()
     ends_E = torch.tensor([4, 4, 32, 64], dtype=torch.int32)
-    rows_PD, weight_EFD = torch.randn(64, 16).bfloat16(), torch.randn(4, 32, 16).bfloat16()
-    expected = F.grouped_mm(rows_PD, weight_EFD.transpose(1, 2), offs=ends_E)
-    torch.testing.assert_close(grouped_product(rows_PD, weight_EFD, ends_E), expected)
+    results = []
+    for product in (grouped_product, lambda rows, weight, ends: F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)):
+        generator.manual_seed(0)
+        rows_PD = torch.randn(64, 16, generator=generator).bfloat16().requires_grad_()
+        weight_EFD = torch.randn(4, 32, 16, generator=generator).bfloat16().requires_grad_()
+        out_PF = product(rows_PD, weight_EFD, ends_E)
+        out_PF.backward(torch.randn(64, 32, generator=generator).bfloat16())
+        results.append((out_PF, rows_PD.grad, weight_EFD.grad))
+    torch.testing.assert_close(*results)
 
 
 def test_no_token_is_dropped_even_if_all_go_to_one_expert():
