@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -503,3 +504,12 @@ def test_the_command_takes_less_than_a_minute_and_its_exit_status_and_json_say_t
     assert status == 2 and "STOP  batch-arithmetic: batch.global_batch_size" in said and found[0]["name"] == "batch-arithmetic"
     status, said, found = command("--optimizer.lr", "fast")
     assert status == 2 and "STOP  settings-refused: optimizer.lr" in said and found[0]["name"] == "settings-refused"
+
+
+def test_every_finding_is_explained_in_the_documentation_and_nothing_else_is():
+    source = "".join(
+        (ROOT / path).read_text() for path in ("pretrain/preflight.py", "pretrain/data/health.py", "tools/check_run.py")
+    )
+    names = set(re.findall(r'"([a-z]+(?:-[a-z]+)+)"', source))
+    rows = [line.split("|")[1] for line in (ROOT / "docs" / "data.md").read_text().splitlines() if line.startswith("| `")]
+    assert names == {name for row in rows for name in re.findall(r"`([a-z-]+)`", row)}

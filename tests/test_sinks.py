@@ -17,6 +17,7 @@ import sys
 import termios
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -429,12 +430,39 @@ print("calls", json.dumps(calls))
     assert 'rows [[51, {"step": 51, "loss": 1.5, "tokens": 9}]]' in output and "'tokens', 'train_hours'" in output
 
 
-@pytest.mark.parametrize("outage", ["refused", "silent"])
+@contextlib.contextmanager
+def broken_server(kind: str):
+    """The address of a W&B server that refuses, never answers, answers with an error or refuses the key, or has no name."""
+    if kind.isdecimal():
+
+        class Answer(BaseHTTPRequestHandler):
+            def do_POST(self):
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                self.send_response(int(kind))
+                self.send_header("Content-Length", "2")
+                self.end_headers()
+                self.wfile.write(b"{}")
+
+            do_GET = do_POST
+
+            def log_message(self, *_):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        server.server_close()
+        return
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections and never answers
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        if kind == "refused":
+            server.close()
+        yield "http://nowhere.invalid" if kind == "no name" else address
+
+
+@pytest.mark.parametrize("outage", ["refused", "silent", "no name", "500", "401"])
 def test_a_wandb_outage_neither_stops_nor_delays_the_run_and_its_records_go_offline(tmp_path, outage):
-    server = socket.create_server(("127.0.0.1", 0))  # takes connections and never answers
-    port = server.getsockname()[1]
-    if outage == "refused":
-        server.close()
     code = """
 copies.WANDB_START_SECONDS = 1.0
 start = time.monotonic()
@@ -444,16 +472,43 @@ for step in range(1, 31):
 print("logged in", time.monotonic() - start)
 sinks.close()
 """
-    variables = {"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_MODE": "online", "HOME": str(tmp_path / "home")}
-    variables["WANDB_API_KEY"] = "a" * 40
+    variables = {"WANDB_MODE": "online", "HOME": str(tmp_path / "home"), "WANDB_API_KEY": "a" * 40}
     began = time.monotonic()
-    process = python(code, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, variables=variables)
-    output, _ = process.communicate(timeout=120)
-    server.close()
+    with broken_server(outage) as address:
+        variables["WANDB_BASE_URL"] = address
+        process = python(code, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, variables=variables)
+        output, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and time.monotonic() - began < 30
     assert float(re.search(r"logged in (\S+)", output)[1]) < 0.5
     assert output.count("W&B cannot be reached") == 1 and "Traceback" not in output
     assert [row["loss"] for row in wandb_rows(tmp_path).values()] == [record["loss"] for record in records(tmp_path)]
+
+
+def test_wandb_whose_service_dies_costs_no_step(tmp_path):
+    """The process that W&B starts beside ours is killed in mid-run."""
+    code = """
+import psutil
+sinks = open_sinks("jsonl", "wandb", "console")
+sinks.log({"step": 1, "loss": 1.0})
+deadline = time.monotonic() + 30
+while not list(Path(sys.argv[1]).glob("wandb/offline-run-*/*.wandb")) and time.monotonic() < deadline:
+    time.sleep(0.05)
+for child in psutil.Process().children(recursive=True):
+    child.kill()
+longest = 0.0
+for step in range(2, 200):
+    start = time.monotonic()
+    sinks.log({"step": step, "loss": 1 / step})
+    longest = max(longest, time.monotonic() - start)
+start = time.monotonic()
+sinks.close()
+print("longest", longest, "closed in", time.monotonic() - start)
+"""
+    process = python(code, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert float(re.search(r"longest (\S+)", output)[1]) < 0.5 and float(re.search(r"closed in (\S+)", output)[1]) < 30
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, 200))
 
 
 def test_wandb_without_a_key_asks_nothing_on_a_terminal_and_goes_offline(tmp_path):
