@@ -34,7 +34,7 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.generate import generate
 from pretrain.model.flops import num_parameters
 from pretrain.run import Trained
-from pretrain.weights import BLOCK, DTYPES, Weights, load_transformer
+from pretrain.weights import BLOCK, DTYPES, Weights, load_transformer, read_part
 
 LOGITS_BOUND = 1e-5
 """Largest difference of a logit, relative to the largest logit where that is above 1."""
@@ -112,7 +112,7 @@ def _compare_weights(folder: Path, source: Weights, dtype: torch.dtype) -> dict[
                 wanted_dtype = torch.float32 if part.keep_fp32 else dtype
                 for first, values in _rows(tensor, part.shape):
                     wanted = torch.empty(values.numel())
-                    source.read(part.ours, part.start + first, wanted)
+                    read_part(source, part, first, wanted)
                     wanted = wanted.to(wanted_dtype)
                     if values.dtype != wanted.dtype or not torch.equal(_bits(values), _bits(wanted)):
                         raise Refused(f"{name} is not the model's: {_first_difference(values, wanted)}")

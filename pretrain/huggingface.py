@@ -9,6 +9,7 @@ values, `certificate.py` proves that transformers makes the same of them.
     dense, qk_norm                              Qwen3ForCausalLM
     softmax experts                             MixtralForCausalLM
     softmax experts, qk_norm                    Qwen3MoeForCausalLM
+    softmax experts and shared ones             Qwen2MoeForCausalLM
     sigmoid experts                             Glm4MoeForCausalLM
     sigmoid experts, qk_norm, sliding window    Dots1ForCausalLM
 """
@@ -30,6 +31,7 @@ CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
     "dots1": "Dots1ForCausalLM",
 }
@@ -60,19 +62,15 @@ def model_type(model: ModelConfig) -> str:
         if model.qk_norm:
             return "dots1"
         raise NotOurs("no class of transformers has sigmoid experts and a sliding window without model.qk_norm")
-    if moe.num_shared_experts:
-        raise NotOurs(
-            "no class of transformers has softmax experts and plain shared experts; with model.moe.score sigmoid one does"
-        )
     if moe.routed_scaling_factor != 1:
         raise NotOurs(
             "no class of transformers scales softmax experts (model.moe.routed_scaling_factor); with score sigmoid one does"
         )
+    if model.qk_norm and moe.num_shared_experts:
+        raise NotOurs("no class of transformers has softmax experts, shared experts and model.qk_norm; with sigmoid one does")
     if model.qk_norm:
         return "qwen3_moe"
-    if not moe.norm_topk_prob:
-        raise NotOurs("no class of transformers has softmax experts without model.moe.norm_topk_prob and without model.qk_norm")
-    return "mixtral"
+    return "qwen2_moe" if moe.num_shared_experts or not moe.norm_topk_prob else "mixtral"
 
 
 def to_config(model: ModelConfig, dtype: str, special_ids: dict[str, int | None]) -> dict[str, Any]:
@@ -114,7 +112,7 @@ def _extra_keys(kind: str, model: ModelConfig) -> dict[str, Any]:
     moe, extra = model.moe, {}
     if kind == "llama":
         extra |= {"mlp_bias": False}
-    if kind in ("qwen3", "qwen3_moe", "dots1"):
+    if kind in ("qwen3", "qwen3_moe", "qwen2_moe", "dots1"):
         kinds = ["sliding_attention" if model.sliding_window else "full_attention"] * model.num_hidden_layers
         first = 0 if model.sliding_window else model.num_hidden_layers  # windows begin at this layer
         extra |= {"use_sliding_window": bool(model.sliding_window), "max_window_layers": first, "layer_types": kinds}
@@ -131,6 +129,10 @@ def _extra_keys(kind: str, model: ModelConfig) -> dict[str, Any]:
     extra |= {"moe_intermediate_size": moe.moe_intermediate_size}
     if kind == "qwen3_moe":
         return extra | {"num_experts": moe.num_experts, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    if kind == "qwen2_moe":
+        shared = moe.num_shared_experts * moe.moe_intermediate_size
+        extra |= {"num_experts": moe.num_experts, "shared_expert_intermediate_size": shared, "qkv_bias": False}
+        return extra | {"decoder_sparse_step": 1, "mlp_only_layers": []}
     extra |= {
         "n_routed_experts": moe.num_experts,
         "n_shared_experts": moe.num_shared_experts,
@@ -163,6 +165,15 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": False,
         "num_key_value_heads": 4,
     },
+    "qwen2_moe": {
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "norm_topk_prob": False,
+        "num_key_value_heads": 16,
+        "qkv_bias": True,
+        "shared_expert_intermediate_size": 5632,
+    },
     "glm4_moe": {
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 131072,
@@ -187,6 +198,7 @@ _MUST_BE = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
+    "qkv_bias": False,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
     "first_k_dense_replace": 0,
@@ -270,11 +282,17 @@ def _from_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _moe(kind: str, given: dict[str, Any]) -> dict[str, Any]:
-    experts = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}.get(kind, "n_routed_experts")
+    experts = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts", "qwen2_moe": "num_experts"}
+    experts = experts.get(kind, "n_routed_experts")
+    shared = given.get("n_shared_experts", 0)
+    if kind == "qwen2_moe":
+        shared, rest = divmod(given["shared_expert_intermediate_size"], given["moe_intermediate_size"])
+        if rest:
+            raise NotOurs("shared_expert_intermediate_size is no multiple of moe_intermediate_size")
     return {
         "num_experts": given[experts] if experts in given else given["num_local_experts"],
         "num_experts_per_tok": given["num_experts_per_tok"],
-        "num_shared_experts": given.get("n_shared_experts", 0),
+        "num_shared_experts": shared,
         "moe_intermediate_size": given["intermediate_size" if kind == "mixtral" else "moe_intermediate_size"],
         "score": "sigmoid" if kind in _SIGMOID else "softmax",
         "norm_topk_prob": True if kind == "mixtral" else given["norm_topk_prob"],
@@ -303,14 +321,14 @@ def _rope(given: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
 
 
 def _sliding_window(kind: str, given: dict[str, Any]) -> int | None:
-    window = given.get("sliding_window")
-    if kind in ("qwen3", "qwen3_moe") and not given.get("use_sliding_window", False):
+    window = given.get("sliding_window") or None
+    if kind in ("qwen3", "qwen3_moe", "qwen2_moe") and not given.get("use_sliding_window", False):
         window = None
     if window is None or kind in ("llama", "glm4_moe"):
         return None
-    if kind in ("qwen3", "dots1"):
+    if kind in ("qwen3", "qwen2_moe", "dots1"):
         layers = given["num_hidden_layers"]
-        first = min(max(0, given["max_window_layers"]), layers)
+        first = 1 if kind == "qwen2_moe" else min(max(0, given["max_window_layers"]), layers)  # there they alternate
         default = ["full_attention"] * first + ["sliding_attention"] * (layers - first)
         kinds = set(given.get("layer_types", default))
         if len(kinds) > 1:
@@ -323,15 +341,17 @@ def _sliding_window(kind: str, given: dict[str, Any]) -> int | None:
 
 
 class Part(NamedTuple):
-    """A tensor in Hugging Face's files: a contiguous part of one of our parameters (or buffers), flattened."""
+    """A tensor in Hugging Face's files: a contiguous part of one of our parameters (or buffers), flattened, times a factor."""
 
     name: str
     """In the files."""
     shape: tuple[int, ...]
-    ours: str
-    """Our parameter."""
+    ours: str | None
+    """Our parameter; None: it has none, all values are 0."""
     start: int
     """Where the part begins in our parameter, flattened."""
+    factor: float = 1.0
+    """A power of two, so that no value is rounded."""
 
     @property
     def count(self) -> int:
@@ -370,6 +390,8 @@ def parts(model: ModelConfig) -> Iterator[Part]:
             yield same(f"{layer}.mlp.gate.{KEPT_FP32}", (model.moe.num_experts,))
             shared = model.moe.num_shared_experts * model.moe.moe_intermediate_size
             yield from (same(*pair) for pair in _feed_forward(f"{layer}.mlp.shared_experts", width, shared))
+        if kind == "qwen2_moe":
+            yield from _gated_shared_experts(model, f"{layer}.mlp")
     yield same("model.norm.weight", (width,))
     if not model.tie_word_embeddings:
         yield same("lm_head.weight", (model.vocab_size, width))
@@ -392,3 +414,12 @@ def _experts(kind: str, model: ModelConfig, prefix: str) -> Iterator[Part]:
         yield Part(f"{there}.experts.{expert}.{gate}.weight", (inner, width), both, 2 * expert * size)
         yield Part(f"{there}.experts.{expert}.{up}.weight", (inner, width), both, (2 * expert + 1) * size)
         yield Part(f"{there}.experts.{expert}.{down}.weight", (width, inner), f"{prefix}.experts.down_proj", expert * size)
+
+
+def _gated_shared_experts(model: ModelConfig, prefix: str) -> Iterator[Part]:
+    """A gate multiplies the shared experts there: with weights of 0 it gives sigmoid(0) = 1/2, which doubled outputs undo."""
+    width, inner = model.hidden_size, model.moe.num_shared_experts * model.moe.moe_intermediate_size
+    for name, shape in _feed_forward(f"{prefix}.shared_experts", width, inner):
+        factor = 2.0 if name.endswith("down_proj.weight") else 1.0
+        yield Part(name.replace("shared_experts", "shared_expert"), shape, name, 0, factor)
+    yield Part(f"{prefix}.shared_expert_gate.weight", (1, width), None, 0)

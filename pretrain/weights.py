@@ -104,7 +104,7 @@ class FolderWeights:
         self._places = _places(self.folder)
         self._parts: dict[str, list[Part]] = {}
         for part in huggingface.parts(self.model):
-            self._parts.setdefault(part.ours, []).append(part)
+            self._parts.setdefault(part.ours or part.name, []).append(part)
             found = self._places.get(part.name)
             if found is None or found.shape != part.shape:
                 has = f"of shape {found.shape}" if found else "missing"
@@ -114,16 +114,20 @@ class FolderWeights:
         known = {part.name for parts in self._parts.values() for part in parts}
         if self.model.tie_word_embeddings:
             known.add("lm_head.weight")  # some folders repeat the embedding
+        for part in huggingface.parts(self.model):
+            if part.ours is None:
+                self._require_zeros(part)
         if strange := sorted(name for name in self._places.keys() - known if not name.endswith("rotary_emb.inv_freq")):
             raise NotOurs(
                 f"{self.folder}: holds {len(strange)} tensors that a model of its type does not have, such as {strange[0]}; "
                 "without them it would be another model"
             )
 
-    @property
-    def dtypes(self) -> set[torch.dtype]:
-        """Of the tensors on disk."""
-        return {place.dtype for place in self._places.values()}
+    def _require_zeros(self, part: Part) -> None:
+        values = torch.empty(part.count)
+        _read_as_fp32(self._places[part.name], 0, values)
+        if values.any():
+            raise NotOurs(f"{self.folder}: {part.name} is not 0 everywhere, as it must be: this program's models have none")
 
     def read(self, name: str, start: int, into: Tensor) -> None:
         """See `Weights`."""
@@ -131,7 +135,10 @@ class FolderWeights:
         for part in self._parts[name]:
             low, high = max(start, part.start), min(stop, part.start + part.count)
             if low < high:
-                _read_as_fp32(self._places[part.name], low - part.start, into[low - start : high - start])
+                values = into[low - start : high - start]
+                _read_as_fp32(self._places[part.name], low - part.start, values)
+                if part.factor != 1:
+                    values /= part.factor
 
 
 def _places(folder: Path) -> dict[str, _Place]:
@@ -320,7 +327,7 @@ def _tensors(
     for part in parts:
         for begin in range(0, part.count, BLOCK):
             block = buffer[: min(BLOCK, part.count - begin)]
-            source.read(part.ours, part.start + begin, block)
+            read_part(source, part, begin, block)
             cast = block.to(_dtype_of(part, dtype))
             low, high = torch.aminmax(cast)
             if not (math.isfinite(low) and math.isfinite(high)):
@@ -329,6 +336,16 @@ def _tensors(
             yield memoryview(cast.view(torch.uint8).numpy())
             done += cast.nbytes
             beat(done)
+
+
+def read_part(source: Weights, part: Part, first: int, into: Tensor) -> None:
+    """Elements [first, first + n) of a tensor of Hugging Face's files, before it is cast. Raises as `Weights.read`."""
+    if part.ours is None:
+        into.zero_()
+        return
+    source.read(part.ours, part.start + first, into)
+    if part.factor != 1:
+        into *= part.factor
 
 
 def write_checkpoint(folder: Path, source: Weights, state: dict, beat: Callable[[int], None] = lambda done: None) -> Checkpoint:

@@ -39,6 +39,8 @@ FAMILIES = {
     "mixtral_window": dict(moe=moe(), sliding_window=8),
     "qwen3_moe": dict(qk_norm=True, moe=moe(norm_topk_prob=False)),
     "qwen3_moe_window": dict(qk_norm=True, moe=moe(), sliding_window=8),
+    "qwen2_moe": dict(moe=moe(num_shared_experts=2)),
+    "qwen2_moe_window": dict(moe=moe(norm_topk_prob=False), sliding_window=8),
     "glm4_moe": dict(moe=moe(score="sigmoid", num_shared_experts=2, routed_scaling_factor=2.5)),
     "glm4_moe_qk": dict(qk_norm=True, moe=moe(score="sigmoid")),
     "dots1": dict(qk_norm=True, sliding_window=8, moe=moe(score="sigmoid", num_shared_experts=1)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_parts_tile_our_parameters_without_padding_rows(family):
         }
     found: dict[str, list] = {}
     for part in huggingface.parts(model):
-        if part.count:
+        if part.count and part.ours:
             found.setdefault(part.ours, []).append((part.start, part.start + part.count))
     assert found.keys() == ours.keys()
     for name, shape in ours.items():
@@ -69,8 +70,10 @@ def test_parts_tile_our_parameters_without_padding_rows(family):
 def test_a_key_that_is_missing_means_what_it_means_to_transformers(kind, tmp_path):
     """Each key of a full file is left out in turn: we must read what transformers reads, or refuse."""
     family = {"llama": "llama3", "qwen3": "qwen3_window", "mixtral": "mixtral_window", "qwen3_moe": "qwen3_moe_window"}
+    family |= {"qwen2_moe": "qwen2_moe_window"}
     full = huggingface.to_config(model_of(family.get(kind, kind), tie_word_embeddings=True), "float32", IDS)
     required = {"model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"}
+    required |= {"layer_types"} if kind == "qwen2_moe" else set()  # without them windows alternate: refused
     required |= {"num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"}
     for key in full.keys() - required:
         less = {name: value for name, value in full.items() if name != key}
@@ -81,7 +84,7 @@ def test_a_key_that_is_missing_means_what_it_means_to_transformers(kind, tmp_pat
         try:
             ours, same = (huggingface.from_config(each, key) for each in (less, theirs))
         except NotOurs:
-            assert key in ("partial_rotary_factor", "first_k_dense_replace"), key
+            assert key in ("partial_rotary_factor", "first_k_dense_replace", "qkv_bias", "shared_expert_intermediate_size"), key
             continue
         assert ours == same, key
 
@@ -114,8 +117,7 @@ def test_what_is_not_ours_is_refused_by_name(changes, message):
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(moe=moe(num_shared_experts=1)),
-        dict(moe=moe(norm_topk_prob=False)),
+        dict(moe=moe(num_shared_experts=1), qk_norm=True),
         dict(moe=moe(routed_scaling_factor=2.0)),
         dict(moe=moe(score="sigmoid"), sliding_window=8),
     ],
@@ -141,3 +143,18 @@ def test_a_damaged_config_is_refused_in_words(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(NotOurs, match=r"config\.json"):
         huggingface.from_config(huggingface.read_config(tmp_path), tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    "preset", sorted((Path(__file__).parents[1] / "configs" / "models").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_every_published_shape_has_a_class_of_its_size(preset, tmp_path):
+    flags = ["--config", str(preset), "--data.synthetic.kind", "uniform", "--train.max_steps", "1"]
+    model = settings.load(flags, world_size=None).model
+    model = settings.resolve_model(model, vocab_size=model.vocab_size, sequence_length=1024)
+    back = model_from_dict(huggingface.from_config(written(model, tmp_path), tmp_path))
+    assert not settings.differences(model, back)
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    expected = sum(part.count for part in huggingface.parts(model) if not part.keep_fp32)
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == expected

@@ -218,6 +218,14 @@ def test_a_folder_that_cannot_be_the_model_is_refused_in_words(damage, message, 
         open_folder(copy)
 
 
+def test_a_gate_that_is_open_is_refused(tmp_path):
+    run = make_run(tmp_path / "run", model_of("qwen2_moe"), None)
+    export_run(run, tmp_path / "hf")
+    strange(tmp_path / "hf", lambda tensors: tensors["model.layers.1.mlp.shared_expert_gate.weight"].fill_(0.1))
+    with pytest.raises(NotOurs, match=r"shared_expert_gate\.weight is not 0 everywhere"):
+        open_folder(tmp_path / "hf")
+
+
 def test_weights_of_another_model_are_refused(run):
     source = open_run(run).weights
     for change in (dict(rope_theta=5e5), dict(hidden_size=96), dict(vocab_size=V - 1), dict(qk_norm=False)):
