@@ -11,7 +11,7 @@ LAUNCH := $(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml laun
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart dummy test test-slow test-faults check clean
+.PHONY: help install quickstart dummy test test-slow test-faults test-soak check clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -26,13 +26,16 @@ dummy: $(INSTALLED)  ## train on random tokens: half a minute that shows what no
 	$(LAUNCH) --config configs/dummy.yaml
 
 test: $(INSTALLED)  ## all fast tests
-	$(PYTEST) -m "not slow and not faults"
+	$(PYTEST) -m "not slow and not faults and not soak"
 
 test-slow: $(INSTALLED)  ## the slow tests
 	$(PYTEST) -m slow
 
 test-faults: $(INSTALLED)  ## kills, power loss, full disks, other engines on other ranks: about eight minutes
 	$(PYTEST) -m faults
+
+test-soak: $(INSTALLED)  ## a run under fire for half an hour (SOAK_MINUTES), and ten thousand kills: for a night
+	$(PYTEST) -m soak -s
 
 check: $(INSTALLED)  ## lint, format, spelling, and the rules of the house
 	$(BIN)/ruff check .

@@ -44,7 +44,14 @@ def violations(counts: dict[str, int]) -> dict[str, int]:
     return {key: count for key, count in counts.items() if key not in ("trials", "acknowledged") and count}
 
 
-@pytest.mark.parametrize("trials", [50, pytest.param(1000, marks=[pytest.mark.faults, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize(
+    "trials",
+    [
+        50,
+        pytest.param(1000, marks=[pytest.mark.faults, pytest.mark.timeout(900)]),
+        pytest.param(10_000, marks=[pytest.mark.soak, pytest.mark.timeout(9000)]),
+    ],
+)
 def test_kill_9_at_any_instant_loses_nothing_that_was_acknowledged(trials):
     counts = kill_loop(trials, "--seed", "1")
     print(counts)
