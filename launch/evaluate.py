@@ -114,6 +114,12 @@ def measure_tasks(options: argparse.Namespace) -> None:
     from pretrain.convert import export
     from pretrain.run import open_run
 
+    manager = TaskManager(include_path=str(options.include_path) if options.include_path else None)
+    for name in options.tasks.split(","):
+        if not manager.match_tasks([name]):
+            raise ValueError(
+                f"--tasks: lm-eval has no task {name!r}; `lm-eval ls tasks` lists them, --include-path adds your own"
+            )
     with tempfile.TemporaryDirectory(prefix="evaluate-") as temporary:
         folder, origin = options.model, {"model": options.model and options.model.name}
         if options.run:
@@ -125,7 +131,7 @@ def measure_tasks(options: argparse.Namespace) -> None:
             model="hf",
             model_args={"pretrained": str(folder), "dtype": "auto"},
             tasks=options.tasks.split(","),
-            task_manager=TaskManager(include_path=str(options.include_path) if options.include_path else None),
+            task_manager=manager,
             num_fewshot=options.num_fewshot,
             limit=options.limit,
             batch_size=options.micro_batch_size,

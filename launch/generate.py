@@ -101,7 +101,10 @@ def texts(options: argparse.Namespace, made: list[int]) -> Iterator[tuple[str, I
         raise ValueError(f"{options.run or options.model}: has no tokenizer (tokenizer.path), so it cannot read a prompt")
     tokenizer = Tokenizer.load(trained.tokenizer)
     dtype = DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-    model = load_transformer(trained.weights).to(device, dtype)
+    model = load_transformer(trained.weights)
+    for parameter in model.parameters():  # not the routers' biases: they stay fp32
+        parameter.data = parameter.data.to(dtype)
+    model.to(device)
 
     def counted(ids: Iterator[int]) -> Iterator[int]:
         for token in ids:

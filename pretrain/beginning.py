@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from pretrain.report.sinks import Sinks
 from pretrain.report.spikes import SpikeWatch
 from pretrain.run import open_weights
 from pretrain.runtime import checkpoint as checkpoints
-from pretrain.runtime.engine import Engine
+from pretrain.runtime.engine import Engine, Shard
 from pretrain.runtime.manifest import Checkpoint
 from pretrain.runtime.run_directory import RunDirectory
 from pretrain.runtime.saver import Saver
@@ -107,8 +107,6 @@ def begin_at(
     if found:
         state = checkpoints.load(found, engine)
         progress = Progress(**state["progress"])
-    elif config.model.from_pretrained:
-        load_pretrained(Path(config.model.from_pretrained), engine, model)
     folder, total_steps = Path(config.run.directory) / config.run.name, count_steps(config, data)
     sinks = None
     if engine.rank == 0:
@@ -156,12 +154,18 @@ def _environment(config: Config, engine: Engine, model: ModelConfig, data: Train
     return environment.with_start(environment.read(folder), facts, start)
 
 
-def load_pretrained(path: Path, engine: Engine, model: ModelConfig) -> None:
-    """Fills the weights of this rank, and only those, from the folder that `model.from_pretrained` names. A collective.
-    Raises ConfigError, CheckpointError."""
+def first_weights(
+    found: Checkpoint | None, config: Config, engine: Engine, model: ModelConfig
+) -> Callable[[Shard], None] | None:
+    """What fills a rank's pieces of the weights of a new engine: the folder that `model.from_pretrained` names; nothing where a
+    checkpoint comes next; None: they are drawn. A collective. Raises ConfigError, CheckpointError."""
+    if found:
+        return lambda shard: None
+    if not config.model.from_pretrained:
+        return None
     try:
-        source = open_weights(path, lambda checkpoint: checkpoints.verify(checkpoint, engine))
-        engine.restore(filler(source, model), moments=False)
+        source = open_weights(Path(config.model.from_pretrained), lambda checkpoint: checkpoints.verify(checkpoint, engine))
+        return filler(source, model)
     except NotOurs as error:
         raise ConfigError([Problem("model.from_pretrained", str(error))]) from None
 

@@ -189,16 +189,16 @@ def _train(config: Config, engine: Engine, directory: RunDirectory | None, stop:
     data, valid = open_train(config.data, **opened), open_valid(config.data, **opened)
     model_config = settings.resolve_model(config.model, vocab_size=vocab_size, sequence_length=config.data.sequence_length)
     warnings = preflight.at_start(config, engine, model_config, data, valid)
+    found = beginning.checkpoint_to_resume(config, engine, folder)
+    if found:
+        beginning.refuse_another_run(config, model_config, data, found.state(), found)
     engine.prepare(
         lambda: Transformer(model_config),
         lambda model: build_optimizer(model, config.optimizer),
         config.optimizer.grad_clip,
         config.run.seed,
+        beginning.first_weights(found, config, engine, model_config),
     )
-
-    found = beginning.checkpoint_to_resume(config, engine, folder)
-    if found:
-        beginning.refuse_another_run(config, model_config, data, found.state(), found)
     if directory:
         directory.write_text("config.yaml", to_yaml(config))
     left_out: tuple[int, skips.Ranges] | None = None
