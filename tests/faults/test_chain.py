@@ -74,7 +74,9 @@ def test_a_run_killed_on_4_2_and_3_ranks_of_other_engines_sees_every_sample_once
     sources = ", ".join(f"{{path: {tmp_path / name}, weight: {weight}}}" for name, weight in (("small", 1), ("large", 2)))
     text = TINY.replace("data: {synthetic: {kind: markov},", f"data: {{train: [{sources}],")
     text = text.replace("vocab_size: 64", "vocab_size: 100").replace("max_steps: 20", f"max_steps: {STEPS}")
-    text = text.replace("{global_batch_size: 8, micro_batch_size: 2}", f"{{global_batch_size: {SEQUENCES}, micro_batch_size: 1}}")
+    text = text.replace(
+        "{global_batch_size: 8, micro_batch_size: 2}", f"{{global_batch_size: {SEQUENCES}, micro_batch_size: 1}}"
+    )
     text = text.replace("run: {name: tiny}", f"run: {{directory: {tmp_path / 'runs'}}}")
     (tmp_path / "chain.yaml").write_text(text)
 
