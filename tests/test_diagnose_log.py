@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -278,13 +279,26 @@ def test_a_perplexity_beside_the_loss_gives_the_factor_on_any_log():
     assert diagnose(agreeing, Setup(32000, 8)).findings == []
 
 
-def test_a_validation_loss_in_the_log_gives_the_factor_and_memorising_gives_none():
+def test_a_validation_loss_in_the_log_gives_the_factor_and_memorising_gives_none_but_is_told():
     steps = np.arange(5000, 6000, 10)
     val = {"val_steps": np.array([5200.0, 5500.0, 5900.0])}
     scaled = log_of(steps, 8 * np.linspace(3.3, 3.0, 100), val_loss=np.array([3.3, 3.2, 3.1]), **val)
     assert diagnose(scaled, Setup(None, 8)).findings[0].causes[0] == "accumulation"
     memorising = log_of(steps, np.linspace(2.0, 0.6, 100), val_loss=np.array([3.0, 3.3, 3.9]), **val)
-    assert diagnose(memorising, Setup(50257, 4)).findings == []
+    (finding,) = diagnose(memorising, Setup(50257, 4)).findings
+    assert finding.fault == "memorising" and finding.advice == "Use the checkpoint from around step 5200."
+    other_text = log_of(steps, np.linspace(2.0, 1.6, 100), val_loss=np.array([3.0, 2.99, 3.0]), **val)
+    assert diagnose(other_text, Setup(50257, 4)).findings == []
+
+
+@pytest.mark.parametrize("noise", [0.003, 0.03])
+def test_a_curve_that_falls_to_the_unigram_entropy_and_stays_ignores_its_context(noise):
+    steps, lines = np.arange(0, 2000, 10), {"uniform": 8.3, "unigram": 6.5, "bigram": 4.2}
+    blur = np.random.default_rng(0).normal(0, noise, len(steps))
+    (finding,) = diagnose(log_of(steps, 6.5 + 1.8 * np.exp(-steps / 60) + blur, reference_lines=lines), Setup()).findings
+    assert finding.fault == "stall" and "at the unigram entropy, 6.500" in finding.text
+    falling = log_of(steps, 5.0 + 3.3 * np.exp(-steps / 1000) + blur, reference_lines=lines)
+    assert diagnose(falling, Setup()).findings == []
 
 
 def test_an_evaluated_training_loss_beside_the_shown_one_gives_the_factor(tmp_path):
@@ -450,3 +464,21 @@ def test_the_summary_shows_the_figures(tmp_path):
     assert (
         "11 losses" in lines[0] and "first 9   last 8   min 8   max 9   mean 8.5" in lines[1] and "falls by 10.0%" in lines[2]
     )
+
+
+def test_clean_logs_with_validations_and_the_levels_of_their_data_raise_no_alarm():
+    alarms = []
+    for seed in range(600):
+        log, setup = clean_log(seed)
+        if log.steps[0] > 3000 or len(log.loss) < 8:
+            continue
+        generator, ln_v = np.random.default_rng(seed), math.log(setup.vocab_size or 50257)
+        at = np.linspace(0, len(log.loss) - 1, 6).astype(int)[1:]
+        smooth = np.convolve(np.pad(log.loss, 2, "edge"), np.ones(5) / 5, mode="valid")[at]
+        lines = {"uniform": ln_v, "unigram": generator.uniform(0.7, 0.9) * ln_v, "bigram": generator.uniform(0.45, 0.65) * ln_v}
+        seen = dataclasses.replace(
+            log, val_steps=log.steps[at], val_loss=smooth + generator.uniform(0, 0.5), reference_lines=lines
+        )
+        if found := [each for each in diagnose(seen, setup).findings if each.fault in ("stall", "memorising")]:
+            alarms.append((seed, found))
+    assert alarms == []

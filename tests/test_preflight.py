@@ -24,6 +24,7 @@ from pretrain.data.indexed import TokenFile, TokenWriter
 from pretrain.preflight import Report, first_batch_findings, preflight
 from pretrain.runtime.run_directory import RunDirectory
 from pretrain.train import train
+from tests.ranks import run_ranks
 from tests.test_indexed import write_megatron
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -466,10 +467,15 @@ def test_copies_are_found_wherever_they_lie_and_a_part_of_the_documents_gives_th
     assert part.train == pytest.approx(whole.train, abs=0.1) and part.valid == pytest.approx(whole.valid, abs=0.15)
 
 
-def test_a_run_refuses_at_its_start_what_the_quick_part_finds(world, capsys):
+def train_here(flags: list[str]) -> int:
+    return train(load(flags, world_size=int(os.environ.get("WORLD_SIZE", 1))))
+
+
+def test_a_run_refuses_at_its_start_what_the_quick_part_finds_on_all_ranks(world):
     hole_in_a_file(world)
-    assert train(load(world.argv())) == 2
-    assert "constant-tokens: " in capsys.readouterr().err
+    assert run_ranks(2, train_here, world.argv()) == [2, 2]
+    state = json.loads((world.folder / "runs" / "run" / "run_state.json").read_text())
+    assert state["exit_status"] == 2 and "constant-tokens: " in state["reason"]
     assert not (world.folder / "runs" / "run" / "checkpoints").exists()
 
 

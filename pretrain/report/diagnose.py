@@ -85,6 +85,8 @@ class _Trend(NamedTuple):
     """By how much its last part lies below the part before."""
     blur: float
     """What `drop` may be by chance."""
+    scatter: float
+    """Of single lines around their trend."""
 
     @property
     def falling(self) -> bool:
@@ -142,12 +144,12 @@ def _trend(loss: np.ndarray) -> _Trend:
     half = loss[len(loss) // 2 :]
     before, late = half[: len(half) // 2], half[len(half) // 2 :]
     if len(before) < 2 or len(loss) < 4:
-        return _Trend(float(np.median(late)), 0.0, math.inf)
+        return _Trend(float(np.median(late)), 0.0, math.inf, math.inf)
     second = loss[:-2] - 2 * loss[1:-1] + loss[2:]  # blind to any smooth trend
     scatter = 1.4826 * float(np.median(np.abs(second))) / math.sqrt(6)
     error = 1.2533 * scatter * math.sqrt(1 / len(before) + 1 / len(late))  # of a difference of two medians
     sigmas = 3 if len(loss) >= _ENOUGH_LINES else 6  # the scatter of a few lines is not well known
-    return _Trend(float(np.median(late)), float(np.median(before) - np.median(late)), sigmas * error)
+    return _Trend(float(np.median(late)), float(np.median(before) - np.median(late)), sigmas * error, scatter)
 
 
 def _val_drop(curve: Curve) -> float:
@@ -167,7 +169,10 @@ def _memorising(curve: Curve, trend: _Trend) -> tuple[str, str] | None:
     train = np.interp(curve.val_step, curve.step[np.isfinite(curve.loss)], _smooth(curve.loss[np.isfinite(curve.loss)]))
     fell = float(train[best] - train[-1])  # since validation was at its best
     middle = len(curve.val_loss) // 2
-    rose = last - curve.val_loss[best] > 0.02 * last and fell > 0.02 * train[best]
+    # The validation of some programs draws other text each time, and scatters as lines do: it must rise twice, or by a tenth.
+    rise = last - float(curve.val_loss[best])
+    rose = rise > max(0.02 * last, 4 * trend.scatter) and (best < len(curve.val_loss) - 2 or rise > 0.1 * last)
+    rose = rose and fell > max(0.02 * train[best], trend.scatter)
     stays = (
         len(curve.val_loss) > 3
         and curve.val_loss[middle] - last < 0.003 * last

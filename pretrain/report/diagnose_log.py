@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from pretrain.report import diagnose as in_words
 from pretrain.report.log_formats import TEXT_FORMATS, TrainingLog
 from pretrain.report.shown_factor import (
     LARGEST_LN_V,
@@ -43,7 +44,7 @@ class Finding:
     """One thing that is wrong."""
 
     fault: str
-    """One word: scale, start, nan, stall, noise, auxiliary, ranks, collapse, divergence."""
+    """One word: scale, start, nan, stall, memorising, noise, auxiliary, ranks, collapse, divergence."""
     certainty: str
     """certain, very likely, likely or possible."""
     text: str
@@ -88,7 +89,7 @@ def diagnose(log: TrainingLog, setup: Setup) -> Diagnosis:
     if log.format in TEXT_FORMATS:
         result.notes.append(f"scripts that write {log.format} show, as published, {TEXT_FORMATS[log.format][1]}")
     if result.curve is not None:
-        for check in (_scale, _ranks, _auxiliary, _stall, _collapse, _divergence, _noise):
+        for check in (_scale, _ranks, _auxiliary, _stall, _level, _collapse, _divergence, _noise):
             result.findings += check(result)
     return result
 
@@ -365,9 +366,23 @@ def _stall(result: Diagnosis) -> Iterator[Finding]:
     elif not ln_v and curve.from_start and log.unit == "step" and span_steps >= 200 and 4 < level < LARGEST_LN_V:
         text = f"{span}, its first value, which is ln of {math.exp(level):,.0f}: if the vocabulary is that, nothing is learned"
         yield Finding("stall", "likely", text, advice)
-    elif lines.get("unigram", 0) < 0.98 * lines.get("uniform", 0) and abs(level / lines["unigram"] - 1) < 0.01:
-        text = f"{span}, the entropy of single tokens ({lines['unigram']:.3f}): frequencies are learned, context is not used"
-        yield Finding("stall", "likely", text, "Look at the attention mask and the positions.")
+
+
+def _level(result: Diagnosis) -> Iterator[Finding]:
+    """The second half of the curve stays at the unigram entropy, or validation turns up while training falls."""
+    log, curve, lines = result.log, result.curve, dict(result.log.reference_lines)
+    if result.setup.ln_v:
+        lines.setdefault("uniform", result.setup.ln_v)
+    if "uniform" not in lines:
+        return
+    steps, val_loss = (log.val_steps, log.val_loss) if result.explanation is None else (np.zeros(0), np.zeros(0))
+    verdict = in_words.judge(in_words.Curve(curve.steps, result.true, steps, val_loss), lines)
+    if verdict.kind == "unigram":
+        yield Finding("stall", "likely", verdict.text, "Shuffled labels look like this; so does attention that sees nothing.")
+    # Without knowing how often the data was read, only a validation that rises is a sign.
+    if verdict.kind == "memorising" and log.val_loss[-1] > 1.02 * np.nanmin(log.val_loss):
+        best = f"{log.unit} {log.val_steps[np.nanargmin(log.val_loss)]:g}"
+        yield Finding("memorising", "likely", verdict.text, f"Use the checkpoint from around {best}.")
 
 
 def _collapse(result: Diagnosis) -> Iterator[Finding]:
