@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
 
 from pretrain import config as settings
 from pretrain.config import ConfigError, DataConfig, EngineConfig, SourceConfig
@@ -46,8 +46,12 @@ LENGTH = 32
 def text(tmp_path_factory) -> Path:
     """A tokenizer, and tokens of 600 small documents for training, 60 for validation."""
     folder = tmp_path_factory.mktemp("text")
-    tokenizer = Tokenizer.load(make_tokenizer(folder / "tokenizer"))
-    rng = np.random.default_rng(0)
+    make_tokenizer(folder / "tokenizer")
+    return write_tokens(folder)
+
+
+def write_tokens(folder: Path) -> Path:
+    tokenizer, rng = Tokenizer.load(folder / "tokenizer"), np.random.default_rng(0)
     for name, count in (("train", 600), ("valid", 60)):
         with TokenWriter(
             folder / name,
@@ -184,6 +188,29 @@ def test_a_larger_tokenizer_makes_the_model_larger(base, tmp_path):
     old, new = before.model.embed_tokens.weight[:V], after.model.embed_tokens.weight
     torch.testing.assert_close(new[:V], old, atol=1e-9, rtol=0)
     torch.testing.assert_close(new[V : V + 40], old.mean(0).expand(40, -1), atol=1e-6, rtol=0)
+
+
+def test_a_published_model_with_more_ids_than_its_tokenizer_goes_on_and_comes_out_again(text, tmp_path):
+    """Made, as published ones are, by transformers alone: the tokenizer has no file of ours."""
+    (tmp_path / "tokenizer").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(text / "tokenizer" / name, tmp_path / "tokenizer")
+    sizes = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    published = LlamaForCausalLM(LlamaConfig(vocab_size=V + 30, tie_word_embeddings=True, **sizes))
+    published.save_pretrained(tmp_path / "published", dtype=torch.bfloat16)
+    AutoTokenizer.from_pretrained(tmp_path / "tokenizer").save_pretrained(tmp_path / "published")
+    shutil.copytree(tmp_path / "published", tmp_path / "tokenizer", dirs_exist_ok=True)
+    write_tokens(tmp_path)
+    argv = flags(tmp_path, tmp_path / "runs", "on", 2, "--model.from_pretrained", str(tmp_path / "published"))
+    assert train_here(argv) == 0
+    assert losses(tmp_path / "runs" / "on") == pytest.approx([math.log(V + 30)] * 2, rel=0.1)
+    found = export_run(tmp_path / "runs" / "on", tmp_path / "out", dtype="bf16")["compared"]
+    assert found["tokenizer"]["ids"] > 50
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert back.get_input_embeddings().weight.shape[0] == V + 30
+    assert not list((tmp_path / "out").glob("model-*")) and (tmp_path / "out" / "tokenizer.json").exists()
+    rows = score_here(tmp_path / "out", tmp_path, "ddp")
+    assert rows[-1]["loss"] == pytest.approx(math.log(V + 30), rel=0.1)
 
 
 @pytest.mark.parametrize(
