@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from transformers import (
     Dots1Config,
     Dots1ForCausalLM,
@@ -31,6 +33,7 @@ from pretrain.runtime import checkpoint
 from pretrain.runtime.engine import Engine, start_engine
 from pretrain.runtime.levers import checkpoint_activations
 from pretrain.train import train_step
+from tests.ranks import run_ranks
 
 V, T = 61, 16
 SIGMOID = dict(score="sigmoid", num_shared_experts=2, routed_scaling_factor=1.7, bias_update_rate=0.01)
@@ -329,9 +332,9 @@ def test_a_cache_gives_the_logits_of_the_whole_text():
 # ---------------------------------------------------------------- balance
 
 
-def engine_of(model: ModelConfig, name: str = "adamw", **settings) -> Engine:
-    engine = start_engine(EngineConfig(**settings))
-    engine.prepare(lambda: Transformer(model), lambda m: build_optimizer(m, OptimizerConfig(name=name)), 1.0, 0)
+def engine_of(model: ModelConfig, optimizer: str = "adamw", engine: str = "ddp", **settings) -> Engine:
+    engine = start_engine(EngineConfig(name=engine, **settings))
+    engine.prepare(lambda: Transformer(model), lambda m: build_optimizer(m, OptimizerConfig(name=optimizer)), 1.0, 0)
     return engine
 
 
@@ -441,6 +444,35 @@ def test_biases_and_shares_are_saved_and_come_back(tmp_path):
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
 
 
+def steps_after_a_save(folder: str) -> dict[str, tuple]:
+    """On a rank: two steps under fsdp2 and a save, then for each engine that goes on from it, what a third step did."""
+    config, done, saved = resolved(**SIGMOID, balance="global_batch"), {}, None
+    for name in ("fsdp2", "zero3", "zero1", "ddp"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        engine = engine_of(config, engine=name)
+        mine = slice(2 * engine.rank, 2 * engine.rank + 2)
+        window = [Batch(some_tokens(4, T)[mine], some_labels(4, T)[mine], None)]
+        if saved is None:
+            for _ in range(2):
+                train_step(engine, window, 1e-2, [0])
+            saved = checkpoint.save(Path(folder), 2, engine, {})
+        else:
+            checkpoint.load(saved, engine)
+        result = train_step(engine, window, 1e-2, [0])
+        done[name] = result.loss_sum.item(), float(result.grad_norm), result.routing_LX.tolist()
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_every_engine_goes_on_with_the_experts_of_another(tmp_path):
+    for done in run_ranks(2, steps_after_a_save, str(tmp_path), timeout=240):
+        loss_sum, norm, routing = done.pop("fsdp2")
+        for name, found in done.items():
+            assert found[:2] == pytest.approx((loss_sum, norm), rel=1e-5), name
+            torch.testing.assert_close(torch.tensor(found[2]), torch.tensor(routing), rtol=1e-5, atol=0)
+
+
 def test_initial_weights_of_experts_and_routers_are_as_documented():
     config = resolve_model(
         ModelConfig(hidden_size=128, num_hidden_layers=3, moe=MoeConfig(num_experts=8, moe_intermediate_size=96, **SIGMOID)),
@@ -471,7 +503,7 @@ def test_parameters_and_active_parameters_are_counted(kind):
 
 
 def test_muon_takes_each_expert_for_a_matrix_of_its_own():
-    engine = engine_of(resolved(layers=1), name="muon")
+    engine = engine_of(resolved(layers=1), optimizer="muon")
     experts = engine.model.model.layers[0].mlp.experts
     assert any(parameter is experts.down_proj for parameter in engine.optimizer.param_groups[0]["params"])
     before_EDF = experts.down_proj.detach().clone()
