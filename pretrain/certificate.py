@@ -33,6 +33,7 @@ from pretrain.config import ModelConfig
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.generate import generate
 from pretrain.model.flops import num_parameters
+from pretrain.model.transformer import Transformer
 from pretrain.run import Trained
 from pretrain.weights import BLOCK, DTYPES, Weights, load_transformer, read_part
 
@@ -53,30 +54,33 @@ class Refused(Exception):
 
 
 def certify(
-    folder: Path, trained: Trained, dtype: str, scope: str = "auto", say: Callable[[str], None] = lambda text: None
+    folder: Path, trained: Trained, dtype: str | None, scope: str = "auto", say: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
     """What was compared and found equal, ready for JSON.
 
-    dtype: of the folder (fp32, bf16, fp16). scope: whole, layers, or auto: whole where both fit into half of the free memory.
-    Raises Refused, OSError.
+    dtype: that in which the folder was written from the model (fp32, bf16, fp16). None: the model was read from the folder,
+    whose settings and tensors may be written in other ways than ours; all but these two is compared. scope: whole, layers, or
+    auto: whole where the model fits into half of the free memory. Raises Refused, OSError.
     """
     if scope == "auto":
         needed = 4 * num_parameters(trained.model).total
         scope = "whole" if needed < psutil.virtual_memory().available / 2 else "layers"
     transformers.logging.disable_progress_bar()  # one line for each layer says more
-    say("comparing weights")
-    found: dict[str, Any] = {"scope": scope, "settings": _compare_settings(folder, trained.model)}
-    found["weights"] = _compare_weights(folder, trained.weights, DTYPES[dtype])
+    rounded = DTYPES[dtype] if dtype else None
+    found: dict[str, Any] = {"scope": scope}
+    if rounded is not None:
+        say("comparing weights")
+        found["settings"] = _compare_settings(folder, trained.model)
+        found["weights"] = _compare_weights(folder, trained.weights, rounded)
     found["tokenizer"] = _compare_tokenizers(folder, trained)
     say(f"comparing logits with transformers, {'the whole model' if scope == 'whole' else 'layer by layer'}")
     if scope == "whole":
-        return found | _compare_whole(folder, trained, DTYPES[dtype])
+        return found | _compare_whole(folder, trained, rounded)
     layers = []
     for number in range(trained.model.num_hidden_layers):
-        source = OneLayer(trained.weights, number)
-        tokens_BT = _batch(trained, 0)
-        theirs = _their_numbers(_load_one_layer(folder, source), tokens_BT, source.model, DTYPES[dtype])
-        layers.append(_compare_numbers(_our_numbers(source, DTYPES[dtype], tokens_BT), theirs, f"layer {number}: "))
+        source, batches = OneLayer(trained.weights, number), _batches(trained)
+        their_numbers = _their_numbers(_load_one_layer(folder, source), batches, source.model)
+        layers.append(_compare_numbers(load_transformer(source, rounded), batches, their_numbers, f"layer {number}: "))
         say(f"layer {number + 1} of {trained.model.num_hidden_layers} is equal")
     worst = max(layers, key=lambda each: each["logits"]["difference"])
     return found | worst | {"generation": "not compared: the model was compared layer by layer"}
@@ -197,13 +201,11 @@ class OneLayer:
         self._source.read(self.whole_name(name), start, into)
 
 
-def _compare_whole(folder: Path, trained: Trained, dtype: torch.dtype) -> dict[str, Any]:
+def _compare_whole(folder: Path, trained: Trained, dtype: torch.dtype | None) -> dict[str, Any]:
     """Logits, loss, generation and structure of the whole model. One model is in memory at a time."""
-    tries = _TRIES if trained.model.moe else 1  # where two experts are as good as equal, rounding may choose another one
-    batches = [_batch(trained, number) for number in range(tries)]
-    theirs = _load_whole(folder)
+    batches, theirs = _batches(trained), _load_whole(folder)
     _compare_structure(theirs, trained.model, dtype)
-    their_numbers = [_their_numbers(theirs, tokens_BT, trained.model, dtype) for tokens_BT in batches]
+    their_numbers = _their_numbers(theirs, batches, trained.model)
     prompt = batches[0][0, :8]
     options = dict(max_new_tokens=_NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
     continuation = theirs.generate(prompt[None], attention_mask=torch.ones(1, len(prompt)), **options)
@@ -211,17 +213,11 @@ def _compare_whole(folder: Path, trained: Trained, dtype: torch.dtype) -> dict[s
     del theirs
     gc.collect()
     ours = load_transformer(trained.weights, dtype)
-    for number, tokens_BT in enumerate(batches):
-        try:
-            found = _compare_numbers(_numbers(ours, tokens_BT), their_numbers[number], "")
-            break
-        except Refused:
-            if number == tries - 1:
-                raise
+    found = _compare_numbers(ours, batches, their_numbers, "")
     found["generation"] = _compare_generation(ours, prompt.tolist(), continuation)
-    if dtype != torch.float32:
+    if dtype not in (None, torch.float32):
         del ours
-        found["loss"]["before_rounding"] = _our_numbers(trained.weights, None, tokens_BT)[1]
+        found["loss"]["before_rounding"] = _our_numbers(load_transformer(trained.weights), batches[found["batch"]])[1]
     return found
 
 
@@ -258,14 +254,14 @@ def _load_one_layer(folder: Path, source: OneLayer) -> Any:
     return _whole_report(*kind.from_pretrained(None, config=config, state_dict=tensors, dtype="auto", output_loading_info=True))
 
 
-def _compare_structure(theirs: Any, model: ModelConfig, dtype: torch.dtype) -> None:
+def _compare_structure(theirs: Any, model: ModelConfig, dtype: torch.dtype | None) -> None:
     head, embedding = theirs.get_output_embeddings().weight, theirs.get_input_embeddings().weight
     if (head is embedding) != model.tie_word_embeddings:
         raise Refused(f"embedding and head are {'one matrix' if head is embedding else 'two'} in transformers")
     for name, matrix in (("embedding", embedding), ("head", head)):
         if matrix.shape[0] != model.vocab_size:
             raise Refused(f"the {name} has {matrix.shape[0]} rows, the vocabulary {model.vocab_size} ids")
-    wrong = [name for name, parameter in theirs.named_parameters() if parameter.dtype != dtype]
+    wrong = [name for name, parameter in theirs.named_parameters() if dtype not in (None, parameter.dtype)]
     if wrong:
         raise Refused(f"{wrong[0]} is {theirs.get_parameter(wrong[0]).dtype} in transformers, not {dtype}")
 
@@ -274,24 +270,36 @@ Numbers = tuple[Tensor, float]
 """(logits_BTV, mean loss in nats of every token but the first of each row)."""
 
 
-def _their_numbers(theirs: Any, tokens_BT: Tensor, model: ModelConfig, dtype: torch.dtype) -> Numbers:
-    _compare_structure(theirs, model, theirs.dtype)
+def _batches(trained: Trained) -> list[Tensor]:
+    """One, or with experts a few: where two experts are as good as equal, rounding may choose another one."""
+    return [_batch(trained, number) for number in range(_TRIES if trained.model.moe else 1)]
+
+
+def _their_numbers(theirs: Any, batches: list[Tensor], model: ModelConfig) -> list[Numbers]:
+    _compare_structure(theirs, model, None)
+    theirs.float()
     with torch.inference_mode():
-        out = theirs.float()(tokens_BT, labels=tokens_BT)
-    return out.logits.float(), float(out.loss)
+        found = [theirs(tokens_BT, labels=tokens_BT) for tokens_BT in batches]
+    return [(out.logits, float(out.loss)) for out in found]
 
 
-def _our_numbers(source: Weights, dtype: torch.dtype | None, tokens_BT: Tensor) -> Numbers:
-    return _numbers(load_transformer(source, dtype), tokens_BT)
-
-
-def _numbers(ours: Any, tokens_BT: Tensor) -> Numbers:
+def _our_numbers(ours: Transformer, tokens_BT: Tensor) -> Numbers:
     with torch.inference_mode():
         loss_sum = ours(tokens_BT[:, :-1], tokens_BT[:, 1:].contiguous())
         return ours(tokens_BT), float(loss_sum) / tokens_BT[:, 1:].numel()
 
 
-def _compare_numbers(ours: Numbers, theirs: Numbers, where: str) -> dict[str, Any]:
+def _compare_numbers(ours: Transformer, batches: list[Tensor], theirs: list[Numbers], where: str) -> dict[str, Any]:
+    """Of the first batch that is equal. Raises Refused when none is."""
+    for number, tokens_BT in enumerate(batches):
+        try:
+            return {"batch": number, **_compare_batch(_our_numbers(ours, tokens_BT), theirs[number], where)}
+        except Refused as error:
+            refusal = error
+    raise refusal
+
+
+def _compare_batch(ours: Numbers, theirs: Numbers, where: str) -> dict[str, Any]:
     (our_logits_BTV, our_loss), (their_logits_BTV, their_loss) = ours, theirs
     if our_logits_BTV.shape != their_logits_BTV.shape:
         raise Refused(f"{where}logits have shape {tuple(their_logits_BTV.shape)}, the model's {tuple(our_logits_BTV.shape)}")
@@ -308,7 +316,7 @@ def _compare_numbers(ours: Numbers, theirs: Numbers, where: str) -> dict[str, An
     }
 
 
-def _compare_generation(ours: Any, prompt_ids: list[int], continuation: list[int]) -> dict[str, Any]:
+def _compare_generation(ours: Transformer, prompt_ids: list[int], continuation: list[int]) -> dict[str, Any]:
     """Greedy tokens, up to the first position where two are equally likely but for rounding."""
     mine = list(generate(ours, prompt_ids, len(continuation), temperature=0))
     equal = next((at for at, pair in enumerate(zip(mine, continuation, strict=True)) if pair[0] != pair[1]), len(mine))

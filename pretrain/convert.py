@@ -26,7 +26,7 @@ from pretrain.report.progress import Progress
 from pretrain.run import Trained, open_folder, open_run
 from pretrain.runtime.checkpoint import sync_folder, write_file
 from pretrain.schema import to_dict, to_yaml
-from pretrain.weights import DTYPES, write_checkpoint, write_folder
+from pretrain.weights import DTYPES, CheckpointWeights, write_checkpoint, write_folder
 
 _NOT_OF_A_TOKENIZER = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".py", ".index.json")
 _OF_A_MODEL = ("config.json", "generation_config.json", "certificate.json")
@@ -73,24 +73,28 @@ def export(trained: Trained, output: Path, dtype: str, max_file_bytes: int = 5 *
         except ValueError as error:
             raise ConversionError(str(error)) from None
         _write_settings(folder, trained, dtype)
-        try:
-            found = certify(folder, trained, dtype, scope, lambda text: print(text, file=sys.stderr, flush=True))
-        except Refused as error:
-            raise ConversionError(
-                f"refused: the folder would not hold the model, so nothing is left of it ({error}); this is a fault of this "
-                "program or of the installed transformers, report it"
-            ) from error
-        certificate = {
-            "verdict": "transformers computes what the model computes",
-            "made_from": trained.origin,
-            "dtype": dtype,
-            "versions": {name: metadata.version(name) for name in ("torch", "transformers", "safetensors")},
-            "compared": found,
-            "files": files,
-        }
+        certificate = _certificate(folder, trained, dtype, scope) | {"files": files}
         _write_json(folder / "certificate.json", certificate)
     print(f"{output}: {certificate['verdict']}, see certificate.json")
     return certificate
+
+
+def _certificate(folder: Path, trained: Trained, dtype: str | None, scope: str) -> dict[str, Any]:
+    """Raises ConversionError where transformers and the model differ."""
+    try:
+        found = certify(folder, trained, dtype, scope, lambda text: print(text, file=sys.stderr, flush=True))
+    except Refused as error:
+        raise ConversionError(
+            f"refused, and nothing is left of it: transformers and this program do not compute the same ({error}); this is a "
+            "fault of this program or of the installed transformers, report it"
+        ) from error
+    return {
+        "verdict": "transformers computes what the model computes",
+        "made_from": trained.origin,
+        "dtype": dtype or "fp32",
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "safetensors")},
+        "compared": found,
+    }
 
 
 def _write_settings(folder: Path, trained: Trained, dtype: str) -> None:
@@ -127,9 +131,9 @@ def _begin_as_trained(folder: Path) -> None:
         path.write_text(json.dumps(config | {"bos_token": config["eos_token"]}, indent=1) + "\n", encoding="utf-8")
 
 
-def import_folder(source: Path, output: Path) -> None:
+def import_folder(source: Path, output: Path, scope: str = "auto") -> dict[str, Any]:
     """Writes the model of a Hugging Face folder as a run's folder without a history: config.yaml, a checkpoint of step 0, the
-    tokenizer. Raises ConversionError, NotOurs, OSError."""
+    tokenizer. -> its certificate. Raises ConversionError, NotOurs, OSError."""
     trained = open_folder(source)
     with _whole_or_absent(Path(output)) as folder:
         path = None
@@ -154,8 +158,12 @@ def import_folder(source: Path, output: Path) -> None:
         state = {"model": asdict(trained.model), "settings": to_dict(config), "val_loss": None}
         state["tokenizer"] = trained.tokenizer_fingerprint
         with Progress("writing", 4 * num_parameters(trained.model).total) as progress:
-            write_checkpoint(folder / "checkpoints", trained.weights, state, progress.update)
-    print(f"{output}: ready for --run and for model.from_pretrained")
+            written = write_checkpoint(folder / "checkpoints", trained.weights, state, progress.update)
+        copy = trained._replace(weights=CheckpointWeights(written))
+        certificate = _certificate(Path(source), copy, None, scope)
+        _write_json(folder / "certificate.json", certificate)
+    print(f"{output}: {certificate['verdict']}; ready for --run and for model.from_pretrained")
+    return certificate
 
 
 @contextlib.contextmanager

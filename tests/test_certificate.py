@@ -214,9 +214,22 @@ def test_a_fault_of_the_naming_itself_is_refused_and_leaves_nothing(family, scop
         monkeypatch.setattr(huggingface, "to_config", to_config)
     else:
         monkeypatch.setattr(huggingface, "parts", parts)
-    with pytest.raises(ConversionError, match=r"refused: .*logits differ"):
+    with pytest.raises(ConversionError, match=r"refused, and nothing is left of it: .*logits differ"):
         export_run(run, tmp_path / "hf", scope=scope)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize("scope", ["whole", "layers"])
+def test_a_model_that_comes_in_is_compared_too(scope, honest, tmp_path, monkeypatch):
+    _, good = honest
+    found = convert.import_folder(good, tmp_path / "in", scope)
+    assert found["compared"]["logits"]["difference"] <= 1e-5
+    assert found == json.loads((tmp_path / "in" / "certificate.json").read_text())
+    real = huggingface.from_config
+    monkeypatch.setattr(huggingface, "from_config", lambda *given: real(*given) | {"rope_theta": 5e5})
+    with pytest.raises(ConversionError, match=r"refused, and nothing is left of it: .*logits differ"):
+        convert.import_folder(good, tmp_path / "wrong", scope)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
 def test_a_tokenizer_that_was_exchanged_after_training_is_refused(tmp_path, tokenizer_folder):

@@ -252,7 +252,7 @@ class Ones:
     def read(self, name, start, into):
         into.fill_(0.25)
 
-convert.certify = lambda *rest: {{}}
+convert.certify = lambda *rest: {{}}  # what compares may hold a model
 out = Path({str(folder)!r})
 convert.export(Trained(Ones(), None, None, False, None, {{}}), out / "hf", "bf16", 10**9)
 convert.import_folder(out / "hf", out / "back")

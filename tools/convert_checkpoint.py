@@ -5,7 +5,8 @@
 
 The first writes what transformers, its pipelines and servers of such folders load (safetensors, config.json, tokenizer) and
 certificate.json: transformers has loaded the folder, and weights, logits, loss and generation were found equal. If anything
-differs, nothing is left at --output. The second writes a folder like that of a run, which --run and model.from_pretrained take.
+differs, nothing is left at --output. The second writes a folder like that of a run, which --run and model.from_pretrained take,
+and compares it with the same care.
 
 Exit status: 0 done, 2 refused, 130 interrupted.
 """
@@ -63,7 +64,7 @@ def main() -> int:
                 int(options.max_file_gb * 1e9), options.certify,
             )  # fmt: skip
         else:
-            import_folder(options.model, options.output)
+            import_folder(options.model, options.output, options.certify)
     except (ConversionError, CheckpointError, ConfigError, DataError, NotOurs, OSError) as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         return 2
