@@ -146,6 +146,15 @@ def test_a_slice_of_the_blend_continues_it_at_any_position():
             assert blend.position(int(sources[row]), int(indices[row])) == start + row
 
 
+@pytest.mark.parametrize("weights", [[1, 1], [1, 1, 1, 1], [3, 1], [1, 3], [1e-9, 1], [0.2, 0.3, 0.5]])
+def test_a_position_is_found_again_also_where_rounding_ties(weights):
+    blend = Blend(weights)
+    for start in (0, 2**32 - 100, 2**50):
+        sources, indices = blend.locate(np.arange(start, start + 500, dtype=np.uint64))
+        found = [blend.position(source, index) for source, index in zip(sources.tolist(), indices.tolist(), strict=True)]
+        assert found == list(range(start, start + 500))
+
+
 @pytest.mark.parametrize("weights", [[], [0.0], [1, -1], [1, math.nan], [math.inf]])
 def test_unusable_weights_are_refused(weights):
     with pytest.raises(ValueError, match="weights"):

@@ -600,3 +600,18 @@ with open_sinks("jsonl", "console") as sinks:
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and output.count("metrics.jsonl is not on the disk yet") == 1
     assert [record["step"] for record in records(tmp_path)] == [1]
+
+
+def test_the_curve_is_on_the_disk_before_the_checkpoint_that_it_led_to(tmp_path, monkeypatch):
+    from pretrain.config import load
+    from pretrain.runtime import checkpoint
+    from pretrain.train import train
+
+    calls, sync, commit = [], Sinks.sync, checkpoint.commit
+    monkeypatch.setattr(Sinks, "sync", lambda self: (calls.append("sync"), sync(self)))
+    monkeypatch.setattr(checkpoint, "commit", lambda *given: (calls.append("commit"), commit(*given))[1])
+    flags = ["--model.hidden_size", "16", "--model.num_hidden_layers", "1", "--model.num_attention_heads", "2"]
+    flags += ["--model.vocab_size", "64", "--data.synthetic.kind", "markov", "--data.sequence_length", "16"]
+    flags += ["--train.max_steps", "6", "--checkpoint.every_steps", "3", "--run.directory", str(tmp_path)]
+    assert train(load(flags)) == 0
+    assert calls == ["sync", "commit"] * 2
