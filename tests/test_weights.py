@@ -89,6 +89,17 @@ def test_files_are_cut_and_indexed_as_transformers_expects(run, tmp_path, max_fi
         assert content["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
 
 
+def test_values_lie_where_their_size_divides(tmp_path):
+    """A bf16 tensor of an odd number of values would put the fp32 ones behind it across words."""
+    run = make_run(tmp_path / "run", model_of("glm4_moe", num_hidden_layers=1, hidden_size=45, head_dim=15 * 2), None)
+    write_folder(tmp_path, open_run(run).weights, "bf16", 10**9)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    places = [each for name, each in header.items() if name != "__metadata__"]
+    assert {each["dtype"] for each in places} == {"F32", "BF16"}
+    assert all(each["data_offsets"][0] % 4 == 0 for each in places if each["dtype"] == "F32")
+
+
 def test_any_stretch_reads_what_the_whole_holds(run, folder):
     whole = dict(load_transformer(open_run(run).weights).named_parameters())
     sources = [open_run(run).weights, FolderWeights(folder), MeanWeights([open_run(run, 3).weights])]
