@@ -27,7 +27,7 @@ from pretrain.run import load_model, open_folder, open_run, open_weights
 from pretrain.runtime.engine import Shard, start_engine
 from pretrain.runtime.manifest import CheckpointError
 from pretrain.weights import DTYPES, FolderWeights, MeanWeights, filler, load_transformer, write_folder
-from tests.models import FAMILIES, V, make_run, model_of
+from tests.models import FAMILIES, V, make_run, model_of, moe
 from tests.ranks import run_ranks
 
 
@@ -91,7 +91,9 @@ def test_files_are_cut_and_indexed_as_transformers_expects(run, tmp_path, max_fi
 
 def test_values_lie_where_their_size_divides(tmp_path):
     """A bf16 tensor of an odd number of values would put the fp32 ones behind it across words."""
-    run = make_run(tmp_path / "run", model_of("glm4_moe", num_hidden_layers=1, hidden_size=45, head_dim=15 * 2), None)
+    run = make_run(
+        tmp_path / "run", model_of("glm4_moe", hidden_size=45, head_dim=30, moe=moe(score="sigmoid", num_experts=5)), None
+    )
     write_folder(tmp_path, open_run(run).weights, "bf16", 10**9)
     data = (tmp_path / "model.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
