@@ -107,8 +107,8 @@ def at_start(config: Config, engine: Engine, model: ModelConfig, data: TrainData
         files += [(f"data.valid[{i}].path", each.source) for i, each in enumerate(valid)]
         for where, source in files:
             if isinstance(source, FileSource):
-                found += health.sampled(source.file, where, vocab_size=model.vocab_size, end_of_document_id=None)
-                found += health.entropies(source.file, where, model.vocab_size) if source.seal else []
+                found += health.sampled(source.file, where, vocab_size=data.vocab_size, end_of_document_id=None)
+                found += health.entropies(source.file, where, data.vocab_size) if source.seal else []
         found += build_locks(config) + schedule_findings(config, steps) + pass_findings(config, data, steps)
         found += [each._replace(stops=False) for each in storage_findings(config, model, folder, steps)]
     stops = [each for each in found if each.stops]

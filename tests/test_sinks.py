@@ -565,7 +565,7 @@ def test_texts_that_the_model_writes_are_shown_kept_and_copied(tmp_path, capsys)
     with open_sinks(tmp_path, "jsonl", "console", "tensorboard", "wandb") as sinks:
         sinks.log({"step": 5, "loss": 1.0})
         sinks.log({"step": 5, "generated": [{"prompt": "def ", "text": "main():"}, {"prompt": "模", "text": "型"}]})
-    assert "step 5 writes: def |main():\nstep 5 writes: 模|型" in capsys.readouterr().out
+    assert 'step 5 writes: "def " "main():"\nstep 5 writes: "模" "型"' in capsys.readouterr().out
     assert records(tmp_path)[1]["generated"][1] == {"prompt": "模", "text": "型"}
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import numpy as np
 from tqdm import tqdm
 
-from pretrain.config import Config, ConfigError, load
+from pretrain.config import Config, ConfigError, load, vocabulary
 from pretrain.data import quarantine, skips
 from pretrain.data.indexed import DataError, TokenFile
 from pretrain.data.tokenizer import Tokenizer
@@ -67,6 +68,8 @@ def main() -> int:
         lines = about_file(arguments) if arguments.data else about_run(arguments)
         for line in lines:
             print(line)
+    except BrokenPipeError:  # whoever reads, as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (DataError, ConfigError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -172,7 +175,7 @@ def about_run(arguments: argparse.Namespace) -> Iterator[str]:
     config = load(["--config", str(settings)], world_size=None)
     folder = arguments.tokenizer or config.tokenizer.path
     tokenizer = Tokenizer.load(folder) if folder else None
-    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    _, vocab_size = vocabulary(config.model, tokenizer and tokenizer.vocab_size)
     fingerprint = tokenizer.fingerprint if tokenizer else None
     data = open_train(config.data, seed=config.run.seed, vocab_size=vocab_size, tokenizer_fingerprint=fingerprint)
     left_out = ranges_left_out(arguments.run)

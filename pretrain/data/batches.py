@@ -89,14 +89,15 @@ class FileSource:
 class TrainData:
     """The endless, ordered stream of training samples.
 
-    `sources`; `samples_per_epoch`: as many samples as all sources hold together, without those in quarantine (with weights in
-    the ratio of their sizes that is each sample once; with others, small sources repeat while large ones wait);
+    `sources`; `vocab_size`: ids that they may hold; `samples_per_epoch`: as many samples as all sources hold together, without
+    those in quarantine (with weights in the ratio of their sizes that is each sample once; with others, small sources repeat
+    while large ones wait);
     `fingerprint`: changes with content, weights, seed and sequence length, so a run can only go on with the data it began
     with; `quarantine`: what is left out; `reference_lines`: nats per token.
     """
 
     def __init__(self, sources: list, weights: list[float], data: DataConfig, *, seed: int, vocab_size: int):
-        self.sources, self._data = sources, data
+        self.sources, self.vocab_size, self._data = sources, vocab_size, data
         self._shares = [weight / math.fsum(weights) for weight in weights]
         self._order = Order([source.num_samples for source in sources], weights, seed)
         ranges: quarantine.Ranges = []

@@ -207,7 +207,7 @@ def _stall(level: float, falling: bool, flat: bool, lines: Mapping[str, float]) 
             return None
         if min(unigram, bigram, floor) > 0.985 * uniform:
             text = "The data is random: all ids are equally frequent, and none says anything about the next"
-            return "random", f"{text}, so nothing can be learned"
+            return "random", f"{text}: unless tokens further back tell more, nothing can be learned"
         if floor < 0.9 * uniform:
             text = f"It stays at ln(vocabulary), although this data can be learned down to {floor:.3f}: nothing is learned yet"
             return "nothing", f"{text}. Train longer, raise the learning rate, or use more layers"

@@ -147,7 +147,8 @@ class Sinks:
         elif "val_loss" in record:
             self.say(validation_line(record, self._reference_lines))
         for made in record.get("generated", []):
-            self.say(f"step {self._step:,} writes: {made['prompt']}|{made['text']}")
+            prompt, text = (json.dumps(made[key], ensure_ascii=False) for key in ("prompt", "text"))
+            self.say(f"step {self._step:,} writes: {prompt} {text}")
 
     def image(self, name: str, path: Path) -> None:
         """Send a PNG file to W&B and TensorBoard under `name`; the newest one stands."""
