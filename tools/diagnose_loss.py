@@ -17,7 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 
-from pretrain.config import Config, ConfigError, EngineConfig, ModelConfig, accumulation, load, resolve_model
+from pretrain.config import Config, ConfigError, EngineConfig, ModelConfig, accumulation, load, resolve_model, vocabulary
 from pretrain.data.indexed import DataError
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.model.flops import num_parameters, vocabulary_rows
@@ -161,9 +161,9 @@ def open_parts(settings: list[str], ranks: int | None = None) -> Parts:
     ranks = ranks or config.engine.world_size or 1
     config = load([*settings, "--engine.world_size", str(ranks)], world_size=ranks, program="tools/diagnose_loss.py")
     tokenizer = Tokenizer.load(config.tokenizer.path) if config.tokenizer.path else None
-    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    vocab_size, data_ids = vocabulary(config.model, tokenizer and tokenizer.vocab_size)
     fingerprint = tokenizer and tokenizer.fingerprint
-    data = open_train(config.data, seed=config.run.seed, vocab_size=vocab_size, tokenizer_fingerprint=fingerprint)
+    data = open_train(config.data, seed=config.run.seed, vocab_size=data_ids, tokenizer_fingerprint=fingerprint)
     model = resolve_model(config.model, vocab_size=vocab_size, sequence_length=config.data.sequence_length)
     return Parts(config, model, tokenizer, data)
 
