@@ -34,6 +34,7 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.generate import generate
 from pretrain.model.flops import num_parameters
 from pretrain.model.transformer import Transformer
+from pretrain.report.progress import Progress
 from pretrain.run import Trained
 from pretrain.weights import BLOCK, DTYPES, Weights, load_transformer, read_part
 
@@ -69,9 +70,10 @@ def certify(
     rounded = DTYPES[dtype] if dtype else None
     found: dict[str, Any] = {"scope": scope}
     if rounded is not None:
-        say("comparing weights")
         found["settings"] = _compare_settings(folder, trained.model)
-        found["weights"] = _compare_weights(folder, trained.weights, rounded)
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        with Progress("comparing weights", size) as progress:
+            found["weights"] = _compare_weights(folder, trained.weights, rounded, progress.update)
     found["tokenizer"] = _compare_tokenizers(folder, trained)
     say(f"comparing logits with transformers, {'the whole model' if scope == 'whole' else 'layer by layer'}")
     if scope == "whole":
@@ -99,9 +101,9 @@ def _compare_settings(folder: Path, model: ModelConfig) -> dict[str, Any]:
     return {"class": config["architectures"][0], "keys": len(wanted)}
 
 
-def _compare_weights(folder: Path, source: Weights, dtype: torch.dtype) -> dict[str, Any]:
-    """By a reader that is not ours, to the bit."""
-    files = sorted(folder.glob("*.safetensors"))
+def _compare_weights(folder: Path, source: Weights, dtype: torch.dtype, beat: Callable[[int], None]) -> dict[str, Any]:
+    """By a reader that is not ours, to the bit. beat: called with the bytes compared so far."""
+    done, files = 0, sorted(folder.glob("*.safetensors"))
     parts = {part.name: part for part in huggingface.parts(source.model)}
     unseen = set(parts)
     for path in files:
@@ -120,6 +122,8 @@ def _compare_weights(folder: Path, source: Weights, dtype: torch.dtype) -> dict[
                     wanted = wanted.to(wanted_dtype)
                     if values.dtype != wanted.dtype or not torch.equal(_bits(values), _bits(wanted)):
                         raise Refused(f"{name} is not the model's: {_first_difference(values, wanted)}")
+                    done += values.nbytes
+                    beat(done)
     if unseen:
         raise Refused(f"the folder lacks {sorted(unseen)[0]} ({len(unseen)} tensors)")
     return {"tensors": len(parts), "dtype": str(dtype).removeprefix("torch."), "files": len(files), "difference": 0.0}

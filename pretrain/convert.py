@@ -49,7 +49,8 @@ def export_run(
 
     Raises ConversionError where the folder would not hold the model, and what `open_run` raises.
     """
-    return export(open_run(run, int(step) if str(step).isdecimal() else step, average), output, dtype, max_file_bytes, scope)
+    print(f"verifying {run}", file=sys.stderr, flush=True)
+    return export(open_run(run, step, average), output, dtype, max_file_bytes, scope)
 
 
 def export(trained: Trained, output: Path, dtype: str, max_file_bytes: int = 5 * 10**9, scope: str = "auto") -> dict[str, Any]:
