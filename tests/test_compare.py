@@ -217,7 +217,7 @@ def test_the_command_says_it_and_refuses_what_is_no_run(pairs, tmp_path):
     folder = pairs.folder / "runs"
     command = [sys.executable, "tools/compare_runs.py", str(folder / "base"), str(folder / "seed")]
     done = subprocess.run([*command, "--json", str(tmp_path / "d.json")], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "bends the curve  seed: run.seed is 1234 and 7" in done.stdout, done.stderr
+    assert done.returncode == 0 and "bends the curve    seed: run.seed is 1234 and 7" in done.stdout, done.stderr
     assert json.loads((tmp_path / "d.json").read_text())["differences"][0]["what"] == "seed"
     done = subprocess.run([*command[:-1], str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "not the folder of a run" in done.stderr

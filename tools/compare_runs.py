@@ -38,7 +38,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for each in found:
-        print(f"{'bends the curve' if each.bends else 'rounds only':16} {each.what}: {each.text}")
+        print(f"{'bends the curve' if each.bends else 'should only round':18} {each.what}: {each.text}")
     equal = "not even the first line" if where.equal_to is None else f"up to step {where.equal_to}"
     print(f"{where.common} common lines; equal to the last bit: {equal}; noise: {where.noise}")
     if where.step is not None:
