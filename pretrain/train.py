@@ -232,55 +232,67 @@ def _train(config: Config, engine: Engine, directory: RunDirectory | None, stop:
 
 def _loop(run: Run, meter: Meter, stop: StopRequest) -> tuple[int, str]:
     """Steps until the end, a request to stop, or too many skipped steps. -> (exit status, reason)."""
-    config, engine, progress = run.config, run.engine, run.progress
-    clock, saved_at, flags, moved = Clock(), time.monotonic(), [], False
-    stop_file = run.folder / "STOP" if engine.rank == 0 else None
+    config, progress = run.config, run.progress
+    flags, total = [], run.total_steps
+    stop_file = run.folder / "STOP" if run.engine.rank == 0 else None
+
+    def asked() -> list[int]:
+        return stop.flags(stop_file)
+
     gc.collect()
     gc.freeze()  # what exists now lives as long as the run: later collections need not look at it
+    if progress.evaluation_due:  # the checkpoint from which the run goes on lacks its validation
+        val_loss, flags = _evaluate(run, asked)
+        if not any(flags):
+            _save(run, meter, val_loss, last=progress.step == total)
+    clock = Clock()
     with contextlib.closing(_windows(run)) as windows:
-        while not any(flags) and (progress.step < run.total_steps or progress.evaluation_due):
-            save_due = progress.evaluation_due  # only where the run goes on in a step whose checkpoint lacks the validation
-            if not progress.evaluation_due:
-                step = progress.step + 1
-                engine.watchdog.begin_step(step)
-                with clock.waiting():
-                    window = next(windows)
-                lr = lr_at(step, config.schedule, config.optimizer.lr, run.total_steps)
-                save_wanted = engine.rank == 0 and 0 < 60 * config.checkpoint.every_minutes < time.monotonic() - saved_at
-                canary = Canary(engine) if _due(step, 10 * config.log.every_steps) else None
-                requests = [*run.saver.votes(), int(save_wanted), *stop.flags(stop_file)]
-                result = train_step(engine, window, lr, requests, meter.last_loss)
-                meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied, result.routing_LX)
-                *requests, last_loss = result.requests()
-                votes, save_due, flags = requests[: len(VOTES)], requests[len(VOTES)], requests[len(VOTES) + 1 :]
-                with clock.paused():
-                    run.saver.settle(votes)
-                divergence.report_spike(run, last_loss)
-                _advance(run)
-                moved = True
-                if step in (1, run.total_steps) or _due(step, config.log.every_steps):
-                    _log_step(run, meter, clock, lr, canary)
-                    if meter.figures["skipped_in_a_row"] >= config.train.max_skipped_steps:
-                        return DIVERGED, divergence.in_words(run, meter)
-                if run.sinks:
-                    run.sinks.progress(step)
-                last = step == run.total_steps
-                progress.evaluation_due = bool(run.valid) and (last or _due(step, config.evaluate.every_steps))
-                save_due = save_due or last or _due(step, config.checkpoint.every_steps)
-            if any(flags):
-                stop.agreed(exit_status(flags))
+        while not any(flags) and progress.step < total:
+            save_due, flags = _take_step(run, meter, clock, windows, asked)
+            if meter.figures.get("skipped_in_a_row", 0) >= config.train.max_skipped_steps:
+                return DIVERGED, divergence.in_words(run, meter)
+            last, val_loss = progress.step == total, None
+            progress.evaluation_due = bool(run.valid) and (last or _due(progress.step, config.evaluate.every_steps))
             with clock.paused():
-                val_loss = None
-                if progress.evaluation_due and not any(flags):
-                    val_loss, flags = _evaluate(run, lambda: stop.flags(stop_file))
-                progress.evaluation_due &= any(flags)
-                if moved if any(flags) else save_due:
-                    _save(run, meter, val_loss, last=any(flags) or progress.step == run.total_steps)
-                    saved_at = time.monotonic()
-    if progress.step == run.total_steps and not progress.evaluation_due:
-        divergence.report_spike(run, engine.all_reduce(meter.last_loss.clone()).item())
+                if progress.evaluation_due and not any(flags):  # whoever is asked to stop leaves it to the run that goes on
+                    val_loss, flags = _evaluate(run, asked)
+                if any(flags):
+                    stop.agreed(exit_status(flags))
+                if save_due or last or any(flags) or _due(progress.step, config.checkpoint.every_steps):
+                    _save(run, meter, val_loss, last=last or any(flags))
+    if progress.step == total and not progress.evaluation_due:
+        divergence.report_spike(run, run.engine.all_reduce(meter.last_loss.clone()).item())
         return DONE, ""
     return exit_status(flags), f"stopped by {who_asked(flags)} after step {progress.step}, which is saved"
+
+
+def _take_step(
+    run: Run, meter: Meter, clock: Clock, windows: Iterator[list[Batch]], asked: Callable[[], list[int]]
+) -> tuple[bool, list[int]]:
+    """The next step, and its line in the log. -> (whether the clock says it is time to save, requests to stop)."""
+    config, engine, step = run.config, run.engine, run.progress.step + 1
+    engine.watchdog.begin_step(step)
+    with clock.waiting():
+        window = next(windows)
+    lr = lr_at(step, config.schedule, config.optimizer.lr, run.total_steps)
+    canary = Canary(engine) if _due(step, 10 * config.log.every_steps) else None
+    save_wanted = engine.rank == 0 and 0 < 60 * config.checkpoint.every_minutes < run.saver.seconds_since_save
+    requests = [*run.saver.votes(), int(save_wanted), *asked()]
+
+    result = train_step(engine, window, lr, requests, meter.last_loss)
+
+    meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied, result.routing_LX)
+    *requests, last_loss = result.requests()
+    votes, save_due, flags = requests[: len(VOTES)], requests[len(VOTES)], requests[len(VOTES) + 1 :]
+    with clock.paused():
+        run.saver.settle(votes)
+    divergence.report_spike(run, last_loss)
+    _advance(run)
+    if step in (1, run.total_steps) or _due(step, config.log.every_steps):
+        _log_step(run, meter, clock, lr, canary)
+    if run.sinks:
+        run.sinks.progress(step)
+    return bool(save_due), flags
 
 
 def _due(step: int, every: int) -> bool:
@@ -375,7 +387,7 @@ def _evaluate(run: Run, requests: Callable[[], list[int]]) -> tuple[float | None
     except Stopped as stopped:
         return None, stopped.flags
     run.log({"step": run.progress.step, "tokens": run.progress.tokens, **figures})
-    run.progress.val_loss = figures["val_loss"]
+    run.progress.val_loss, run.progress.evaluation_due = figures["val_loss"], False
     if run.sinks and config.evaluate.sample_prompts:
         run.log({"step": run.progress.step, "generated": _continuations(run)})
     if run.sinks and "jsonl" in config.log.sinks:

@@ -59,6 +59,7 @@ class Saver:
         self.trusted = set(trusted)
         self.failures = 0
         """Saves that failed, in a row; what rank 0 counts decides."""
+        self._began = time.monotonic()
         self._snapshot = _Snapshot(engine.device)
         self._save: _Save | None = None  # under way
         self._pruning: threading.Thread | None = None
@@ -73,6 +74,7 @@ class Saver:
         """
         self.wait()
         self._wait_for_pruning()
+        self._began = time.monotonic()
         background = self.config.asynchronous and not last
         try:
             temporary = checkpoint.begin(self.folder, step, self.engine)
@@ -88,6 +90,11 @@ class Saver:
             self.wait()
         if last and self.engine.broadcast(self.failures):
             raise OSError(f"{self.folder}: the checkpoint of step {step} could not be saved; what was saved before is whole")
+
+    @property
+    def seconds_since_save(self) -> float:
+        """Since the last save began, or the run."""
+        return time.monotonic() - self._began
 
     def votes(self) -> list[int]:
         """This rank's part of the next collective: one number for each of VOTES; their sums over ranks go to `settle`."""
