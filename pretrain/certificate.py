@@ -75,6 +75,8 @@ def certify(
         with Progress("comparing weights", size) as progress:
             found["weights"] = _compare_weights(folder, trained.weights, rounded, progress.update)
     found["tokenizer"] = _compare_tokenizers(folder, trained)
+    if (trained.model.sliding_window or 0) >= _batch(trained, 0).shape[1]:
+        found["sliding_window"] = "compared as a setting only: it is longer than the batch"
     say(f"comparing logits with transformers, {'the whole model' if scope == 'whole' else 'layer by layer'}")
     if scope == "whole":
         return found | _compare_whole(folder, trained, rounded)
@@ -176,7 +178,7 @@ def _compare_tokenizers(folder: Path, trained: Trained) -> dict[str, Any] | None
 
 def _batch(trained: Trained, number: int) -> Tensor:
     """A batch (2, T), the same for the same number: a row of text, where there is a tokenizer, and a row of ids from the whole
-    vocabulary. Longer than a sliding window, where that is short."""
+    vocabulary. Longer than a sliding window, where that is below 1024."""
     model = trained.model
     window = model.sliding_window or 0
     length = min(max(_POSITIONS, window + 16 if window < 1024 else 0), max(2, model.max_position_embeddings))

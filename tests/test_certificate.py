@@ -46,6 +46,7 @@ def test_every_family_is_certified_whole_and_layer_by_layer(family, dtype, tmp_p
         found = written["compared"]
         assert found["scope"] == scope and found["weights"]["difference"] == 0.0
         assert found["logits"]["difference"] <= 1e-5 and found["logits"]["positions"] == 128
+        assert "sliding_window" not in found  # 8 tokens: the batch is longer
         assert found["loss"]["ours"] == pytest.approx(found["loss"]["transformers"], abs=1e-5)
         if scope == "whole":
             assert found["generation"] == {"tokens": 16, "asked": 16}
@@ -217,6 +218,11 @@ def test_a_fault_of_the_naming_itself_is_refused_and_leaves_nothing(family, scop
     with pytest.raises(ConversionError, match=r"refused, and nothing is left of it: .*logits differ"):
         export_run(run, tmp_path / "hf", scope=scope)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_window_longer_than_the_batch_is_owned_up_to(tmp_path):
+    run = make_run(tmp_path / "run", model_of("mistral", sliding_window=4096), None)
+    assert "setting only" in export_run(run, tmp_path / "hf")["compared"]["sliding_window"]
 
 
 @pytest.mark.parametrize("scope", ["whole", "layers"])
