@@ -1,0 +1,174 @@
+"""What the documents say exists and happens: links, commands, flags, outputs, and that both languages say the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+
+from pretrain.config import Config, SyntheticConfig
+from pretrain.report.diagnose import first_step
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+LOSS = ROOT / "docs" / "understanding_the_loss.md"
+TRANSLATED = [
+    (ROOT / "README.md", ROOT / "README.zh-CN.md"),
+    *((ROOT / "docs" / path.name, path) for path in sorted((ROOT / "docs" / "zh-CN").glob("*.md"))),
+]
+FOLDERS = "launch|tools|configs|docker|docs|tests|benchmarks|pretrain"
+HELP_OF_ITS_COMMANDS = {"tools/diagnose_loss.py": ("log", "initial", "chain")}
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def fences(document: Path, *languages: str) -> list[str]:
+    """The fenced blocks in these languages, in their order."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL)
+    return [text for language, text in found if language in languages]
+
+
+def prose(document: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def spans(document: Path) -> list[str]:
+    """What stands between backticks."""
+    return re.findall(r"`([^`\n]+)`", prose(document))
+
+
+def commands(document: Path) -> list[str]:
+    """The lines of the shell blocks; continued lines joined, comments dropped."""
+    text = "\n".join(fences(document, "bash")).replace("\\\n", " ")
+    return [line for line in (re.sub(r"\s+#.*", "", line).strip() for line in text.splitlines()) if line]
+
+
+# ---------------------------------------------------------------- what is named exists
+
+
+def anchors(document: Path) -> set[str]:
+    """The headings, as links name them."""
+    titles = re.findall(r"^#+ (.+)$", prose(document), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_every_link_leads_to_a_file_and_to_a_heading_in_it(document):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(document)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, heading = target.partition("#")
+        there = document.parent / path if path else document
+        assert there.exists(), f"{target}: no such file"
+        assert not heading or heading in anchors(there), f"{target}: no such heading; there are {sorted(anchors(there))}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_every_make_target_and_every_file_of_ours_that_is_named_exists(document):
+    targets = set(re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split())
+    named = "\n".join([*spans(document), *commands(document)])
+    for target in re.findall(r"^make (?:PYTHON=\S+ )?([a-z][a-z-]*)", named, re.MULTILINE):
+        assert target in targets, f"make {target}"
+    for path in re.findall(rf"(?<![\w./-])((?:{FOLDERS})/[\w./-]+\.(?:py|yaml|sh|md|png))\b", named):
+        assert (ROOT / path).exists(), path
+
+
+@cache
+def helps(script: str) -> str:
+    """All that a script and its commands say about their flags."""
+    shown = ""
+    for command in ((), *((each,) for each in HELP_OF_ITS_COMMANDS.get(script, ()))):
+        arguments = [sys.executable, script, *command, "--help"]
+        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, f"{arguments}: {done.stderr}"
+        shown += done.stdout
+    return shown
+
+
+def is_setting(key: str) -> bool:
+    """Whether a dotted key stands in `Config`, also in a section that is null by default."""
+    sections = [Config]
+    for part in key.split("."):
+        kinds = [get_type_hints(section).get(part) for section in sections if dataclasses.is_dataclass(section)]
+        sections = [each for kind in kinds if kind for each in (get_args(kind) or (kind,))]
+    return key == "config" or bool(sections)
+
+
+def test_every_flag_of_a_command_is_one_that_its_script_or_the_settings_know():
+    seen = set()
+    for document in DOCUMENTS:
+        whole = [span for span in spans(document) if re.match(r"(python )?(launch|tools)/\w+\.py ", span)]
+        for line in [*commands(document), *whole]:
+            words = line.split()
+            script = next((word for word in words if re.fullmatch(r"(launch|tools)/\w+\.py", word)), None)
+            for word in words[words.index(script) + 1 :] if script else ():
+                if word.startswith("--") and word != "--":
+                    known = re.search(rf"{re.escape(word)}(?![\w-])", helps(script)) or is_setting(word.removeprefix("--"))
+                    assert known, f"{name(document)}: {script} has no {word}"
+                    seen.add(script)
+    assert {"launch/pretrain.py", "launch/supervise.py", "tools/diagnose_loss.py", "tools/inspect_data.py"} <= seen
+
+
+# ---------------------------------------------------------------- what is shown happens
+
+
+def test_the_loss_doctor_answers_the_story_of_213_as_the_documents_say(tmp_path):
+    (tmp_path / "train.log").write_text(fences(LOSS, "text")[0])
+    command = next(line for line in commands(LOSS) if " log train.log " in line)
+    _, script, *arguments = shlex.split(command)
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1 and "213.8 / 25 = 8.55" in done.stdout
+    assert done.stdout in fences(LOSS, "console"), f"{command} says now:\n{done.stdout}"
+
+
+def test_what_the_documents_show_about_a_first_loss_is_what_a_run_says():
+    lines = [line for path in DOCUMENTS for each in fences(path, "console") for line in each.splitlines()]
+    shown = [line for line in lines if line.startswith("first loss")]
+    assert len(shown) >= 4
+    for line in shown:
+        loss, ids = re.match(r"first loss ([\d.]+); .* ln\((\d+)\)", line).groups()
+        assert line == first_step(float(loss), int(ids))
+
+
+@pytest.mark.parametrize("document", [LOSS, ROOT / "docs" / "zh-CN" / LOSS.name], ids=name)
+def test_the_findings_of_the_loss_doctor_and_the_generated_data_are_all_explained(document):
+    rows = set(re.findall(r"^\| `([\w-]+)` \|", document.read_text(), re.MULTILINE))
+    source = (ROOT / "pretrain" / "report" / "diagnose_log.py").read_text()
+    findings = set(re.findall(r'Finding\("(\w+)"', source))
+    assert len(findings) > 5 and findings <= rows
+    assert set(get_args(get_type_hints(SyntheticConfig)["kind"])) <= rows
+
+
+# ---------------------------------------------------------------- two languages, one content
+
+
+@pytest.mark.parametrize(("english", "chinese"), TRANSLATED, ids=lambda path: name(path))
+def test_the_chinese_page_shows_the_commands_and_outputs_of_the_english_one(english, chinese):
+    assert commands(chinese) == commands(english)
+    assert fences(chinese, "console", "json") == fences(english, "console", "json")
+    to_chinese, to_english = (os.path.relpath(b, a.parent) for a, b in ((english, chinese), (chinese, english)))
+    assert f"({to_chinese})" in english.read_text()[:200] and f"({to_english})" in chinese.read_text()[:200]
+
+
+@pytest.mark.parametrize(("english", "chinese"), TRANSLATED, ids=lambda path: name(path))
+def test_the_chinese_page_has_the_sections_and_tables_of_the_english_one(english, chinese):
+    """Apart from the README's tree of files, which is in English only."""
+
+    def outline(document: Path) -> list[str]:
+        lines = re.sub(r"^## The tree\n", "", prose(document), flags=re.MULTILINE).splitlines()
+        return [match[0] for line in lines if (match := re.match(r"#+ |\|( (`[^`]*`|\d+) \|)?", line))]
+
+    assert outline(chinese) == outline(english)
