@@ -468,7 +468,7 @@ def test_the_summary_shows_the_figures(tmp_path):
 
 def test_clean_logs_with_validations_and_the_levels_of_their_data_raise_no_alarm():
     alarms = []
-    for seed in range(600):
+    for seed in range(300):
         log, setup = clean_log(seed)
         if log.steps[0] > 3000 or len(log.loss) < 8:
             continue

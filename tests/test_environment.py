@@ -61,7 +61,7 @@ def train_here(flags: list[str]) -> int:
     return train(load(flags, world_size=int(os.environ.get("WORLD_SIZE", 1))))
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero1"])
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("zero1", marks=pytest.mark.slow)])
 def test_a_run_keeps_what_it_was_made_with_and_writes_at_validations(made, tmp_path, engine):  # noqa: F811
     world = World(made, tmp_path)
     world.flags |= {"train.max_steps": 4, "schedule.warmup_steps": 0, "evaluate.every_steps": 2, "engine.name": engine}
