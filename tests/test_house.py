@@ -335,38 +335,6 @@ def test_every_make_target_of_the_readme_exists_and_every_target_is_explained_by
     assert {line.split()[1] for line in shown.splitlines()} == targets
 
 
-def readme_commands() -> list[list[str]]:
-    """The commands of the README's shell blocks as words; continued lines joined, comments dropped."""
-    text = "\n".join(blocks("bash")).replace("\\\n", " ")
-    return [words for line in text.splitlines() if (words := re.sub(r"\s#.*", "", line).split())]
-
-
-def test_the_flags_and_files_in_the_readme_exist():
-    helps: dict[str, str] = {}
-    for words in readme_commands():
-        script = next((word for word in words if word.endswith(".py")), None)
-        if script is None:
-            continue
-        if script not in helps:
-            done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
-            assert done.returncode == 0, f"{script} --help: {done.stderr}"
-            helps[script] = done.stdout
-        for word in words[words.index(script) + 1 :]:
-            if word.startswith("--"):
-                assert re.search(rf"{re.escape(word)}\b", helps[script]), f"README: {script} has no {word}"
-        for word in words:
-            if word.endswith((".yaml", ".py")) and not word.startswith("my"):
-                assert (ROOT / word).exists(), f"README: {word}"
-    assert {"launch/pretrain.py", "launch/generate.py", "tools/tokenize_corpus.py"} <= set(helps)
-
-
-@pytest.mark.parametrize("document", sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]), ids=name)
-def test_links_to_files_lead_somewhere(document):
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text()):
-        if not re.match(r"[a-z]+:", target):
-            assert (document.parent / target).exists(), f"{name(document)} links to {target}"
-
-
 # ---------------------------------------------------------------- shell, make, Docker
 
 
