@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
+import pretrain.train
 from tests.ranks import run_ranks
 from tests.test_train import TINY, curve, final_bytes, records, train_here
 
-STEPS, CUT = 12, 6
+STEPS, CUT, SEQUENCES = 12, 6, 12
 ENGINES = {
     "ddp": ["--engine.name", "ddp"],
     "zero1": ["--engine.name", "zero1"],
@@ -22,12 +25,12 @@ ENGINES = {
 SAME_SAMPLES = ("step", "tokens", "lr", "epoch")
 
 
-def flags_of(folder: Path, name: str, *more: str) -> list[str]:
-    """Twelve steps of twelve sequences, which 1, 2, 3 and 4 ranks can share; saved after steps 6 and 12."""
+def flags_of(folder: Path, name: str, *more: str, saved_every: int = CUT) -> list[str]:
+    """Twelve steps of twelve sequences, which 1, 2, 3 and 4 ranks can share."""
     folder.mkdir(exist_ok=True)
     (folder / "tiny.yaml").write_text(TINY)
-    flags = {"run.name": name, "train.max_steps": STEPS, "evaluate.every_steps": CUT, "checkpoint.every_steps": CUT}
-    flags |= {"batch.global_batch_size": 12, "batch.micro_batch_size": 1, "checkpoint.keep_last": 3}
+    flags = {"run.name": name, "train.max_steps": STEPS, "evaluate.every_steps": CUT, "checkpoint.every_steps": saved_every}
+    flags |= {"batch.global_batch_size": SEQUENCES, "batch.micro_batch_size": 1, "checkpoint.keep_last": 3}
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
     return ["--config", str(folder / "tiny.yaml"), "--run.directory", str(folder / "runs"), *words, *more]
 
@@ -60,7 +63,7 @@ def goes_on_elsewhere(folder: Path, writer: tuple[str, int], readers: list[tuple
                 worst = max(worst, abs(record[key] / true[key] - 1))
         print(f"{writer[0]} on {writer[1]} -> {engine} on {ranks}: largest relative difference of a loss {worst:.1e}")
         assert worst <= 1e-5
-        assert last_progress(run)["position"] == last_progress(folder / "runs" / "straight")["position"] == 12 * STEPS
+        assert last_progress(run)["position"] == last_progress(folder / "runs" / "straight")["position"] == SEQUENCES * STEPS
 
 
 def test_another_engine_on_fewer_ranks_goes_on_with_the_run(tmp_path):
@@ -80,14 +83,38 @@ def test_what_sharded_engines_save_goes_on_under_zero_1_and_2(tmp_path):
     goes_on_elsewhere(tmp_path / "b", ("zero3", 2), [("zero1", 3), ("fsdp2", 2)])
 
 
+def train_and_die(argv: list[str], step: int) -> None:
+    """Trains; kill -9 while `step` is computed, when the data of the next one are read."""
+    opened = pretrain.train.open_train
+
+    def open_deadly(*args, **options):
+        data = opened(*args, **options)
+        take = data.take
+
+        def take_or_die(position: int, count: int):
+            if position >= SEQUENCES * step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return take(position, count)
+
+        data.take = take_or_die
+        return data
+
+    pretrain.train.open_train = open_deadly
+    train_here(argv)
+
+
 @pytest.mark.faults
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_same_engine_on_the_same_ranks_goes_on_to_the_bit(tmp_path, engine, precision):
+def test_killed_three_times_the_same_engine_goes_on_to_the_bit(tmp_path, engine, precision):
+    """Saved after every third step, killed in steps 2 (nothing is saved yet), 5 and 10 (the save may be under way)."""
     flags = [*ENGINES[engine], "--engine.precision", precision]
-    assert run_ranks(2, train_here, flags_of(tmp_path, "straight", *flags)) == [0, 0]
-    cut(tmp_path, "straight", "resumed")
-    assert run_ranks(2, train_here, flags_of(tmp_path, "resumed", *flags)) == [0, 0]
-    assert curve(tmp_path / "runs" / "resumed") == curve(tmp_path / "runs" / "straight")
-    assert final_bytes(tmp_path / "runs" / "resumed") == final_bytes(tmp_path / "runs" / "straight")
+    assert run_ranks(2, train_here, flags_of(tmp_path, "straight", *flags, saved_every=3)) == [0, 0]
+    for step in (2, 5, 10):
+        with pytest.raises(RuntimeError, match="died"):
+            run_ranks(2, train_and_die, flags_of(tmp_path, "killed", *flags, saved_every=3), step)
+        assert records(tmp_path / "runs" / "killed")[-1]["step"] <= step
+    assert run_ranks(2, train_here, flags_of(tmp_path, "killed", *flags, saved_every=3)) == [0, 0]
+    assert curve(tmp_path / "runs" / "killed") == curve(tmp_path / "runs" / "straight")
+    assert final_bytes(tmp_path / "runs" / "killed") == final_bytes(tmp_path / "runs" / "straight")
