@@ -25,6 +25,7 @@ MARKOV = {"uniform": 4.16, "unigram": 4.16, "bigram": 1.21, "floor": 1.21}
 
 def test_the_first_loss_is_compared_with_ln_of_the_vocabulary():
     assert first_step(8.77, 6400).endswith("gives ln(6400) = 8.764: as it should be")
+    assert first_step(4.288, 64).endswith("as it should be"), "few ids: what chance adds is a larger share of ln V"
     assert "24.39 times that" in first_step(213.776, 6400)
     assert "0.95 times that" in first_step(8.31, 6400)
 

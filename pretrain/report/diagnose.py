@@ -25,10 +25,15 @@ def first_step(loss: float, vocab_size: int, trained: bool = False) -> str:
     line = f"first loss {loss:.3f}; a model that knows nothing gives ln({vocab_size}) = {expected:.3f}"
     if trained:
         return f"{line}, these weights should do better" + (": they do" if loss < 0.97 * expected else ", but do not")
-    if abs(loss / expected - 1) <= 0.03:
+    if _is_untrained(loss, expected):
         return f"{line}: as it should be"
     ratio = loss / expected
     return f"{line}: {ratio:.2f} times that. Suspect the initialisation, the vocabulary or the labels"
+
+
+def _is_untrained(loss: float, expected: float) -> bool:
+    """Within 3 % of ln V, or 0.15 nats: an untrained head adds 0.08 nats for any V, and where ids are few, chance adds more."""
+    return abs(loss - expected) <= max(0.03 * expected, 0.15)
 
 
 def reference_lines(lines: dict[str, float]) -> list[str]:
@@ -266,13 +271,13 @@ def label_problem(tokens_BT: np.ndarray, labels_BT: np.ndarray) -> str | None:
 
 
 def initial_problem(loss: float, vocab_size: int, embedding_rows: int, logit_std: float) -> str | None:
-    """Why the untrained model's loss (nats per token) is not ln V, as far as figures tell; None where it is, within 3 %.
+    """Why the untrained model's loss (nats per token) is not ln V, as far as figures tell; None where it is, nearly.
 
     Normal logits of standard deviation s that know nothing of the labels add s^2 / 2 to ln V.
     """
     expected = math.log(vocab_size)
     excess = loss - expected
-    if abs(excess) <= 0.03 * expected:
+    if _is_untrained(loss, expected):
         return None
     line = f"the untrained model's loss is {loss:.3f}, {loss / expected:.2f} times ln({vocab_size}) = {expected:.3f}"
     if embedding_rows > vocab_size and abs(loss - math.log(embedding_rows)) < 0.2 * abs(excess):
