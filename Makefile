@@ -28,7 +28,8 @@ dummy: $(INSTALLED)  ## train on random tokens: half a minute that shows what no
 test: $(INSTALLED)  ## all fast tests
 	$(PYTEST) -m "not slow and not faults and not soak"
 
-test-slow: $(INSTALLED)  ## the slow tests
+test-slow: $(INSTALLED)  ## the slow tests, also those of `launch/evaluate.py --tasks`, whose libraries it installs
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[all,dev,eval]'
 	$(PYTEST) -m slow
 
 test-faults: $(INSTALLED)  ## kills, power loss, full disks, other engines on other ranks: about eight minutes

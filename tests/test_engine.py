@@ -82,6 +82,7 @@ SHRINK = [
 LAUNCHERS = {
     "python": [sys.executable],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "torchrun of one": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"],
     "accelerate": [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu.yaml",
                    "--main_process_port", "0"],
 }  # fmt: skip

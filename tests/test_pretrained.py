@@ -373,6 +373,7 @@ def test_several_processes_measure_what_one_does(base, text, tmp_path):
     assert found["one"] == pytest.approx(found["two"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_tasks_of_lm_eval_are_measured_without_a_network(base, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     questions = [{"q": "the quick brown", "choices": [" fox", " qzj"], "gold": 0} for _ in range(8)]

@@ -94,9 +94,10 @@ class Engine:
 
     def _expected_of_accelerate(self, ranks: int) -> dict[str, tuple]:
         """What of accelerate's state: (asked, got). It drops or overrides settings silently under some environments."""
-        kind = "NO" if ranks == 1 else "MULTI_GPU" if self.device.type == "cuda" else "MULTI_CPU"
+        many, got = "MULTI_GPU" if self.device.type == "cuda" else "MULTI_CPU", self.accelerator.distributed_type.value
+        alone = ranks == 1 and got in ("NO", many)  # torchrun with one process makes a process group of one
         return {
-            "distributed_type": (kind, self.accelerator.distributed_type.value),
+            "distributed_type": (got if alone else "NO" if ranks == 1 else many, got),
             "precision_inside_accelerate": ("no", self.accelerator.mixed_precision),
         }
 
