@@ -51,7 +51,7 @@ def signal_in_validation(argv: list[str]) -> int:
     def wait_and_signal() -> None:
         while "going on after step" not in console.read_text():
             time.sleep(0.001)
-        time.sleep(0.3)
+        time.sleep(0.05)
         signal_self(signal.SIGTERM)
 
     if int(os.environ["RANK"]) == 0:
