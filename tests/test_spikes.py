@@ -11,26 +11,31 @@ import pytest
 from pretrain.report.spikes import ACTIVE_FROM, NEW_LEVEL, SpikeWatch, in_words
 
 
-def curve(seed: int, noise: float, steps: int = 10_000) -> list[float]:
+def curve(seed: int, noise: float, steps: int = 10_000, descent: float = 300) -> list[float]:
     """A loss that falls from 10.5 to 2.5, each step with noise in proportion."""
     draw = random.Random(seed)
-    return [(2.5 + 8 * math.exp(-step / 300)) * (1 + draw.gauss(0, noise)) for step in range(steps)]
+    return [(2.5 + 8 * math.exp(-step / descent)) * (1 + draw.gauss(0, noise)) for step in range(steps)]
 
 
+@pytest.mark.parametrize("descent", [20, 300])
 @pytest.mark.parametrize("noise", [0.0, 0.005, 0.03, 0.12])
-def test_no_loss_of_ten_thousand_clean_noisy_steps_is_called_a_spike(noise):
+def test_no_loss_of_ten_thousand_clean_noisy_steps_is_called_a_spike(noise, descent):
     watch = SpikeWatch()
-    assert not [loss for loss in curve(1, noise) if watch.judge(loss)]
+    assert not [loss for loss in curve(1, noise, descent=descent) if watch.judge(loss)]
 
 
-def test_every_tenfold_spike_is_seen_in_its_step():
+@pytest.mark.parametrize("descent", [20, 300])
+@pytest.mark.parametrize("factor", [3, 10])
+def test_every_spike_is_seen_in_its_step_also_in_the_first_descent_and_after_lesser_jumps(factor, descent):
     seen = 0
     for seed in range(200):
-        losses, watch = curve(seed, 0.03, 400), SpikeWatch()
-        at = random.Random(seed).randrange(ACTIVE_FROM, 399)
-        losses[at] *= 10
+        losses, watch, draw = curve(seed, 0.03, 400, descent), SpikeWatch(), random.Random(seed)
+        at = draw.randrange(ACTIVE_FROM, 399)
+        if at > 60:
+            losses[draw.randrange(20, at - 20)] *= 1.8  # may be called one, and widens sigma where it is not
+        losses[at] *= factor
         spikes = [step for step, loss in enumerate(losses) if watch.judge(loss)]
-        seen += spikes == [at]
+        seen += at in spikes and len(spikes) <= 2
     assert seen == 200
 
 

@@ -1,11 +1,13 @@
 """Loss spikes: a step whose loss stands far above those of the steps before it. Knows numbers, not the run.
 
 A loss is a spike when it is more than 8 sigma, and more than 10 %, above the median of the last 128 accepted losses. Sigma is
-the standard deviation, or 1.4826 times the median distance from the median where that is larger. Spikes and losses that are not
-finite are not accepted, so they do not move the yardstick; the finite loss after them is judged as if they had not been. Five
-spikes in a row are no spike but a new level, and the window begins again there.
+the standard deviation, or 1.4826 times the median distance from the median where that is larger. While the loss still falls
+steeply, or after lesser jumps, that sigma is wide; so a loss that is twice the median of the last 16, and a nat above it, is a
+spike in any case. Spikes and losses that are not finite are not accepted, so they do not move the yardstick; the finite loss
+after them is judged as if they had not been. Five spikes in a row are no spike but a new level, and the window begins again
+there.
 
-Tested: every tenfold spike after the first 16 steps is seen, and none of 10,000 clean noisy losses is called one.
+Tested: every threefold spike after the first 16 steps is seen, and none of 10,000 clean noisy losses is called one.
 """
 
 from __future__ import annotations
@@ -75,7 +77,8 @@ class SpikeWatch:
         deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in self.accepted) / len(self.accepted))
         distance = statistics.median(abs(x - median) for x in self.accepted)
         sigma = max(deviation, _SIGMA_OF_MEDIAN_DISTANCE * distance)
-        if rise <= SIGMAS * sigma:
+        recent = statistics.median(list(self.accepted)[-ACTIVE_FROM:])
+        if rise <= SIGMAS * sigma and loss <= max(2 * recent, recent + 1):
             return None
         return Spike(loss, median, rise / sigma if sigma else math.inf, stays=False)
 
