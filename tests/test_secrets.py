@@ -35,7 +35,7 @@ def test_no_secret_of_the_environment_reaches_a_file_or_the_terminal(tmp_path, c
     command = [sys.executable, *(["-c", CRASH] if crash else []), "launch/pretrain.py", "--config", str(tmp_path / "tiny.yaml")]
     flags = ["--run.directory", str(tmp_path / "runs"), "--log.wandb.mode", "offline"]
     variables = {name: value for name, value in os.environ.items() if name != "CI"}
-    variables |= SECRETS | {"WANDB_DIR": str(tmp_path), "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    variables |= SECRETS | {"WANDB_DIR": str(tmp_path), "WANDB_DEBUG": "true", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
     done = subprocess.run([*command, *flags], cwd=ROOT, env=variables, capture_output=True, timeout=150, check=False)
     assert done.returncode == int(crash), done.stderr.decode()
     assert (b"planted" in done.stderr) == crash

@@ -59,6 +59,8 @@ def wandb_copy(
     """
     # W&B's own telemetry blocks the exit for 12 s when the server hangs.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    if os.environ.pop("WANDB_DEBUG", None):
+        say("WANDB_DEBUG is not obeyed: with it W&B writes its key in clear into its logs.")
     import wandb  # half a second, only for those who want it
 
     quiet = wandb.Settings(silent=True, console="off", init_timeout=WANDB_START_SECONDS, finish_timeout=WANDB_START_SECONDS)
