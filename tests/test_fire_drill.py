@@ -22,7 +22,9 @@ VISIBLE_FIRST = {  # a checkpoint has its name before it has its files
         ("    os.rename(temporary, final)\n", ""),
     ],
 }
-RESUMES_WRONG = {"pretrain/beginning.py": [('SpikeWatch(state.get("spikes"))', "SpikeWatch(); progress.position -= bool(found)")]}
+RESUMES_WRONG = {
+    "pretrain/beginning.py": [('SpikeWatch(state.get("spikes"))', "SpikeWatch(); progress.position -= bool(found)")],
+}
 
 
 def build_with(mutant: dict[str, list[tuple[str, str]]], folder: Path) -> Path:
