@@ -241,6 +241,7 @@ def _loop(run: Run, meter: Meter, stop: StopRequest) -> tuple[int, str]:
 
     gc.collect()
     gc.freeze()  # what exists now lives as long as the run: later collections need not look at it
+    progress.evaluation_due &= bool(run.valid)  # the data may have been taken out of the settings
     if progress.evaluation_due:  # the checkpoint from which the run goes on lacks its validation
         val_loss, flags = _evaluate(run, asked)
         if not any(flags):

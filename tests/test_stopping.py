@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+import pretrain.train
 from tests.ranks import run_ranks
+from tests.test_batches import random_lengths
+from tests.test_indexed import documents, write
 from tests.test_train import TINY, curve, final_bytes, records, run_of, train_here
 
 
@@ -74,6 +77,25 @@ def test_a_validation_is_given_up_for_sigterm_and_made_first_when_the_run_goes_o
     assert run_ranks(2, train_here, slow) == [0, 0]
     assert curve(run_of(tiny)) == curve(run_of(tiny, "straight"))
     assert final_bytes(run_of(tiny)) == final_bytes(run_of(tiny, "straight"))
+
+
+def test_a_run_that_owes_a_validation_ends_without_it_where_there_is_no_validation_data_any_more(tiny, tmp_path, monkeypatch):
+    def log_and_signal(run, *figures) -> None:
+        log_step(run, *figures)
+        if run.progress.step == 10:
+            signal_self(signal.SIGTERM)  # heard by the validation, which comes next
+
+    log_step = pretrain.train._log_step
+    monkeypatch.setattr(pretrain.train, "_log_step", log_and_signal)
+    for name in ("train", "valid"):
+        write(tmp_path / name, documents(random_lengths(1, 60), seed=1))
+    files = [word for name in ("train", "valid") for word in (f"--data.{name}", f"[{{path: {tmp_path / name}}}]")]
+    files += ["--data.synthetic", "null", "--model.vocab_size", "100", *tiny]
+    assert train_here(files) == 75
+    assert json.loads((run_of(tiny) / "checkpoints" / "step_00000010" / "state.json").read_text())["progress"]["evaluation_due"]
+    files[3] = "[]"
+    assert train_here(files) == 0
+    assert records(run_of(tiny))[-1]["step"] == 20 and state_of(run_of(tiny))["status"] == "done"
 
 
 @pytest.mark.slow
@@ -143,3 +165,11 @@ def lose_a_peer(argv: list[str], number: int) -> int:
     if int(os.environ["RANK"]) == 0 and number == signal.SIGSTOP:
         threading.Thread(target=as_a_launcher, daemon=True).start()
     return train_and(argv, 1, 9, act)
+
+
+@pytest.mark.parametrize(("minutes", "several"), [("0.0005", True), ("60", False), ("0", False)])
+def test_a_checkpoint_comes_after_so_many_minutes(tiny, minutes, several):
+    """0.0005 minutes are 30 ms; twenty steps take longer. The end of a run is always saved."""
+    assert train_here(["--checkpoint.every_steps", "0", "--checkpoint.every_minutes", minutes, *tiny]) == 0
+    saves = (run_of(tiny) / "console.log").read_text().count("  saved ")
+    assert saves > 1 if several else saves == 1
