@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import ctypes
 import dataclasses
 import json
 import os
@@ -220,6 +221,9 @@ def peaks_of_start(config: EngineConfig) -> tuple[float, float, float]:
     def peak() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
+    # Every tensor a mapping of its own, given back when freed: else glibc keeps what it likes, a share of the model more or less.
+    m_mmap_threshold = -3
+    assert ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**16)
     engine = make_engine(config, "adamw")  # a tiny one: what else a first start takes is taken now
     before = peak()
     engine._make(lambda: Transformer(LARGE))
@@ -237,7 +241,7 @@ def test_no_rank_holds_the_whole_model_while_it_is_built(engine):
     weights, the buffer that they are gathered in, master weights, gradients."""
     for made, started, whole in run_ranks(4, peaks_of_start, EngineConfig(**engine)):
         print(f"{engine['name']}: {made:.0f}, then {started:.0f} MiB at most; the model has {whole:.0f} MiB")
-        assert made < 0.5 * whole and (started < 0.5 * whole or engine["name"] == "zero3")
+        assert made < 0.35 * whole and started < (0.9 if engine["name"] == "zero3" else 0.35) * whole
 
 
 def test_every_engine_setting_is_documented():
