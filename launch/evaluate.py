@@ -66,8 +66,8 @@ def measure_loss(options: argparse.Namespace) -> list[dict]:
     """Figures of every source and of all; printed by rank 0. Raises ValueError and its like with a sentence for the user."""
     from pretrain.config import DataConfig, EngineConfig, SourceConfig
     from pretrain.evaluate import score
-    from pretrain.run import open_folder, open_run
     from pretrain.runtime.engine import start_engine
+    from pretrain.trained import open_folder, open_run
 
     trained = open_run(options.run, options.step, options.average) if options.run else open_folder(options.model)
     data = trained.config.data if trained.config else DataConfig(
@@ -112,7 +112,7 @@ def measure_tasks(options: argparse.Namespace) -> None:
     from lm_eval.utils import make_table
 
     from pretrain.convert import export
-    from pretrain.run import open_run
+    from pretrain.trained import open_run
 
     manager = TaskManager(include_path=str(options.include_path) if options.include_path else None)
     for name in options.tasks.split(","):

@@ -92,7 +92,7 @@ def texts(options: argparse.Namespace, made: list[int]) -> Iterator[tuple[str, I
     """(prompt, its continuation in pieces), in order; `made` counts the new tokens. Raises ValueError and its like."""
     from pretrain.data.tokenizer import Tokenizer
     from pretrain.generate import generate_batch, ids_of_each, stream_text
-    from pretrain.run import open_folder, open_run
+    from pretrain.trained import open_folder, open_run
     from pretrain.weights import DTYPES, load_transformer
 
     device, prompts = pick_device(options.device), read_prompts(options)

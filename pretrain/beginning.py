@@ -21,13 +21,13 @@ from pretrain.report import diagnose, environment
 from pretrain.report.metrics import Meter
 from pretrain.report.sinks import Sinks
 from pretrain.report.spikes import SpikeWatch
-from pretrain.run import open_weights
 from pretrain.runtime import checkpoint as checkpoints
 from pretrain.runtime.engine import Engine, Shard
 from pretrain.runtime.manifest import Checkpoint
 from pretrain.runtime.run_directory import RunDirectory
 from pretrain.runtime.saver import Saver
 from pretrain.schema import to_dict
+from pretrain.trained import open_weights
 from pretrain.weights import filler
 
 

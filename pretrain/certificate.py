@@ -35,7 +35,7 @@ from pretrain.generate import generate
 from pretrain.model.flops import num_parameters
 from pretrain.model.transformer import Transformer
 from pretrain.report.progress import Progress
-from pretrain.run import Trained
+from pretrain.trained import Trained
 from pretrain.weights import BLOCK, DTYPES, Weights, load_transformer, read_part
 
 LOGITS_BOUND = 1e-5

@@ -23,9 +23,9 @@ from pretrain.config import Config, DataConfig, RunConfig, SyntheticConfig, Toke
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.model.flops import num_parameters
 from pretrain.report.progress import Progress
-from pretrain.run import Trained, open_folder, open_run
 from pretrain.runtime.checkpoint import sync_folder, write_file
 from pretrain.schema import to_dict, to_yaml
+from pretrain.trained import Trained, open_folder, open_run
 from pretrain.weights import DTYPES, CheckpointWeights, write_checkpoint, write_folder
 
 _NOT_OF_A_TOKENIZER = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".py", ".index.json")

@@ -16,8 +16,8 @@ from pretrain.data.batches import ValidData, open_valid
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.model.transformer import Transformer
 from pretrain.report.metrics import bits_per_byte, perplexity
-from pretrain.run import Trained
 from pretrain.runtime.engine import Engine
+from pretrain.trained import Trained
 from pretrain.weights import filler
 
 

@@ -15,7 +15,7 @@ from pretrain import certificate, convert, huggingface
 from pretrain.certificate import Refused, certify
 from pretrain.convert import ConversionError, export_run
 from pretrain.data import tokenizer
-from pretrain.run import open_run
+from pretrain.trained import open_run
 from tests.models import FAMILIES, V, make_run, make_tokenizer, model_of, moe
 
 

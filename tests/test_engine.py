@@ -221,7 +221,7 @@ def peaks_of_start(config: EngineConfig) -> tuple[float, float, float]:
     def peak() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-    # Every tensor a mapping of its own, given back when freed: else glibc keeps what it likes, a share of the model more or less.
+    # Every tensor a mapping of its own, given back when freed: else glibc keeps a share of the model, more or less.
     m_mmap_threshold = -3
     assert ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**16)
     engine = make_engine(config, "adamw")  # a tiny one: what else a first start takes is taken now

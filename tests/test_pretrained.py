@@ -29,9 +29,9 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.evaluate import score
 from pretrain.generate import generate
 from pretrain.optim.schedule import lr_at
-from pretrain.run import load_model, open_folder, open_run
 from pretrain.runtime.engine import start_engine
 from pretrain.train import train
+from pretrain.trained import load_model, open_folder, open_run
 from pretrain.weights import load_transformer
 from tests.models import V, make_tokenizer
 from tests.ranks import run_ranks

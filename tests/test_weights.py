@@ -23,9 +23,9 @@ from pretrain.convert import export_run, import_folder
 from pretrain.huggingface import NotOurs
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
-from pretrain.run import load_model, open_folder, open_run, open_weights
 from pretrain.runtime.engine import Shard, start_engine
 from pretrain.runtime.manifest import CheckpointError
+from pretrain.trained import load_model, open_folder, open_run, open_weights
 from pretrain.weights import DTYPES, FolderWeights, MeanWeights, filler, load_transformer, write_folder
 from tests.models import FAMILIES, V, make_run, model_of, moe
 from tests.ranks import run_ranks
@@ -256,7 +256,7 @@ def peak_of_conversion(folder: Path, width: int) -> int:
 import resource, sys, torch
 from pathlib import Path
 from pretrain import convert, weights
-from pretrain.run import Trained
+from pretrain.trained import Trained
 from tests.models import model_of
 
 class Ones:

@@ -264,7 +264,7 @@ def losses_of(
     import torch
 
     from pretrain.data.batches import MASKED
-    from pretrain.run import load_model
+    from pretrain.trained import load_model
 
     if (chosen := arguments.checkpoint) not in (None, "best") and not chosen.isdecimal():
         raise DataError(f"--checkpoint {chosen}: give the step of a checkpoint, or best")

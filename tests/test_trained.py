@@ -14,11 +14,11 @@ from pretrain import config, schema
 from pretrain.config import Config, EngineConfig, ModelConfig, OptimizerConfig, resolve_model
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
-from pretrain.run import load_model
 from pretrain.runtime import checkpoint
 from pretrain.runtime.checkpoint import CheckpointError
 from pretrain.runtime.engine import start_engine
 from pretrain.runtime.run_directory import Locked, RunDirectory
+from pretrain.trained import load_model
 
 MODEL = resolve_model(ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2), vocab_size=50, sequence_length=8)
 
