@@ -150,11 +150,14 @@ def run(options: argparse.Namespace) -> None:
 def main() -> int:
     """-> exit status: 0 done, 2 refused, 130 interrupted."""
     options = parse(sys.argv[1:])
-    from pretrain.config import ConfigError  # after the flags are known to be right: torch takes seconds
+    import torch  # after the flags are known to be right: it takes seconds
+
+    from pretrain.config import ConfigError
     from pretrain.runtime.manifest import CheckpointError
 
     try:
-        run(options)
+        with torch.inference_mode():
+            run(options)
     except (CheckpointError, ConfigError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

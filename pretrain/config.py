@@ -271,7 +271,7 @@ class EvaluateConfig:
     max_batches: int | None = None
     """At most this many global batches, spread evenly over the set; null: the whole set."""
     sample_prompts: list[str] = field(default_factory=list)
-    """Beginnings that the model continues after each validation (ddp, zero1, zero2; with tokenizer.path); empty: off."""
+    """Beginnings that the model continues after each validation (with tokenizer.path); empty: off."""
     sample_tokens: int = 40
     """Most tokens of each continuation; the likeliest one each time."""
 

@@ -1,6 +1,6 @@
 """Text from a trained model: one token at a time, each chosen from the model's distribution given all before it.
 
-It knows the model's `decode` and ids; `stream_text` knows how ids become text. It knows no files and no process groups.
+It knows the model and ids; `stream_text` knows how ids become text. It knows no files and no process groups.
 """
 
 from __future__ import annotations
@@ -99,8 +99,9 @@ def _generate(
     tokens_BT = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)], device=device)
     ended = [False] * len(prompts)
     for _ in range(max_new_tokens):
-        with torch.inference_mode():  # not around the yield: the caller must not run in it
-            tokens = choices(model.decode(tokens_BT, cache))
+        # Not around the yield: the caller must not run in it. Not inference_mode: engines keep what they gather for training.
+        with torch.no_grad():
+            tokens = choices(model(tokens_BT, cache=cache)[:, -1])
         ended = [over or token == stop_id for over, token in zip(ended, tokens, strict=True)]
         if all(ended):
             return

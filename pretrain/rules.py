@@ -207,9 +207,6 @@ def _check_sample_prompts(config: Config) -> list[Problem]:
     if not config.evaluate.sample_prompts:
         return []
     key, problems = "evaluate.sample_prompts", []
-    if config.engine.name not in ("ddp", "zero1", "zero2"):
-        problems.append(Problem(key, f"needs whole weights on a rank, which engine.name {config.engine.name} does not have; "
-                                "leave it empty, and let launch/generate.py write from checkpoints"))  # fmt: skip
     if config.tokenizer.path is None:
         problems.append(Problem(key, "needs tokenizer.path, which is null"))
     if not (config.data.valid or config.data.synthetic):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import math
 import os
 import sys
@@ -26,7 +27,7 @@ from pretrain.data.batches import Batch, open_train, open_valid
 from pretrain.data.indexed import DataError
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.evaluate import Stopped, evaluate
-from pretrain.generate import generate, stream_text
+from pretrain.generate import generate_batch, stream_text
 from pretrain.model import flops
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
@@ -389,7 +390,7 @@ def _evaluate(run: Run, requests: Callable[[], list[int]]) -> tuple[float | None
         return None, stopped.flags
     run.log({"step": run.progress.step, "tokens": run.progress.tokens, **figures})
     run.progress.val_loss, run.progress.evaluation_due = figures["val_loss"], False
-    if run.sinks and config.evaluate.sample_prompts:
+    if config.evaluate.sample_prompts:
         run.log({"step": run.progress.step, "generated": _continuations(run)})
     if run.sinks and "jsonl" in config.log.sinks:
         verdict = _verdict(run)
@@ -401,22 +402,23 @@ def _evaluate(run: Run, requests: Callable[[], list[int]]) -> tuple[float | None
 
 @torch.compiler.set_stance("force_eager")  # each length of a text would be compiled anew
 def _continuations(run: Run) -> list[dict[str, str]]:
-    """What the model writes after each of evaluate.sample_prompts; on rank 0, while the others wait in the next collective."""
-    config, model = run.config, run.engine.model
-    tokenizer, made = Tokenizer.load(config.tokenizer.path), []
+    """What the model writes after each of evaluate.sample_prompts. A collective: engines that cut weights gather them for each
+    token, so all ranks write equally many, whatever each of them chooses."""
+    config, model = run.config.evaluate, run.engine.model
+    tokenizer = Tokenizer.load(run.config.tokenizer.path)
+    prompts = [[tokenizer.end_of_document_id, *tokenizer.encode(prompt)] for prompt in config.sample_prompts]
     model.eval()
     try:
-        for prompt in config.evaluate.sample_prompts:
-            ids = [tokenizer.end_of_document_id, *tokenizer.encode(prompt)]
-            with run.engine.autocast():
-                new = list(
-                    generate(model, ids, config.evaluate.sample_tokens, temperature=0, stop_id=tokenizer.end_of_document_id)
-                )
-            made.append({"prompt": prompt, "text": "".join(stream_text(tokenizer.decode, ids, new))})
+        with run.engine.autocast():
+            steps = list(generate_batch(model, prompts, config.sample_tokens, temperature=0))
     except ValueError as error:  # its logits are not finite
-        made.append({"prompt": "", "text": f"nothing: {error}"})
+        return [{"prompt": "", "text": f"nothing: {error}"}]
     finally:
         model.train()
+    made = []
+    for prompt, ids, new in zip(config.sample_prompts, prompts, zip(*steps, strict=True), strict=True):
+        until_end = itertools.takewhile(lambda token: token != tokenizer.end_of_document_id, new)
+        made.append({"prompt": prompt, "text": "".join(stream_text(tokenizer.decode, ids, until_end))})
     return made
 
 

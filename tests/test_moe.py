@@ -325,7 +325,7 @@ def test_a_cache_gives_the_logits_of_the_whole_text():
     model, tokens_BT = build(config, "cpu", seed=0).eval(), some_tokens(2, 12)
     whole_BTV, cache = model(tokens_BT), KeyValueCache(2, 12)
     for start, end in [(0, 4), (4, 9), (9, 10), (10, 11), (11, 12)]:
-        logits_BV = model.decode(tokens_BT[:, start:end], cache)
+        logits_BV = model(tokens_BT[:, start:end], cache=cache)[:, -1]
         torch.testing.assert_close(logits_BV, whole_BTV[:, end - 1], atol=1e-5, rtol=0)
 
 

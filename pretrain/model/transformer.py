@@ -176,9 +176,16 @@ class Transformer(nn.Module):
         """What the routers did in the last forward pass with labels, (L, 2 + E) float64, in sums over its valid tokens, of each
         layer: balance loss, z-loss, tokens sent to each expert. None in a dense model."""
 
-    def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None, documents_BT: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        labels_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
         """With labels_BT the loss_sum: cross-entropy in nats summed over the labels that are not -100, a 0-dim fp32 tensor.
-        Without them logits_BTV over the true vocabulary, padding cut off.
+        Without them logits_BTV over the true vocabulary, padding cut off; with a cache (B, 1, V), those of the token after
+        tokens_BT, which follow the tokens in the cache and are added to it.
 
         tokens_BT, labels_BT: int64 ids; labels are already shifted (the label of a position is the next token).
         documents_BT: int, the document of each token; a token sees only earlier tokens of its own. None: one document.
@@ -188,8 +195,9 @@ class Transformer(nn.Module):
         """
         moe = self.config.moe
         valid_BT = None if labels_BT is None or moe is None else labels_BT != IGNORED
-        hidden_BTD, routed = self.model(tokens_BT, documents_BT, valid_BT=valid_BT)
-        out = self._head(hidden_BTD, labels_BT)
+        hidden_BTD, routed = self.model(tokens_BT, documents_BT, cache, valid_BT)
+        tied_weight_VD = self.model.embed_tokens.weight if self.config.tie_word_embeddings else None
+        out = self.lm_head(hidden_BTD if cache is None else hidden_BTD[:, -1:], labels_BT, tied_weight_VD)
         if not routed:
             return out
         penalties = (moe.aux_loss_weight * layer.aux_sum + moe.z_loss_weight * layer.z_sum for layer in routed)
@@ -209,14 +217,6 @@ class Transformer(nn.Module):
         """Whether the routers learn from what a step's global batch did beyond its gradient."""
         moe = self.config.moe
         return moe is not None and (moe.bias_update_rate > 0 or moe.balance == "global_batch")
-
-    def decode(self, tokens_BT: Tensor, cache: KeyValueCache) -> Tensor:
-        """Logits (B, V) of the token after tokens_BT, which follow those already in the cache and are added to it."""
-        return self._head(self.model(tokens_BT, cache=cache)[0][:, -1:], None)[:, 0]
-
-    def _head(self, hidden_BTD: Tensor, labels_BT: Tensor | None) -> Tensor:
-        tied_weight_VD = self.model.embed_tokens.weight if self.config.tie_word_embeddings else None
-        return self.lm_head(hidden_BTD, labels_BT, tied_weight_VD)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
