@@ -200,7 +200,8 @@ def _memorising(curve: Curve, trend: _Trend) -> tuple[str, str] | None:
 
 def _smooth(loss: np.ndarray) -> np.ndarray:
     """(N,) running medians of up to five values."""
-    return np.array([np.median(loss[max(0, i - 2) : i + 3]) for i in range(len(loss))])
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(loss, 2, constant_values=np.nan), 5)
+    return np.nanmedian(windows, axis=1)
 
 
 def _stall(level: float, falling: bool, flat: bool, lines: Mapping[str, float]) -> tuple[str, str] | None:
@@ -243,9 +244,10 @@ def _beyond(level: float, lines: Mapping[str, float]) -> str:
     """Which level of the data a loss has left behind, or where its floor is."""
     if "floor" in lines:
         return f"; the floor of this data is {lines['floor']:.3f}"
-    if level < 0.98 * lines.get("bigram", 0.0) and lines["bigram"] < 0.985 * lines["uniform"]:
+    uniform = lines["uniform"]
+    if level < 0.98 * lines.get("bigram", -math.inf) < 0.98 * 0.985 * uniform:
         return f", below the bigram level {lines['bigram']:.3f}: more than one token of context is used"
-    if level < 0.98 * lines.get("unigram", 0.0) and lines["unigram"] < 0.985 * lines["uniform"]:
+    if level < 0.98 * lines.get("unigram", -math.inf) < 0.98 * 0.985 * uniform:
         return f", below the unigram entropy {lines['unigram']:.3f}: context is used"
     return ""
 
