@@ -330,6 +330,27 @@ def test_flat_files_with_the_header_of_llm_c_are_read_behind_it(tmp_path):
         TokenFile(tmp_path / "shard.bin")
 
 
+def test_flat_files_of_32_bits_are_not_read_as_16_bits_with_a_zero_after_each_token(tmp_path):
+    header, rng = np.zeros(256, dtype="<i4"), np.random.default_rng(0)
+    for vocab_size in (300, 65536, 128_256, 262_144):
+        tokens = rng.integers(0, vocab_size, 50_000).astype("<u4")
+        header[:3] = 20240801, 7, len(tokens)
+        (tmp_path / "flat.bin").write_bytes(tokens.tobytes())
+        (tmp_path / "shard.bin").write_bytes(header.tobytes() + tokens.tobytes())
+        for name in ("flat.bin", "shard.bin"):
+            assert np.array_equal(
+                TokenFile(tmp_path / name).read([7, 49_000], [5, 1000]), tokens[[*range(7, 12), *range(49_000, 50_000)]]
+            )
+    few = np.tile(np.array([1, 0, 2, 0], dtype="<u2"), 100)  # a vocabulary of three, and a file that was never written
+    for tokens in (few, np.zeros(1000, "<u2"), rng.integers(0, 50, 1000).astype("<u2")):
+        tokens.tofile(tmp_path / "flat.bin")
+        assert TokenFile(tmp_path / "flat.bin").dtype == np.uint16
+    with open(tmp_path / "saved.bin", "wb") as file:
+        np.save(file, tokens)
+    with pytest.raises(DataError, match=r"saved\.bin: a file of numpy\.save"):
+        TokenFile(tmp_path / "saved.bin")
+
+
 @pytest.mark.parametrize(
     ("size", "what"), [(0, "holds no tokens"), (1, "1 bytes found, 0 expected"), (2001, "2,001 bytes found")]
 )

@@ -35,10 +35,13 @@ from .entropy import bigram_entropy, unigram_entropy
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, length of the document array
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # Megatron's codes of integer types
-_LLMC_MAGIC, _LLMC_HEADER_BYTES = 20240520, 1024  # llm.c: 256 int32 (magic, version, token count, ...), then uint16 tokens
+_LLMC_HEADER_BYTES = 1024  # llm.c: 256 int32 (magic, version, token count, ...), then tokens of the type that the magic says
+_LLMC_TYPES = {20240520: "<u2", 20240801: "<u4"}
+_NUMPY_MAGIC = b"\x93NUMPY"
 _BLOCK_BYTES, _INDEX_BLOCK = 64 << 20, 1 << 20
 _BIGRAM_RUNS, _BIGRAM_RUN_TOKENS = 64, 1 << 17
 _SAMPLE_RUNS, _SAMPLE_RUN_TOKENS = 64, 1 << 13
+_FLAT_HEAD_BYTES = 1 << 16
 
 
 class DataError(ValueError):
@@ -131,15 +134,27 @@ class TokenFile:
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
 
     def _open_flat(self) -> None:
-        self.dtype = np.dtype("<u2")
-        head = np.frombuffer(os.pread(self._file.fileno(), 12, 0), dtype="<i4", count=3) if self._bin_bytes >= 12 else [0]
-        expected = self._bin_bytes - self._bin_bytes % 2
-        if head[0] == _LLMC_MAGIC:
-            self._offset = _LLMC_HEADER_BYTES
-            expected = _LLMC_HEADER_BYTES + 2 * int(head[2])
+        head = os.pread(self._file.fileno(), 12, 0)
+        if head.startswith(_NUMPY_MAGIC):
+            raise DataError(f"{self.bin_path}: a file of numpy.save, whose header is no text; write it with array.tofile")
+        magic, _, count = struct.unpack("<3i", head.ljust(12, b"\0"))
+        if magic in _LLMC_TYPES:
+            self.dtype, self._offset = np.dtype(_LLMC_TYPES[magic]), _LLMC_HEADER_BYTES
+            expected = self._offset + self.dtype.itemsize * count
+        else:
+            self.dtype = self._flat_dtype()
+            expected = self._bin_bytes - self._bin_bytes % self.dtype.itemsize
         if self._bin_bytes != expected:
             raise DataError(f"{self.bin_path}: {self._bin_bytes:,} bytes found, {expected:,} expected; copy it again")
-        self.num_tokens = (expected - self._offset) // 2
+        self.num_tokens = (expected - self._offset) // self.dtype.itemsize
+
+    def _flat_dtype(self) -> np.dtype:
+        """uint16, or uint32 where it shows: every second half of it is then a multiple of 65,536, and no vocabulary has four."""
+        starts = {0, max(0, self._bin_bytes // 4 * 4 - _FLAT_HEAD_BYTES)}  # two parts: one may be a hole
+        parts = [os.pread(self._file.fileno(), _FLAT_HEAD_BYTES, start) for start in starts]
+        halves = np.frombuffer(b"".join(part[: len(part) // 4 * 4] for part in parts), "<u2").reshape(-1, 2)
+        wide = len(halves) >= 32 and halves[:, 1].max() <= 3 < halves[:, 0].max()
+        return np.dtype("<u4" if wide else "<u2")
 
     def _open_pair(self) -> None:
         path = self._idx_path
