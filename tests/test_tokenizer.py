@@ -79,6 +79,18 @@ def test_any_text_survives(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_a_space_survives_a_tokenizer_that_was_trained_on_text_without_one(tmp_path):
+    """As Chinese, Japanese and Thai are."""
+    train(["今天天气很好，我们去公园玩。" * 50] * 20, tmp_path / "t", vocab_size=290, describe=dict)
+    converted = tmp_path / "converted"
+    converted.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "t" / name, converted)
+    for tokenizer in (Tokenizer.load(tmp_path / "t"), Tokenizer.load(converted)):
+        for text in ("def f(): return '好 天'", " ", "  "):
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 def test_real_documents_survive_in_batches_as_alone(tokenizer, texts):
     batch = tokenizer.encode_batch(texts)
     assert [tokenizer.decode(ids) for ids in batch] == texts
@@ -219,3 +231,47 @@ def test_any_hugging_face_tokenizer_is_loaded(tmp_path):
     text = "some text that is <eos> longer than four tokens \u2581"
     ids = tokenizer.encode(text)
     assert 0 not in ids and tokenizer.decode(ids) == text and tokenizer.vocab_size == library.get_vocab_size()
+
+
+def test_no_text_becomes_a_special_id_of_a_hugging_face_tokenizer_that_holds_it_as_a_piece(tmp_path):
+    """Of a unigram model, "</s>" is a piece like others, and a token that is added without being special is found in text."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    library = Library(models.Unigram())
+    library.pre_tokenizer, library.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=60, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    library.train_from_iterator(["a tag is <b>bold</b> or <s>struck</s> out", "some more text"] * 5, trainer)
+    library.add_tokens(["<|end|>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    for name in ("</s>", "<|end|>"):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": name, "bos_token": "<s>"}))
+        tokenizer = Tokenizer.load(tmp_path)
+        special = {tokenizer.end_of_document_id, tokenizer.bos_id, library.token_to_id("</s>")}
+        for text in ("a </s> b", "</s>", "some<s>more</s>text", "some <|end|>"):
+            ids = tokenizer.encode(text)
+            assert special.isdisjoint(ids) and tokenizer.decode(tokenizer.encode("some text")) == "some text"
+            assert "|" in text or tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    ("files", "what"),
+    [
+        ({"tokenizer_config.json": "{oops"}, "tokenizer_config.json: damaged"),
+        ({"tokenizer_config.json": "[]"}, "tokenizer_config.json: damaged"),
+        ({"tokenizer_config.json": "{}"}, "names no eos_token"),
+        ({"tokenizer_config.json": '{"eos_token": "</s>"}'}, "names the eos_token '</s>', which tokenizer.json lacks"),
+        ({"special_tokens_map.json": '{"eos_token": "<|endoftext|>"}', "tokenizer_config.json": "{}"}, None),
+    ],
+)
+def test_a_hugging_face_folder_is_refused_with_what_is_wrong_in_it(folder, tmp_path, files, what):
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    if what is None:
+        assert Tokenizer.load(tmp_path).end_of_document_id == 2
+    else:
+        with pytest.raises(DataError, match=what):
+            Tokenizer.load(tmp_path)

@@ -149,7 +149,7 @@ class TokenFile:
         self.num_tokens = (expected - self._offset) // self.dtype.itemsize
 
     def _flat_dtype(self) -> np.dtype:
-        """uint16, or uint32 where it shows: every second half of it is then a multiple of 65,536, and no vocabulary has four."""
+        """uint16, or uint32 where it shows: every second half counts multiples of 65,536, of which no vocabulary has four."""
         starts = {0, max(0, self._bin_bytes // 4 * 4 - _FLAT_HEAD_BYTES)}  # two parts: one may be a hole
         parts = [os.pread(self._file.fileno(), _FLAT_HEAD_BYTES, start) for start in starts]
         halves = np.frombuffer(b"".join(part[: len(part) // 4 * 4] for part in parts), "<u2").reshape(-1, 2)

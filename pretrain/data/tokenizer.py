@@ -122,25 +122,48 @@ class _HuggingFace(Tokenizer):
         self._model.no_padding()
         self._model.encode_special_tokens = True  # "</s>" in a text is text
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
-        special = self._special_ids(folder / "tokenizer_config.json")
+        special = self._special_ids(folder)
         self.end_of_document_id, self.bos_id = special["eos_token"], special["bos_token"]
-        if self.end_of_document_id is None:
-            raise DataError(
-                f"{folder}: tokenizer_config.json names no eos_token, so nothing can end a document; add it and save again"
-            )
-        self.fingerprint = _fingerprint([json.loads(self._model.to_str()), self.end_of_document_id])
+        content = json.loads(self._model.to_str())
+        self.fingerprint = _fingerprint([content, self.end_of_document_id])
+        # Some models hold special tokens as pieces, too (</s>, as in HTML): where a text spells one, its characters stand.
+        reserved = {token["content"] for token in content["added_tokens"] if token["special"]}
+        reserved |= {self._model.id_to_token(id) for id in special.values() if id is not None}
+        reserved.discard(content["model"].get("unk_token"))
+        self._spelling = {self._model.token_to_id(token): self._characters(token) for token in reserved}
 
-    def _special_ids(self, path: Path) -> dict[str, int | None]:
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    def _special_ids(self, folder: Path) -> dict[str, int | None]:
+        config = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second stands over the first
+            try:
+                if (folder / name).is_file():
+                    config |= json.loads((folder / name).read_text(encoding="utf-8")).items()
+            except (ValueError, AttributeError) as error:
+                raise DataError(f"{folder / name}: damaged ({error}); save the tokenizer again") from None
         ids = {}
         for name in ("eos_token", "bos_token"):
             token = config.get(name)
             token = token["content"] if isinstance(token, dict) else token
             ids[name] = None if token is None else self._model.token_to_id(token)
+            if name == "eos_token" and ids[name] is None:
+                what = "names no eos_token" if token is None else f"names the eos_token {token!r}, which tokenizer.json lacks"
+                raise DataError(
+                    f"{folder}: tokenizer_config.json {what}, so nothing can end a document; correct it and save again"
+                )
         return ids
 
+    def _characters(self, token: str) -> list[int]:
+        """Ids that spell a special token as text; its characters that the vocabulary lacks as they would be encoded alone."""
+        known = [(character, self._model.token_to_id(character)) for character in token]
+        alone = [[id] if id is not None else self._model.encode(c, add_special_tokens=False).ids for c, id in known]
+        return [id for ids in alone for id in ids]
+
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return [self._model.encode(text, add_special_tokens=False).ids for text in texts]
+        encoded = [self._model.encode(text, add_special_tokens=False).ids for text in texts]
+        return [ids if self._spelling.keys().isdisjoint(ids) else self._spelled(ids) for ids in encoded]
+
+    def _spelled(self, ids: list[int]) -> list[int]:
+        return [part for id in ids for part in self._spelling.get(id, [id])]
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(list(ids), skip_special_tokens=True)
@@ -191,6 +214,7 @@ def train(
             split_digits=True,
             allow_whitespace_only_pieces=True,
             character_coverage=0.99995,
+            required_chars=_SPACE,  # Chinese has no spaces: unlearned, one would be spelled in bytes and come back as U+2581
             max_sentence_length=1 << 20,  # longer ones are dropped silently; chunks have at most 10,000 characters
             unk_id=0,
             bos_id=1,
