@@ -112,8 +112,9 @@ class FolderWeights:
         for parts in self._parts.values():
             parts.sort(key=lambda part: part.start)
         known = {part.name for parts in self._parts.values() for part in parts}
-        if self.model.tie_word_embeddings:
-            known.add("lm_head.weight")  # some folders repeat the embedding
+        if self.model.tie_word_embeddings and "lm_head.weight" in self._places:
+            known.add("lm_head.weight")
+            self._require_the_embedding("lm_head.weight")
         for part in huggingface.parts(self.model):
             if part.ours is None:
                 self._require_zeros(part)
@@ -121,6 +122,23 @@ class FolderWeights:
             raise NotOurs(
                 f"{self.folder}: holds {len(strange)} tensors that a model of its type does not have, such as {strange[0]}; "
                 "without them it would be another model"
+            )
+
+    def _require_the_embedding(self, name: str) -> None:
+        """Some folders repeat the tied matrix. If it is another one, versions of transformers differ in which they take."""
+        head, embedding = self._places[name], self._places["model.embed_tokens.weight"]
+        count = math.prod(embedding.shape)
+
+        def block(place: _Place, first: int) -> Tensor:
+            values = torch.empty(min(BLOCK, count - first))
+            _read_as_fp32(place, first, values)
+            return values
+
+        firsts = range(0, count, BLOCK)
+        if head.shape != embedding.shape or not all(torch.equal(block(head, at), block(embedding, at)) for at in firsts):
+            raise NotOurs(
+                f"{self.folder}: config.json ties the embeddings, but {name} is not the embedding; set tie_word_embeddings to "
+                f"false there if the head was trained on its own, or take {name} out of the file"
             )
 
     def _require_zeros(self, part: Part) -> None:
@@ -144,13 +162,13 @@ class FolderWeights:
 def _places(folder: Path) -> dict[str, _Place]:
     """All tensors of a folder, by the headers of its files alone. Raises NotOurs, OSError."""
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if (folder / "model.safetensors").is_file():  # first, as for transformers: an index beside it is a leftover
+        files = ["model.safetensors"]
+    elif index.is_file():
         try:
             files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise NotOurs(f"{index}: cannot be read ({error})") from None
-    elif (folder / "model.safetensors").is_file():
-        files = ["model.safetensors"]
     else:
         raise NotOurs(
             f"{folder}: has no model.safetensors and no model.safetensors.index.json; pickled weights (pytorch_model.bin) are "
@@ -158,8 +176,8 @@ def _places(folder: Path) -> dict[str, _Place]:
         )
     places: dict[str, _Place] = {}
     for name in files:
-        if Path(name).name != name:
-            raise NotOurs(f"{index}: names {name!r}, which is not a file of this folder")
+        if Path(name).name != name or not (folder / name).is_file():
+            raise NotOurs(f"{index}: names {name!r}, which is not a file of this folder; was it copied or downloaded in full?")
         places |= _read_header(folder / name)
     return places
 
@@ -167,8 +185,11 @@ def _places(folder: Path) -> dict[str, _Place]:
 def _read_header(path: Path) -> dict[str, _Place]:
     """The tensors of one safetensors file. Raises NotOurs unless all of them lie within it; OSError."""
     with open(path, "rb") as file:
-        size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+        size, head = os.fstat(file.fileno()).st_size, file.read(8)
+        length = int.from_bytes(head, "little")
         try:
+            if head == b"version ":
+                raise ValueError("it is a pointer of Git LFS in place of the file: run git lfs pull")
             if length > min(MAX_JSON_BYTES, size - 8):
                 raise ValueError(f"its header claims {length} bytes, the file has {size}")
             header = json.loads(file.read(length))

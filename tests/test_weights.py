@@ -194,6 +194,17 @@ def cut(path: Path) -> None:
     os.truncate(file, file.stat().st_size - 1)
 
 
+def indexed(path: Path, index: str) -> None:
+    (path / "model.safetensors").rename(path / "model-1.safetensors")
+    (path / "model.safetensors.index.json").write_text(index)
+
+
+def tie(path: Path) -> None:
+    """A head of its own under a config.json that has none, as programs write that forget to say so."""
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+
+
 def as_int8(path: Path) -> None:
     strange(path, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.int8)}))
 
@@ -210,11 +221,11 @@ def as_int8(path: Path) -> None:
             lambda path: strange(path, lambda t: t.update(extra=torch.zeros(1))),
             "1 tensors that .* does not have, such as extra",
         ),
-        (
-            lambda path: (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}'),
-            "'../x.safetensors', which is not a file of this folder",
-        ),
-        (lambda path: (path / "model.safetensors.index.json").write_text("{}"), "cannot be read"),
+        (lambda path: indexed(path, '{"weight_map": {"a": "../x.safetensors"}}'), "'../x.safetensors', which is not a file of"),
+        (lambda path: indexed(path, '{"weight_map": {"a": "model-2.safetensors"}}'), "'model-2.safetensors', .* in full"),
+        (lambda path: indexed(path, "{}"), "cannot be read"),
+        (lambda path: (path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
+        (tie, "lm_head.weight is not the embedding; set tie_word_embeddings to false"),
     ],
 )
 def test_a_folder_that_cannot_be_the_model_is_refused_in_words(damage, message, folder, tmp_path):
@@ -223,6 +234,18 @@ def test_a_folder_that_cannot_be_the_model_is_refused_in_words(damage, message, 
     damage(copy)
     with pytest.raises(NotOurs, match=message):
         open_folder(copy)
+
+
+def test_what_transformers_takes_of_a_folder_with_leftovers_is_taken_here(folder, tmp_path):
+    """A tied head that is written out as well, and the index of an earlier save."""
+    shutil.copytree(folder, copy := tmp_path / "hf")
+    strange(copy, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    tie(copy)
+    (copy / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}')
+    tokens_BT = torch.arange(20)[None]
+    theirs = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(load_transformer(open_folder(copy).weights)(tokens_BT), theirs(tokens_BT).logits)
 
 
 def test_a_gate_that_is_open_is_refused(tmp_path):
