@@ -194,6 +194,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What transformers takes for a key that config.json lacks, where it is not the same for all."""
 
+_OTHER_KINDS = {
+    "qwen2": "its queries, keys and values have biases",
+    "gpt2": "its norms and linear layers have biases, its feed-forward no gate",
+    "gemma": "its norms and its feed-forward are of another kind",
+    "phi": "its layers have biases or are merged",
+}
+"""Beginnings of well-known model types -> why no model of ours can be one."""
+
 _MUST_BE = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -255,7 +263,8 @@ def from_config(config: dict[str, Any], path: Path | str) -> dict[str, Any]:
 def _from_config(config: dict[str, Any]) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind not in CLASSES:
-        raise NotOurs(f"model_type is {kind!r}; this program has {', '.join(CLASSES)}")
+        why = next((f" ({why})" for name, why in _OTHER_KINDS.items() if str(kind).startswith(name)), "")
+        raise NotOurs(f"model_type is {kind!r}{why}; this program has {', '.join(CLASSES)}")
     given = _DEFAULTS[kind] | {key: value for key, value in config.items() if value is not None or key == "sliding_window"}
     for key, wanted in _MUST_BE.items():
         if given.get(key, wanted) != wanted:
@@ -305,6 +314,8 @@ def _rope(given: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
     theta = float(rope.get("rope_theta", given.get("rope_theta", 10000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise NotOurs("its layers have rotary embeddings of several kinds, this program's models have one for all")
     rotated = rope.get("partial_rotary_factor", given.get("partial_rotary_factor", 1.0))
     if rotated != 1.0:
         raise NotOurs(f"partial_rotary_factor is {rotated}, this program's models rotate whole heads")
@@ -315,8 +326,8 @@ def _rope(given: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     scaling = {"kind": kind, "factor": float(rope["factor"])}
     if kind == "llama3":
         scaling |= {key: float(rope[key]) for key in ("low_freq_factor", "high_freq_factor")}
-        longest = rope.get("original_max_position_embeddings", given["max_position_embeddings"])
-        scaling["original_max_position_embeddings"] = longest
+        key = "original_max_position_embeddings"  # beside the section it wins, as in transformers
+        scaling[key] = given.get(key) or rope.get(key) or given["max_position_embeddings"]
     return theta, scaling
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pretrain import config as settings
 from pretrain import huggingface
-from pretrain.config import model_from_dict
+from pretrain.config import RopeScalingConfig, model_from_dict
 from pretrain.huggingface import NotOurs
+from pretrain.model.attention import frequencies
 from pretrain.model.transformer import Transformer
 from tests.models import FAMILIES, LLAMA3, model_of, moe
 
@@ -92,7 +94,10 @@ def test_a_key_that_is_missing_means_what_it_means_to_transformers(kind, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'; this program has llama"),
+        ({"model_type": "olmo2"}, "model_type is 'olmo2'; this program has llama"),
+        ({"model_type": "gpt2"}, r"model_type is 'gpt2' \(its norms and linear layers have biases.*\); this program has llama"),
+        ({"model_type": "qwen2"}, r"model_type is 'qwen2' \(its queries, keys and values have biases\)"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rotary embeddings of several kinds"),
         ({"hidden_act": "gelu"}, "hidden_act is gelu, this program's models have silu"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is"),
@@ -125,6 +130,14 @@ def test_what_is_not_ours_is_refused_by_name(changes, message):
 def test_a_model_that_no_class_computes_is_refused(settings):
     with pytest.raises(NotOurs, match="no class of transformers"):
         huggingface.model_type(model_of("llama", **settings))
+
+
+def test_the_length_before_scaling_is_read_where_transformers_reads_it():
+    config = huggingface.to_config(model_of("llama3"), "float32", IDS)
+    for beside in ({}, {"original_max_position_embeddings": 128}):
+        theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(**config, **beside)).inv_freq
+        scaling = RopeScalingConfig(**huggingface.from_config(config | beside, "here")["rope_scaling"])
+        torch.testing.assert_close(frequencies(12, 5e5, scaling, torch.device("cpu")), theirs)
 
 
 def test_older_files_are_read():
