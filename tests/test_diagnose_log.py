@@ -336,6 +336,93 @@ def test_initial_weights_far_too_large_are_no_factor():
         assert result.findings[0].causes == ("initialisation",)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_what_falls_as_little_as_a_trained_model_is_not_called_divided(trained):
+    """1.47 x 8 = 11.8 = ln 128256: the same first line of a fine-tuning and of a divided loss."""
+    steps = np.arange(1, 2000, 10)
+    loss = 1.47 - 0.25 * (1 - np.exp(-steps / 300)) if trained else 1.47 * (0.3 + 0.7 * (1 + steps / 100) ** -0.5)
+    result = diagnose(log_of(steps, loss), Setup(128256, accumulation=8))
+    if trained:
+        assert result.findings == []
+        assert any("x 8 = 11.8 (the accumulation steps) would explain it" in note for note in result.notes)
+    else:
+        assert [f.causes for f in result.findings] == [("divided by accumulation",)]
+
+
+def test_trained_models_raise_no_alarm_whatever_factors_the_run_has():
+    alarms = []
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        steps = 1 + np.arange(rng.integers(100, 400)) * int(rng.choice([5, 10, 50]))
+        loss = rng.uniform(1.2, 3.2) * (1 - rng.uniform(0.02, 0.2) * (1 - np.exp(-steps / rng.uniform(50, 1000))))
+        loss = loss + rng.normal(size=len(steps)) * 0.02
+        setup = Setup(int(rng.choice([32000, 50257, 128256, 151936])), int(rng.choice([2, 4, 8, 16])), 8, 2048, 4)
+        alarms += [(seed, f.text) for f in diagnose(log_of(steps, loss), setup).findings if f.fault == "scale"]
+    assert alarms == []
+
+
+def test_a_flat_curve_was_as_flat_before_its_first_line():
+    """22.1 = 2 x ln 50304 at step 10, and 9 % less 300 steps later: three ranks would need a fall by a third in 10 steps."""
+    log = log_of(np.arange(10, 310, 10), np.linspace(22.08, 20.03, 30))
+    (finding,) = diagnose(log, Setup(50304, 7, 3)).findings
+    assert finding.causes == ("multiplied",)
+    (finding,) = diagnose(log, Setup(50304, 7, 3, 512, micro_batch_size=2)).findings
+    assert finding.causes == ("batch size",) and "22.08 / 2 = 11" in finding.text
+
+
+def test_a_factor_that_fits_badly_is_not_very_likely():
+    steps = np.arange(5, 505, 5)
+    loss = 3 + 9.2 * (1 + steps / 60) ** -0.5  # 12 nats for 10.4: an auxiliary loss of 1.6 nats
+    (finding,) = diagnose(log_of(steps, loss), Setup(32000, 16, 4, 256, 4)).findings
+    assert finding.certainty != "very likely" and {"vocabulary", "auxiliary", "bits"} & set(finding.causes)
+
+
+def test_another_vocabulary_than_the_one_given_is_thought_of():
+    log = log_of(np.arange(1, 1000, 20), 3 + 9.4 * (1 + np.arange(0, 999, 20) / 60) ** -0.5)  # ln 256000 = 12.45
+    for setup in (Setup(512), Setup(10000)):
+        (finding,) = diagnose(log, setup).findings
+        assert "the vocabulary is another one, of about 2" in finding.text
+
+
+@pytest.mark.parametrize("every", [1, 10])
+@pytest.mark.parametrize("weight", [0.1, 0.02])
+def test_a_running_mean_that_began_at_0_is_no_divergence(every, weight):
+    steps = np.arange(0, 200 * every, every)
+    true = 3 + 5.8 * (1 + steps / 400) ** -0.5
+    shown = [weight * (1 - weight) ** np.arange(i, -1, -1) @ true[: i + 1] for i in range(len(true))]
+    (finding,) = diagnose(log_of(steps, shown), Setup(6400, 4)).findings
+    assert finding.fault == "running" and "a running mean that began at 0" in finding.text
+
+
+def test_a_sum_that_is_never_set_back_is_no_divergence():
+    steps = np.arange(0, 2000, 10)
+    (finding,) = diagnose(log_of(steps, np.cumsum(3 + 5.8 * (1 + steps / 40) ** -0.5)), Setup(6400, 4)).findings
+    assert finding.fault == "running" and "a sum that is never set back" in finding.text
+
+
+def test_what_falls_to_ln_v_and_stays_there_has_stalled_too():
+    steps = np.arange(0, 1000, 10)
+    (finding,) = diagnose(log_of(steps, 9.21 + 0.7 * np.exp(-steps / 100)), Setup(10000)).findings
+    assert finding.fault == "stall" and "from step 330 to 990" in finding.text
+
+
+def test_what_stays_where_frequencies_leave_it_may_ignore_its_context():
+    steps, blur = np.arange(0, 2000, 10), np.random.default_rng(0).normal(0, 0.02, 200)
+    (finding,) = diagnose(log_of(steps, 7.6 + 2.8 * np.exp(-steps / 60) + blur), Setup(32000)).findings
+    assert (finding.fault, finding.certainty) == ("stall", "possible") and "context is ignored" in finding.text
+
+
+def test_a_rise_of_half_a_nat_at_the_end_is_a_divergence():
+    steps = np.arange(0, 5000, 10)
+    loss = 9.5 + 2.4 * np.exp(-steps / 500) + np.linspace(-0.5, 0.6, 500).clip(0)
+    assert [f.fault for f in diagnose(log_of(steps, loss), Setup(151936)).findings] == ["divergence"]
+
+
+def test_a_loss_below_0_is_judged_without_the_levels_of_the_data():
+    loss = np.r_[np.linspace(8.7, 0.3, 30), np.full(20, -0.01)]
+    assert [f.fault for f in diagnose(log_of(np.arange(50) * 50, loss), Setup(6400)).findings] == ["collapse"]
+
+
 # ---------------------------------------------------------------- what logs look like
 
 

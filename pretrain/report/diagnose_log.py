@@ -25,11 +25,14 @@ from pretrain.report.shown_factor import (
     Setup,
     contenders,
     factors,
+    falls_as_untrained,
     from_perplexity,
     from_some_vocabulary,
     from_start,
     from_validation,
     line_noise,
+    running,
+    share_of_ln_v,
     vocabularies_of,
 )
 
@@ -37,6 +40,7 @@ _ONE_STEP = "Print the first step twice, with accumulation 1 and 2 and the same 
 _NOTHING_LEARNED = (
     "labels that do not follow from the tokens (random data, labels of another sample) or weights that do not move"
 )
+_CONTEXT = "Shuffled labels look like this; so do attention that sees nothing, and a learning rate far too low or too high."
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Finding:
     """One thing that is wrong."""
 
     fault: str
-    """One word: scale, start, nan, stall, memorising, noise, auxiliary, ranks, collapse, divergence."""
+    """One word: scale, running, start, nan, stall, memorising, noise, auxiliary, ranks, collapse, divergence."""
     certainty: str
     """certain, very likely, likely or possible."""
     text: str
@@ -89,7 +93,10 @@ def diagnose(log: TrainingLog, setup: Setup) -> Diagnosis:
     if log.format in TEXT_FORMATS:
         result.notes.append(f"scripts that write {log.format} show, as published, {TEXT_FORMATS[log.format][1]}")
     if result.curve is not None:
-        for check in (_scale, _ranks, _auxiliary, _stall, _level, _collapse, _divergence, _noise):
+        accumulated = list(_running(result))
+        judged = (_ranks,) if accumulated else (_scale, _ranks, _auxiliary, _stall, _level, _collapse, _divergence, _noise)
+        result.findings += accumulated
+        for check in judged:
             result.findings += check(result)
     return result
 
@@ -111,6 +118,18 @@ def summary(result: Diagnosis) -> list[str]:
 
 
 # ---------------------------------------------------------------- the scale
+
+
+def _running(result: Diagnosis) -> Iterator[Finding]:
+    """A curve that rises from 0 is no loss but something that gathers losses."""
+    if found := running(result.log, result.curve):
+        (b, level), begins = found, f"the curve begins at {result.curve.first:.4g} and rises as"
+        if b == 1:
+            text = f"{begins} a sum that is never set back does, by {level:.3g} for each line or step at first"
+        else:
+            text = f"{begins} a running mean that began at 0 does, by {1 - b:.2g} of each new loss, about {level:.3g} at first"
+        cure = "Set the sum back after each line" if b == 1 else f"Divide by 1 - {b:.4g}^n after n losses, or show the losses"
+        yield Finding("running", "very likely", text, f"{cure}. Nothing else in this log can be judged.")
 
 
 def _scale(result: Diagnosis) -> Iterator[Finding]:
@@ -138,7 +157,7 @@ def _too_high(result: Diagnosis, evidence: Evidence) -> Finding:
     named = contenders(evidence, setup, curve, setup.ln_v)
     ratio = curve.first / setup.ln_v
     start = f"the first loss, {curve.first:.4g}, is {ratio:.3g} times {_expected(setup)}"
-    if not named and ratio < 1.35 and curve.age <= 1:
+    if not named and ratio < 1.5:
         text = f"{start}: the head's initial weights are too large, an auxiliary loss is mixed in, or the vocabulary is larger"
         advice = "Print the cross-entropy alone, and the standard deviation s of the logits: they add about s^2 / 2."
         return Finding("start", "likely", text, advice, ("initialisation", "auxiliary", "vocabulary"))
@@ -154,14 +173,11 @@ def _too_low(result: Diagnosis, evidence: Evidence) -> Iterator[Finding]:
     curve, setup = result.curve, result.setup
     named = contenders(evidence, setup, curve, setup.ln_v)
     start = f"the first loss, {curve.first:.4g} at {result.place}, is {curve.first / setup.ln_v:.2f} times {_expected(setup)}"
-    exact = bool(named) and curve.age <= 1 and abs(math.log(evidence.best / named[0].value)) < 0.06
+    exact = bool(named) and curve.age <= 1 and evidence.deviations(named[0]) < 1.3 and not named[0].doubt
     too_good = curve.last < LEAST_EVER * setup.ln_v
-    untrained = (
-        curve.from_start
-        and len(curve.loss) >= 5
-        and curve.last <= (0.85 if named and not named[0].is_unit else 0.65) * curve.first
-    )
-    if named and (exact or untrained or (too_good and not named[0].is_unit)):
+    falls = falls_as_untrained(curve)
+    untrained = bool(falls) and (bool(named) or curve.last < 0.65 * curve.first)
+    if named and ((exact and falls is None) or untrained or (too_good and not named[0].is_unit)):
         yield _factor(result, evidence, "", named)
     elif untrained and curve.first > 0.6 * setup.ln_v:
         text = f"{start}, as with {math.exp(curve.first):,.0f} ids: another vocabulary, or padding that counts with loss 0"
@@ -172,7 +188,8 @@ def _too_low(result: Diagnosis, evidence: Evidence) -> Iterator[Finding]:
         advice = f"If the run began with trained weights, this is right. {_ONE_STEP}"
         yield Finding("scale", "possible", text, advice, ("divided",))
     elif curve.from_start:
-        result.notes.append(f"{start}: right for a run from trained weights, too low for one that began untrained")
+        would = "".join(f"; there {each.arithmetic(curve.first)} ({each.words}) would explain it" for each in named[:2])
+        result.notes.append(f"{start}: right for a run from trained weights, too low for one that began untrained{would}")
     else:
         result.notes += _what_the_start_leaves_open(result, evidence)
 
@@ -231,8 +248,11 @@ def _factor(result: Diagnosis, evidence: Evidence, why: str, named: list[Factor]
     same = [factor for factor in named if factor.value == first.value]
     others = [factor for factor in named if factor.value != first.value]
     by_heart = first.value < 1 and not curve.from_start and not why
-    trained = first.value < 1 and curve.from_start and not why and (len(curve.loss) < 5 or curve.last > 0.85 * curve.first)
-    certainty = "possible" if len(named) > 1 or by_heart or trained else "very likely" if curve.from_start or why else "likely"
+    trained = first.value < 1 and curve.from_start and not why and not falls_as_untrained(curve)
+    exact = curve.age <= 1 and evidence.deviations(first) < 0.5
+    another = first.cause in ("bits", "log10") and not exact and not why and curve.first < LARGEST_LN_V
+    loose = evidence.deviations(first) > 1.3 or not (curve.from_start or why)
+    certainty = "possible" if len(named) > 1 or by_heart or trained or another else "likely" if loose else "very likely"
     if setup.ln_v:
         fits = f", and {_expected(setup)}"
     else:
@@ -250,6 +270,8 @@ def _factor(result: Diagnosis, evidence: Evidence, why: str, named: list[Factor]
         text += ". Or the model knows its data by heart: no unseen text gets so low"
     if trained:
         text += ". Or the run began with trained weights"
+    if another:
+        text += f". Or the vocabulary is another one, of about {_ids(curve)} ids"
     return Finding("scale", certainty, text, _ONE_STEP, tuple(factor.cause for factor in named))
 
 
@@ -264,9 +286,16 @@ def _factor_without_name(result: Diagnosis, evidence: Evidence, why: str) -> Fin
     text += f" ({least:.3g} to {most:.3g})" + (", as a sum over so many tokens is" if by > 100 else "")
     if up and setup.ln_v and curve.low < setup.ln_v:
         text, causes = f"{text}, or the initial weights are far too large", (*causes, "initialisation")
+    if up and setup.ln_v and curve.from_start and curve.first < LARGEST_LN_V:
+        text, causes = f"{text}, or the vocabulary is another one, of about {_ids(curve)} ids", (*causes, "vocabulary")
     result.explanation = Factor(evidence.best, causes[0], "")
     advice = f"Give --accumulation, --world-size and --sequence-length to have their products tried. {_ONE_STEP}"
     return Finding("scale", "likely", text, advice, causes)
+
+
+def _ids(curve: Curve) -> str:
+    """The vocabulary that such a first line would be right for, in words."""
+    return f"{float(f'{math.exp(curve.first / share_of_ln_v(curve.age)[1]):.2g}'):,.0f}"
 
 
 def _expected(setup: Setup) -> str:
@@ -342,20 +371,21 @@ def _moves_with(loss: np.ndarray, aux: np.ndarray) -> float:
 def _stall(result: Diagnosis) -> Iterator[Finding]:
     """The loss stays where it says nothing: at ln V, or at the frequency of the tokens."""
     log, curve, setup, true = result.log, result.curve, result.setup, result.true
-    lines, ln_v, fifth = log.reference_lines, setup.ln_v, max(3, len(true) // 5)
-    span_steps = curve.steps[-1] - curve.steps[0]
+    lines, ln_v = log.reference_lines, setup.ln_v
     if len(true) < 8:
         return
-    level = float(np.median(true[len(true) // 2 :]))
-    change = float(np.median(true[:fifth]) - np.median(true[-fifth:]))
-    blur = 3 * line_noise(true) / math.sqrt(fifth)
-    if abs(change) > max(0.01 * level, blur) or blur > 0.02 * level:
+    begins_there = _is_flat(true) and true[0] < 1.05 * np.median(true)
+    begin = 0 if begins_there else len(true) // 3  # what falls to a level and stays there begins higher
+    if not _is_flat(true[begin:]):
         return
+    span_steps = curve.steps[-1] - curve.steps[0]
+    level = float(np.median(true[(begin + len(true)) // 2 :]))
     frozen = "lr" in log.columns and np.nanmax(log.columns["lr"]) == 0
     advice = (
         f"Causes: {'the learning rate, 0 on every line' if frozen else _NOTHING_LEARNED}. One batch over and over must fall."
     )
-    span = f"the loss stays at {level:.3f} from {result.place} to {curve.steps[-1]:g}"
+    settled = curve.from_start and log.unit == "step" and span_steps >= 200
+    span = f"the loss stays at {level:.3f} from {log.unit} {curve.steps[begin]:g} to {curve.steps[-1]:g}"
     if ln_v and 0.985 <= level / ln_v <= 1.06:
         random = " (this data is random, the log says: there it is right)" if lines.get("floor", 0) > 0.99 * ln_v else ""
         text, short = f"{span}, and {_expected(setup)}: nothing is learned{random}", log.unit == "step" and span_steps < 200
@@ -363,9 +393,23 @@ def _stall(result: Diagnosis) -> Iterator[Finding]:
             result.notes.append(f"{text} so far, as in many a warm-up")
         else:
             yield Finding("stall", "likely" if short else "very likely", text, advice)
-    elif not ln_v and curve.from_start and log.unit == "step" and span_steps >= 200 and 4 < level < LARGEST_LN_V:
+    elif not ln_v and settled and 4 < level < LARGEST_LN_V and abs(level / true[0] - 1) < 0.03:
         text = f"{span}, its first value, which is ln of {math.exp(level):,.0f}: if the vocabulary is that, nothing is learned"
         yield Finding("stall", "likely", text, advice)
+    elif ln_v and settled and begin and span_steps >= 400 and "unigram" not in lines and 0.62 <= level / ln_v < 0.95:
+        text = f"{span}, {level / ln_v:.2f} times {_expected(setup)}: about what the frequencies of tokens alone give"
+        if _is_flat(true[begin:], 0.005) and true[0] > 1.05 * level:
+            yield Finding("stall", "possible", f"{text}, as where the context is ignored", _CONTEXT)
+
+
+def _is_flat(loss: np.ndarray, share: float = 0.01) -> bool:
+    """Whether the last fifth lies no further from the first than `share` of it or chance; False where lines jump too much."""
+    if len(loss) < 8:
+        return False
+    fifth = max(3, len(loss) // 5)
+    level, change = float(np.median(loss[-fifth:])), float(np.median(loss[:fifth]) - np.median(loss[-fifth:]))
+    blur = 3 * line_noise(loss) / math.sqrt(fifth)
+    return abs(change) <= max(share * level, blur) and blur <= 0.02 * level
 
 
 def _level(result: Diagnosis) -> Iterator[Finding]:
@@ -378,7 +422,7 @@ def _level(result: Diagnosis) -> Iterator[Finding]:
     steps, val_loss = (log.val_steps, log.val_loss) if result.explanation is None else (np.zeros(0), np.zeros(0))
     verdict = in_words.judge(in_words.Curve(curve.steps, result.true, steps, val_loss), lines)
     if verdict.kind == "unigram":
-        yield Finding("stall", "likely", verdict.text, "Shuffled labels look like this; so does attention that sees nothing.")
+        yield Finding("stall", "likely", verdict.text, _CONTEXT)
     # Without knowing how often the data was read, only a validation that rises is a sign.
     if verdict.kind == "memorising" and log.val_loss[-1] > 1.02 * np.nanmin(log.val_loss):
         best = f"{log.unit} {log.val_steps[np.nanargmin(log.val_loss)]:g}"
@@ -389,7 +433,7 @@ def _collapse(result: Diagnosis) -> Iterator[Finding]:
     """A loss near 0: the answer stands in the input."""
     curve, true, floor = result.curve, result.true, result.log.reference_lines.get("floor", math.inf)
     last = float(np.median(true[-max(min(3, len(true)), len(true) // 10) :]))
-    if 0 < last < min(0.1, floor - 0.1) and true[0] > 2:
+    if last < min(0.1, floor - 0.1) and last != 0 and true[0] > 2:
         text = f"the loss falls to {last:.3g} nats at {result.log.unit} {curve.steps[-1]:g}; no text can be predicted so well"
         advice = "Causes: labels not shifted (label = input), attention that sees what follows, or a few samples over and over."
         yield Finding("collapse", "likely", text, advice)
@@ -400,12 +444,14 @@ def _divergence(result: Diagnosis) -> Iterator[Finding]:
     curve, true, tenth = result.curve, result.true, max(3, len(result.true) // 10)
     if len(true) < 4 * tenth:
         return
-    medians = np.array([np.median(true[i : i + tenth]) for i in range(len(true) - tenth + 1)])
-    best = int(medians.argmin())
-    rise = float(medians[-1] - medians[best])
-    if rise > max(0.08 * medians[best], 0.3, 8 * line_noise(true) / math.sqrt(tenth)):
+    begins = np.r_[np.arange(0, len(true) - tenth, max(1, tenth // 20)), len(true) - tenth]
+    medians = np.array([np.median(true[i : i + tenth]) for i in begins])
+    best = int(begins[medians.argmin()])
+    lowest = float(medians.min())
+    rise = float(medians[-1] - lowest)
+    if rise > max(0.05 * lowest, 0.2, 8 * line_noise(true) / math.sqrt(tenth)):
         where = f"{result.log.unit} {curve.steps[best + tenth // 2]:g}"
-        text = f"the loss rises from {medians[best]:.3g} around {where} to {medians[-1]:.3g} at the end"
+        text = f"the loss rises from {lowest:.3g} around {where} to {medians[-1]:.3g} at the end"
         yield Finding("divergence", "likely", text, "Go on from a checkpoint before the rise, with a lower learning rate.")
 
 

@@ -38,9 +38,10 @@ LEAST_EVER = 0.06
 _LOG_STEP = np.log([1, 10, 100, 1000, 10_000])
 _LEAST = [0.90, 0.60, 0.33, 0.20, 0.12]
 _USUAL = [1.01, 0.93, 0.75, 0.50, 0.38]
-_SPREAD = [0.03, 0.10, 0.30, 0.40, 0.45]
+_SPREAD = [0.05, 0.10, 0.30, 0.40, 0.45]
 _LATE = (0.12, 0.35, 0.50)
 _CONTENDER = 3.0  # in log-likelihood: explanations this much worse than the best are not named
+_FITS = 2.5  # standard deviations: what lies further from the evidence is not named at all
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,11 @@ class Curve:
     last: float  # median of the last tenth
     low: float  # the least median of a tenth
     noise: float  # standard deviation of a line around its neighbours; 0 when there are too few
+    has_steps: bool  # `steps` counts steps
     from_start: bool  # the first line is the first that the run printed, as far as its steps say
     age: float  # updates before the first line, at most
     early_fall: float  # how much the loss falls, relative to the first line, in as many steps as lie before that line
+    is_slow: float  # from 0 to 1: how far the fall to ten times the first line's step lags behind what is usual
 
     @staticmethod
     def of(log: TrainingLog) -> Curve | None:
@@ -88,7 +91,7 @@ class Curve:
         tenth = max(min(3, len(loss)), len(loss) // 10)
         medians = [np.median(loss[i : i + tenth]) for i in range(0, len(loss) - tenth + 1, tenth)]
         noise = line_noise(loss)
-        from_start, age, early_fall = log.steps[0] <= 1000, 300.0, 0.0
+        from_start, age, early_fall, is_slow = log.steps[0] <= 1000, 300.0, 0.0, 0.0
         if len(log.steps) > 1:
             from_start = log.steps[0] <= max(1, 2 * np.median(np.diff(log.steps)))
         if log.unit == "step":
@@ -97,8 +100,14 @@ class Curve:
             later = min(int(np.searchsorted(steps, 2 * age)), len(steps) - 1)
             fall = (loss[0] - loss[later] - 2 * noise) / loss[0] * age / (steps[later] - steps[0])
             early_fall = float(np.clip(fall, 0, 1))
+            tenfold = int(np.searchsorted(steps, 10 * age))
+            if tenfold < len(steps):
+                usual = 1 - share_of_ln_v(10 * age)[1] / share_of_ln_v(age)[1]
+                is_slow = float(np.clip(1 - (1 - np.median(loss[tenfold : tenfold + 3]) / loss[0]) / usual, 0, 1))
         last = float(np.median(loss[-tenth:]))
-        return Curve(steps, loss, float(loss[0]), last, float(min(medians)), noise, bool(from_start), age, early_fall)
+        low = float(min(medians))
+        first, has_steps = float(loss[0]), log.unit == "step"
+        return Curve(steps, loss, first, last, low, noise, has_steps, bool(from_start), age, early_fall, is_slow)
 
 
 def line_noise(loss: np.ndarray) -> float:
@@ -131,8 +140,8 @@ class Factor:
         number = f"{shown:.4g}" if shown < 1e4 else f"{shown:,.0f}"
         if self.cause == "perplexity":
             return f"ln({number}) = {math.log(shown):.3g}"
-        if self.cause == "bits":
-            return f"{number} x ln 2 = {shown / self.value:.3g}"
+        if self.cause in ("bits", "log10"):
+            return f"{number} x ln {2 if self.cause == 'bits' else 10} = {shown / self.value:.3g}"
         if self.value > 1:
             return f"{number} / {self.value:,.6g} = {shown / self.value:.3g}"
         return f"{number} x {1 / self.value:,.6g} = {shown / self.value:.3g}"
@@ -146,7 +155,7 @@ class Factor:
     @property
     def is_unit(self) -> bool:
         """Another unit rather than a count of things."""
-        return self.cause in ("bits", "perplexity")
+        return self.cause in ("bits", "log10", "perplexity")
 
 
 @dataclass(frozen=True)
@@ -157,6 +166,10 @@ class Evidence:
     most: float
     best: float
     spread: float
+
+    def deviations(self, factor: Factor) -> float:
+        """How far `factor` lies from the best, in standard deviations."""
+        return abs(math.log(factor.value / self.best)) / self.spread
 
 
 def factors(setup: Setup, curve: Curve, near: float) -> Iterator[Factor]:
@@ -180,18 +193,28 @@ def factors(setup: Setup, curve: Curve, near: float) -> Iterator[Factor]:
         sequences = round(near / t)
         if b == 1 and sequences > 1 and t * sequences not in sums:
             yield Factor(t * sequences, "sum", f"the tokens of {sequences} sequences, a sum instead of a mean", 2.0)
+    for value, words in {b: "the sequences of a micro-batch", b * a * w: "the sequences of a step"}.items():
+        if b > 1 and value not in (a, w, t):
+            yield Factor(value, "batch size", words, 0.7)
+            yield Factor(1 / value, "divided by batch size", words, 0.7)
     yield Factor(1 / math.log(2), "bits", "in bits instead of nats", 0.3)
-    # Few print a perplexity as the loss: it needs support, a start near V or a fall that no factor times a loss can show.
-    if curve.first > 20 and (curve.age <= 1 or curve.low < 0.15 * curve.first):
-        yield Factor(curve.first / math.log(curve.first), "perplexity", "the perplexity, exp(loss)", 1.0)
+    yield Factor(1 / math.log(10), "log10", "in powers of ten instead of nats", 1.5)
+    # Few print a perplexity as the loss: it needs support, a start near V whose logarithm falls as losses do, or a fall that no
+    # factor times a loss can show.
+    if curve.first > 20:
+        falls = math.log(max(1, curve.last)) / math.log(curve.first) <= usual_fall(curve) ** 0.3
+        supported = (curve.age <= 1 and falls) or curve.low < 0.15 * curve.first
+        value = curve.first / math.log(curve.first)
+        yield Factor(value, "perplexity", "the perplexity, exp(loss)", 1.0 if supported else 4.0)
 
 
 def contenders(evidence: Evidence, setup: Setup, curve: Curve, ln_v: float | None) -> list[Factor]:
     """The explanations that the evidence and the end of the curve allow, the likeliest first."""
     scored = []
     for factor in factors(setup, curve, evidence.best):
-        if evidence.least <= factor.value <= evidence.most and not (factor.doubt >= 2 and evidence.spread > 0.2):
-            score = factor.doubt + math.log(factor.value / evidence.best) ** 2 / (2 * evidence.spread**2)
+        fits = evidence.least <= factor.value <= evidence.most and evidence.deviations(factor) < _FITS
+        if fits and not (factor.doubt >= 2 and evidence.spread > 0.2):
+            score = factor.doubt + evidence.deviations(factor) ** 2 / 2
             end = factor.true(curve.low) / ln_v if ln_v else 1.0
             if end >= LEAST_EVER or factor.value < 1:
                 scored.append((score + 8 * math.log(max(1, 0.15 / end)) ** 2, factor))  # so low an end is rare
@@ -208,12 +231,31 @@ def share_of_ln_v(age: float) -> tuple[float, float, float]:
     return tuple(float(np.interp(x, _LOG_STEP, row)) for row in (_LEAST, _USUAL, _SPREAD))
 
 
+def usual_fall(curve: Curve) -> float:
+    """Last over first loss of untrained models over these steps; as over a few hundred where the log has none."""
+    if not curve.has_steps:
+        return 0.6
+    return share_of_ln_v(curve.age + curve.steps[-1] - curve.steps[0])[1] / share_of_ln_v(curve.age)[1]
+
+
+def falls_as_untrained(curve: Curve) -> bool | None:
+    """Whether the logarithm of the curve falls at least half as far as for untrained models over these steps; it falls less for
+    trained ones. None: too few lines or steps to tell."""
+    usual = usual_fall(curve)
+    if not curve.from_start or len(curve.loss) < 5 or usual > 0.86:
+        return None
+    return curve.last <= math.sqrt(usual) * curve.first
+
+
 def from_start(curve: Curve, ln_v: float) -> Evidence:
     """The first line against ln V. Of a log that begins late (a resumed run) little is known but that it is below ln V."""
     least, usual, spread = share_of_ln_v(curve.age) if curve.from_start else _LATE
     if curve.from_start:  # what falls fast after the first line fell at least as fast before it
         least, usual = least / (1 + 1.5 * curve.early_fall), min(usual, 1 / (1 + curve.early_fall))
         spread = math.hypot(spread, curve.early_fall / 2)
+        # What hardly falls for long after its first lines had not fallen far before. Past them a plateau looks the same.
+        slow = curve.is_slow * float(np.interp(math.log(max(curve.age, 1)), _LOG_STEP[1:3], [1, 0]))
+        least, usual, spread = least + slow * (1 - least) * 0.8, usual + slow * max(0, 1 - usual) * 0.8, spread * (1 - slow / 2)
     ratio, noise = curve.first / ln_v, min(0.2, curve.noise / curve.first)
     return Evidence(ratio / MOST * (1 - 3 * noise), ratio / least * (1 + 3 * noise), ratio / usual, math.hypot(spread, noise))
 
@@ -265,3 +307,23 @@ def vocabularies_of(loss: float, age: float) -> str:
     fits = [size for size in KNOWN_VOCABULARIES if least * math.log(size) <= loss <= 1.05 * math.log(size)]
     fits.sort(key=lambda size: abs(loss - math.log(size)))
     return " or ".join(f"{size} ({KNOWN_VOCABULARIES[size]}, ln = {math.log(size):.2f})" for size in fits[:3])
+
+
+def running(log: TrainingLog, curve: Curve) -> tuple[float, float] | None:
+    """(b, L) where the first lines rise from 0 as L (1 - b^n) with n updates or lines: a running mean that began at 0; or where
+    all lines rise by no more than the first, L: a sum that is never set back, b = 1. None: they do not."""
+    count = min(len(curve.loss), 6)
+    shown, lines, rises = curve.loss[:count], np.arange(1.0, count + 1), np.diff(curve.loss)
+    if count < 4 or not curve.from_start or np.any(rises[: count - 1] <= 0) or shown[0] <= 0 or shown[-1] < 1.5 * shown[0]:
+        return None
+    if np.mean(rises > 0) > 0.95 and 0.08 < np.median(rises) / shown[0] < 1.1 and 0.5 < rises[0] / shown[0] < 1.1:
+        return 1.0, float(shown[0])
+    updates = curve.steps[:count] + (curve.steps[0] == 0) if log.unit == "step" else lines
+    fits = []
+    for n in (lines, updates):
+        for b in 1 - np.geomspace(0.5, 0.001, 60):
+            shape = 1 - b**n
+            level = float(shown @ shape / (shape @ shape))
+            fits.append((float(np.max(np.abs(shown - level * shape))) / shown[-1], float(b), level))
+    error, b, level = min(fits)
+    return (b, level) if error < 0.06 and 2 < level < MOST * LARGEST_LN_V else None
