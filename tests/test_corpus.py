@@ -83,6 +83,7 @@ def test_folders_are_read_in_sorted_order(tmp_path):
     ("split", "data", "expected"),
     [
         ("file", "one\n\ntwo\n", ["one\n\ntwo\n"]),
+        ("line", "one\r\ntwo words\nthree", ["one", "two words", "three"]),
         ("blank-line", "one\nmore\n\ntwo\r\n\r\n \n\nthree", ["one\nmore", "two", "three"]),
         (
             "<|endoftext|>",
@@ -109,6 +110,34 @@ def test_bytes_that_are_not_utf8_are_replaced_and_counted_and_byte_order_marks_d
     assert corpus.replaced_bytes == 2
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl([{"text": "x"}]) + b"\r\n\n" + b'{"text": "no line end"}')
     assert texts(Corpus([str(tmp_path / "a.jsonl")])) == ["x", "no line end"]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "gbk", "utf-16", "utf-16-le", "shift_jis"])
+def test_a_file_of_another_encoding_is_bad_and_not_a_document_of_replacement_characters(tmp_path, encoding):
+    text = "ein schöner Käse für früh und spät\n\n" if encoding.startswith(("l", "utf")) else "公園里有一只小猫\n\n"
+    (tmp_path / "a.txt").write_bytes((text * 200).encode(encoding))
+    for split in ("file", "blank-line"):
+        with pytest.raises(DataError, match=r"a\.txt.*: not UTF-8: .* characters cannot be decoded.*iconv.*--on-bad-line skip"):
+            texts(Corpus([str(tmp_path / "a.txt")], split=split))
+    corpus = Corpus([str(tmp_path / "a.txt")], on_bad_line="skip")
+    assert texts(corpus) == [] and corpus.bad_lines == 1 and corpus.replaced_bytes == 0
+    (tmp_path / "a.txt").write_bytes(b"plain text " * 10_000 + b"caf\xe9 " * 100)
+    corpus = Corpus([str(tmp_path / "a.txt")])
+    assert len(texts(corpus)) == 1 and corpus.replaced_bytes == 100
+
+
+def test_what_was_not_read_or_not_split_is_said(tmp_path):
+    for name in ("a.txt", "b.TXT", "c.json", "d.md", ".hidden"):
+        (tmp_path / name).write_text("some\n<SEP>\ntext" if name == "a.txt" else "some text")
+    (tmp_path / "linked").symlink_to(tmp_path)
+    corpus = Corpus([str(tmp_path)], split="<SEP>")
+    assert texts(corpus) == ["some", "text", "some text"]
+    assert corpus.problems() == [
+        "1 files do not hold what --text-split '<SEP>' asks for: each is one document",
+        "3 files of the folders are not .txt, .jsonl, .parquet and were left out",
+    ]
+    with pytest.raises(DataError, match="--text-split is empty"):
+        Corpus([str(tmp_path)], split="")
 
 
 BAD_LINES = [

@@ -1,6 +1,7 @@
 """Documents of raw text, one after the other, from files, the `datasets` hub, or the Python standard library. No torch.
 
-    .txt       one document per file, or split at blank lines or at a separator; bytes that are not UTF-8 become U+FFFD, counted
+    .txt       one document per file, or split at lines, blank lines or a separator. A few bytes that are not UTF-8 become
+               U+FFFD, counted; a file with many is of another encoding, and bad
     .jsonl     one object per line, its text under a key
     .parquet   one document per row, its text in a column
     stdlib     the interpreter's own modules and language reference: 8 MB of real text on every machine, without a network
@@ -30,6 +31,7 @@ STDLIB = "stdlib"
 _FORMATS = (".txt", ".jsonl", ".parquet")
 _COMPRESSIONS = (".gz", ".zst")
 _BATCH_ROWS = 1000
+_BROKEN_CHARACTERS, _BROKEN_SHARE = 100, 0.01  # more of a file, and it is of another encoding
 # Tests, generated tables and vendored copies are repetitive, and distributors remove some of them.
 _STDLIB_FOLDERS_LEFT_OUT = (
     *("__pycache__", "site-packages", "dist-packages", "lib-dynload", "config-*"),
@@ -43,10 +45,11 @@ class Corpus:
     """A source of documents, with counts of what was read so far.
 
     `inputs`: files, folders (searched for known formats, in sorted order), or "stdlib". `text_key`: key or column of the text.
-    `split`: "file" (a .txt is one document), "blank-line", or a separator such as "<|endoftext|>".
+    `split`: "file" (a .txt is one document), "line", "blank-line", or a separator such as "<|endoftext|>".
     `on_bad_line`: "error" raises DataError at a line or row without usable text, "skip" counts it in `bad_lines`.
 
-    Counts: `num_documents`, `utf8_bytes`, `bad_lines`, `empty_documents` (left out), `replaced_bytes` (not UTF-8).
+    Counts: `num_documents`, `utf8_bytes`, `bad_lines`, `empty_documents` (left out), `replaced_bytes` (not UTF-8),
+    `unsplit_files` (that are one document whatever `split` says), `other_files` (of folders, in formats that are not read).
     """
 
     def __init__(
@@ -58,10 +61,14 @@ class Corpus:
         on_bad_line: Literal["error", "skip"] = "error",
     ):
         self.inputs, self.text_key, self.split, self.on_bad_line = list(inputs), text_key, split, on_bad_line
-        self._files = [file for name in inputs for file in ([STDLIB] if name == STDLIB else _files(Path(name)))]
+        if not split:
+            raise DataError("--text-split is empty; give file, line, blank-line, or the text between two documents")
+        self.other_files = 0
+        self._files = [file for name in inputs for file in ([STDLIB] if name == STDLIB else self._found(Path(name)))]
         sizes = [0 if file == STDLIB else file.stat().st_size for file in self._files]
         self.total_bytes: int | None = None if STDLIB in self._files else sum(sizes)
         self.num_documents = self.utf8_bytes = self.bad_lines = self.empty_documents = self.replaced_bytes = 0
+        self.unsplit_files = 0
         self._digest = hashlib.sha256()
         self._finished_bytes, self._tell = 0, lambda: 0
 
@@ -111,8 +118,25 @@ class Corpus:
             "lines without usable text were skipped": self.bad_lines,
             "documents without any text were left out": self.empty_documents,
             "places that are not UTF-8 became U+FFFD": self.replaced_bytes,
+            f"files do not hold what --text-split {self.split!r} asks for: each is one document": self.unsplit_files,
+            f"files of the folders are not {', '.join(_FORMATS)} and were left out": self.other_files,
         }
         return [f"{count:,} {what}" for what, count in found.items() if count]
+
+    def _found(self, path: Path) -> list[Path]:
+        """The files to read at `path`. Raises DataError."""
+        if path.is_dir():
+            there = sorted(file for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
+            found = [file for file in there if file.is_file() and _format(file) in _FORMATS]
+            if not found:
+                raise DataError(f"{path}: no {', '.join(_FORMATS)} files in this folder")
+            self.other_files += sum(not file.name.startswith(".") for file in there) - len(found)
+            return found
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; --input takes files, folders, or the word {STDLIB}")
+        if _format(path) not in _FORMATS:
+            raise DataError(f"{path}: unknown format; {', '.join(_FORMATS)} can be read, the first two also as .gz or .zst")
+        return [path]
 
     def _bad(self, problem: str) -> None:
         self.bad_lines += 1
@@ -166,15 +190,20 @@ class Corpus:
 
     def _text(self, path: Path, file: BinaryIO) -> Iterator[tuple[str, str]]:
         parts = [file.read()] if self.split == "file" else _parts(file, self.split)
+        number = broken = characters = 0
         for number, data in enumerate(parts, 1):
             if number == 1:
                 data = data.removeprefix(b"\xef\xbb\xbf")
-            try:
-                text = data.decode()
-            except UnicodeDecodeError:
-                text = data.decode(errors="replace")
-                self.replaced_bytes += text.count("\ufffd") - data.count("\ufffd".encode())
-            yield (str(path) if self.split == "file" else f"{path}:{number}"), text
+            name, text = (str(path) if self.split == "file" else f"{path}:{number}"), data.decode(errors="replace")
+            replaced = text.count("\ufffd") - data.count("\ufffd".encode())
+            broken, characters = broken + replaced + text.count("\0"), characters + len(text)
+            if replaced + text.count("\0") and broken > max(_BROKEN_CHARACTERS, _BROKEN_SHARE * characters):
+                what = f"{broken:,} of its first {characters:,} characters cannot be decoded, or are zero"
+                self._bad(f"{name}: not UTF-8: {what}; `iconv -f ENCODING -t UTF-8` converts it")
+                continue
+            self.replaced_bytes += replaced
+            yield name, text
+        self.unsplit_files += self.split != "file" and number == 1
 
     def _parquet(self, path: Path, raw: BinaryIO) -> Iterator[tuple[str, str]]:
         import pyarrow
@@ -214,27 +243,14 @@ class Corpus:
 
 
 def _format(path: Path) -> str:
-    suffixes = [suffix for suffix in path.suffixes if suffix not in _COMPRESSIONS]
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in _COMPRESSIONS]
     return suffixes[-1] if suffixes else ""
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and _format(file) in _FORMATS)
-        if not found:
-            raise DataError(f"{path}: no {', '.join(_FORMATS)} files in this folder")
-        return found
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; --input takes files, folders, or the word {STDLIB}")
-    if _format(path) not in _FORMATS:
-        raise DataError(f"{path}: unknown format; {', '.join(_FORMATS)} can be read, the first two also as .gz or .zst")
-    return [path]
-
-
 def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return gzip.open(raw)
-    if path.suffix == ".zst":
+    if path.suffix.lower() == ".zst":
         import pyarrow
 
         return io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"), 1 << 20)
@@ -253,11 +269,12 @@ def _parts(file: BinaryIO, split: str) -> Iterator[bytes]:
                 lines.append(line)
         yield b"".join(lines).strip(b"\r\n")
         return
-    rest = b""
+    rest, separator = b"", b"\n" if split == "line" else split.encode()
     while data := file.read(1 << 20):
-        *whole, rest = (rest + data).split(split.encode())
+        *whole, rest = (rest + data).split(separator)
         yield from (part.strip(b"\r\n") for part in whole)
-    yield rest.strip(b"\r\n")
+    if rest:
+        yield rest.strip(b"\r\n")
 
 
 def _standard_library() -> Iterator[tuple[str, str]]:
@@ -304,7 +321,7 @@ def add_arguments(parser) -> None:
         "--text-split",
         metavar="HOW",
         default="file",
-        help="what is one document of a .txt: file, blank-line, or a separator such as '<|endoftext|>' (file)",
+        help="what is one document of a .txt: file, line, blank-line, or the text between, such as '<|endoftext|>' (file)",
     )
     group.add_argument(
         "--on-bad-line", choices=("error", "skip"), default="error", help="unusable lines: stop, or count (error)"
