@@ -138,7 +138,7 @@ def children(pid: int) -> list[int]:
         (["--hf", "also"], "give either --input FILES or --hf NAME"),
         (["--text-key", "body"], "text.jsonl:1: no key 'body' among 'text'"),
         (["--output", "{folder}/one"], "one_valid.json"),
-        (["--valid-fraction", "1e-12"], "new_valid: none of the 3,000 documents"),
+        (["--valid-fraction", "1e-12"], "new_valid: gets none of the 3,000 documents; use another"),
     ],
 )
 def test_unusable_arguments_are_refused_in_one_line_with_status_2(folder, arguments, what):
@@ -146,6 +146,32 @@ def test_unusable_arguments_are_refused_in_one_line_with_status_2(folder, argume
     done = tokenize(folder, "new", "--workers", 1, *arguments, status=2)
     assert what in done.stderr and "Traceback" not in done.stderr
     assert not list(folder.glob("new*"))
+
+
+def test_one_document_is_not_divided_and_the_refusal_says_how_to_cut_it(folder, tmp_path):
+    (tmp_path / "book.txt").write_text("A paragraph.\n\nAnother one.\n" * 100)
+    arguments = ["--input", tmp_path / "book.txt", "--tokenizer", folder / "tokenizer", "--valid-fraction", 0.5, "--workers", 1]
+    done = tool("tokenize_corpus", *arguments, "--output", tmp_path / "book", status=2)
+    assert "gets none of the 1 documents; a document is not divided; say where each begins (--text-split)" in done.stderr
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(folder, tmp_path):
+    """As a limit on the size of files; the tokenizer's library reports both in a way of its own."""
+    run = "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.argv = sys.argv[1:]; "
+    run += "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)); runpy.run_path(sys.argv[0], run_name='__main__')"
+    tokens = ["tokenize_corpus.py", "--tokenizer", folder / "tokenizer", "--workers", "1"]
+    for name, *arguments in (tokens, ["train_tokenizer.py", "--vocab-size", "400"]):
+        command = [sys.executable, "-c", run, ROOT / "tools" / name, "--input", folder / "text.jsonl", *arguments]
+        done = subprocess.run([*command, "--output", tmp_path / "new"], capture_output=True, text=True)
+        assert done.returncode == 2 and f"error: {tmp_path / 'new'}: File too large" in done.stderr, done.stderr
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [["--max-megabytes", "nan"], ["--max-megabytes", "0"], ["--vocab-size", "-5"]])
+def test_impossible_numbers_are_refused_by_their_name(folder, tmp_path, arguments):
+    about = ["--input", folder / "text.jsonl", "--output", tmp_path / "t", "--vocab-size", 350]
+    done = tool("train_tokenizer", *about, *arguments, status=2)
+    assert f"error: {arguments[0]} " in done.stderr and "Traceback" not in done.stderr
 
 
 def test_train_tokenizer_refuses_in_one_line_with_status_2(folder):

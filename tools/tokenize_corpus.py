@@ -72,7 +72,8 @@ def main() -> int:
             raise DataError(f"--workers {arguments.workers}: must be at least 1")
         seals, corpus = tokenize(arguments)
     except (DataError, OSError, BrokenProcessPool) as error:
-        print(f"error: {error}", file=sys.stderr)
+        unnamed = isinstance(error, OSError) and error.filename is None  # a write: the disk is full
+        print(f"error: {arguments.output}: {error.strerror}" if unnamed else f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
@@ -109,9 +110,12 @@ def tokenize(arguments: argparse.Namespace) -> tuple[dict[str, Seal], Corpus]:
         distribute(staging, by_part, arguments)
         for prefix, writer in writers.items():
             if writer.num_documents == 0:
-                raise DataError(
-                    f"{prefix}: none of the {staging.num_documents:,} documents; use another --valid-fraction or --seed"
-                )
+                advice = "use another --valid-fraction or --seed; equal documents stay together"
+                if staging.num_documents == 1:
+                    advice = (
+                        "a document is not divided; say where each begins (--text-split), or give validation text of its own"
+                    )
+                raise DataError(f"{prefix}: gets none of the {staging.num_documents:,} documents; {advice}")
         return {prefix: writer.finish(corpus.description()) for prefix, writer in writers.items()}, corpus
 
 

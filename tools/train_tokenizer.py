@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -39,6 +40,10 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     try:
+        if not 0 < arguments.max_megabytes < math.inf:
+            raise DataError(f"--max-megabytes {arguments.max_megabytes}: must be more than 0 and finite")
+        if arguments.vocab_size < 1:
+            raise DataError(f"--vocab-size {arguments.vocab_size}: must be at least 1")
         corpus = corpora.from_arguments(arguments)
         texts = sample(corpus, int(arguments.max_megabytes * 1e6))
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -46,7 +51,8 @@ def main() -> int:
             texts, arguments.output, vocab_size=arguments.vocab_size, describe=corpus.description, num_threads=threads
         )
     except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        unnamed = isinstance(error, OSError) and error.filename is None  # a write: the disk is full
+        print(f"error: {arguments.output}: {error.strerror}" if unnamed else f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)

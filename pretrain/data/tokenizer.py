@@ -300,7 +300,7 @@ def _write_hugging_face(processor, folder: Path) -> None:
     tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     special = [_UNKNOWN, _BEGIN, _END_OF_DOCUMENT, _PAD, *_CHAT]
     tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "unk_token": _UNKNOWN,
