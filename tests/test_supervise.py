@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -25,6 +26,13 @@ def tiny(tmp_path) -> list[str]:
     return ["--config", str(tmp_path / "tiny.yaml"), "--run.directory", str(tmp_path / "runs")]
 
 
+def tail(path: Path) -> bytes:
+    """The last lines: a run of hours has megabytes of them, and who waits for it must not take the time that it needs."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2**16))
+        return file.read()
+
+
 class Job:
     """A supervisor under test."""
 
@@ -35,10 +43,10 @@ class Job:
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True)
         self.family: set[psutil.Process] = set()
 
-    def wait_for(self, step: int) -> None:
+    def wait_for(self, step: int, seconds: float = 90) -> None:
         """Until metrics.jsonl holds `step`."""
-        metrics, deadline = self.run / "metrics.jsonl", time.monotonic() + 90
-        while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+        metrics, deadline = self.run / "metrics.jsonl", time.monotonic() + seconds
+        while not (metrics.exists() and f'"step": {step},'.encode() in tail(metrics)):
             assert time.monotonic() < deadline and self.process.poll() is None, self.said()
             time.sleep(0.005)
         self.family = set(psutil.Process(self.process.pid).children(recursive=True))

@@ -15,7 +15,7 @@ import time
 import pytest
 
 from tests.ranks import run_ranks
-from tests.test_supervise import Job
+from tests.test_supervise import Job, tail
 from tests.test_train import TINY, curve, final_bytes, run_of, train_here
 
 SECONDS, MEAN_SECONDS_TO_FAULT = 60 * float(os.environ.get("SOAK_MINUTES", 30)), 15
@@ -30,8 +30,7 @@ STEP_LINE = re.compile(r"^[-\d]+ [:\d]+ +([\d,]+)/[\d,]+ ", re.MULTILINE)
 
 
 def last_step(job: Job) -> int:
-    lines = (job.run / "metrics.jsonl").read_text().splitlines()[1:]
-    return json.loads(lines[-1])["step"] if lines else 0
+    return json.loads(tail(job.run / "metrics.jsonl").splitlines()[-1])["step"]
 
 
 @pytest.mark.soak
@@ -45,13 +44,13 @@ def test_a_run_under_fire_ends_as_the_run_in_peace(tmp_path, capsys):
     draw, counts, end = random.Random(0), dict.fromkeys(FAULTS, 0), time.monotonic() + SECONDS
     job, reached = Job(tiny), 0
     while time.monotonic() < end:
-        job.wait_for(reached + 60)  # beyond the next checkpoint, so that every attempt makes progress
+        job.wait_for(reached + 60, 600)  # beyond the next checkpoint, so that every attempt makes progress
         time.sleep(min(draw.expovariate(1 / MEAN_SECONDS_TO_FAULT), 60))
         fault, reached = draw.choice(list(FAULTS)), last_step(job)
         who, number = FAULTS[fault]
         (draw.choice(job.workers()) if who == "rank" else job.launcher()).send_signal(number)
         counts[fault] += 1
-    job.wait_for(reached + 60)
+    job.wait_for(reached + 60, 600)
     (job.run / "STOP").touch()  # saved at whatever step it is
     assert job.end() == 130, job.said()
     (job.run / "STOP").unlink()
