@@ -11,10 +11,13 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # else `import pretrain` would find launch/pretrain.py
+
+from pretrain.config import ConfigError
+from pretrain.runtime.manifest import CheckpointError
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -45,6 +48,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("give --prompt or --prompts-file")
     if options.batch_size < 1:
         parser.error(f"--batch-size: got {options.batch_size}, must be at least 1")
+    if options.output and options.output.exists():
+        parser.error(f"--output: {options.output} exists already; choose another, or remove it first")
+    if options.output and not options.output.parent.is_dir():
+        parser.error(f"--output: there is no folder {options.output.parent}; make it first")
     return options
 
 
@@ -53,27 +60,49 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     path, prompts = options.prompts_file, list(options.prompt)
     if path is None:
         return prompts
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        with path.open(encoding="utf-8") as file:  # by ends of lines alone: a text may hold other breaks, such as U+2028
+            lines = [line.rstrip("\n") for line in file]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 ({error})") from None
     if path.suffix != ".jsonl":
-        return prompts + lines
+        prompts += lines
+        lines = []
     for number, line in enumerate(lines, start=1):
         try:
-            prompts.append(json.loads(line)["prompt"] + "")
+            if line.strip():
+                prompts.append(json.loads(line)["prompt"] + "")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f'{path}:{number}: is no object with a text "prompt" ({error})') from None
+    if not prompts:
+        raise ValueError(f"{path}: holds no prompt")
     return prompts
 
 
-def prompt_tokens(prompt: str, trained, tokenizer) -> list[int]:
-    """The prompt as the model met text in training: a document follows the end of another, unless a mask hides it. For a
-    Hugging Face folder, as transformers gives it to the model."""
+def as_in_training(trained, tokenizer) -> tuple[Callable[[str], list[int]], set[int]]:
+    """(prompt -> ids, ids that end a text) of a run: a document follows the end of another, unless a mask hides it."""
     end = tokenizer.end_of_document_id
-    if trained.config is None:
-        from tokenizers import Tokenizer
 
-        return Tokenizer.from_file(str(trained.tokenizer / "tokenizer.json")).encode(prompt).ids or [end]
-    ids = tokenizer.encode(prompt)
-    return ids if ids and trained.document_mask else [end, *ids]
+    def encode(prompt: str) -> list[int]:
+        ids = tokenizer.encode(prompt)
+        return ids if ids and trained.document_mask else [end, *ids]
+
+    return encode, {end}
+
+
+def as_the_folder_says(trained, tokenizer) -> tuple[Callable[[str], list[int]], set[int]]:
+    """(prompt -> ids, ids that end a text) of a Hugging Face folder, as its files tell transformers: special tokens in the
+    prompt are such, and a model that was taught to talk may end in several ways."""
+    from tokenizers import Tokenizer
+
+    library = Tokenizer.from_file(str(trained.tokenizer / "tokenizer.json"))
+    library.no_truncation()
+    library.no_padding()
+    files = [trained.tokenizer / name for name in ("generation_config.json", "config.json")]
+    settings = json.loads(next(path for path in files if path.is_file()).read_text(encoding="utf-8"))
+    ends = settings.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [tokenizer.end_of_document_id if ends is None else ends]
+    return lambda prompt: library.encode(prompt).ids or [tokenizer.end_of_document_id], set(ends)
 
 
 def pick_device(name: str | None):
@@ -100,6 +129,7 @@ def texts(options: argparse.Namespace, made: list[int]) -> Iterator[tuple[str, I
     if trained.tokenizer is None:
         raise ValueError(f"{options.run or options.model}: has no tokenizer (tokenizer.path), so it cannot read a prompt")
     tokenizer = Tokenizer.load(trained.tokenizer)
+    encode, stop_ids = (as_in_training if options.run else as_the_folder_says)(trained, tokenizer)
     dtype = DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     model = load_transformer(trained.weights)
     for parameter in model.parameters():  # not the routers' biases: they stay fp32
@@ -113,7 +143,7 @@ def texts(options: argparse.Namespace, made: list[int]) -> Iterator[tuple[str, I
 
     for first in range(0, len(prompts), options.batch_size):
         batch = prompts[first : first + options.batch_size]
-        batch_ids = [prompt_tokens(prompt, trained, tokenizer) for prompt in batch]
+        batch_ids = [encode(prompt) for prompt in batch]
         steps = generate_batch(
             model,
             batch_ids,
@@ -122,7 +152,7 @@ def texts(options: argparse.Namespace, made: list[int]) -> Iterator[tuple[str, I
             top_k=options.top_k,
             top_p=options.top_p,
             seed=options.seed + first,
-            stop_id=tokenizer.end_of_document_id,
+            stop_ids=stop_ids,
         )
         for prompt, prompt_ids, ids in zip(batch, batch_ids, ids_of_each(steps, len(batch)), strict=True):
             yield prompt, stream_text(tokenizer.decode, prompt_ids, counted(ids))
@@ -130,11 +160,11 @@ def texts(options: argparse.Namespace, made: list[int]) -> Iterator[tuple[str, I
 
 def run(options: argparse.Namespace) -> None:
     """Loads, generates, prints. Raises ValueError and its like with a sentence for the user."""
-    made, seconds = [0], 0.0
-    output = options.output.open("x", encoding="utf-8") if options.output else None
+    made, seconds, output = [0], 0.0, None
     for number, (prompt, pieces) in enumerate(texts(options, made)):
         started = time.perf_counter()
-        if output:
+        if options.output:  # which is made once there is something to write
+            output = output or options.output.open("x", encoding="utf-8")
             print(json.dumps({"prompt": prompt, "text": "".join(pieces)}, ensure_ascii=False), file=output, flush=True)
         else:
             print("\n" * (number > 0) + prompt, end="", flush=True)
@@ -142,7 +172,7 @@ def run(options: argparse.Namespace) -> None:
                 print(piece, end="", flush=True)
             print(flush=True)
         seconds += time.perf_counter() - started
-        if output and sys.stderr.isatty():
+        if options.output and sys.stderr.isatty():
             print(f"\r{number + 1} texts, {made[0] / seconds:.1f} tokens/s", end="", file=sys.stderr, flush=True)
     print(f"{made[0]} tokens in {seconds:.1f} s, {made[0] / seconds:.1f} tokens/s", file=sys.stderr)
 
@@ -150,12 +180,9 @@ def run(options: argparse.Namespace) -> None:
 def main() -> int:
     """-> exit status: 0 done, 2 refused, 130 interrupted."""
     options = parse(sys.argv[1:])
-    import torch  # after the flags are known to be right: it takes seconds
-
-    from pretrain.config import ConfigError
-    from pretrain.runtime.manifest import CheckpointError
-
     try:
+        import torch  # after the flags are known to be right: it takes seconds
+
         with torch.inference_mode():
             run(options)
     except (CheckpointError, ConfigError, ValueError, OSError) as error:

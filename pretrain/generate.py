@@ -6,7 +6,7 @@ It knows the model and ids; `stream_text` knows how ids become text. It knows no
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -26,14 +26,14 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    stop_id: int | None = None,
+    stop_ids: Collection[int] = (),
 ) -> Iterator[int]:
-    """New ids, each as soon as it is chosen; ends after max_new_tokens, or before stop_id, which is not given out.
+    """New ids, each as soon as it is chosen; ends after max_new_tokens, or before one of stop_ids, which is not given out.
 
     As `generate_batch` of one prompt. Raises as that does.
     """
     steps = generate_batch(
-        model, [prompt_ids], max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop_id=stop_id
+        model, [prompt_ids], max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop_ids=stop_ids
     )
     return (token for (token,) in steps)
 
@@ -47,9 +47,9 @@ def generate_batch(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    stop_id: int | None = None,
+    stop_ids: Collection[int] = (),
 ) -> Iterator[list[int | None]]:
-    """The next id of every prompt, step by step; None once a prompt's text has ended (stop_id is not given out). Ends after
+    """The next id of every prompt, step by step; None once a prompt's text has ended (stop_ids are not given out). Ends after
     max_new_tokens steps, or when all texts have ended.
 
     The prompts run through the model once, all together, shorter ones with padding before them that nothing sees; after that
@@ -81,7 +81,7 @@ def generate_batch(
         rows = logits_BV.float().cpu()
         return [choose(row, temperature, top_k, top_p, each) for row, each in zip(rows, generators, strict=True)]
 
-    return _generate(model, prompts, max_new_tokens, choices, stop_id)
+    return _generate(model, prompts, max_new_tokens, choices, stop_ids)
 
 
 def _generate(
@@ -89,7 +89,7 @@ def _generate(
     prompts: list[list[int]],
     max_new_tokens: int,
     choices: Callable[[Tensor], list[int]],
-    stop_id: int | None,
+    stop_ids: Collection[int],
 ) -> Iterator[list[int | None]]:
     device = model.model.embed_tokens.weight.device
     longest = max(map(len, prompts))
@@ -102,7 +102,7 @@ def _generate(
         # Not around the yield: the caller must not run in it. Not inference_mode: engines keep what they gather for training.
         with torch.no_grad():
             tokens = choices(model(tokens_BT, cache=cache)[:, -1])
-        ended = [over or token == stop_id for over, token in zip(ended, tokens, strict=True)]
+        ended = [over or token in stop_ids for over, token in zip(ended, tokens, strict=True)]
         if all(ended):
             return
         yield [None if over else token for over, token in zip(ended, tokens, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -89,7 +90,7 @@ def test_texts_of_a_batch_end_on_their_own_and_draw_as_if_alone():
     steps = list(generate_batch(model, PROMPTS, 20, temperature=2.0, seed=3))
     assert [list(got) for got in zip(*steps, strict=True)] == alone
     stop_id = alone[0][4]
-    steps = list(generate_batch(model, PROMPTS, 20, temperature=2.0, seed=3, stop_id=stop_id))
+    steps = list(generate_batch(model, PROMPTS, 20, temperature=2.0, seed=3, stop_ids={stop_id}))
     for got, whole in zip(zip(*steps, strict=True), alone, strict=True):
         kept = whole[: whole.index(stop_id)] if stop_id in whole else whole
         assert list(got) == (kept + [None] * 20)[: len(steps)]
@@ -103,11 +104,12 @@ def test_same_seed_same_ids_and_the_global_generator_is_left_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_generation_ends_before_the_stop_id():
+def test_generation_ends_before_the_first_of_the_stop_ids():
     model = small_model()
     ids = list(generate(model, PROMPT, 20, temperature=0))
-    stop_id = ids[7]
-    assert list(generate(model, PROMPT, 20, temperature=0, stop_id=stop_id)) == ids[: ids.index(stop_id)]
+    for stop_ids in ({ids[7]}, {ids[12], ids[7]}):
+        kept = list(itertools.takewhile(lambda token, stop_ids=stop_ids: token not in stop_ids, ids))
+        assert list(generate(model, PROMPT, 20, temperature=0, stop_ids=stop_ids)) == kept
     assert list(generate(model, PROMPT, 0)) == []
 
 

@@ -246,7 +246,7 @@ def test_a_trained_model_is_served_by_the_pipeline_of_transformers(folder, text)
     trained = open_folder(folder)
     tokenizer = Tokenizer.load(text / "tokenizer")
     ids = tokenizer.encode(prompt)
-    mine = generate(load_transformer(trained.weights), ids, 12, temperature=0, stop_id=tokenizer.end_of_document_id)
+    mine = generate(load_transformer(trained.weights), ids, 12, temperature=0, stop_ids={tokenizer.end_of_document_id})
     assert found == tokenizer.decode([*ids, *mine])
     assert any(word in found[len(prompt) :].split() for word in WORDS)
     copied = AutoTokenizer.from_pretrained(folder)
@@ -336,6 +336,28 @@ def test_commands_convert_measure_and_write(base, text, tmp_path, monkeypatch, c
     assert [line["prompt"] + line["text"] for line in lines] == texts
 
 
+def test_a_folder_says_how_prompts_begin_and_texts_end_as_to_transformers(folder, tmp_path, monkeypatch, capsys):
+    """Several ids end a text, as with models that were taught to talk; tokenizer.json cuts off nothing, whatever it says."""
+    shutil.copytree(folder, copy := tmp_path / "hf")
+    prompt = "the quick\u2028brown fox jumps over"
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    end = AutoModelForCausalLM.from_pretrained(copy).generate(ids, max_new_tokens=9, do_sample=False)[0, ids.shape[1] + 3]
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, int(end)]}))
+    settings = json.loads((copy / "tokenizer.json").read_text())
+    cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    (copy / "tokenizer.json").write_text(json.dumps(settings | {"truncation": cut}))
+    served = pipeline("text-generation", model=str(copy))(prompt, max_new_tokens=9, do_sample=False)[0]["generated_text"]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    words = ["--model", copy, "--max-new-tokens", 9, "--temperature", 0, "--prompts-file", tmp_path / "p.jsonl"]
+    assert run_script(monkeypatch, "launch/generate.py", *words, "--top-p", 2, "--output", tmp_path / "o.jsonl") == 2
+    assert run_script(monkeypatch, "launch/generate.py", *words, "--output", tmp_path / "o.jsonl") == 0
+    [line] = (tmp_path / "o.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    assert prompt + json.loads(line)["text"] + tokenizer.decode(end) == served, "theirs gives out the last id as well"
+    assert run_script(monkeypatch, "launch/generate.py", *words, "--output", tmp_path / "o.jsonl") == 2
+    assert "already" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -347,10 +369,12 @@ def test_commands_convert_measure_and_write(base, text, tmp_path, monkeypatch, c
         (["launch/evaluate.py", "--run", "RUN", "--data", "OUT"], "no token file here"),
         (["launch/generate.py", "--run", "RUN"], "give --prompt or --prompts-file"),
         (["launch/generate.py", "--model", "HF", "--prompts-file", "OUT"], "No such file"),
+        (["launch/generate.py", "--model", "HF", "--prompts-file", os.devnull], "holds no prompt"),
+        (["launch/generate.py", "--model", "HF", "--prompt", "a", "--output", "OUT/o"], "there is no folder"),
     ],
 )
 def test_a_command_that_cannot_be_done_says_why_in_a_sentence(words, message, base, folder, tmp_path, monkeypatch, capsys):
-    names = {"RUN": base, "HF": folder, "OUT": tmp_path / "out", "OUT2": tmp_path / "out2"}
+    names = {"RUN": base, "HF": folder, "OUT": tmp_path / "out", "OUT2": tmp_path / "out2", "OUT/o": tmp_path / "out" / "o"}
     assert run_script(monkeypatch, *(names.get(word, word) for word in words)) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
