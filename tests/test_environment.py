@@ -96,7 +96,7 @@ def test_at_validations_the_model_writes_what_its_checkpoint_writes(made, tmp_pa
         model = load_model(runs / "run", step)[1]
         for prompt, each in zip(prompts, made_then, strict=True):
             ids = [tokenizer.end_of_document_id, *tokenizer.encode(prompt)]
-            new = generate(model, ids, 12, temperature=0, stop_id=tokenizer.end_of_document_id)
+            new = generate(model, ids, 12, temperature=0, stop_ids={tokenizer.end_of_document_id})
             assert each == {"prompt": prompt, "text": "".join(stream_text(tokenizer.decode, ids, new))}
     loud, silent = (load_model(runs / name, 6)[1].state_dict() for name in ("run", "silent"))
     assert all(torch.equal(loud[name], silent[name]) for name in silent)  # what it writes changes nothing that it learns
