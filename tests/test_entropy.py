@@ -66,7 +66,7 @@ def test_runs_are_not_joined():
     assert bigram_entropy(runs, 97) < bigram_entropy([np.concatenate(runs[::-1])], 97)
 
 
-@pytest.mark.parametrize("tokens", [[], [3], [3, 3]])
+@pytest.mark.parametrize("tokens", [[], [3], [3, 3], [3, 4, 5, 6, 7, 2]])
 def test_too_few_tokens_give_the_uniform_loss(tokens):
     assert bigram_entropy([np.array(tokens, dtype=np.uint16)], 10) == math.log(10)
 

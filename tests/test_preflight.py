@@ -353,6 +353,13 @@ def copies_in_validation(world):
     encode(world.tokenizer, texts("english")[450:600], world.valid)
 
 
+def a_flat_file_as_its_own_validation(world):
+    """Without a tokenizer nothing says where documents end."""
+    np.concatenate(world.tokens()).astype("<u2").tofile(world.folder / "flat.bin")
+    both = f"[{{path: {world.folder / 'flat.bin'}}}]"
+    world.flags |= {"data.train": both, "data.valid": both, "tokenizer.path": "null", "model.vocab_size": 400}
+
+
 def a_tokenizer_of_another_language(world):
     """Bytes for Chinese, from a tokenizer that has seen code alone and has a thousand ids to spare."""
     many = [" ".join(f"{a}{b}" for b in range(40)) for a in ("def", "return", "self", "import") for _ in range(40)]
@@ -419,6 +426,7 @@ def young_build_lock(world):
         (random_tokens, "tokens-random"),
         (copies_of_documents, "duplicate-documents"),
         (copies_in_validation, "validation-overlap"),
+        (a_flat_file_as_its_own_validation, "validation-overlap"),
         (a_tokenizer_of_another_language, "tokens-are-bytes"),
         (ids_of_another_tokenizer, "text-garbled"),
         (learning_rate_in_percent, "lr-out-of-range"),
@@ -492,6 +500,18 @@ def test_a_run_that_would_not_go_on_is_known_before(world):
     world.flags["optimizer.lr"] = 1e-4
     (finding,) = world.check().findings
     assert finding.name == "resume-refused" and finding.where == "optimizer.lr" and finding.stops
+
+
+def test_entropies_are_judged_by_the_vocabulary_that_the_data_were_made_with(world):
+    """Random ids over 330 are no frequencies, whatever vocabulary the model has."""
+    documents = [np.append(np.random.default_rng(i).integers(3, 320, 200), 2) for i in range(400)]
+    about = dict(tokenizer_fingerprint="f", tokenizer_path="t", shuffled=True, vocab_size=320, end_of_document_id=2)
+    with TokenWriter(world.folder / "random", **about) as writer:
+        writer.add(np.concatenate(documents), np.array([len(each) for each in documents]), 400_000)
+        writer.finish({})
+    for vocab_size in (320, 400):
+        (found,) = health.entropies(TokenFile(world.folder / "random"), "data.train[0].path", vocab_size)
+        assert found.name == "tokens-random" and "unless tokens further back tell more" in found.text
 
 
 def test_the_command_takes_less_than_a_minute_and_its_exit_status_and_json_say_the_same(world):

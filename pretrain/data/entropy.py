@@ -49,4 +49,5 @@ def bigram_entropy(runs: list[np.ndarray], vocab_size: int) -> float:
         p = (np.maximum(count - 1 - discount, 0) + (strength + discount * distinct) * p_unigram) / (followers + strength)
         return float(-(count * np.log(p)).sum() / total)
 
-    return min(loss(discount, strength) for discount in _DISCOUNTS for strength in _STRENGTHS)
+    best = min(loss(discount, strength) for discount in _DISCOUNTS for strength in _STRENGTHS)
+    return min(best, math.log(vocab_size))  # a few tokens teach it less than nothing: then it guesses

@@ -111,7 +111,9 @@ def sampled(file: TokenFile, where: str, *, vocab_size: int, end_of_document_id:
     found += _document_ends(file, tokens, seal.end_of_document_id if seal else end_of_document_id)
     if seal and seal.vocab_size > 1000 and seal.utf8_bytes < 1.2 * seal.num_tokens:
         ratio = seal.utf8_bytes / seal.num_tokens
-        text = f"{ratio:.2f} bytes of text per token: the tokenizer spells this text byte by byte; train one on such text"
+        text = (
+            f"{ratio:.2f} bytes of text per token: unless it is digits, the tokenizer spells it byte by byte; train one on it"
+        )
         found.append(("tokens-are-bytes", text, False))
     return [Finding(name, where, f"{file.path}: {text}", stops) for name, text, stops in found]
 
@@ -141,6 +143,7 @@ def _document_ends(file: TokenFile, tokens: np.ndarray, end: int | None) -> Iter
 def entropies(file: TokenFile, where: str, vocab_size: int) -> list[Finding]:
     """Whether the tokens say anything about each other: from the seal, or by a sample (half a second)."""
     seal = file.seal
+    vocab_size = seal.vocab_size if seal else vocab_size
     if file.num_tokens < 20 * vocab_size:
         return []  # counts of so few tokens tell nothing
     if seal:
@@ -157,7 +160,9 @@ def entropies(file: TokenFile, where: str, vocab_size: int) -> list[Finding]:
     text = "all ids are equally frequent and" if random else "ids have frequencies, but"
     text = f"{file.path}: {text} none says anything about the next (unigram {unigram:.3f}, bigram {bigram:.3f} nats)"
     name = "tokens-random" if random else "tokens-shuffled"
-    return [Finding(name, where, f"{text}: a model cannot learn from that more than {unigram:.3f}; is this text?")]
+    return [
+        Finding(name, where, f"{text}: unless tokens further back tell more, no loss gets below {unigram:.3f}; is this text?")
+    ]
 
 
 def checksums(file: TokenFile, where: str) -> list[Finding]:
