@@ -262,12 +262,13 @@ def _parts(file: BinaryIO, split: str) -> Iterator[bytes]:
     if split == "blank-line":
         lines: list[bytes] = []
         for line in file:
-            if line.isspace():
+            if not line.isspace():
+                lines.append(line)
+            elif lines:
                 yield b"".join(lines).strip(b"\r\n")
                 lines = []
-            else:
-                lines.append(line)
-        yield b"".join(lines).strip(b"\r\n")
+        if lines:
+            yield b"".join(lines).strip(b"\r\n")
         return
     rest, separator = b"", b"\n" if split == "line" else split.encode()
     while data := file.read(1 << 20):
