@@ -134,8 +134,10 @@ def _begin_as_trained(folder: Path) -> None:
 
 def import_folder(source: Path, output: Path, scope: str = "auto") -> dict[str, Any]:
     """Writes the model of a Hugging Face folder as a run's folder without a history: config.yaml, a checkpoint of step 0, the
-    tokenizer. -> its certificate. Raises ConversionError, NotOurs, OSError."""
+    tokenizer. -> its certificate. Raises ConversionError, NotOurs, DataError (of the tokenizer), OSError."""
     trained = open_folder(source)
+    if trained.tokenizer is None:
+        print(f"{source}: has no tokenizer.json, so the model comes without a tokenizer", file=sys.stderr)
     with _whole_or_absent(Path(output)) as folder:
         path = None
         if trained.tokenizer is not None:
@@ -158,8 +160,11 @@ def import_folder(source: Path, output: Path, scope: str = "auto") -> dict[str, 
         write_file(folder / "config.yaml", [(head + to_yaml(config)).encode()])
         state = {"model": asdict(trained.model), "settings": to_dict(config), "val_loss": None}
         state["tokenizer"] = trained.tokenizer_fingerprint
-        with Progress("writing", 4 * num_parameters(trained.model).total) as progress:
-            written = write_checkpoint(folder / "checkpoints", trained.weights, state, progress.update)
+        try:
+            with Progress("writing", 4 * num_parameters(trained.model).total) as progress:
+                written = write_checkpoint(folder / "checkpoints", trained.weights, state, progress.update)
+        except ValueError as error:
+            raise ConversionError(f"{source}: {error}") from None
         copy = trained._replace(weights=CheckpointWeights(written))
         certificate = _certificate(Path(source), copy, None, scope)
         _write_json(folder / "certificate.json", certificate)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from pretrain import config as settings
 from pretrain.config import Config, ModelConfig
-from pretrain.data.indexed import DataError
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.huggingface import NotOurs
 from pretrain.model.transformer import Transformer
@@ -45,14 +44,18 @@ def open_run(run_directory: Path, step: int | str | None = None, average: int = 
     """
     folder = Path(run_directory) / "checkpoints"
     found = checkpoints(folder)
-    steps = ", ".join(str(checkpoint.step) for checkpoint in found) or "none"
-    last = found[0] if found else None
-    if step == "best" and found:
+    if not found:
+        raise CheckpointError(
+            f"{run_directory}: has no checkpoint of a run; give a folder runs/<name> (one of Hugging Face goes with --model)"
+        )
+    steps = ", ".join(str(checkpoint.step) for checkpoint in found)
+    last = found[0]
+    if step == "best":
         last = min(found, key=lambda checkpoint: best_key(checkpoint.state()))
     elif step is not None:
         last = next((checkpoint for checkpoint in found if checkpoint.step == int(step)), None)
     if last is None:
-        raise CheckpointError(f"{folder}: has no checkpoint{'' if step is None else f' of step {step}'}; it has: {steps}")
+        raise CheckpointError(f"{folder}: has no checkpoint of step {step}; it has: {steps}")
     chosen = [checkpoint for checkpoint in found if checkpoint.step <= last.step][:average]
     if len(chosen) < average:
         raise CheckpointError(f"{folder}: has fewer than {average} checkpoints up to step {last.step}; it has: {steps}")
@@ -74,12 +77,10 @@ def open_run(run_directory: Path, step: int | str | None = None, average: int = 
 
 
 def open_folder(folder: Path) -> Trained:
-    """A Hugging Face folder. Raises NotOurs, OSError."""
-    folder = Path(folder)
-    try:
+    """A Hugging Face folder. Raises NotOurs, DataError where its tokenizer.json cannot be used, OSError."""
+    folder, tokenizer, fingerprint = Path(folder), None, None
+    if (folder / "tokenizer.json").is_file():
         tokenizer, fingerprint = folder, Tokenizer.load(folder).fingerprint
-    except DataError:
-        tokenizer = fingerprint = None
     return Trained(FolderWeights(folder), tokenizer, fingerprint, False, None, {"model": folder.name})
 
 

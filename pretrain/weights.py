@@ -370,7 +370,9 @@ def read_part(source: Weights, part: Part, first: int, into: Tensor) -> None:
 
 
 def write_checkpoint(folder: Path, source: Weights, state: dict, beat: Callable[[int], None] = lambda done: None) -> Checkpoint:
-    """Writes `folder`/step_00000000: a checkpoint without moments, to begin from or to convert again. Raises OSError."""
+    """Writes `folder`/step_00000000: a checkpoint without moments, to begin from or to convert again.
+
+    Raises OSError, and ValueError where a value is not finite."""
     temporary = folder / ".tmp-step_00000000"
     temporary.mkdir(mode=0o700, parents=True)
     try:
@@ -395,6 +397,8 @@ def _files(source: Weights, beat: Callable[[int], None]) -> Iterator[list[Shard]
             count = min(tensor.numel() - start, room)
             shard = Shard(f"model/{name}", tuple(tensor.shape), start, torch.empty(count))
             fill(shard)
+            if not shard.piece.isfinite().all():
+                raise ValueError(f"{name} is not finite: its model had diverged, or the file is damaged")
             file.append(shard)
             start, room, done = start + count, room - count, done + 4 * count
             if not room:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -19,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from pretrain import huggingface
 from pretrain.config import EngineConfig, OptimizerConfig
-from pretrain.convert import export_run, import_folder
+from pretrain.convert import ConversionError, export_run, import_folder
+from pretrain.data.indexed import DataError
 from pretrain.huggingface import NotOurs
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
@@ -246,6 +248,24 @@ def test_what_transformers_takes_of_a_folder_with_leftovers_is_taken_here(folder
     theirs = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(load_transformer(open_folder(copy).weights)(tokens_BT), theirs(tokens_BT).logits)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_not_passed_over(folder, tmp_path, capsys):
+    shutil.copytree(folder, copy := tmp_path / "hf")
+    (copy / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match=r"tokenizer\.json: not a tokenizer"):
+        import_folder(copy, tmp_path / "out")
+    (copy / "tokenizer.json").unlink()
+    assert import_folder(copy, tmp_path / "out")["compared"]["tokenizer"] is None
+    assert "has no tokenizer.json, so the model comes without a tokenizer" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_do_not_come_in(folder, tmp_path):
+    shutil.copytree(folder, copy := tmp_path / "hf")
+    strange(copy, lambda tensors: tensors["model.norm.weight"].fill_(math.nan))
+    with pytest.raises(ConversionError, match=r"model\.norm\.weight is not finite: its model had diverged"):
+        import_folder(copy, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_a_gate_that_is_open_is_refused(tmp_path):

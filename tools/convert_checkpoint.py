@@ -45,12 +45,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def main() -> int:
+def convert(options: argparse.Namespace) -> int:
     """-> exit status."""
-    options = parse(sys.argv[1:])
-    if not importlib.util.find_spec("transformers"):
-        print("convert_checkpoint: needs the package transformers: pip install 'pretrain[hf]'", file=sys.stderr)
-        return 2
     from pretrain.config import ConfigError  # after the flags are known to be right: torch takes seconds
     from pretrain.convert import ConversionError, export_run, import_folder
     from pretrain.data.indexed import DataError
@@ -68,10 +64,20 @@ def main() -> int:
     except (ConversionError, CheckpointError, ConfigError, DataError, NotOurs, OSError) as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def main() -> int:
+    """-> exit status."""
+    options = parse(sys.argv[1:])
+    if not importlib.util.find_spec("transformers"):
+        print("convert_checkpoint: needs the package transformers: pip install 'pretrain[hf]'", file=sys.stderr)
+        return 2
+    try:
+        return convert(options)
     except KeyboardInterrupt:
         print("\nconvert_checkpoint: interrupted; nothing was written", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":
