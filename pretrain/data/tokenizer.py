@@ -159,7 +159,8 @@ class _HuggingFace(Tokenizer):
         return [id for ids in alone for id in ids]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        encoded = [self._model.encode(text, add_special_tokens=False).ids for text in texts]
+        # "Fast" leaves out offsets, 1.1 to 1.4 times; one text at a time stays on one thread.
+        encoded = [self._model.encode_batch_fast([text], add_special_tokens=False)[0].ids for text in texts]
         return [ids if self._spelling.keys().isdisjoint(ids) else self._spelled(ids) for ids in encoded]
 
     def _spelled(self, ids: list[int]) -> list[int]:
