@@ -117,7 +117,7 @@ class Supervisor:
             if status in FINAL or self.asked:
                 break
             saved = _saved_step(self.folder)
-            failures, best = (0 if saved > best else failures + 1), max(best, saved)
+            failures, best = (0 if saved > best else failures + 1), saved
             if failures == MOST_FAILURES:
                 return self._give_up(how)
             self._wait(failures, how)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -23,7 +24,7 @@ from pretrain.report.sinks import Sinks
 from pretrain.report.spikes import SpikeWatch
 from pretrain.runtime import checkpoint as checkpoints
 from pretrain.runtime.engine import Engine, Shard
-from pretrain.runtime.manifest import Checkpoint
+from pretrain.runtime.manifest import Checkpoint, CheckpointError
 from pretrain.runtime.run_directory import RunDirectory
 from pretrain.runtime.saver import Saver
 from pretrain.schema import to_dict
@@ -42,7 +43,9 @@ class Progress:
     """Valid tokens consumed since the start."""
     skipped_steps: int = 0
     train_seconds: float = 0.0
-    """Spent in steps that count, over all starts."""
+    """Spent in steps that count, over all starts, up to the newest logging line."""
+    interval_seconds: float = 0.0
+    """Spent in steps since then."""
     started: float = 0.0
     """When the run was first started, seconds since 1970."""
     loss: float | None = None
@@ -104,12 +107,17 @@ def begin_at(
 ) -> tuple[Run, Meter]:
     """The run as it stood at a checkpoint, or at its very beginning."""
     progress, state = Progress(started=time.time()), {}
+    folder, total_steps = Path(config.run.directory) / config.run.name, count_steps(config, data)
     if found:
         state = checkpoints.load(found, engine)
         progress = Progress(**state["progress"])
-    folder, total_steps = Path(config.run.directory) / config.run.name, count_steps(config, data)
+    here = found is not None and found.path.parent.resolve() == (folder / "checkpoints").resolve()
+    if not here or state["settings"]["run"]["name"] != config.run.name:
+        state["wandb_id"] = None  # the curve at W&B is another run's
     sinks = None
     if engine.rank == 0:
+        checkpoints.put_aside_after(folder / "checkpoints", progress.step)
+        directory.stand_at(progress.step, progress.step if here else None)
         made_with = {"total_steps": total_steps} | _environment(config, engine, model, data, folder, progress.step)
         directory.write_text("environment.json", json.dumps(made_with, indent=1, ensure_ascii=False) + "\n")
         sinks = Sinks(
@@ -184,11 +192,14 @@ def count_steps(config: Config, data: TrainData) -> int:
 
 
 def checkpoint_to_resume(config: Config, engine: Engine, folder: Path) -> Checkpoint | None:
-    """What `checkpoint.resume` means here. Raises ConfigError, CheckpointError."""
+    """What `checkpoint.resume` means here. Raises ConfigError, CheckpointError.
+
+    The path of a checkpoint is where a run begins, or goes back to. Once it has saved since then, the same command goes on.
+    """
     wish, saved = config.checkpoint.resume, folder / "checkpoints"
     if engine.rank == 0:
         checkpoints.clean(saved)
-    if wish == "auto":
+    if wish == "auto" or engine.broadcast(int(engine.rank == 0 and _began_at(saved, wish))):
         return checkpoints.newest_valid(saved, engine)
     if wish == "never":
         if checkpoints.checkpoints(saved):
@@ -197,14 +208,28 @@ def checkpoint_to_resume(config: Config, engine: Engine, folder: Path) -> Checkp
             )
         return None
     chosen = Checkpoint(Path(wish).resolve())
+    if chosen.path.parent != saved.resolve() and engine.broadcast(len(checkpoints.checkpoints(saved))):
+        problem = f"is of another run, but {saved} has checkpoints that did not begin there; use auto, or another run.name"
+        raise ConfigError([Problem("checkpoint.resume", problem)])
     checkpoints.verify(chosen, engine)
     return chosen
+
+
+def _began_at(saved: Path, wish: str) -> bool:
+    """Whether the newest checkpoint of a run comes from a start with checkpoint.resume `wish`."""
+    for newest in checkpoints.checkpoints(saved)[:1]:
+        with contextlib.suppress(CheckpointError, KeyError):
+            return Path(newest.state()["settings"]["checkpoint"]["resume"]).resolve() == Path(wish).resolve()
+    return False
 
 
 def refuse_another_run(config: Config, model: ModelConfig, data: TrainData, state: dict, found: Checkpoint) -> None:
     """Raises ConfigError when these settings or this data are not those of the checkpoint."""
     old, new = state["settings"] | {"model": state["model"]}, to_dict(config) | {"model": asdict(model)}
     problems = rules.check_resume(old, new, config.checkpoint.allow_changes, str(found.path))
+    if (total := count_steps(config, data)) < found.step:
+        problems.append(Problem("train", f"asks for {total} steps, but the checkpoint stands after step {found.step} already; "
+                                "go back with --checkpoint.resume PATH, or train longer", str(found.path)))  # fmt: skip
     if state["data"] != data.fingerprint:
         problems.append(Problem("data", "the training data, its order or its weights are not those of the checkpoint; "
                                 "restore the files, or start another run with another run.name", str(found.path)))  # fmt: skip
@@ -268,6 +293,6 @@ def announce(run: Run, found: Checkpoint | None, warnings: Sequence[object]) -> 
         run.say(
             "bf16 on a CPU is emulated, about 25 times slower than fp32; set engine.precision to fp32 unless you test just that"
         )
-    if not found:
+    if not found or (run.sinks and run.sinks.lacks_start):
         start = {"step": 0, "reference_lines": run.data.reference_lines, "parameters": counts.total, "world_size": ranks}
         run.log(start | {"tokens_per_step": tokens_per_step, "data": run.data.fingerprint})

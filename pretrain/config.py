@@ -295,7 +295,8 @@ class CheckpointConfig:
     after 30."""
     resume: str = "auto"
     """auto: the newest valid checkpoint of this run, else a fresh start; never: refuse a directory that has some; or the
-    path of a checkpoint."""
+    path of a checkpoint, of this run (it goes back there) or of another (it begins there); once it has saved since then, the
+    same command goes on."""
     allow_changes: list[str] = field(default_factory=list)
     """Guarded keys that may differ from the checkpoint's, e.g. [train.max_steps, optimizer.lr]; empty: none."""
 

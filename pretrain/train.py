@@ -221,8 +221,6 @@ def _train(config: Config, engine: Engine, directory: RunDirectory | None, stop:
                 if status == DONE:
                     _finish(run)
                 return status, reason
-            if directory:
-                directory.write_state("running", step=found.step, saved_step=found.step)
             run.say(f"{reason}. Going back to {found.path}, to go on without these samples")
         bad = divergence.bad_positions(run, meter)
         left_out = run.progress.rollbacks + 1, skips.with_range(run.progress.skipped_positions, *bad)
@@ -247,7 +245,7 @@ def _loop(run: Run, meter: Meter, stop: StopRequest) -> tuple[int, str]:
         val_loss, flags = _evaluate(run, asked)
         if not any(flags):
             _save(run, meter, val_loss, last=progress.step == total)
-    clock = Clock()
+    clock = Clock(progress.interval_seconds)
     with contextlib.closing(_windows(run)) as windows:
         while not any(flags) and progress.step < total:
             save_due, flags = _take_step(run, meter, clock, windows, asked)
@@ -255,6 +253,7 @@ def _loop(run: Run, meter: Meter, stop: StopRequest) -> tuple[int, str]:
                 return DIVERGED, divergence.in_words(run, meter)
             last, val_loss = progress.step == total, None
             progress.evaluation_due = bool(run.valid) and (last or _due(progress.step, config.evaluate.every_steps))
+            progress.interval_seconds = clock.train_seconds
             with clock.paused():
                 if progress.evaluation_due and not any(flags):  # whoever is asked to stop leaves it to the run that goes on
                     val_loss, flags = _evaluate(run, asked)
@@ -445,9 +444,12 @@ def _finish(run: Run) -> None:
     """The picture and the verdict."""
     if not run.sinks or "jsonl" not in run.config.log.sinks:
         return
-    plot_runs([run.folder], run.folder / "plots" / "loss.png")
-    run.sinks.image("loss", run.folder / "plots" / "loss.png")
-    run.say(f"curve      {run.folder / 'plots' / 'loss.png'}")
+    try:
+        plot_runs([run.folder], run.folder / "plots" / "loss.png")
+        run.sinks.image("loss", run.folder / "plots" / "loss.png")
+        run.say(f"curve      {run.folder / 'plots' / 'loss.png'}")
+    except (PlotError, OSError) as error:  # metrics.jsonl was removed, or the disk is full: the run is done all the same
+        run.say(f"curve      none: {error}")
     run.say(f"result     {_verdict(run).text}")
 
 

@@ -430,6 +430,23 @@ print("calls", json.dumps(calls))
     assert 'rows [[51, {"step": 51, "loss": 1.5, "tokens": 9}]]' in output and "'tokens', 'train_hours'" in output
 
 
+def test_a_run_that_is_new_to_a_wandb_server_has_nothing_to_rewind_and_brings_its_curve(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 50, "loss": 2.5}\n')
+    code = (
+        f"REFUSES = True\n{STUB}"
+        + """
+with open_sinks("jsonl", "wandb", "console", mode="online", resume_step=50) as sinks:
+    sinks.log({"step": 51, "loss": 1.5})
+print("calls", json.dumps(calls))
+"""
+    )
+    process = python(code, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, variables={"WANDB_MODE": "online"})
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert [call["resume_from"] for call in json.loads(re.search(r"calls (.*)", output)[1])] == [None]
+    assert 'rows [[50, {"step": 50, "loss": 2.5}], [51, {"step": 51, "loss": 1.5}]]' in output and "rewind" not in output
+
+
 @contextlib.contextmanager
 def broken_server(kind: str):
     """The address of a W&B server that refuses, never answers, answers with an error or refuses the key, or has no name."""

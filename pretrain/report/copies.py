@@ -51,9 +51,17 @@ class CopyThread(threading.Thread):
 
 @contextmanager
 def wandb_copy(
-    config: LogConfig, directory: Path, name: str, settings: dict, run_id: str, resume_step: int, say: Callable[[str], None]
+    config: LogConfig,
+    directory: Path,
+    name: str,
+    settings: dict,
+    run_id: str,
+    known: bool,
+    resume_step: int,
+    say: Callable[[str], None],
 ) -> Iterator[Copy]:
     """A W&B run, online if it answers in WANDB_START_SECONDS, else offline in <directory>/wandb; WANDB_MODE overrules the mode.
+    known: W&B may have its curve up to `resume_step`; else it is given that.
 
     W&B's own step is ours, so all records of a step make one row, and tokens or hours can be the x axis of each.
     """
@@ -70,7 +78,7 @@ def wandb_copy(
     run = None
     if mode == "online":
         try:
-            run = _wandb_online(wandb, run_id, resume_step, common, say)
+            run = _wandb_online(wandb, run_id, resume_step if known else 0, common, say)
         except Exception as error:
             say(f"W&B cannot be reached ({one_line(error)}); its records go to {directory / 'wandb'}, for `wandb sync` later.")
             wandb.teardown()  # or the id of the failed try stays in use
@@ -87,8 +95,9 @@ def wandb_copy(
         row = {key: _for_wandb(wandb, value) for key, value in values.items()}
         run.log({"step": step, **row}, step=step)
 
-    if run.offline and resume_step:
+    if resume_step and (run.offline or not known):
         _replay(directory / "metrics.jsonl", resume_step, write)
+    if resume_step and run.offline:
         where = f", and {superseded} older files are in {directory / 'wandb' / SUPERSEDED}" if superseded else ""
         say(f"W&B is offline: its new file holds the curve up to step {resume_step:,} from metrics.jsonl{where}.")
     try:

@@ -118,14 +118,15 @@ def routing_figures(routing_LX: Tensor, tokens: float) -> dict[str, float]:
 
 
 class Clock:
-    """Wall-clock seconds of an interval, without those in which the run evaluated or saved."""
+    """Wall-clock seconds of an interval, without those in which the run evaluated or saved. `seconds`: of its steps from before
+    the run was stopped in the middle of it."""
 
-    def __init__(self) -> None:
-        self.restart()
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.restart(seconds)
 
-    def restart(self) -> None:
+    def restart(self, seconds: float = 0.0) -> None:
         """Starts a new interval."""
-        self.began, self.data_seconds, self.paused_seconds = time.monotonic(), 0.0, 0.0
+        self.began, self.data_seconds, self.paused_seconds = time.monotonic() - seconds, 0.0, 0.0
 
     @property
     def train_seconds(self) -> float:

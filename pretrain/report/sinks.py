@@ -103,6 +103,8 @@ class Sinks:
         path = directory / "metrics.jsonl"
         dropped, unreadable, self._reference_lines = cut_metrics(path, resume_step, validation_due)
         self._metrics = _Appender(path) if "jsonl" in config.sinks else None
+        self.lacks_start = self._metrics is not None and self._reference_lines is None
+        """metrics.jsonl has no start record: a fresh start, one from a checkpoint of another run, or the file was removed."""
         self._step = resume_step
         if self._to_stdout and sys.stdout.isatty():
             bar_format = "{percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt}{postfix}"
@@ -116,7 +118,7 @@ class Sinks:
         self._copies: list[CopyThread] = []
         if "wandb" in config.sinks:
             self.wandb_id = wandb_id or secrets.token_hex(4)
-            opened = wandb_copy(config, directory, name, settings, self.wandb_id, resume_step, self.say)
+            opened = wandb_copy(config, directory, name, settings, self.wandb_id, wandb_id is not None, resume_step, self.say)
             self._copies.append(CopyThread("W&B", opened, self.say))
         if "tensorboard" in config.sinks:
             opened = tensorboard_copy(directory / "tensorboard", resume_step)

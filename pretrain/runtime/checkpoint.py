@@ -203,6 +203,16 @@ def remove(checkpoint: Checkpoint) -> None:
     shutil.rmtree(doomed)
 
 
+def put_aside_after(folder: Path, step: int) -> None:
+    """On rank 0, when a run goes on after `step`: later checkpoints, of a branch that it leaves, must not be taken for its own.
+    Nothing is removed: step_N becomes left-step_N. Raises OSError."""
+    for checkpoint in checkpoints(folder):
+        if checkpoint.step > step:
+            os.rename(checkpoint.path, left := _unused(folder / f"left-{checkpoint.path.name}"))
+            print(f"{checkpoint.path}: is later than step {step}, where the run goes on; put aside as {left.name}", flush=True)
+            sync_folder(folder)
+
+
 def prune(folder: Path, keep_last: int, keep_best: int, trusted: set[int]) -> None:
     """Removes checkpoints beyond the newest `keep_last` and the `keep_best` of lowest validation loss. Raises OSError.
 

@@ -50,6 +50,11 @@ class RunDirectory:
         self._state = {"step": before.get("step"), "saved_step": before.get("saved_step")}
         self._state["attempt"] = before.get("attempt", 0) + 1
 
+    def stand_at(self, step: int, saved_step: int | None) -> None:
+        """Where this start goes on, whatever an earlier one had reached."""
+        self._state |= {"step": step, "saved_step": saved_step}
+        self.write_state("running")
+
     def write_state(
         self,
         status: str,
