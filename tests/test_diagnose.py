@@ -35,6 +35,13 @@ def test_lines_that_say_the_same_are_shown_once():
     assert [line.split()[0] for line in reference_lines(TEXT)] == ["8.300", "6.500", "4.200"]
 
 
+def test_a_curve_is_judged_where_the_levels_of_its_data_are_not_known():
+    steps = 10 * np.arange(1, 61)
+    for low in (3.0, 0.0, -0.1):  # loggers write 0 for NaN
+        nothing = np.zeros(0)
+        assert judge(Curve(steps, np.linspace(8.3, low, 60), nothing, nothing), {"uniform": 8.3}).kind == "falling"
+
+
 # ---------------------------------------------------------------- made-up curves
 
 

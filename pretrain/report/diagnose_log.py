@@ -48,7 +48,7 @@ class Finding:
     """One thing that is wrong."""
 
     fault: str
-    """One word: scale, running, start, nan, stall, memorising, noise, auxiliary, ranks, collapse, divergence."""
+    """One word: scale, running, start, nan, negative, stall, memorising, noise, auxiliary, ranks, collapse, divergence."""
     certainty: str
     """certain, very likely, likely or possible."""
     text: str
@@ -65,7 +65,7 @@ class Diagnosis:
     log: TrainingLog
     setup: Setup
     curve: Curve | None
-    """None: no loss is finite."""
+    """None: no loss is finite and above 0."""
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     explanation: Factor | None = None
@@ -104,15 +104,15 @@ def diagnose(log: TrainingLog, setup: Setup) -> Diagnosis:
 def summary(result: Diagnosis) -> list[str]:
     """The figures of the log, one line each."""
     log, curve = result.log, result.curve
-    count = f"{len(log.loss)} losses ({log.loss_name!r})"
+    count = f"{len(log.loss)} loss{'es' if len(log.loss) > 1 else ''} ({log.loss_name!r})"
     if curve is None:
-        return [f"{log.name}: {log.format}, {count}, none of them finite"]
-    loss, change = curve.loss, curve.last / curve.first - 1
+        return [f"{log.name}: {log.format}, {count}, none of them finite and above 0"]
+    loss, change = log.loss[np.isfinite(log.loss)], curve.last / curve.first - 1
     verb = "stays within" if abs(change) < 0.005 else "falls by" if change < 0 else "rises by"
     trend = f"{verb} {abs(change):.1%} from the first line to the last tenth"
     return [
         f"{log.name}: {log.format}, {count}, {log.unit} {log.steps[0]:g} to {log.steps[-1]:g}",
-        f"first {curve.first:.5g}   last {loss[-1]:.5g}   min {loss.min():.5g}   max {loss.max():.5g}   mean {loss.mean():.5g}",
+        f"first {loss[0]:.5g}   last {loss[-1]:.5g}   min {loss.min():.5g}   max {loss.max():.5g}   mean {loss.mean():.5g}",
         f"trend: {trend}; lines jump by {curve.noise:.2g} around their neighbours",
     ]
 
@@ -172,7 +172,7 @@ def _too_low(result: Diagnosis, evidence: Evidence) -> Iterator[Finding]:
     """The first line is less than any healthy run from scratch shows; a run from trained weights may show it."""
     curve, setup = result.curve, result.setup
     named = contenders(evidence, setup, curve, setup.ln_v)
-    start = f"the first loss, {curve.first:.4g} at {result.place}, is {curve.first / setup.ln_v:.2f} times {_expected(setup)}"
+    start = f"the first loss, {curve.first:.4g} at {result.place}, is {curve.first / setup.ln_v:.2g} times {_expected(setup)}"
     exact = bool(named) and curve.age <= 1 and evidence.deviations(named[0]) < 1.3 and not named[0].doubt
     too_good = curve.last < LEAST_EVER * setup.ln_v
     falls = falls_as_untrained(curve)
@@ -252,7 +252,10 @@ def _factor(result: Diagnosis, evidence: Evidence, why: str, named: list[Factor]
     exact = curve.age <= 1 and evidence.deviations(first) < 0.5
     another = first.cause in ("bits", "log10") and not exact and not why and curve.first < LARGEST_LN_V
     loose = evidence.deviations(first) > 1.3 or not (curve.from_start or why)
-    certainty = "possible" if len(named) > 1 or by_heart or trained or another else "likely" if loose else "very likely"
+    guess = first.doubt >= 2  # fits nearly any figure
+    certainty = (
+        "possible" if len(named) > 1 or by_heart or trained or another or guess else "likely" if loose else "very likely"
+    )
     if setup.ln_v:
         fits = f", and {_expected(setup)}"
     else:
@@ -266,6 +269,8 @@ def _factor(result: Diagnosis, evidence: Evidence, why: str, named: list[Factor]
         text += f", {'possibly' if certainty == 'possible' else certainty} {first.words}"
     if others:
         text += ". Also possible: " + "; ".join(f"{f.arithmetic(curve.first)} ({f.words})" for f in others)
+    if guess:
+        text += f". All that is known is a factor of {evidence.least:.3g} to {evidence.most:.3g}"
     if by_heart:
         text += ". Or the model knows its data by heart: no unseen text gets so low"
     if trained:
@@ -306,7 +311,7 @@ def _expected(setup: Setup) -> str:
 
 
 def _not_finite(log: TrainingLog) -> Iterator[Finding]:
-    """NaN, infinities, and zeros that stand for them."""
+    """NaN, infinities, zeros that stand for them, and what is below 0."""
     bad, zeros = np.flatnonzero(~np.isfinite(log.loss)), np.flatnonzero(log.loss == 0)
     if len(bad):
         forever = len(bad) == len(log.loss) - bad[0] and len(bad) > 1
@@ -320,6 +325,10 @@ def _not_finite(log: TrainingLog) -> Iterator[Finding]:
         text += ", with a gradient norm of NaN" if norm is not None and np.isnan(norm[zeros]).any() else ""
         text += ": no language model gets there; loggers that filter NaN write 0"
         yield Finding("nan", "likely", text, "Switch that filter off, and look for the first NaN.")
+    if len(below := np.flatnonzero(log.loss < 0)):
+        text = f"{len(below)} of {len(log.loss)} losses are below 0, the first at {log.unit} {log.steps[below[0]]:g}"
+        text += ": no cross-entropy is; this is another objective, or something is subtracted"
+        yield Finding("negative", "certain", text, "Show the cross-entropy alone.")
 
 
 def _ranks(result: Diagnosis) -> Iterator[Finding]:
@@ -433,7 +442,7 @@ def _collapse(result: Diagnosis) -> Iterator[Finding]:
     """A loss near 0: the answer stands in the input."""
     curve, true, floor = result.curve, result.true, result.log.reference_lines.get("floor", math.inf)
     last = float(np.median(true[-max(min(3, len(true)), len(true) // 10) :]))
-    if last < min(0.1, floor - 0.1) and last != 0 and true[0] > 2:
+    if last < min(0.1, floor - 0.1) and true[0] > 2:
         text = f"the loss falls to {last:.3g} nats at {result.log.unit} {curve.steps[-1]:g}; no text can be predicted so well"
         advice = "Causes: labels not shifted (label = input), attention that sees what follows, or a few samples over and over."
         yield Finding("collapse", "likely", text, advice)

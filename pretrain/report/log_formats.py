@@ -8,7 +8,6 @@ Knows how losses, steps and their companions are spelled. Judges nothing (diagno
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 import re
@@ -65,6 +64,8 @@ _PLAIN |= {"global", "stats", "metrics"}
 _NO_LOSS = {"scale", "scaling", "scaler", "std", "var", "min", "max", "best", "delta", "time", "weight", "coef", "ppl"}
 _STEP = {"step", "steps", "updates"}
 _ITERATION = {"iter", "iters", "iteration", "itr"}
+_BATCH = {"batch", "batches", "update"}
+_COUNTS = ("step", "iteration", "batch")  # what counts steps, the surest first
 _NO_STEP = {
     "time",
     "per",
@@ -84,7 +85,7 @@ _NO_STEP = {
 
 @lru_cache(maxsize=10_000)
 def meaning(name: str) -> str | None:
-    """The one word for what a column, key or label holds: step, iteration, epoch, loss, lm_loss, other_loss, aux_loss,
+    """The one word for what a column, key or label holds: step, iteration, batch, epoch, loss, lm_loss, other_loss, aux_loss,
     val_loss, lr, grad_norm, perplexity, skipped; None for everything else."""
     name = name.rpartition(" - ")[2]  # W&B exports put the run's name before it
     words = re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
@@ -107,7 +108,7 @@ def meaning(name: str) -> str | None:
         return "epoch"
     if unique & _NO_STEP:
         return None
-    return "step" if words[-1] in _STEP else "iteration" if words[-1] in _ITERATION else None
+    return next((word for word, of in zip(_COUNTS, (_STEP, _ITERATION, _BATCH), strict=True) if words[-1] in of), None)
 
 
 def _kind_of_loss(words: set[str]) -> str:
@@ -136,12 +137,15 @@ TEXT_FORMATS = {
 }
 """Format: (what its lines look like, what the published script behind it shows as the loss)."""
 
-_NUMBER = r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|[-+]?(?:nan|inf(?:inity)?)\b"
+_NUMBER = r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|[-+]?(?:nan|inf(?:inity)?)\b"
 _WORD = r"(?!nan\b|inf\b)[A-Za-z_][\w/.\-]*"
-_NAME = re.compile(rf"(?<!\w){_WORD}(?: {_WORD})*", re.IGNORECASE)
-_VALUE = re.compile(rf"[\"']?\s*[:=]?\s*(?:tensor\()?[\"'\[(]?\s*({_NUMBER})", re.IGNORECASE)
-_EPOCH_AND_BATCH = re.compile(r"epoch:?\s*\[?\s*(\d+)\s*(/\s*\d+)?\s*\]?\s*[\[(]\s*(\d+)\s*/\s*(\d+)\s*[\])]", re.IGNORECASE)
-_OUT_OF = re.compile(r"[\[(|]\s*(\d+)\s*/\s*\d+\s*(?:[\])]|\[)")
+_NAME = re.compile(rf"(?<![A-Za-z0-9_]){_WORD}(?: {_WORD})*", re.IGNORECASE)
+_VALUE = re.compile(rf"[\"']?\s*[:=]?\s*(?:tensor\()?[\"'\[(]?\s*({_NUMBER})(?:([KM])(?![A-Za-z]))?", re.IGNORECASE)
+_LONE_NUMBER = re.compile(rf"(?<![A-Za-z0-9_])({_NUMBER})", re.IGNORECASE)
+_EPOCH_AND_BATCH = re.compile(r"epoch:?\s*\[?\s*(\d+)\s*(/\s*\d+)?\s*\]?\s*[\[(]\s*(\d+)\s*/\s*(\d+)\s*[\])(]", re.IGNORECASE)
+_OUT_OF = re.compile(r"(?:^|[\[(|])\s*(\d+)\s*/\s*\d+\s*(?:[\])\[(━]|- )")
+_ITERATIONS_OUT_OF = re.compile(r"\b([\d.]+)([kM]?)it/[\d.]+[kM]?it\b")
+_TIMES = {"": 1.0, "k": 1e3, "m": 1e6}
 _AT_STEP = re.compile(r"\bat (iteration|step)\b")  # "validation loss at iteration 100 | lm loss value: 9.1"
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
@@ -153,20 +157,13 @@ def read_log(path: Path) -> TrainingLog:
         path = path / "metrics.jsonl"
     if path.is_dir() or "tfevents" in path.name:
         return _assemble(path, "TensorBoard events", list(_tensorboard_rows(path)))
-    raw = path.read_bytes()
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        text = raw.decode("utf-16", errors="replace")
-    elif b"\0" in raw[:4096]:
-        raise LogError(f"{path}: is a binary file; give text, JSON lines, CSV, or a TensorBoard file (events.out.tfevents...)")
-    else:
-        text = raw.decode("utf-8-sig", errors="replace")
+    text = _in_our_words(_decoded(path, path.read_bytes()))
     if not text.strip():
         raise LogError(f"{path}: is empty; give a log that holds at least one loss")
-    rows = _json_rows(text)
-    if rows:
+    if rows := _json_rows(text):
         ours = any("reference_lines/uniform" in row for row in rows)
         return _assemble(path, "metrics.jsonl of this project" if ours else "JSON", rows)
-    if rows := _csv_rows(text):
+    if rows := _table_rows(text):
         return _assemble(path, "CSV", rows)
     lines = [line for line in re.split(r"[\r\n]+", _ESCAPES.sub("", text)) if line.strip()]
     counts = {name: sum(bool(re.search(shape, line)) for line in lines[:2000]) for name, (shape, _) in TEXT_FORMATS.items()}
@@ -174,8 +171,38 @@ def read_log(path: Path) -> TrainingLog:
     return _assemble(path, name if counts[name] else "text", list(_text_rows(lines)))
 
 
+def _decoded(path: Path, raw: bytes) -> str:
+    """UTF-8 or UTF-16, with or without the mark at its head. Raises LogError for what is no text."""
+    if raw[:2] == b"\x1f\x8b":
+        raise LogError(f"{path}: is compressed; unpack it with gunzip first")
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return raw.decode("utf-16", errors="replace")
+    if b"\0" in raw[:4096]:
+        for half, encoding in ((raw[1:4096:2], "utf-16-le"), (raw[0:4096:2], "utf-16-be")):
+            if half.count(0) > 0.8 * len(half):
+                return raw.decode(encoding, errors="replace")
+        raise LogError(f"{path}: is a binary file; give text, JSON lines, CSV, or a TensorBoard file (events.out.tfevents...)")
+    return raw.decode("utf-8-sig", errors="replace")
+
+
+_CHINESE = """损失值 loss 损失 loss 训练 train_ 验证 val_ 测试 val_ 学习率 lr 困惑度 perplexity 梯度范数 grad_norm
+总步数 total_steps 步数 step 步骤 step 迭代 step 轮次 epoch 轮数 epoch 当前 current_ 平均 mean_ ： : ， ,"""
+
+
+def _in_our_words(text: str) -> str:
+    """Chinese words and the shorthand of two C trainers (`s:10 trl:3.1`, `10 train 3.1`) as words that `meaning` knows."""
+    if re.search("[\u4e00-\u9fff：]", text):
+        text = re.sub(r"第\s*(\d+)\s*轮", r" epoch \1 ", text)
+        text = re.sub(r"第\s*(\d+)\s*步|(?<![\w.])(\d+)\s*步(?!数|骤)", r" step \1\2 ", text)
+        for word, ours in zip(_CHINESE.split()[::2], _CHINESE.split()[1::2], strict=True):
+            text = text.replace(word, ours)
+    text = re.sub(r"(?m)^s:(\d+) (?:(tr)|te)l:", lambda found: f"step {found[1]} {'train' if found[2] else 'val'} loss:", text)
+    return re.sub(r"(?m)^(\d+) (train|val) (?=[\d.]+\s*$)", r"step \1 \2 loss ", text)
+
+
 def _json_rows(text: str) -> list[Row]:
-    """Rows of JSON lines, or of one document: a list of objects, or an object that holds one (trainer_state.json)."""
+    """Rows of JSON lines, or of one document: a list of objects, an object that holds one (trainer_state.json), that has an
+    object for each step, or a list for each name. [] where no loss is in them."""
     records = []
     if text.lstrip()[0] not in "{[":
         return []
@@ -184,14 +211,35 @@ def _json_rows(text: str) -> list[Row]:
             records.append(json.loads(line))
         except ValueError:
             continue  # a torn last line, or words between the records
+    found = [records]
     if sum(isinstance(record, dict) for record in records) <= 1:
         try:
             document = json.loads(text)
         except ValueError:
             document = None
-        lists = [document, *document.values()] if isinstance(document, dict) else [document]
-        records = next((value for value in lists if isinstance(value, list) and value), records)
-    return [dict(_numbers(record)) for record in records if isinstance(record, dict)]
+        found = [*_lists_in(document), records]
+    for candidate in found:
+        rows = [dict(_numbers(record)) for record in candidate if isinstance(record, dict)]
+        if any(_is_loss(name) for row in rows for name in row):
+            return rows
+    return []
+
+
+def _lists_in(document: object) -> Iterator[list]:
+    """The lists of records that a document may hold."""
+    if isinstance(document, list):
+        yield document
+    elif isinstance(document, dict):
+        yield from (value for value in document.values() if isinstance(value, list))
+        if all(isinstance(value, dict) for value in document.values()):
+            yield [{"step": key, **value} for key, value in document.items()]
+        columns = {name: value for name, value in document.items() if isinstance(value, list)}
+        yield [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=False)]
+        yield from (each for value in document.values() if isinstance(value, dict) for each in _lists_in(value))
+
+
+def _is_loss(name: str) -> bool:
+    return (meaning(name) or "").endswith("loss")
 
 
 def _numbers(record: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -215,20 +263,48 @@ def _number(value: object) -> float | None:
         return None
 
 
-def _csv_rows(text: str) -> list[Row]:
-    """Rows under a header that names a loss; [] when there is none."""
-    header = text.lstrip().splitlines()[0]
-    delimiter = max(",;\t", key=header.count)
-    names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter))]
-    if not any((meaning(name) or "").endswith("loss") for name in names) or any(_number(name) is not None for name in names):
+def _table_rows(text: str) -> list[Row]:
+    """Rows under a header that names a loss, cells between commas, semicolons, tabs, bars or blanks; [] when there is none."""
+    lines = [line for line in text.splitlines() if line.strip() and not re.fullmatch(r"[\s|:+-]+", line)]
+    for number, header in enumerate(lines[:20]):
+        for delimiter in ",;\t| ":
+            names = _cells(header.lstrip("#"), delimiter)
+            if _is_header(names, header) and number + 1 < len(lines):
+                first = [_number(cell) for cell in _cells(lines[number + 1], delimiter)]
+                wanted = len(names) if delimiter == " " else 1
+                if len(first) == len(names) and len(first) - first.count(None) >= wanted:
+                    rows = _rows_under(names, lines[number + 1 :], delimiter)
+                    return rows if len(rows) > 0.5 * (len(lines) - number - 1) else []
+    return []
+
+
+def _cells(line: str, delimiter: str) -> list[str]:
+    if delimiter == " ":
+        return line.split()
+    if len(line) > 100_000:  # no row of a log, and more than the csv module takes
         return []
-    if len(names) > 1 and not all(re.search("[A-Za-z]", name) and len(name) < 80 for name in names if name):
-        return []
-    if re.search(r"[:=]\s*[-+.\d]", header):
-        return []  # "step: 1, loss: 9.1" is a line of text
-    table = csv.reader(io.StringIO(text.lstrip()), delimiter=delimiter)
-    next(table)
-    rows = [{n: v for n, cell in zip(names, cells, strict=False) if (v := _number(cell)) is not None} for cells in table]
+    line = line.strip().strip("|") if delimiter == "|" else line
+    return [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter))]
+
+
+def _is_header(names: list[str], line: str) -> bool:
+    """Whether these cells name columns, one of them a loss. "step: 1, loss: 9.1" is a line of text."""
+    if not any(_is_loss(name) for name in names) and [name.lower() for name in names] != ["wall time", "step", "value"]:
+        return False
+    named = all(re.search("[A-Za-z]", name) and len(name) < 80 and _number(name) is None for name in names if name)
+    return (named or len(names) == 1) and not re.search(r"[:=]\s*[-+.\d]", line)
+
+
+def _rows_under(names: list[str], lines: list[str], delimiter: str) -> list[Row]:
+    """`names` as TensorBoard exports them have the tag in the name of the file alone: the value is taken for the loss."""
+    names = ["loss" if name.lower() == "value" else name for name in names]
+    # Where the comma does not part cells it may stand for the point: "9,1234" can be no thousands.
+    comma = delimiter != "," and any(re.search(r"(?<![\d,])\d+,(?!\d{3}(?!\d))\d+", line) for line in lines)
+    point = "." if comma else ","
+    rows = []
+    for line in lines:
+        cells = _cells(line.replace(",", point), delimiter)
+        rows.append({n: v for n, cell in zip(names, cells, strict=False) if (v := _number(cell)) is not None})
     return [row for row in rows if row]
 
 
@@ -254,11 +330,16 @@ def _tensorboard_rows(path: Path) -> Iterator[Row]:
 
 
 def _text_rows(lines: Iterable[str]) -> Iterator[Row]:
-    """Rows of tables (a header with step and loss, cells two spaces apart) and of lines with `name value` pairs."""
+    """Rows of tables (a header with step and loss, cells two spaces apart) and of lines with `name value` pairs.
+
+    A step or an epoch may stand on a line of its own, above the figures.
+    """
     header: list[str] = []
     step: float | None = None
+    epoch: float | None = None
+    pairs = _Pairs()
     for line in lines:
-        cells = re.split(r"\s{2,}|\t+", line.strip())
+        cells = re.split(r"\s{2,}|\t+", line.strip()) if header or re.search("step.*loss|loss.*step", line, re.I) else []
         if {"step", "loss"} <= {cell.lower() for cell in cells}:
             header = cells
         elif header and len(cells) == len(header):
@@ -266,38 +347,64 @@ def _text_rows(lines: Iterable[str]) -> Iterator[Row]:
             if row := {name: number for name, number in numbers if number is not None}:
                 yield row
         else:
-            row = _pairs(line)
-            if not {meaning(name) for name in row} & {"step", "iteration"}:
-                found = _step_without_name(line)
-                step = found if found is not None else step
-                if step is not None:
-                    row["step"] = step  # its own, or that of the lines above: some print one figure a line
-            else:
-                step = next(row[name] for name in row if meaning(name) in ("step", "iteration"))
-            if len(row) > ("step" in row):
+            row = pairs(line)
+            meanings = {meaning(name): name for name in reversed(row)}
+            own = next((row[meanings[count]] for count in _COUNTS if count in meanings), None)
+            found = own if own is not None else _step_without_name(line)
+            step = found if found is not None else step
+            epoch = row[meanings["epoch"]] if "epoch" in meanings else epoch
+            losses = any(name and name.endswith("loss") for name in meanings)
+            if own is None and step is not None and row:
+                row["step"] = step  # its own, or that of the lines above: some print one figure a line
+            if losses and epoch is not None and "epoch" not in meanings:
+                row["epoch"] = epoch
+            if row:
                 yield row
 
 
-def _pairs(line: str) -> Row:
-    """All `name value`, `name: value`, `'name': value` and `name=value` of a line; the first of a name counts."""
-    row: Row = {}
-    validation = re.search(r"\b(validation|valid|evaluation|eval|test)\b", line, re.IGNORECASE) and not re.search("train", line)
-    line, position = _AT_STEP.sub(r", \1", line), 0
-    while found := _NAME.search(line, position):
-        value = _VALUE.match(line, found.end())
-        position = value.end() if value else found.end()
-        if value:
-            name = f"val {found[0]}" if validation and (meaning(found[0]) or "").endswith("loss") else found[0]
-            row.setdefault(name, float(value[1].replace(",", "")))
-    return row
+class _Pairs:
+    """All `name value`, `name: value`, `'name': value` and `name=value` of a line; the first of a name counts.
+
+    Lines that differ in their numbers alone are parsed once.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[str, list[tuple[str, int, float]]] = {}
+        """Shape of a line: (name, index of its value among the numbers of the line, what a K or M after it multiplies by)."""
+
+    def __call__(self, line: str) -> Row:
+        parts = _LONE_NUMBER.split(line)  # words and numbers in turn
+        shape = "#".join(parts[::2])
+        if (places := self.known.get(shape)) is None:
+            places = self._parse(line)
+            if len(self.known) < 10_000:
+                self.known[shape] = places
+        return {name: times * float(parts[2 * index + 1].replace(",", "")) for name, index, times in places}
+
+    def _parse(self, line: str) -> list[tuple[str, int, float]]:
+        validation = re.search(r"\b(validation|valid|evaluation|eval|test)\b", line, re.IGNORECASE)
+        validation = validation and not re.search("train", line)
+        line, position = _AT_STEP.sub(r", \1", line), 0
+        index_of = {found.start(): index for index, found in enumerate(_LONE_NUMBER.finditer(line))}
+        places: dict[str, tuple[str, int, float]] = {}
+        while found := _NAME.search(line, position):
+            value = _VALUE.match(line, found.end())
+            position = value.end() if value else found.end()
+            if value and value.start(1) in index_of:
+                name = f"val {found[0]}" if validation and _is_loss(found[0]) else found[0]
+                places.setdefault(name, (name, index_of[value.start(1)], _TIMES[(value[2] or "").lower()]))
+        has_loss = any(map(_is_loss, places))  # the other names are only told where no line has a loss
+        return [place for name, place in places.items() if meaning(name) or not has_loss]
 
 
 def _step_without_name(line: str) -> float | None:
     if found := _EPOCH_AND_BATCH.search(line):
         epoch, of_epochs, batch, batches = found.groups()
-        return (int(epoch) - bool(of_epochs)) * int(batches) + int(batch)  # [1/2] counts from 1, [0] from 0
-    found = _OUT_OF.search(line)
-    return float(found[1]) if found else None
+        return (int(epoch) - 1) * int(batches) * bool(of_epochs) + int(batch)  # [1/2] counts from 1; others may from 0
+    if found := _OUT_OF.search(line):
+        return float(found[1])
+    found = _ITERATIONS_OUT_OF.search(line)
+    return _TIMES[found[2].lower()] * float(found[1]) if found else None
 
 
 # ---------------------------------------------------------------- rows to a log
@@ -315,16 +422,19 @@ def _assemble(path: Path, kind: str, rows: list[Row]) -> TrainingLog:
         raise LogError(f"{path}: no training loss in it (found: {seen}). Give a log with lines such as 'step 10 loss 9.2'")
     loss_name = losses[0]
     train = [row for row in rows if loss_name in row]
-    step_names = sorted(names.get("step", []), key=lambda name: "global" not in name) + names.get("iteration", [])
+    if loss_name in names.get("other_loss", []) and len(train) == 1:
+        raise LogError(f"{path}: no training loss in it, only {loss_name!r}. Give a log with lines such as 'step 10 loss 9.2'")
+    step_names = sorted(names.get("step", []), key=lambda name: "global" not in name)
+    step_names += names.get("iteration", []) + names.get("batch", [])
     _count_on_over_epochs(rows, step_names, names.get("epoch", []))
-    unit, x_of = _x_axis(train, step_names, names.get("epoch", []))
+    unit, x_of = _x_axis(rows, train, step_names, names.get("epoch", []))
     columns = {word: [name for name in names.get(word, []) if name != loss_name][:1] for word in COLUMNS}
     log = TrainingLog(
         name=path.name,
         format=kind,
         loss_name=loss_name,
         unit=unit,
-        steps=np.array([x_of(row, i) for i, row in enumerate(train, start=1)], dtype=float),
+        steps=np.array([x_of(row) for row in train], dtype=float),
         loss=np.array([row[loss_name] for row in train]),
         columns={
             word: np.array([row.get(name, math.nan) for row in train]) for word, found in columns.items() for name in found
@@ -334,12 +444,15 @@ def _assemble(path: Path, kind: str, rows: list[Row]) -> TrainingLog:
             name.partition("/")[2]: row[name] for row in rows for name in row if name.startswith("reference_lines/")
         },
     )
-    if unit != "line" and (val_name := next(iter(names.get("val_loss", [])), None)):
+    if val_name := next(iter(names.get("val_loss", [])), None):
         log.val_steps, log.val_loss = _series(rows, val_name, x_of)
         beside = [name for name in names.get("loss", [])[1:] if all(val_name in row for row in rows if name in row)]
         if beside:
             log.evaluated_steps, log.evaluated_loss = _series(rows, beside[0], x_of)
     by_micro_batch = all({"step", "iteration"} <= {meaning(name) for name in row} for row in train[:100])
+    twins = [name for name in names.get("loss", []) if counts[name] == counts[loss_name] and kind in ("CSV", "JSON")]
+    if len(twins) > 1:
+        log.notes.append(f"{len(twins)} columns hold losses, {', '.join(map(repr, twins[:5]))}; judged is {loss_name!r}")
     _one_loss_per_step(log, by_micro_batch)
     return log
 
@@ -353,21 +466,30 @@ def _count_on_over_epochs(rows: list[Row], step_names: list[str], epoch_names: l
         if name is not None:
             if row[name] < last_step and epoch > last_epoch:
                 offset += last_step
-            last_step, last_epoch = row[name], epoch
+            if row[name] != last_step:  # the step of the line above may stand on a line that says "Epoch 2/3"
+                last_step, last_epoch = row[name], epoch
             row[name] += offset
 
 
-def _x_axis(train: list[Row], step_names: list[str], epoch_names: list[str]) -> tuple[str, Callable[[Row, int], float]]:
-    """-> (unit, function of (row, number of the row) -> x): the first that nearly all rows have."""
+def _x_axis(
+    rows: list[Row], train: list[Row], step_names: list[str], epoch_names: list[str]
+) -> tuple[str, Callable[[Row], float]]:
+    """-> (unit, function of a row -> x): the first that nearly all rows have and that tells them apart."""
     for unit, names in (("step", step_names), ("epoch", epoch_names)):
-        if sum(any(name in row for name in names) for row in train) >= 0.9 * len(train):
-            return unit, lambda row, i, names=names: next((row[name] for name in names if name in row), math.nan)
-    return "line", lambda row, i: i
+        known = [next((row[name] for name in names if name in row), math.nan) for row in train]
+        told_apart = len(set(known)) > 1 if unit == "step" else not np.any(np.diff(known) == 0)  # 0.01 may stand for 50 lines
+        if np.mean(np.isfinite(known)) >= 0.9 and (told_apart or len(train) == 1):
+            return unit, lambda row, names=names: next((row[name] for name in names if name in row), math.nan)
+    lines, of_train = 0.0, {id(row) for row in train}
+    for row in rows:
+        lines += id(row) in of_train
+        row["line"] = lines
+    return "line", lambda row: row["line"]
 
 
 def _series(rows: list[Row], name: str, x_of) -> tuple[np.ndarray, np.ndarray]:
     """(x, values) of one name, where both are finite."""
-    pairs = [(x_of(row, 0), row[name]) for row in rows if name in row]
+    pairs = [(x_of(row), row[name]) for row in rows if name in row]
     pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
     return np.array([x for x, _ in pairs], dtype=float), np.array([value for _, value in pairs], dtype=float)
 
@@ -381,10 +503,12 @@ def _skipped(rows: list[Row], names: list[str], kind: str) -> int:
 def _one_loss_per_step(log: TrainingLog, by_micro_batch: bool) -> None:
     """Several lines of one step become their mean; after a restart the newer line of a step stands. Writes notes."""
     _keep(log, np.flatnonzero(np.isfinite(log.steps)))
-    starts = np.flatnonzero(np.r_[True, np.diff(log.steps) != 0])
-    lengths = np.diff(np.r_[starts, len(log.steps)])
-    lines = int(np.median(lengths)) if len(lengths) else 0
-    if len(starts) >= 2 and lines >= 2 and np.mean(lengths == lines) > 0.8:
+    in_order = np.argsort(log.steps, kind="stable")
+    starts, lengths, lines = _groups(log.steps)
+    if np.sum(np.diff(log.steps) < 0) > max(3, 0.05 * len(log.steps)) and _groups(log.steps[in_order])[2] >= 2:
+        _keep(log, in_order)  # ranks that write when they like
+        starts, lengths, lines = _groups(log.steps)
+    if lines >= 2:
         with np.errstate(invalid="ignore"):
             differ = np.maximum.reduceat(log.loss, starts) - np.minimum.reduceat(log.loss, starts) > 0
         mean = np.add.reduceat(log.loss, starts) / lengths
@@ -395,14 +519,25 @@ def _one_loss_per_step(log: TrainingLog, by_micro_batch: bool) -> None:
         elif np.mean(differ) > 0.5:
             log.lines_per_step = lines
     kept: list[int] = []
+    back = []
     for i, step in enumerate(log.steps):
         if kept and step < log.steps[kept[-1]]:
-            place = f"{log.unit} {log.steps[kept[-1]]:g} to {step:g}"
-            log.notes.append(f"the log goes back from {place}: a restart; where steps stand twice the newer line is judged")
+            back.append(f"from {log.unit} {log.steps[kept[-1]]:g} to {step:g}")
         while kept and log.steps[kept[-1]] >= step:
             kept.pop()
         kept.append(i)
+    if back:
+        often = f", {len(back)} times in all" if len(back) > 1 else ""
+        log.notes.append(f"the log goes back {back[0]}{often}: a restart; where steps stand twice the newer line is judged")
     _keep(log, np.array(kept, dtype=int))
+
+
+def _groups(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """(where neighbours of one step begin, how many they are, how many nearly all are, or 0)."""
+    starts = np.flatnonzero(np.r_[True, np.diff(steps) != 0])
+    lengths = np.diff(np.r_[starts, len(steps)])
+    lines = int(np.median(lengths)) if len(steps) else 0
+    return starts, lengths, lines if len(starts) >= 2 and np.mean(lengths == lines) > 0.8 else 0
 
 
 def _keep(log: TrainingLog, lines: np.ndarray) -> None:

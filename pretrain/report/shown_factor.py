@@ -67,7 +67,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Curve:
-    """The finite losses of a log, as shown, and what their shape says."""
+    """The finite losses above 0 of a log, as shown, and what their shape says."""
 
     steps: np.ndarray  # (N,)
     loss: np.ndarray  # (N,)
@@ -83,9 +83,9 @@ class Curve:
 
     @staticmethod
     def of(log: TrainingLog) -> Curve | None:
-        """None when no loss is finite."""
-        finite = np.isfinite(log.loss)
-        steps, loss = log.steps[finite], log.loss[finite]
+        """None when no loss is finite and above 0."""
+        usable = np.isfinite(log.loss) & (log.loss > 0)
+        steps, loss = log.steps[usable], log.loss[usable]
         if not len(loss):
             return None
         tenth = max(min(3, len(loss)), len(loss) // 10)
@@ -137,7 +137,7 @@ class Factor:
 
     def arithmetic(self, shown: float) -> str:
         """As `213.8 / 25 = 8.55`."""
-        number = f"{shown:.4g}" if shown < 1e4 else f"{shown:,.0f}"
+        number = f"{shown:,.0f}" if 1e4 < shown < 1e9 else f"{shown:.4g}"
         if self.cause == "perplexity":
             return f"ln({number}) = {math.log(shown):.3g}"
         if self.cause in ("bits", "log10"):
@@ -191,12 +191,13 @@ def factors(setup: Setup, curve: Curve, near: float) -> Iterator[Factor]:
             if value > t:
                 yield Factor(value, "sum", f"the tokens of {owner}, a sum instead of a mean", 0.7)
         sequences = round(near / t)
-        if b == 1 and sequences > 1 and t * sequences not in sums:
+        if b == 1 and 1 < sequences <= 16384 and t * sequences not in sums:
             yield Factor(t * sequences, "sum", f"the tokens of {sequences} sequences, a sum instead of a mean", 2.0)
     for value, words in {b: "the sequences of a micro-batch", b * a * w: "the sequences of a step"}.items():
         if b > 1 and value not in (a, w, t):
             yield Factor(value, "batch size", words, 0.7)
             yield Factor(1 / value, "divided by batch size", words, 0.7)
+    yield Factor(2.0**16, "loss scale", "the loss scale of fp16", 2.0)
     yield Factor(1 / math.log(2), "bits", "in bits instead of nats", 0.3)
     yield Factor(1 / math.log(10), "log10", "in powers of ten instead of nats", 1.5)
     # Few print a perplexity as the loss: it needs support, a start near V whose logarithm falls as losses do, or a fall that no
