@@ -12,6 +12,7 @@ Exit status: 0 done, 2 refused, 130 interrupted.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -20,6 +21,9 @@ import tempfile
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # else `import pretrain` would find launch/pretrain.py
+
+from pretrain.config import ConfigError
+from pretrain.runtime.manifest import CheckpointError
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -55,6 +59,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in ("average", "sequence_length", "micro_batch_size", "max_samples", "limit"):
         if (value := getattr(options, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')}: got {value}, must be at least 1")
+    if options.output and not options.output.parent.is_dir():  # before hours of measuring
+        parser.error(f"--output: there is no folder {options.output.parent}; make it first")
     if options.tasks and options.data:
         parser.error("give --data or --tasks, one after the other: they are different measurements")
     if options.model and not (options.data or options.tasks):
@@ -73,13 +79,10 @@ def measure_loss(options: argparse.Namespace) -> list[dict]:
     data = trained.config.data if trained.config else DataConfig(
         sequence_length=min(1024, trained.model.max_position_embeddings)
     )  # fmt: skip
-    length = options.sequence_length or data.sequence_length
+    data = dataclasses.replace(data, sequence_length=options.sequence_length or data.sequence_length)
     if options.data:
-        data = DataConfig(
-            valid=[SourceConfig(path=path) for path in options.data],
-            sequence_length=length,
-            document_mask=trained.document_mask,
-        )
+        valid = [SourceConfig(path=path) for path in options.data]
+        data = DataConfig(valid=valid, sequence_length=data.sequence_length, document_mask=trained.document_mask)
     elif not (data.valid or data.synthetic):
         raise ValueError(f"{options.run}: was trained without validation data; give --data")
     engine = start_engine(EngineConfig(name=options.engine, precision=options.precision))
@@ -150,9 +153,6 @@ def write(options: argparse.Namespace, origin: dict, figures: dict) -> None:
 def main() -> int:
     """-> exit status."""
     options = parse(sys.argv[1:])
-    from pretrain.config import ConfigError  # after the flags are known to be right: torch takes seconds
-    from pretrain.runtime.manifest import CheckpointError
-
     try:
         if options.tasks:
             measure_tasks(options)

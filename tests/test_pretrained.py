@@ -322,6 +322,10 @@ def test_commands_convert_measure_and_write(base, text, tmp_path, monkeypatch, c
     assert "bits/byte" in capsys.readouterr().out and first[0]["source"] == "valid"
     assert run_script(monkeypatch, *measured, "--run", tmp_path / "r") == 0
     assert json.loads(output.read_text())["loss"] == first
+    own = ("launch/evaluate.py", "--run", base, "--sequence-length", LENGTH // 2, "--output", output)
+    assert run_script(monkeypatch, *own) == 0  # on the validation data that the run was trained beside
+    found = json.loads(output.read_text())
+    assert found["sequence_length"] == LENGTH // 2 and found["loss"][0]["samples"] > 1.9 * first[0]["samples"]
 
     capsys.readouterr()
     words = ("--prompt", "the quick", "--prompt", "seven", "--max-new-tokens", 8, "--temperature", 0)
@@ -367,6 +371,7 @@ def test_a_folder_says_how_prompts_begin_and_texts_end_as_to_transformers(folder
         (["tools/convert_checkpoint.py", "--model", "HF", "--output", "OUT2", "--dtype", "bf16"], "belong to --run"),
         (["launch/evaluate.py", "--model", "HF"], "give --data or --tasks"),
         (["launch/evaluate.py", "--run", "RUN", "--data", "OUT"], "no token file here"),
+        (["launch/evaluate.py", "--run", "RUN", "--output", "OUT/o"], "there is no folder"),
         (["launch/generate.py", "--run", "RUN"], "give --prompt or --prompts-file"),
         (["launch/generate.py", "--model", "HF", "--prompts-file", "OUT"], "No such file"),
         (["launch/generate.py", "--model", "HF", "--prompts-file", os.devnull], "holds no prompt"),
