@@ -133,6 +133,8 @@ def children(pid: int) -> list[int]:
     [
         (["--valid-fraction", "1.5"], "--valid-fraction 1.5: must be"),
         (["--workers", "0"], "--workers 0: must be"),
+        (["--output", "{folder}/"], "give a prefix"),
+        (["--output", "{folder}/new.bin"], "give a prefix"),
         (["--tokenizer", "nowhere"], "nowhere: no tokenizer here"),
         (["--input", "nowhere.txt"], "nowhere.txt: no such file"),
         (["--hf", "also"], "give either --input FILES or --hf NAME"),
@@ -196,6 +198,15 @@ def test_inspect_shows_a_file(folder):
     assert "end-of-document id 2" in out and seal.tokenizer_fingerprint in out and "quantiles: 0 % " in out
     first = Tokenizer.load(folder / "tokenizer").decode(TokenFile(folder / "one_train").document(0).tolist())
     assert f"document 0: {json.dumps(first[:200])}" in out and "verified: all 1 checksums" in out
+
+
+def test_inspect_shows_text_that_the_terminal_cannot(folder, tmp_path):
+    (tmp_path / "a.txt").write_text("中文 text")
+    arguments = ["--input", tmp_path / "a.txt", "--tokenizer", folder / "tokenizer", "--workers", 1]
+    tool("tokenize_corpus", *arguments, "--output", tmp_path / "a")
+    command = [sys.executable, ROOT / "tools" / "inspect_data.py", "--data", tmp_path / "a"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True)
+    assert done.returncode == 0 and rb'document 0: "\u4e2d\u6587 text"' in done.stdout
 
 
 def test_inspect_finds_damage_and_names_it(folder, tmp_path):

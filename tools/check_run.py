@@ -40,6 +40,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     options, settings = parser.parse_known_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # texts of any language, on a terminal that may know one
     try:
         config = load(settings, world_size=None, program="tools/check_run.py")
     except ConfigError as error:

@@ -68,6 +68,10 @@ def main() -> int:
     try:
         if not 0 <= arguments.valid_fraction < 1:
             raise DataError(f"--valid-fraction {arguments.valid_fraction}: must be at least 0 and less than 1")
+        if not os.path.basename(arguments.output) or arguments.output.endswith((".bin", ".idx", ".json")):
+            raise DataError(
+                f"--output {arguments.output!r}: give a prefix, as data/text, to which .bin, .idx and .json are added"
+            )
         if arguments.workers < 1:
             raise DataError(f"--workers {arguments.workers}: must be at least 1")
         seals, corpus = tokenize(arguments)
