@@ -140,6 +140,17 @@ def test_what_was_not_read_or_not_split_is_said(tmp_path):
         Corpus([str(tmp_path)], split="")
 
 
+def test_a_dump_of_many_documents_is_not_taken_for_one_until_memory_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr("pretrain.data.corpus._LARGEST_DOCUMENT", 1000)
+    (tmp_path / "a.txt").write_text("one story\n" * 100)
+    assert len(texts(Corpus([str(tmp_path / "a.txt")]))) == 1
+    (tmp_path / "a.txt").write_text("one story\n" * 101)
+    for split in ("file", "<SEP>"):
+        with pytest.raises(DataError, match=r"a\.txt: a document of more than .*--text-split says where each document begins"):
+            texts(Corpus([str(tmp_path / "a.txt")], split=split))
+    assert len(texts(Corpus([str(tmp_path / "a.txt")], split="line"))) == 101
+
+
 BAD_LINES = [
     (b'{"text": "cut', "not JSON"),
     (b"[1, 2]", "not an object with the key 'text'"),

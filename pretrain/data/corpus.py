@@ -31,6 +31,7 @@ STDLIB = "stdlib"
 _FORMATS = (".txt", ".jsonl", ".parquet")
 _COMPRESSIONS = (".gz", ".zst")
 _BATCH_ROWS = 1000
+_LARGEST_DOCUMENT = 256 << 20  # bytes of a .txt that are held at once, with 25 times that when they become ids
 _BROKEN_CHARACTERS, _BROKEN_SHARE = 100, 0.01  # more of a file, and it is of another encoding
 # Tests, generated tables and vendored copies are repetitive, and distributors remove some of them.
 _STDLIB_FOLDERS_LEFT_OUT = (
@@ -189,11 +190,16 @@ class Corpus:
                 yield name, text
 
     def _text(self, path: Path, file: BinaryIO) -> Iterator[tuple[str, str]]:
-        parts = [file.read()] if self.split == "file" else _parts(file, self.split)
+        parts = [file.read(_LARGEST_DOCUMENT + 1)] if self.split == "file" else _parts(file, self.split)
         number = broken = characters = 0
         for number, data in enumerate(parts, 1):
             if number == 1:
                 data = data.removeprefix(b"\xef\xbb\xbf")
+            if len(data) > _LARGEST_DOCUMENT:
+                size = f"a document of more than {_LARGEST_DOCUMENT >> 20} MiB, which memory may not hold"
+                raise DataError(
+                    f"{path}: {size}; --text-split says where each document begins: line, blank-line or a separator"
+                )
             name, text = (str(path) if self.split == "file" else f"{path}:{number}"), data.decode(errors="replace")
             replaced = text.count("\ufffd") - data.count("\ufffd".encode())
             broken, characters = broken + replaced + text.count("\0"), characters + len(text)
