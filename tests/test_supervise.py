@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -41,6 +42,7 @@ class Job:
         self.run.parent.mkdir(exist_ok=True)
         self.output = open(self.run.parent.with_suffix(".log"), "w+")
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True)
+        atexit.register(self.process.terminate)  # a test that fails leaves no job at work
         self.family: set[psutil.Process] = set()
 
     def wait_for(self, step: int, seconds: float = 90) -> None:
