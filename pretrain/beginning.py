@@ -211,6 +211,9 @@ def checkpoint_to_resume(config: Config, engine: Engine, folder: Path) -> Checkp
     if chosen.path.parent != saved.resolve() and engine.broadcast(len(checkpoints.checkpoints(saved))):
         problem = f"is of another run, but {saved} has checkpoints that did not begin there; use auto, or another run.name"
         raise ConfigError([Problem("checkpoint.resume", problem)])
+    if engine.broadcast(int(not (chosen.path / "manifest.json").exists())):
+        problem = f"{chosen.path} is not the folder of a whole checkpoint, such as {saved / 'step_00001000'}"
+        raise ConfigError([Problem("checkpoint.resume", problem)])
     checkpoints.verify(chosen, engine)
     return chosen
 

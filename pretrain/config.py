@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from pretrain import huggingface, schema
 from pretrain.rules import validate
@@ -367,21 +369,31 @@ def load(argv: list[str], *, world_size: int | None = 1, program: str = "launch/
     paths, flags, switches = _split_arguments(argv, problems)
     if "help" in switches:
         keys = "\n".join(f"  --{key} ({schema.shown(default)})\n        {doc}" for key, default, doc in schema.walk(Config))
-        print(USAGE.format(program=program, keys=keys))
-        raise SystemExit(0)
+        _show(USAGE.format(program=program, keys=keys) + "\n")
     tree = schema.read_layers(paths, flags, problems)
+    unread = any(problem.key.startswith(tuple(paths)) for problem in problems)
     pretrained = _read_pretrained(tree, problems)
     config = schema.build(Config, tree, problems)
     if pretrained and not problems:
         problems += _check_pretrained(config.model, pretrained)
     sections = {problem.key.split(".")[0] for problem in problems}  # a wrong value was replaced by its default there
-    problems += [problem for problem in validate(config, world_size) if problem.key.split(".")[0] not in sections]
+    found = [] if unread else validate(config, world_size)  # who knows what stands in a file that cannot be read
+    problems += [problem for problem in found if problem.key.split(".")[0] not in sections]
     if problems:
         raise ConfigError(problems)
     if "print_config" in switches:
-        print(schema.to_yaml(config), end="")
-        raise SystemExit(0)
+        _show(schema.to_yaml(config))
     return config
+
+
+def _show(text: str) -> NoReturn:
+    """To standard output, and the end. A reader that has seen enough (`--help | head`) is no failure."""
+    sys.stdout.reconfigure(encoding="utf-8")  # YAML's, whatever the locale can write
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(0)
 
 
 def _read_pretrained(tree: dict[str, Any], problems: list[Problem]) -> ModelConfig | None:

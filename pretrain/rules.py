@@ -59,12 +59,15 @@ def _check_ranges(config: Config) -> list[Problem]:
         problems.append(Problem("optimizer.momentum", f"got {config.optimizer.momentum}, must be in [0, 1)"))
     if not 0 <= config.schedule.final_lr_fraction <= 1:
         problems.append(Problem("schedule.final_lr_fraction", f"got {config.schedule.final_lr_fraction}, must be in [0, 1]"))
-    if (
-        any(part in ("", ".", "..") for part in config.run.name.split("/"))
-        or "\n" in config.run.name
-        or len(config.run.name) > 200
-    ):
+    if any(part in ("", ".", "..") for part in config.run.name.split("/")) or len(config.run.name) > 200:
         problems.append(Problem("run.name", f"got {config.run.name!r}, must be a plain folder name below run.directory"))
+    for key, path in (("run.name", config.run.name), ("run.directory", config.run.directory)):
+        if not path.isprintable():
+            problems.append(
+                Problem(key, f"got {path!r}, which has characters that no terminal or file of this locale can show")
+            )
+    if config.run.directory.startswith("~"):
+        problems.append(Problem("run.directory", f"got {config.run.directory}; only a shell knows ~, write the path in full"))
     return problems
 
 

@@ -72,30 +72,44 @@ def _read_file(path: str, problems: list[Problem]) -> dict[str, Any]:
         if Path(path).stat().st_size > MAX_FILE_BYTES:
             raise ValueError(f"is larger than {MAX_FILE_BYTES} bytes; no file of settings is")
         text = Path(path).read_bytes().decode("utf-8-sig")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_Loader)
         if node is not None and not isinstance(node, yaml.MappingNode):
             raise ValueError("must hold sections such as `model:` with keys below them")
         return _unfold(node, path, problems, 0) if node is not None else {}
     except FileNotFoundError:
         problems.append(Problem(path, "there is no such file"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        problems.append(Problem(path, f"cannot be read: {error}"))
-    except yaml.YAMLError as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problems.append(Problem(f"{path}{line}", f"is not YAML: {getattr(error, 'problem', None) or error}"))
-    except RecursionError:
-        problems.append(Problem(path, f"is nested deeper than {MAX_DEPTH} levels"))
+        problems.append(Problem(f"{path}:{mark.line + 1}" if mark else path, _reason(error)))
     return {}
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses aliases: nested ones unfold a kilobyte to millions of values."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise ValueError(f"line {event.start_mark.line + 1}: *{event.anchor} is an alias; write the value out")
+        return super().compose_node(parent, index)
+
+
+def _reason(error: Exception) -> str:
+    """Why settings cannot be read, on one line."""
+    if isinstance(error, RecursionError):
+        return f"is nested deeper than {MAX_DEPTH} levels"
+    if isinstance(error, yaml.YAMLError):
+        return f"is not YAML: {getattr(error, 'problem', None) or str(error).splitlines()[0]}"
+    return f"cannot be read: {error}"
 
 
 def _flag_node(key: str, text: str, problems: list[Problem]) -> Any:
     """`[...]` and `{...}` are YAML, anything else is taken as it stands."""
     if text[:1] in ("[", "{"):
         try:
-            return _unfold(yaml.compose(text, Loader=yaml.SafeLoader), f"--{key}", problems, 0)
-        except yaml.YAMLError as error:
-            problems.append(Problem(key, f"is not YAML: {error}", f"--{key}"))
+            return _unfold(yaml.compose(text, Loader=_Loader), f"--{key}", problems, 0)
+        except (ValueError, yaml.YAMLError, RecursionError) as error:
+            problems.append(Problem(key, _reason(error), f"--{key}"))
             return {}
     return Scalar(text, f"--{key}")
 
@@ -204,7 +218,7 @@ def _convert(value: Any, hint: Any, dotted: str, problems: list[Problem], root: 
 def _convert_sequence(value: Any, hint: Any, origin: type, dotted: str, problems: list[Problem], root: type) -> Any:
     kinds = typing.get_args(hint)
     if not isinstance(value, Sequence):
-        raise ValueError(f"must be a list of {_name(kinds[0])}, such as [a, b]")
+        raise ValueError(f"must be a list, such as {_example(kinds[0])}")
     if origin is tuple and len(value.items) != len(kinds):
         raise ValueError(f"must have {len(kinds)} values, got {len(value.items)}")
     pairs = zip(value.items, kinds if origin is tuple else (kinds[0],) * len(value.items), strict=True)
@@ -245,6 +259,13 @@ def _name(hint: Any) -> str:
     return names.get(hint, "a section" if dataclasses.is_dataclass(hint) else "one of a fixed list")
 
 
+def _example(hint: Any) -> str:
+    """A list of such values."""
+    if dataclasses.is_dataclass(hint):
+        return "[{" + f"{dataclasses.fields(hint)[0].name}: ..." + "}]"
+    return "[" + ", ".join(typing.get_args(hint)[:2] or {float: ("0.9", "0.95")}.get(hint, ("a", "b"))) + "]"
+
+
 def _origin(value: Any) -> str:
     if isinstance(value, dict):
         return next((found for found in map(_origin, value.values()) if found), "")
@@ -253,6 +274,9 @@ def _origin(value: Any) -> str:
 
 def _unknown_key(key: str, prefix: str, hints: dict[str, Any], root: type) -> str:
     """Names the nearest key of this section, else the nearest anywhere, else all of this section."""
+    if "." in key:  # in a file: those of flags are split
+        section, _, rest = key.partition(".")
+        return f"unknown key; in a file it is written {prefix}{section}: {{{rest}: ...}}"
     near = difflib.get_close_matches(key, hints, 1)
     elsewhere = {dotted.rsplit(".", 1)[-1]: dotted for dotted, _, _ in walk(root)}
     far = difflib.get_close_matches(key, elsewhere, 1, cutoff=0.75)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,14 @@ def test_every_problem_is_reported_at_once_with_file_line_key_and_advice(tmp_pat
         (["--schedule.warmup_steps", "5", "--schedule.decay_steps", "6"], "warmup_steps + decay_steps = 11"),
         (["--engine.world_size", "2"], "asks for 2 processes, but 1 run"),
         (["--run.name", "../x"], "plain folder name"),
+        (["--run.name", "a\0b"], "which has characters that no terminal"),
+        (["--run.name", "\udcff"], "which has characters that no terminal"),
+        (["--run.directory", "~/runs"], "only a shell knows ~"),
+        (["--optimizer.betas", "[0.9, 0.95"], "optimizer.betas: is not YAML: expected ',' or ']', but got '<stream end>'  ("),
+        (["--data.train", "[" * 100 + "]" * 100], "nested deeper"),
+        (["--data.train", "a"], "must be a list, such as [{path: ...}]"),
+        (["--optimizer.betas", "0.9"], "must be a list, such as [0.9, 0.95]"),
+        (["--log.sinks", "console"], "must be a list, such as [console, jsonl]"),
         (["--learning_rate", "3"], "unknown key"),
         (["--weight_decay", "3"], "did you mean optimizer.weight_decay?"),
         (["--config", "missing.yaml"], "there is no such file"),
@@ -115,6 +124,11 @@ def test_a_mistake_is_named(flags, said):
         ("model: {vocab_size: [1]}\n", "is a list"),
         ("a: " * 1 + "[" * 200 + "]" * 200, "nested deeper"),
         (b"run: {name: \xff}\n", "cannot be read"),
+        ("model.hidden_size: 64", "in a file it is written model: {hidden_size: ...}"),
+        (
+            "a: &a [x, x]\n" + "".join(f"{b}: &{b} [{', '.join(9 * [f'*{a}'])}]\n" for a, b in itertools.pairwise("abcdefghi")),
+            "line 2: *a is an alias; write the value out",
+        ),
         ("x" * (1 << 20) + ": 1\n", "larger than"),
     ],
 )
@@ -242,3 +256,15 @@ def test_continuing_prompts_needs_whole_weights_a_tokenizer_and_validations():
     prompts = ["--evaluate.sample_prompts", "[hello]", "--tokenizer.path", "data/t"]
     assert load([*flags, *prompts]).evaluate.sample_prompts == ["hello"]
     assert "evaluate.sample_prompts: needs tokenizer.path" in problems_of([*flags, *prompts[:2]])
+
+
+def test_a_file_that_cannot_be_read_is_the_only_problem(tmp_path):
+    assert problems_of(["--config", "missing.yaml"]).startswith("1 problem")
+
+
+@pytest.mark.parametrize("switch", ["--help", "--print_config"])
+def test_a_reader_that_has_seen_enough_is_no_failure_and_any_locale_will_do(switch):
+    command = [sys.executable, ROOT / "launch" / "pretrain.py", *GOOD, "--run.name", "模型", switch]
+    process = subprocess.Popen(command, env={"PYTHONIOENCODING": "ascii"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(60)) == (b"", 0)

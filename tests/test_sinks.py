@@ -632,3 +632,10 @@ def test_the_curve_is_on_the_disk_before_the_checkpoint_that_it_led_to(tmp_path,
     flags += ["--train.max_steps", "6", "--checkpoint.every_steps", "3", "--run.directory", str(tmp_path)]
     assert train(load(flags)) == 0
     assert calls == ["sync", "commit"] * 2
+
+
+def test_without_a_standard_output_the_lines_are_in_console_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as Python does where it was closed before the start
+    with open_sinks(tmp_path, "console", "jsonl") as sinks:
+        sinks.say("a line")
+    assert "a line" in (tmp_path / "console.log").read_text()

@@ -93,7 +93,7 @@ class Sinks:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory, self.total_steps = directory, total_steps
         self._lock = threading.RLock()  # the copies' threads speak too
-        self._to_stdout = "console" in config.sinks
+        self._to_stdout = "console" in config.sinks and sys.stdout is not None  # None: it was closed before the start
         self._bar: tqdm | None = None
         self._last_bar_note = (0.0, math.nan)  # when the time left was last known, and what it was
         self._header: list[str] = []
