@@ -17,6 +17,7 @@ starts the job again (launch/slurm.sh). docs/running.md explains the statuses.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
@@ -70,13 +71,14 @@ def _split(argv: list[str]) -> tuple[list[str], bool, list[str]]:
 
 
 def _machines(flags: list[str]) -> int:
-    """How many the launcher would use: its flag, else its configuration file."""
+    """How many the launcher would use: its flag, else its configuration file. What is wrong in them, the launcher will say."""
     words = [word for flag in flags for word in flag.split("=", 1)]
     after = {name: words[words.index(name) + 1] for name in ("--num_machines", "--config_file") if name in words[:-1]}
-    if "--num_machines" in after:
-        return int(after["--num_machines"])
-    file = Path(after.get("--config_file", ""))
-    return int(yaml.safe_load(file.read_text()).get("num_machines") or 1) if file.is_file() else 1
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
+        if "--num_machines" in after:
+            return int(after["--num_machines"])
+        return int(yaml.safe_load(Path(after.get("--config_file", "")).read_text()).get("num_machines") or 1)
+    return 1
 
 
 def _say(text: str) -> None:
@@ -113,6 +115,9 @@ class Supervisor:
             except Locked as error:
                 _say(str(error))
                 return LOCKED
+            except OSError as error:
+                _say(f"{self.folder} cannot be written: {error}; choose another run.directory")
+                return REFUSED
             status, how = self._attempt()
             if status in FINAL or self.asked:
                 break

@@ -41,8 +41,9 @@ def build_with(mutant: dict[str, list[tuple[str, str]]], folder: Path) -> Path:
 
 
 def rehearse(build: Path, fault: str, keep: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, *DRILL, "--only", fault, "--processes", "1", "--keep", str(keep)]
-    return subprocess.run(command, cwd=build, capture_output=True, text=True, timeout=600)
+    """From a folder that is not the project's, where relative paths are the user's."""
+    command = [sys.executable, str(build / DRILL[0]), *DRILL[1:], "--only", fault, "--processes", "1", "--keep", keep.name]
+    return subprocess.run(command, cwd=keep.parent, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.slow
@@ -75,7 +76,8 @@ def test_the_shrunk_run_keeps_what_is_rehearsed(tmp_path, monkeypatch):
     spec.loader.exec_module(fire_drill)
     (tmp_path / "tiny.yaml").write_text(TINY)
     flags = ["--engine.name", "zero3", "--model.num_key_value_heads", "1", "--optimizer.weight_decay", "0.3"]
+    flags += ["--data.quarantine", "of_other_samples.txt"]  # another sequence length has others
     small = fire_drill.shrink(load(["--config", str(tmp_path / "tiny.yaml"), *flags]), 2, tmp_path)
     assert (small.engine.name, small.optimizer.weight_decay) == ("zero3", 0.3)
-    assert small.model.num_key_value_heads < small.model.num_attention_heads
+    assert small.model.num_key_value_heads < small.model.num_attention_heads and small.data.quarantine is None
     assert small.checkpoint.every_steps < small.train.max_steps and small.log.every_steps == 1

@@ -155,6 +155,15 @@ def test_several_machines_are_refused(tiny):
         assert job.end() == 2 and "launch/slurm.sh" in job.said()
 
 
+def test_launcher_settings_that_cannot_be_read_and_a_folder_that_cannot_be_made_are_refused(tiny, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "tiny").touch()  # a file where the folder must be
+    for text in ("", "a: [", "num_machines: [2]"):
+        (tmp_path / "launcher.yaml").write_text(text)
+        job = Job(tiny, ["--config_file", str(tmp_path / "launcher.yaml")])
+        assert job.end() == 2 and "cannot be written" in job.said()
+
+
 def test_without_settings_it_explains_itself():
     done = subprocess.run([sys.executable, "launch/supervise.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "launch/supervise.py [--force] [accelerate flags] --" in done.stdout

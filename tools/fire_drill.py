@@ -99,15 +99,15 @@ def shrink(config: Config, processes: int, directory: Path) -> Config:
     model, batch, heads = config.model, config.batch, 4
     grouped = (model.num_key_value_heads or model.num_attention_heads) < model.num_attention_heads
     small = dataclasses.replace(
-        model, hidden_size=64, num_hidden_layers=2, num_attention_heads=heads, num_key_value_heads=2 if grouped else heads,
-        head_dim=None, intermediate_size=128,
+        model, from_pretrained=None, hidden_size=64, num_hidden_layers=2, num_attention_heads=heads,
+        num_key_value_heads=2 if grouped else heads, head_dim=None, intermediate_size=128,
     )  # fmt: skip
     replicas = config.engine.replicas if processes % config.engine.replicas == 0 else 1
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, name="peace", directory=str(directory)),
         model=small,
-        data=dataclasses.replace(config.data, sequence_length=min(32, config.data.sequence_length)),
+        data=dataclasses.replace(config.data, sequence_length=min(32, config.data.sequence_length), quarantine=None),
         batch=dataclasses.replace(batch, global_batch_size=4 * processes, micro_batch_size=2),
         schedule=dataclasses.replace(config.schedule, warmup_steps=min(8, config.schedule.warmup_steps), decay_steps=None),
         train=dataclasses.replace(config.train, max_steps=STEPS, max_tokens=None, epochs=None),
@@ -130,7 +130,6 @@ class Job:
         limit = None if file_limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
         self.launcher = subprocess.Popen(
             command,
-            cwd=ROOT,
             env=environment,
             stdout=self.output,
             stderr=subprocess.STDOUT,
@@ -197,9 +196,10 @@ class Drill:
         """Starts, or goes on with, the run `name`."""
         launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
         if self.processes > 1:
-            launcher += ["--config_file", "launch/accelerate/cpu.yaml", "--num_processes", str(self.processes)]
+            cpus = ROOT / "launch" / "accelerate" / "cpu.yaml"
+            launcher += ["--config_file", str(cpus), "--num_processes", str(self.processes)]
         settings = ["--config", str(self.settings), "--run.name", name, *flags]
-        return Job(self.folder / name, [*launcher, "launch/pretrain.py", *settings], **options)
+        return Job(self.folder / name, [*launcher, str(ROOT / "launch" / "pretrain.py"), *settings], **options)
 
     def train_in_peace(self) -> None:
         """The run that all others are compared with. Raises Broken when it does not come to its end."""
