@@ -105,6 +105,8 @@ def at_start(config: Config, engine: Engine, model: ModelConfig, data: TrainData
         folder = Path(config.run.directory) / config.run.name
         files = [(f"data.train[{i}].path", source) for i, source in enumerate(data.sources)]
         files += [(f"data.valid[{i}].path", each.source) for i, each in enumerate(valid)]
+        if not config.data.synthetic:
+            found += _same_files([source.file for source in data.sources], [each.source.file for each in valid])
         for where, source in files:
             if isinstance(source, FileSource):
                 found += health.sampled(source.file, where, vocab_size=data.vocab_size, end_of_document_id=None)
@@ -189,11 +191,8 @@ def file_facts(file: TokenFile, end: int | None) -> list[str]:
 
 def _copy_findings(train: list[TokenFile], valid: list[TokenFile], end: int | None, facts: list[str]) -> list[Finding]:
     shares = health.copies(train, valid, end) if train else None
-    if shares is None:  # nothing says where documents end, but a file may be given twice
-        known = {file.fingerprint() for file in train}
-        text = "of data.valid is a file of data.train, too, so the validation loss will look too good; give it text of its own"
-        same = [file.path for file in valid if file.fingerprint() in known]
-        return [Finding("validation-overlap", "data.valid", f"{path} {text}") for path in same]
+    if shares is None:  # nothing says where documents end
+        return _same_files(train, valid)
     extent = "all" if shares.whole else "a sample of"
     facts.append(
         f"copies: {shares.train:.2%} of the training tokens stand in second copies of documents"
@@ -208,6 +207,13 @@ def _copy_findings(train: list[TokenFile], valid: list[TokenFile], end: int | No
         text = f"{shares.valid:.0%} of the validation tokens are training documents, so the validation loss will look too good"
         found.append(Finding("validation-overlap", "data.valid", f"{text}; split by document with tools/tokenize_corpus.py"))
     return found
+
+
+def _same_files(train: list[TokenFile], valid: list[TokenFile]) -> list[Finding]:
+    known = {file.fingerprint() for file in train}
+    text = "is a file of data.train, too, so the validation loss will look too good; give it text of its own"
+    same = [file.path for file in valid if file.fingerprint() in known]
+    return [Finding("validation-overlap", "data.valid", f"{path} {text}") for path in same]
 
 
 def batch_in_words(batch: Batch, tokenizer: Tokenizer | None) -> list[str]:

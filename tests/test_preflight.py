@@ -488,9 +488,11 @@ def test_a_run_refuses_at_its_start_what_the_quick_part_finds_on_all_ranks(world
 
 
 def test_a_run_says_its_warnings_and_trains(world, capsys):
-    world.flags |= {"train.max_steps": 3, "schedule.warmup_steps": 2}
+    world.flags |= {"train.max_steps": 3, "schedule.warmup_steps": 2, "data.valid": world.flags["data.train"]}
     assert train(load(world.argv())) == 0
-    assert "warning    warmup-too-long: schedule.warmup_steps: 2 of 3 steps" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "warning    warmup-too-long: schedule.warmup_steps: 2 of 3 steps" in said
+    assert f"warning    validation-overlap: data.valid: {world.train} is a file of data.train, too" in said
 
 
 def test_a_run_that_would_not_go_on_is_known_before(world):
