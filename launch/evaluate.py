@@ -105,6 +105,10 @@ def measure_loss(options: argparse.Namespace) -> list[dict]:
 
 def measure_tasks(options: argparse.Namespace) -> None:
     """Prints lm-eval's table. Raises ValueError and its like with a sentence for the user."""
+    from pretrain.huggingface import read_config
+
+    if options.model:
+        read_config(options.model)  # it is a folder: a name would be looked for on the network
     if not importlib.util.find_spec("lm_eval"):
         raise ValueError("--tasks needs the package lm-eval: pip install 'pretrain[eval]'")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -132,7 +136,10 @@ def measure_tasks(options: argparse.Namespace) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         found = lm_eval.simple_evaluate(
             model="hf",
-            model_args={"pretrained": str(folder), "dtype": "auto"},
+            model_args={
+                "pretrained": str(folder),
+                "dtype": {"fp32": "float32", "bf16": "bfloat16"}.get(options.precision, "auto"),
+            },
             tasks=options.tasks.split(","),
             task_manager=manager,
             num_fewshot=options.num_fewshot,

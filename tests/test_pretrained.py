@@ -372,6 +372,7 @@ def test_a_folder_says_how_prompts_begin_and_texts_end_as_to_transformers(folder
         (["launch/evaluate.py", "--model", "HF"], "give --data or --tasks"),
         (["launch/evaluate.py", "--run", "RUN", "--data", "OUT"], "no token file here"),
         (["launch/evaluate.py", "--run", "RUN", "--output", "OUT/o"], "there is no folder"),
+        (["launch/evaluate.py", "--model", "OUT", "--tasks", "any"], "config.json: cannot be read"),
         (["launch/generate.py", "--run", "RUN"], "give --prompt or --prompts-file"),
         (["launch/generate.py", "--model", "HF", "--prompts-file", "OUT"], "No such file"),
         (["launch/generate.py", "--model", "HF", "--prompts-file", os.devnull], "holds no prompt"),
