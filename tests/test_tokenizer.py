@@ -91,6 +91,18 @@ def test_a_space_survives_a_tokenizer_that_was_trained_on_text_without_one(tmp_p
             assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_more_characters_than_ids_leave_room_for_longer_pieces(tmp_path):
+    """As Chinese has: frequent ones become pieces, the others bytes."""
+    rng = np.random.default_rng(0)
+    words = ["".join(map(chr, 0x4E00 + (2500 ** (rng.random(2) ** 2)).astype(int))) for _ in range(4000)]
+    written = ["".join(words[int(i)] for i in 4000 ** (rng.random(1000) ** 0.7)) for _ in range(40)]
+    assert len(set("".join(written))) + 262 > 1200
+    tokenizer = train(written, tmp_path / "t", vocab_size=1200, describe=dict)
+    text = written[0] + " \U00020000"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode(text)) < len(text)  # longer pieces save more than the bytes of rare characters cost
+
+
 def test_real_documents_survive_in_batches_as_alone(tokenizer, texts):
     batch = tokenizer.encode_batch(texts)
     assert [tokenizer.decode(ids) for ids in batch] == texts

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from .indexed import DataError
 
 _UNKNOWN, _BEGIN, _END_OF_DOCUMENT, _PAD = "<|unk|>", "<|bos|>", "<|endoftext|>", "<|pad|>"
 _CHAT = ["<|im_start|>", "<|im_end|>"]  # reserved for later fine-tuning; rare spellings, so that text does not hold them
+_ALWAYS = 256 + 4 + len(_CHAT)  # ids of bytes and special tokens
 _SPACE = "\u2581"  # what SentencePiece writes for a space
 _CUT = re.compile("[^ ](?= )")
 _CHUNK = re.compile(r"(?s).{2000,10000}?\n|.{1,10000}")
@@ -194,17 +196,18 @@ def train(
     text was taken. Raises DataError when the folder is in use or the text is too small for `vocab_size`.
 
     Byte fallback and the identity normaliser make it lossless; digits stand alone; runs of spaces and line ends may merge,
-    which is what makes code short (3.3 bytes per token instead of 3.1 with training on single lines).
+    which is what makes code short (3.3 bytes per token instead of 3.1 with training on single lines). All texts are held in
+    memory.
     """
     from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder}: exists already; choose another output or remove it first")
-    model = io.BytesIO()
+    model, pieces = io.BytesIO(), [chunk for text in texts for chunk in chunks(text)]
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=(chunk for text in texts for chunk in chunks(text)),
+            sentence_iterator=iter(pieces),
             model_writer=model,
             model_type="bpe",  # unigram takes 20 times as long to train and does not convert to Hugging Face with equal ids
             vocab_size=vocab_size,
@@ -214,7 +217,7 @@ def train(
             remove_extra_whitespaces=False,
             split_digits=True,
             allow_whitespace_only_pieces=True,
-            character_coverage=0.99995,
+            character_coverage=_coverage(pieces, vocab_size),
             required_chars=_SPACE,  # Chinese has no spaces: unlearned, one would be spelled in bytes and come back as U+2581
             max_sentence_length=1 << 20,  # longer ones are dropped silently; chunks have at most 10,000 characters
             unk_id=0,
@@ -251,6 +254,19 @@ def train(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Tokenizer.load(folder)
+
+
+def _coverage(texts: list[str], vocab_size: int) -> float:
+    """Share of the text whose characters become pieces; the others are spelled in bytes.
+
+    0.99995, as far as that leaves a quarter of the ids for longer pieces: Chinese has more characters than a small vocabulary.
+    """
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    most = max(1, 3 * (vocab_size - _ALWAYS) // 4)
+    covered = sum(count for _, count in counts.most_common(most)) / max(1, sum(counts.values()))
+    return min(max(0.98, covered), 0.99995)  # SentencePiece takes no less than 0.98
 
 
 def _advice(message: str) -> str:
