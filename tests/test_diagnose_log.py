@@ -292,6 +292,22 @@ def test_a_validation_loss_in_the_log_gives_the_factor_and_memorising_gives_none
     assert diagnose(other_text, Setup(50257, 4)).findings == []
 
 
+@pytest.mark.parametrize("setup", [Setup(50257, 4, 2, 1024, 4), Setup()])
+@pytest.mark.parametrize("evaluations", [2, 5])
+def test_what_learns_a_small_text_by_heart_is_not_called_divided(setup, evaluations):
+    """2.7 x 4 = 10.8 = ln 50257, and it falls far: but the evaluations begin where the training loss does."""
+    steps = np.arange(10, 1000, 10)
+    at = np.linspace(9, 98, evaluations).astype(int)
+    loss = np.linspace(2.7, 0.6, 99)
+    log = log_of(steps, loss, val_steps=steps[at].astype(float), val_loss=2.6 + np.linspace(0, 0.9, evaluations))
+    assert [f.fault for f in diagnose(log, setup).findings] == ["memorising"]
+
+
+def test_a_fall_from_a_low_start_says_nothing_where_the_vocabulary_is_unknown():
+    result = diagnose(log_of(np.arange(1, 500, 10), 2.2 * (1 + np.arange(50) / 10) ** -0.7), Setup(None, 8))
+    assert result.findings == [] and any("shows its loss divided by something" in note for note in result.notes)
+
+
 @pytest.mark.parametrize("noise", [0.003, 0.03])
 def test_a_curve_that_falls_to_the_unigram_entropy_and_stays_ignores_its_context(noise):
     steps, lines = np.arange(0, 2000, 10), {"uniform": 8.3, "unigram": 6.5, "bigram": 4.2}

@@ -165,6 +165,12 @@ def _val_drop(curve: Curve) -> float:
     return float(np.interp(middle, curve.val_step, curve.val_loss) - curve.val_loss[-1])
 
 
+def memorising(curve: Curve) -> str | None:
+    """A sentence where training falls and validation does not; for curves of unknown vocabulary. All values finite."""
+    found = _memorising(curve, _trend(curve.loss)) if len(curve.loss) else None
+    return found[1] if found and found[0] == "memorising" else None
+
+
 def _memorising(curve: Curve, trend: _Trend) -> tuple[str, str] | None:
     """(kind, sentence) where training falls and validation does not."""
     if not len(curve.val_loss):

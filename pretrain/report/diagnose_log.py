@@ -31,6 +31,7 @@ from pretrain.report.shown_factor import (
     from_start,
     from_validation,
     line_noise,
+    over_validation,
     running,
     share_of_ln_v,
     vocabularies_of,
@@ -138,7 +139,9 @@ def _scale(result: Diagnosis) -> Iterator[Finding]:
     if evidence := from_perplexity(log):
         yield _factor(result, evidence, f"The perplexity on the same lines is exp(loss / {evidence.best:.4g}). ")
     elif evidence := from_validation(log, curve, ln_v):
-        yield _factor(result, evidence, f"The same log's evaluation shows {1 / evidence.best:.3g} times this loss, all along. ")
+        named = [each for each in contenders(evidence, result.setup, curve, ln_v) if each.cause != "perplexity"]  # no constant
+        why = f"The same log's evaluation shows {1 / evidence.best:.3g} times this loss, all along. "
+        yield _factor(result, evidence, why, named)
     elif ln_v is None:
         yield from _scale_without_vocabulary(result)
     else:
@@ -172,11 +175,13 @@ def _too_low(result: Diagnosis, evidence: Evidence) -> Iterator[Finding]:
     """The first line is less than any healthy run from scratch shows; a run from trained weights may show it."""
     curve, setup = result.curve, result.setup
     named = contenders(evidence, setup, curve, setup.ln_v)
+    ratio, _ = over_validation(result.log, curve)  # a factor holds there, too; what learns by heart drifts away
+    named = [each for each in named if all(abs(math.log(one / each.value)) < 0.4 for one in ratio)]
     start = f"the first loss, {curve.first:.4g} at {result.place}, is {curve.first / setup.ln_v:.2g} times {_expected(setup)}"
     exact = bool(named) and curve.age <= 1 and evidence.deviations(named[0]) < 1.3 and not named[0].doubt
     too_good = curve.last < LEAST_EVER * setup.ln_v
     falls = falls_as_untrained(curve)
-    untrained = bool(falls) and (bool(named) or curve.last < 0.65 * curve.first)
+    untrained = bool(falls) and (bool(named) or (curve.last < 0.65 * curve.first and not len(ratio)))
     if named and ((exact and falls is None) or untrained or (too_good and not named[0].is_unit)):
         yield _factor(result, evidence, "", named)
     elif untrained and curve.first > 0.6 * setup.ln_v:
@@ -202,8 +207,6 @@ def _scale_without_vocabulary(result: Diagnosis) -> Iterator[Finding]:
         yield _factor(
             result, evidence, f"No vocabulary starts at {curve.first:.4g} nats: 300,000 ids start at {LARGEST_LN_V:.1f}. "
         )
-    elif curve.from_start and curve.age <= 1 and curve.first < math.log(16) and curve.last < 0.65 * curve.first:
-        yield _factor(result, evidence, f"An untrained model that starts at {curve.first:.4g} nats would have {ids:.0f} ids. ")
     elif curve.from_start:
         fits = vocabularies_of(curve.first, curve.age)
         hypotheses = [f"as it stands it fits {fits}"] if fits else []
@@ -212,6 +215,8 @@ def _scale_without_vocabulary(result: Diagnosis) -> Iterator[Finding]:
                 hypotheses.append(f"if it {factor.claim()} ({factor.words}), {fits}")
         of = f"ln of {ids:,.0f}, or log2 of {2**curve.first:,.0f}"
         note = f"the vocabulary is unknown, so the first loss is not judged: {curve.first:.4g} is {of}"
+        if curve.first < math.log(16):
+            note += ", right for a run from trained weights; one that began untrained shows its loss divided by something"
         result.notes.append("; ".join([note, *hypotheses]) + ". Give --vocab-size")
     else:
         result.notes.append(f"the vocabulary is unknown and the log begins at {result.place}: the scale cannot be judged")
@@ -252,7 +257,7 @@ def _factor(result: Diagnosis, evidence: Evidence, why: str, named: list[Factor]
     exact = curve.age <= 1 and evidence.deviations(first) < 0.5
     another = first.cause in ("bits", "log10") and not exact and not why and curve.first < LARGEST_LN_V
     loose = evidence.deviations(first) > 1.3 or not (curve.from_start or why)
-    guess = first.doubt >= 2  # fits nearly any figure
+    guess = first.doubt >= 1.5  # so rare that any other number between is as likely
     certainty = (
         "possible" if len(named) > 1 or by_heart or trained or another or guess else "likely" if loose else "very likely"
     )
@@ -289,9 +294,9 @@ def _factor_without_name(result: Diagnosis, evidence: Evidence, why: str) -> Fin
     causes = ("multiplied" if up else "divided",)
     text = f"{why}{curve.first:.4g} at {result.place}{target}: the shown loss is {causes[0]} by about {by:.3g}"
     text += f" ({least:.3g} to {most:.3g})" + (", as a sum over so many tokens is" if by > 100 else "")
-    if up and setup.ln_v and curve.low < setup.ln_v:
+    if up and setup.ln_v and curve.low < setup.ln_v and not why:
         text, causes = f"{text}, or the initial weights are far too large", (*causes, "initialisation")
-    if up and setup.ln_v and curve.from_start and curve.first < LARGEST_LN_V:
+    if up and setup.ln_v and curve.from_start and curve.first < LARGEST_LN_V and not why:
         text, causes = f"{text}, or the vocabulary is another one, of about {_ids(curve)} ids", (*causes, "vocabulary")
     result.explanation = Factor(evidence.best, causes[0], "")
     advice = f"Give --accumulation, --world-size and --sequence-length to have their products tried. {_ONE_STEP}"
@@ -398,7 +403,7 @@ def _stall(result: Diagnosis) -> Iterator[Finding]:
     if ln_v and 0.985 <= level / ln_v <= 1.06:
         random = " (this data is random, the log says: there it is right)" if lines.get("floor", 0) > 0.99 * ln_v else ""
         text, short = f"{span}, and {_expected(setup)}: nothing is learned{random}", log.unit == "step" and span_steps < 200
-        if short and span_steps < 90:
+        if short and (span_steps < 90 or _is_warming_up(log)):
             result.notes.append(f"{text} so far, as in many a warm-up")
         else:
             yield Finding("stall", "likely" if short else "very likely", text, advice)
@@ -409,6 +414,13 @@ def _stall(result: Diagnosis) -> Iterator[Finding]:
         text = f"{span}, {level / ln_v:.2f} times {_expected(setup)}: about what the frequencies of tokens alone give"
         if _is_flat(true[begin:], 0.005) and true[0] > 1.05 * level:
             yield Finding("stall", "possible", f"{text}, as where the context is ignored", _CONTEXT)
+
+
+def _is_warming_up(log: TrainingLog) -> bool:
+    """Whether the learning rate still rises at the last line."""
+    lr = log.columns.get("lr", np.zeros(0))
+    lr = lr[np.isfinite(lr)]
+    return len(lr) > 1 and lr[-1] == lr.max() > 1.5 * lr[0]
 
 
 def _is_flat(loss: np.ndarray, share: float = 0.01) -> bool:
@@ -426,16 +438,14 @@ def _level(result: Diagnosis) -> Iterator[Finding]:
     log, curve, lines = result.log, result.curve, dict(result.log.reference_lines)
     if result.setup.ln_v:
         lines.setdefault("uniform", result.setup.ln_v)
-    if "uniform" not in lines:
-        return
     steps, val_loss = (log.val_steps, log.val_loss) if result.explanation is None else (np.zeros(0), np.zeros(0))
-    verdict = in_words.judge(in_words.Curve(curve.steps, result.true, steps, val_loss), lines)
-    if verdict.kind == "unigram":
+    seen = in_words.Curve(curve.steps, result.true, steps, val_loss)
+    if "uniform" in lines and (verdict := in_words.judge(seen, lines)).kind == "unigram":
         yield Finding("stall", "likely", verdict.text, _CONTEXT)
     # Without knowing how often the data was read, only a validation that rises is a sign.
-    if verdict.kind == "memorising" and log.val_loss[-1] > 1.02 * np.nanmin(log.val_loss):
-        best = f"{log.unit} {log.val_steps[np.nanargmin(log.val_loss)]:g}"
-        yield Finding("memorising", "likely", verdict.text, f"Use the checkpoint from around {best}.")
+    if len(val_loss) and val_loss[-1] > 1.02 * val_loss.min() and (by_heart := in_words.memorising(seen)):
+        best = f"{log.unit} {log.val_steps[log.val_loss.argmin()]:g}"
+        yield Finding("memorising", "likely", by_heart, f"Use the checkpoint from around {best}.")
 
 
 def _collapse(result: Diagnosis) -> Iterator[Finding]:

@@ -194,7 +194,7 @@ def factors(setup: Setup, curve: Curve, near: float) -> Iterator[Factor]:
         if b == 1 and 1 < sequences <= 16384 and t * sequences not in sums:
             yield Factor(t * sequences, "sum", f"the tokens of {sequences} sequences, a sum instead of a mean", 2.0)
     for value, words in {b: "the sequences of a micro-batch", b * a * w: "the sequences of a step"}.items():
-        if b > 1 and value not in (a, w, t):
+        if b > 1:
             yield Factor(value, "batch size", words, 0.7)
             yield Factor(1 / value, "divided by batch size", words, 0.7)
     yield Factor(2.0**16, "loss scale", "the loss scale of fp16", 2.0)
@@ -282,24 +282,33 @@ def from_perplexity(log: TrainingLog) -> Evidence | None:
     return Evidence(0.97 * mean, 1.03 * mean, mean, 0.01)
 
 
+def over_validation(log: TrainingLog, curve: Curve) -> tuple[np.ndarray, np.ndarray]:
+    """((M,) shown loss over that of each evaluation between its lines, (M,) the latter); evaluations of training data where the
+    log has such."""
+    evaluated = len(log.evaluated_loss) > 0
+    steps, losses = (log.evaluated_steps, log.evaluated_loss) if evaluated else (log.val_steps, log.val_loss)
+    inside = (steps >= curve.steps[0]) & (steps <= curve.steps[-1]) & (losses > 0)
+    width = max(1, len(curve.loss) // 50)
+    nearest = [np.abs(curve.steps - step).argsort(kind="stable")[:width] for step in steps[inside]]
+    return np.array([np.median(curve.loss[lines]) for lines in nearest]) / losses[inside], losses[inside]
+
+
 def from_validation(log: TrainingLog, curve: Curve, ln_v: float | None) -> Evidence | None:
     """Training loss over the loss that an evaluation in the same log shows. A ratio that stays is a factor; one that drifts is
     learning: memorising makes it small, late, and ever smaller. None: no factor follows."""
     evaluated = len(log.evaluated_loss) > 0
-    steps, losses = (log.evaluated_steps, log.evaluated_loss) if evaluated else (log.val_steps, log.val_loss)
-    inside = (steps >= curve.steps[0]) & (steps <= curve.steps[-1]) & (losses > 0)
-    if not inside.any():
+    ratio, losses = over_validation(log, curve)
+    if not len(ratio):
         return None
-    width = max(1, len(curve.loss) // 50)
-    nearest = [np.abs(curve.steps - step).argsort(kind="stable")[:width] for step in steps[inside]]
-    ratio = np.array([np.median(curve.loss[lines]) for lines in nearest]) / losses[inside]
     middle = float(np.median(ratio))
     if np.ptp(ratio) > 0.3 * middle or 0.55 < middle < 1.8:
         return None
-    early = ln_v is not None and losses[inside][0] > 0.6 * ln_v
+    early = ln_v is not None and losses[0] > 0.6 * ln_v
     if middle < 1 and not early and len(ratio) < 3:
         return None
-    return Evidence(0.87 * middle, 1.15 * middle, middle, 0.04 if evaluated else 0.08)
+    if evaluated:
+        return Evidence(0.87 * middle, 1.15 * middle, middle, 0.04)
+    return Evidence(0.85 * middle, 1.5 * middle, 1.06 * middle, 0.12)  # unseen text costs more, or is another kind
 
 
 def vocabularies_of(loss: float, age: float) -> str:
