@@ -105,7 +105,7 @@ class ModelConfig:
     vocab_multiple: int = 64
     """Embedding rows are padded up to a multiple of this; padded ids never enter the loss. 1: no padding."""
     max_position_embeddings: int | None = None
-    """Longest context, recorded for converters; null: data.sequence_length."""
+    """Longest context, recorded for converters: this, and at least data.sequence_length; null: that."""
     rope_theta: float = 10000.0
     """Base of the rotary position embedding."""
     rope_scaling: RopeScalingConfig | None = None
@@ -488,7 +488,7 @@ def resolve_model(model: ModelConfig, *, vocab_size: int, sequence_length: int) 
         intermediate_size=intermediate_size,
         moe=moe and dataclasses.replace(moe, moe_intermediate_size=moe.moe_intermediate_size or intermediate_size),
         vocab_size=vocab_size,
-        max_position_embeddings=model.max_position_embeddings or sequence_length,
+        max_position_embeddings=max(model.max_position_embeddings or 0, sequence_length),
     )
 
 

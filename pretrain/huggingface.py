@@ -225,7 +225,10 @@ def architecture(path: Path) -> dict[str, Any]:
         return from_config(read_config(path), path / "config.json")
     found = [path] if (path / "state.json").is_file() else list(path.glob("checkpoints/step_*"))
     if not found:
-        raise NotOurs(f"{path}: is no Hugging Face folder (config.json), no run (checkpoints) and no checkpoint (state.json)")
+        raise NotOurs(
+            f"{path}: is no Hugging Face folder (config.json), no run (checkpoints) and no checkpoint (state.json); a model "
+            "that has only a name must be downloaded first (hf download NAME --local-dir FOLDER)"
+        )
     newest = max(found, key=lambda folder: (len(folder.name), folder.name)) / "state.json"
     try:
         return json.loads(newest.read_bytes())["model"]

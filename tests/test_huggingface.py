@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pretrain import config as settings
 from pretrain import huggingface
-from pretrain.config import RopeScalingConfig, model_from_dict
+from pretrain.config import ModelConfig, RopeScalingConfig, model_from_dict, resolve_model
 from pretrain.huggingface import NotOurs
 from pretrain.model.attention import frequencies
 from pretrain.model.transformer import Transformer
@@ -34,6 +34,13 @@ def test_settings_come_back_from_the_file(family, tmp_path):
     back = model_from_dict(huggingface.from_config(written(model, tmp_path), tmp_path))
     assert not settings.differences(model, back) and not settings.differences(back, model)
     assert back.max_position_embeddings == model.max_position_embeddings
+
+
+@pytest.mark.parametrize(("given", "recorded"), [(None, 1024), (512, 1024), (4096, 4096)])
+def test_the_recorded_context_is_no_shorter_than_what_was_trained(given, recorded):
+    """Servers cut prompts there."""
+    model = resolve_model(ModelConfig(max_position_embeddings=given), vocab_size=100, sequence_length=1024)
+    assert huggingface.to_config(model, "float32", IDS)["max_position_embeddings"] == recorded
 
 
 @pytest.mark.parametrize("family", FAMILIES)
