@@ -3,7 +3,9 @@
 Works the same under python (one process), torchrun and accelerate launch. --help lists every setting.
 """
 
+import faulthandler
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +23,8 @@ def main() -> int:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(error, file=sys.stderr)
         return 2
+    if sys.stderr:
+        faulthandler.register(signal.SIGUSR1)  # stacks; once the run has its folder, those of all ranks go there
     stop = StopRequest()
     from pretrain.train import train  # torch is imported here, after the settings are known to be right
 

@@ -133,18 +133,26 @@ def test_last_words_that_hang_do_not_keep_the_process():
     assert end_of(process)[0] == 75
 
 
-def test_a_worker_whose_launcher_is_killed_gets_a_request():
+@pytest.mark.parametrize(
+    ("variable", "words", "flags"),
+    [
+        ("TORCHELASTIC_RUN_ID", [], [1, 0, 0]),
+        ("NONE", ["accelerate", "launch"], [1, 0, 0]),  # with one process
+        ("ACCELERATE_MIXED_PRECISION", [], [0, 0, 0]),  # a shell that exports it, and ends
+    ],
+)
+def test_a_worker_whose_launcher_is_killed_gets_a_request(variable, words, flags):
     """The launcher here is a process between the test and the worker."""
-    worker = HEAD + "stop.training(); print(os.getpid(), flush=True)\nwhile not any(stop.flags()): time.sleep(0.01)\n"
-    worker += "print(stop.flags(), flush=True)"
+    worker = HEAD + "stop.training(); print(os.getpid(), flush=True); end = time.monotonic() + 2.5\n"
+    worker += "while not any(stop.flags()) and time.monotonic() < end: time.sleep(0.01)\nprint(stop.flags(), flush=True)"
     launcher = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {worker!r}]); time.sleep(60)"
-    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "test"}
-    process = subprocess.Popen([sys.executable, "-c", launcher], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    command, environment = [sys.executable, "-c", launcher, *words], {**os.environ, variable: "bf16"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert int(process.stdout.readline()) > 0
     process.kill()
     process.wait()
     began = time.monotonic()
-    assert process.stdout.readline() == "[1, 0, 0]\n" and time.monotonic() - began < 3
+    assert process.stdout.readline() == f"{flags}\n" and time.monotonic() - began < 3
 
 
 def test_errors_of_a_dead_peer_are_told_from_our_own():

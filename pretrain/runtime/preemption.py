@@ -22,12 +22,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
+
+import psutil
 
 STOPPED = (("SIGTERM", 75), ("SIGINT", 130), ("the file STOP", 130))
 """Who may ask, and the exit status of a run that did so, in the order of flags. What a person stopped, nothing restarts."""
 PEER_LOST, STOPPED_BY_PERSON = 75, 130
 _FLAG = {signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGTERM", signal.SIGINT: "SIGINT"}
+_ACCELERATE = ("accelerate", "accelerate-launch", "accelerate_cli.py")
 _PARENT_POLL_SECONDS, _LAST_WORDS_SECONDS = 1.0, 5.0
 
 
@@ -44,8 +48,7 @@ class StopRequest:
         self.received: str | None = None
         self._training, self._deadline, self._saved_status = False, None, None
         # A launcher that is killed cannot tell its workers; a shell that ends must not end a job started by hand.
-        launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-        self._parent = os.getppid() if launched else None
+        self._parent = os.getppid() if _is_launched() else None
         self._notices, wakeup = os.pipe()
         os.set_blocking(wakeup, False)
         self._wakeup, self._previous_wakeup = wakeup, signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
@@ -144,6 +147,16 @@ class StopRequest:
             self.leave(self._saved_status, f"saved, but to end took longer than {limit}; left at once")
         cause = "another rank is gone or hangs, or a step and a save take longer"
         self.leave(PEER_LOST, f"peer_lost: no durable checkpoint {limit} after SIGTERM: {cause}")
+
+
+def _is_launched() -> bool:
+    """By torchrun or accelerate. For one process accelerate sets variables alone, which a shell may export, too."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return True
+    with contextlib.suppress(psutil.Error):
+        words = psutil.Process(os.getppid()).cmdline()
+        return any(Path(word).name in _ACCELERATE or word.startswith("accelerate.commands.") for word in words)
+    return False
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:
