@@ -262,10 +262,22 @@ def test_no_text_becomes_a_special_id_of_a_hugging_face_tokenizer_that_holds_it_
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": name, "bos_token": "<s>"}))
         tokenizer = Tokenizer.load(tmp_path)
         special = {tokenizer.end_of_document_id, tokenizer.bos_id, library.token_to_id("</s>")}
+        assert tokenizer.encode("some \u4e2d")[-1] == library.token_to_id("<unk>")  # which is special, and right here
         for text in ("a </s> b", "</s>", "some<s>more</s>text", "some <|end|>"):
             ids = tokenizer.encode(text)
             assert special.isdisjoint(ids) and tokenizer.decode(tokenizer.encode("some text")) == "some text"
             assert "|" in text or tokenizer.decode(ids) == text
+
+
+def test_a_tokenizer_that_has_no_id_for_a_character_says_so(tmp_path):
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models
+
+    library = Library(models.WordLevel({"word": 0, "<eos>": 1}, unk_token="<unk>"))
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    with pytest.raises(DataError, match=r"cannot encode a text .*take a tokenizer with an unknown token"):
+        Tokenizer.load(tmp_path).encode("other")
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,7 @@ class _HuggingFace(Tokenizer):
     def __init__(self, folder: Path):
         import tokenizers
 
+        self._folder = folder
         try:
             self._model = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises plain Exception for everything
@@ -129,10 +130,9 @@ class _HuggingFace(Tokenizer):
         content = json.loads(self._model.to_str())
         self.fingerprint = _fingerprint([content, self.end_of_document_id])
         # Some models hold special tokens as pieces, too (</s>, as in HTML): where a text spells one, its characters stand.
-        reserved = {token["content"] for token in content["added_tokens"] if token["special"]}
-        reserved |= {self._model.id_to_token(id) for id in special.values() if id is not None}
-        reserved.discard(content["model"].get("unk_token"))
-        self._spelling = {self._model.token_to_id(token): self._characters(token) for token in reserved}
+        unknown = {content["model"].get("unk_id"), self._model.token_to_id(content["model"].get("unk_token") or "")}
+        added = {token["id"] for token in content["added_tokens"] if token["special"]}
+        self._reserved = (added | set(special.values())) - unknown
 
     def _special_ids(self, folder: Path) -> dict[str, int | None]:
         config = {}
@@ -154,19 +154,25 @@ class _HuggingFace(Tokenizer):
                 )
         return ids
 
-    def _characters(self, token: str) -> list[int]:
-        """Ids that spell a special token as text; its characters that the vocabulary lacks as they would be encoded alone."""
-        known = [(character, self._model.token_to_id(character)) for character in token]
-        alone = [[id] if id is not None else self._model.encode(c, add_special_tokens=False).ids for c, id in known]
-        return [id for ids in alone for id in ids]
-
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        # "Fast" leaves out offsets, 1.1 to 1.4 times; one text at a time stays on one thread.
-        encoded = [self._model.encode_batch_fast([text], add_special_tokens=False)[0].ids for text in texts]
-        return [ids if self._spelling.keys().isdisjoint(ids) else self._spelled(ids) for ids in encoded]
+        return [ids if self._reserved.isdisjoint(ids) else self._spelled(ids) for ids in map(self._ids, texts)]
+
+    def _ids(self, text: str) -> list[int]:
+        try:  # "fast" leaves out offsets, 1.1 to 1.4 times; one text at a time stays on one thread
+            return self._model.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except Exception as error:  # as above
+            reason = f"{self._folder}: cannot encode a text ({error})"
+            raise DataError(f"{reason}; take a tokenizer with an unknown token, or one that falls back to bytes") from None
 
     def _spelled(self, ids: list[int]) -> list[int]:
-        return [part for id in ids for part in self._spelling.get(id, [id])]
+        """`ids` with the characters of special tokens in their places; those that are no piece are encoded alone."""
+        spelled: list[int] = []
+        for id in ids:
+            for character in self._model.id_to_token(id) if id in self._reserved else ():
+                piece = self._model.token_to_id(character)
+                spelled += self._ids(character) if piece is None else [piece]
+            spelled += [id] if id not in self._reserved else []
+        return spelled
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(list(ids), skip_special_tokens=True)
