@@ -16,6 +16,7 @@ import numpy as np
 from pretrain.report import diagnose as in_words
 from pretrain.report.log_formats import TEXT_FORMATS, TrainingLog
 from pretrain.report.shown_factor import (
+    GUESS,
     LARGEST_LN_V,
     LEAST_EVER,
     MOST,
@@ -247,8 +248,8 @@ def _factor(result: Diagnosis, evidence: Evidence, why: str, named: list[Factor]
     curve, setup = result.curve, result.setup
     if named is None:
         named = contenders(evidence, setup, curve, setup.ln_v)
-    if not named:
-        return _factor_without_name(result, evidence, why)
+    if all(factor.doubt >= GUESS for factor in named):
+        return _factor_without_name(result, evidence, why, named)
     first = result.explanation = named[0]
     same = [factor for factor in named if factor.value == first.value]
     others = [factor for factor in named if factor.value != first.value]
@@ -257,10 +258,8 @@ def _factor(result: Diagnosis, evidence: Evidence, why: str, named: list[Factor]
     exact = curve.age <= 1 and evidence.deviations(first) < 0.5
     another = first.cause in ("bits", "log10") and not exact and not why and curve.first < LARGEST_LN_V
     loose = evidence.deviations(first) > 1.3 or not (curve.from_start or why)
-    guess = first.doubt >= 1.5  # so rare that any other number between is as likely
-    certainty = (
-        "possible" if len(named) > 1 or by_heart or trained or another or guess else "likely" if loose else "very likely"
-    )
+    rare = first.cause == "log10" and bool(why)
+    certainty = "possible" if len(named) > 1 or by_heart or trained or another or rare else "likely" if loose else "very likely"
     if setup.ln_v:
         fits = f", and {_expected(setup)}"
     else:
@@ -274,8 +273,6 @@ def _factor(result: Diagnosis, evidence: Evidence, why: str, named: list[Factor]
         text += f", {'possibly' if certainty == 'possible' else certainty} {first.words}"
     if others:
         text += ". Also possible: " + "; ".join(f"{f.arithmetic(curve.first)} ({f.words})" for f in others)
-    if guess:
-        text += f". All that is known is a factor of {evidence.least:.3g} to {evidence.most:.3g}"
     if by_heart:
         text += ". Or the model knows its data by heart: no unseen text gets so low"
     if trained:
@@ -285,7 +282,7 @@ def _factor(result: Diagnosis, evidence: Evidence, why: str, named: list[Factor]
     return Finding("scale", certainty, text, _ONE_STEP, tuple(factor.cause for factor in named))
 
 
-def _factor_without_name(result: Diagnosis, evidence: Evidence, why: str) -> Finding:
+def _factor_without_name(result: Diagnosis, evidence: Evidence, why: str, guesses: list[Factor]) -> Finding:
     curve, setup = result.curve, result.setup
     target = f", and {_expected(setup)}" if setup.ln_v else ""
     values = (evidence.least, evidence.best, evidence.most)
@@ -298,6 +295,7 @@ def _factor_without_name(result: Diagnosis, evidence: Evidence, why: str) -> Fin
         text, causes = f"{text}, or the initial weights are far too large", (*causes, "initialisation")
     if up and setup.ln_v and curve.from_start and curve.first < LARGEST_LN_V and not why:
         text, causes = f"{text}, or the vocabulary is another one, of about {_ids(curve)} ids", (*causes, "vocabulary")
+    text += "".join(f". It may be {each.words}: {each.arithmetic(curve.first)}" for each in guesses[:2])
     result.explanation = Factor(evidence.best, causes[0], "")
     advice = f"Give --accumulation, --world-size and --sequence-length to have their products tried. {_ONE_STEP}"
     return Finding("scale", "likely", text, advice, causes)

@@ -41,6 +41,7 @@ _USUAL = [1.01, 0.93, 0.75, 0.50, 0.38]
 _SPREAD = [0.05, 0.10, 0.30, 0.40, 0.45]
 _LATE = (0.12, 0.35, 0.50)
 _CONTENDER = 3.0  # in log-likelihood: explanations this much worse than the best are not named
+GUESS = 2.0  # in log-likelihood: explanations so unusual that any other number is as likely
 _FITS = 2.5  # standard deviations: what lies further from the evidence is not named at all
 
 
@@ -192,12 +193,12 @@ def factors(setup: Setup, curve: Curve, near: float) -> Iterator[Factor]:
                 yield Factor(value, "sum", f"the tokens of {owner}, a sum instead of a mean", 0.7)
         sequences = round(near / t)
         if b == 1 and 1 < sequences <= 16384 and t * sequences not in sums:
-            yield Factor(t * sequences, "sum", f"the tokens of {sequences} sequences, a sum instead of a mean", 2.0)
+            yield Factor(t * sequences, "sum", f"the tokens of {sequences} sequences, a sum instead of a mean", GUESS)
     for value, words in {b: "the sequences of a micro-batch", b * a * w: "the sequences of a step"}.items():
         if b > 1:
             yield Factor(value, "batch size", words, 0.7)
             yield Factor(1 / value, "divided by batch size", words, 0.7)
-    yield Factor(2.0**16, "loss scale", "the loss scale of fp16", 2.0)
+    yield Factor(2.0**16, "loss scale", "the loss scale of fp16", GUESS)
     yield Factor(1 / math.log(2), "bits", "in bits instead of nats", 0.3)
     yield Factor(1 / math.log(10), "log10", "in powers of ten instead of nats", 1.5)
     # Few print a perplexity as the loss: it needs support, a start near V whose logarithm falls as losses do, or a fall that no
@@ -206,7 +207,7 @@ def factors(setup: Setup, curve: Curve, near: float) -> Iterator[Factor]:
         falls = math.log(max(1, curve.last)) / math.log(curve.first) <= usual_fall(curve) ** 0.3
         supported = (curve.age <= 1 and falls) or curve.low < 0.15 * curve.first
         value = curve.first / math.log(curve.first)
-        yield Factor(value, "perplexity", "the perplexity, exp(loss)", 1.0 if supported else 4.0)
+        yield Factor(value, "perplexity", "the perplexity, exp(loss)", 1.0 if supported else 2 * GUESS)
 
 
 def contenders(evidence: Evidence, setup: Setup, curve: Curve, ln_v: float | None) -> list[Factor]:
@@ -214,7 +215,7 @@ def contenders(evidence: Evidence, setup: Setup, curve: Curve, ln_v: float | Non
     scored = []
     for factor in factors(setup, curve, evidence.best):
         fits = evidence.least <= factor.value <= evidence.most and evidence.deviations(factor) < _FITS
-        if fits and not (factor.doubt >= 2 and evidence.spread > 0.2):
+        if fits and not (factor.doubt >= GUESS and evidence.spread > 0.2):
             score = factor.doubt + evidence.deviations(factor) ** 2 / 2
             end = factor.true(curve.low) / ln_v if ln_v else 1.0
             if end >= LEAST_EVER or factor.value < 1:
