@@ -111,12 +111,12 @@ def summary(result: Diagnosis) -> list[str]:
         return [f"{log.name}: {log.format}, {count}, none of them finite and above 0"]
     loss, change = log.loss[np.isfinite(log.loss)], curve.last / curve.first - 1
     verb = "stays within" if abs(change) < 0.005 else "falls by" if change < 0 else "rises by"
-    trend = f"{verb} {abs(change):.1%} from the first line to the last tenth"
+    jumps = f"; lines jump by {curve.noise:.2g} around their neighbours" if len(curve.loss) >= 5 else ""
     return [
         f"{log.name}: {log.format}, {count}, {log.unit} {log.steps[0]:g} to {log.steps[-1]:g}",
         f"first {loss[0]:.5g}   last {loss[-1]:.5g}   min {loss.min():.5g}   max {loss.max():.5g}   mean {loss.mean():.5g}",
-        f"trend: {trend}; lines jump by {curve.noise:.2g} around their neighbours",
-    ]
+        f"trend: {verb} {abs(change):.1%} from the first line to the last tenth{jumps}",
+    ][: 3 if len(loss) > 1 else 2]
 
 
 # ---------------------------------------------------------------- the scale
