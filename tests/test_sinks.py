@@ -130,12 +130,12 @@ def test_resuming_cuts_later_records_and_the_torn_line_and_keeps_the_rest_byte_f
     path = tmp_path / "metrics.jsonl"
     before = path.read_bytes().splitlines(keepends=True)
     with path.open("ab") as file:
-        file.write(b'{"step": 110, "lo')
+        file.write(b'{"step": null}\n{"step": 110, "lo')
     with open_sinks(tmp_path, "jsonl", "console", resume_step=50) as sinks:
         sinks.log(step_record(60))
     assert path.read_bytes().splitlines(keepends=True)[:-1] == before[:11]
     assert [record["step"] for record in records(tmp_path)] == [0, *[step for step in range(10, 51, 10) for _ in "tv"], 60]
-    assert "cut 10 records after step 50 and 1 unreadable lines" in capsys.readouterr().out
+    assert "cut 10 records after step 50 and 2 unreadable lines" in capsys.readouterr().out
 
 
 def test_every_torn_length_of_the_last_line_is_mended(tmp_path):

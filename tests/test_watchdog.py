@@ -76,6 +76,13 @@ def test_a_run_that_moves_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_somebody_moved_is_no_failure_at_the_end(tmp_path):
+    engine = start_engine(EngineConfig())
+    engine.watchdog.start(tmp_path / "stacks")
+    (tmp_path / "stacks").rename(tmp_path / "moved")
+    engine.close()
+
+
 def test_the_line_says_who_is_behind_who_is_silent_and_when_all_wait_alike():
     at = (20, 7, "update", 5)
     later = (20, 7, "update", 8)

@@ -280,12 +280,13 @@ def cut_metrics(path: Path, resume_step: int, validation_due: bool = False) -> t
             try:
                 record = json.loads(line)
                 step = record["step"]
+                later = step > resume_step
             except (ValueError, KeyError, TypeError):
                 unreadable += 1
                 continue
             if (
                 resume_step == 0
-                or step > resume_step
+                or later
                 or (validation_due and step == resume_step and record.keys() & {"val_loss", "generated"})
             ):
                 dropped += 1

@@ -67,9 +67,9 @@ class Watchdog:
         self._thread = None
         faulthandler.unregister(signal.SIGUSR1)
         self._file.close()
-        if not self.path.stat().st_size:
-            self.path.unlink()
-            with contextlib.suppress(OSError):  # others' stacks stay
+        with contextlib.suppress(OSError):  # others' stacks stay, and somebody may have moved the folder
+            if not self.path.stat().st_size:
+                self.path.unlink()
                 self.path.parent.rmdir()
 
     # ---------------------------------------------------------------- the thread
