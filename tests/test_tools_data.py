@@ -245,6 +245,7 @@ train: {{max_steps: 100}}
     out = tool("inspect_data", "--run", tmp_path, "--document", f"{source == 'one_valid':d}:{document}").stdout
     assert f"sample {sample}: steps 3 (epoch 0)" in out
     assert "steps count from 1" in tool("inspect_data", "--run", tmp_path, "--step", 0, status=2).stderr
+    assert "give SOURCE:NUMBER" in tool("inspect_data", "--run", tmp_path, "--document", "0:-1", status=2).stderr
 
 
 @pytest.mark.parametrize("name", ["train_tokenizer", "tokenize_corpus", "inspect_data"])

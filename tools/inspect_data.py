@@ -296,6 +296,8 @@ def steps_of_document(data: TrainData, arguments: argparse.Namespace, config: Co
     chosen = arguments.document
     try:
         number, document = map(int, chosen.split(":"))
+        if min(number, document) < 0:
+            raise IndexError
         source = data.sources[number]
         tokens = [source.file.document_start(document), source.file.document_start(document + 1) - 1]
     except (ValueError, IndexError, AttributeError, TypeError):
