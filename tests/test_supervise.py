@@ -164,6 +164,33 @@ def test_launcher_settings_that_cannot_be_read_and_a_folder_that_cannot_be_made_
         assert job.end() == 2 and "cannot be written" in job.said()
 
 
+SCRIPTED = """
+import sys; sys.path.insert(0, "launch")
+import supervise
+from pretrain.runtime.run_directory import RunDirectory
+class Scripted(supervise.Supervisor):
+    def _attempt(self):
+        saved, status = script.pop(0)
+        RunDirectory(self.folder).stand_at(saved, saved)
+        return status, "scripted"
+    def _wait(self, failures, how): print(failures)
+run = Scripted(supervise.load(sys.argv[1:]), [], [])
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "failures"),
+    [
+        ("[(200, 75), (120, 75), (140, 75), (160, 75), (180, 0)]", 0, "0 1 0 0"),  # 200 was lost, and then it gets further
+        ("[(200, 75), (200, 1), (200, None), (200, None)]", 70, "0 1 2"),
+    ],
+)
+def test_a_crash_loop_is_three_attempts_that_get_no_further_than_the_one_before(tiny, script, status, failures):
+    code = f"{SCRIPTED}\nscript = {script}\nsys.exit(run.run())"
+    done = subprocess.run([sys.executable, "-c", code, *tiny], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (status, failures.split()), done.stderr
+
+
 def test_without_settings_it_explains_itself():
     done = subprocess.run([sys.executable, "launch/supervise.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "launch/supervise.py [--force] [accelerate flags] --" in done.stdout

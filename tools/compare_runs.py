@@ -6,7 +6,7 @@
                that read the same samples from the same weights, and the scatter of their lines that of others.
 --json FILE    also writes what was found as JSON.
 
-Exit status: 0 compared, 2 a folder holds no run.
+Exit status: 0 compared, 2 a folder holds no run, or FILE cannot be written.
 """
 
 from __future__ import annotations
@@ -47,7 +47,11 @@ def main() -> int:
     print(verdict(a, b, found, where))
     if options.json:
         content = {"differences": [each._asdict() for each in found], "parting": where._asdict()}
-        options.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        try:
+            options.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            print(f"error: --json: {error}", file=sys.stderr)
+            return 2
     return 0
 
 
