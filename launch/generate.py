@@ -119,16 +119,14 @@ def pick_device(name: str | None):
 
 def texts(options: argparse.Namespace, made: list[int]) -> Iterator[tuple[str, Iterator[str]]]:
     """(prompt, its continuation in pieces), in order; `made` counts the new tokens. Raises ValueError and its like."""
-    from pretrain.data.tokenizer import Tokenizer
     from pretrain.generate import generate_batch, ids_of_each, stream_text
     from pretrain.trained import open_folder, open_run
     from pretrain.weights import DTYPES, load_transformer
 
     device, prompts = pick_device(options.device), read_prompts(options)
     trained = open_run(options.run, options.step) if options.run else open_folder(options.model)
-    if trained.tokenizer is None:
+    if (tokenizer := trained.load_tokenizer()) is None:
         raise ValueError(f"{options.run or options.model}: has no tokenizer (tokenizer.path), so it cannot read a prompt")
-    tokenizer = Tokenizer.load(trained.tokenizer)
     encode, stop_ids = (as_in_training if options.run else as_the_folder_says)(trained, tokenizer)
     dtype = DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     model = load_transformer(trained.weights)

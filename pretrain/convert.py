@@ -20,12 +20,11 @@ from typing import Any
 from pretrain import huggingface
 from pretrain.certificate import Refused, certify
 from pretrain.config import Config, DataConfig, RunConfig, SyntheticConfig, TokenizerConfig, TrainConfig
-from pretrain.data.tokenizer import Tokenizer
 from pretrain.model.flops import num_parameters
 from pretrain.report.progress import Progress
 from pretrain.runtime.checkpoint import sync_folder, write_file
 from pretrain.schema import to_dict, to_yaml
-from pretrain.trained import Trained, open_folder, open_run
+from pretrain.trained import OWN_TOKENIZER, Trained, open_folder, open_run
 from pretrain.weights import DTYPES, CheckpointWeights, write_checkpoint, write_folder
 
 _NOT_OF_A_TOKENIZER = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".py", ".index.json")
@@ -54,18 +53,12 @@ def export_run(
 
 
 def export(trained: Trained, output: Path, dtype: str, max_file_bytes: int = 5 * 10**9, scope: str = "auto") -> dict[str, Any]:
-    """As `export_run`, for what is open already."""
+    """As `export_run`, for what is open already. Raises DataError, too, where the tokenizer is not the model's."""
     try:
         huggingface.model_type(trained.model)
     except huggingface.NotOurs as error:
         raise ConversionError(f"transformers cannot hold this model: {error}") from None
-    if trained.tokenizer is not None and trained.tokenizer_fingerprint is not None:
-        found = Tokenizer.load(trained.tokenizer).fingerprint
-        if found != trained.tokenizer_fingerprint:
-            raise ConversionError(
-                f"{trained.tokenizer}: holds the tokenizer {found}, but the model was trained with the tokenizer "
-                f"{trained.tokenizer_fingerprint}; restore that one"
-            )
+    trained.load_tokenizer()
     with _whole_or_absent(Path(output)) as folder:
         size = DTYPES[dtype].itemsize * num_parameters(trained.model).total
         try:
@@ -141,9 +134,9 @@ def import_folder(source: Path, output: Path, scope: str = "auto") -> dict[str, 
     with _whole_or_absent(Path(output)) as folder:
         path = None
         if trained.tokenizer is not None:
-            (folder / "tokenizer").mkdir()
-            _copy_tokenizer(trained.tokenizer, folder / "tokenizer")
-            path = str(Path(output) / "tokenizer")
+            (folder / OWN_TOKENIZER).mkdir()
+            _copy_tokenizer(trained.tokenizer, folder / OWN_TOKENIZER)
+            path = str(Path(output) / OWN_TOKENIZER)
         config = Config(
             run=RunConfig(name=Path(output).name, directory=str(Path(output).parent)),
             model=trained.model,

@@ -13,7 +13,6 @@ import torch
 
 from pretrain.config import DataConfig
 from pretrain.data.batches import ValidData, open_valid
-from pretrain.data.tokenizer import Tokenizer
 from pretrain.model.transformer import Transformer
 from pretrain.report.metrics import bits_per_byte, perplexity
 from pretrain.runtime.engine import Engine
@@ -71,8 +70,8 @@ def score(
     them. Raises DataError, and what reading the weights raises.
     """
     ids = trained.model.vocab_size
-    if trained.tokenizer is not None:
-        ids = min(ids, Tokenizer.load(trained.tokenizer).vocab_size)  # published models often have a few more
+    if tokenizer := trained.load_tokenizer():
+        ids = min(ids, tokenizer.vocab_size)  # published models often have a few more
     sets = open_valid(data, seed=0, vocab_size=ids, tokenizer_fingerprint=trained.tokenizer_fingerprint)
     engine.prepare(
         lambda: Transformer(trained.model),

@@ -8,12 +8,16 @@ from typing import NamedTuple
 
 from pretrain import config as settings
 from pretrain.config import Config, ModelConfig
+from pretrain.data.indexed import DataError
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.huggingface import NotOurs
 from pretrain.model.transformer import Transformer
 from pretrain.runtime.checkpoint import best_key
 from pretrain.runtime.manifest import Checkpoint, CheckpointError, checkpoints
 from pretrain.weights import CheckpointWeights, FolderWeights, MeanWeights, Weights, load_transformer
+
+OWN_TOKENIZER = "tokenizer"
+"""In the folder of a converted model, which may be moved with it; that of a run stays where tokenizer.path says."""
 
 
 class Trained(NamedTuple):
@@ -35,6 +39,19 @@ class Trained(NamedTuple):
     def model(self) -> ModelConfig:
         """Resolved."""
         return self.weights.model
+
+    def load_tokenizer(self) -> Tokenizer | None:
+        """None where there is none. Raises DataError, also where the folder holds another one than the model was trained with:
+        its ids would mean other texts."""
+        if self.tokenizer is None:
+            return None
+        found = Tokenizer.load(self.tokenizer)
+        if self.tokenizer_fingerprint not in (None, found.fingerprint):
+            raise DataError(
+                f"{self.tokenizer}: holds the tokenizer {found.fingerprint}, but the model was trained with the tokenizer "
+                f"{self.tokenizer_fingerprint}; restore that one"
+            )
+        return found
 
 
 def open_run(run_directory: Path, step: int | str | None = None, average: int = 1) -> Trained:
@@ -66,9 +83,12 @@ def open_run(run_directory: Path, step: int | str | None = None, average: int = 
     origin = {"run": config.run.name, "step": last.step}
     if average > 1:
         origin["mean_of_steps"] = [checkpoint.step for checkpoint in reversed(chosen)]
+    tokenizer = Path(run_directory) / OWN_TOKENIZER
+    if not tokenizer.is_dir():
+        tokenizer = None if config.tokenizer.path is None else Path(config.tokenizer.path)
     return Trained(
         MeanWeights(sources) if average > 1 else sources[0],
-        None if config.tokenizer.path is None else Path(config.tokenizer.path),
+        tokenizer,
         last.state().get("tokenizer"),
         config.data.document_mask,
         config,

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from pretrain import certificate, convert, huggingface
 from pretrain.certificate import Refused, certify
-from pretrain.convert import ConversionError, export_run
+from pretrain.convert import ConversionError, export_run, import_folder
 from pretrain.data import tokenizer
+from pretrain.data.indexed import DataError
+from pretrain.data.tokenizer import Tokenizer
 from pretrain.trained import open_run
 from tests.models import FAMILIES, V, make_run, make_tokenizer, model_of, moe
 
@@ -228,13 +230,13 @@ def test_a_window_longer_than_the_batch_is_owned_up_to(tmp_path):
 @pytest.mark.parametrize("scope", ["whole", "layers"])
 def test_a_model_that_comes_in_is_compared_too(scope, honest, tmp_path, monkeypatch):
     _, good = honest
-    found = convert.import_folder(good, tmp_path / "in", scope)
+    found = import_folder(good, tmp_path / "in", scope)
     assert found["compared"]["logits"]["difference"] <= 1e-5
     assert found == json.loads((tmp_path / "in" / "certificate.json").read_text())
     real = huggingface.from_config
     monkeypatch.setattr(huggingface, "from_config", lambda *given: real(*given) | {"rope_theta": 5e5})
     with pytest.raises(ConversionError, match=r"refused, and nothing is left of it: .*logits differ"):
-        convert.import_folder(good, tmp_path / "wrong", scope)
+        import_folder(good, tmp_path / "wrong", scope)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
@@ -243,8 +245,20 @@ def test_a_tokenizer_that_was_exchanged_after_training_is_refused(tmp_path, toke
     run = make_run(tmp_path / "run", model_of("llama"), mine)
     export_run(run, tmp_path / "before")
     other_tokenizer(mine)
-    with pytest.raises(ConversionError, match="was trained with the tokenizer"):
+    with pytest.raises(DataError, match="was trained with the tokenizer"):
         export_run(run, tmp_path / "after")
+    with pytest.raises(DataError, match="was trained with the tokenizer"):
+        open_run(run).load_tokenizer()  # as the programs do that write and measure
+
+
+def test_a_converted_model_takes_its_tokenizer_along(tmp_path, tokenizer_folder, monkeypatch):
+    export_run(make_run(tmp_path / "run", model_of("llama"), tokenizer_folder), tmp_path / "hf")
+    monkeypatch.chdir(tmp_path)
+    import_folder(Path("hf"), Path("in"))
+    (tmp_path / "in").rename(tmp_path / "elsewhere")
+    monkeypatch.chdir("/")
+    moved = open_run(tmp_path / "elsewhere")
+    assert moved.load_tokenizer().fingerprint == Tokenizer.load(tokenizer_folder).fingerprint
 
 
 def test_weights_that_do_not_fit_the_dtype_are_refused(tmp_path, monkeypatch):
