@@ -62,6 +62,7 @@ _PLAIN = {"loss", "losses", "train", "training", "trn", "avg", "average", "mean"
 _PLAIN |= {"running", "reduced", "inner", "iter", "current", "smooth", "smoothed", "ema", "value", "per", "token", "main"}
 _PLAIN |= {"global", "stats", "metrics"}
 _NO_LOSS = {"scale", "scaling", "scaler", "std", "var", "min", "max", "best", "delta", "time", "weight", "coef", "ppl"}
+_NO_LOSS |= {"timestamp"}
 _STEP = {"step", "steps", "updates"}
 _ITERATION = {"iter", "iters", "iteration", "itr"}
 _BATCH = {"batch", "batches", "update"}
@@ -87,7 +88,7 @@ _NO_STEP = {
 def meaning(name: str) -> str | None:
     """The one word for what a column, key or label holds: step, iteration, batch, epoch, loss, lm_loss, other_loss, aux_loss,
     val_loss, lr, grad_norm, perplexity, skipped; None for everything else."""
-    name = name.rpartition(" - ")[2]  # W&B exports put the run's name before it
+    name = name.rpartition(" - ")[2].partition("/max_")[0]  # W&B exports put the run's name before it
     words = re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
     unique = set(words)
     if not words:
@@ -143,8 +144,8 @@ _NAME = re.compile(rf"(?<![A-Za-z0-9_]){_WORD}(?: {_WORD})*", re.IGNORECASE)
 _VALUE = re.compile(rf"[\"']?\s*[:=]?\s*(?:tensor\()?[\"'\[(]?\s*({_NUMBER})(?:([KM])(?![A-Za-z]))?", re.IGNORECASE)
 _LONE_NUMBER = re.compile(rf"(?<![A-Za-z0-9_])({_NUMBER})", re.IGNORECASE)
 _EPOCH_AND_BATCH = re.compile(r"epoch:?\s*\[?\s*(\d+)\s*(/\s*\d+)?\s*\]?\s*[\[(]\s*(\d+)\s*/\s*(\d+)\s*[\])(]", re.IGNORECASE)
-_OUT_OF = re.compile(r"(?:^|[\[(|])\s*(\d+)\s*/\s*\d+\s*(?:[\])\[(━]|- )")
-_ITERATIONS_OUT_OF = re.compile(r"\b([\d.]+)([kM]?)it/[\d.]+[kM]?it\b")
+_COUNT = r"([\d.]+)([kM]?)"
+_OUT_OF = re.compile(rf"(?:^|[\[(|])\s*{_COUNT}\s*/\s*{_COUNT}\s*(?:[\])\[(━]|- )|\b{_COUNT}it/{_COUNT}it\b")
 _TIMES = {"": 1.0, "k": 1e3, "m": 1e6}
 _AT_STEP = re.compile(r"\bat (iteration|step)\b")  # "validation loss at iteration 100 | lm loss value: 9.1"
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -265,7 +266,8 @@ def _number(value: object) -> float | None:
 
 def _table_rows(text: str) -> list[Row]:
     """Rows under a header that names a loss, cells between commas, semicolons, tabs, bars or blanks; [] when there is none."""
-    lines = [line for line in text.splitlines() if line.strip() and not re.fullmatch(r"[\s|:+-]+", line)]
+    text = re.sub("[│┃]", "|", text)
+    lines = [line for line in text.splitlines() if line.strip() and not re.fullmatch(r"[\s|:+─-╿-]+", line)]
     for number, header in enumerate(lines[:20]):
         for delimiter in ",;\t| ":
             names = _cells(header.lstrip("#"), delimiter)
@@ -382,8 +384,8 @@ class _Pairs:
         return {name: times * float(parts[2 * index + 1].replace(",", "")) for name, index, times in places}
 
     def _parse(self, line: str) -> list[tuple[str, int, float]]:
-        validation = re.search(r"\b(validation|valid|evaluation|eval|test)\b", line, re.IGNORECASE)
-        validation = validation and not re.search("train", line)
+        of_validation = re.search(r"\b(validation|valid|val|evaluation|eval|test)\b", line, re.IGNORECASE)
+        begins = len(line) if of_validation is None or "train" in line else of_validation.start()
         line, position = _AT_STEP.sub(r", \1", line), 0
         index_of = {found.start(): index for index, found in enumerate(_LONE_NUMBER.finditer(line))}
         places: dict[str, tuple[str, int, float]] = {}
@@ -391,7 +393,7 @@ class _Pairs:
             value = _VALUE.match(line, found.end())
             position = value.end() if value else found.end()
             if value and value.start(1) in index_of:
-                name = f"val {found[0]}" if validation and _is_loss(found[0]) else found[0]
+                name = f"val {found[0]}" if found.start() > begins and _is_loss(found[0]) else found[0]
                 places.setdefault(name, (name, index_of[value.start(1)], _TIMES[(value[2] or "").lower()]))
         has_loss = any(map(_is_loss, places))  # the other names are only told where no line has a loss
         return [place for name, place in places.items() if meaning(name) or not has_loss]
@@ -401,10 +403,10 @@ def _step_without_name(line: str) -> float | None:
     if found := _EPOCH_AND_BATCH.search(line):
         epoch, of_epochs, batch, batches = found.groups()
         return (int(epoch) - 1) * int(batches) * bool(of_epochs) + int(batch)  # [1/2] counts from 1; others may from 0
-    if found := _OUT_OF.search(line):
-        return float(found[1])
-    found = _ITERATIONS_OUT_OF.search(line)
-    return _TIMES[found[2].lower()] * float(found[1]) if found else None
+    if not (found := _OUT_OF.search(line)):
+        return None
+    number, times = found.group(1, 2) if found[1] else found.group(5, 6)
+    return _TIMES[times.lower()] * float(number) if number.strip(".") else None
 
 
 # ---------------------------------------------------------------- rows to a log
