@@ -101,6 +101,13 @@ def _write_settings(folder: Path, trained: Trained, dtype: str) -> None:
         _begin_as_trained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         special = {name: getattr(tokenizer, name) for name in special}
+        first = tokenizer("")["input_ids"]
+        if set(first) - {tokenizer.eos_token_id} and trained.config and not trained.config.model.from_pretrained:
+            print(
+                f"note: this tokenizer makes texts begin with {tokenizer.decode(first)}, which training never showed to the "
+                "model: it writes better from prompts that are encoded with add_special_tokens=False",
+                file=sys.stderr,
+            )
     name = str(DTYPES[dtype]).removeprefix("torch.")
     _write_json(folder / "config.json", huggingface.to_config(trained.model, name, special))
     _write_json(folder / "generation_config.json", {key: value for key, value in special.items() if value is not None})

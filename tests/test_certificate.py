@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -259,6 +260,20 @@ def test_a_converted_model_takes_its_tokenizer_along(tmp_path, tokenizer_folder,
     monkeypatch.chdir("/")
     moved = open_run(tmp_path / "elsewhere")
     assert moved.load_tokenizer().fingerprint == Tokenizer.load(tokenizer_folder).fingerprint
+
+
+def test_a_beginning_that_training_never_showed_is_told(tmp_path, tokenizer_folder, capsys):
+    """Tokenizers of published models put a token before each text; files of tokens have only ends of documents."""
+    (tmp_path / "t").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer_folder / name, tmp_path / "t")
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "t" / "tokenizer.json"))
+    begin = [("<|bos|>", library.token_to_id("<|bos|>"))]
+    library.post_processor = tokenizers.processors.TemplateProcessing(single="<|bos|> $A", special_tokens=begin)
+    library.save(str(tmp_path / "t" / "tokenizer.json"))
+    for folder, told in ((tmp_path / "t", True), (tokenizer_folder, False)):
+        export_run(make_run(tmp_path / f"run-{told}", model_of("llama"), folder), tmp_path / f"hf-{told}")
+        assert ("begin with <|bos|>, which training never showed" in capsys.readouterr().err) == told
 
 
 def test_weights_that_do_not_fit_the_dtype_are_refused(tmp_path, monkeypatch):
