@@ -120,8 +120,8 @@ def draw(result: Diagnosis, output: Path) -> Path:
     figure = Figure(figsize=(10, 3.6 * len(panels) + 0.6), dpi=150, layout="constrained")
     for axes, (title, values, color) in zip(np.ravel(figure.subplots(len(panels), sharex=True)), panels, strict=True):
         axes.plot(curve.steps, values, color=color, linewidth=1.2, marker="." if len(values) < 60 else "")
-        for bad in result.log.steps[~np.isfinite(result.log.loss)]:
-            axes.axvline(bad, ymin=0.96, color="#c00000", linewidth=1.2)
+        bad = result.log.steps[~np.isfinite(result.log.loss)]
+        axes.vlines(bad, 0.96, 1, transform=axes.get_xaxis_transform(), color="#c00000", linewidth=1.2)
         if setup.ln_v:
             axes.axhline(setup.ln_v, color="#D55E00", linewidth=1, linestyle=(0, (5, 4)))
             axes.annotate(f"ln {setup.vocab_size} = {setup.ln_v:.2f}", (1.0, setup.ln_v), xycoords=("axes fraction", "data"),
