@@ -235,5 +235,17 @@ def test_a_file_system_that_renames_root_is_no_stranger(trained, tmp_path, monke
     foreign_owner(newest.path, tmp_path)
     with pytest.raises(UnsafeCheckpoint, match="belongs to user 12345"):
         newest.damage()
-    monkeypatch.setattr(manifest, "_owner_of_new_files", lambda folder: 12345)
+    monkeypatch.setattr(manifest, "_new_file", lambda folder: (newest.path / TENSORS).stat())
+    assert newest.damage() is None
+
+
+def test_a_mount_that_shows_every_file_as_everybodys_is_no_danger(trained, tmp_path, monkeypatch):
+    """There a file that only its owner may read shows 0777, and chmod changes nothing."""
+    saved = Path(shutil.copytree(trained / "runs" / "tiny" / "checkpoints", tmp_path / "checkpoints"))
+    newest = checkpoints(saved)[0]
+    for path in (newest.path, *newest.path.iterdir()):
+        path.chmod(0o777)
+    with pytest.raises(UnsafeCheckpoint, match="everybody may write"):
+        newest.damage()
+    monkeypatch.setattr(manifest, "_new_file", lambda folder: newest.path.stat())
     assert newest.damage() is None

@@ -185,17 +185,21 @@ def _require_own_file(path: Path) -> int:
 
 
 def _require_private(path: Path, info: os.stat_result) -> None:
-    if info.st_mode & stat.S_IWOTH:
+    """Some mounts (SMB, object stores, Windows disks) show one owner and 0777 for all, or rename root: what a new file of this
+    process shows there, too, is no sign of others."""
+    for_all, foreign = bool(info.st_mode & stat.S_IWOTH), info.st_uid not in (os.geteuid(), 0)
+    new = _new_file(path.parent) if for_all or foreign else None
+    if for_all and not (new and new.st_mode & stat.S_IWOTH):
         raise UnsafeCheckpoint(f"{path}: everybody may write to it (chmod o-w, once you know that nobody did)")
-    if info.st_uid not in (os.geteuid(), 0) and info.st_uid != _owner_of_new_files(path.parent):
+    if foreign and not (new and new.st_uid == info.st_uid):
         raise UnsafeCheckpoint(f"{path}: belongs to user {info.st_uid}, not to you; copy the checkpoint if you trust its owner")
 
 
-def _owner_of_new_files(folder: Path) -> int | None:
-    """Who owns what this process makes here: not itself where a network file system renames root. None: it may not write."""
+def _new_file(folder: Path) -> os.stat_result | None:
+    """What a file shows that this process makes here for itself alone. None: it may not write."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            return os.fstat(file.fileno()).st_uid
+            return os.fstat(file.fileno())
     except OSError:
         return None
 
