@@ -60,6 +60,13 @@ def converted(folder, tmp_path_factory):
     return Tokenizer.load(copy)
 
 
+def test_an_id_of_a_larger_model_has_no_text(tokenizer, converted):
+    """Models may have more ids than their tokenizer, and may write them."""
+    ids = tokenizer.encode("a text")
+    for each in (tokenizer, converted):
+        assert each.decode([*ids, VOCABULARY + 3, *ids]) == "a texta text"
+
+
 def test_ids_of_special_tokens_are_fixed(tokenizer):
     assert tokenizer.vocab_size == VOCABULARY
     assert (tokenizer.bos_id, tokenizer.end_of_document_id) == (1, 2)

@@ -68,7 +68,8 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids`; special ids have none, bytes that are not UTF-8 become U+FFFD."""
+        """Text of `ids`; special ids have none, nor those that a larger model has beyond `vocab_size`; bytes that are not UTF-8
+        become U+FFFD."""
         raise NotImplementedError
 
 
@@ -109,7 +110,7 @@ class _SentencePiece(Tokenizer):
         return result
 
     def decode(self, ids: list[int]) -> str:
-        return self._model.decode(list(ids))
+        return self._model.decode([token for token in ids if token < self.vocab_size])  # it raises where others skip
 
 
 class _HuggingFace(Tokenizer):
