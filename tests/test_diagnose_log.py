@@ -435,6 +435,26 @@ def test_a_rise_of_half_a_nat_at_the_end_is_a_divergence():
     assert [f.fault for f in diagnose(log_of(steps, loss), Setup(151936)).findings] == ["divergence"]
 
 
+@pytest.mark.filterwarnings("error")
+def test_no_figures_crash_it():
+    rng = np.random.default_rng(5)
+    for _ in range(600):
+        lines = int(rng.choice([1, 2, 3, 5, 8, 9, 24, 60]))
+        loss = rng.choice([np.exp(rng.normal(size=lines) * 9), np.full(lines, 8.76), np.cumsum(rng.random(lines))])
+        loss[rng.integers(0, lines)] = rng.choice([math.nan, math.inf, -math.inf, 0, -1, loss[0]])
+        known = [
+            None if rng.random() < 0.4 else int(rng.choice(sizes))
+            for sizes in ((1, 2, 6400), (1, 25), (1, 8), (1, 512), (1, 4))
+        ]
+        steps = np.cumsum(rng.choice([1, 10, 20_000], lines)) * rng.choice([1, 0.001])
+        other = rng.choice([0, 1, math.nan, math.inf, 9.0], lines)
+        columns = dict.fromkeys(rng.choice(["lr", "grad_norm", "aux_loss", "lm_loss", "perplexity"], 2), other)
+        log = log_of(steps, loss, columns=columns, val_steps=steps[-2:].astype(float), val_loss=np.array([8.0, 9.0])[:lines])
+        if rng.random() < 0.3:
+            log.reference_lines = {"uniform": float(rng.uniform(0, 9)), "unigram": 3.0}
+        summary(diagnose(log, Setup(*known)))
+
+
 # ---------------------------------------------------------------- what logs look like
 
 

@@ -91,7 +91,7 @@ def test_a_clean_log_is_status_0_and_what_cannot_be_read_is_status_2(tmp_path, c
     assert status == 0 and "nothing wrong found" in said and "60 losses" in said
     status, said = run(capsys, "log", tmp_path / "missing")
     assert status == 2 and "error:" in said and "missing" in said
-    for wrong in (["--vocab-size", "0"], ["--vocab-size", "6400.5"], ["--vocabulary", "6400"], []):
+    for wrong in (["--vocab-size", "0"], ["--vocab-size", "1"], ["--vocab-size", "6400.5"], ["--vocabulary", "6400"], []):
         with pytest.raises(SystemExit) as end:
             tool.main(["log", *([str(tmp_path / "log")] if wrong else []), *wrong])
         assert end.value.code == 2

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="log | initial | chain")
     log = commands.add_parser("log", help="judge a training log: JSON lines, CSV, TensorBoard or text")
     log.add_argument("file", type=Path, metavar="FILE", help="the log, or the folder of a run")
-    log.add_argument("--vocab-size", type=_positive, metavar="V", help="token ids of the model; without it little can be said")
+    log.add_argument("--vocab-size", type=_several, metavar="V", help="token ids of the model; without it little can be said")
     log.add_argument("--accumulation", type=_positive, metavar="A", help="micro-batches per step and rank")
     log.add_argument("--world-size", type=_positive, metavar="W", help="number of ranks")
     log.add_argument("--sequence-length", type=_positive, metavar="T", help="tokens of a sequence")
@@ -78,6 +78,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least 1")
+    return int(text)
+
+
+def _several(text: str) -> int:
+    if _positive(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: a vocabulary has at least 2 ids")
     return int(text)
 
 

@@ -347,7 +347,7 @@ def _auxiliary(result: Diagnosis) -> Iterator[Finding]:
     aux, pure = columns.get("aux_loss"), columns.get("lm_loss")
     if pure is not None:
         known = np.flatnonzero(np.isfinite(loss) & np.isfinite(pure))
-        extra = (loss - pure)[known]
+        extra = loss[known] - pure[known]
         # A rank's own cross-entropy beside the mean of all scatters to both sides; an auxiliary loss adds every time.
         if (
             len(known)

@@ -57,8 +57,8 @@ class Setup:
 
     @property
     def ln_v(self) -> float | None:
-        """Loss in nats of a model that knows nothing."""
-        return math.log(self.vocab_size) if self.vocab_size else None
+        """Loss in nats of a model that knows nothing; None as well where one id leaves nothing to know."""
+        return math.log(self.vocab_size) if self.vocab_size and self.vocab_size > 1 else None
 
     @property
     def micro_batches(self) -> int:
@@ -102,7 +102,7 @@ class Curve:
             fall = (loss[0] - loss[later] - 2 * noise) / loss[0] * age / (steps[later] - steps[0])
             early_fall = float(np.clip(fall, 0, 1))
             tenfold = int(np.searchsorted(steps, 10 * age))
-            if tenfold < len(steps):
+            if tenfold < len(steps) and 1 <= age <= 100:
                 usual = 1 - share_of_ln_v(10 * age)[1] / share_of_ln_v(age)[1]
                 is_slow = float(np.clip(1 - (1 - np.median(loss[tenfold : tenfold + 3]) / loss[0]) / usual, 0, 1))
         last = float(np.median(loss[-tenth:]))
