@@ -269,6 +269,23 @@ def test_too_large_ids_of_a_file_without_a_seal_are_found_first_middle_and_last(
         open_train(config(tmp_path / "flat.bin"), **OPEN)
 
 
+def test_an_id_that_the_look_at_opening_missed_is_named_when_it_is_read_and_not_an_index_error_of_the_model(tmp_path):
+    tokens = np.zeros(1_000_001 + 3, dtype="<u2")
+    tokens[11_000] = 100  # between the runs that are sampled
+    tokens.tofile(tmp_path / "flat.bin")
+    data = open_train(config(tmp_path / "flat.bin"), **OPEN)
+    length = config(tmp_path / "flat.bin").sequence_length
+    sample = 11_000 // length
+    what = f"token 11,000 is id 100, the model has ids 0 to 99; .*leave sample {sample} of flat.bin out"
+    with pytest.raises(DataError, match=what):
+        data.take(data.position(0, 0, sample), 1)
+    data.take(data.position(0, 0, sample + 1), 1)
+    (valid,) = open_valid(config(valid=[tmp_path / "flat.bin"]), **OPEN)
+    valid.source.vocab_size = 0  # the last partial sample is looked at, too
+    with pytest.raises(DataError, match="is id 0"):
+        valid.take([valid.num_samples - 1])
+
+
 def test_int32_read_as_uint16_and_negative_ids_are_refused(tmp_path):
     np.full(1000, 70_000, dtype="<i4").tofile(tmp_path / "flat.bin")
     write_megatron(tmp_path / "negative", [[-1] * 100], dtype="<i4", code=4)

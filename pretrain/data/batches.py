@@ -48,8 +48,8 @@ class Batch(NamedTuple):
 class FileSource:
     """A token file cut into windows of T + 1 tokens."""
 
-    def __init__(self, file: TokenFile, sequence_length: int):
-        self.file, self.sequence_length = file, sequence_length
+    def __init__(self, file: TokenFile, sequence_length: int, vocab_size: int):
+        self.file, self.sequence_length, self.vocab_size = file, sequence_length, vocab_size
         self.name, self.seal = Path(file.path).name, file.seal
         self.num_tokens = file.num_tokens
         self.num_samples = (file.num_tokens - 1) // sequence_length
@@ -63,9 +63,26 @@ class FileSource:
         return self.file.fingerprint()
 
     def read(self, samples: np.ndarray) -> np.ndarray:
-        """Tokens (n, T + 1) of the samples (n,), in the type of the file."""
+        """Tokens (n, T + 1) of the samples (n,), in the type of the file. Raises DataError for an id that the model lacks."""
         length = self.sequence_length + 1
-        return self.file.read(samples * self.sequence_length, np.full(len(samples), length)).reshape(-1, length)
+        tokens = self.file.read(samples * self.sequence_length, np.full(len(samples), length)).reshape(-1, length)
+        return self._checked(tokens, samples)
+
+    def read_tail(self) -> np.ndarray:
+        """Tokens (at most T + 1) from the end of the last whole sample to that of the file. Raises as `read`."""
+        first = self.num_samples * self.sequence_length
+        tokens = self.file.read([first], [self.num_tokens - first])
+        return self._checked(tokens[None], np.array([self.num_samples]))[0]
+
+    def _checked(self, tokens: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """`tokens`, a row for each of `samples`. A seal vouches for its file; of others, opening has judged a part."""
+        if not self.seal and tokens.size and (tokens.max() >= self.vocab_size or tokens.min() < 0):
+            row, offset = np.argwhere((tokens < 0) | (tokens >= self.vocab_size))[0].tolist()
+            sample = int(samples[row])
+            place = f"{self.file.path}: token {sample * self.sequence_length + offset:,} is id {tokens[row, offset]}"
+            advice = f"tokenize again, or leave sample {sample} of {self.name} out (data.quarantine)"
+            raise DataError(f"{place}, the model has ids 0 to {self.vocab_size - 1}; {advice}")
+        return tokens
 
     def documents(self, samples: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Document numbers (n, T) within each sample; `tokens` (n, T + 1) are those of `read`.
@@ -200,8 +217,7 @@ class ValidData:
 
     def _read_partial(self, numbers: np.ndarray) -> np.ndarray:
         """The last window of the file, padded with id 0, once for each of `numbers`: (n, T + 1)."""
-        first = self.source.num_samples * self._data.sequence_length
-        tokens = self.source.file.read([first], [self.source.num_tokens - first])
+        tokens = self.source.read_tail()
         padded = np.pad(tokens, (0, self._data.sequence_length + 1 - len(tokens)))
         return np.broadcast_to(padded, (len(numbers), len(padded)))
 
@@ -249,7 +265,7 @@ def _open_files(
     opened = []
     for i, config in enumerate(sources):
         try:
-            source = FileSource(TokenFile(config.path), data.sequence_length)
+            source = FileSource(TokenFile(config.path), data.sequence_length, vocab_size)
         except (DataError, OSError) as error:
             problems.append(f"data.{key}[{i}].path: {error}")
             continue
