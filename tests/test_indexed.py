@@ -342,7 +342,9 @@ def test_flat_files_of_32_bits_are_not_read_as_16_bits_with_a_zero_after_each_to
                 TokenFile(tmp_path / name).read([7, 49_000], [5, 1000]), tokens[[*range(7, 12), *range(49_000, 50_000)]]
             )
     few = np.tile(np.array([1, 0, 2, 0], dtype="<u2"), 100)  # a vocabulary of three, and a file that was never written
-    for tokens in (few, np.zeros(1000, "<u2"), rng.integers(0, 50, 1000).astype("<u2")):
+    hole = np.zeros(1000, "<u2")
+    hole[100] = 7
+    for tokens in (few, hole, rng.integers(0, 50, 1000).astype("<u2")):
         tokens.tofile(tmp_path / "flat.bin")
         assert TokenFile(tmp_path / "flat.bin").dtype == np.uint16
     with open(tmp_path / "saved.bin", "wb") as file:

@@ -40,7 +40,6 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     options, settings = parser.parse_known_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # texts of any language, on a terminal that may know one
     try:
         config = load(settings, world_size=None, program="tools/check_run.py")
     except ConfigError as error:
@@ -112,4 +111,6 @@ def check_invariance(config: Config, processes: int, output: Path | None) -> boo
 
 
 if __name__ == "__main__":
+    if hasattr(sys.stdout, "reconfigure"):  # texts of any language, on a terminal that may know one
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -64,7 +64,6 @@ def main() -> int:
     parser.add_argument("--characters", type=int, default=200, metavar="N", help="of each text shown (200)")
     parser.add_argument("--verify", action="store_true", help="with --data: read all of it and check every checksum")
     arguments = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # texts of any language, on a terminal that may know one
     try:
         lines = about_file(arguments) if arguments.data else about_run(arguments)
         for line in lines:
@@ -318,4 +317,6 @@ def steps_of_document(data: TrainData, arguments: argparse.Namespace, config: Co
 
 
 if __name__ == "__main__":
+    if hasattr(sys.stdout, "reconfigure"):  # texts of any language, on a terminal that may know one
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())
