@@ -34,6 +34,7 @@ from pretrain.optim.schedule import lr_at
 from pretrain.report.diagnose import label_problem
 from pretrain.runtime.engine import Engine
 from pretrain.runtime.manifest import CheckpointError, checkpoints
+from pretrain.trained import tokenizer_of
 
 MOST_PASSES = 16  # Muennighoff et al. 2023: up to 4 passes are nearly as good as new text, after 16 nothing is left to gain
 LOCK_IS_STALE_SECONDS = 600.0
@@ -88,6 +89,7 @@ def preflight(config: Config, ranks: int | None = None) -> Report:
         report.findings += [Finding("schedule-too-long", each.key, each.message, stops=True) for each in error.problems]
         return report
     report.facts += run_facts(config, model, data, steps)
+    report.findings += weights_findings(config, data)
     report.findings += schedule_findings(config, steps) + pass_findings(config, data, steps)
     report.findings += storage_findings(config, model, folder, steps)
     report.findings += resume_findings(config, model, data, folder)
@@ -112,6 +114,7 @@ def at_start(config: Config, engine: Engine, model: ModelConfig, data: TrainData
                 found += health.sampled(source.file, where, vocab_size=data.vocab_size, end_of_document_id=None)
                 found += health.entropies(source.file, where, data.vocab_size) if source.seal else []
         found += build_locks(config) + schedule_findings(config, steps) + pass_findings(config, data, steps)
+        found += weights_findings(config, data)
         found += [each._replace(stops=False) for each in storage_findings(config, model, folder, steps)]
     stops = [each for each in found if each.stops]
     if engine.broadcast(len(stops)):
@@ -298,6 +301,18 @@ def schedule_findings(config: Config, steps: int) -> list[Finding]:
         text = f"the decay ends at step {end:,} of {steps:,}, and the rate stays at its lowest from there; null reaches the end"
         found.append(Finding("lr-ends-early", "schedule.decay_steps", text))
     return found
+
+
+def weights_findings(config: Config, data: TrainData) -> list[Finding]:
+    """Trained weights to which the ids of the tokens mean other texts."""
+    path = config.model.from_pretrained
+    theirs = tokenizer_of(Path(path)) if path else None
+    text = f"made with another tokenizer than {path} was trained with; right only where it has the same ids and more"
+    return [
+        Finding("weights-of-another-tokenizer", f"data.train[{i}].path", text)
+        for i, source in enumerate(data.sources)
+        if theirs and isinstance(source, FileSource) and source.seal and source.seal.tokenizer_fingerprint != theirs
+    ]
 
 
 def pass_findings(config: Config, data: TrainData, steps: int) -> list[Finding]:

@@ -128,6 +128,18 @@ def open_weights(path: Path, verify: Callable[[Checkpoint], None] = verify) -> W
     return CheckpointWeights(found[0])
 
 
+def tokenizer_of(path: Path) -> str | None:
+    """Fingerprint of the tokenizer that the weights of `path` (as `open_weights` takes it) were trained with; None: unknown."""
+    path = Path(path)
+    try:
+        if (path / "tokenizer.json").is_file():
+            return Tokenizer.load(path).fingerprint
+        found = [Checkpoint(path)] if (path / "manifest.json").is_file() else checkpoints(path / "checkpoints")
+        return found[0].state().get("tokenizer") if found else None
+    except (DataError, CheckpointError):
+        return None
+
+
 def load_model(run_directory: Path, step: int | str | None = None) -> tuple[Config, Transformer]:
     """Settings and model, on the CPU in fp32, of a checkpoint of a run. As `open_run`."""
     trained = open_run(run_directory, step)

@@ -17,13 +17,15 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.config import load
+from pretrain import huggingface
+from pretrain.config import ModelConfig, load, resolve_model
 from pretrain.data import health, tokenizer
 from pretrain.data.batches import MASKED, Batch
 from pretrain.data.indexed import TokenFile, TokenWriter
 from pretrain.preflight import Report, first_batch_findings, preflight
 from pretrain.runtime.run_directory import RunDirectory
 from pretrain.train import train
+from tests.models import make_tokenizer
 from tests.ranks import run_ranks
 from tests.test_indexed import write_megatron
 
@@ -392,6 +394,21 @@ def many_epochs(world):
     world.flags["train.max_steps"] = 20_000
 
 
+def weights_of_another_tokenizer(world):
+    make_tokenizer(world.folder / "hf")
+    weights_of_this_tokenizer(world)
+
+
+def weights_of_this_tokenizer(world):
+    """A folder of Hugging Face, with the tokenizer of the data unless another one is there."""
+    if not (folder := world.folder / "hf").exists():
+        shutil.copytree(world.tokenizer, folder)
+    shape = ModelConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    model = resolve_model(shape, vocab_size=tokenizer.Tokenizer.load(folder).vocab_size, sequence_length=64)
+    (folder / "config.json").write_text(json.dumps(huggingface.to_config(model, "float32", {})))
+    world.flags["model.from_pretrained"] = folder
+
+
 def busy_port(world):
     world.server = socket.create_server(("127.0.0.1", 0))
     os.environ["MASTER_PORT"] = str(world.server.getsockname()[1])
@@ -429,6 +446,7 @@ def young_build_lock(world):
         (a_flat_file_as_its_own_validation, "validation-overlap"),
         (a_tokenizer_of_another_language, "tokens-are-bytes"),
         (ids_of_another_tokenizer, "text-garbled"),
+        (weights_of_another_tokenizer, "weights-of-another-tokenizer"),
         (learning_rate_in_percent, "lr-out-of-range"),
         (warm_up_of_most_of_the_run, "warmup-too-long"),
         (decay_that_ends_early, "lr-ends-early"),
@@ -445,6 +463,11 @@ def test_what_is_doubtful_is_warned_of_by_its_name(world, monkeypatch, plant, na
     found = world.check().findings
     assert name in {each.name for each in found}, found
     assert {each.name for each in found if each.stops} <= {"port-in-use"}, found
+
+
+def test_trained_weights_of_the_same_tokenizer_are_no_doubt(world):
+    weights_of_this_tokenizer(world)
+    assert world.check().findings == []
 
 
 # ---------------------------------------------------------------- the parts
