@@ -9,8 +9,10 @@ import math
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -384,6 +386,19 @@ def test_a_command_that_cannot_be_done_says_why_in_a_sentence(words, message, ba
     assert run_script(monkeypatch, *(names.get(word, word) for word in words)) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_conversion_that_is_stopped_leaves_nothing(how, base, tmp_path):
+    words = [sys.executable, "tools/convert_checkpoint.py", "--run", base, "--output", tmp_path / "hf"]
+    converting = subprocess.Popen(list(map(str, words)), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.iterdir()):
+        assert converting.poll() is None
+        time.sleep(0.02)
+    converting.send_signal(how)
+    assert "nothing is left of it" in converting.communicate(timeout=60)[1]
+    assert converting.returncode == 130 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import signal
 import sys
 from pathlib import Path
 
@@ -73,10 +74,11 @@ def main() -> int:
     if not importlib.util.find_spec("transformers"):
         print("convert_checkpoint: needs the package transformers: pip install 'pretrain[hf]'", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that what was written is removed
     try:
         return convert(options)
     except KeyboardInterrupt:
-        print("\nconvert_checkpoint: interrupted; nothing was written", file=sys.stderr)
+        print("\nconvert_checkpoint: interrupted; nothing is left of it", file=sys.stderr)
         return 130
 
 
