@@ -213,6 +213,51 @@ def test_a_few_flat_lines_of_a_warm_up_are_no_stall():
     assert result.findings == [] and any("so far" in note for note in result.notes)
 
 
+def another_curve(vocab_size: int, steps: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Nats of a healthy run: a power law, two exponentials, a plateau and then a drop, a slow warm-up or a fast recipe."""
+    start, low = math.log(vocab_size) * rng.uniform(1, 1.02), min(0.55 * math.log(vocab_size), rng.uniform(1.3, 3.4))
+    kind, tau = rng.integers(5), rng.uniform(60, 400)
+    if kind == 0:
+        return low + (start - low) * (1 + steps / tau) ** -rng.uniform(0.35, 0.7)
+    if kind == 1:
+        return low + (start - low) * (0.6 * np.exp(-steps / tau) + 0.4 * np.exp(-steps / (20 * tau)))
+    if kind == 2:
+        plateau = rng.uniform(0.65, 0.82) * start
+        late = np.maximum(0, steps - 5 * tau)
+        return plateau + (start - plateau) * np.exp(-steps / tau) - (plateau - low) * (1 - (1 + late / 400) ** -0.5)
+    warm_up = rng.uniform(500, 2000)
+    done = np.where(steps < warm_up, steps**2 / (2 * warm_up), steps - warm_up / 2) if kind == 3 else 4 * steps
+    return low + (start - low) * (1 + done / 150) ** -rng.uniform(0.4, 0.6)
+
+
+def test_other_curves_settings_and_noises_get_the_right_name_or_several_or_none():
+    """A wrong name alone is the worst answer, and must not come; a factor that is not seen must be rare."""
+    answers = Counter()
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        vocab_size, sequence_length = (
+            int(rng.choice([256, 4096, 10000, 32000, 50304, 128256, 256000])),
+            int(rng.choice([256, 1024])),
+        )
+        accumulation, ranks = (int(rng.choice(sizes)) for sizes in ([3, 5, 7, 13, 16, 25, 31, 64], [2, 4, 6, 8, 16]))
+        every, lines = int(rng.choice([1, 5, 10, 50, 100])), int(rng.choice([20, 50, 200, 1000]))
+        steps = int(rng.choice([0, 1, every])) + every * np.arange(lines)
+        true = another_curve(vocab_size, steps, rng) + rng.normal(size=lines) * 0.4 / math.sqrt(8 * accumulation * ranks)
+        cause, factor = list({"clean": 1, "accumulation": accumulation, "divided by accumulation": 1 / accumulation,
+                              "world size": ranks, "both": accumulation * ranks, "sequence length": sequence_length,
+                              "bits": 1 / math.log(2)}.items())[seed % 7]  # fmt: skip
+        result = diagnose(log_of(steps, true * factor), Setup(vocab_size, accumulation, ranks, sequence_length, 8))
+        causes = next((each.causes for each in result.findings if each.fault in ("scale", "start")), ())
+        right = cause == "clean" if not causes else cause in causes
+        kind = "right" if right else "nothing" if not causes else "WRONG"
+        answers[cause, kind, len(causes) > 1] += 1
+    for (cause, kind, several), count in sorted(answers.items()):
+        print(f"planted {cause:25} {kind}{' among several' if several else '':15} {count}")
+    assert not any(kind == "WRONG" for _, kind, _ in answers)
+    assert sum(count for (_, kind, _), count in answers.items() if kind == "nothing") <= 20
+    assert sum(count for (_, kind, several), count in answers.items() if kind == "right" and not several) >= 330
+
+
 # ---------------------------------------------------------------- the two stories
 
 
@@ -427,6 +472,20 @@ def test_what_stays_where_frequencies_leave_it_may_ignore_its_context():
     steps, blur = np.arange(0, 2000, 10), np.random.default_rng(0).normal(0, 0.02, 200)
     (finding,) = diagnose(log_of(steps, 7.6 + 2.8 * np.exp(-steps / 60) + blur), Setup(32000)).findings
     assert (finding.fault, finding.certainty) == ("stall", "possible") and "context is ignored" in finding.text
+
+
+@pytest.mark.parametrize("parts", [(8, 1), (1, 8)])
+def test_a_scale_that_changes_in_the_middle_is_told_with_its_place(parts):
+    steps = np.arange(0, 400, 10)
+    loss = (3 + 7.8 * (1 + steps / 100) ** -0.5) * np.repeat(parts, 20)
+    (finding,) = diagnose(log_of(steps, loss), Setup(50304, 8)).findings
+    assert finding.causes == ("change",) and "between step 190 and 200" in finding.text
+    assert "likely by the accumulation steps" in finding.text
+
+
+def test_five_lines_that_end_far_above_ln_v_have_diverged():
+    log = log_of([2, 10, 14, 16, 20], [12.03, 11.74, 10.86, 15.03, 20.1])
+    assert [f.fault for f in diagnose(log, Setup(128256)).findings] == ["divergence"]
 
 
 def test_a_rise_of_half_a_nat_at_the_end_is_a_divergence():

@@ -42,6 +42,7 @@ _ONE_STEP = "Print the first step twice, with accumulation 1 and 2 and the same 
 _NOTHING_LEARNED = (
     "labels that do not follow from the tokens (random data, labels of another sample) or weights that do not move"
 )
+_BEFORE_THE_RISE = "Go on from a checkpoint before the rise, with a lower learning rate."
 _CONTEXT = "Shuffled labels look like this; so do attention that sees nothing, and a learning rate far too low or too high."
 
 
@@ -95,7 +96,7 @@ def diagnose(log: TrainingLog, setup: Setup) -> Diagnosis:
     if log.format in TEXT_FORMATS:
         result.notes.append(f"scripts that write {log.format} show, as published, {TEXT_FORMATS[log.format][1]}")
     if result.curve is not None:
-        accumulated = list(_running(result))
+        accumulated = [*_running(result), *_change(result)]
         judged = (_ranks,) if accumulated else (_scale, _ranks, _auxiliary, _stall, _level, _collapse, _divergence, _noise)
         result.findings += accumulated
         for check in judged:
@@ -153,6 +154,27 @@ def _scale(result: Diagnosis) -> Iterator[Finding]:
             yield from _too_low(result, evidence)
         else:
             result.notes += _what_the_start_leaves_open(result, evidence)
+
+
+def _change(result: Diagnosis) -> Iterator[Finding]:
+    """What is shown changes from one line to the next, as after a restart with another accumulation: one side is above ln V."""
+    curve, setup, width = result.curve, result.setup, 4
+    if setup.ln_v is None or len(curve.loss) < 3 * width:
+        return
+    windows = np.lib.stride_tricks.sliding_window_view(curve.loss, width)
+    level, steady = np.median(windows, axis=1), np.ptp(windows, axis=1) < 0.15 * windows.min(axis=1)
+    jump = np.where(steady[:-width] & steady[width:], level[:-width] / level[width:], 1.0)
+    at = int(np.abs(np.log(jump)).argmax())
+    before, after = level[at], level[at + width]
+    times = max(before, after) / min(before, after)
+    names = [f.words for f in factors(setup, curve, times) if abs(math.log(f.value / times)) < 0.1 and not f.is_unit]
+    impossible = max(before, after) > MOST * setup.ln_v >= min(before, after)
+    if not impossible or times < 1.7 or (before < after and not names):
+        return
+    place = f"between {result.log.unit} {curve.steps[at + width - 1]:g} and {curve.steps[at + width]:g}"
+    text = f"{place} the loss goes from {before:.4g} to {after:.4g}, {times:.3g} times {'less' if after < before else 'more'}"
+    why = f" at once: what is shown has changed{', likely by ' + ' or '.join(names) if names else ''}"
+    yield Finding("scale", "likely", text + why, "Judge the parts before and after it as logs of their own.", ("change",))
 
 
 def _too_high(result: Diagnosis, evidence: Evidence) -> Finding:
@@ -460,6 +482,10 @@ def _divergence(result: Diagnosis) -> Iterator[Finding]:
     """The curve ends well above its lowest part."""
     curve, true, tenth = result.curve, result.true, max(3, len(result.true) // 10)
     if len(true) < 4 * tenth:
+        ln_v = result.setup.ln_v
+        if len(true) >= 3 and ln_v and min(true[-2:]) > max(1.15 * true[0], 1.05 * ln_v):
+            text = f"the loss rises from {true.min():.3g} to {true[-1]:.3g}, above {_expected(result.setup)}"
+            yield Finding("divergence", "likely", text, _BEFORE_THE_RISE)
         return
     begins = np.r_[np.arange(0, len(true) - tenth, max(1, tenth // 20)), len(true) - tenth]
     medians = np.array([np.median(true[i : i + tenth]) for i in begins])
@@ -469,7 +495,7 @@ def _divergence(result: Diagnosis) -> Iterator[Finding]:
     if rise > max(0.05 * lowest, 0.2, 8 * line_noise(true) / math.sqrt(tenth)):
         where = f"{result.log.unit} {curve.steps[best + tenth // 2]:g}"
         text = f"the loss rises from {lowest:.3g} around {where} to {medians[-1]:.3g} at the end"
-        yield Finding("divergence", "likely", text, "Go on from a checkpoint before the rise, with a lower learning rate.")
+        yield Finding("divergence", "likely", text, _BEFORE_THE_RISE)
 
 
 def _noise(result: Diagnosis) -> Iterator[Finding]:
