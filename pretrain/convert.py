@@ -185,6 +185,9 @@ def _whole_or_absent(output: Path) -> Iterator[Path]:
         sync_folder(folder)
         os.replace(folder, output)
         sync_folder(output.parent)
+    except OSError as error:
+        error.filename = error.filename or str(output)  # a full disk does not say where
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -260,6 +261,17 @@ def test_a_converted_model_takes_its_tokenizer_along(tmp_path, tokenizer_folder,
     monkeypatch.chdir("/")
     moved = open_run(tmp_path / "elsewhere")
     assert moved.load_tokenizer().fingerprint == Tokenizer.load(tokenizer_folder).fingerprint
+
+
+def test_a_full_disk_is_named_and_keeps_nothing(tmp_path):
+    run, (soft, hard) = make_run(tmp_path / "run", model_of("llama"), None), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{tmp_path / 'hf'}'"):
+            export_run(run, tmp_path / "hf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_beginning_that_training_never_showed_is_told(tmp_path, tokenizer_folder, capsys):
