@@ -318,7 +318,12 @@ def _windows(run: Run) -> Iterator[list[Batch]]:
     with ThreadPoolExecutor(1, "data") as pool:
         ahead = pool.submit(read, position)
         while True:
-            window = ahead.result()
+            try:
+                window = ahead.result()
+            except (DataError, OSError) as error:  # of this rank alone: rank 0 sees a lost peer and cannot say why
+                if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+                    print(f"pretrain: rank {engine.rank}: {error}", file=sys.stderr, flush=True)
+                raise
             position = skips.next_position(position + batch.global_batch_size, skipped)
             ahead = pool.submit(read, position)
             yield [engine.to_device(micro_batch) for micro_batch in window]

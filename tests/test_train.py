@@ -12,11 +12,13 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
 from pretrain import schema
 from pretrain.config import load
+from pretrain.data.batches import open_train
 from pretrain.runtime.run_directory import RunDirectory
 from pretrain.train import train
 from tests.ranks import run_ranks
@@ -105,6 +107,24 @@ def test_a_run_killed_by_kill_9_goes_on_to_the_bit(tiny, tmp_path):
     assert again.returncode == 0 and "going on after step" in again.stdout, again.stdout
     assert curve(run_of(tiny)) == curve(run_of(tiny, "straight"))
     assert final_bytes(run_of(tiny)) == final_bytes(run_of(tiny, "straight"))
+
+
+def test_what_one_rank_cannot_read_in_the_middle_of_a_run_is_said_by_that_rank(tiny, tmp_path):
+    """An id outside the vocabulary between the parts that are looked at when the file is opened, in a sample of rank 1."""
+    tokens = np.random.default_rng(0).integers(0, 64, 4_000_000, dtype=np.uint16)
+    tokens.tofile(tmp_path / "flat.bin")
+    tiny = ["--data.synthetic", "null", "--data.train", f"[{{path: {tmp_path / 'flat.bin'}}}]", *tiny]
+    data = open_train(load(tiny).data, seed=1234, vocab_size=64, tokenizer_fingerprint=None)
+    looked_at = [(len(tokens) - 8192) * i // 63 for i in range(64)]
+    samples = {position: data.sample_ids(position, 1)[0][2] for position in range(16, 160) if position % 8 >= 4}
+    hidden = [n for n in samples.values() if not any(start - 16 <= 16 * n <= start + 8192 for start in looked_at)]
+    tokens[16 * hidden[0] + 5] = 99
+    tokens.tofile(tmp_path / "flat.bin")
+    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", "launch/accelerate/cpu.yaml"]
+    command = [*launch, "--main_process_port", "0", "launch/pretrain.py", *tiny]
+    job = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    said = f"pretrain: rank 1: {tmp_path / 'flat.bin'}: token {16 * hidden[0] + 5:,} is id 99, the model has ids 0 to 63"
+    assert job.returncode != 0 and said in job.stderr, job.stderr
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
