@@ -126,7 +126,8 @@ def texts(options: argparse.Namespace, made: list[int]) -> Iterator[tuple[str, I
     device, prompts = pick_device(options.device), read_prompts(options)
     trained = open_run(options.run, options.step) if options.run else open_folder(options.model)
     if (tokenizer := trained.load_tokenizer()) is None:
-        raise ValueError(f"{options.run or options.model}: has no tokenizer (tokenizer.path), so it cannot read a prompt")
+        where = "tokenizer.path" if options.run else "tokenizer.json"
+        raise ValueError(f"{options.run or options.model}: has no tokenizer ({where}), so it cannot read a prompt")
     encode, stop_ids = (as_in_training if options.run else as_the_folder_says)(trained, tokenizer)
     dtype = DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     model = load_transformer(trained.weights)
