@@ -672,6 +672,8 @@ def test_utf_16_as_windows_shells_write_it_is_read(tmp_path):
     for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
         (tmp_path / "log").write_bytes("step 1 loss 8.5\nstep 2 loss 8.4\n".encode(encoding))
         assert read_log(tmp_path / "log").loss.tolist() == [8.5, 8.4]
+    (tmp_path / "log").write_bytes("第 1 步 损失：8.5\r\n第 2 步 损失：8.4\r\n".encode("gb18030"))
+    assert read_log(tmp_path / "log").loss.tolist() == [8.5, 8.4]
 
 
 @pytest.mark.parametrize(

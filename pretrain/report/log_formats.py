@@ -173,7 +173,7 @@ def read_log(path: Path) -> TrainingLog:
 
 
 def _decoded(path: Path, raw: bytes) -> str:
-    """UTF-8 or UTF-16, with or without the mark at its head. Raises LogError for what is no text."""
+    """UTF-8, UTF-16, with or without the mark at its head, or GB 18030. Raises LogError for what is no text."""
     if raw[:2] == b"\x1f\x8b":
         raise LogError(f"{path}: is compressed; unpack it with gunzip first")
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -183,7 +183,9 @@ def _decoded(path: Path, raw: bytes) -> str:
             if half.count(0) > 0.8 * len(half):
                 return raw.decode(encoding, errors="replace")
         raise LogError(f"{path}: is a binary file; give text, JSON lines, CSV, or a TensorBoard file (events.out.tfevents...)")
-    return raw.decode("utf-8-sig", errors="replace")
+    text = raw.decode("utf-8-sig", errors="replace")
+    chinese = raw.decode("gb18030", errors="replace") if text.count("\ufffd") > 3 else text  # fewer: a torn character
+    return min(text, chinese, key=lambda each: each.count("\ufffd"))
 
 
 _CHINESE = """损失值 loss 损失 loss 训练 train_ 验证 val_ 测试 val_ 学习率 lr 困惑度 perplexity 梯度范数 grad_norm
