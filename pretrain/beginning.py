@@ -199,7 +199,7 @@ def checkpoint_to_resume(config: Config, engine: Engine, folder: Path) -> Checkp
     wish, saved = config.checkpoint.resume, folder / "checkpoints"
     if engine.rank == 0:
         checkpoints.clean(saved)
-    if wish == "auto" or engine.broadcast(int(engine.rank == 0 and _began_at(saved, wish))):
+    if wish == "auto" or engine.broadcast(int(engine.rank == 0 and began_at(saved, wish))):
         return checkpoints.newest_valid(saved, engine)
     if wish == "never":
         if checkpoints.checkpoints(saved):
@@ -218,7 +218,7 @@ def checkpoint_to_resume(config: Config, engine: Engine, folder: Path) -> Checkp
     return chosen
 
 
-def _began_at(saved: Path, wish: str) -> bool:
+def began_at(saved: Path, wish: str) -> bool:
     """Whether the newest checkpoint of a run comes from a start with checkpoint.resume `wish`."""
     for newest in checkpoints.checkpoints(saved)[:1]:
         with contextlib.suppress(CheckpointError, KeyError):

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from pretrain import config as settings
 from pretrain import rules
-from pretrain.beginning import count_steps, refuse_another_run
+from pretrain.beginning import began_at, count_steps, refuse_another_run
 from pretrain.config import Config, ConfigError, ModelConfig, Problem, SourceConfig
 from pretrain.data import health
 from pretrain.data.batches import MASKED, Batch, FileSource, TrainData, open_train, open_valid
@@ -33,7 +33,8 @@ from pretrain.model import flops
 from pretrain.optim.schedule import lr_at
 from pretrain.report.diagnose import label_problem
 from pretrain.runtime.engine import Engine
-from pretrain.runtime.manifest import CheckpointError, checkpoints
+from pretrain.runtime.manifest import Checkpoint, CheckpointError, checkpoints
+from pretrain.runtime.run_directory import NO_LOCKS
 from pretrain.trained import tokenizer_of
 
 MOST_PASSES = 16  # Muennighoff et al. 2023: up to 4 passes are nearly as good as new text, after 16 nothing is left to gain
@@ -353,7 +354,8 @@ def directory_findings(folder: Path) -> list[Finding]:
         found.append(Finding("run-locked", str(folder), text, stops=True))
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-            found.append(Finding("run-locked", str(folder), f"run.lock cannot be locked here ({error})", stops=True))
+            text = f"run.lock cannot be locked here ({error.strerror}): see to it that no second job uses the folder"
+            found.append(Finding("run-locked", str(folder), text, stops=error.errno not in NO_LOCKS))
     return found
 
 
@@ -383,10 +385,13 @@ def checkpoint_bytes(config: Config, model: ModelConfig, steps: int) -> tuple[in
 
 def resume_findings(config: Config, model: ModelConfig, data: TrainData, folder: Path) -> list[Finding]:
     """Whether a run that exists would go on with these settings."""
-    there = checkpoints(folder / "checkpoints")
+    there, wish = checkpoints(folder / "checkpoints"), config.checkpoint.resume
+    named = wish not in ("auto", "never") and not began_at(folder / "checkpoints", wish)
+    if named:
+        there = [Checkpoint(Path(wish).resolve())]
     if not there:
         return []
-    if config.checkpoint.resume == "never":
+    if wish == "never":
         text = f"is never, but {folder} has checkpoints; use auto, or another run.name"
         return [Finding("resume-refused", "checkpoint.resume", text, stops=True)]
     try:
@@ -394,6 +399,8 @@ def resume_findings(config: Config, model: ModelConfig, data: TrainData, folder:
     except ConfigError as error:
         return [Finding("resume-refused", each.key, each.message, stops=True) for each in error.problems]
     except CheckpointError as error:
+        if named:
+            return [Finding("resume-refused", "checkpoint.resume", str(error), stops=True)]
         return [Finding("checkpoint-damaged", str(there[0].path), f"{error}; the run would go on from an older one")]
     return []
 

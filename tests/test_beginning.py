@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import os
+import stat
 import time
 from pathlib import Path
 
+from pretrain.config import load, resolve_model
+from pretrain.data.batches import open_train
+from pretrain.preflight import resume_findings
 from pretrain.runtime.run_directory import read_state
 from tests.test_train import curve, records, run_of, tiny, train_here  # noqa: F401
 
@@ -106,3 +113,38 @@ def test_tokens_per_second_of_a_line_that_a_stop_cut_in_two_count_the_time_befor
     assert train_here(tiny) == 0
     line = next(record for record in records(run_of(tiny)) if record["step"] == 20 and "loss" in record)
     assert line["tokens_per_second"] < 6400 and line["train_hours"] * 3600 > 0.4
+
+
+def test_a_file_system_without_locks_and_without_syncing_of_folders_is_said_and_is_no_reason_not_to_train(
+    tiny,  # noqa: F811
+    monkeypatch,
+    capsys,
+):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    def files_only(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(os, "fsync", files_only)
+    (run_of(tiny)).mkdir(parents=True)
+    (run_of(tiny) / "metrics.jsonl").write_text("{}\n")  # to be cut
+    assert train_here(tiny) == 0 and (run_of(tiny) / "checkpoints" / "step_00000020").is_dir()
+    assert "has no locks (Function not implemented)" in capsys.readouterr().err
+
+
+def test_the_preflight_looks_at_the_checkpoint_that_the_run_would_go_on_from(tiny):  # noqa: F811
+    assert train_here(tiny) == 0
+    saved = run_of(tiny) / "checkpoints"
+
+    def found(*flags: str) -> list[str]:
+        config = load(["--train.max_steps", "18", "--checkpoint.allow_changes", FEWER, *flags, *tiny])
+        model = resolve_model(config.model, vocab_size=64, sequence_length=16)
+        data = open_train(config.data, seed=config.run.seed, vocab_size=64, tokenizer_fingerprint=None)
+        return [each.text for each in resume_findings(config, model, data, run_of(tiny))]
+
+    assert len(found()) == 1 and "after step 20 already" in found()[0]
+    assert found("--checkpoint.resume", str(saved / "step_00000016")) == []
+    assert "cannot be read" in found("--checkpoint.resume", str(saved / "step_00000001"))[0]

@@ -15,6 +15,7 @@ W&B and TensorBoard are copies (copies.py): no outage of theirs can stop or slow
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -299,7 +300,8 @@ def cut_metrics(path: Path, resume_step: int, validation_due: bool = False) -> t
     if dropped or unreadable or changed:
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
+        with contextlib.suppress(OSError):  # some file systems cannot sync folders
+            os.fsync(folder)
         os.close(folder)
     else:
         temporary.unlink()

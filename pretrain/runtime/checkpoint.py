@@ -427,10 +427,13 @@ def write_file(path: Path, blocks: Iterable[bytes | memoryview], beat: Callable[
 
 
 def sync_folder(path: Path) -> None:
-    """Makes the names in a folder durable. Raises OSError."""
+    """Makes the names in a folder durable, where the file system can sync folders at all. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
     finally:
         os.close(descriptor)
 

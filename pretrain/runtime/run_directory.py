@@ -15,13 +15,18 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
+
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""Of file systems without flock, such as Lustre as it is often mounted: no reason not to train there."""
 
 
 class Locked(Exception):
@@ -42,6 +47,11 @@ class RunDirectory:
             raise Locked(
                 f"{directory}: is in use by {self._lock.read().strip()}; stop that job or choose another run.name"
             ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            warning = f"{directory}: its file system has no locks ({error.strerror}): see to it that no second job uses it"
+            print(warning, file=sys.stderr, flush=True)
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         self._lock.flush()
