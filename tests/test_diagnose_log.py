@@ -530,6 +530,11 @@ def test_null_losses_of_our_metrics_are_the_nan_that_they_were(tmp_path):
     assert any("9 steps were skipped" in note for note in result.notes)
 
 
+def test_an_integer_too_long_for_a_number_is_infinite(tmp_path):
+    text = '{"step": 1, "loss": %s}\n{"step": 2, "loss": 8}\n' % ("9" * 400)
+    assert doctor(tmp_path, text, vocab_size=6400).log.loss.tolist() == [math.inf, 8.0]
+
+
 def test_zeros_of_a_logger_that_filters_nan_are_found(tmp_path):
     text = "".join(
         str({"loss": x, "grad_norm": g, "epoch": e / 10}) + "\n"
@@ -712,6 +717,7 @@ def test_names_mean_what_they_say(name, word):
         (b"train:\n  loss_chunk: 1024\n", "no training loss in it, only 'loss_chunk'"),
         (b"hello 3 world\n", "no training loss in it"),
         (b"{" + b"1, " * 100_000, "no training loss in it"),
+        (b"[" * 100_000, "no training loss in it"),
         (b'{"step": 1, "accuracy": 0.5}\n', "no training loss in it (found: 'step', 'accuracy')"),
         (b"step,val_loss\n1,2\n", "no training loss"),
     ],

@@ -212,13 +212,13 @@ def _json_rows(text: str) -> list[Row]:
     for line in text.splitlines():
         try:
             records.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # a torn last line, or words between the records
     found = [records]
     if sum(isinstance(record, dict) for record in records) <= 1:
         try:
             document = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             document = None
         found = [*_lists_in(document), records]
     for candidate in found:
@@ -261,8 +261,8 @@ def _number(value: object) -> float | None:
     if isinstance(value, str):
         value = value.strip().partition("/")[0].replace(",", "")
     try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+        return value if isinstance(value, float) else float(str(value))  # of too long an integer: infinity
+    except ValueError:
         return None
 
 
