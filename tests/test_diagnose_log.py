@@ -411,6 +411,13 @@ def test_what_falls_as_little_as_a_trained_model_is_not_called_divided(trained):
         assert [f.causes for f in result.findings] == [("divided by accumulation",)]
 
 
+def test_a_fine_tuning_without_steps_is_not_called_divided(tmp_path):
+    """2.9 x 4 = 11.6 = ln 151936, epochs of two digits and a fall by 30 %."""
+    lines = [(2.9 - 0.9 * (1 - math.exp(-s / 30)), s / 300) for s in range(1, 300)]
+    text = "".join(f"{{'loss': {x:.4f}, 'grad_norm': 1.0, 'learning_rate': 2e-05, 'epoch': {e:.2f}}}\n" for x, e in lines)
+    assert doctor(tmp_path, text, vocab_size=151936, accumulation=4).findings == []
+
+
 def test_trained_models_raise_no_alarm_whatever_factors_the_run_has():
     alarms = []
     for seed in range(300):

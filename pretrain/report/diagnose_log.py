@@ -276,7 +276,7 @@ def _factor(result: Diagnosis, evidence: Evidence, why: str, named: list[Factor]
     same = [factor for factor in named if factor.value == first.value]
     others = [factor for factor in named if factor.value != first.value]
     by_heart = first.value < 1 and not curve.from_start and not why
-    trained = first.value < 1 and curve.from_start and not why and not falls_as_untrained(curve)
+    trained = first.value < 1 and curve.from_start and not why and not (curve.has_steps and falls_as_untrained(curve))
     exact = curve.age <= 1 and evidence.deviations(first) < 0.5
     another = first.cause in ("bits", "log10") and not exact and not why and curve.first < LARGEST_LN_V
     loose = evidence.deviations(first) > 1.3 or not (curve.from_start or why)

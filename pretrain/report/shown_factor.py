@@ -234,9 +234,9 @@ def share_of_ln_v(age: float) -> tuple[float, float, float]:
 
 
 def usual_fall(curve: Curve) -> float:
-    """Last over first loss of untrained models over these steps; as over a few hundred where the log has none."""
+    """Last over first loss of untrained models over these steps; as over a thousand where the log has none."""
     if not curve.has_steps:
-        return 0.6
+        return 0.45
     return share_of_ln_v(curve.age + curve.steps[-1] - curve.steps[0])[1] / share_of_ln_v(curve.age)[1]
 
 
