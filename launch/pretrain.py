@@ -24,7 +24,7 @@ def main() -> int:
             print(error, file=sys.stderr)
         return 2
     if sys.stderr:
-        faulthandler.register(signal.SIGUSR1)  # stacks; once the run has its folder, those of all ranks go there
+        faulthandler.register(signal.SIGUSR1, file=2)  # stacks; once the run has its folder, those of all ranks go there
     stop = StopRequest()
     from pretrain.train import train  # torch is imported here, after the settings are known to be right
 
