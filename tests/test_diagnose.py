@@ -58,6 +58,8 @@ CASES = {
     "random data in a file": (curve(9.29, 9.21), RANDOM_FILE, "random"),
     "random data learned by heart": (curve(9.29, 4.0, val=(9.3, 9.5, 9.9, 10.4), passes=20), RANDOM_FILE, "memorising"),
     "shuffled tokens": (curve(8.3, 6.5), SHUFFLED, "random"),
+    "shuffled tokens, some by heart": (curve(6.6, 6.3, tau=1, val=(6.56, 6.54, 6.53, 6.53)), SHUFFLED, "random"),
+    "random tokens, some by heart": (curve(9.3, 8.9, tau=1, val=(9.3, 9.25, 9.26, 9.28)), RANDOM_FILE, "random"),
     "labels of another sample": (curve(8.3, 6.5), TEXT, "unigram"),
     "labels of another sample, with validation": (curve(8.3, 6.5, noise=0.1, val=(6.62, 6.61, 6.62, 6.615)), TEXT, "unigram"),
     "random labels": (curve(8.4, 8.3), TEXT, "nothing"),

@@ -119,8 +119,8 @@ def judge(curve: Curve, lines: Mapping[str, float]) -> Verdict:
     trend = _trend(loss)
     judged, name = (float(curve.val_loss[-1]), "validation") if known.any() else (trend.level, "training")
     share = f"{name} loss {judged:.3f} nats per token = {judged / uniform:.0%} of ln(vocabulary) = {uniform:.3f}"
-    if by_heart := _memorising(curve, trend):
-        return Verdict(by_heart[0], f"{share}. {by_heart[1]}")
+    if memorised := _memorising(curve, trend):
+        return Verdict(memorised[0], f"{share}. {memorised[1]}")
     if floor is not None and judged < floor + 0.03 * max(1.0, floor):
         if floor > 0.99 * uniform:
             return Verdict("random", f"{share}. This data is random: no token can be predicted, so ln(vocabulary) is its floor")
@@ -132,9 +132,10 @@ def judge(curve: Curve, lines: Mapping[str, float]) -> Verdict:
         return Verdict("worse", f"{share}. {text}")
     far, few = _beyond(judged, lines), len(loss) < _LEAST_LINES or curve.step[-1] < _LEAST_STEPS
     val_drop = _val_drop(curve)
-    falling = trend.falling or val_drop > 0.01 * judged
-    flat = not falling and (trend.flat or abs(val_drop) < 0.01 * judged)
-    if not few and (stalled := _stall(trend.level, falling, flat, lines)):
+    by_heart = trend.falling and val_drop < 0.004 * judged  # training falls and validation does not: that is no progress
+    falling = not by_heart and (trend.falling or val_drop > 0.01 * judged)
+    flat = not falling and (by_heart or trend.flat or abs(val_drop) < 0.01 * judged)
+    if not few and (stalled := _stall(judged if by_heart else trend.level, falling, flat, lines)):
         return Verdict(stalled[0], f"{share}. {stalled[1]}")
     if few:
         return Verdict("short", f"{share}{far}. The run is too short to say more: train longer")
