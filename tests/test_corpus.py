@@ -121,7 +121,7 @@ def test_a_file_of_another_encoding_is_bad_and_not_a_document_of_replacement_cha
             texts(Corpus([str(tmp_path / "a.txt")], split=split))
     corpus = Corpus([str(tmp_path / "a.txt")], on_bad_line="skip")
     assert texts(corpus) == [] and corpus.bad_lines == 1 and corpus.replaced_bytes == 0
-    (tmp_path / "a.txt").write_bytes(b"plain text " * 10_000 + b"caf\xe9 " * 100)
+    (tmp_path / "a.txt").write_bytes(b"plain text " * 10_000 + b"\xfcber " * 100)
     corpus = Corpus([str(tmp_path / "a.txt")])
     assert len(texts(corpus)) == 1 and corpus.replaced_bytes == 100
 

@@ -199,7 +199,8 @@ def _in_our_words(text: str) -> str:
         text = re.sub(r"第\s*(\d+)\s*步|(?<![\w.])(\d+)\s*步(?!数|骤)", r" step \1\2 ", text)
         for word, ours in zip(_CHINESE.split()[::2], _CHINESE.split()[1::2], strict=True):
             text = text.replace(word, ours)
-    text = re.sub(r"(?m)^s:(\d+) (?:(tr)|te)l:", lambda found: f"step {found[1]} {'train' if found[2] else 'val'} loss:", text)
+    text = re.sub(r"(?m)^s:(\d+) trl:", r"step \1 train loss:", text)
+    text = re.sub(r"(?m)^s:(\d+) t[e]l:", r"step \1 val loss:", text)
     return re.sub(r"(?m)^(\d+) (train|val) (?=[\d.]+\s*$)", r"step \1 \2 loss ", text)
 
 
