@@ -282,6 +282,6 @@ def test_ids_out_of_range_an_empty_micro_batch_and_a_lossy_tokenizer_are_found(p
     labels_BT[2:] = -100
     _, problems = tool.mask_stage(tool.split(batch._replace(labels_BT=labels_BT), 2))
     assert problems == ["micro-batch 1 has no label that counts"]
-    parts.tokenizer = SimpleNamespace(vocab_size=512, encode=lambda text: [1, 2], decode=lambda ids: "def")
-    _, problems = tool.tokenizer_stage(parts)
+    parts.tokenizer = SimpleNamespace(vocab_size=512, encode=lambda text: [1, 2], decode=lambda ids: f"{len(ids)} ids")
+    _, problems = tool.tokenizer_stage(parts, batch)
     assert "does not give back what it encodes" in problems[0] and "has 512 ids, the model 300" in problems[1]

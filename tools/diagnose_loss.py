@@ -277,7 +277,7 @@ def about_chain(arguments: argparse.Namespace, settings: list[str]) -> int:
     micro_batches = split(batch, config.batch.micro_batch_size)
     run = micro_batches[: arguments.micro_batches]
     stages = [
-        ("tokenizer", tokenizer_stage(parts)),
+        ("tokenizer", tokenizer_stage(parts, batch)),
         ("labels", label_stage(parts, batch)),
         ("mask", mask_stage(micro_batches)),
         ("logits", logit_stage(model, parts.model, batch)),
@@ -309,8 +309,9 @@ def split(batch: Batch, micro_batch_size: int) -> list[Batch]:
     return [type(batch)(*tensors) for tensors in zip(*columns, strict=False)]
 
 
-def tokenizer_stage(parts: Parts) -> Stage:
-    """Sizes, and text that survives encoding."""
+def tokenizer_stage(parts: Parts, batch: Batch) -> Stage:
+    """Sizes, and text of the data that survives encoding. What the tokenizer leaves out of any text, such as capitals, the data
+    lacks too."""
     tokenizer, config = parts.tokenizer, parts.model
     rows = vocabulary_rows(config)
     lines = [
@@ -319,10 +320,11 @@ def tokenizer_stage(parts: Parts) -> Stage:
     if tokenizer is None:
         return [*lines, "no tokenizer.path: ids cannot be shown as text"], []
     lines.append(f"the tokenizer {parts.config.tokenizer.path} has {tokenizer.vocab_size:,} ids")
-    text = "def main(): return 'Hello, world 123'"
+    text = tokenizer.decode(batch.tokens_BT[0, : 4 * _SHOWN_TOKENS].tolist())
+    text = " ".join(text.split()[1:-1]) or text.strip("\ufffd")  # a sample may begin and end within a word or a character
     back = tokenizer.decode(tokenizer.encode(text))
     lines.append(f"{text!r} -> {len(tokenizer.encode(text))} ids -> {back!r}")
-    problems = [] if back == text else [f"the tokenizer does not give back what it encodes: {back!r}"]
+    problems = [] if back.split() == text.split() else [f"the tokenizer does not give back what it encodes: {back!r}"]
     if tokenizer.vocab_size != config.vocab_size:
         problems.append(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}; leave model.vocab_size null"
