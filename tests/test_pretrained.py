@@ -3,6 +3,7 @@ what was trained is served and measured without any hand-work."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import math
@@ -392,7 +393,8 @@ def test_a_command_that_cannot_be_done_says_why_in_a_sentence(words, message, ba
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_conversion_that_is_stopped_leaves_nothing(how, base, tmp_path):
     words = [sys.executable, "tools/convert_checkpoint.py", "--run", base, "--output", tmp_path / "hf"]
-    converting = subprocess.Popen(list(map(str, words)), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # shells have background jobs ignore it
+    converting = subprocess.Popen(list(map(str, words)), cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     while not list(tmp_path.iterdir()):
         assert converting.poll() is None
         time.sleep(0.02)
