@@ -26,13 +26,15 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
-from pretrain.config import CheckpointConfig, EngineConfig, ModelConfig, OptimizerConfig, resolve_model
+from pretrain.checkpoint import storage
+from pretrain.checkpoint.manifest import Checkpoint
+from pretrain.checkpoint.saver import Saver
+from pretrain.config import CheckpointConfig, EngineConfig, OptimizerConfig
+from pretrain.engines.base import Engine
+from pretrain.engines.start import start_engine
+from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
-from pretrain.runtime import checkpoint
-from pretrain.runtime.engine import Engine, start_engine
-from pretrain.runtime.manifest import Checkpoint
-from pretrain.runtime.saver import Saver
 
 VOCAB_SIZE, SEQUENCE_LENGTH, STEPS_BESIDE = 32_000, 64, 3
 
@@ -123,7 +125,7 @@ def grown(what: str, folder: Path, hidden_size: int, layers: int, results) -> No
     forget_peak()
     before, began = resident(peak=False), time.perf_counter()
     if what == "load":
-        checkpoint.load(Checkpoint(folder / "step_00000001"), engine)
+        storage.load(Checkpoint(folder / "step_00000001"), engine)
     else:
         config = CheckpointConfig(asynchronous=what == "save in the background")
         with Saver(folder, engine, config, lambda saved: None) as saver:

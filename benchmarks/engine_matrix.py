@@ -20,9 +20,10 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 
-from pretrain.config import EngineConfig, ModelConfig
+from pretrain.config import EngineConfig
+from pretrain.invariance import Case, Outcome, prove, shrink
+from pretrain.model.config import ModelConfig
 from pretrain.model.transformer import Transformer
-from pretrain.prove import Case, Outcome, prove, shrink
 
 SEQUENCES, GRAD_CLIP, SEED = 16, 0.5, 0
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")

@@ -22,12 +22,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
-from pretrain.config import EngineConfig, ModelConfig, MoeConfig, OptimizerConfig, resolve_model
+from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.data.batches import Batch
+from pretrain.engines.base import Engine
+from pretrain.engines.start import start_engine
+from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
 from pretrain.model.flops import flops_per_token, num_parameters
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
-from pretrain.runtime.engine import Engine, start_engine
 from pretrain.train import train_step
 
 VOCABULARY, LR = 8192, 3e-4

@@ -24,7 +24,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 from torch import Tensor, nn
 
-from pretrain.config import ModelConfig, OptimizerConfig, resolve_model
+from pretrain.config import OptimizerConfig
+from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.model.transformer import Transformer, build
 from pretrain.optim.muon import newton_schulz
 from pretrain.optim.optimizer import build_optimizer

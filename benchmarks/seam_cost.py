@@ -23,12 +23,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 from torch import nn
 
-from pretrain.config import EngineConfig, ModelConfig, OptimizerConfig, resolve_model
+from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.data.batches import Batch
+from pretrain.engines.start import start_engine
+from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.model.transformer import Transformer, build
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.report.metrics import Meter
-from pretrain.runtime.engine import start_engine
 from pretrain.train import train_step
 
 LENGTH, VOCABULARY, ACCUMULATION, LR, WARM_UP = 256, 8192, 2, 3e-4, 5

@@ -22,8 +22,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # else `import pretrain` would find launch/pretrain.py
 
+from pretrain.checkpoint.manifest import CheckpointError
 from pretrain.config import ConfigError
-from pretrain.runtime.manifest import CheckpointError
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -71,9 +71,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def measure_loss(options: argparse.Namespace) -> list[dict]:
     """Figures of every source and of all; printed by rank 0. Raises ValueError and its like with a sentence for the user."""
     from pretrain.config import DataConfig, EngineConfig, SourceConfig
+    from pretrain.engines.start import start_engine
     from pretrain.evaluate import score
-    from pretrain.runtime.engine import start_engine
-    from pretrain.trained import open_folder, open_run
+    from pretrain.interop.load import open_folder, open_run
 
     trained = open_run(options.run, options.step, options.average) if options.run else open_folder(options.model)
     data = trained.config.data if trained.config else DataConfig(
@@ -105,7 +105,7 @@ def measure_loss(options: argparse.Namespace) -> list[dict]:
 
 def measure_tasks(options: argparse.Namespace) -> None:
     """Prints lm-eval's table. Raises ValueError and its like with a sentence for the user."""
-    from pretrain.huggingface import read_config
+    from pretrain.model.hf_mapping import read_config
 
     if options.model:
         read_config(options.model)  # it is a folder: a name would be looked for on the network
@@ -118,8 +118,8 @@ def measure_tasks(options: argparse.Namespace) -> None:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
-    from pretrain.convert import export
-    from pretrain.trained import open_run
+    from pretrain.interop.convert import export
+    from pretrain.interop.load import open_run
 
     manager = TaskManager(include_path=str(options.include_path) if options.include_path else None)
     for name in options.tasks.split(","):

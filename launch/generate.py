@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # else `import pretrain` would find launch/pretrain.py
 
+from pretrain.checkpoint.manifest import CheckpointError
 from pretrain.config import ConfigError
-from pretrain.runtime.manifest import CheckpointError
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -120,8 +120,8 @@ def pick_device(name: str | None):
 def texts(options: argparse.Namespace, made: list[int]) -> Iterator[tuple[str, Iterator[str]]]:
     """(prompt, its continuation in pieces), in order; `made` counts the new tokens. Raises ValueError and its like."""
     from pretrain.generate import generate_batch, ids_of_each, stream_text
-    from pretrain.trained import open_folder, open_run
-    from pretrain.weights import DTYPES, load_transformer
+    from pretrain.interop.load import open_folder, open_run
+    from pretrain.interop.weights import DTYPES, load_transformer
 
     device, prompts = pick_device(options.device), read_prompts(options)
     trained = open_run(options.run, options.step) if options.run else open_folder(options.model)

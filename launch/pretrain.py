@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # else `import pretrain` would find this very file
 
 from pretrain.config import ConfigError, load
-from pretrain.runtime.preemption import StopRequest
+from pretrain.run.stop import StopRequest
 
 
 def main() -> int:

@@ -33,7 +33,7 @@ import psutil
 import yaml
 
 from pretrain.config import Config, ConfigError, load
-from pretrain.runtime.run_directory import Locked, RunDirectory, read_state
+from pretrain.run.directory import Locked, RunDirectory, read_state
 
 DONE, REFUSED, CRASH_LOOP, LOCKED, SAVED = 0, 2, 70, 73, 75
 FINAL = (DONE, REFUSED, CRASH_LOOP, LOCKED, 74, 77, 130)

@@ -13,11 +13,11 @@ import torch
 
 from pretrain.config import DataConfig
 from pretrain.data.batches import ValidData, open_valid
+from pretrain.engines.base import Engine
+from pretrain.interop.load import Trained
+from pretrain.interop.weights import weight_loader
 from pretrain.model.transformer import Transformer
 from pretrain.report.metrics import bits_per_byte, perplexity
-from pretrain.runtime.engine import Engine
-from pretrain.trained import Trained
-from pretrain.weights import filler
 
 
 class Stopped(Exception):
@@ -78,7 +78,7 @@ def score(
         lambda model: torch.optim.SGD(model.parameters(), lr=0.0),  # never steps, and keeps nothing
         0.0,
         seed=0,
-        fill=filler(trained.weights, trained.model),
+        fill=weight_loader(trained.weights, trained.model),
     )
     samples = [min(each.num_samples, max_samples or each.num_samples) for each in sets]
     rounds = sum(math.ceil(count / (micro_batch_size * engine.world_size)) for count in samples)

@@ -8,7 +8,8 @@ from pretrain import schema
 from pretrain.schema import Problem, shown
 
 if TYPE_CHECKING:
-    from pretrain.config import Config, EngineConfig, ModelConfig, MoeConfig, RopeScalingConfig
+    from pretrain.config import Config, EngineConfig
+    from pretrain.model.config import ModelConfig, MoeConfig, RopeScalingConfig
 
 
 def validate(config: Config, world_size: int | None = 1) -> list[Problem]:

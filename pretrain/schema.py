@@ -22,6 +22,8 @@ from typing import Any
 
 import yaml
 
+from pretrain import UserError
+
 MAX_FILE_BYTES = 1 << 20
 MAX_DEPTH = 20
 
@@ -42,7 +44,7 @@ class Problem:
         return f"{self.key}: {self.message}{where}"
 
 
-class ConfigError(Exception):
+class ConfigError(UserError):
     """All problems of a configuration, one a line. Launchers print it and exit with status 2."""
 
     def __init__(self, problems: list[Problem]):

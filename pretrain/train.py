@@ -18,31 +18,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pretrain import beginning, divergence, preflight
-from pretrain import config as settings
-from pretrain.beginning import Run
+from pretrain.checkpoint.manifest import CheckpointError, UnsafeCheckpoint
+from pretrain.checkpoint.saver import VOTES
+from pretrain.checkpoint.storage import NotFinite
 from pretrain.config import Config, ConfigError, Problem
 from pretrain.data import skips
 from pretrain.data.batches import Batch, open_train, open_valid
 from pretrain.data.indexed import DataError
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.engines.base import Engine
+from pretrain.engines.compile import compile_report
+from pretrain.engines.start import start_engine
+from pretrain.engines.update_check import UpdateCheck
 from pretrain.evaluate import Stopped, evaluate
 from pretrain.generate import generate_batch, stream_text
+from pretrain.model import config as model_settings
 from pretrain.model import flops
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.optim.schedule import lr_at
-from pretrain.report import diagnose
+from pretrain.report import verdict
 from pretrain.report.metrics import Clock, Meter, perplexity
 from pretrain.report.plot import PlotError, plot_runs, read_curves
-from pretrain.runtime.canary import Canary
-from pretrain.runtime.checkpoint import NotFinite
-from pretrain.runtime.engine import Engine, start_engine
-from pretrain.runtime.levers import compile_report
-from pretrain.runtime.manifest import CheckpointError, UnsafeCheckpoint
-from pretrain.runtime.preemption import PEER_LOST, STOPPED_BY_PERSON, StopRequest, exit_status, is_peer_lost, who_asked
-from pretrain.runtime.run_directory import Locked, RunDirectory
-from pretrain.runtime.saver import VOTES
+from pretrain.run import divergence, preflight, state
+from pretrain.run.directory import Locked, RunDirectory
+from pretrain.run.state import Run
+from pretrain.run.stop import PEER_LOST, STOPPED_BY_PERSON, StopRequest, exit_status, is_peer_lost, who_asked
 from pretrain.schema import to_dict, to_yaml
 
 DONE, FAILED, REFUSED, DIVERGED, LOCKED, STORAGE_FAILED, UNSAFE = 0, 1, 2, 70, 73, 74, 77
@@ -185,32 +186,34 @@ def _train(config: Config, engine: Engine, directory: RunDirectory | None, stop:
         _tell(directory, STOPPED_BY_PERSON, None, reason)
         return STOPPED_BY_PERSON, reason
     tokenizer = Tokenizer.load(config.tokenizer.path) if config.tokenizer.path else None
-    vocab_size, data_ids = settings.vocabulary(config.model, tokenizer and tokenizer.vocab_size)
+    vocab_size, data_ids = model_settings.vocabulary(config.model, tokenizer and tokenizer.vocab_size)
     opened = dict(seed=config.run.seed, vocab_size=data_ids, tokenizer_fingerprint=tokenizer and tokenizer.fingerprint)
     data, valid = open_train(config.data, **opened), open_valid(config.data, **opened)
-    model_config = settings.resolve_model(config.model, vocab_size=vocab_size, sequence_length=config.data.sequence_length)
+    model_config = model_settings.resolve_model(
+        config.model, vocab_size=vocab_size, sequence_length=config.data.sequence_length
+    )
     warnings = preflight.at_start(config, engine, model_config, data, valid)
-    found = beginning.checkpoint_to_resume(config, engine, folder)
+    found = state.checkpoint_to_resume(config, engine, folder)
     if found:
-        beginning.refuse_another_run(config, model_config, data, found.state(), found)
+        state.refuse_another_run(config, model_config, data, found.state(), found)
     engine.prepare(
         lambda: Transformer(model_config),
         lambda model: build_optimizer(model, config.optimizer),
         config.optimizer.grad_clip,
         config.run.seed,
-        beginning.first_weights(found, config, engine, model_config),
+        state.first_weights(found, config, engine, model_config),
     )
     if directory:
         directory.write_text("config.yaml", to_yaml(config))
     left_out: tuple[int, skips.Ranges] | None = None
     while True:
-        run, meter = beginning.begin_at(
+        run, meter = state.begin_at(
             found, config, engine, model_config, data, valid, directory, tokenizer and tokenizer.fingerprint
         )
         if left_out:
             run.progress.rollbacks, run.progress.skipped_positions = left_out
         with run.sinks or contextlib.nullcontext():
-            beginning.announce(run, found, warnings)
+            state.announce(run, found, warnings)
             stop.training()
             with run.saver:
                 status, reason = _loop(run, meter, stop)
@@ -221,7 +224,7 @@ def _train(config: Config, engine: Engine, directory: RunDirectory | None, stop:
                 if status == DONE:
                     _finish(run)
                 return status, reason
-            run.say(f"{reason}. Going back to {found.path}, to go on without these samples")
+            run.info(f"{reason}. Going back to {found.path}, to go on without these samples")
         bad = divergence.bad_positions(run, meter)
         left_out = run.progress.rollbacks + 1, skips.with_range(run.progress.skipped_positions, *bad)
 
@@ -276,7 +279,7 @@ def _take_step(
     with clock.waiting():
         window = next(windows)
     lr = lr_at(step, config.schedule, config.optimizer.lr, run.total_steps)
-    canary = Canary(engine) if _due(step, 10 * config.log.every_steps) else None
+    update_check = UpdateCheck(engine) if _due(step, 10 * config.log.every_steps) else None
     save_wanted = engine.rank == 0 and 0 < 60 * config.checkpoint.every_minutes < run.saver.seconds_since_save
     requests = [*run.saver.votes(), int(save_wanted), *asked()]
 
@@ -290,7 +293,7 @@ def _take_step(
     divergence.report_spike(run, last_loss)
     _advance(run)
     if step in (1, run.total_steps) or _due(step, config.log.every_steps):
-        _log_step(run, meter, clock, lr, canary)
+        _log_step(run, meter, clock, lr, update_check)
     if run.sinks:
         run.sinks.progress(step)
     return bool(save_due), flags
@@ -332,7 +335,7 @@ def _windows(run: Run) -> Iterator[list[Batch]]:
 # ================================================================ now and then
 
 
-def _log_step(run: Run, meter: Meter, clock: Clock, lr: float, canary: Canary | None) -> None:
+def _log_step(run: Run, meter: Meter, clock: Clock, lr: float, update_check: UpdateCheck | None) -> None:
     """One line; a collective."""
     progress, engine, figures = run.progress, run.engine, meter.read(run.engine.all_reduce)
     seconds, steps = clock.train_seconds, max(1, figures["steps"])
@@ -362,14 +365,14 @@ def _log_step(run: Run, meter: Meter, clock: Clock, lr: float, canary: Canary | 
         for name, causal in (("mfu", False), ("mfu_causal", True)):
             per_token = flops.flops_per_token(run.model, run.config.data.sequence_length, causal=causal)
             record[name] = per_token * rate / (engine.world_size * peak * 1e12)
-    found, warnings = canary.figures(lr) if canary and not figures["skipped_in_a_row"] else ({}, [])
+    found, warnings = update_check.figures(lr) if update_check and not figures["skipped_in_a_row"] else ({}, [])
     run.log(record | figures["routing"] | found)
     for warning in warnings:
-        run.say(f"step {progress.step}: {warning}")
+        run.info(f"step {progress.step}: {warning}")
     if progress.step == 1 and run.config.engine.compile != "none":
-        run.say(f"compile    step 1 took {seconds:.1f} s, {compile_report()}")
+        run.info(f"compile    step 1 took {seconds:.1f} s, {compile_report()}")
     if progress.step == 1:
-        run.say(diagnose.first_step(figures["loss"], run.model.vocab_size, trained=bool(run.config.model.from_pretrained)))
+        run.info(verdict.first_step(figures["loss"], run.model.vocab_size, trained=bool(run.config.model.from_pretrained)))
     clock.restart()
 
 
@@ -399,7 +402,7 @@ def _evaluate(run: Run, requests: Callable[[], list[int]]) -> tuple[float | None
     if run.sinks and "jsonl" in config.log.sinks:
         verdict = _verdict(run)
         if verdict.is_alarm and verdict.kind != run.verdict:
-            run.say(f"step {run.progress.step}: {verdict.text}")
+            run.info(f"step {run.progress.step}: {verdict.text}")
         run.verdict = verdict.kind
     return figures["val_loss"], []
 
@@ -452,18 +455,18 @@ def _finish(run: Run) -> None:
     try:
         plot_runs([run.folder], run.folder / "plots" / "loss.png")
         run.sinks.image("loss", run.folder / "plots" / "loss.png")
-        run.say(f"curve      {run.folder / 'plots' / 'loss.png'}")
+        run.info(f"curve      {run.folder / 'plots' / 'loss.png'}")
     except (PlotError, OSError) as error:  # metrics.jsonl was removed, or the disk is full: the run is done all the same
-        run.say(f"curve      none: {error}")
-    run.say(f"result     {_verdict(run).text}")
+        run.info(f"curve      none: {error}")
+    run.info(f"result     {_verdict(run).text}")
 
 
-def _verdict(run: Run) -> diagnose.Verdict:
+def _verdict(run: Run) -> verdict.Verdict:
     """What metrics.jsonl says about the run, in one sentence."""
     try:
         curves = read_curves(run.folder)
     except (PlotError, OSError) as error:
-        return diagnose.Verdict("short", str(error))
+        return verdict.Verdict("short", str(error))
     known = [] if run.config.data.synthetic else run.data.passes(run.progress.position)
-    curve = diagnose.Curve(curves.step, curves.loss, curves.val_step, curves.val_loss, max(known, default=math.nan))
-    return diagnose.judge(curve, run.data.reference_lines)
+    curve = verdict.Curve(curves.step, curves.loss, curves.val_step, curves.val_loss, max(known, default=math.nan))
+    return verdict.judge(curve, run.data.reference_lines)

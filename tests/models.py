@@ -9,12 +9,13 @@ import torch
 
 from pretrain import config as settings
 from pretrain import schema
-from pretrain.config import EngineConfig, ModelConfig, MoeConfig, OptimizerConfig, RopeScalingConfig, resolve_model
+from pretrain.checkpoint import storage
+from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.data import tokenizer
+from pretrain.engines.start import start_engine
+from pretrain.model.config import ModelConfig, MoeConfig, RopeScalingConfig, resolve_model
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
-from pretrain.runtime import checkpoint
-from pretrain.runtime.engine import start_engine
 
 V = 320  # what the tokenizer below has; not a multiple of 128: there are padding rows
 LLAMA3 = RopeScalingConfig(
@@ -82,7 +83,7 @@ def make_run(folder: Path, model: ModelConfig, tokenizer_folder: Path | None, st
     for step in steps:
         engine.prepare(lambda: Transformer(model), lambda built: build_optimizer(built, OptimizerConfig()), 1.0, seed=step)
         stir(engine.model, step)
-        checkpoint.save(
+        storage.save(
             folder / "checkpoints", step, engine, {"model": asdict(model), "val_loss": 1.0 / step, "tokenizer": fingerprint}
         )
     return folder

@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from pretrain.config import RopeScalingConfig
 from pretrain.model.attention import KeyValueCache, attend, frequencies, places, rotate
+from pretrain.model.config import RopeScalingConfig
 
 CPU = torch.device("cpu")
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import prove
-from pretrain.config import Config, EngineConfig, ModelConfig
+from pretrain import invariance
+from pretrain.config import Config, EngineConfig
+from pretrain.model.config import ModelConfig
 
 ROOT = Path(__file__).parents[1]
-RIGHT = prove.Outcome(prove.Case(EngineConfig(precision="fp32"), 2, 1, 8), [4.0], [1.0], 1e-7, 1e-7, 1e-8, {})
+RIGHT = invariance.Outcome(invariance.Case(EngineConfig(precision="fp32"), 2, 1, 8), [4.0], [1.0], 1e-7, 1e-7, 1e-8, {})
 
 
 def check(*flags: str) -> subprocess.CompletedProcess:
@@ -47,13 +48,15 @@ def test_any_difference_and_anything_that_is_not_a_number_is_no_proof(field, val
 
 def test_cases_keep_the_engine_and_cover_ranks_splits_and_precisions():
     config = dataclasses.replace(Config(), engine=EngineConfig(name="fsdp2", replicas=2, activation_checkpointing="full"))
-    found = prove.cases(config, most_ranks=4)
+    found = invariance.cases(config, most_ranks=4)
     assert {case.ranks for case in found} == {2, 4} and {case.engine.precision for case in found} == {"fp32", "bf16"}
     assert all(case.engine.replicas == 2 and case.engine.activation_checkpointing == "full" for case in found)
     assert {case.accumulation for case in found if case.ranks == 2} == {8, 2}
 
 
 def test_the_shrunk_model_is_of_the_same_kind():
-    small = prove.shrink(ModelConfig(num_attention_heads=32, num_key_value_heads=4, qk_norm=True, tie_word_embeddings=True))
+    small = invariance.shrink(
+        ModelConfig(num_attention_heads=32, num_key_value_heads=4, qk_norm=True, tie_word_embeddings=True)
+    )
     assert small.num_key_value_heads < small.num_attention_heads and small.qk_norm and small.tie_word_embeddings
-    assert prove.shrink(ModelConfig(num_attention_heads=16)).num_key_value_heads == 4
+    assert invariance.shrink(ModelConfig(num_attention_heads=16)).num_key_value_heads == 4

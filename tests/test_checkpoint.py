@@ -13,13 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.config import EngineConfig, ModelConfig, OptimizerConfig, resolve_model
+from pretrain.checkpoint import storage
+from pretrain.checkpoint.manifest import CheckpointError, checkpoints, digest_json, read_pieces
+from pretrain.checkpoint.storage import newest_valid
+from pretrain.config import EngineConfig, OptimizerConfig
+from pretrain.engines.base import Engine
+from pretrain.engines.start import start_engine
+from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
-from pretrain.runtime import checkpoint
-from pretrain.runtime.checkpoint import newest_valid
-from pretrain.runtime.engine import Engine, start_engine
-from pretrain.runtime.manifest import CheckpointError, checkpoints, digest_json, read_pieces
 from tests.ranks import run_ranks
 
 MODEL = resolve_model(ModelConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2), vocab_size=50, sequence_length=8)
@@ -52,7 +54,7 @@ def save_some(folder: Path, steps: list[int]) -> dict:
     engine = make_engine()
     for step in steps:
         take_steps(engine, 1)
-        checkpoint.save(folder, step, engine, {"val_loss": None})
+        storage.save(folder, step, engine, {"val_loss": None})
     state = state_of(engine)
     engine.close()
     return state
@@ -60,7 +62,7 @@ def save_some(folder: Path, steps: list[int]) -> dict:
 
 def load_newest(folder: Path) -> dict:
     engine = make_engine(seed=1)
-    loaded = checkpoint.load(newest_valid(folder, engine), engine)
+    loaded = storage.load(newest_valid(folder, engine), engine)
     state = state_of(engine)
     take_steps(engine, 1)  # the optimizer goes on
     engine.close()
@@ -88,7 +90,7 @@ def test_any_number_of_ranks_reads_what_any_other_wrote(tmp_path, writers, reade
 
 
 def test_large_states_are_split_into_files_of_bounded_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "MAX_FILE_BYTES", 2048)
+    monkeypatch.setattr(storage, "MAX_FILE_BYTES", 2048)
     written = save_some(tmp_path, [1])
     files = sorted((tmp_path / "step_00000001").glob("*.safetensors"))
     assert len(files) > 3
@@ -173,16 +175,16 @@ def test_another_architecture_is_named(folder):
     with pytest.raises(
         CheckpointError, match=r"model/model.embed_tokens.weight must be \(64, 32\), the checkpoint has \(64, 16\)"
     ):
-        checkpoint.load(checkpoints(folder)[0], engine)
+        storage.load(checkpoints(folder)[0], engine)
 
 
 def fail_on_one_rank(folder: Path) -> tuple[str, list[int], list[str]]:
     engine = make_engine()
-    checkpoint.save(folder, 1, engine, {})
+    storage.save(folder, 1, engine, {})
     if engine.rank == 1:
-        checkpoint._blocks = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        storage._blocks = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     try:
-        checkpoint.save(folder, 2, engine, {})
+        storage.save(folder, 2, engine, {})
         failure = ""
     except OSError as error:
         failure = str(error)
@@ -204,8 +206,8 @@ def test_pruning_keeps_what_it_must_and_never_touches_foreign_names(folder):
     (folder / ".tmp-my-experiment").mkdir()
     (folder / ".tmp-step_00000008").symlink_to(folder / "my-notes-step-5")
     (folder / "step_00000004").mkdir()  # somebody is copying one
-    checkpoint.clean(folder)
-    checkpoint.prune(folder, keep_last=1, keep_best=0, trusted=set())
+    storage.clean(folder)
+    storage.prune(folder, keep_last=1, keep_best=0, trusted=set())
     assert sorted(path.name for path in folder.iterdir()) == [
         ".tmp-my-experiment",
         ".tmp-step_00000008",
@@ -221,7 +223,7 @@ def test_pruning_never_leaves_fewer_whole_ones_than_it_should_keep(tmp_path):
     losses = {1: 2.5, 2: 2.0, 3: 3.0, 4: None, 5: 2.4, 6: 2.6}
     engine = make_engine()
     for step, loss in losses.items():
-        checkpoint.save(tmp_path / "saved", step, engine, {"val_loss": loss})
+        storage.save(tmp_path / "saved", step, engine, {"val_loss": loss})
     randomly = random.Random(0)
     for trial in range(60):
         folder = Path(shutil.copytree(tmp_path / "saved", tmp_path / f"trial{trial}"))
@@ -229,8 +231,8 @@ def test_pruning_never_leaves_fewer_whole_ones_than_it_should_keep(tmp_path):
         for step in bad:
             spoil(folder / f"step_{step:08d}" / randomly.choice(FILES), randomly.choice(DAMAGES))
         keep_last, keep_best = randomly.randrange(1, 4), randomly.randrange(3)
-        checkpoint.prune(folder, keep_last, keep_best, trusted=set())
-        whole = {found.step for found in checkpoints(folder) if checkpoint._is_whole(found)}
+        storage.prune(folder, keep_last, keep_best, trusted=set())
+        whole = {found.step for found in checkpoints(folder) if storage._is_whole(found)}
         good = [step for step in sorted(losses, reverse=True) if step not in bad]
         best = sorted((step for step in good if losses[step]), key=lambda step: losses[step])
         assert whole == {*good[:keep_last], *best[:keep_best]}, (bad, keep_last, keep_best)
@@ -241,10 +243,10 @@ def test_a_kill_while_a_step_is_saved_again_loses_neither(folder):
     """Between the two renames the old checkpoint has no name of its own."""
     (folder / "step_00000003").rename(folder / ".old-step_00000003")
     (folder / ".tmp-step_00000003").mkdir()
-    checkpoint.clean(folder)
+    storage.clean(folder)
     assert newest_valid(folder, make_engine()).step == 3
     shutil.copytree(folder / "step_00000002", folder / ".old-step_00000003")  # both renames were made
-    checkpoint.clean(folder)
+    storage.clean(folder)
     assert [found.step for found in checkpoints(folder)] == [3, 2, 1] and checkpoints(folder)[0].damage() is None
     assert sorted(path.name for path in folder.iterdir()) == [f"step_0000000{step}" for step in (1, 2, 3)]
 

@@ -14,16 +14,8 @@ from hypothesis import strategies as st
 
 from pretrain import config as config_module
 from pretrain import schema
-from pretrain.config import (
-    Config,
-    ConfigError,
-    ModelConfig,
-    MoeConfig,
-    RopeScalingConfig,
-    load,
-    model_from_dict,
-    resolve_model,
-)
+from pretrain.config import Config, ConfigError, load
+from pretrain.model.config import ModelConfig, MoeConfig, RopeScalingConfig, model_from_dict, resolve_model
 from pretrain.rules import check_resume, resume_class
 
 ROOT = Path(__file__).parents[1]

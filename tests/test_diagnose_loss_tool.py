@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+from pretrain.checkpoint import storage
 from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.data.batches import Batch
+from pretrain.engines.start import start_engine
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
-from pretrain.report.diagnose import initial_problem, label_problem, uneven_problems
-from pretrain.runtime import checkpoint
-from pretrain.runtime.engine import start_engine
+from pretrain.report.verdict import initial_problem, label_problem, uneven_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 STORY = "Epoch:[1/2](100/442) loss:213.776 lr:0.000500000000 epoch_Time:12.0min:\n"
@@ -219,7 +219,7 @@ def test_the_chain_says_when_it_runs_only_a_part(config, capsys):
 def test_a_checkpoint_that_learned_nothing_is_found_and_one_that_is_none_is_refused(config, parts, tmp_path, capsys):
     engine = start_engine(EngineConfig(precision="fp32"))
     engine.prepare(lambda: Transformer(parts.model), lambda model: build_optimizer(model, OptimizerConfig()), 0.0, 1)
-    saved = checkpoint.save(tmp_path / "checkpoints", 1, engine, {"model": {}})
+    saved = storage.save(tmp_path / "checkpoints", 1, engine, {"model": {}})
     engine.close()
     status, said = run(capsys, "chain", "--config", config, "--checkpoint", saved.path)
     assert status == 1 and "is not below ln(300): nothing was learned" in said

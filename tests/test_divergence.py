@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pretrain.data.batches import TrainData
-from pretrain.runtime.engine import DdpEngine
+from pretrain.engines.ddp import DdpEngine
 from tests.ranks import run_ranks
 from tests.test_train import TINY, curve, records, run_of, signal_itself_at, train_here
 

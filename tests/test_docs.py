@@ -15,7 +15,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from pretrain.config import Config, SyntheticConfig
-from pretrain.report.diagnose import first_step
+from pretrain.report.verdict import first_step
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

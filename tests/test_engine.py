@@ -16,10 +16,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.config import Config, ConfigError, EngineConfig, ModelConfig, load, resolve_model, validate
+from pretrain.config import Config, ConfigError, EngineConfig, load, validate
+from pretrain.engines.base import require
+from pretrain.engines.compile import compile_report
+from pretrain.engines.start import start_engine
+from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.model.transformer import Transformer
-from pretrain.runtime.engine import require, start_engine
-from pretrain.runtime.levers import compile_report
 from tests.distributed.test_engines import ENGINES, engine_of
 from tests.ranks import run_ranks
 from tests.test_step import differences, make_engine, make_optimizer, plain_run, run_steps, window_of
@@ -61,7 +63,7 @@ def test_another_number_of_processes_than_asked_for_is_refused():
 
 def test_ddp_and_fsdp2_do_not_import_deepspeed():
     script = (
-        "import sys; from pretrain.config import EngineConfig; from pretrain.runtime.engine import start_engine; "
+        "import sys; from pretrain.config import EngineConfig; from pretrain.engines.base import start_engine; "
         "start_engine(EngineConfig(name='{}')); assert 'deepspeed' not in sys.modules"
     )
     for name in ("ddp", "fsdp2"):

@@ -13,9 +13,9 @@ import torch
 from pretrain.config import load
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.generate import generate, stream_text
+from pretrain.interop.load import load_model
 from pretrain.report import environment
 from pretrain.train import train
-from pretrain.trained import load_model
 from tests.ranks import run_ranks
 from tests.test_preflight import World, made  # noqa: F401 (a fixture)
 

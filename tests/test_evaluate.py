@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.config import DataConfig, EngineConfig, ModelConfig, OptimizerConfig, SourceConfig, resolve_model
+from pretrain.config import DataConfig, EngineConfig, OptimizerConfig, SourceConfig
 from pretrain.data.batches import open_valid
+from pretrain.engines.start import start_engine
 from pretrain.evaluate import evaluate
+from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.model.transformer import Transformer, build
 from pretrain.optim.optimizer import build_optimizer
-from pretrain.runtime.engine import start_engine
 from tests.ranks import run_ranks
 
 LENGTH, VOCAB = 8, 40

@@ -16,14 +16,14 @@ from tests.test_train import ROOT, TINY
 DRILL = ["tools/fire_drill.py", "--model.vocab_size", "64", "--data.synthetic.kind", "markov", "--train.max_steps", "9"]
 
 VISIBLE_FIRST = {  # a checkpoint has its name before it has its files
-    "pretrain/runtime/checkpoint.py": [
+    "pretrain/checkpoint/io.py": [
         ('temporary = folder / f".tmp-step_{step:08d}"', 'temporary = folder / f"step_{step:08d}"'),
         ("    if final.exists():", "    if False:"),
         ("    os.rename(temporary, final)\n", ""),
     ],
 }
 RESUMES_WRONG = {
-    "pretrain/beginning.py": [('SpikeWatch(state.get("spikes"))', "SpikeWatch(); progress.position -= bool(found)")],
+    "pretrain/run/state.py": [('SpikeWatch(state.get("spikes"))', "SpikeWatch(); progress.position -= bool(found)")],
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.config import ModelConfig, resolve_model
+from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.model.flops import bytes_estimate, flops_per_token, num_parameters, peak_tflops, vocabulary_rows
 from pretrain.model.transformer import Transformer
 

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from pretrain import huggingface
-from pretrain.config import ModelConfig, resolve_model
 from pretrain.generate import choose, generate, generate_batch, stream_text
+from pretrain.interop.weights import write_folder
+from pretrain.model import hf_mapping
+from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.model.transformer import Transformer, build
-from pretrain.weights import write_folder
 from tests.models import model_of, stir
 from tests.test_transformer import reference
 
@@ -80,7 +80,7 @@ def theirs_of(model: Transformer, folder):
             into.copy_(model.state_dict()[name].flatten()[start : start + len(into)])
 
     write_folder(folder, Source(), "fp32", 10**9)
-    (folder / "config.json").write_text(json.dumps(huggingface.to_config(model.config, "float32", {})))
+    (folder / "config.json").write_text(json.dumps(hf_mapping.to_config(model.config, "float32", {})))
     return AutoModelForCausalLM.from_pretrained(folder)
 
 

@@ -24,27 +24,48 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = sorted((ROOT / "pretrain").rglob("*.py"))
 SCRIPTS = sorted(path for folder in ("launch", "tools", "benchmarks") for path in (ROOT / folder).glob("*.py"))
 ROOMS = sorted(path.name for path in (ROOT / "pretrain").iterdir() if (path / "__init__.py").exists())
-SHARED = {"pretrain", "pretrain.config", "pretrain.huggingface", "pretrain.rules", "pretrain.schema"}
+SETTINGS = {
+    "pretrain",
+    "pretrain.schema",
+    "pretrain.rules",
+    "pretrain.config",
+    "pretrain.model.config",
+    "pretrain.model.hf_mapping",
+}
+"""The settings and what they are made of: every room but the doctor may import its own section from them."""
+ROOMS_BELOW = {
+    "doctor": set(),
+    "data": set(),
+    "model": set(),
+    "optim": set(),
+    "engines": set(),
+    "checkpoint": {"engines"},
+    "report": {"doctor"},
+    "interop": {"data", "model", "engines", "checkpoint", "report"},
+    "run": {"data", "model", "optim", "engines", "checkpoint", "report", "interop"},
+}
+"""Room -> the rooms that it may import."""
+TAKES_THE_WHOLE_CONFIG = {"interop", "run"}
 WITHOUT_TORCH = [
     "pretrain.config",
-    "pretrain.huggingface",
+    "pretrain.model.hf_mapping",
     "pretrain.rules",
     "pretrain.schema",
-    "pretrain.compare",
+    "pretrain.doctor.compare_runs",
     "pretrain.optim.schedule",
     "pretrain.data.order",
     "pretrain.data.indexed",
     "pretrain.data.corpus",
     "pretrain.data.tokenizer",
-    "pretrain.data.health",
+    "pretrain.data.checks",
     "pretrain.data.quarantine",
     "pretrain.model.flops",
     "pretrain.report.sinks",
     "pretrain.report.plot",
-    "pretrain.report.diagnose",
+    "pretrain.report.verdict",
     "pretrain.report.environment",
-    "pretrain.report.diagnose_log",
-    "pretrain.runtime.manifest",
+    "pretrain.doctor.findings",
+    "pretrain.checkpoint.manifest",
 ]
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 100, 550
 
@@ -81,13 +102,16 @@ def imports(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 @pytest.mark.parametrize("path", [path for path in PACKAGE if path.parent.name in ROOMS], ids=name)
-def test_a_room_imports_itself_and_its_config_sections_only(path):
-    room = f"pretrain.{path.parent.name}"
+def test_a_room_imports_only_rooms_below_it_and_its_own_section_of_the_settings(path):
+    room = path.parent.name
+    allowed = tuple(f"pretrain.{each}." for each in {room, *ROOMS_BELOW[room]})
     for module, names in imports(path):
         if module.split(".")[0] == "pretrain":
-            assert module in SHARED or module.startswith(f"{room}."), f"{name(path)} imports {module}"
-            assert "Config" not in names, f"{name(path)} takes the whole Config; let it take its own section"
-        if path.parent.name == "data":
+            settings = {"pretrain"} if room == "doctor" else SETTINGS
+            assert module in settings or module.startswith(allowed), f"{name(path)} imports {module}"
+            if room not in TAKES_THE_WHOLE_CONFIG:
+                assert "Config" not in names, f"{name(path)} takes the whole Config; let it take its own section"
+        if room == "data":
             assert not module.startswith("torch.distributed"), f"{name(path)} imports {module}"
 
 
@@ -95,8 +119,16 @@ def test_settings_import_no_room_and_nothing_imports_scripts():
     for path in PACKAGE:
         for module, _ in imports(path):
             assert module.split(".")[0] not in ("launch", "tools", "tests", "benchmarks"), f"{name(path)} imports {module}"
-            if module_of(path) in SHARED and module.startswith("pretrain"):
-                assert module in SHARED, f"{name(path)} imports {module}"
+            if module_of(path) in SETTINGS and module.startswith("pretrain"):
+                assert module in SETTINGS, f"{name(path)} imports {module}"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    known = {module_of(path): path for path in PACKAGE}
+    below = {module: {each for each, _ in imports(path) if each in known} for module, path in known.items()}
+    while leaves := {module for module, imported in below.items() if not imported & below.keys()}:
+        below = {module: imported for module, imported in below.items() if module not in leaves}
+    assert not below, f"in circles, or above them: {sorted(below)}"
 
 
 def test_what_should_cost_no_torch_imports_none_even_indirectly():
@@ -265,7 +297,8 @@ def test_every_library_that_is_imported_is_asked_for():
 def test_every_configuration_loads_and_its_model_builds(path):
     import torch
 
-    from pretrain.config import load, resolve_model
+    from pretrain.config import load
+    from pretrain.model.config import resolve_model
     from pretrain.model.transformer import Transformer
 
     config = load(["--config", str(path)], world_size=None)

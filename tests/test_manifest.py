@@ -14,8 +14,8 @@ import pytest
 import torch
 import xxhash
 
-from pretrain.runtime import manifest
-from pretrain.runtime.manifest import Checkpoint, UnsafeCheckpoint, checkpoints, digest_json
+from pretrain.checkpoint import manifest
+from pretrain.checkpoint.manifest import Checkpoint, UnsafeCheckpoint, checkpoints, digest_json
 from pretrain.train import UNSAFE
 from tests.test_train import TINY, train_here
 

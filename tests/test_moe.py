@@ -20,18 +20,20 @@ from transformers import (
 )
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from pretrain.config import EngineConfig, ModelConfig, MoeConfig, OptimizerConfig, resolve_model
+from pretrain.checkpoint import storage
+from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.data.batches import Batch
+from pretrain.engines.base import Engine
+from pretrain.engines.compile import checkpoint_activations
+from pretrain.engines.start import start_engine
+from pretrain.invariance import Case, prove, shrink
 from pretrain.model.attention import KeyValueCache
+from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
 from pretrain.model.flops import num_parameters
 from pretrain.model.moe import Experts, grouped_product
 from pretrain.model.transformer import Transformer, build
 from pretrain.optim.optimizer import build_optimizer
-from pretrain.prove import Case, prove, shrink
 from pretrain.report.metrics import Meter, routing_figures
-from pretrain.runtime import checkpoint
-from pretrain.runtime.engine import Engine, start_engine
-from pretrain.runtime.levers import checkpoint_activations
 from pretrain.train import train_step
 from tests.ranks import run_ranks
 
@@ -430,17 +432,17 @@ def test_biases_and_shares_are_saved_and_come_back(tmp_path):
     train_step(engine, window, 1e-2, [0])
     buffers = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
     assert len(buffers) == 4 and all(buffer.any() for buffer in buffers.values())
-    saved = checkpoint.save(tmp_path, 1, engine, {})
+    saved = storage.save(tmp_path, 1, engine, {})
     after = train_step(engine, window, 1e-2, [0])
 
     resumed = engine_of(config)
-    checkpoint.load(saved, resumed)
+    storage.load(saved, resumed)
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in resumed.model.named_buffers())
     again = train_step(resumed, window, 1e-2, [0])
     assert torch.equal(again.routing_LX, after.routing_LX) and again.loss_sum == after.loss_sum
 
     model = Transformer(config)
-    checkpoint.load_weights(saved, model)
+    storage.load_weights(saved, model)
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
 
 
@@ -455,9 +457,9 @@ def steps_after_a_save(folder: str) -> dict[str, tuple]:
         if saved is None:
             for _ in range(2):
                 train_step(engine, window, 1e-2, [0])
-            saved = checkpoint.save(Path(folder), 2, engine, {})
+            saved = storage.save(Path(folder), 2, engine, {})
         else:
-            checkpoint.load(saved, engine)
+            storage.load(saved, engine)
         result = train_step(engine, window, 1e-2, [0])
         done[name] = result.loss_sum.item(), float(result.grad_norm), result.routing_LX.tolist()
     return done

@@ -14,15 +14,16 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from pretrain.config import Config, ConfigError, EngineConfig, ModelConfig, OptimizerConfig, load, resolve_model, validate
+from pretrain.checkpoint import storage
+from pretrain.config import Config, ConfigError, EngineConfig, OptimizerConfig, load, validate
 from pretrain.data.batches import Batch
+from pretrain.engines.start import start_engine
+from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.model.transformer import Transformer, build
 from pretrain.optim import partition
 from pretrain.optim.muon import Muon, newton_schulz
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.optim.partition import Partition
-from pretrain.runtime import checkpoint
-from pretrain.runtime.engine import start_engine
 from pretrain.train import train_step
 from tests.ranks import run_ranks
 from tests.test_step import global_batch
@@ -245,12 +246,12 @@ def train_model(engine_settings: dict, first: int, last: int, folder: Path | Non
     engine = start_engine(EngineConfig(**engine_settings))
     engine.prepare(lambda: Transformer(MODEL), lambda model: build_optimizer(model, SETTINGS), 0.5, 0)
     if first > 1:
-        checkpoint.load(checkpoint.Checkpoint(folder / f"step_{first - 1:08d}"), engine)
+        storage.load(storage.Checkpoint(folder / f"step_{first - 1:08d}"), engine)
     for step in range(first, last + 1):
         mine = [tensor.chunk(engine.world_size)[engine.rank] for tensor in global_batch(step)[:2]]
         train_step(engine, [Batch(*mine, None)], SETTINGS.lr, [0])
     if folder:
-        checkpoint.save(folder, last, engine, {})
+        storage.save(folder, last, engine, {})
     assert engine.updates == last
     weights = {name: whole(parameter).numpy() for name, parameter in engine.model.named_parameters()}
     engine.close()

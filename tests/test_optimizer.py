@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain.config import ModelConfig, OptimizerConfig, resolve_model
+from pretrain.config import OptimizerConfig
+from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.model.transformer import build
 from pretrain.optim.optimizer import build_optimizer
 

@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain import huggingface
-from pretrain.config import ModelConfig, load, resolve_model
-from pretrain.data import health, tokenizer
+from pretrain.config import load
+from pretrain.data import checks, tokenizer
 from pretrain.data.batches import MASKED, Batch
 from pretrain.data.indexed import TokenFile, TokenWriter
-from pretrain.preflight import Report, first_batch_findings, preflight
-from pretrain.runtime.run_directory import RunDirectory
+from pretrain.model import hf_mapping
+from pretrain.model.config import ModelConfig, resolve_model
+from pretrain.run.directory import RunDirectory
+from pretrain.run.preflight import Report, first_batch_findings, preflight
 from pretrain.train import train
 from tests.models import make_tokenizer
 from tests.ranks import run_ranks
@@ -123,7 +124,7 @@ class World:
 def world(made, tmp_path, monkeypatch):
     monkeypatch.delenv("MASTER_PORT", raising=False)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    monkeypatch.setattr("pretrain.preflight.DEFAULT_PORT", free_port())
+    monkeypatch.setattr("pretrain.run.preflight.DEFAULT_PORT", free_port())
     return World(made, tmp_path)
 
 
@@ -405,7 +406,7 @@ def weights_of_this_tokenizer(world):
         shutil.copytree(world.tokenizer, folder)
     shape = ModelConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     model = resolve_model(shape, vocab_size=tokenizer.Tokenizer.load(folder).vocab_size, sequence_length=64)
-    (folder / "config.json").write_text(json.dumps(huggingface.to_config(model, "float32", {})))
+    (folder / "config.json").write_text(json.dumps(hf_mapping.to_config(model, "float32", {})))
     world.flags["model.from_pretrained"] = folder
 
 
@@ -489,11 +490,11 @@ def test_copies_are_found_wherever_they_lie_and_a_part_of_the_documents_gives_th
     encode(world.tokenizer, written[:300] + written[:100], world.train)
     encode(world.tokenizer, written[250:350], world.valid)
     files = [TokenFile(world.train)], [TokenFile(world.valid)]
-    whole = health.copies(*files, None)
+    whole = checks.copies(*files, None)
     assert whole.whole and whole.documents == 500
     assert whole.train == pytest.approx(0.25, abs=0.05) and whole.valid == pytest.approx(0.5, abs=0.1)
-    monkeypatch.setattr(health, "_HASHED_TOKENS", TokenFile(world.train).num_tokens // 2)
-    part = health.copies(*files, None)
+    monkeypatch.setattr(checks, "_HASHED_TOKENS", TokenFile(world.train).num_tokens // 2)
+    part = checks.copies(*files, None)
     assert not part.whole and 100 < part.documents < 400
     assert part.train == pytest.approx(whole.train, abs=0.1) and part.valid == pytest.approx(whole.valid, abs=0.15)
 
@@ -535,7 +536,7 @@ def test_entropies_are_judged_by_the_vocabulary_that_the_data_were_made_with(wor
         writer.add(np.concatenate(documents), np.array([len(each) for each in documents]), 400_000)
         writer.finish({})
     for vocab_size in (320, 400):
-        (found,) = health.entropies(TokenFile(world.folder / "random"), "data.train[0].path", vocab_size)
+        (found,) = checks.entropies(TokenFile(world.folder / "random"), "data.train[0].path", vocab_size)
         assert found.name == "tokens-random" and "unless tokens further back tell more" in found.text
 
 
@@ -559,7 +560,7 @@ def test_the_command_takes_less_than_a_minute_and_its_exit_status_and_json_say_t
 
 def test_every_finding_is_explained_in_the_documentation_and_nothing_else_is():
     source = "".join(
-        (ROOT / path).read_text() for path in ("pretrain/preflight.py", "pretrain/data/health.py", "tools/check_run.py")
+        (ROOT / path).read_text() for path in ("pretrain/run/preflight.py", "pretrain/data/checks.py", "tools/check_run.py")
     )
     names = set(re.findall(r'"([a-z]+(?:-[a-z]+)+)"', source))
     rows = [line.split("|")[1] for line in (ROOT / "docs" / "data.md").read_text().splitlines() if line.startswith("| `")]

@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pretrain.config import ModelConfig, load, resolve_model
-from pretrain.huggingface import to_config
+from pretrain.config import load
+from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.model.flops import num_parameters
+from pretrain.model.hf_mapping import to_config
 from pretrain.model.transformer import Transformer
 
 ROOT = Path(__file__).parents[1]

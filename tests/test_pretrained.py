@@ -24,18 +24,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from pretrain import config as settings
 from pretrain.config import ConfigError, DataConfig, EngineConfig, SourceConfig
-from pretrain.convert import export_run, import_folder
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.batches import open_train
 from pretrain.data.indexed import TokenFile, TokenWriter
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.engines.start import start_engine
 from pretrain.evaluate import score
 from pretrain.generate import generate
+from pretrain.interop.convert import export_run, import_folder
+from pretrain.interop.load import load_model, open_folder, open_run
+from pretrain.interop.weights import load_transformer
 from pretrain.optim.schedule import lr_at
-from pretrain.runtime.engine import start_engine
 from pretrain.train import train
-from pretrain.trained import load_model, open_folder, open_run
-from pretrain.weights import load_transformer
 from tests.models import V, make_tokenizer
 from tests.ranks import run_ranks
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain.checkpoint import storage
+from pretrain.checkpoint.manifest import checkpoints
+from pretrain.checkpoint.saver import FAILED, GIVE_UP, WRITTEN, Saver
+from pretrain.checkpoint.storage import NotFinite
 from pretrain.config import CheckpointConfig, EngineConfig
-from pretrain.runtime import checkpoint
-from pretrain.runtime.checkpoint import NotFinite
-from pretrain.runtime.engine import Engine
-from pretrain.runtime.manifest import checkpoints
-from pretrain.runtime.saver import FAILED, GIVE_UP, WRITTEN, Saver
+from pretrain.engines.base import Engine
 from tests.ranks import run_ranks
 from tests.test_checkpoint import make_engine, take_steps
 
@@ -35,14 +35,14 @@ class Gate:
     """Holds the writing thread until it is opened."""
 
     def __init__(self, monkeypatch):
-        self.opened, self.entered, write = threading.Event(), threading.Event(), checkpoint.write_part
+        self.opened, self.entered, write = threading.Event(), threading.Event(), storage.write_part
 
         def wait_and_write(*args) -> None:
             self.entered.set()
             assert self.opened.wait(30)
             write(*args)
 
-        monkeypatch.setattr(checkpoint, "write_part", wait_and_write)
+        monkeypatch.setattr(storage, "write_part", wait_and_write)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -55,11 +55,11 @@ def test_a_background_save_is_the_foreground_save_to_the_byte_whatever_happens_m
     state = {"val_loss": None, "progress": {"step": 2}}
     with make_saver(tmp_path / "foreground", engine, asynchronous=False) as saver:
         saver.save(2, state, last=False)
-    monkeypatch.setattr(checkpoint, "MAX_FILE_BYTES", 2048)
-    checkpoint.save(tmp_path / "small files", 2, engine, state)
+    monkeypatch.setattr(storage, "MAX_FILE_BYTES", 2048)
+    storage.save(tmp_path / "small files", 2, engine, state)
     gate = Gate(monkeypatch)
     for name, size in (("small files", 2048), ("foreground", 1 << 30)):
-        monkeypatch.setattr(checkpoint, "MAX_FILE_BYTES", size)
+        monkeypatch.setattr(storage, "MAX_FILE_BYTES", size)
         gate.opened.clear()
         twin = make_engine()
         take_steps(twin, 2)
@@ -101,7 +101,7 @@ def test_one_save_at_a_time_and_the_same_ones_as_without_a_thread(tmp_path):
 
 def full_disk(times: int) -> Callable:
     """write_part that fails so many times."""
-    write, left = checkpoint.write_part, [times]
+    write, left = storage.write_part, [times]
 
     def fail(*args) -> None:
         left[0] -= 1
@@ -118,7 +118,7 @@ def test_a_failed_save_is_said_and_three_in_a_row_stop_the_run(tmp_path, monkeyp
     saver = make_saver(tmp_path, make_engine(), said, asynchronous=asynchronous)
     saver.save(1, {}, last=True)
     for rounds in range(2):  # two failures, then one that works: forgiven
-        monkeypatch.setattr(checkpoint, "write_part", full_disk(2))
+        monkeypatch.setattr(storage, "write_part", full_disk(2))
         for step in range(3):
             saver.save(10 * rounds + step + 2, {}, last=False)
             saver.wait()
@@ -129,7 +129,7 @@ def test_a_failed_save_is_said_and_three_in_a_row_stop_the_run(tmp_path, monkeyp
     assert "No space left" in said[1] and "1 in a row; 3 stop the run" in said[1]
     saver._wait_for_pruning()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000004", "step_00000014"]
-    monkeypatch.setattr(checkpoint, "write_part", full_disk(3))
+    monkeypatch.setattr(storage, "write_part", full_disk(3))
     for step in (21, 22, 23):
         saver.save(step, {}, last=False)
         saver.wait()
@@ -140,7 +140,7 @@ def test_a_failed_save_is_said_and_three_in_a_row_stop_the_run(tmp_path, monkeyp
 
 def test_the_last_save_must_succeed(tmp_path, monkeypatch):
     saver = make_saver(tmp_path, make_engine())
-    monkeypatch.setattr(checkpoint, "write_part", full_disk(1))
+    monkeypatch.setattr(storage, "write_part", full_disk(1))
     with pytest.raises(OSError, match="the checkpoint of step 1 could not be saved"):
         saver.save(1, {}, last=True)
     saver.save(1, {}, last=True)
@@ -151,7 +151,7 @@ def test_a_disk_without_room_is_known_before_a_byte_is_written(tmp_path, monkeyp
     said: list[str] = []
     saver = make_saver(tmp_path, make_engine(), said)
     usage = type("Usage", (), {"total": 10**9, "free": 1000})
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
     saver.save(1, {}, last=False)
     assert "a checkpoint needs 0.000 GiB, the disk has 0.000 GiB free" in said[0] and not list(tmp_path.iterdir())
 
@@ -182,14 +182,14 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
 
 def test_a_bug_in_the_thread_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
     saver = make_saver(tmp_path, make_engine())
-    monkeypatch.setattr(checkpoint, "write_part", lambda *args: 1 / 0)
+    monkeypatch.setattr(storage, "write_part", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         saver.save(1, {}, last=True)
 
 
 def test_a_run_that_ends_in_an_error_does_not_leave_its_thread_behind(tmp_path, monkeypatch):
     """A thread inside PyTorch when the interpreter ends aborts the process, and its exit status is lost."""
-    monkeypatch.setattr(checkpoint, "_BLOCK_BYTES", 8)  # thousands of writes
+    monkeypatch.setattr(storage, "_BLOCK_BYTES", 8)  # thousands of writes
     with pytest.raises(KeyError), make_saver(tmp_path, make_engine()) as saver:
         saver.save(1, {}, last=False)
         raise KeyError
@@ -200,11 +200,11 @@ def test_a_run_that_ends_in_an_error_does_not_leave_its_thread_behind(tmp_path, 
 def some_rank_fails(folder: Path) -> tuple[list[str], list[int], list[int]]:
     """On each rank: step 1 saved, step 2 failed by rank 1, step 3 saved; votes as the loop gathers them."""
     engine, said = make_engine(), []
-    write = checkpoint.write_part
+    write = storage.write_part
     seen = []
     with make_saver(folder, engine, said) as saver:
         for step in (1, 2, 3):
-            checkpoint.write_part = full_disk(1) if step == 2 and engine.rank == 1 else write
+            storage.write_part = full_disk(1) if step == 2 and engine.rank == 1 else write
             saver.save(step, {"val_loss": None}, last=False)
             while saver._save:
                 sums = engine.all_reduce(torch.tensor(saver.votes())).tolist()

@@ -30,7 +30,7 @@ PRELUDE = """
 import json, math, os, resource, signal, sys, time
 from pathlib import Path
 from pretrain.config import LogConfig, WandbConfig
-from pretrain.report import copies
+from pretrain.report import trackers
 from pretrain.report.sinks import Sinks
 
 def open_sinks(*names, resume_step=0, mode="offline", wandb_id=None):
@@ -265,7 +265,7 @@ def test_durations_for_people(seconds, text):
 def test_without_the_console_sink_nothing_is_printed_but_console_log_is_kept_over_resumes(tmp_path, capsys):
     for step in (0, 1):
         with open_sinks(tmp_path, "jsonl", resume_step=step) as sinks:
-            sinks.say(f"life {step}\nsecond line")
+            sinks.info(f"life {step}\nsecond line")
     assert capsys.readouterr().out == ""
     lines = (tmp_path / "console.log").read_text().splitlines()
     assert [line.split("  ", 1)[1] for line in lines] == ["life 0", "second line", "life 1", "second line"]
@@ -290,7 +290,7 @@ print("this print would fail too")
 
 
 def test_an_ascii_terminal_shows_a_name_in_any_language(tmp_path):
-    code = "open_sinks('console').say('模型 é')"
+    code = "open_sinks('console').info('模型 é')"
     process = python(code, tmp_path, stdout=subprocess.PIPE, variables={"PYTHONIOENCODING": "ascii"})
     assert process.communicate(timeout=60)[0] == "?? ?\n" and process.returncode == 0
 
@@ -481,7 +481,7 @@ def broken_server(kind: str):
 @pytest.mark.parametrize("outage", ["refused", "silent", "no name", "500", "401"])
 def test_a_wandb_outage_neither_stops_nor_delays_the_run_and_its_records_go_offline(tmp_path, outage):
     code = """
-copies.WANDB_START_SECONDS = 1.0
+trackers.WANDB_START_SECONDS = 1.0
 start = time.monotonic()
 sinks = open_sinks("jsonl", "wandb", "console", mode="online")
 for step in range(1, 31):
@@ -620,13 +620,13 @@ with open_sinks("jsonl", "console") as sinks:
 
 
 def test_the_curve_is_on_the_disk_before_the_checkpoint_that_it_led_to(tmp_path, monkeypatch):
+    from pretrain.checkpoint import storage
     from pretrain.config import load
-    from pretrain.runtime import checkpoint
     from pretrain.train import train
 
-    calls, sync, commit = [], Sinks.sync, checkpoint.commit
+    calls, sync, commit = [], Sinks.sync, storage.commit
     monkeypatch.setattr(Sinks, "sync", lambda self: (calls.append("sync"), sync(self)))
-    monkeypatch.setattr(checkpoint, "commit", lambda *given: (calls.append("commit"), commit(*given))[1])
+    monkeypatch.setattr(storage, "commit", lambda *given: (calls.append("commit"), commit(*given))[1])
     flags = ["--model.hidden_size", "16", "--model.num_hidden_layers", "1", "--model.num_attention_heads", "2"]
     flags += ["--model.vocab_size", "64", "--data.synthetic.kind", "markov", "--data.sequence_length", "16"]
     flags += ["--train.max_steps", "6", "--checkpoint.every_steps", "3", "--run.directory", str(tmp_path)]
@@ -637,5 +637,5 @@ def test_the_curve_is_on_the_disk_before_the_checkpoint_that_it_led_to(tmp_path,
 def test_without_a_standard_output_the_lines_are_in_console_log(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)  # as Python does where it was closed before the start
     with open_sinks(tmp_path, "console", "jsonl") as sinks:
-        sinks.say("a line")
+        sinks.info("a line")
     assert "a line" in (tmp_path / "console.log").read_text()

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from pretrain import train
-from pretrain.config import EngineConfig, ModelConfig, OptimizerConfig, resolve_model
+from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.data.batches import Batch
+from pretrain.engines.base import Engine
+from pretrain.engines.start import start_engine
+from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.model.transformer import Transformer, build
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.report import metrics
-from pretrain.runtime.engine import Engine, start_engine
 from tests.ranks import run_ranks
 
 SEQUENCES, LENGTH, VOCAB, STEPS, LR, CLIP = 8, 24, 97, 5, 1e-3, 0.5

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pretrain.runtime.run_directory import RunDirectory
+from pretrain.run.directory import RunDirectory
 from tests.ranks import run_ranks
 from tests.test_train import ROOT, TINY, curve, run_of, train_here
 
@@ -167,7 +167,7 @@ def test_launcher_settings_that_cannot_be_read_and_a_folder_that_cannot_be_made_
 SCRIPTED = """
 import sys; sys.path.insert(0, "launch")
 import supervise
-from pretrain.runtime.run_directory import RunDirectory
+from pretrain.run.directory import RunDirectory
 class Scripted(supervise.Supervisor):
     def _attempt(self):
         saved, status = script.pop(0)

@@ -19,7 +19,7 @@ import pytest
 from pretrain import schema
 from pretrain.config import load
 from pretrain.data.batches import open_train
-from pretrain.runtime.run_directory import RunDirectory
+from pretrain.run.directory import RunDirectory
 from pretrain.train import train
 from tests.ranks import run_ranks
 

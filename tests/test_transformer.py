@@ -16,7 +16,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from pretrain.config import ModelConfig, RopeScalingConfig, resolve_model
+from pretrain.model.config import ModelConfig, RopeScalingConfig, resolve_model
 from pretrain.model.transformer import Transformer, build
 
 V = 97  # not a multiple of 64: 31 padding rows

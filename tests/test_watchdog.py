@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from pretrain.config import EngineConfig
-from pretrain.runtime.engine import start_engine
-from pretrain.runtime.watchdog import hang_line
+from pretrain.engines.start import start_engine
+from pretrain.engines.watchdog import hang_line
 from tests.ranks import run_ranks
 
 

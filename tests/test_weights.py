@@ -18,17 +18,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pretrain import huggingface
+from pretrain.checkpoint.manifest import CheckpointError
 from pretrain.config import EngineConfig, OptimizerConfig
-from pretrain.convert import ConversionError, export_run, import_folder
 from pretrain.data.indexed import DataError
-from pretrain.huggingface import NotOurs
+from pretrain.engines.base import Shard
+from pretrain.engines.start import start_engine
+from pretrain.interop.convert import ConversionError, export_run, import_folder
+from pretrain.interop.load import load_model, open_folder, open_run, open_weights
+from pretrain.interop.weights import DTYPES, FolderWeights, MeanWeights, load_transformer, weight_loader, write_folder
+from pretrain.model import hf_mapping
+from pretrain.model.hf_mapping import UnsupportedModel
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
-from pretrain.runtime.engine import Shard, start_engine
-from pretrain.runtime.manifest import CheckpointError
-from pretrain.trained import load_model, open_folder, open_run, open_weights
-from pretrain.weights import DTYPES, FolderWeights, MeanWeights, filler, load_transformer, write_folder
 from tests.models import FAMILIES, V, make_run, model_of, moe
 from tests.ranks import run_ranks
 
@@ -52,7 +53,7 @@ def test_a_model_of_transformers_comes_in_and_goes_out_bit_by_bit(family, dtype,
     run = make_run(tmp_path / "run", model_of(family), None)
     (tmp_path / "hf").mkdir()
     trained = open_run(run)
-    config = huggingface.to_config(trained.model, str(DTYPES[dtype]).removeprefix("torch."), {})
+    config = hf_mapping.to_config(trained.model, str(DTYPES[dtype]).removeprefix("torch."), {})
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     write_folder(tmp_path / "hf", trained.weights, dtype, 10**9)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
@@ -123,7 +124,7 @@ def loaded_by(paths: list[Path], engine_name: str, target) -> list[tuple[str, in
     engine.prepare(lambda: Transformer(target), lambda model: build_optimizer(model, OptimizerConfig()), 1.0, seed=0)
     tokens_BT, found = torch.arange(16).view(1, 16) % V, []
     for path in paths:
-        engine.restore(filler(open_weights(path), target), moments=False)
+        engine.restore(weight_loader(open_weights(path), target), moments=False)
         found += [(name, offset, pieces["model"].numpy().copy()) for name, _, offset, pieces in engine.held(saving=False)]
         found.append(("loss", 0, engine.forward(tokens_BT, tokens_BT, None).detach().view(1).numpy()))
     engine.close()
@@ -160,7 +161,7 @@ def test_more_ids_change_no_other_ids_logits(run):
         larger = Transformer(target)
     larger.to_empty(device="cpu")
     with torch.no_grad():
-        fill = filler(source, target)
+        fill = weight_loader(source, target)
         for name, tensor in larger.named_parameters():
             fill(Shard(f"model/{name}", tuple(tensor.shape), 0, tensor.view(-1)))
         tokens_BT = torch.arange(32).view(2, 16)
@@ -234,7 +235,7 @@ def test_a_folder_that_cannot_be_the_model_is_refused_in_words(damage, message, 
     shutil.copytree(folder, copy := tmp_path / "hf")
     open_folder(copy)
     damage(copy)
-    with pytest.raises(NotOurs, match=message):
+    with pytest.raises(UnsupportedModel, match=message):
         open_folder(copy)
 
 
@@ -272,15 +273,15 @@ def test_a_gate_that_is_open_is_refused(tmp_path):
     run = make_run(tmp_path / "run", model_of("qwen2_moe"), None)
     export_run(run, tmp_path / "hf")
     strange(tmp_path / "hf", lambda tensors: tensors["model.layers.1.mlp.shared_expert_gate.weight"].fill_(0.1))
-    with pytest.raises(NotOurs, match=r"shared_expert_gate\.weight is not 0 everywhere"):
+    with pytest.raises(UnsupportedModel, match=r"shared_expert_gate\.weight is not 0 everywhere"):
         open_folder(tmp_path / "hf")
 
 
 def test_weights_of_another_model_are_refused(run):
     source = open_run(run).weights
     for change in (dict(rope_theta=5e5), dict(hidden_size=96), dict(vocab_size=V - 1), dict(qk_norm=False)):
-        with pytest.raises(NotOurs, match=f"of another model: .*{next(iter(change))} is"):
-            filler(source, dataclasses.replace(source.model, **change))
+        with pytest.raises(UnsupportedModel, match=f"of another model: .*{next(iter(change))} is"):
+            weight_loader(source, dataclasses.replace(source.model, **change))
 
 
 # ---------------------------------------------------------------- memory
@@ -298,8 +299,9 @@ def peak_of_conversion(folder: Path, width: int) -> int:
     code = f"""
 import resource, sys, torch
 from pathlib import Path
-from pretrain import convert, weights
-from pretrain.trained import Trained
+from pretrain.interop import convert
+from pretrain.interop import weights
+from pretrain.interop.load import Trained
 from tests.models import model_of
 
 class Ones:

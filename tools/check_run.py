@@ -65,7 +65,7 @@ def refused(error: ConfigError, output: Path | None) -> int:
 
 def check(config: Config, ranks: int | None, output: Path | None) -> bool:
     """Prints facts and findings; whether any of them stops a run."""
-    from pretrain.preflight import preflight
+    from pretrain.run.preflight import preflight
 
     began = time.monotonic()
     report = preflight(config, ranks)
@@ -83,12 +83,12 @@ def check(config: Config, ranks: int | None, output: Path | None) -> bool:
 
 def check_invariance(config: Config, processes: int, output: Path | None) -> bool:
     """Prints the table and the verdict; whether all cases are proved."""
-    from pretrain import prove
+    from pretrain import invariance
 
-    model = prove.shrink(config.model)
+    model = invariance.shrink(config.model)
     print("engine   ranks  micro-batch  accumulation  precision     loss     norm  weights")
     outcomes = []
-    for outcome in prove.prove(model, prove.cases(config, processes), config.optimizer.grad_clip, config.run.seed):
+    for outcome in invariance.prove(model, invariance.cases(config, processes), config.optimizer.grad_clip, config.run.seed):
         outcomes.append(outcome)
         case = outcome.case
         print(
@@ -100,7 +100,9 @@ def check_invariance(config: Config, processes: int, output: Path | None) -> boo
     if output:
         output.write_text(json.dumps([dataclasses.asdict(outcome) for outcome in outcomes], indent=1) + "\n")
     bad = sum(not outcome.proved for outcome in outcomes)
-    bounds = "; ".join(f"{name}: {', '.join(f'{bound:.0e}' for bound in allowed)}" for name, allowed in prove.BOUNDS.items())
+    bounds = "; ".join(
+        f"{name}: {', '.join(f'{bound:.0e}' for bound in allowed)}" for name, allowed in invariance.BOUNDS.items()
+    )
     verdict = (
         f"NOT PROVED: {bad} of {len(outcomes)} splits differ from one process"
         if bad

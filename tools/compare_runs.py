@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pretrain.compare import CompareError, differences, parting, read_side, verdict
+from pretrain.doctor.compare_runs import CompareError, differences, parting, read_side, verdict
 
 
 def main() -> int:

@@ -48,11 +48,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def convert(options: argparse.Namespace) -> int:
     """-> exit status."""
+    from pretrain.checkpoint.manifest import CheckpointError
     from pretrain.config import ConfigError  # after the flags are known to be right: torch takes seconds
-    from pretrain.convert import ConversionError, export_run, import_folder
     from pretrain.data.indexed import DataError
-    from pretrain.huggingface import NotOurs
-    from pretrain.runtime.manifest import CheckpointError
+    from pretrain.interop.convert import ConversionError, export_run, import_folder
+    from pretrain.model.hf_mapping import UnsupportedModel
 
     try:
         if options.run:
@@ -62,7 +62,7 @@ def convert(options: argparse.Namespace) -> int:
             )  # fmt: skip
         else:
             import_folder(options.model, options.output, options.certify)
-    except (ConversionError, CheckpointError, ConfigError, DataError, NotOurs, OSError) as error:
+    except (ConversionError, CheckpointError, ConfigError, DataError, UnsupportedModel, OSError) as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         return 2
     return 0

@@ -17,15 +17,16 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 
-from pretrain.config import Config, ConfigError, EngineConfig, ModelConfig, accumulation, load, resolve_model, vocabulary
+from pretrain.config import Config, ConfigError, EngineConfig, accumulation, load
 from pretrain.data.indexed import DataError
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.doctor.findings import Diagnosis, summary
+from pretrain.doctor.findings import diagnose as diagnose_log
+from pretrain.doctor.log_formats import LogError, read_log
+from pretrain.doctor.scale import Setup
+from pretrain.model.config import ModelConfig, resolve_model, vocabulary
 from pretrain.model.flops import num_parameters, vocabulary_rows
-from pretrain.report import diagnose
-from pretrain.report.diagnose_log import Diagnosis, summary
-from pretrain.report.diagnose_log import diagnose as diagnose_log
-from pretrain.report.log_formats import LogError, read_log
-from pretrain.report.shown_factor import Setup
+from pretrain.report import verdict
 
 if TYPE_CHECKING:
     from pretrain.data.batches import Batch, TrainData
@@ -178,9 +179,9 @@ def build_model(parts: Parts, checkpoint: Path | None = None) -> Transformer:
     """The initial model or that of a checkpoint, fp32, on the GPU where there is one. Raises DataError when it has no room."""
     import torch
 
+    from pretrain.checkpoint.manifest import Checkpoint, CheckpointError
+    from pretrain.checkpoint.storage import load_weights
     from pretrain.model.transformer import build
-    from pretrain.runtime.checkpoint import load_weights
-    from pretrain.runtime.manifest import Checkpoint, CheckpointError
 
     needed = 4 * num_parameters(parts.model).total
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -231,7 +232,7 @@ def about_initial(arguments: argparse.Namespace, settings: list[str]) -> int:
 def initial_findings(model: Transformer, config: ModelConfig, batch: Batch, sources: list[str]) -> tuple[list[str], list[str]]:
     """-> (figures, problems) of an untrained model on a batch; `sources`: of each sample."""
     valid = (batch.labels_BT != -100).numpy()
-    problems = [diagnose.label_problem(batch.tokens_BT.numpy(), batch.labels_BT.numpy())]
+    problems = [verdict.label_problem(batch.tokens_BT.numpy(), batch.labels_BT.numpy())]
     lines = [f"{valid.shape[0]} samples of {valid.shape[1]:,} tokens, {valid.mean():.1%} of the labels count"]
     if not valid.any():
         return lines, ["every label is masked: there is no loss"]
@@ -242,7 +243,7 @@ def initial_findings(model: Transformer, config: ModelConfig, batch: Batch, sour
         f"untrained loss {loss:.4f} nats per token; ln({config.vocab_size}) = {expected:.4f}; {loss / expected:.4f} times that"
     )
     lines.append(f"logits spread by {logit_std:.3f}, which adds about {logit_std**2 / 2:.3f}")
-    problems.append(diagnose.initial_problem(loss, config.vocab_size, vocabulary_rows(config), logit_std))
+    problems.append(verdict.initial_problem(loss, config.vocab_size, vocabulary_rows(config), logit_std))
     edges = np.unique(np.linspace(0, valid.shape[1], _BLOCKS + 1).astype(int))
     blocks = {f"{a} to {b - 1}": nats_BT[:, a:b] for a, b in itertools.pairwise(edges.tolist())}
     by_source = {name: nats_BT[[source == name for source in sources]] for name in dict.fromkeys(sources)}
@@ -251,7 +252,7 @@ def initial_findings(model: Transformer, config: ModelConfig, batch: Batch, sour
         means = {name: float(nats.mean()) for name, nats in groups.items()}
         errors = {name: float(nats.std() / math.sqrt(nats.size)) for name, nats in groups.items()}
         lines += [f"  {what} {name:24} {means[name]:.4f} +- {errors[name]:.4f}" for name in groups]
-        problems += diagnose.uneven_problems(what, means, errors, config.vocab_size)
+        problems += verdict.uneven_problems(what, means, errors, config.vocab_size)
     return lines, [problem for problem in problems if problem]
 
 
@@ -343,7 +344,7 @@ def label_stage(parts: Parts, batch: Batch) -> Stage:
         int(max(tokens_BT.max(), labels_BT.max())),
     )
     lines.append(f"ids {low} to {high:,} in {tokens_BT.size:,} inputs; allowed are 0 to {parts.model.vocab_size - 1:,}")
-    problems = [diagnose.label_problem(tokens_BT, labels_BT)]
+    problems = [verdict.label_problem(tokens_BT, labels_BT)]
     if low < 0 or high >= parts.model.vocab_size:
         problems.append(f"ids reach from {low} to {high}, the model has 0 to {parts.model.vocab_size - 1}")
     return lines, [problem for problem in problems if problem]
@@ -446,10 +447,10 @@ def rank_stage(run: list[Batch], sums: list[float], per_rank: int, ranks: int) -
 
 def shown_stage(parts: Parts, model: Transformer, run: list[Batch], sums: list[float]) -> Stage:
     """The trainer's own step and meter on these micro-batches, in one process, with a learning rate of 0."""
+    from pretrain.engines.start import start_engine
     from pretrain.model.transformer import Transformer
     from pretrain.optim.optimizer import build_optimizer
     from pretrain.report.metrics import Meter
-    from pretrain.runtime.engine import start_engine
     from pretrain.train import train_step
 
     config, count = parts.config, max(1, sum(int((each.labels_BT != -100).sum()) for each in run))

@@ -34,9 +34,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import psutil
 
+from pretrain.checkpoint.manifest import checkpoints
 from pretrain.config import Config, ConfigError, load
-from pretrain.runtime.manifest import checkpoints
-from pretrain.runtime.run_directory import read_state
+from pretrain.run.directory import read_state
 from pretrain.schema import to_yaml
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,13 +16,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import numpy as np
 from tqdm import tqdm
 
-from pretrain.config import Config, ConfigError, load, vocabulary
+from pretrain.checkpoint.manifest import CheckpointError
+from pretrain.config import Config, ConfigError, load
 from pretrain.data import quarantine, skips
 from pretrain.data.indexed import DataError, TokenFile
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.model.config import vocabulary
 from pretrain.report import environment
 from pretrain.report.progress import Progress
-from pretrain.runtime.manifest import CheckpointError
 
 if TYPE_CHECKING:
     from pretrain.data.batches import TrainData
@@ -264,7 +265,7 @@ def losses_of(
     import torch
 
     from pretrain.data.batches import MASKED
-    from pretrain.trained import load_model
+    from pretrain.interop.load import load_model
 
     if (chosen := arguments.checkpoint) not in (None, "best") and not chosen.isdecimal():
         raise DataError(f"--checkpoint {chosen}: give the step of a checkpoint, or best")

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from pretrain.config import DataConfig, SourceConfig
+from pretrain.data.checks import unfit
 
 from . import quarantine
 from .entropy import unigram_entropy
-from .health import unfit
 from .indexed import DataError, TokenFile
 from .order import Order
 from .quarantine import Quarantine

@@ -30,6 +30,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from pretrain import UserError
+
 from .entropy import bigram_entropy, unigram_entropy
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -44,7 +46,7 @@ _SAMPLE_RUNS, _SAMPLE_RUN_TOKENS = 64, 1 << 13
 _FLAT_HEAD_BYTES = 1 << 16
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data that cannot be used as asked. The message is for the user: what is wrong, where, and what to do."""
 
 

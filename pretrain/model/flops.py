@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from pretrain.config import ModelConfig
+from pretrain.model.config import ModelConfig
 
 
 @dataclass(frozen=True)

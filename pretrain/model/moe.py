@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pretrain.config import ModelConfig, MoeConfig
+from pretrain.model.config import ModelConfig, MoeConfig
 from pretrain.model.loss import product_dtype
 
 

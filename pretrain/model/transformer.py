@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.config import ModelConfig
 from pretrain.model.attention import KeyValueCache, Places, attend, places, rotate
+from pretrain.model.config import ModelConfig
 from pretrain.model.flops import vocabulary_rows
 from pretrain.model.loss import IGNORED, chunk_step, cross_entropy_sum, product_dtype
 from pretrain.model.moe import MixtureOfExperts, Routed

@@ -19,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from pretrain import UserError
 from pretrain.report.sinks import SCALES, merge_equal
 
 XAxis = Literal["tokens", "step", "hours"]
@@ -47,7 +48,7 @@ LEAST_SPAN = 0.5  # nats that the picture shows at least: noise must not look li
 LABEL_GAP = 0.042  # between two labels at the right edge, as a fraction of the height
 
 
-class PlotError(ValueError):
+class PlotError(UserError):
     """A run that cannot be drawn; the message is for the user."""
 
 

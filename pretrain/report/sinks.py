@@ -29,7 +29,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pretrain.config import LogConfig
-from pretrain.report.copies import CopyThread, tensorboard_copy, values_of, wandb_copy
+from pretrain.report.trackers import CopyThread, tensorboard_copy, values_of, wandb_copy
 
 SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 LINES_PER_HEADER = 20
@@ -113,17 +113,17 @@ class Sinks:
                 total=total_steps, initial=resume_step, file=sys.stdout, leave=False, dynamic_ncols=True, bar_format=bar_format
             )
         if dropped or unreadable:
-            self.say(f"metrics.jsonl: cut {dropped} records after step {resume_step} and {unreadable} unreadable lines.")
+            self.info(f"metrics.jsonl: cut {dropped} records after step {resume_step} and {unreadable} unreadable lines.")
 
         self.wandb_id = wandb_id
         self._copies: list[CopyThread] = []
         if "wandb" in config.sinks:
             self.wandb_id = wandb_id or secrets.token_hex(4)
-            opened = wandb_copy(config, directory, name, settings, self.wandb_id, wandb_id is not None, resume_step, self.say)
-            self._copies.append(CopyThread("W&B", opened, self.say))
+            opened = wandb_copy(config, directory, name, settings, self.wandb_id, wandb_id is not None, resume_step, self.info)
+            self._copies.append(CopyThread("W&B", opened, self.info))
         if "tensorboard" in config.sinks:
             opened = tensorboard_copy(directory / "tensorboard", resume_step)
-            self._copies.append(CopyThread("TensorBoard", opened, self.say))
+            self._copies.append(CopyThread("TensorBoard", opened, self.info))
 
     def __enter__(self) -> Sinks:
         return self
@@ -140,7 +140,7 @@ class Sinks:
         if self._metrics is not None:
             error = self._metrics.append(json.dumps(clean, allow_nan=False))
             if error is not None:
-                self.say(f"metrics.jsonl cannot be written ({error}); its lines wait in memory and are tried again.")
+                self.info(f"metrics.jsonl cannot be written ({error}); its lines wait in memory and are tried again.")
         self._reference_lines = record.get("reference_lines", self._reference_lines)
         self._step = record["step"]
         for copy in self._copies:
@@ -148,17 +148,17 @@ class Sinks:
         if "loss" in record:
             self._show_step(record)
         elif "val_loss" in record:
-            self.say(validation_line(record, self._reference_lines))
+            self.info(validation_line(record, self._reference_lines))
         for made in record.get("generated", []):
             prompt, text = (json.dumps(made[key], ensure_ascii=False) for key in ("prompt", "text"))
-            self.say(f"step {self._step:,} writes: {prompt} {text}")
+            self.info(f"step {self._step:,} writes: {prompt} {text}")
 
     def image(self, name: str, path: Path) -> None:
         """Send a PNG file to W&B and TensorBoard under `name`; the newest one stands."""
         for copy in self._copies:
             copy.put(self._step, {name: path})
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """A line for people: console and console.log (there with the time of day)."""
         with self._lock:
             stamp = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -183,7 +183,7 @@ class Sinks:
             if self._metrics is not None:
                 self._metrics.sync()
         except OSError as error:
-            self.say(f"metrics.jsonl is not on the disk yet ({error}); its lines wait in memory.")
+            self.info(f"metrics.jsonl is not on the disk yet ({error}); its lines wait in memory.")
 
     def close(self) -> None:
         """End all outputs; waits for the copies, at most COPY_CLOSE_SECONDS together. Safe to call twice.
@@ -196,7 +196,7 @@ class Sinks:
         for copy in self._copies:
             copy.join(max(0.0, deadline - time.monotonic()))
             if copy.is_alive():
-                self.say(
+                self.info(
                     f"{copy.name} did not finish in {COPY_CLOSE_SECONDS:.0f} s and is left behind; metrics.jsonl is whole."
                 )
         self._copies = []
@@ -218,9 +218,9 @@ class Sinks:
         if not math.isfinite(record["loss"]):
             notes.append("LOSS IS NOT FINITE")
         if header != self._header or self._lines_since_header >= LINES_PER_HEADER:
-            self.say("  ".join(header))
+            self.info("  ".join(header))
             self._header, self._lines_since_header = header, 0
-        self.say("  ".join(cells + notes))
+        self.info("  ".join(cells + notes))
         self._lines_since_header += 1
         self._last_bar_note = (time.monotonic(), record.get("eta_seconds", math.nan))
 
@@ -239,7 +239,7 @@ class Sinks:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, sys.stdout.fileno())
             os.close(null)
-            self.say(f"Standard output is gone ({error}); the run goes on, its lines are in console.log.")
+            self.info(f"Standard output is gone ({error}); the run goes on, its lines are in console.log.")
 
 
 def validation_line(record: dict, reference_lines: dict[str, float] | None) -> str:

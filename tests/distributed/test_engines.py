@@ -17,13 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pretrain import train
+from pretrain.checkpoint import storage
 from pretrain.config import EngineConfig
 from pretrain.data.batches import Batch
+from pretrain.engines.base import Engine
+from pretrain.engines.start import start_engine
+from pretrain.invariance import BOUNDS
 from pretrain.model.transformer import Transformer, build
-from pretrain.prove import BOUNDS
 from pretrain.report import metrics
-from pretrain.runtime import checkpoint
-from pretrain.runtime.engine import Engine, start_engine
 from tests.ranks import run_ranks
 from tests.test_step import (
     CLIP,
@@ -198,7 +199,7 @@ def save_with(configs: dict[str, EngineConfig], folder: Path) -> dict:
         engine = engine_of(config)
         prepare(engine, "adamw")
         two_steps(engine, 0)
-        checkpoint.save(folder / name, 2, engine, {})
+        storage.save(folder / name, 2, engine, {})
         results[name] = pieces_of(engine), two_steps(engine, 2)
     return results
 
@@ -210,8 +211,8 @@ def load_with(configs: dict[str, EngineConfig], folder: Path, saved: list[str]) 
         engine = engine_of(config)
         engine.prepare(make_model, lambda model: make_optimizer(model, "adamw"), CLIP, seed=1)  # other weights
         for other in saved:
-            [found] = checkpoint.checkpoints(folder / other)
-            checkpoint.load(found, engine)
+            [found] = storage.checkpoints(folder / other)
+            storage.load(found, engine)
             results[name, other] = pieces_of(engine), engine.updates, two_steps(engine, 2)
     return results
 

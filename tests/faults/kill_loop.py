@@ -25,11 +25,11 @@ import torch
 import xxhash
 from torch import Tensor
 
+from pretrain.checkpoint import storage
+from pretrain.checkpoint.manifest import Checkpoint, CheckpointError, checkpoints
+from pretrain.checkpoint.saver import Saver
 from pretrain.config import CheckpointConfig, EngineConfig
-from pretrain.runtime import checkpoint
-from pretrain.runtime.engine import Shard
-from pretrain.runtime.manifest import Checkpoint, CheckpointError, checkpoints
-from pretrain.runtime.saver import Saver
+from pretrain.engines.base import Shard
 
 SIZES = {"model/embedding": 3000, "exp_avg/embedding": 3000, "model/norm": 7}
 LONGEST_SYNC_SECONDS = 0.002
@@ -170,16 +170,16 @@ def run(folder: Path, trials: int, seed: int) -> dict[str, int]:
         counts["acknowledged"] += len(acknowledged)
         last_acknowledged = acknowledged[-1] if acknowledged else last_acknowledged
         said: list[str] = []
-        checkpoint.clean(folder)
+        storage.clean(folder)
         try:
-            found = checkpoint.newest_valid(folder, alone, said.append)
+            found = storage.newest_valid(folder, alone, said.append)
         except CheckpointError:
             found = None
         counts["damaged"] += len(said)
         counts["lost"] += last_acknowledged > (found.step if found else -1)
         counts["left_over"] += any(path.name.startswith(".") for path in folder.glob("*"))
         if found:
-            checkpoint.load(found, alone)
+            storage.load(found, alone)
             right = all(torch.equal(tensor, expected(name, found.step)) for name, tensor in alone.tensors.items())
             counts["wrong"] += not right or alone.updates != found.step
         whole = [each for each in checkpoints(folder) if each.damage() is None]
@@ -195,7 +195,7 @@ def run(folder: Path, trials: int, seed: int) -> dict[str, int]:
 
 def manifest_first() -> None:
     """Rank 0's tensors reach the disk after the checkpoint has its manifest and its name."""
-    write, commit, later = checkpoint.write_file, checkpoint.commit, []
+    write, commit, later = storage.write_file, storage.commit, []
 
     def write_later(path: Path, blocks, *beat) -> dict:
         if not path.name.startswith("tensors-00000"):
@@ -211,12 +211,12 @@ def manifest_first() -> None:
             write(saved.path / name, [data])
         return saved
 
-    checkpoint.write_file, checkpoint.commit = write_later, commit_and_write
+    storage.write_file, storage.commit = write_later, commit_and_write
 
 
 def acknowledged_first() -> None:
     """A save is acknowledged when its bytes are written, before it has its name."""
-    commit = checkpoint.commit
+    commit = storage.commit
 
     def late(temporary: Path, state: bytes, world_size: int) -> Checkpoint:
         late.saver.acknowledge(Checkpoint(temporary.with_name(temporary.name.removeprefix(".tmp-"))))
@@ -228,30 +228,30 @@ def acknowledged_first() -> None:
         late.saver = self
         settle(self, sums)
 
-    checkpoint.commit, Saver.settle = late, remember
+    storage.commit, Saver.settle = late, remember
 
 
 def pruned_first() -> None:
     """Old checkpoints make room before the new one is there."""
-    begin = checkpoint.begin
+    begin = storage.begin
 
     def prune_and_begin(folder: Path, step: int, rank: Rank) -> Path:
         for each in checkpoints(folder) if rank.rank == 0 else []:
-            checkpoint.remove(each)
+            storage.remove(each)
         return begin(folder, step, rank)
 
-    checkpoint.begin = prune_and_begin
+    storage.begin = prune_and_begin
 
 
 def replaced_in_place() -> None:
     """A step that is saved again takes the place of the old one by deleting it first."""
-    commit = checkpoint.commit
+    commit = storage.commit
 
     def delete_and_commit(temporary: Path, state: bytes, world_size: int) -> Checkpoint:
         shutil.rmtree(temporary.with_name(temporary.name.removeprefix(".tmp-")), ignore_errors=True)
         return commit(temporary, state, world_size)
 
-    checkpoint.commit = delete_and_commit
+    storage.commit = delete_and_commit
 
 
 MUTANTS = {each.__name__: each for each in (manifest_first, acknowledged_first, pruned_first, replaced_in_place)}

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from pretrain.checkpoint import storage
+from pretrain.checkpoint.manifest import CheckpointError, checkpoints
+from pretrain.checkpoint.saver import Saver
 from pretrain.config import CheckpointConfig
-from pretrain.runtime import checkpoint
-from pretrain.runtime.manifest import CheckpointError, checkpoints
-from pretrain.runtime.saver import Saver
 from tests.faults.kill_loop import MUTANTS, Rank, expected
 from tests.ranks import run_ranks
 from tests.test_train import TINY, train_here
@@ -223,9 +223,9 @@ def lost_in_power_off(events: list[Event], folder: Path, every: int) -> Iterator
             path = folder / f"{count}-{mode}"
             power_off(tree, path, mode, randomly)
             said: list[str] = []
-            checkpoint.clean(path)
+            storage.clean(path)
             try:
-                found = checkpoint.newest_valid(path, alone, said.append)
+                found = storage.newest_valid(path, alone, said.append)
             except CheckpointError:
                 found = None
             if said:
@@ -233,7 +233,7 @@ def lost_in_power_off(events: list[Event], folder: Path, every: int) -> Iterator
             if (found.step if found else -1) < acknowledged:
                 yield f"{count} {mode}: {acknowledged} was acknowledged, {found} is there"
             if found:
-                checkpoint.load(found, alone)
+                storage.load(found, alone)
                 if not all(torch.equal(tensor, expected(name, found.step)) for name, tensor in alone.tensors.items()):
                     yield f"{count} {mode}: {found} has other values"
 
@@ -291,7 +291,7 @@ def test_a_file_that_cannot_grow_leaves_what_was_there_and_no_stump(tmp_path, fr
     rank.become(3)
     saver.save(3, {}, last=True)
     assert said[2] == "saved 3" and [found.step for found in checkpoints(tmp_path)] == [3, 1]
-    checkpoint.load(checkpoints(tmp_path)[1], rank)
+    storage.load(checkpoints(tmp_path)[1], rank)
     assert all(torch.equal(tensor, expected(name, 1)) for name, tensor in rank.tensors.items())
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pretrain.runtime.run_directory import RunDirectory
+from pretrain.run.directory import RunDirectory
 from tests.ranks import run_ranks
 from tests.test_stopping import state_of
 from tests.test_train import ROOT, TINY, curve, final_bytes, records, run_of, train_here

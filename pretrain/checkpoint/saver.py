@@ -1,0 +1,257 @@
+"""The saves of a run: in the background, one at a time, agreed on by all ranks; and what is kept.
+
+    step 1000   snapshot: each rank copies its share of the state to the host     the run stands still for this copy alone
+    step 1001   a thread on each rank writes, digests and syncs its files
+    step 1002   every rank votes in the collective of the step: written, failed, or nothing yet
+    step 1003   all have voted: rank 0 commits, says so, and then removes older checkpoints
+
+Host memory for the snapshot is the rank's share of the state (12 bytes per parameter with AdamW, divided by the ranks), once,
+kept for the life of the run, and pinned where there is a GPU. The last save of a job, and all with `asynchronous: false`, take
+no snapshot: the run waits while the thread writes from live memory. The files are the same to the byte.
+
+A failed save leaves what was there, is said, and does not stop the run; three in a row, or a failed last one, do (OSError).
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint import storage
+from pretrain.checkpoint.manifest import Checkpoint
+from pretrain.checkpoint.storage import NotFinite
+from pretrain.config import CheckpointConfig
+from pretrain.engines.base import Engine, Shard
+
+WRITTEN, FAILED, NOT_FINITE, GIVE_UP = VOTES = range(4)
+MOST_FAILURES = 3
+_POLL_SECONDS, _ABANDON_SECONDS = 0.5, 10.0
+
+
+class Saver:
+    """On every rank of a run. A context manager: leaving it waits for the save that is under way, unless an exception does.
+
+    saved: the newest checkpoint that rank 0 committed since the start; None: none yet.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: Engine,
+        config: CheckpointConfig,
+        acknowledge: Callable[[Checkpoint], None],
+        info: Callable[[str], None] = print,
+        trusted: Iterable[int] = (),
+    ):
+        """On rank 0, `acknowledge` is called once a checkpoint is durable, `info` with lines that people should read.
+        trusted: steps whose checkpoints were verified at the start."""
+        self.folder, self.engine, self.config = folder, engine, config
+        self.acknowledge, self.info = acknowledge, info
+        self.saved: Checkpoint | None = None
+        self.trusted = set(trusted)
+        self.failures = 0
+        """Saves that failed, in a row; what rank 0 counts decides."""
+        self._began = time.monotonic()
+        self._snapshot = _Snapshot(engine.device)
+        self._save: _Save | None = None  # under way
+        self._pruning: threading.Thread | None = None
+        self._not_removed: OSError | None = None
+
+    # ---------------------------------------------------------------- calls of the loop
+
+    def save(self, step: int, state: dict, last: bool) -> None:
+        """Starts to save the state of `step`, after the save before it (a collective). last: wait until it is durable.
+
+        Raises on every rank: OSError when the last one failed, or too many did in a row; NotFinite.
+        """
+        self.wait()
+        self._wait_for_pruning()
+        self._began = time.monotonic()
+        background = self.config.asynchronous and not last
+        try:
+            temporary = storage.begin(self.folder, step, self.engine)
+        except OSError as error:
+            self._failed(step, error)
+        else:
+            files = list(storage.files_of(self.engine.shards(saving=True)))  # views of live memory
+            if background:
+                files = self._snapshot.take(files)
+            self._save = _Save(temporary, step, storage.state_text(state, step, self.engine), self.engine)
+            self._save.start(files)
+        if not background:
+            self.wait()
+        if last and self.engine.broadcast(self.failures):
+            raise OSError(f"{self.folder}: the checkpoint of step {step} could not be saved; what was saved before is whole")
+
+    @property
+    def seconds_since_save(self) -> float:
+        """Since the last save began, or the run."""
+        return time.monotonic() - self._began
+
+    def votes(self) -> list[int]:
+        """This rank's part of the next collective: one number for each of VOTES; their sums over ranks go to `settle`."""
+        vote = self._save.outcome(self.engine.config.timeout_seconds) if self._save else None
+        if self.failures >= MOST_FAILURES:
+            vote = GIVE_UP
+        return [int(vote == each) for each in VOTES]
+
+    def settle(self, sums: list[int]) -> None:
+        """Ends the save under way once all ranks have voted: the same on every rank. Raises as `save` does."""
+        if sums[GIVE_UP]:
+            raise OSError(f"{self.folder}: no checkpoint can be saved: {MOST_FAILURES} saves in a row failed, or one got stuck")
+        if self._save is None or sum(sums) < self.engine.world_size:
+            return
+        save, self._save = self._save, None
+        failure = save.failure
+        if not (sums[FAILED] or sums[NOT_FINITE]) and self.engine.rank == 0:
+            try:
+                self.saved = storage.commit(save.temporary, save.state, self.engine.world_size)
+            except OSError as error:
+                failure = error
+        if sums[NOT_FINITE]:
+            self._discard(save.temporary)
+            raise NotFinite(str(failure or "the state of another rank is not finite"))
+        if failure or sums[FAILED]:
+            self._discard(save.temporary)
+            self._failed(save.step, failure)
+        elif self.engine.rank == 0:
+            self._acknowledge(save.step)
+
+    def wait(self) -> None:
+        """Returns when no save is under way (a collective). Ranks that are done do not wait inside the collective, so the
+        deadline of collectives is not that of disks: a disk may take its time as long as it moves."""
+        while self._save:
+            self._save.wait(_POLL_SECONDS)
+            self.settle(self.engine.all_reduce(torch.tensor(self.votes(), device=self.engine.device)).tolist())
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        if kind is None:
+            self.wait()
+            self._wait_for_pruning()
+        elif self._save:  # no collective now: some rank may be gone; the unfinished folder is cleaned at the next start
+            self._save.abandon()
+
+    # ---------------------------------------------------------------- after the votes
+
+    def _acknowledge(self, step: int) -> None:
+        self.failures = 0
+        self.trusted.add(step)
+        self.acknowledge(self.saved)
+        if self.config.asynchronous:
+            self._pruning = threading.Thread(target=self._prune, name="prune", daemon=True)
+            self._pruning.start()
+        else:
+            self._prune()
+
+    def _prune(self) -> None:
+        try:
+            storage.prune(self.folder, self.config.keep_last, self.config.keep_best, self.trusted)
+        except OSError as error:
+            self._not_removed = error
+
+    def _wait_for_pruning(self) -> None:
+        if self._pruning:
+            self._pruning.join()
+        if self._not_removed:  # said here, not in the thread
+            self.info(f"old checkpoints could not be removed: {self._not_removed}")
+        self._pruning = self._not_removed = None
+
+    def _failed(self, step: int, error: BaseException | None) -> None:
+        if self.engine.rank == 0:
+            self.failures += 1
+            reason = error or "another rank could not write, and says why"
+            self.info(f"checkpoint of step {step} failed ({self.failures} in a row; {MOST_FAILURES} stop the run): {reason}")
+        elif error:
+            print(f"pretrain: rank {self.engine.rank}: checkpoint of step {step}: {error}", file=sys.stderr, flush=True)
+
+    def _discard(self, temporary: Path) -> None:
+        if self.engine.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+class _Save:
+    """One save on this rank, from its first byte to its outcome."""
+
+    def __init__(self, temporary: Path, step: int, state: bytes, engine: Engine):
+        self.temporary, self.step, self.state = temporary, step, state
+        self.failure: Exception | None = None
+        self._place = engine.rank, engine.world_size
+        self._done = threading.Event()
+        self._moved = time.monotonic()
+        self._abandoned = False
+
+    def start(self, files: list[list[Shard]]) -> None:
+        """Writes in a thread; what goes wrong is kept for `outcome`."""
+        threading.Thread(target=self._write, args=(files,), name="checkpoint", daemon=True).start()
+
+    def abandon(self) -> None:
+        """Ends the thread at its next block: if the process ends while it is inside PyTorch, that aborts (seen: status 134)."""
+        self._abandoned = True
+        self.wait(_ABANDON_SECONDS)
+
+    def _write(self, files: list[list[Shard]]) -> None:
+        try:
+            storage.write_part(self.temporary, *self._place, files, self._beat)
+        except Exception as error:
+            self.failure = error
+        self._done.set()
+
+    def _beat(self) -> None:
+        self._moved = time.monotonic()
+        if self._abandoned:
+            raise InterruptedError("the process ends")
+
+    def wait(self, seconds: float) -> None:
+        """Returns when this rank is done, or after a while."""
+        self._done.wait(seconds)
+
+    def outcome(self, patience_seconds: float) -> int | None:
+        """This rank's vote. None: not yet. Raises what is no fault of the storage."""
+        if not self._done.is_set():
+            return GIVE_UP if time.monotonic() - self._moved > patience_seconds else None
+        if self.failure is None:
+            return WRITTEN
+        if isinstance(self.failure, NotFinite):
+            return NOT_FINITE
+        if isinstance(self.failure, OSError):
+            return FAILED
+        raise self.failure
+
+
+class _Snapshot:
+    """Host memory for one copy of this rank's share, a buffer for each file of it."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.buffers: list[Tensor] = []
+
+    def take(self, files: list[list[Shard]]) -> list[list[Shard]]:
+        """The same pieces, copied; they stay as they are until the next call."""
+        copied = []
+        for number, file in enumerate(files):
+            buffer = self._buffer(number, sum(shard.piece.numel() for shard in file))
+            begin, copies = 0, []
+            for shard in file:
+                end = begin + shard.piece.numel()
+                copies.append(shard._replace(piece=buffer[begin:end].copy_(shard.piece.detach(), non_blocking=True)))
+                begin = end
+            copied.append(copies)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        return copied
+
+    def _buffer(self, number: int, count: int) -> Tensor:
+        if number == len(self.buffers):
+            self.buffers.append(torch.empty(count, pin_memory=self.device.type == "cuda"))
+        return self.buffers[number]

@@ -1,0 +1,86 @@
+"""The engine `fsdp2`: PyTorch's `fully_shard`. Weights, gradients and optimizer state are cut along their first dimension; a
+block's weights are gathered for its forward and backward pass only.
+
+With `engine.replicas` the ranks form a grid: weights are cut over the ranks of a row and equal in a column, so that gathering
+stays inside a row (usually one node) and only summed gradients cross rows (hybrid sharding).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from pretrain.engines.base import Engine, Held, moments_of, require
+
+
+class Fsdp2Engine(Engine):
+    """One process of an `fsdp2` run."""
+
+    def _spread(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
+        replicas = self.config.replicas
+        shape = (self.world_size,) if replicas == 1 else (replicas, self.world_size // replicas)
+        self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replica", "shard")[-len(shape) :])
+        bf16 = self.precision == "bf16"
+        policy = (
+            MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+        )
+        decoder = self.model.model
+        for block in decoder.layers:
+            fully_shard(block, mesh=self.mesh, mp_policy=policy)
+        if not self.model.config.tie_word_embeddings:  # tied, both belong to the root, which is gathered for the whole pass
+            fully_shard(decoder.embed_tokens, mesh=self.mesh, mp_policy=policy)
+            # Used last in the forward pass and first in the backward pass: freeing it in between would gather it twice.
+            fully_shard([decoder.norm, self.model.lm_head], mesh=self.mesh, mp_policy=policy, reshard_after_forward=False)
+        self._wrapped = fully_shard(self.model, mesh=self.mesh, mp_policy=policy)
+        self.model.to_empty(device=self.device)  # each rank its shards
+        self.optimizer = make_optimizer(self.model)
+        parameters = list(self.model.parameters())
+        require(
+            sharded_parameters=(len(parameters), sum(isinstance(parameter, DTensor) for parameter in parameters)),
+            mesh=(shape, tuple(parameters[0].device_mesh.shape)),
+            master_weights=({torch.float32}, {parameter.dtype for parameter in parameters}),
+        )
+
+    @contextlib.contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        if self.config.reduce_gradients == "step":
+            self.model.set_requires_gradient_sync(last)
+        elif self.config.replicas > 1:
+            self.model.set_requires_all_reduce(last)  # shards are summed over a row each time, over rows once
+        yield
+
+    def _clip(self) -> Tensor:
+        gradients = [p.grad.to_local() for p in self.model.parameters() if p.grad is not None]
+        square = torch.nn.utils.get_total_norm(gradients).to(self.device).square()
+        dist.all_reduce(square, group=self.mesh.get_group("shard"))
+        norm = square.sqrt()
+        if self.grad_clip:
+            torch._foreach_mul_(gradients, torch.clamp(self.grad_clip / (norm + 1e-6), max=1.0))
+        return norm
+
+    def held(self, saving: bool) -> Iterator[Held]:
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a forward pass without a backward pass (validation) leaves the head whole
+        if saving and self.config.replicas > 1 and self.mesh.get_local_rank("replica") > 0:
+            return  # the first replica writes
+        shards, shard = self.mesh["shard"].size(), self.mesh.get_local_rank("shard")
+        for name, parameter in self.model.named_parameters():
+            # fully_shard cuts as torch.chunk does: the first ranks have full chunks of rows, the last ones less or none.
+            rows = math.ceil(parameter.shape[0] / shards)
+            offset = min(shard * rows, parameter.shape[0]) * math.prod(parameter.shape[1:])
+            tensors = {"model": parameter.detach(), **moments_of(self.optimizer, parameter)}
+            yield Held(name, tuple(parameter.shape), offset, {kind: t.to_local().view(-1) for kind, t in tensors.items()})
+
+    def copies(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
+        if self.config.replicas == 1:
+            return [], None
+        return [parameter.to_local() for parameter in self.model.parameters()], self.mesh.get_group("replica")

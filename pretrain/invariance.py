@@ -1,0 +1,300 @@
+"""Proof, for a configuration, that no number depends on how a batch is spread: five real steps on processes of this machine,
+against one process that takes the whole batch with PyTorch's own loss and no code of the step, the engine or the meter.
+
+The model is shrunk (its kind stays: grouped queries, query norm, tied embeddings, sliding window, experts), the engine and its
+levers are those of the configuration. Steps are plain momentum steps: AdamW divides a gradient by its own size, and where that
+is near zero its rounding errors would hide what the proof looks for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.config import Config, EngineConfig
+from pretrain.data.batches import Batch
+from pretrain.engines.base import Engine
+from pretrain.engines.start import start_engine
+from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
+from pretrain.model.transformer import Transformer, build
+from pretrain.report.metrics import Meter
+from pretrain.train import train_step
+
+STEPS, LENGTH, VOCABULARY, LR = 5, 32, 128, 1e-2
+BOUNDS = {"fp32": (1e-6, 1e-6, 1e-6), "bf16": (2e-3, 5e-3, 3e-4), "bf16 with experts": (1e-2, 3e-2, 4e-3)}
+"""Largest difference allowed of loss (relative), norm (relative), weights (absolute); in bf16 ten times as measured. In bf16 a
+token whose experts score nearly alike may go to another one, so weights differ by more."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to spread the batch."""
+
+    engine: EngineConfig
+    ranks: int
+    micro_batch: int
+    sequences: int
+    """In the global batch."""
+    experts: bool = False
+    """Whether the model has some."""
+
+    @property
+    def bounds(self) -> tuple[float, float, float]:
+        """Differences that are allowed."""
+        return BOUNDS["bf16 with experts" if self.experts and self.engine.precision == "bf16" else self.engine.precision]
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per step and rank."""
+        return self.sequences // (self.ranks * self.micro_batch)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a case gave, and how far it is from the reference."""
+
+    case: Case
+    losses: list[float]
+    norms: list[float]
+    loss_difference: float
+    norm_difference: float
+    weight_difference: float
+    bytes_per_rank: dict[str, int]
+    """weights, gradients (when the optimizer takes them), state (master weights that are not the weights, and momentum)."""
+
+    @property
+    def proved(self) -> bool:
+        """Whether every difference is within its bound; nothing that is not a number is."""
+        found = (self.loss_difference, self.norm_difference, self.weight_difference)
+        return all(value <= bound for value, bound in zip(found, self.case.bounds, strict=True))
+
+
+def shrink(model: ModelConfig) -> ModelConfig:
+    """A model of the same kind that a CPU trains in seconds."""
+    heads = 4
+    kv_heads = model.num_key_value_heads or model.num_attention_heads
+    grouped = 2 if kv_heads < model.num_attention_heads else heads
+    small = dataclasses.replace(
+        model,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=grouped,
+        head_dim=None,
+        intermediate_size=128,
+        sliding_window=model.sliding_window and LENGTH // 2,
+        moe=model.moe and _fewer_experts(model.moe),
+    )
+    return resolve_model(small, vocab_size=VOCABULARY, sequence_length=LENGTH)
+
+
+def _fewer_experts(moe: MoeConfig) -> MoeConfig:
+    chosen = min(moe.num_experts_per_tok, 2)
+    return dataclasses.replace(moe, num_experts=8, num_experts_per_tok=chosen, moe_intermediate_size=32)
+
+
+def cases(config: Config, most_ranks: int) -> list[Case]:
+    """The engine of a configuration on 1, 2, 4, ... ranks, with small and large micro-batches."""
+    found = []
+    precisions = ["fp32"] if config.engine.precision == "fp32" else ["fp32", "bf16"]
+    for precision in precisions:
+        ranks = max(1, config.engine.replicas)
+        while ranks <= most_ranks:
+            sequences = 4 * max(2, most_ranks)
+            for micro_batch in sorted({1, sequences // ranks // 2}):
+                engine = dataclasses.replace(config.engine, precision=precision, world_size=None, keep_whole_below=1000)
+                found.append(Case(engine, ranks, micro_batch, sequences, experts=config.model.moe is not None))
+            ranks *= 2
+    return found
+
+
+def prove(model: ModelConfig, tried: list[Case], grad_clip: float, seed: int) -> Iterator[Outcome]:
+    """Runs each case on processes of its own, on CPUs: fp32 products are exact enough there for a proof, those of GPUs are not.
+
+    Raises RuntimeError with the traceback of a rank that fails.
+    """
+    os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    zero = ["deepspeed", "transformers"] if any(case.engine.name.startswith("zero") for case in tried) else []
+    multiprocessing.set_forkserver_preload(["torch", "accelerate", "pretrain.train", "torch.distributed.fsdp", *zero])
+    references: dict[int, tuple] = {}
+    for case in tried:
+        if case.sequences not in references:
+            references[case.sequences] = _reference(model, case.sequences, grad_clip, seed)
+        shown, weights = references[case.sequences]
+        ranks = run_processes(case.ranks, _run, case, model, grad_clip, seed)
+        found = _assemble([piece for _, pieces, _ in ranks for piece in pieces])
+        pairs = [pair for mine, _, _ in ranks for pair in zip(mine, shown, strict=True)]
+        loss, norm = (max(_difference(a[i], b[i]) for a, b in pairs) for i in (0, 1))
+        weight = max(float((found[name] - true).abs().max()) for name, true in weights.items() if not _rounded(name, case))
+        most = {key: max(rank[2][key] for rank in ranks) for key in ranks[0][2]}
+        losses, norms = ([step[i] for step in ranks[0][0]] for i in (0, 1))
+        yield Outcome(case, losses, norms, loss, norm, weight, most)
+
+
+def _rounded(name: str, case: Case) -> bool:
+    """Routers' biases and shares count choices: in bf16 some tokens go to another expert, and whole counts differ."""
+    return case.engine.precision == "bf16" and name.endswith((".e_score_correction_bias", ".expert_share"))
+
+
+def _difference(found: float, true: float) -> float:
+    return abs(found / true - 1) if math.isfinite(found) else math.inf
+
+
+def _batch(sequences: int, step: int) -> Batch:
+    """Sequences with 3 to 90 % valid labels, one of them with none: a mean of means would be far off."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    tokens_BT = torch.randint(0, VOCABULARY, (sequences, LENGTH), generator=generator)
+    labels_BT = torch.randint(0, VOCABULARY, (sequences, LENGTH), generator=generator)
+    shares_B1 = torch.tensor([0.9, 0.1, 0.5, 0.03, 0.7, 0.0, 0.3, 0.2]).repeat(sequences // 8 + 1)[:sequences, None]
+    valid_BT = torch.rand(sequences, LENGTH, generator=generator) < shares_B1
+    return Batch(tokens_BT, torch.where(valid_BT, labels_BT, -100), None)
+
+
+class _Momentum(torch.optim.SGD):
+    """Momentum steps. All gradients are finite here, so found_inf, which only fused optimizers know, is left aside."""
+
+    def step(self) -> None:
+        found_inf = self.__dict__.pop("found_inf", None)
+        super().step()
+        self.found_inf = found_inf
+
+
+def _momentum(model: nn.Module) -> torch.optim.Optimizer:
+    return _Momentum(model.parameters(), lr=LR, momentum=0.9)
+
+
+def _reference(config: ModelConfig, sequences: int, grad_clip: float, seed: int) -> tuple[list[tuple], dict[str, Tensor]]:
+    """[(loss, norm)] of each step and the weights at the end, of one process.
+
+    With experts, the gradient is that of the model's own loss for the whole batch at once: PyTorch has no routers' losses.
+    """
+    model = build(config, "cpu", seed)
+    optimizer, shown = _momentum(model), []
+    for step in range(STEPS):
+        batch = _batch(sequences, step)
+        loss = F.cross_entropy(model(batch.tokens_BT).flatten(0, 1), batch.labels_BT.flatten())
+        objective = model(batch.tokens_BT, batch.labels_BT) / (batch.labels_BT != -100).sum() if config.moe else loss
+        optimizer.zero_grad()
+        objective.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        optimizer.step()
+        if model.rebalances:
+            model.rebalance(model.routing_LX, torch.tensor(True))
+        shown.append((loss.item(), norm.item()))
+    return shown, {f"model/{name}": tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+def _run(case: Case, model: ModelConfig, grad_clip: float, seed: int) -> tuple[list[tuple], list[tuple], dict[str, int]]:
+    """On a rank: [(loss, norm)], its pieces (name, shape, offset, values) of the weights, and its bytes."""
+    engine = start_engine(case.engine)
+    engine.prepare(lambda: Transformer(model), _momentum, grad_clip, seed)
+    gradients: list[int] = []
+    engine.optimizer.register_step_pre_hook(lambda optimizer, *_: gradients.append(_bytes(_gradients(optimizer))))
+    meter, shown = Meter(engine.device, engine.rank, engine.world_size), []
+    share = case.sequences // case.ranks
+    for step in range(STEPS):
+        mine = [tensor[engine.rank * share :][:share].split(case.micro_batch) for tensor in _batch(case.sequences, step)[:2]]
+        window = [engine.to_device(Batch(*tensors, None)) for tensors in zip(*mine, strict=True)]
+        result = train_step(engine, window, LR, [0])
+        meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
+        figures = meter.read(engine.all_reduce)
+        shown.append((figures["loss"], figures["grad_norm"]))
+    sizes = _sizes(engine) | {"gradients": sum(gradients) // STEPS}
+    shards = [shard for shard in engine.shards(saving=True) if shard.name.startswith("model/")]
+    pieces = [(shard.name, shard.shape, shard.offset, shard.piece.numpy(force=True).copy()) for shard in shards]
+    engine.close()
+    return shown, pieces, sizes
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def _sizes(engine: Engine) -> dict[str, int]:
+    """Bytes of live tensors on this rank; a tensor that is both weight and master weight counts once, as a weight."""
+    weights = [tensor for p in engine.model.parameters() for tensor in (p.data, getattr(p, "ds_tensor", p.data))]
+    held = [tensor for piece in engine.held(saving=False) for tensor in piece.tensors.values()]
+    mine = {_local(tensor).untyped_storage().data_ptr() for tensor in weights}
+    return {
+        "weights": _bytes(weights),
+        "state": _bytes([tensor for tensor in held if _local(tensor).untyped_storage().data_ptr() not in mine]),
+    }
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    """Of the storages of tensors, each counted once."""
+    storages = {_local(tensor).untyped_storage().data_ptr(): _local(tensor).untyped_storage() for tensor in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _assemble(pieces: list[tuple]) -> dict[str, Tensor]:
+    """Whole tensors; what no rank wrote is not a number, and so can never be proved."""
+    whole: dict[str, Tensor] = {}
+    for name, shape, offset, values in pieces:
+        flat = whole.setdefault(name, torch.full(shape, math.nan)).view(-1)
+        flat[offset : offset + len(values)] = torch.as_tensor(values)
+    return whole
+
+
+# ---------------------------------------------------------------- processes
+
+
+def run_processes(world_size: int, function, *args: Any) -> list[Any]:
+    """`function(*args)` on that many processes of this machine, with the variables that torchrun sets; results by rank.
+
+    Raises RuntimeError with the traceback of the first rank that fails.
+    """
+    context = multiprocessing.get_context("forkserver")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pipes, processes = [], []
+    for rank in range(world_size):
+        receiver, sender = context.Pipe(duplex=False)
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        arguments = (sender, variables if world_size > 1 else {}, function, args)
+        processes.append(context.Process(target=_entry, args=arguments, daemon=True))
+        processes[-1].start()
+        sender.close()
+        pipes.append(receiver)
+    try:
+        results = [pipe.recv() for pipe in pipes]
+    except EOFError:
+        raise RuntimeError("a process died without a word; is there memory enough?") from None
+    finally:
+        for process in processes:
+            process.join(timeout=10)
+            process.kill()
+    for rank, (failure, _) in enumerate(results):
+        if failure:
+            raise RuntimeError(f"rank {rank} failed:\n{failure}")
+    return [result for _, result in results]
+
+
+def _entry(sender, variables: dict, function, args: tuple) -> None:
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    torch.set_num_threads(1)
+    try:
+        result = None, function(*args)
+    except BaseException:
+        result = traceback.format_exc(), None
+    sender.send(result)
+    sender.close()
+    sys.stdout.flush()

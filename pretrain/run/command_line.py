@@ -1,0 +1,93 @@
+"""What every program in launch/ and tools/ does alike: flags, errors, exit statuses. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pretrain import UserError
+
+INTERRUPTED, OUTPUT_CLOSED = 130, 141
+
+
+def run(main: Callable[[list[str]], int | None]) -> int:
+    """Calls `main` with the command line's words and returns the exit status.
+
+    UserError and OSError become one line `program: message` on standard error, of the first rank of each node; any other
+    exception is a bug and keeps its traceback. Ctrl-C is 130. When the reader of standard output has gone (`| head`) the
+    program ends without a message, with the status that a shell gives for SIGPIPE, 141.
+    """
+    program = Path(sys.argv[0]).stem
+    try:
+        status = main(sys.argv[1:]) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its own flush
+        return OUTPUT_CLOSED
+    except (UserError, OSError) as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"{program}: {error}", file=sys.stderr, flush=True)
+        return getattr(error, "status", UserError.status)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+
+
+def make_parser(description: str | None, **options) -> argparse.ArgumentParser:
+    """A parser that shows `description`, a module's docstring, as it is written, and accepts no abbreviated flags."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False, **options)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a flag that takes a whole number of at least `least`."""
+
+    def convert(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"got {number}, must be at least {least}")
+        return number
+
+    convert.__name__ = "whole number"  # argparse names the type when int() fails
+    return convert
+
+
+# ---------------------------------------------------------------- flags that several programs share
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """`--config FILE`, and in the help that any setting may follow; `parse_with_settings` reads both."""
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML settings; repeat to override")
+    parser.add_argument_group(
+        "settings", "--section.key value sets one key, as for launch/pretrain.py (its --help lists all keys)"
+    )
+
+
+def parse_with_settings(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(flags of the program, words for `pretrain.config.load`)."""
+    options, rest = parser.parse_known_args(argv)
+    return options, [word for path in options.config for word in ("--config", path)] + rest
+
+
+def add_trained_model(parser: argparse.ArgumentParser, *, average: bool = False) -> None:
+    """`--run`, `--model`, `--step` and, if wanted, `--average`: which trained model; `check_trained_model` checks them."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, metavar="FOLDER", help="a run, runs/<name>")
+    source.add_argument("--model", type=Path, metavar="FOLDER", help="a Hugging Face model")
+    parser.add_argument("--step", metavar="N|best", help="with --run: the checkpoint of this step, or best (lowest "
+                        "validation loss); default: the newest")  # fmt: skip
+    if average:
+        parser.add_argument("--average", type=at_least(1), default=1, metavar="N", help="with --run: the mean of the N "
+                            "checkpoints up to --step (default: %(default)s)")  # fmt: skip
+
+
+def check_trained_model(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the program with status 2 where the flags of `add_trained_model` contradict each other."""
+    if options.step not in (None, "best") and not options.step.isdecimal():
+        parser.error(f"--step: got {options.step!r}, allowed: a number or best")
+    if options.model and (options.step or getattr(options, "average", 1) != 1):
+        parser.error("--step and --average belong to --run: a Hugging Face folder holds one model")

@@ -1,0 +1,151 @@
+"""Where a run begins: from a checkpoint of its own or of another run, with fewer steps than it has, with files gone."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import time
+from pathlib import Path
+
+from pretrain.config import load
+from pretrain.data.batches import open_train
+from pretrain.model.config import resolve_model
+from pretrain.run.directory import read_state
+from pretrain.run.preflight import resume_findings
+from tests.test_train import curve, records, run_of, tiny, train_here  # noqa: F401
+
+FEWER = "[train.max_steps]"
+
+
+def steps_saved(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def begins(run: Path) -> list[str]:
+    """What the console says first at every start."""
+    return [line.partition("/tiny")[2] for line in (run / "console.log").read_text().splitlines() if "  run        " in line]
+
+
+def test_going_back_leaves_the_later_checkpoints_aside_and_the_same_command_goes_on(tiny):  # noqa: F811
+    run = run_of(tiny)
+    assert train_here(["--checkpoint.keep_last", "3", *tiny]) == 0
+    straight = curve(run)
+    assert steps_saved(run) == ["step_00000012", "step_00000016", "step_00000020"]
+    back = ["--checkpoint.resume", str(run / "checkpoints" / "step_00000012"), *tiny]
+    (run / "STOP").touch()
+    assert train_here(back) == 130 and len(steps_saved(run)) == 3  # nothing is done before it trains
+    (run / "STOP").unlink()
+    assert train_here(back) == 0
+    assert curve(run) == straight and read_state(run)["saved_step"] == 20
+    assert steps_saved(run) == ["left-step_00000016", "left-step_00000020", "step_00000016", "step_00000020"]
+    assert train_here(back) == 0
+    assert begins(run) == ["", ", going on after step 12", ", going on after step 20"]
+
+
+def test_a_checkpoint_of_another_run_is_a_beginning_and_the_same_command_goes_on(tiny, capsys):  # noqa: F811
+    assert train_here(tiny) == 0
+    parent, child = run_of(tiny), run_of(tiny, "tiny_child")
+    there = ["--checkpoint.resume", str(parent / "checkpoints" / "step_00000016"), "--run.name", "tiny_child", *tiny]
+    assert train_here(there) == 0 and train_here(there) == 0
+    assert begins(child) == ["_child, going on after step 16", "_child, going on after step 20"]
+    assert records(child)[0]["reference_lines"] == records(parent)[0]["reference_lines"]  # validations show the levels
+    assert curve(child) == [record for record in curve(parent) if record["step"] > 16]
+    capsys.readouterr()
+    other = ["--checkpoint.resume", str(parent / "checkpoints" / "step_00000020"), "--run.name", "tiny_child", *tiny]
+    assert train_here(other) == 2 and "has checkpoints that did not begin there" in capsys.readouterr().err
+
+
+def test_a_run_from_the_checkpoint_of_another_is_another_run_at_wandb(tiny, monkeypatch):  # noqa: F811
+    known = []
+
+    def no_wandb(config, directory, name, settings, run_id, *_):
+        known.append(run_id)
+        return contextlib.nullcontext(lambda step, values: None)
+
+    monkeypatch.setattr("pretrain.report.sinks.wandb_copy", no_wandb)
+    tiny = ["--log.sinks", "[console, jsonl, wandb]", *tiny]
+    saved = run_of(tiny) / "checkpoints" / "step_00000016"
+    assert train_here(tiny) == train_here(tiny) == train_here(["--checkpoint.resume", str(saved), *tiny]) == 0
+    assert train_here(["--checkpoint.resume", str(saved), "--run.name", "tiny_child", *tiny]) == 0
+    assert known[0] == known[1] == known[2] != known[3]
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_refused(tiny, capsys):  # noqa: F811
+    assert train_here(tiny) == 0
+    assert train_here(["--train.max_steps", "8", "--checkpoint.allow_changes", FEWER, *tiny]) == 2
+    assert "asks for 8 steps, but the checkpoint stands after step 20" in capsys.readouterr().err
+
+
+def test_a_finished_run_whose_metrics_were_removed_is_still_done(tiny):  # noqa: F811
+    assert train_here(tiny) == 0
+    (run_of(tiny) / "metrics.jsonl").unlink()
+    assert train_here(tiny) == 0
+    assert read_state(run_of(tiny))["status"] == "done" and records(run_of(tiny))[0]["reference_lines"]
+
+
+def test_the_state_tells_where_this_start_goes_on_and_not_where_an_earlier_one_was(tiny, monkeypatch):  # noqa: F811
+    assert train_here(tiny) == 0
+    for path in (run_of(tiny) / "checkpoints").iterdir():
+        path.rename(run_of(tiny) / path.name)
+    seen = []
+    monkeypatch.setattr("pretrain.run.state.announce", lambda run, *_: seen.append(read_state(run.folder)))
+    assert train_here(tiny) == 0
+    assert (seen[0]["status"], seen[0]["step"], seen[0]["saved_step"]) == ("running", 0, None)
+
+
+def test_tokens_per_second_of_a_line_that_a_stop_cut_in_two_count_the_time_before_it(tiny, monkeypatch):  # noqa: F811
+    """A step takes at least 20 ms here, whatever the machine: 128 tokens a step are at most 6,400 a second."""
+    from pretrain import train
+
+    step = train.train_step
+
+    def slow_step(engine, window, lr, requests, last_loss):
+        time.sleep(0.02)
+        return step(engine, window, lr, requests, last_loss)
+
+    monkeypatch.setattr(train, "train_step", slow_step)
+    tiny = ["--log.every_steps", "20", "--checkpoint.every_steps", "19", "--evaluate.every_steps", "0", *tiny]
+    assert train_here(tiny) == 0
+    last = run_of(tiny) / "checkpoints" / "step_00000020"
+    last.rename(run_of(tiny) / "gone")
+    assert train_here(tiny) == 0
+    line = next(record for record in records(run_of(tiny)) if record["step"] == 20 and "loss" in record)
+    assert line["tokens_per_second"] < 6400 and line["train_hours"] * 3600 > 0.4
+
+
+def test_a_file_system_without_locks_and_without_syncing_of_folders_is_said_and_is_no_reason_not_to_train(
+    tiny,  # noqa: F811
+    monkeypatch,
+    capsys,
+):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    def files_only(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(os, "fsync", files_only)
+    (run_of(tiny)).mkdir(parents=True)
+    (run_of(tiny) / "metrics.jsonl").write_text("{}\n")  # to be cut
+    assert train_here(tiny) == 0 and (run_of(tiny) / "checkpoints" / "step_00000020").is_dir()
+    assert "has no locks (Function not implemented)" in capsys.readouterr().err
+
+
+def test_the_preflight_looks_at_the_checkpoint_that_the_run_would_go_on_from(tiny):  # noqa: F811
+    assert train_here(tiny) == 0
+    saved = run_of(tiny) / "checkpoints"
+
+    def found(*flags: str) -> list[str]:
+        config = load(["--train.max_steps", "18", "--checkpoint.allow_changes", FEWER, *flags, *tiny])
+        model = resolve_model(config.model, vocab_size=64, sequence_length=16)
+        data = open_train(config.data, seed=config.run.seed, vocab_size=64, tokenizer_fingerprint=None)
+        return [each.text for each in resume_findings(config, model, data, run_of(tiny))]
+
+    assert len(found()) == 1 and "after step 20 already" in found()[0]
+    assert found("--checkpoint.resume", str(saved / "step_00000016")) == []
+    assert "cannot be read" in found("--checkpoint.resume", str(saved / "step_00000001"))[0]

@@ -1,0 +1,163 @@
+"""Signals become flags, flags become an exit status; whatever the main thread does, the process can be ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain.run.stop import StopRequest, exit_status, is_peer_lost, who_asked
+
+ROOT = Path(__file__).parents[1]
+HEAD = """
+import os, time
+from pretrain.run.stop import StopRequest
+stop = StopRequest()
+stop.last_words = lambda status, reason: print(status, reason, flush=True)
+"""
+
+
+def child(code: str, **variables: str) -> subprocess.Popen:
+    """A process that has made a StopRequest, runs `code` and says `ready` where it does."""
+    environment = {**os.environ, **variables}
+    return subprocess.Popen([sys.executable, "-c", HEAD + code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def end_of(process: subprocess.Popen) -> tuple[int, str, float]:
+    began = time.monotonic()
+    said, _ = process.communicate(timeout=30)
+    return process.returncode, said, time.monotonic() - began
+
+
+@pytest.fixture
+def stop():
+    request = StopRequest()
+    request.training()
+    yield request
+    request.close()
+
+
+def soon(condition) -> bool:
+    """Whether it holds within a second: another thread hears the signal."""
+    deadline = time.monotonic() + 1
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return condition()
+
+
+@pytest.mark.parametrize(("number", "flags", "status"), [(signal.SIGTERM, [1, 0, 0], 75), (signal.SIGINT, [0, 1, 0], 130)])
+def test_a_signal_becomes_a_flag(stop, number, flags, status):
+    assert stop.flags() == [0, 0, 0] and exit_status(stop.flags()) == 0
+    os.kill(os.getpid(), number)
+    assert soon(lambda: stop.flags() == flags) and exit_status(flags) == status
+    os.kill(os.getpid(), signal.SIGTERM)  # a second SIGTERM changes nothing
+    time.sleep(0.05)
+    assert stop.flags() == flags
+
+
+def test_closing_gives_the_handlers_back_and_may_be_repeated():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    stop = StopRequest()
+    stop.close()
+    stop.close()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_the_file_stop_is_a_request_of_a_person(stop, tmp_path):
+    assert stop.flags(tmp_path / "STOP") == [0, 0, 0]
+    (tmp_path / "STOP").touch()
+    assert stop.flags(tmp_path / "STOP") == [0, 0, 1] and exit_status([0, 0, 1]) == 130
+    assert who_asked([0, 0, 1]) == "the file STOP"
+
+
+def test_a_person_on_any_of_many_ranks_wins_over_sigterm():
+    assert exit_status([5000, 1, 0]) == 130 and who_asked([5000, 1, 0]) == "SIGTERM and SIGINT"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_before_the_first_step_a_signal_ends_the_process_at_once(number, status):
+    process = child("print('ready', flush=True); time.sleep(60)")
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    code, said, seconds = end_of(process)
+    assert code == status and "before the first step: nothing to save" in said and seconds < 3
+
+
+# As in a collective: C code that waits, and goes on waiting after a signal, so no handler in Python runs.
+BLOCKED_IN_C = (
+    "import ctypes; c, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64); print('ready', flush=True); "
+    "c.pthread_mutex_lock(mutex); c.pthread_mutex_lock(mutex)"
+)
+
+
+def test_a_second_sigint_leaves_at_once_even_if_the_main_thread_hangs_in_c():
+    process = child("stop.training(); " + BLOCKED_IN_C)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    code, said, seconds = end_of(process)
+    assert code == 130 and "left at once" in said and seconds < 3
+
+
+@pytest.mark.parametrize("told_by", ["signal", "peers"])
+def test_a_rank_whose_peers_never_answer_leaves_at_the_deadline_with_75(told_by):
+    agreed = "stop.agreed(75); " if told_by == "peers" else ""
+    process = child("stop.deadline_seconds = 0.5; stop.training(); " + agreed + BLOCKED_IN_C)
+    assert process.stdout.readline() == "ready\n"
+    if told_by == "signal":
+        process.send_signal(signal.SIGTERM)
+    code, said, seconds = end_of(process)
+    assert code == 75 and "75 peer_lost: no durable checkpoint 0.5 s" in said and seconds < 3
+
+
+def test_what_is_saved_is_not_called_lost_when_the_end_takes_too_long():
+    process = child("stop.deadline_seconds = 0.5; stop.training(); stop.saved(75); print('ready', flush=True); time.sleep(60)")
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    code, said, _ = end_of(process)
+    assert code == 75 and said == ""  # no last words: run_state.json already says what is true
+
+
+def test_last_words_that_hang_do_not_keep_the_process():
+    process = child("stop.last_words = lambda *_: time.sleep(60); print('ready', flush=True); time.sleep(60)")
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert end_of(process)[0] == 75
+
+
+@pytest.mark.parametrize(
+    ("variable", "words", "flags"),
+    [
+        ("TORCHELASTIC_RUN_ID", [], [1, 0, 0]),
+        ("NONE", ["accelerate", "launch"], [1, 0, 0]),  # with one process
+        ("ACCELERATE_MIXED_PRECISION", [], [0, 0, 0]),  # a shell that exports it, and ends
+    ],
+)
+def test_a_worker_whose_launcher_is_killed_gets_a_request(variable, words, flags):
+    """The launcher here is a process between the test and the worker."""
+    worker = HEAD + "stop.training(); print(os.getpid(), flush=True); end = time.monotonic() + 2.5\n"
+    worker += "while not any(stop.flags()) and time.monotonic() < end: time.sleep(0.01)\nprint(stop.flags(), flush=True)"
+    launcher = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {worker!r}]); time.sleep(60)"
+    command, environment = [sys.executable, "-c", launcher, *words], {**os.environ, variable: "bf16"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    assert int(process.stdout.readline()) > 0
+    process.kill()
+    process.wait()
+    began = time.monotonic()
+    assert process.stdout.readline() == f"{flags}\n" and time.monotonic() - began < 3
+
+
+def test_errors_of_a_dead_peer_are_told_from_our_own():
+    from torch.distributed import DistBackendError, DistNetworkError
+
+    assert is_peer_lost(DistBackendError("NCCL")) and is_peer_lost(DistNetworkError("store"))
+    assert is_peer_lost(RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"))
+    assert not is_peer_lost(RuntimeError("shapes do not match")) and not is_peer_lost(ValueError("gloo/transport"))

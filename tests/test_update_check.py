@@ -1,0 +1,84 @@
+"""The canary is quiet in a healthy run under every engine, and speaks when a step does not train what it should."""
+
+from __future__ import annotations
+
+import torch
+
+from pretrain import train
+from pretrain.config import EngineConfig
+from pretrain.engines.base import Engine
+from pretrain.engines.update_check import UpdateCheck
+from pretrain.model.transformer import Transformer
+from tests.distributed.test_engines import ENGINES, engine_of
+from tests.ranks import run_ranks
+from tests.test_step import CLIP, LR, MODEL, make_optimizer, prepare, window_of
+
+CONFIGS = ENGINES | {
+    "zero1 bf16": EngineConfig(name="zero1", precision="bf16"),
+    "fsdp2 hybrid": EngineConfig(name="fsdp2", replicas=2),
+}
+HAVE_COPIES = ("ddp", "zero1", "zero2", "zero3", "zero1 bf16", "fsdp2 hybrid")
+
+
+def watched_step(engine: Engine, step: int, lr: float) -> tuple[dict, list[str]]:
+    update_check = UpdateCheck(engine)
+    train.train_step(engine, window_of(engine, step, 2), lr, [0])
+    return update_check.figures(lr)
+
+
+def canaries(configs: dict[str, EngineConfig]) -> dict:
+    """For each engine: a healthy step, one at learning rate 0, and one after the last rank's copy of a norm has drifted."""
+    results = {}
+    for name, config in configs.items():
+        engine = engine_of(config)
+        prepare(engine, "adamw")
+        healthy, still = watched_step(engine, 0, LR), watched_step(engine, 1, 0.0)
+        if engine.rank == engine.world_size - 1 and engine.copies()[0]:
+            with torch.no_grad():
+                engine.copies()[0][-1].view(-1)[0] += 0.01
+        update_check = UpdateCheck(engine)
+        results[name] = healthy, still, update_check.figures(LR)
+    return results
+
+
+def test_healthy_steps_are_quiet_and_a_zero_rate_and_a_drifted_copy_are_reported_under_every_engine(subtests):
+    for results in run_ranks(2, canaries, CONFIGS, timeout=300):
+        for name, ((figures, warnings), (still, still_warnings), (drifted, drift_warnings)) in results.items():
+            with subtests.test(name):
+                assert not warnings and figures["stuck_parameters"] == figures["diverged_ranks"] == 0
+                assert 1e-4 < figures["update_fraction"] < 0.1  # AdamW's first step: each weight moves by about the rate
+                assert still["update_fraction"] == 0 and "its learning rate is 0" in still_warnings[0]
+                if name in HAVE_COPIES:
+                    assert drifted["diverged_ranks"] == 1 and "weights of rank 1 are not those" in drift_warnings[-1]
+                else:
+                    assert drifted["diverged_ranks"] == 0
+
+
+def forgetful(config: EngineConfig) -> tuple[dict, list[str]]:
+    def optimizer_of_most(model):
+        model.model.norm.requires_grad_(False)  # as a parameter of which the optimizer does not know
+        optimizer = make_optimizer(model, "adamw")
+        model.model.norm.requires_grad_(True)
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if parameter is not model.model.norm.weight]
+        return optimizer
+
+    engine = engine_of(config)
+    engine.prepare(lambda: Transformer(MODEL), optimizer_of_most, CLIP, seed=0)
+    return watched_step(engine, 0, LR)
+
+
+def test_a_parameter_that_the_optimizer_does_not_have_is_named():
+    for figures, warnings in run_ranks(2, forgetful, EngineConfig()):
+        assert figures["stuck_parameters"] == 1 and "(model.norm.weight): does the optimizer have them?" in warnings[0]
+
+
+def test_a_rate_too_small_for_fp32_is_no_alarm():
+    [(figures, warnings)] = run_ranks(1, tiny_rate)
+    assert figures["stuck_parameters"] == 0 and not warnings
+
+
+def tiny_rate() -> tuple[dict, list[str]]:
+    engine = engine_of(EngineConfig())
+    prepare(engine, "adamw")
+    return watched_step(engine, 0, 1e-9)
