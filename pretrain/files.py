@@ -1,4 +1,4 @@
-"""Files that are complete or absent, however a program ends; and reading files of JSON lines. Knows nothing of what they hold."""
+"""Files that are complete or absent, however a program ends; reading of JSON lines. Knows nothing of their content."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def open_atomically(path: Path) -> Iterator[IO[bytes]]:
-    """A new binary file that takes the place of `path` when the block ends, and leaves no trace when it raises. Raises OSError."""
+    """A new binary file that replaces `path` when the block ends, or leaves no trace if it raises. Raises OSError."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
