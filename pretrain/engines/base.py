@@ -66,6 +66,7 @@ class Engine:
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
         self.watchdog = Watchdog(self.rank, self.world_size, config.timeout_seconds)
+        self._attached: list[Tensor] = []
         ranks = int(os.environ.get("WORLD_SIZE", 1))
         require(
             processes=(config.world_size or ranks, self.world_size),
@@ -166,6 +167,22 @@ class Engine:
     def _clip(self) -> Tensor:
         """-> norm of the full gradient before clipping, ()."""
         return nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
+
+    # ---------------------------------------------------------------- the step's collective, and what travels with it
+
+    def count_tokens(self, window: list) -> Tensor:
+        """Valid labels (!= -100) of the global batch, (), int64. One collective, which also sums what `attach` was given."""
+        valid = sum((batch.labels_BT != -100).sum() for batch in window)
+        attached, self._attached = self._attached, []
+        sums = self.all_reduce(torch.cat([valid.double()[None], *attached]))  # float64: counts are exact to 2^53
+        self.attached_sums = self.copy_to_host(sums[1:])
+        return sums[0].long()
+
+    def attach(self, numbers: list[float], value: Tensor) -> None:
+        """Adds numbers of the host, and a value () of the device, to the next `count_tokens`: summed over ranks without a
+        collective of their own. `attached_sums()` then returns them in this order; it waits for that copy alone."""
+        options = {"dtype": torch.float64, "device": self.device}
+        self._attached = [torch.tensor(numbers, **options), value.to(**options)[None]]
 
     # ---------------------------------------------------------------- the training state
 

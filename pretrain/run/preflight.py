@@ -1,8 +1,8 @@
-"""What will go wrong with a run, said before it costs money: data, arithmetic, storage, and what stands in the way.
+"""Problems found before a run costs money: in data, arithmetic, storage and surroundings.
 
-`preflight` looks at everything that needs no device, in seconds, on a login node; `at_start` is its quick part, in every run.
-It knows all rooms but trains nothing. A finding has a stable name and either stops a run or warns; what is merely worth knowing
-is a fact, one line. A clean configuration has no finding.
+`preflight` checks everything that needs no device, in seconds, on a login node; `at_start` is its quick part, run by every job.
+A finding has a stable name and either stops a run or warns; a fact is one line of information. A correct configuration has no
+findings.
 """
 
 from __future__ import annotations
@@ -20,24 +20,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pretrain import config as settings
 from pretrain import rules
-from pretrain.checkpoint.manifest import Checkpoint, CheckpointError, checkpoints
-from pretrain.config import Config, ConfigError, Problem, SourceConfig
+from pretrain.checkpoint.manifest import CheckpointError
+from pretrain.config import Config, ConfigError, Problem, SourceConfig, accumulation
 from pretrain.data import checks
-from pretrain.data.batches import MASKED, Batch, FileSource, TrainData, open_train, open_valid
+from pretrain.data.batches import MASKED, Batch, FileSource, TrainData
 from pretrain.data.checks import Finding
 from pretrain.data.indexed import DataError, DataMissing, TokenFile
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.engines.base import Engine
 from pretrain.interop.load import tokenizer_of
-from pretrain.model import config as model_settings
 from pretrain.model import flops
-from pretrain.model.config import ModelConfig
+from pretrain.model.config import ModelConfig, vocabulary
 from pretrain.optim.schedule import lr_at
 from pretrain.report.verdict import label_problem
+from pretrain.run import resume
 from pretrain.run.directory import NO_LOCKS
-from pretrain.run.state import began_at, count_steps, refuse_another_run
+from pretrain.run.parts import Parts, count_steps, open_parts, open_tokenizer
 
 MOST_PASSES = 16  # Muennighoff et al. 2023: up to 4 passes are nearly as good as new text, after 16 nothing is left to gain
 LOCK_IS_STALE_SECONDS = 600.0
@@ -48,7 +47,7 @@ _TOKENS_SHOWN, _CHARACTERS_SHOWN = 8, 160
 
 @dataclass
 class Report:
-    """All that was found out."""
+    """The result of a preflight."""
 
     facts: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
@@ -59,70 +58,58 @@ class Report:
         return any(finding.stops for finding in self.findings)
 
 
-# ---------------------------------------------------------------- everything, and its quick part
+# ---------------------------------------------------------------- all checks, and the quick ones
 
 
 def preflight(config: Config, ranks: int | None = None) -> Report:
-    """All checks that need no device. `ranks`: processes that the run will have; null: engine.world_size, else unknown."""
+    """All checks that need no device. ranks: processes of the run; None: engine.world_size, else unknown."""
     report, folder = Report(), Path(config.run.directory) / config.run.name
     report.findings += directory_findings(folder) + wandb_findings(config) + build_locks(config) + port_findings(ranks)
     report.facts += batch_facts(config, ranks)
     report.findings += batch_findings(config, ranks)
     tokenizer, found = _open_tokenizer(config)
     report.findings += found
-    vocab_size, data_ids = model_settings.vocabulary(config.model, tokenizer and tokenizer.vocab_size)
-    if vocab_size is None:
+    model_ids, data_ids = vocabulary(config.model, tokenizer and tokenizer.vocab_size)
+    if model_ids is None:
         return report
     report.findings += _file_findings(config, tokenizer, data_ids, report.facts)
-    opened = dict(seed=config.run.seed, vocab_size=data_ids, tokenizer_fingerprint=tokenizer and tokenizer.fingerprint)
     try:
-        data = open_train(config.data, **opened)
-        open_valid(config.data, **opened)
+        parts = open_parts(config, tokenizer)
     except DataError as error:
         if not report.stops:
             report.findings.append(Finding("data-refused", "data", str(error), stops=True))
         return report
-    model = model_settings.resolve_model(config.model, vocab_size=vocab_size, sequence_length=config.data.sequence_length)
-    batch = data.take(0, min(4, config.batch.global_batch_size))
-    report.facts += batch_in_words(batch, tokenizer)
+    batch = parts.data.take(0, min(4, config.batch.global_batch_size))
+    report.facts += describe_batch(batch, tokenizer)
     report.findings += first_batch_findings(batch, tokenizer)
     try:
-        steps = count_steps(config, data)
+        steps = count_steps(config, parts.data)
     except ConfigError as error:
         report.findings += [Finding("schedule-too-long", each.key, each.message, stops=True) for each in error.problems]
         return report
-    report.facts += run_facts(config, model, data, steps)
-    report.findings += weights_findings(config, data)
-    report.findings += schedule_findings(config, steps) + pass_findings(config, data, steps)
-    report.findings += storage_findings(config, model, folder, steps)
-    report.findings += resume_findings(config, model, data, folder)
+    report.facts += run_facts(config, parts, steps)
+    report.findings += run_findings(config, parts.data, steps)
+    report.findings += storage_findings(config, parts.model, folder, steps)
+    report.findings += resume_findings(config, parts, folder / "checkpoints")
     return report
 
 
-def at_start(config: Config, engine: Engine, model: ModelConfig, data: TrainData, valid: list) -> list[Finding]:
-    """The quick part, before the model is built; rank 0 looks, all ranks agree. A collective. -> warnings, on rank 0.
+def at_start(config: Config, engine: Engine, parts: Parts) -> list[Finding]:
+    """The quick checks, before the model is built; rank 0 checks, all ranks agree. A collective. -> warnings, on rank 0.
 
-    Raises ConfigError for what stops a run. A disk that is too small only warns here: a run that goes on may have freed some.
+    Raises ConfigError for what stops a run. Too small a disk only warns here: a resumed run may free some of it.
     """
     found: list[Finding] = []
-    steps = count_steps(config, data)  # raises on all ranks, if on one
+    steps = count_steps(config, parts.data)  # raises on all ranks or on none
     if engine.rank == 0:
         folder = Path(config.run.directory) / config.run.name
-        files = [(f"data.train[{i}].path", source) for i, source in enumerate(data.sources)]
-        files += [(f"data.valid[{i}].path", each.source) for i, each in enumerate(valid)]
-        if not config.data.synthetic:
-            found += _same_files([source.file for source in data.sources], [each.source.file for each in valid])
-        for where, source in files:
-            if isinstance(source, FileSource):
-                found += checks.sampled(source.file, where, vocab_size=data.vocab_size, end_of_document_id=None)
-                found += checks.entropies(source.file, where, data.vocab_size) if source.seal else []
-        found += build_locks(config) + schedule_findings(config, steps) + pass_findings(config, data, steps)
-        found += weights_findings(config, data)
-        found += [each._replace(stops=False) for each in storage_findings(config, model, folder, steps)]
+        found += _quick_file_findings(parts) if not config.data.synthetic else []
+        found += build_locks(config) + run_findings(config, parts.data, steps)
+        found += [each._replace(stops=False) for each in storage_findings(config, parts.model, folder, steps)]
     stops = [each for each in found if each.stops]
     if engine.broadcast(len(stops)):
         problems = [Problem(each.name, each.text, each.where) for each in stops]
-        raise ConfigError(problems or [Problem("preflight", "rank 0 has found what stops this run")])
+        raise ConfigError(problems or [Problem("preflight", "rank 0 found a problem that stops this run, and reports it")])
     return found
 
 
@@ -130,17 +117,15 @@ def at_start(config: Config, engine: Engine, model: ModelConfig, data: TrainData
 
 
 def _open_tokenizer(config: Config) -> tuple[Tokenizer | None, list[Finding]]:
-    if config.tokenizer.path is None:
-        return None, []
     try:
-        return Tokenizer.load(config.tokenizer.path), []
+        return open_tokenizer(config), []
     except DataError as error:
         name = "tokenizer-damaged" if any(Path(config.tokenizer.path).glob("tokenizer*")) else "tokenizer-missing"
         return None, [Finding(name, "tokenizer.path", str(error), stops=True)]
 
 
 def _file_findings(config: Config, tokenizer: Tokenizer | None, vocab_size: int, facts: list[str]) -> list[Finding]:
-    """Of all token files, one by one and against each other."""
+    """Checks of all token files, one by one and against each other."""
     found: list[Finding] = []
     files: dict[str, list[TokenFile]] = {"train": [], "valid": []}
     end = tokenizer.end_of_document_id if tokenizer else None
@@ -164,9 +149,21 @@ def _file_findings(config: Config, tokenizer: Tokenizer | None, vocab_size: int,
             found += checks.sampled(file, where, vocab_size=vocab_size, end_of_document_id=end)
             found += checks.entropies(file, where, vocab_size) + checks.checksums(file, where)
             if file.seal is None and tokenizer:
-                text = f"{file.path} has no seal, so nothing says which tokenizer made it; tools/tokenize_corpus.py writes one"
+                text = f"{file.path} has no metadata sidecar, so its tokenizer is unknown; tools/tokenize_corpus.py writes one"
                 found.append(Finding("no-seal", where, text))
     return found + _copy_findings(files["train"], files["valid"], end, facts)
+
+
+def _quick_file_findings(parts: Parts) -> list[Finding]:
+    """Checks on a sample of each file, and on the entropies in its metadata sidecar, if it has one."""
+    train, valid = parts.data.sources, [each.source for each in parts.valid]
+    files = [(f"data.train[{i}].path", source) for i, source in enumerate(train)]
+    files += [(f"data.valid[{i}].path", source) for i, source in enumerate(valid)]
+    found = _same_files([source.file for source in train], [source.file for source in valid])
+    for where, source in files:
+        found += checks.sampled(source.file, where, vocab_size=parts.data.vocab_size, end_of_document_id=None)
+        found += checks.entropies(source.file, where, parts.data.vocab_size) if source.seal else []
+    return found
 
 
 def _open_file(source: SourceConfig, where: str) -> tuple[TokenFile | None, list[Finding]]:
@@ -179,11 +176,13 @@ def _open_file(source: SourceConfig, where: str) -> tuple[TokenFile | None, list
 
 
 def file_facts(file: TokenFile, end: int | None) -> list[str]:
-    """What is in a token file, in two or three lines."""
+    """Describes the content of a token file, in two or three lines."""
     documents = f" in {file.num_documents:,} documents" if file.num_documents else ", without a document index"
     tokens, seal = file.sample(), file.seal
     line = f"{file.path}: {file.num_tokens:,} tokens ({file.dtype.name}){documents}, ids up to {tokens.max():,} in a sample"
-    sealed = f", {seal.max_id:,} in the seal; {seal.utf8_bytes / seal.num_tokens:.2f} bytes of text per token" if seal else ""
+    sealed = (
+        f", {seal.max_id:,} in the sidecar; {seal.utf8_bytes / seal.num_tokens:.2f} bytes of text per token" if seal else ""
+    )
     lines = [line + sealed]
     end = seal.end_of_document_id if seal else end
     if end is not None:
@@ -197,17 +196,17 @@ def file_facts(file: TokenFile, end: int | None) -> list[str]:
 
 def _copy_findings(train: list[TokenFile], valid: list[TokenFile], end: int | None, facts: list[str]) -> list[Finding]:
     shares = checks.copies(train, valid, end) if train else None
-    if shares is None:  # nothing says where documents end
+    if shares is None:  # the ends of documents are unknown
         return _same_files(train, valid)
     extent = "all" if shares.whole else "a sample of"
     facts.append(
-        f"copies: {shares.train:.2%} of the training tokens stand in second copies of documents"
-        + (f", {shares.valid:.2%} of the validation tokens in documents of the training data" if valid else "")
+        f"duplicates: {shares.train:.2%} of the training tokens are in repeated documents"
+        + (f", {shares.valid:.2%} of the validation tokens in training documents" if valid else "")
         + f" ({extent} {shares.documents:,} documents)"
     )
     found = []
     if shares.train > 0.1:
-        text = f"{shares.train:.0%} of the tokens stand in second copies of documents, which are learned by heart; remove them"
+        text = f"{shares.train:.0%} of the tokens are in repeated documents, which a model memorizes; remove them"
         found.append(Finding("duplicate-documents", "data.train", text))
     if shares.valid > 0.01:
         text = f"{shares.valid:.0%} of the validation tokens are training documents, so the validation loss will look too good"
@@ -217,13 +216,13 @@ def _copy_findings(train: list[TokenFile], valid: list[TokenFile], end: int | No
 
 def _same_files(train: list[TokenFile], valid: list[TokenFile]) -> list[Finding]:
     known = {file.fingerprint() for file in train}
-    text = "is a file of data.train, too, so the validation loss will look too good; give it text of its own"
+    text = "is also in data.train, so the validation loss will look too good; use text that is not trained on"
     same = [file.path for file in valid if file.fingerprint() in known]
     return [Finding("validation-overlap", "data.valid", f"{path} {text}") for path in same]
 
 
-def batch_in_words(batch: Batch, tokenizer: Tokenizer | None) -> list[str]:
-    """The first sample, and its first inputs beside their labels."""
+def describe_batch(batch: Batch, tokenizer: Tokenizer | None) -> list[str]:
+    """Shows the first sample, and its first inputs beside their labels."""
     tokens, labels = batch.tokens_BT[0].tolist(), batch.labels_BT[0].tolist()
     masked = float((batch.labels_BT == MASKED).double().mean())
     decode: Callable[[list[int]], str] = (lambda ids: repr(tokenizer.decode(ids))) if tokenizer else (lambda ids: "")
@@ -237,19 +236,21 @@ def batch_in_words(batch: Batch, tokenizer: Tokenizer | None) -> list[str]:
 
 
 def first_batch_findings(batch: Batch, tokenizer: Tokenizer | None) -> list[Finding]:
-    """Whether the labels are the next tokens, and the ids are text for this tokenizer."""
+    """Checks that the labels are the next tokens, and that the ids are text for this tokenizer."""
     found = []
     if not bool((batch.labels_BT != MASKED).any()):
-        found.append(Finding("labels-all-masked", "data", "no label of the first batch counts: nothing can be learned", True))
+        found.append(
+            Finding("labels-all-masked", "data", "every label of the first batch is masked: nothing can be learned", True)
+        )
     elif problem := label_problem(batch.tokens_BT.numpy(), batch.labels_BT.numpy()):
         found.append(Finding("labels-wrong", "data", f"in the first batch {problem}", stops=True))
     if tokenizer:
-        # A window may begin and end within a character: what is broken there does not count.
+        # A window may begin and end within a character, so broken ends do not count.
         texts = [tokenizer.decode(row).strip("\ufffd") for row in batch.tokens_BT.tolist()]
         broken, length = sum(text.count("\ufffd") for text in texts), sum(map(len, texts))
         if broken > 0.05 * max(1, length):
-            share = f"{broken / max(1, length):.0%} of the decoded characters of the first batch are no valid text"
-            found.append(Finding("text-garbled", "tokenizer.path", f"{share}: is it the tokenizer that made the data?"))
+            share = f"{broken / max(1, length):.0%} of the decoded characters of the first batch are not valid text"
+            found.append(Finding("text-garbled", "tokenizer.path", f"{share}: is this the tokenizer that made the data?"))
     return found
 
 
@@ -257,60 +258,67 @@ def first_batch_findings(batch: Batch, tokenizer: Tokenizer | None) -> list[Find
 
 
 def batch_facts(config: Config, ranks: int | None) -> list[str]:
-    """The global batch as a product."""
+    """Shows the global batch as a product."""
     batch, length = config.batch, config.data.sequence_length
-    tokens = f"times {length:,} tokens = {batch.global_batch_size * length:,} tokens a step"
+    tokens = f"times {length:,} tokens = {batch.global_batch_size * length:,} tokens per step"
     ranks = ranks or config.engine.world_size
     groups = batch.global_batch_size // batch.micro_batch_size
     if ranks:
-        product = f"ranks {ranks} x micro-batch {batch.micro_batch_size} x accumulation {settings.accumulation(batch, ranks)}"
-        return [f"batch: {batch.global_batch_size} sequences a step = {product}; {tokens}"]
+        product = f"ranks {ranks} x micro-batch {batch.micro_batch_size} x accumulation {accumulation(batch, ranks)}"
+        return [f"batch: {batch.global_batch_size} sequences per step = {product}; {tokens}"]
     fitting = ", ".join(str(n) for n in range(1, min(groups, 4096) + 1) if groups % n == 0)
-    return [f"batch: {batch.global_batch_size} sequences a step; {tokens}. Numbers of ranks that fit: {fitting or 'none'}"]
+    return [f"batch: {batch.global_batch_size} sequences per step; {tokens}. Possible numbers of ranks: {fitting or 'none'}"]
 
 
 def batch_findings(config: Config, ranks: int | None) -> list[Finding]:
-    """Settings that do not fit the number of ranks."""
+    """Finds settings that do not fit the number of ranks."""
     problems = rules.validate(config, ranks or config.engine.world_size or 1)
     return [Finding("batch-arithmetic", problem.key, problem.message, stops=True) for problem in problems]
 
 
-def run_facts(config: Config, model: ModelConfig, data: TrainData, steps: int) -> list[str]:
-    """Length, learning rates as the engine will be given them, and how often each source is read."""
+def run_facts(config: Config, parts: Parts, steps: int) -> list[str]:
+    """Length, learning rates as the engine will get them, and passes over each source."""
     schedule, peak, samples = config.schedule, config.optimizer.lr, steps * config.batch.global_batch_size
-    total, tokens = flops.num_parameters(model).total, samples * config.data.sequence_length
+    total, tokens = flops.num_parameters(parts.model).total, samples * config.data.sequence_length
     places = {"step 1": 1, "end of warm-up": max(1, schedule.warmup_steps), "middle": max(1, steps // 2), "last": steps}
     rates = ", ".join(f"{name} ({at:,}) {lr_at(at, schedule, peak, steps):.3g}" for name, at in places.items())
     lines = [
-        f"model: {total:,} parameters, vocabulary {model.vocab_size:,}",
+        f"model: {total:,} parameters, vocabulary {parts.model.vocab_size:,}",
         f"length: {steps:,} steps = {tokens:,} tokens = {tokens / total:.3g} tokens per parameter",
-        f"learning rate ({schedule.name}), set by hand before each update: {rates}",
+        f"learning rate ({schedule.name}): {rates}",
     ]
-    passes = zip(data.sources, data.passes(samples), strict=True)
+    passes = zip(parts.data.sources, parts.data.passes(samples), strict=True)
     return lines + [f"{source.name}: read {times:.3g} times" for source, times in passes]
 
 
+def run_findings(config: Config, data: TrainData, steps: int) -> list[Finding]:
+    """Problems of weights, schedule and data together."""
+    return weights_findings(config, data) + schedule_findings(config, steps) + pass_findings(config, data, steps)
+
+
 def schedule_findings(config: Config, steps: int) -> list[Finding]:
-    """Learning rates that cannot be meant."""
+    """Finds learning rates that are probably mistakes."""
     schedule, peak, found = config.schedule, config.optimizer.lr, []
     if not 1e-7 <= peak <= 0.1:
-        text = f"peak {peak:.3g}; what trains is between 1e-5 and 1e-2 for nearly every model"
+        text = f"peak {peak:.3g}; nearly every model trains between 1e-5 and 1e-2"
         found.append(Finding("lr-out-of-range", "optimizer.lr", text))
     if schedule.warmup_steps > 0.5 * steps:
         text = f"{schedule.warmup_steps:,} of {steps:,} steps are warm-up; 1 to 10 % is usual"
         found.append(Finding("warmup-too-long", "schedule.warmup_steps", text))
     end = schedule.warmup_steps + (schedule.decay_steps or steps)
     if schedule.name in ("cosine", "linear") and end < 0.9 * steps:
-        text = f"the decay ends at step {end:,} of {steps:,}, and the rate stays at its lowest from there; null reaches the end"
+        text = (
+            f"the decay ends at step {end:,} of {steps:,}, and the rate stays at its lowest after that; null decays to the end"
+        )
         found.append(Finding("lr-ends-early", "schedule.decay_steps", text))
     return found
 
 
 def weights_findings(config: Config, data: TrainData) -> list[Finding]:
-    """Trained weights to which the ids of the tokens mean other texts."""
+    """Finds token files whose ids mean other texts to the pretrained weights."""
     path = config.model.from_pretrained
     theirs = tokenizer_of(Path(path)) if path else None
-    text = f"made with another tokenizer than {path} was trained with; right only where it has the same ids and more"
+    text = f"was not made with the tokenizer that {path} was trained with; correct only if it extends that tokenizer's ids"
     return [
         Finding("weights-of-another-tokenizer", f"data.train[{i}].path", text)
         for i, source in enumerate(data.sources)
@@ -319,13 +327,13 @@ def weights_findings(config: Config, data: TrainData) -> list[Finding]:
 
 
 def pass_findings(config: Config, data: TrainData, steps: int) -> list[Finding]:
-    """Sources that are read so often that nothing is left to learn from them."""
+    """Finds sources that are read so often that nothing is left to learn from them."""
     samples = steps * config.batch.global_batch_size
     return [
         Finding(
             "many-passes",
             f"data.train[{i}]",
-            f"{source.name} is read {times:.0f} times, and after {MOST_PASSES} a model learns it by heart; lower its weight, "
+            f"{source.name} is read {times:.0f} times, and after {MOST_PASSES} passes a model memorizes it; lower its weight, "
             "train shorter or add text",
         )
         for i, (source, times) in enumerate(zip(data.sources, data.passes(samples), strict=True))
@@ -337,10 +345,10 @@ def pass_findings(config: Config, data: TrainData, steps: int) -> list[Finding]:
 
 
 def directory_findings(folder: Path) -> list[Finding]:
-    """Whether the run's folder can be made, written, and is free."""
+    """Checks that the run's directory can be created, written and locked."""
     found = []
     if (folder / "STOP").exists():
-        found.append(Finding("stop-file", str(folder / "STOP"), "is there: the run would end at once; remove it", stops=True))
+        found.append(Finding("stop-file", str(folder / "STOP"), "exists, so the run would not start; remove it", stops=True))
     try:
         with tempfile.NamedTemporaryFile(dir=_existing(folder)) as file:
             os.fsync(file.fileno())
@@ -356,7 +364,7 @@ def directory_findings(folder: Path) -> list[Finding]:
         found.append(Finding("run-locked", str(folder), text, stops=True))
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-            text = f"run.lock cannot be locked here ({error.strerror}): see to it that no second job uses the folder"
+            text = f"run.lock cannot be locked here ({error.strerror}): make sure that no second job uses the directory"
             found.append(Finding("run-locked", str(folder), text, stops=error.errno not in NO_LOCKS))
     return found
 
@@ -366,7 +374,7 @@ def _existing(folder: Path) -> Path:
 
 
 def storage_findings(config: Config, model: ModelConfig, folder: Path, steps: int) -> list[Finding]:
-    """Whether all checkpoints that are kept at a time, and the one in writing, fit on the disk."""
+    """Checks that the disk has room for all checkpoints kept at a time and the one being written."""
     each, needed = checkpoint_bytes(config, model, steps)
     there = sum(file.stat().st_size for file in (folder / "checkpoints").glob("step_*/*") if file.is_file())
     free = shutil.disk_usage(_existing(folder)).free
@@ -378,37 +386,31 @@ def storage_findings(config: Config, model: ModelConfig, folder: Path, steps: in
 
 
 def checkpoint_bytes(config: Config, model: ModelConfig, steps: int) -> tuple[int, int]:
-    """(bytes of one, bytes of all that exist at a time): fp32 weights and moments, and one more while it is written."""
+    """(bytes of one, bytes of all that exist at a time): fp32 weights and moments, and one more while it is being written."""
     estimate, every = flops.bytes_estimate(model), config.checkpoint.every_steps
     each = estimate.parameters + estimate.moments
     made = 1 + (steps - 1) // every if every else 2**31 if config.checkpoint.every_minutes else 1
     return each, each * min(made, config.checkpoint.keep_last + config.checkpoint.keep_best + 1)
 
 
-def resume_findings(config: Config, model: ModelConfig, data: TrainData, folder: Path) -> list[Finding]:
-    """Whether a run that exists would go on with these settings."""
-    there, wish = checkpoints(folder / "checkpoints"), config.checkpoint.resume
-    named = wish not in ("auto", "never") and not began_at(folder / "checkpoints", wish)
-    if named:
-        there = [Checkpoint(Path(wish).resolve())]
-    if not there:
-        return []
-    if wish == "never":
-        text = f"is never, but {folder} has checkpoints; use auto, or another run.name"
-        return [Finding("resume-refused", "checkpoint.resume", text, stops=True)]
+def resume_findings(config: Config, parts: Parts, folder: Path) -> list[Finding]:
+    """Whether an existing run would resume with these settings; `folder` is that of its checkpoints."""
+    named = False
     try:
-        refuse_another_run(config, model, data, there[0].state(), there[0])
+        found, named = resume.preview(config, folder)
+        if found:
+            resume.check_settings(config, parts, found)
     except ConfigError as error:
         return [Finding("resume-refused", each.key, each.message, stops=True) for each in error.problems]
     except CheckpointError as error:
         if named:
             return [Finding("resume-refused", "checkpoint.resume", str(error), stops=True)]
-        return [Finding("checkpoint-damaged", str(there[0].path), f"{error}; the run would go on from an older one")]
+        return [Finding("checkpoint-damaged", str(found.path), f"{error}; the run would resume from an older one")]
     return []
 
 
 def build_locks(config: Config) -> list[Finding]:
-    """Locks that a killed build of DeepSpeed's extensions left behind: every later start would wait for them without a word."""
+    """Finds locks that a killed build of DeepSpeed's extensions left behind: every later start would wait for them silently."""
     if not config.engine.name.startswith("zero"):
         return []
     home = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
@@ -416,15 +418,15 @@ def build_locks(config: Config) -> list[Finding]:
     for lock in [*Path(home).glob("*/lock"), *Path(home).glob("*/*/lock")]:
         age = time.time() - lock.stat().st_mtime
         if stale := age > LOCK_IS_STALE_SECONDS:
-            text = f"is {age / 60:.0f} minutes old: the build that made it is dead, and every start waits for it; remove it"
+            text = f"is {age / 60:.0f} minutes old: its build was killed, and every start waits for it; remove it"
         else:
-            text = "is new: an extension is being built. Wait for it, or remove the lock if no build is at work"
+            text = "is new: an extension is being built. Wait for it, or remove the lock if no build is running"
         found.append(Finding("build-lock", str(lock), text, stops=stale))
     return found
 
 
 def port_findings(ranks: int | None) -> list[Finding]:
-    """Whether the port where ranks meet is free on this machine."""
+    """Checks that the port where ranks meet is free on this machine."""
     port = int(os.environ.get("MASTER_PORT", DEFAULT_PORT))
     if ranks == 1 or port == 0:
         return []
@@ -437,7 +439,7 @@ def port_findings(ranks: int | None) -> list[Finding]:
 
 
 def wandb_findings(config: Config) -> list[Finding]:
-    """Whether W&B will have the records at once; without, they go to files, for `wandb sync` later."""
+    """Checks that W&B can receive records now; otherwise they go to files, for `wandb sync` later."""
     if "wandb" not in config.log.sinks or os.environ.get("WANDB_MODE", config.log.wandb.mode) != "online":
         return []
     later = "its records would go to files, for `wandb sync` later"
@@ -454,7 +456,7 @@ def wandb_findings(config: Config) -> list[Finding]:
 
 
 def _is_in_netrc(host: str) -> bool:
-    """Whether `wandb login` has been here."""
+    """Whether `wandb login` has stored a key for this host."""
     for path in (os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"):
         try:
             if path and netrc.netrc(path).authenticators(host):

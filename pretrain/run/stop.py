@@ -1,15 +1,15 @@
-"""Requests to stop: noticed at any moment on any rank, agreed on by all ranks inside a collective that runs anyway.
+"""Requests to stop: received at any moment on any rank, agreed on by all ranks in a collective that runs anyway.
 
-    SIGTERM         save, status 75: a spot notice, a scheduler, or a launcher that has lost another rank or its own life.
-                    So does SIGHUP (the terminal is gone), unless the run was started under nohup
-    SIGINT          save, status 130: Ctrl-C. A second one leaves at once
-    the file STOP   in the run's folder, seen by rank 0: save, status 130. The run does not go on while the file is there
+    SIGTERM         save, status 75: a spot notice, a scheduler, or a launcher whose worker died or that was killed itself.
+                    SIGHUP (the terminal closed) does the same, unless the run was started under nohup
+    SIGINT          save, status 130: Ctrl-C. A second one exits at once
+    the file STOP   in the run's directory, seen by rank 0: save, status 130. The run does not start while the file exists
 
 Before the first step there is nothing to save, and a signal ends the process at once. Later, SIGTERM starts a deadline: a rank
-that has no durable checkpoint by then, because a peer is gone and the collective will never end, leaves without one.
+that has no durable checkpoint by then, because a peer exited and the collective will never end, exits without one.
 
-Signals are noticed by a thread: Python's own handlers run in the main thread, which may hang in a collective for ever.
-It knows processes and signals, not what is saved.
+A thread receives the signals: Python's own handlers run in the main thread, which may hang in a collective forever.
+This module knows processes and signals, not what is saved.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from types import FrameType
 import psutil
 
 STOPPED = (("SIGTERM", 75), ("SIGINT", 130), ("the file STOP", 130))
-"""Who may ask, and the exit status of a run that did so, in the order of flags. What a person stopped, nothing restarts."""
+"""Sources of requests, in the order of flags, each with the exit status of the run. Nothing restarts what a person stopped."""
 PEER_LOST, STOPPED_BY_PERSON = 75, 130
 _FLAG = {signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGTERM", signal.SIGINT: "SIGINT"}
 _ACCELERATE = ("accelerate", "accelerate-launch", "accelerate_cli.py")
@@ -36,14 +36,16 @@ _PARENT_POLL_SECONDS, _LAST_WORDS_SECONDS = 1.0, 5.0
 
 
 class StopRequest:
-    """From here until `close`, signals are requests. To be made in the main thread, before slow imports.
+    """Turns signals into requests until `close`. Create it in the main thread, before slow imports.
 
     deadline_seconds: from SIGTERM to a durable checkpoint, `checkpoint.deadline_seconds`.
-    last_words(status, reason): called before the process is left at once; on rank 0 it writes run_state.json.
+    stop_file: the path of the file STOP, on the rank that watches it.
+    last_words(status, reason): called before the process exits at once; on rank 0 it writes run_state.json.
     """
 
     def __init__(self) -> None:
         self.deadline_seconds: float | None = None
+        self.stop_file: Path | None = None
         self.last_words: Callable[[int, str], None] = lambda status, reason: None
         self.received: str | None = None
         self._training, self._deadline, self._saved_status = False, None, None
@@ -58,7 +60,7 @@ class StopRequest:
         self._thread.start()
 
     def close(self) -> None:
-        """Gives the signals back to whom they belonged."""
+        """Restores the previous signal handlers."""
         if self._previous:
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
@@ -72,26 +74,26 @@ class StopRequest:
     # ---------------------------------------------------------------- for the loop
 
     def training(self) -> None:
-        """From now on there is something to save: requests are for the loop to answer."""
+        """Leaves requests to the loop from now on: there is something to save."""
         self._training = True
 
-    def flags(self, stop_file: str | os.PathLike | None = None) -> list[int]:
-        """1 for what this rank was asked, in the order of STOPPED. Whoever looks after it gives the path of the file STOP."""
-        asked = [int(self.received == name) for name, _ in STOPPED]
-        asked[-1] = int(stop_file is not None and os.path.exists(stop_file))
-        return asked
+    def flags(self) -> list[int]:
+        """This rank's requests in the order of STOPPED: 1 where there is one, else 0."""
+        requested = [int(self.received == name) for name, _ in STOPPED]
+        requested[-1] = int(self.stop_file is not None and self.stop_file.exists())
+        return requested
 
     def agreed(self, status: int) -> None:
-        """All ranks will save and end with `status`: the deadline holds on ranks that got no signal, too."""
+        """Notes that all ranks will save and exit with `status`: the deadline also holds on ranks without a signal."""
         if status == 75:
             self._start_deadline()
 
     def saved(self, status: int) -> None:
-        """The checkpoint is durable and run_state.json written: what is left to do may be cut short by the deadline."""
+        """Notes that the checkpoint is durable and run_state.json written: the deadline may cut the rest short."""
         self._saved_status = status
 
     def leave(self, status: int, reason: str) -> None:
-        """Ends the process now: no cleaning up, which could wait for a peer that is gone."""
+        """Exits now, without cleaning up, which could wait for a peer that has exited."""
         end = threading.Timer(_LAST_WORDS_SECONDS, os._exit, [status])  # the storage may hang
         end.daemon = True
         end.start()
@@ -112,7 +114,7 @@ class StopRequest:
                 self._pass_deadline()
             elif self._parent is not None and os.getppid() != self._parent:
                 self._parent = None
-                self._receive(signal.SIGTERM, "the launcher is gone")
+                self._receive(signal.SIGTERM, "the launcher's exit")
 
     def _wait_seconds(self) -> float | None:
         waits = [] if self._parent is None else [_PARENT_POLL_SECONDS]
@@ -122,13 +124,13 @@ class StopRequest:
 
     def _receive(self, number: int, who: str | None = None) -> None:
         if number not in _FLAG:
-            return  # it was only woken, or another signal has a handler in Python
+            return  # only a wake-up, or another signal that has a handler in Python
         name = _FLAG[number]
         if not self._training:
             who = who or signal.Signals(number).name
             self.leave(dict(STOPPED)[name], f"stopped by {who} before the first step: nothing to save")
         if name == self.received == "SIGINT":
-            self.leave(STOPPED_BY_PERSON, "left at once at the second SIGINT; what came after the last checkpoint is lost")
+            self.leave(STOPPED_BY_PERSON, "exited at the second SIGINT; steps after the last checkpoint are lost")
         self.received = self.received or name
         if name == "SIGTERM":
             self._start_deadline()
@@ -144,8 +146,8 @@ class StopRequest:
     def _pass_deadline(self) -> None:
         limit = f"{self.deadline_seconds:g} s (checkpoint.deadline_seconds)"
         if self._saved_status is not None:
-            self.leave(self._saved_status, f"saved, but to end took longer than {limit}; left at once")
-        cause = "another rank is gone or hangs, or a step and a save take longer"
+            self.leave(self._saved_status, f"checkpoint saved, but shutdown took over {limit}; exiting now")
+        cause = "another rank exited or hangs, or a step and a save take longer"
         self.leave(PEER_LOST, f"peer_lost: no durable checkpoint {limit} after SIGTERM: {cause}")
 
 
@@ -160,16 +162,16 @@ def _is_launched() -> bool:
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:
-    """A handler must exist, or the signal would end the process; the thread hears of the signal by itself."""
+    """Keeps the signal from ending the process; the thread receives it by itself."""
 
 
 def exit_status(flags: list[int]) -> int:
-    """Exit status for the flags of all ranks, summed; 0: nobody asks to stop. A person wins over SIGTERM."""
+    """Exit status for the flags of all ranks, summed; 0: no request. A person's request wins over SIGTERM."""
     return max((status for (_, status), count in zip(STOPPED, flags, strict=True) if count), default=0)
 
 
 def who_asked(flags: list[int]) -> str:
-    """Who asked, for people."""
+    """The sources of the requests, for people."""
     return " and ".join(name for (name, _), count in zip(STOPPED, flags, strict=True) if count)
 
 

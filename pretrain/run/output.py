@@ -1,0 +1,169 @@
+"""Everything a run reports: before step 1, at logging steps, at validations, and at its end."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+
+from pretrain.config import accumulation
+from pretrain.engines.compile import compile_report
+from pretrain.engines.update_check import UpdateCheck
+from pretrain.generate import generate_batch, stream_text
+from pretrain.model import flops
+from pretrain.optim.schedule import lr_at
+from pretrain.report import verdict
+from pretrain.report.metrics import Clock, perplexity
+from pretrain.report.plot import PlotError, plot_runs, read_curves
+from pretrain.run.resume import Start
+from pretrain.run.state import Run
+
+
+def announce(run: Run, start: Start, warnings: Sequence[object]) -> None:
+    """Prints what will be done, in arithmetic that a reader can check, and what the numbers will mean."""
+    config, engine, batch = run.config, run.engine, run.config.batch
+    length, ranks = config.data.sequence_length, engine.world_size
+    counts = flops.num_parameters(run.model)
+    active = f" ({counts.active:,} active per token)" if counts.active < counts.total else ""
+    tokens_per_step = batch.global_batch_size * length
+    schedule, peak = config.schedule, config.optimizer.lr
+    resumed = f", resuming after step {run.progress.step:,}" if start.checkpoint else ""
+    lines = [
+        f"run        {run.directory.path}{resumed}",
+        f"model      {counts.total:,} parameters{active}, vocabulary {run.model.vocab_size:,}, "
+        f"weights from {config.model.from_pretrained or f'seed {config.run.seed}'}",
+        f"engine     {config.engine.name}, {ranks} process{'es' * (ranks > 1)} on {engine.device_name}, {engine.precision}",
+        f"batch      {batch.global_batch_size} sequences per step = ranks {ranks} x micro-batch {batch.micro_batch_size} x "
+        f"accumulation {accumulation(batch, ranks)}; times {length} tokens = {tokens_per_step:,} tokens per step",
+        f"length     {run.total_steps:,} steps = {run.total_steps * tokens_per_step:,} tokens = "
+        f"{run.total_steps * batch.global_batch_size / run.data.samples_per_epoch:.2f} epochs, "
+        f"{run.total_steps * tokens_per_step / counts.total:.1f} tokens per parameter",
+        f"lr         {schedule.name}: step 1 {lr_at(1, schedule, peak, run.total_steps):.2e}, peak {peak:.2e} at step "
+        f"{max(1, schedule.warmup_steps)}, last step {lr_at(run.total_steps, schedule, peak, run.total_steps):.2e}",
+        *(f"data       {line}" for line in run.data.description()),
+        "reference losses of this data, in nats per token:",
+        *verdict.reference_lines(run.data.reference_lines),
+        verdict.LEGEND,
+        *(f"warning    {warning}" for warning in warnings),
+    ]
+    if engine.precision == "bf16" and engine.device.type == "cpu":
+        lines.append("bf16 is emulated on CPUs without AMX, 25 times slower than fp32; set engine.precision to fp32 there")
+    for line in lines:
+        run.sinks.info(line)
+    if not start.checkpoint or run.sinks.lacks_start:
+        record = {"step": 0, "reference_lines": run.data.reference_lines, "parameters": counts.total, "world_size": ranks}
+        run.sinks.log(record | {"tokens_per_step": tokens_per_step, "data": run.data.fingerprint})
+
+
+def log_step(run: Run, clock: Clock, lr: float, update_check: UpdateCheck | None) -> None:
+    """Logs the interval since the previous logging line. A collective."""
+    progress, figures = run.progress, run.meter.read(run.engine.all_reduce)
+    seconds, steps = clock.train_seconds, max(1, figures["steps"])
+    progress.tokens += figures["interval_tokens"]
+    progress.skipped_steps += figures["skipped_steps"]
+    progress.train_seconds += seconds
+    progress.loss = figures["loss"] if math.isfinite(figures["loss"]) else None
+    rate = figures["interval_tokens"] / seconds
+    record = {
+        "step": progress.step,
+        "loss": figures["loss"],
+        "perplexity": perplexity(figures["loss"]),
+        "grad_norm": figures["grad_norm"],
+        "lr": lr,
+        "tokens": progress.tokens,
+        "epoch": progress.position / run.data.samples_per_epoch,
+        "tokens_per_second": rate,
+        "data_seconds": clock.data_seconds,
+        "peak_memory_gib": figures["peak_memory_gib"],
+        "skipped_steps": progress.skipped_steps,
+        "eta_seconds": (run.total_steps - progress.step) * seconds / steps,
+        "goodput": progress.train_seconds / max(progress.train_seconds, time.time() - progress.started),
+        "train_hours": progress.train_seconds / 3600,
+        **_model_flops_utilization(run, rate),
+        **figures["routing"],
+    }
+    checked, warnings = update_check.figures(lr) if update_check and not figures["skipped_in_a_row"] else ({}, [])
+    run.sinks.log(record | checked)
+    for warning in warnings:
+        run.sinks.info(f"step {progress.step}: {warning}")
+    if progress.step == 1:
+        if run.config.engine.compile != "none":
+            run.sinks.info(f"compile    step 1 took {seconds:.1f} s, {compile_report()}")
+        run.sinks.info(
+            verdict.first_step(figures["loss"], run.model.vocab_size, trained=bool(run.config.model.from_pretrained))
+        )
+    clock.restart()
+
+
+def _model_flops_utilization(run: Run, tokens_per_second: float) -> dict[str, float]:
+    """mfu and mfu_causal; empty where the peak of the device is unknown."""
+    peak_tflops = run.config.log.peak_tflops or flops.peak_tflops(run.engine.device_name)
+    if not peak_tflops:
+        return {}
+    peak, length = run.engine.world_size * peak_tflops * 1e12, run.config.data.sequence_length
+    return {
+        name: flops.flops_per_token(run.model, length, causal=causal) * tokens_per_second / peak
+        for name, causal in (("mfu", False), ("mfu_causal", True))
+    }
+
+
+def log_validation(run: Run, figures: dict[str, float]) -> None:
+    """Logs a validation, continues the sample prompts, and warns once of an alarming curve. A collective."""
+    progress, config = run.progress, run.config
+    run.sinks.log({"step": progress.step, "tokens": progress.tokens, **figures})
+    if config.evaluate.sample_prompts:
+        run.sinks.log({"step": progress.step, "generated": _continue_prompts(run)})
+    if run.engine.rank == 0 and "jsonl" in config.log.sinks:
+        found = _verdict(run)
+        if found.is_alarm and found.kind != run.verdict:
+            run.sinks.info(f"step {progress.step}: {found.text}")
+        run.verdict = found.kind
+
+
+@torch.compiler.set_stance("force_eager")  # each length of a text would be compiled anew
+def _continue_prompts(run: Run) -> list[dict[str, str]]:
+    """Continues each of evaluate.sample_prompts with the likeliest tokens. A collective: engines that shard weights gather them
+    for each token, so all ranks generate equally many."""
+    config, model, tokenizer = run.config.evaluate, run.engine.model, run.tokenizer
+    prompts = [[tokenizer.end_of_document_id, *tokenizer.encode(prompt)] for prompt in config.sample_prompts]
+    model.eval()
+    try:
+        with run.engine.autocast():
+            steps = list(generate_batch(model, prompts, config.sample_tokens, temperature=0))
+    except ValueError as error:  # the logits are not finite
+        return [{"prompt": "", "text": f"nothing: {error}"}]
+    finally:
+        model.train()
+    texts = []
+    for prompt, ids, generated in zip(config.sample_prompts, prompts, zip(*steps, strict=True), strict=True):
+        until_end = itertools.takewhile(lambda token: token != tokenizer.end_of_document_id, generated)
+        texts.append({"prompt": prompt, "text": "".join(stream_text(tokenizer.decode, ids, until_end))})
+    return texts
+
+
+def finish(run: Run) -> None:
+    """Draws the loss curve and prints the verdict on it."""
+    if run.engine.rank != 0 or "jsonl" not in run.config.log.sinks:
+        return
+    picture = run.directory.path / "plots" / "loss.png"
+    try:
+        plot_runs([run.directory.path], picture)
+        run.sinks.image("loss", picture)
+        run.sinks.info(f"curve      {picture}")
+    except (PlotError, OSError) as error:  # metrics.jsonl was removed, or the disk is full: the run is done all the same
+        run.sinks.info(f"curve      none: {error}")
+    run.sinks.info(f"result     {_verdict(run).text}")
+
+
+def _verdict(run: Run) -> verdict.Verdict:
+    """The verdict on the curve in metrics.jsonl."""
+    try:
+        curves = read_curves(run.directory.path)
+    except (PlotError, OSError) as error:
+        return verdict.Verdict("short", str(error))
+    passes = [] if run.config.data.synthetic else run.data.passes(run.progress.position)
+    curve = verdict.Curve(curves.step, curves.loss, curves.val_step, curves.val_loss, max(passes, default=math.nan))
+    return verdict.judge(curve, run.data.reference_lines)

@@ -1,0 +1,52 @@
+"""What a configuration names, opened: tokenizer, data and the resolved model; and how many steps the run has."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from pretrain.config import Config, ConfigError, Problem
+from pretrain.data.batches import TrainData, ValidData, open_train, open_valid
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.model.config import ModelConfig, resolve_model, vocabulary
+
+
+class Parts(NamedTuple):
+    """The parts of a run that need no device."""
+
+    tokenizer: Tokenizer | None
+    """None: the settings name none."""
+    data: TrainData
+    valid: list[ValidData]
+    model: ModelConfig
+    """Resolved."""
+
+
+def open_parts(config: Config, tokenizer: Tokenizer | None = None) -> Parts:
+    """Opens everything that `config` names. Raises DataError.
+
+    tokenizer: the one of `config`, if it is open already.
+    """
+    tokenizer = tokenizer or open_tokenizer(config)
+    model_ids, data_ids = vocabulary(config.model, tokenizer and tokenizer.vocab_size)
+    opened = dict(seed=config.run.seed, vocab_size=data_ids, tokenizer_fingerprint=tokenizer and tokenizer.fingerprint)
+    model = resolve_model(config.model, vocab_size=model_ids, sequence_length=config.data.sequence_length)
+    return Parts(tokenizer, open_train(config.data, **opened), open_valid(config.data, **opened), model)
+
+
+def open_tokenizer(config: Config) -> Tokenizer | None:
+    """The tokenizer that `config` names; None where it names none. Raises DataError."""
+    return Tokenizer.load(config.tokenizer.path) if config.tokenizer.path else None
+
+
+def count_steps(config: Config, data: TrainData) -> int:
+    """Steps of the entire run. Raises ConfigError if the schedule does not fit into them."""
+    batch, train, schedule = config.batch.global_batch_size, config.train, config.schedule
+    steps = train.max_steps
+    if steps is None:
+        samples = train.epochs * data.samples_per_epoch if train.epochs else train.max_tokens / config.data.sequence_length
+        steps = math.ceil(samples / batch)
+    if (least := schedule.warmup_steps + (schedule.decay_steps or 0)) > steps:
+        problem = f"warmup_steps + decay_steps = {least}, but the run has only {steps} steps; shorten them or train longer"
+        raise ConfigError([Problem("schedule", problem)])
+    return steps

@@ -1,0 +1,154 @@
+"""Where a run starts: from new weights, or from a checkpoint. The one decision, used by the run and by the preflight.
+
+`checkpoint.resume` is auto (the newest valid checkpoint of the run, if any), never, or the path of a checkpoint. Such a path
+starts the run there once; after it has saved a checkpoint of its own, the same command resumes from its newest one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from pretrain import rules
+from pretrain.checkpoint import storage
+from pretrain.checkpoint.manifest import Checkpoint, CheckpointError, checkpoints
+from pretrain.config import Config, ConfigError, Problem
+from pretrain.engines.base import Engine, Shard
+from pretrain.interop.load import open_weights
+from pretrain.interop.weights import weight_loader
+from pretrain.model.config import ModelConfig
+from pretrain.model.hf_mapping import UnsupportedModel
+from pretrain.run.parts import Parts, count_steps
+from pretrain.schema import to_dict
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts."""
+
+    checkpoint: Checkpoint | None = None
+    """Verified. None: at step 0, with new weights."""
+    changes: dict = field(default_factory=dict)
+    """Fields of the checkpoint's `Progress` that a rollback replaces."""
+
+
+class _Choice(enum.IntEnum):
+    REFUSED, NEW, NEWEST, NAMED = range(4)
+
+
+def decide(config: Config, engine: Engine, parts: Parts, folder: Path) -> Start:
+    """Chooses and verifies the checkpoint, `folder` being that of the run's checkpoints, and checks that these settings and
+    this data may continue it. A collective. Raises ConfigError, CheckpointError on every rank."""
+    choice, refusal = _Choice.REFUSED, None
+    if engine.rank == 0:
+        storage.clean(folder)
+        try:
+            choice = _choose(config.checkpoint.resume, folder)
+        except ConfigError as error:
+            refusal = error
+    choice = engine.broadcast(choice)
+    if choice == _Choice.REFUSED:
+        raise refusal or ConfigError([Problem("checkpoint.resume", "rank 0 refuses it and says why")])
+    found = None
+    if choice == _Choice.NEWEST:
+        found = storage.newest_valid(folder, engine)
+    elif choice == _Choice.NAMED:
+        found = Checkpoint(Path(config.checkpoint.resume).resolve())
+        storage.verify(found, engine)
+    if found:
+        check_settings(config, parts, found)
+    return Start(found)
+
+
+def preview(config: Config, folder: Path) -> tuple[Checkpoint | None, bool]:
+    """(the checkpoint from which the run would start, not verified; whether checkpoint.resume names it). Raises ConfigError."""
+    choice = _choose(config.checkpoint.resume, folder)
+    if choice == _Choice.NAMED:
+        return Checkpoint(Path(config.checkpoint.resume).resolve()), True
+    found = checkpoints(folder) if choice == _Choice.NEWEST else []
+    return (found[0] if found else None), False
+
+
+def _choose(resume: str, folder: Path) -> _Choice:
+    """`checkpoint.resume` for a run whose checkpoints are in `folder`. Raises ConfigError."""
+    own = checkpoints(folder)
+    if resume == "auto" or (own and _started_from(own[0], resume)):
+        return _Choice.NEWEST
+    problem = None
+    if resume == "never":
+        if not own:
+            return _Choice.NEW
+        problem = f"is never, but {folder} has checkpoints; use auto, or another run.name"
+    else:
+        path = Path(resume).resolve()
+        if own and path.parent != folder.resolve():
+            problem = f"belongs to another run, but {folder} has checkpoints of its own; use auto, or another run.name"
+        elif not (path / "manifest.json").exists():
+            problem = f"{path} is not the folder of a complete checkpoint, such as {folder / 'step_00001000'}"
+    if problem:
+        raise ConfigError([Problem("checkpoint.resume", problem)])
+    return _Choice.NAMED
+
+
+def _started_from(checkpoint: Checkpoint, resume: str) -> bool:
+    """Whether a checkpoint was written by a start with this `checkpoint.resume`."""
+    with contextlib.suppress(CheckpointError, KeyError):
+        return Path(checkpoint.state()["settings"]["checkpoint"]["resume"]).resolve() == Path(resume).resolve()
+    return False
+
+
+# ---------------------------------------------------------------- may these settings continue that checkpoint?
+
+
+def check_settings(config: Config, parts: Parts, found: Checkpoint) -> None:
+    """Raises ConfigError with everything in these settings and this data that does not fit the checkpoint."""
+    state, origin = found.state(), str(found.path)
+    before, now = state["settings"] | {"model": state["model"]}, to_dict(config) | {"model": asdict(parts.model)}
+    problems = rules.check_resume(before, now, config.checkpoint.allow_changes, origin)
+    if (total := count_steps(config, parts.data)) < found.step:
+        text = f"asks for {total} steps, but the checkpoint is already at step {found.step}; "
+        problems.append(Problem("train", text + "resume an earlier one with --checkpoint.resume PATH, or train longer", origin))
+    if state["data"] != parts.data.fingerprint:
+        text = "the training data, its order or its weights differ from the checkpoint's; "
+        problems.append(Problem("data", text + "restore the files, or start another run with another run.name", origin))
+    elif problem := _quarantine_problem(config, parts, state):
+        problems.append(Problem("data.quarantine", problem, origin))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _quarantine_problem(config: Config, parts: Parts, state: dict) -> str | None:
+    """A quarantine may change only for samples that are still ahead of the run, and only if the user confirms it."""
+    excluded, position = state.get("quarantine", []), state["progress"]["position"]
+    if excluded == parts.data.quarantine.ranges:
+        return None
+    if changed := parts.data.history_changed(excluded, position):
+        return f"differs from the checkpoint's in {changed}; resume from an earlier checkpoint, or restore the file"
+    if any(end > position for _, end in state["progress"]["skipped_positions"]):
+        return "has changed while the run skips samples after a rollback; let it pass them first, or restore the file"
+    if "data.quarantine" not in config.checkpoint.allow_changes:
+        return (
+            "excludes other samples than the checkpoint's, all still ahead of the run; confirm with "
+            "--checkpoint.allow_changes [data.quarantine], or restore the file"
+        )
+    return None
+
+
+# ---------------------------------------------------------------- the first weights
+
+
+def initial_weights(start: Start, config: Config, engine: Engine, model: ModelConfig) -> Callable[[Shard], None] | None:
+    """Fills a new engine's shards of the weights: from `model.from_pretrained`; with nothing where a checkpoint follows; None:
+    the engine draws them from the seed. A collective. Raises ConfigError, CheckpointError."""
+    if start.checkpoint:
+        return lambda shard: None
+    if not config.model.from_pretrained:
+        return None
+    try:
+        source = open_weights(Path(config.model.from_pretrained), lambda checkpoint: storage.verify(checkpoint, engine))
+        return weight_loader(source, model)
+    except UnsupportedModel as error:
+        raise ConfigError([Problem("model.from_pretrained", str(error))]) from None
