@@ -1,9 +1,9 @@
-"""Proof, for a configuration, that no number depends on how a batch is spread: five real steps on processes of this machine,
-against one process that takes the whole batch with PyTorch's own loss and no code of the step, the engine or the meter.
+"""Checks, for a configuration, that no number depends on how a batch is split: five real steps on processes of this machine,
+against one process that takes the entire batch with PyTorch's own loss and no code of the step, the engine or the meter.
 
-The model is shrunk (its kind stays: grouped queries, query norm, tied embeddings, sliding window, experts), the engine and its
-levers are those of the configuration. Steps are plain momentum steps: AdamW divides a gradient by its own size, and where that
-is near zero its rounding errors would hide what the proof looks for.
+The model is shrunk (grouped queries, query norm, tied embeddings, sliding window and experts stay); the engine and its options
+are those of the configuration. Steps are plain momentum steps: AdamW divides a gradient by its own size, and near zero its
+rounding errors would hide what the check looks for.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from pretrain.config import Config, EngineConfig
 from pretrain.data.batches import Batch
 from pretrain.engines.base import Engine
 from pretrain.engines.start import start_engine
-from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
+from pretrain.model.config import ModelConfig, resolve_model, shrink
 from pretrain.model.transformer import Transformer, build
 from pretrain.report.metrics import Meter
 from pretrain.train import train_step
 
 STEPS, LENGTH, VOCABULARY, LR = 5, 32, 128, 1e-2
 BOUNDS = {"fp32": (1e-6, 1e-6, 1e-6), "bf16": (2e-3, 5e-3, 3e-4), "bf16 with experts": (1e-2, 3e-2, 4e-3)}
-"""Largest difference allowed of loss (relative), norm (relative), weights (absolute); in bf16 ten times as measured. In bf16 a
-token whose experts score nearly alike may go to another one, so weights differ by more."""
+"""Largest differences allowed in loss (relative), norm (relative) and weights (absolute); in bf16 ten times those measured. In
+bf16 a token whose experts have nearly equal scores may go to another one, so weights differ by more."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to spread the batch."""
+    """One way to split the batch."""
 
     engine: EngineConfig
     ranks: int
@@ -48,11 +48,11 @@ class Case:
     sequences: int
     """In the global batch."""
     experts: bool = False
-    """Whether the model has some."""
+    """Whether the model has experts."""
 
     @property
     def bounds(self) -> tuple[float, float, float]:
-        """Differences that are allowed."""
+        """The differences allowed."""
         return BOUNDS["bf16 with experts" if self.experts and self.engine.precision == "bf16" else self.engine.precision]
 
     @property
@@ -63,7 +63,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a case gave, and how far it is from the reference."""
+    """The result of a case, and its distance from the reference."""
 
     case: Case
     losses: list[float]
@@ -75,34 +75,15 @@ class Outcome:
     """weights, gradients (when the optimizer takes them), state (master weights that are not the weights, and momentum)."""
 
     @property
-    def proved(self) -> bool:
-        """Whether every difference is within its bound; nothing that is not a number is."""
+    def passed(self) -> bool:
+        """Whether every difference is within its bound; NaN never is."""
         found = (self.loss_difference, self.norm_difference, self.weight_difference)
         return all(value <= bound for value, bound in zip(found, self.case.bounds, strict=True))
 
 
-def shrink(model: ModelConfig) -> ModelConfig:
-    """A model of the same kind that a CPU trains in seconds."""
-    heads = 4
-    kv_heads = model.num_key_value_heads or model.num_attention_heads
-    grouped = 2 if kv_heads < model.num_attention_heads else heads
-    small = dataclasses.replace(
-        model,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=heads,
-        num_key_value_heads=grouped,
-        head_dim=None,
-        intermediate_size=128,
-        sliding_window=model.sliding_window and LENGTH // 2,
-        moe=model.moe and _fewer_experts(model.moe),
-    )
-    return resolve_model(small, vocab_size=VOCABULARY, sequence_length=LENGTH)
-
-
-def _fewer_experts(moe: MoeConfig) -> MoeConfig:
-    chosen = min(moe.num_experts_per_tok, 2)
-    return dataclasses.replace(moe, num_experts=8, num_experts_per_tok=chosen, moe_intermediate_size=32)
+def small_model(model: ModelConfig) -> ModelConfig:
+    """A model of the same kind that a CPU trains in seconds, resolved."""
+    return resolve_model(shrink(model, LENGTH), vocab_size=VOCABULARY, sequence_length=LENGTH)
 
 
 def cases(config: Config, most_ranks: int) -> list[Case]:
@@ -120,10 +101,10 @@ def cases(config: Config, most_ranks: int) -> list[Case]:
     return found
 
 
-def prove(model: ModelConfig, tried: list[Case], grad_clip: float, seed: int) -> Iterator[Outcome]:
-    """Runs each case on processes of its own, on CPUs: fp32 products are exact enough there for a proof, those of GPUs are not.
+def check_invariance(model: ModelConfig, tried: list[Case], grad_clip: float, seed: int) -> Iterator[Outcome]:
+    """Runs each case on its own processes, on CPUs: fp32 products are precise enough there, those of GPUs are not.
 
-    Raises RuntimeError with the traceback of a rank that fails.
+    model: resolved. Raises RuntimeError with the traceback of a rank that fails.
     """
     os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     zero = ["deepspeed", "transformers"] if any(case.engine.name.startswith("zero") for case in tried) else []
@@ -144,7 +125,7 @@ def prove(model: ModelConfig, tried: list[Case], grad_clip: float, seed: int) ->
 
 
 def _rounded(name: str, case: Case) -> bool:
-    """Routers' biases and shares count choices: in bf16 some tokens go to another expert, and whole counts differ."""
+    """Routers' biases and shares count choices: in bf16 some tokens go to another expert, and counts differ by whole tokens."""
     return case.engine.precision == "bf16" and name.endswith((".e_score_correction_bias", ".expert_share"))
 
 
@@ -153,7 +134,7 @@ def _difference(found: float, true: float) -> float:
 
 
 def _batch(sequences: int, step: int) -> Batch:
-    """Sequences with 3 to 90 % valid labels, one of them with none: a mean of means would be far off."""
+    """Sequences with 3 to 90 % valid labels, one of them without any: a mean of means would be far off."""
     generator = torch.Generator().manual_seed(1000 + step)
     tokens_BT = torch.randint(0, VOCABULARY, (sequences, LENGTH), generator=generator)
     labels_BT = torch.randint(0, VOCABULARY, (sequences, LENGTH), generator=generator)
@@ -163,7 +144,7 @@ def _batch(sequences: int, step: int) -> Batch:
 
 
 class _Momentum(torch.optim.SGD):
-    """Momentum steps. All gradients are finite here, so found_inf, which only fused optimizers know, is left aside."""
+    """Momentum steps. All gradients are finite here, so found_inf, which only fused optimizers accept, is set aside."""
 
     def step(self) -> None:
         found_inf = self.__dict__.pop("found_inf", None)
@@ -176,28 +157,29 @@ def _momentum(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _reference(config: ModelConfig, sequences: int, grad_clip: float, seed: int) -> tuple[list[tuple], dict[str, Tensor]]:
-    """[(loss, norm)] of each step and the weights at the end, of one process.
+    """[(loss, norm)] of each step and the final weights, in one process.
 
-    With experts, the gradient is that of the model's own loss for the whole batch at once: PyTorch has no routers' losses.
+    With experts, the gradient is that of the model's own loss on the entire batch: PyTorch has no router losses.
     """
     model = build(config, "cpu", seed)
     optimizer, shown = _momentum(model), []
     for step in range(STEPS):
         batch = _batch(sequences, step)
         loss = F.cross_entropy(model(batch.tokens_BT).flatten(0, 1), batch.labels_BT.flatten())
-        objective = model(batch.tokens_BT, batch.labels_BT) / (batch.labels_BT != -100).sum() if config.moe else loss
+        nats, routing_LX = model(batch.tokens_BT, batch.labels_BT)
+        objective = nats / (batch.labels_BT != -100).sum() if config.moe else loss
         optimizer.zero_grad()
         objective.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         optimizer.step()
         if model.rebalances:
-            model.rebalance(model.routing_LX, torch.tensor(True))
+            model.rebalance(routing_LX, torch.tensor(True))
         shown.append((loss.item(), norm.item()))
     return shown, {f"model/{name}": tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
 def _run(case: Case, model: ModelConfig, grad_clip: float, seed: int) -> tuple[list[tuple], list[tuple], dict[str, int]]:
-    """On a rank: [(loss, norm)], its pieces (name, shape, offset, values) of the weights, and its bytes."""
+    """On a rank: [(loss, norm)], its shards (name, shape, offset, values) of the weights, and its bytes."""
     engine = start_engine(case.engine)
     engine.prepare(lambda: Transformer(model), _momentum, grad_clip, seed)
     gradients: list[int] = []
@@ -207,8 +189,7 @@ def _run(case: Case, model: ModelConfig, grad_clip: float, seed: int) -> tuple[l
     for step in range(STEPS):
         mine = [tensor[engine.rank * share :][:share].split(case.micro_batch) for tensor in _batch(case.sequences, step)[:2]]
         window = [engine.to_device(Batch(*tensors, None)) for tensors in zip(*mine, strict=True)]
-        result = train_step(engine, window, LR, [0])
-        meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
+        meter.add(*train_step(engine, window, LR))
         figures = meter.read(engine.all_reduce)
         shown.append((figures["loss"], figures["grad_norm"]))
     sizes = _sizes(engine) | {"gradients": sum(gradients) // STEPS}
@@ -238,13 +219,13 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _bytes(tensors: list[Tensor]) -> int:
-    """Of the storages of tensors, each counted once."""
+    """Bytes of the storages of tensors, each counted once."""
     storages = {_local(tensor).untyped_storage().data_ptr(): _local(tensor).untyped_storage() for tensor in tensors}
     return sum(storage.nbytes() for storage in storages.values())
 
 
 def _assemble(pieces: list[tuple]) -> dict[str, Tensor]:
-    """Whole tensors; what no rank wrote is not a number, and so can never be proved."""
+    """Full tensors from the shards of all ranks; values that no rank wrote are NaN, which never passes."""
     whole: dict[str, Tensor] = {}
     for name, shape, offset, values in pieces:
         flat = whole.setdefault(name, torch.full(shape, math.nan)).view(-1)
@@ -256,7 +237,7 @@ def _assemble(pieces: list[tuple]) -> dict[str, Tensor]:
 
 
 def run_processes(world_size: int, function, *args: Any) -> list[Any]:
-    """`function(*args)` on that many processes of this machine, with the variables that torchrun sets; results by rank.
+    """Calls `function(*args)` on processes of this machine, with the variables that torchrun sets. -> results by rank.
 
     Raises RuntimeError with the traceback of the first rank that fails.
     """
@@ -277,7 +258,7 @@ def run_processes(world_size: int, function, *args: Any) -> list[Any]:
     try:
         results = [pipe.recv() for pipe in pipes]
     except EOFError:
-        raise RuntimeError("a process died without a word; is there memory enough?") from None
+        raise RuntimeError("a worker exited without an error message (out of memory?)") from None
     finally:
         for process in processes:
             process.join(timeout=10)

@@ -16,14 +16,14 @@ from tests.test_train import ROOT, TINY
 DRILL = ["tools/fire_drill.py", "--model.vocab_size", "64", "--data.synthetic.kind", "markov", "--train.max_steps", "9"]
 
 VISIBLE_FIRST = {  # a checkpoint has its name before it has its files
-    "pretrain/checkpoint/io.py": [
+    "pretrain/checkpoint/storage.py": [
         ('temporary = folder / f".tmp-step_{step:08d}"', 'temporary = folder / f"step_{step:08d}"'),
         ("    if final.exists():", "    if False:"),
         ("    os.rename(temporary, final)\n", ""),
     ],
 }
 RESUMES_WRONG = {
-    "pretrain/run/state.py": [('SpikeWatch(state.get("spikes"))', "SpikeWatch(); progress.position -= bool(found)")],
+    "pretrain/run/state.py": [('SpikeWatch(state.get("spikes")),\n    )', "SpikeWatch(),\n    )")],
 }
 
 
@@ -40,7 +40,7 @@ def build_with(mutant: dict[str, list[tuple[str, str]]], folder: Path) -> Path:
     return folder
 
 
-def rehearse(build: Path, fault: str, keep: Path) -> subprocess.CompletedProcess:
+def inject(build: Path, fault: str, keep: Path) -> subprocess.CompletedProcess:
     """From a folder that is not the project's, where relative paths are the user's."""
     command = [sys.executable, str(build / DRILL[0]), *DRILL[1:], "--only", fault, "--processes", "1", "--keep", keep.name]
     return subprocess.run(command, cwd=keep.parent, capture_output=True, text=True, timeout=600)
@@ -51,14 +51,14 @@ def rehearse(build: Path, fault: str, keep: Path) -> subprocess.CompletedProcess
 @pytest.mark.parametrize(
     ("fault", "mutant", "said"),
     [
-        ("kill_in_save", {}, "nothing unfinished was taken for a checkpoint; curve the same to the bit"),
-        ("kill_in_save", VISIBLE_FIRST, "a checkpoint is there that is not whole"),
-        ("sigterm", RESUMES_WRONG, "it was"),
+        ("kill_in_save", {}, "no incomplete checkpoint was used; curve bit-identical"),
+        ("kill_in_save", VISIBLE_FIRST, "a checkpoint is not complete"),
+        ("sigterm", RESUMES_WRONG, "the baseline's is"),
     ],
     ids=["sound", "visible_first", "resumes_wrong"],
 )
 def test_the_drill_is_red_on_a_build_that_breaks_a_promise_and_green_on_a_sound_one(fault, mutant, said, tmp_path):
-    done = rehearse(build_with(mutant, tmp_path / "build"), fault, tmp_path / "runs")
+    done = inject(build_with(mutant, tmp_path / "build"), fault, tmp_path / "runs")
     assert done.returncode == int(bool(mutant)), done.stdout + done.stderr
     assert said in done.stdout and ("BROKEN" in done.stdout) == bool(mutant)
 
@@ -69,7 +69,7 @@ def test_a_refused_configuration_ends_with_2():
     assert done.returncode == 2 and "did you mean optimizer" in done.stderr
 
 
-def test_the_shrunk_run_keeps_what_is_rehearsed(tmp_path, monkeypatch):
+def test_the_shrunken_run_keeps_what_is_under_test(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("fire_drill", ROOT / "tools" / "fire_drill.py")
     fire_drill = importlib.util.module_from_spec(spec)
     monkeypatch.setattr(sys, "path", ["tools", *sys.path])  # the script replaces the first
@@ -77,7 +77,7 @@ def test_the_shrunk_run_keeps_what_is_rehearsed(tmp_path, monkeypatch):
     (tmp_path / "tiny.yaml").write_text(TINY)
     flags = ["--engine.name", "zero3", "--model.num_key_value_heads", "1", "--optimizer.weight_decay", "0.3"]
     flags += ["--data.quarantine", "of_other_samples.txt"]  # another sequence length has others
-    small = fire_drill.shrink(load(["--config", str(tmp_path / "tiny.yaml"), *flags]), 2, tmp_path)
+    small = fire_drill.shrink_run(load(["--config", str(tmp_path / "tiny.yaml"), *flags]), 2, tmp_path)
     assert (small.engine.name, small.optimizer.weight_decay) == ("zero3", 0.3)
     assert small.model.num_key_value_heads < small.model.num_attention_heads and small.data.quarantine is None
     assert small.checkpoint.every_steps < small.train.max_steps and small.log.every_steps == 1

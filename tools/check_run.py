@@ -1,24 +1,17 @@
 """Checks a configuration before it costs money, on a machine without a GPU.
 
-    python tools/check_run.py --config X.yaml [--ranks N] [--json FILE] [--section.key value ...]
-    python tools/check_run.py --config X.yaml --invariance [--processes N] [--json FILE] [--section.key value ...]
+Without --invariance, the preflight: data, tokenizer, batch, learning rate, storage and surroundings, in under a minute. Each
+finding has a stable name, such as id-outside-vocabulary, and either stops a run or warns; docs/data.md explains them all.
 
-Alone, the preflight: data, tokenizer, batch, learning rate, storage, and what stands in the way, in less than a minute. Each
-finding has a stable name, as id-outside-vocabulary, and either stops a run or warns; docs/data.md explains all of them.
+With --invariance, it trains a shrunk model with the configuration's engine, options and clipping on 1, 2, ... N processes of
+this machine's CPUs, split into small and large micro-batches, and compares each step with one process that takes the entire
+batch: loss, gradient norm and weights must agree.
 
---ranks N     number of processes that the run will have (default: engine.world_size, else unknown).
---invariance  trains a shrunk model with the configuration's engine, levers and clipping on 1, 2, ... N processes of this
-              machine's CPUs, split into small and large micro-batches, and compares each step with one process that takes the
-              whole batch: loss, gradient norm and weights must agree.
---processes   largest number of processes for --invariance (default 2).
---json FILE   also writes the findings, or the table, as JSON.
-
-Exit status: 0 nothing stops a run, or proved; 1 not proved; 2 findings that stop a run, or a wrong command.
+Exit status: 0 no finding stops a run, or passed; 1 failed; 2 findings that stop a run, or a wrong command.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -28,43 +21,44 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pretrain.config import Config, ConfigError, load
+from pretrain.files import write_atomically
+from pretrain.run import command_line
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     """-> exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--ranks", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--invariance", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--processes", type=int, default=2, help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
-    options, settings = parser.parse_known_args()
+    parser = command_line.make_parser(__doc__)
+    command_line.add_settings(parser)
+    parser.add_argument("--ranks", type=command_line.at_least(1), metavar="N", help="processes of the run (default: "
+                        "engine.world_size, else unknown)")  # fmt: skip
+    parser.add_argument("--invariance", action="store_true", help="check that no number depends on the split of the batch")
+    parser.add_argument("--processes", type=command_line.at_least(1), default=2, metavar="N", help="most processes for "
+                        "--invariance (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings, or the table, as JSON")
+    options, settings = command_line.parse_with_settings(parser, argv)
     try:
         config = load(settings, world_size=None, program="tools/check_run.py")
     except ConfigError as error:
-        return refused(error, options.json)
+        return refuse(error, options.json)
     if not options.invariance:
         return 2 if check(config, options.ranks, options.json) else 0
-    if options.processes < max(1, config.engine.replicas):
+    if options.processes < config.engine.replicas:
         parser.error(f"give at least as many --processes as engine.replicas ({config.engine.replicas})")
     return 0 if check_invariance(config, options.processes, options.json) else 1
 
 
-def refused(error: ConfigError, output: Path | None) -> int:
-    """Settings that cannot be read are findings, too."""
+def refuse(error: ConfigError, output: Path | None) -> int:
+    """Reports settings that cannot be read as findings. -> exit status."""
     for problem in error.problems:
         print(f"STOP  settings-refused: {problem}", file=sys.stderr)
-    if output:
-        found = [
-            {"name": "settings-refused", "where": each.key, "text": each.message, "stops": True} for each in error.problems
-        ]
-        output.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    write_json(output, [
+        {"name": "settings-refused", "where": each.key, "text": each.message, "stops": True} for each in error.problems
+    ])  # fmt: skip
     return 2
 
 
 def check(config: Config, ranks: int | None, output: Path | None) -> bool:
-    """Prints facts and findings; whether any of them stops a run."""
+    """Prints facts and findings. -> whether any of them stops a run."""
     from pretrain.run.preflight import preflight
 
     began = time.monotonic()
@@ -76,43 +70,45 @@ def check(config: Config, ranks: int | None, output: Path | None) -> bool:
     stopping = sum(finding.stops for finding in report.findings)
     warnings = len(report.findings) - stopping
     print(f"{stopping} findings stop this run, {warnings} warnings ({time.monotonic() - began:.1f} s)")
-    if output:
-        output.write_text(json.dumps([each._asdict() for each in report.findings], indent=1, ensure_ascii=False) + "\n")
+    write_json(output, [each._asdict() for each in report.findings])
     return report.stops
 
 
 def check_invariance(config: Config, processes: int, output: Path | None) -> bool:
-    """Prints the table and the verdict; whether all cases are proved."""
+    """Prints the table and the verdict. -> whether all cases passed."""
     from pretrain import invariance
 
-    model = invariance.shrink(config.model)
+    model, tried = invariance.small_model(config.model), invariance.cases(config, processes)
     print("engine   ranks  micro-batch  accumulation  precision     loss     norm  weights")
     outcomes = []
-    for outcome in invariance.prove(model, invariance.cases(config, processes), config.optimizer.grad_clip, config.run.seed):
+    for outcome in invariance.check_invariance(model, tried, config.optimizer.grad_clip, config.run.seed):
         outcomes.append(outcome)
         case = outcome.case
         print(
             f"{case.engine.name:8} {case.ranks:5}  {case.micro_batch:11}  {case.accumulation:12}  {case.engine.precision:9}  "
             f"{outcome.loss_difference:7.1e}  {outcome.norm_difference:7.1e}  {outcome.weight_difference:7.1e}  "
-            f"{'as one process' if outcome.proved else 'DIFFERENT'}",
+            f"{'same as one process' if outcome.passed else 'DIFFERENT'}",
             flush=True,
         )
-    if output:
-        output.write_text(json.dumps([dataclasses.asdict(outcome) for outcome in outcomes], indent=1) + "\n")
-    bad = sum(not outcome.proved for outcome in outcomes)
+    write_json(output, [dataclasses.asdict(outcome) for outcome in outcomes])
+    failed = sum(not outcome.passed for outcome in outcomes)
     bounds = "; ".join(
         f"{name}: {', '.join(f'{bound:.0e}' for bound in allowed)}" for name, allowed in invariance.BOUNDS.items()
     )
     verdict = (
-        f"NOT PROVED: {bad} of {len(outcomes)} splits differ from one process"
-        if bad
-        else "proved: no number depends on the split"
+        f"FAILED: {failed} of {len(outcomes)} splits differ from one process"
+        if failed
+        else "passed: no number depends on the split"
     )
     print(f"{verdict} (allowed differences of loss, norm, weights: {bounds})")
-    return not bad
+    return not failed
+
+
+def write_json(output: Path | None, content: list[dict]) -> None:
+    """Writes what was found, if --json asks for it."""
+    if output:
+        write_atomically(output, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):  # texts of any language, on a terminal that may know one
-        sys.stdout.reconfigure(errors="backslashreplace")
-    sys.exit(main())
+    sys.exit(command_line.run(main))

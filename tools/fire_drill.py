@@ -1,21 +1,15 @@
-"""Rehearses what will go wrong, on your configuration, shrunk, before it goes wrong on a machine that costs money.
+"""Fault-injection test of your configuration on a shrunken model.
 
-    python tools/fire_drill.py --config X.yaml [--processes N] [--only FAULT ...] [--keep FOLDER] [--section.key value ...]
+Trains a small model with the configuration's engine, optimizer and data, once without faults (the baseline) and then once for
+each fault: the fault is injected, the same command runs again, and the entire curve and the last checkpoint must equal the
+baseline's. Checkpoints that the run reported must exist, every checkpoint must be complete, and no process may be left behind.
 
-Trains a small model with the configuration's engine, optimizer and data, once in peace and then once for each fault: the fault
-strikes, the same command goes on, and the whole curve and the last checkpoint must be those of the run in peace. Checkpoints
-that were announced must be there, those that are there must be whole, and no process may stay behind.
-
---processes  ranks (default 2)          --only  some of the faults, by name          --keep  leave the runs here
-
-Exit status: 0 every fault was survived, 1 not every one, 2 the configuration or the command is wrong, or it does not train.
+Exit status: 0 every fault was survived, 1 some were not, 2 the configuration or the command is wrong, or it does not train.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import os
 import random
 import re
@@ -34,22 +28,26 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import psutil
 
+from pretrain import UserError
 from pretrain.checkpoint.manifest import checkpoints
-from pretrain.config import Config, ConfigError, load
+from pretrain.config import Config, load
+from pretrain.files import read_json_lines
+from pretrain.model.config import shrink
+from pretrain.run import command_line
 from pretrain.run.directory import read_state
 from pretrain.schema import to_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, SAVE_EVERY, PATIENCE_SECONDS = 96, 8, 180
 BEGIN = "  run        "
-"""What the console says first at every start."""
+"""Begins the first console line of every start."""
 SAME = ("step", "loss", "grad_norm", "lr", "tokens", "val_loss")
 ALLOWED = {"loss": 1e-5, "grad_norm": 1e-3, "val_loss": 1e-5}
-"""Relative differences that sums in another order may make on GPUs; on CPUs there are none, and the table says so."""
+"""Relative differences that another order of summation may cause on GPUs; on CPUs there are none, and the table says so."""
 
 
-class Broken(Exception):
-    """A promise that did not hold; the message is for the table."""
+class Broken(UserError):
+    """A promise that did not hold; the message goes into the table."""
 
 
 class Result(NamedTuple):
@@ -62,24 +60,25 @@ class Result(NamedTuple):
     recovery_seconds: float | None
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     """-> exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), metavar="FAULT", help=", ".join(FAULTS))
-    parser.add_argument("--keep", type=Path)
-    options, settings = parser.parse_known_args()
+    parser = command_line.make_parser(__doc__)
+    command_line.add_settings(parser)
+    parser.add_argument(
+        "--processes", type=command_line.at_least(1), default=2, metavar="N", help="ranks (default: %(default)s)"
+    )
+    parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), metavar="FAULT", help="inject only these, of "
+                        + ", ".join(FAULTS))  # fmt: skip
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="write the runs to this folder and keep them")
+    options, settings = command_line.parse_with_settings(parser, argv)
+    config = load(settings, world_size=None, program="tools/fire_drill.py")
     folder = options.keep or Path(tempfile.mkdtemp(prefix="fire_drill_"))
-    try:
-        drill = Drill(load(settings, world_size=None, program="tools/fire_drill.py"), options.processes, folder)
-        drill.train_in_peace()
-    except (ConfigError, Broken) as error:
-        print(error, file=sys.stderr)
-        return 2
+    drill = Drill(config, options.processes, folder)
+    drill.train_baseline()
     print(f"{'fault':16}  {'':8}  {'steps lost':>10}  {'recovery':>8}  outcome")
     results = []
     for name in options.only:
-        results.append(result := drill.rehearse(name))
+        results.append(result := drill.inject(name))
         lost = "-" if result.steps_lost is None else result.steps_lost
         seconds = "-" if result.recovery_seconds is None else f"{result.recovery_seconds:.1f} s"
         verdict = "survived" if result.survived else "BROKEN"
@@ -94,21 +93,16 @@ def main() -> int:
     return 0
 
 
-def shrink(config: Config, processes: int, directory: Path) -> Config:
+def shrink_run(config: Config, processes: int, directory: Path) -> Config:
     """A run of a minute: a small model of the same kind, short samples, many checkpoints; engine, optimizer and data stay."""
-    model, batch, heads = config.model, config.batch, 4
-    grouped = (model.num_key_value_heads or model.num_attention_heads) < model.num_attention_heads
-    small = dataclasses.replace(
-        model, from_pretrained=None, hidden_size=64, num_hidden_layers=2, num_attention_heads=heads,
-        num_key_value_heads=2 if grouped else heads, head_dim=None, intermediate_size=128,
-    )  # fmt: skip
+    length = min(32, config.data.sequence_length)
     replicas = config.engine.replicas if processes % config.engine.replicas == 0 else 1
     return dataclasses.replace(
         config,
-        run=dataclasses.replace(config.run, name="peace", directory=str(directory)),
-        model=small,
-        data=dataclasses.replace(config.data, sequence_length=min(32, config.data.sequence_length), quarantine=None),
-        batch=dataclasses.replace(batch, global_batch_size=4 * processes, micro_batch_size=2),
+        run=dataclasses.replace(config.run, name="baseline", directory=str(directory)),
+        model=shrink(config.model, length),
+        data=dataclasses.replace(config.data, sequence_length=length, quarantine=None),
+        batch=dataclasses.replace(config.batch, global_batch_size=4 * processes, micro_batch_size=2),
         schedule=dataclasses.replace(config.schedule, warmup_steps=min(8, config.schedule.warmup_steps), decay_steps=None),
         train=dataclasses.replace(config.train, max_steps=STEPS, max_tokens=None, epochs=None),
         engine=dataclasses.replace(config.engine, world_size=None, replicas=replicas, timeout_seconds=60.0),
@@ -138,16 +132,16 @@ class Job:
         )
 
     def wait_until(self, condition: Callable[[], bool], what: str) -> None:
-        """Polls without a pause: some faults must strike within milliseconds. Raises Broken."""
+        """Polls without a pause: some faults must be injected within milliseconds. Raises Broken."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not condition():
             if self.launcher.poll() is not None or time.monotonic() > deadline:
                 self.kill()
-                raise Broken(f"the run ended, or hung, before it {what}; see {self.output.name}")
+                raise Broken(f"the run exited or hung before it {what}; see {self.output.name}")
             time.sleep(0.001)
 
     def family(self) -> list[psutil.Process]:
-        """The launcher and all below it, the last rank first."""
+        """The launcher and its descendants, the last rank first."""
         try:
             launcher = psutil.Process(self.launcher.pid)
             return [*reversed(launcher.children(recursive=True)), launcher]
@@ -162,38 +156,38 @@ class Job:
         return sorted(ranks, key=lambda process: int(process.environ().get("RANK", 0)))
 
     def kill(self) -> None:
-        """kill -9 of everything at once."""
+        """kill -9 of all processes at once."""
         for process in self.family():
             process.kill()
         self.launcher.wait()
 
     def end(self, family: list[psutil.Process]) -> None:
-        """Waits for the launcher's end. Raises Broken when any of the family stays behind, and ends it."""
+        """Waits for the launcher's exit. Kills what is left of its family, and then raises Broken."""
         try:
             self.launcher.wait(PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise Broken(f"the job did not end in {PATIENCE_SECONDS} s") from None
+            raise Broken(f"the job did not exit within {PATIENCE_SECONDS} s") from None
         _, left = psutil.wait_procs(family, timeout=10)
         for process in left:
             process.kill()
         if left:
-            raise Broken(f"{len(left)} processes stayed behind")
+            raise Broken(f"{len(left)} processes were left behind")
 
 
 class Drill:
-    """The configuration under test and its run in peace."""
+    """The configuration under test and its baseline."""
 
     def __init__(self, config: Config, processes: int, folder: Path):
         self.folder, self.processes = folder, processes
         folder.mkdir(parents=True, exist_ok=True)
         self.settings = folder / "drill.yaml"
-        self.settings.write_text(to_yaml(shrink(config, processes, folder)))
-        load(["--config", str(self.settings)], world_size=processes)  # the shrunk one must be allowed, too
+        self.settings.write_text(to_yaml(shrink_run(config, processes, folder)))
+        load(["--config", str(self.settings)], world_size=processes)  # the shrunken one must be valid, too
         self.random = random.Random(config.run.seed)
 
     def start(self, name: str, *flags: str, **options) -> Job:
-        """Starts, or goes on with, the run `name`."""
+        """Starts or resumes the run `name`."""
         launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
         if self.processes > 1:
             cpus = ROOT / "launch" / "accelerate" / "cpu.yaml"
@@ -201,17 +195,17 @@ class Drill:
         settings = ["--config", str(self.settings), "--run.name", name, *flags]
         return Job(self.folder / name, [*launcher, str(ROOT / "launch" / "pretrain.py"), *settings], **options)
 
-    def train_in_peace(self) -> None:
-        """The run that all others are compared with. Raises Broken when it does not come to its end."""
-        print(f"a shrunk run in peace: {self.processes} processes, {STEPS} steps, a checkpoint every {SAVE_EVERY}", flush=True)
-        job = self.start("peace")
+    def train_baseline(self) -> None:
+        """Trains the run that all others are compared with. Raises Broken if it does not complete."""
+        print(f"baseline: {self.processes} processes, {STEPS} steps, a checkpoint every {SAVE_EVERY}", flush=True)
+        job = self.start("baseline")
         job.end([])
         if exit_status(job.run) != 0:
-            raise Broken(f"the configuration does not train even in peace; see {job.output.name}")
-        self.peace = records(job.run)
+            raise Broken(f"the configuration does not train even without faults; see {job.output.name}")
+        self.baseline = records(job.run)
 
-    def rehearse(self, name: str) -> Result:
-        """One fault and what came of it."""
+    def inject(self, name: str) -> Result:
+        """Injects one fault. -> its line of the table."""
         run = self.folder / name
         try:
             outcome, lost, seconds = FAULTS[name](self, name)
@@ -220,51 +214,52 @@ class Drill:
         except Broken as error:
             return Result(name, False, str(error), None, None)
 
-    def go_on(self, run: Path, struck_at: float) -> tuple[int, float]:
-        """The same command again, to the end. -> (steps lost, seconds from the fault to the first new step). Raises Broken."""
-        reached, announced = last_step(run), announced_step(run)
-        require_whole(run)
-        return self.watch(self.start(run.name), reached, announced, struck_at)
+    def resume(self, run: Path, struck_at: float) -> tuple[int, float]:
+        """Runs the same command again. -> (steps lost, seconds from the fault to the first new step). Raises Broken."""
+        reached, reported = last_step(run), reported_step(run)
+        require_complete(run)
+        return self.watch(self.start(run.name), reached, reported, struck_at)
 
-    def watch(self, job: Job, reached: int, announced: int, struck_at: float) -> tuple[int, float]:
-        """Follows a run that goes on. -> as `go_on`."""
+    def watch(self, job: Job, reached: int, reported: int, struck_at: float) -> tuple[int, float]:
+        """Follows a run that resumes. -> as `resume`."""
         run = job.run
-        job.wait_until(lambda: goes_on(job), "went on")
+        job.wait_until(lambda: has_resumed(job), "resumed")
         resumed = resumed_step(run)
-        if resumed < announced:
-            raise Broken(f"went on after step {resumed}, but the checkpoint of step {announced} had been announced")
+        if resumed < reported:
+            raise Broken(f"resumed after step {resumed}, but the checkpoint of step {reported} had been reported as saved")
         seen = time.monotonic()
         family = job.family()
         job.end(family)
         if (status := exit_status(run)) != 0:
-            raise Broken(f"ended with status {status} when it went on: {read_state(run).get('reason')}")
+            raise Broken(f"exited with status {status} after it resumed: {read_state(run).get('reason')}")
         return reached - resumed, seen - struck_at
 
     def compare(self, run: Path) -> str:
-        """How the curve of a run differs from that of the run in peace, in words. Raises Broken where it should not."""
+        """Describes how the curve of a run differs from the baseline. Raises Broken where it must not."""
         mine = records(run)
-        if [r["step"] for r in mine] != [r["step"] for r in self.peace]:
-            raise Broken("steps are missing from the curve, or there twice")
+        if [r["step"] for r in mine] != [r["step"] for r in self.baseline]:
+            raise Broken("steps are missing from the curve or appear twice")
         largest = 0.0
-        for record, peaceful in zip(mine, self.peace, strict=True):
+        for record, expected in zip(mine, self.baseline, strict=True):
             for key in SAME:
-                a, b = record.get(key), peaceful.get(key)
+                a, b = record.get(key), expected.get(key)
                 if a == b:
                     continue
                 difference = abs(a - b) / abs(b) if a is not None and b else float("inf")
                 largest = max(largest, difference)
                 if difference > ALLOWED.get(key, 0.0):
-                    raise Broken(f"{key} of step {record['step']} is {a}, it was {b} in peace")
-        return f"within {largest:.0e}" if largest else "the same to the bit"
+                    raise Broken(f"{key} of step {record['step']} is {a}, the baseline's is {b}")
+        return f"within {largest:.0e}" if largest else "bit-identical"
 
 
-# ---------------------------------------------------------------- what a run left
+# ---------------------------------------------------------------- what a run wrote
 
 
 def records(run: Path) -> list[dict]:
-    """Of metrics.jsonl: steps and validations; an unfinished last line is no record."""
-    lines = (run / "metrics.jsonl").read_text().split("\n")[:-1] if (run / "metrics.jsonl").exists() else []
-    return [record for record in map(json.loads, lines) if "loss" in record or "val_loss" in record]
+    """The steps and validations in metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    found = read_json_lines(path).records if path.exists() else []
+    return [record for record in found if "loss" in record or "val_loss" in record]
 
 
 def last_step(run: Path) -> int:
@@ -273,49 +268,49 @@ def last_step(run: Path) -> int:
 
 
 def exit_status(run: Path) -> int | None:
-    """Of the newest attempt."""
+    """The exit status of the newest attempt."""
     return read_state(run).get("exit_status")
 
 
 def entries(folder: Path) -> set[str]:
-    """Names in a folder, which need not be there."""
+    """Names in a folder, which need not exist."""
     return set(os.listdir(folder)) if folder.exists() else set()
 
 
-def require_whole(run: Path) -> None:
-    """Raises Broken when a folder bears the name of a checkpoint and is none."""
+def require_complete(run: Path) -> None:
+    """Raises Broken if a folder has the name of a checkpoint and is not a complete one."""
     for checkpoint in checkpoints(run / "checkpoints"):
         if damage := checkpoint.damage():
-            raise Broken(f"a checkpoint is there that is not whole: {damage}")
+            raise Broken(f"a checkpoint is not complete: {damage}")
 
 
 def console(run: Path) -> str:
-    """Everything that was said."""
+    """The content of console.log."""
     path = run / "console.log"
     return path.read_text() if path.exists() else ""
 
 
-def announced_step(run: Path) -> int:
-    """The newest checkpoint that the run said it had saved; 0: none."""
+def reported_step(run: Path) -> int:
+    """The newest checkpoint that the run reported as saved; 0: none."""
     return max((int(step) for step in re.findall(r"saved .*step_(\d+)$", console(run), re.MULTILINE)), default=0)
 
 
 def resumed_step(run: Path) -> int:
-    """Where the newest attempt went on; 0: from the beginning."""
-    begins = re.findall(BEGIN + r"\S.*?(?:, going on after step ([\d,]+))?$", console(run), re.MULTILINE)
+    """The step after which the newest attempt resumed; 0: it started anew."""
+    begins = re.findall(BEGIN + r"\S.*?(?:, resuming after step ([\d,]+))?$", console(run), re.MULTILINE)
     return int(begins[-1].replace(",", "") or 0) if begins else 0
 
 
-def goes_on(job: Job) -> bool:
-    """Whether a step was finished since the job began."""
+def has_resumed(job: Job) -> bool:
+    """Whether the job has completed a step since it started."""
     return console(job.run).count(BEGIN) > job.starts_before and last_step(job.run) > resumed_step(job.run)
 
 
 # ---------------------------------------------------------------- faults: each -> (outcome, steps lost, seconds to recovery)
 
 
-def strike_at_some_step(drill: Drill, name: str) -> tuple[Job, list[psutil.Process]]:
-    """A run that is on its way, at a step that is not told before."""
+def start_until_random_step(drill: Drill, name: str) -> tuple[Job, list[psutil.Process]]:
+    """A run that has reached a random step."""
     job, step = drill.start(name), drill.random.randrange(SAVE_EVERY + 2, STEPS // 2)
     job.wait_until(lambda: last_step(job.run) >= step, f"reached step {step}")
     return job, job.family()
@@ -323,35 +318,35 @@ def strike_at_some_step(drill: Drill, name: str) -> tuple[Job, list[psutil.Proce
 
 def kill_rank(drill: Drill, name: str) -> tuple[str, int, float]:
     """kill -9 of the last rank."""
-    job, family = strike_at_some_step(drill, name)
+    job, family = start_until_random_step(drill, name)
     struck = time.monotonic()
     job.ranks()[-1].kill()
     job.end(family)
     ended = time.monotonic() - struck
-    return (f"the job ended {ended:.1f} s later", *drill.go_on(job.run, struck))
+    return (f"the job exited {ended:.1f} s later", *drill.resume(job.run, struck))
 
 
 def kill_all(drill: Drill, name: str) -> tuple[str, int, float]:
-    """kill -9 of every process, as when a machine dies."""
-    job, _ = strike_at_some_step(drill, name)
+    """kill -9 of every process, as when a machine fails."""
+    job, _ = start_until_random_step(drill, name)
     struck = time.monotonic()
     job.kill()
-    return ("nothing could be saved", *drill.go_on(job.run, struck))
+    return ("nothing could be saved", *drill.resume(job.run, struck))
 
 
 def sigterm(drill: Drill, name: str) -> tuple[str, int, float]:
     """SIGTERM to the last rank alone: a spot notice."""
-    job, family = strike_at_some_step(drill, name)
+    job, family = start_until_random_step(drill, name)
     struck = time.monotonic()
     job.ranks()[-1].send_signal(signal.SIGTERM)
     job.end(family)
     ended = time.monotonic() - struck
     if exit_status(job.run) != 75:
         raise Broken(f"status {exit_status(job.run)} after SIGTERM, not 75")
-    lost, seconds = drill.go_on(job.run, struck)
+    lost, seconds = drill.resume(job.run, struck)
     if lost:
         raise Broken(f"{lost} steps were lost although there was time to save")
-    return f"saved by all ranks, ended {ended:.1f} s later", lost, seconds
+    return f"saved by all ranks, exited {ended:.1f} s later", lost, seconds
 
 
 def kill_in_save(drill: Drill, name: str) -> tuple[str, int, float]:
@@ -359,14 +354,14 @@ def kill_in_save(drill: Drill, name: str) -> tuple[str, int, float]:
     for delay_seconds in (0.0, 0.003, 0.01):
         job = drill.start(name)
         struck = kill_at_next_save(job, delay_seconds)
-        require_whole(job.run)
-    return ("nothing unfinished was taken for a checkpoint", *drill.go_on(job.run, struck))
+        require_complete(job.run)
+    return ("no incomplete checkpoint was used", *drill.resume(job.run, struck))
 
 
 def kill_at_next_save(job: Job, delay_seconds: float) -> float:
-    """Kills as soon as anything new stands beside the checkpoints, or a little later. -> when, by time.monotonic."""
+    """Kills as soon as a new name appears beside the checkpoints, or a little later. -> when, by time.monotonic."""
     folder = job.run / "checkpoints"
-    job.wait_until(lambda: goes_on(job), "went on")
+    job.wait_until(lambda: has_resumed(job), "resumed")
     known, family = entries(folder), job.family()
     job.wait_until(lambda: not entries(folder) <= known, "saved")
     time.sleep(delay_seconds)
@@ -379,7 +374,7 @@ def kill_at_next_save(job: Job, delay_seconds: float) -> float:
 
 def truncate_newest(drill: Drill, name: str) -> tuple[str, int, float]:
     """The largest file of the newest checkpoint loses its second half."""
-    job, _ = strike_at_some_step(drill, name)
+    job, _ = start_until_random_step(drill, name)
     job.wait_until(lambda: len(checkpoints(job.run / "checkpoints")) > 1, "had two checkpoints")
     job.kill()
     newest, older = checkpoints(job.run / "checkpoints")[:2]
@@ -388,13 +383,13 @@ def truncate_newest(drill: Drill, name: str) -> tuple[str, int, float]:
     struck, reached = time.monotonic(), last_step(job.run)
     lost, seconds = drill.watch(drill.start(name), reached, older.step, struck)
     if reached - lost != older.step:
-        raise Broken(f"went on after step {reached - lost}, not from the older checkpoint of step {older.step}")
+        raise Broken(f"resumed after step {reached - lost}, not from the older checkpoint of step {older.step}")
     return f"fell back from step {newest.step} to step {older.step}", lost, seconds
 
 
 def full_disk(drill: Drill, name: str) -> tuple[str, int, float]:
-    """No file may grow beyond half a shard: every save fails."""
-    job, family = strike_at_some_step(drill, name)
+    """No file can grow beyond half a tensor file: every save fails."""
+    job, family = start_until_random_step(drill, name)
     job.ranks()[0].send_signal(signal.SIGTERM)
     job.end(family)
     good = checkpoints(job.run / "checkpoints")[0]
@@ -405,8 +400,8 @@ def full_disk(drill: Drill, name: str) -> tuple[str, int, float]:
     if exit_status(job.run) != 74:
         raise Broken(f"status {exit_status(job.run)} on a full disk, not 74")
     if good.damage():
-        raise Broken("the checkpoint from before the disk was full is gone")
-    return ("ended with 74, the older checkpoint stayed", *drill.go_on(job.run, struck))
+        raise Broken("the checkpoint from before the disk was full is damaged")
+    return ("exited with 74, the older checkpoint is intact", *drill.resume(job.run, struck))
 
 
 def wandb_outage(drill: Drill, name: str) -> tuple[str, None, None]:
@@ -418,7 +413,7 @@ def wandb_outage(drill: Drill, name: str) -> tuple[str, None, None]:
         raise Broken(f"status {exit_status(job.run)}; see {job.output.name}")
     if not list((job.run / "wandb").glob("offline-run-*")):
         raise Broken("no offline records were kept for wandb sync")
-    return f"not stopped, records kept for `wandb sync`; {time.monotonic() - job.began:.0f} s in all", None, None
+    return f"not stopped, records kept for `wandb sync`; {time.monotonic() - job.began:.0f} s in total", None, None
 
 
 FAULTS = {
@@ -433,4 +428,4 @@ FAULTS = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main))

@@ -151,3 +151,27 @@ def model_from_dict(values: dict[str, Any]) -> ModelConfig:
     return ModelConfig(**{
         key: sections[key](**value) if key in sections and value is not None else value for key, value in values.items()
     })  # fmt: skip
+
+
+def shrink(model: ModelConfig, context: int) -> ModelConfig:
+    """A model of the same kind that a CPU trains in seconds, for samples of `context` tokens; not resolved.
+
+    Grouped queries, query norm, tied embeddings, sliding window and experts stay.
+    """
+    heads, moe = 4, model.moe
+    grouped = (model.num_key_value_heads or model.num_attention_heads) < model.num_attention_heads
+    if moe:
+        chosen = min(moe.num_experts_per_tok, 2)
+        moe = dataclasses.replace(moe, num_experts=8, num_experts_per_tok=chosen, moe_intermediate_size=32)
+    return dataclasses.replace(
+        model,
+        from_pretrained=None,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=2 if grouped else heads,
+        head_dim=None,
+        intermediate_size=128,
+        sliding_window=model.sliding_window and context // 2,
+        moe=moe,
+    )

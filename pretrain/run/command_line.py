@@ -21,6 +21,8 @@ def run(main: Callable[[list[str]], int | None]) -> int:
     program ends without a message, with the status that a shell gives for SIGPIPE, 141.
     """
     program = Path(sys.argv[0]).stem
+    if hasattr(sys.stdout, "reconfigure"):  # texts of any language, on a terminal that may show only one
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = main(sys.argv[1:]) or 0
         sys.stdout.flush()
