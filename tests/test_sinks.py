@@ -23,7 +23,8 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import LogConfig, WandbConfig
-from pretrain.report.sinks import Sinks, cut_metrics, human_count, human_seconds
+from pretrain.report.sinks import SilentSinks, Sinks, cut_metrics, human_count, human_seconds
+from pretrain.report.sinks import open_sinks as sinks_of_any_rank
 
 ROOT = Path(__file__).resolve().parents[1]
 PRELUDE = """
@@ -189,6 +190,18 @@ except OSError:
     sys.exit(74)
 """
     assert python(code, tmp_path).wait(60) == 74
+
+
+def test_other_ranks_write_nothing_whatever_is_called(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls = {"log": ({"step": 1, "loss": 1.0},), "image": ("loss", tmp_path / "x.png"), "info": ("a line",), "progress": (1,)}
+    public = [name for name, value in vars(Sinks).items() if callable(value) and not name.startswith("_")]
+    with sinks_of_any_rank(LogConfig(), tmp_path / "run", rank=1) as sinks:
+        for name in public:
+            getattr(sinks, name)(*calls.get(name, ()))
+    assert (sinks.wandb_id, sinks.lacks_start, sinks.keeps_metrics) == (None, False, False)
+    assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
+    assert vars(SilentSinks).keys() >= set(public)  # nothing is inherited that expects open files
 
 
 # ---------------------------------------------------------------- the console

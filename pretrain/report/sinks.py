@@ -69,6 +69,11 @@ _COLUMNS: tuple[tuple[str, str, int, Callable[[float], str]], ...] = (
 )
 
 
+def open_sinks(config: LogConfig, directory: Path, *, rank: int, **options) -> Sinks:
+    """The outputs of a run on rank 0, see `Sinks`; on other ranks an object that does nothing."""
+    return Sinks(config, directory, **options) if rank == 0 else SilentSinks()
+
+
 class Sinks:
     """All outputs of one run; a context manager, on rank 0 only.
 
@@ -104,7 +109,9 @@ class Sinks:
         path = directory / "metrics.jsonl"
         dropped, unreadable, self._reference_lines = cut_metrics(path, resume_step, validation_due)
         self._metrics = _Appender(path) if "jsonl" in config.sinks else None
-        self.lacks_start = self._metrics is not None and self._reference_lines is None
+        self.keeps_metrics = self._metrics is not None
+        """metrics.jsonl is among the outputs, so the run's curve can be drawn and judged."""
+        self.lacks_start = self.keeps_metrics and self._reference_lines is None
         """metrics.jsonl has no start record: a fresh start, one from a checkpoint of another run, or the file was removed."""
         self._step = resume_step
         if self._to_stdout and sys.stdout.isatty():
@@ -240,6 +247,31 @@ class Sinks:
             os.dup2(null, sys.stdout.fileno())
             os.close(null)
             self.info(f"Standard output is gone ({error}); the run goes on, its lines are in console.log.")
+
+
+class SilentSinks(Sinks):
+    """The outputs of every rank but the first: none."""
+
+    def __init__(self) -> None:
+        self.wandb_id, self.lacks_start, self.keeps_metrics = None, False, False
+
+    def log(self, record: dict) -> None:
+        """Does nothing."""
+
+    def image(self, name: str, path: Path) -> None:
+        """Does nothing."""
+
+    def info(self, text: str) -> None:
+        """Does nothing."""
+
+    def progress(self, step: int) -> None:
+        """Does nothing."""
+
+    def sync(self) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
 
 
 def validation_line(record: dict, reference_lines: dict[str, float] | None) -> str:

@@ -18,7 +18,7 @@ from pretrain.model import flops
 from pretrain.model.config import ModelConfig
 from pretrain.report import environment
 from pretrain.report.metrics import Meter
-from pretrain.report.sinks import Sinks
+from pretrain.report.sinks import Sinks, open_sinks
 from pretrain.report.spikes import SpikeWatch
 from pretrain.run.directory import RunDirectory
 from pretrain.run.parts import Parts, count_steps
