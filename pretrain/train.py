@@ -65,7 +65,7 @@ class StepResult(NamedTuple):
     requests: Callable[[], list[float]]
     """The ranks' requests, summed, and last of all that of `last_loss`; already on their way to the host."""
     routing_LX: Tensor | None
-    """(L, 2 + E), float64: what the routers did with this rank's valid tokens (`Transformer.routing_LX`); None: no routers."""
+    """(L, 2 + E), float64: what the routers did with this rank's valid tokens (`LossOutput.routing_LX`); None: no routers."""
 
 
 def train_step(
@@ -88,13 +88,13 @@ def train_step(
     loss_sum, routing = torch.zeros((), dtype=torch.float64, device=engine.device), []
     for i, batch in enumerate(window):
         with engine.micro_batch(last=i == len(window) - 1):
-            nats = engine.forward(*batch)
+            nats, routing_LX = engine.forward(*batch)
             # Engines average gradients over ranks: times world_size makes that the sum, over tokens makes it the mean.
             # 0 x nats adds nothing to a finite loss; a loss that is not makes the gradient NaN, and so all ranks skip the step.
             scale = engine.world_size / tokens.clamp(min=1) + 0 * nats.detach()
             engine.backward(nats * scale)
         loss_sum += nats.detach()
-        routing.append(engine.model.routing_LX)
+        routing.append(routing_LX)
     grad_norm, applied = engine.update(lr)
     routing_LX = None if routing[0] is None else torch.stack(routing).sum(0)
     if engine.model.rebalances:

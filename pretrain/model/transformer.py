@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -160,6 +161,16 @@ class Head(nn.Module):
         return F.linear(hidden_BTD, weight_VD)[..., : self.vocab_size]
 
 
+class LossOutput(NamedTuple):
+    """The result of a forward pass with labels."""
+
+    loss_sum: Tensor
+    """(), fp32: cross-entropy in nats, summed over the labels that are not -100."""
+    routing_LX: Tensor | None
+    """(L, 2 + E), float64, without gradient: for each layer, sums over the valid tokens of balance loss and z-loss, then the
+    number of tokens sent to each expert. None in a dense model."""
+
+
 class Transformer(nn.Module):
     """A decoder language model from a resolved `ModelConfig` (no field null). Make it with `build`, or on the meta device and
     then `load_state_dict(..., assign=True)`: the constructor leaves the weights uninitialised.
@@ -172,9 +183,6 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = Head(config)
-        self.routing_LX: Tensor | None = None
-        """What the routers did in the last forward pass with labels, (L, 2 + E) float64, in sums over its valid tokens, of each
-        layer: balance loss, z-loss, tokens sent to each expert. None in a dense model."""
 
     def forward(
         self,
@@ -182,10 +190,9 @@ class Transformer(nn.Module):
         labels_BT: Tensor | None = None,
         documents_BT: Tensor | None = None,
         cache: KeyValueCache | None = None,
-    ) -> Tensor:
-        """With labels_BT the loss_sum: cross-entropy in nats summed over the labels that are not -100, a 0-dim fp32 tensor.
-        Without them logits_BTV over the true vocabulary, padding cut off; with a cache (B, 1, V), those of the token after
-        tokens_BT, which follow the tokens in the cache and are added to it.
+    ) -> Tensor | LossOutput:
+        """With labels_BT: a `LossOutput`. Without them: logits_BTV over the true vocabulary, padding cut off; with a cache,
+        (B, 1, V), those of the token after tokens_BT, which follow the tokens in the cache and are added to it.
 
         tokens_BT, labels_BT: int64 ids; labels are already shifted (the label of a position is the next token).
         documents_BT: int, the document of each token; a token sees only earlier tokens of its own. None: one document.
@@ -198,13 +205,14 @@ class Transformer(nn.Module):
         hidden_BTD, routed = self.model(tokens_BT, documents_BT, cache, valid_BT)
         tied_weight_VD = self.model.embed_tokens.weight if self.config.tie_word_embeddings else None
         out = self.lm_head(hidden_BTD if cache is None else hidden_BTD[:, -1:], labels_BT, tied_weight_VD)
-        if not routed:
+        if labels_BT is None:
             return out
+        if not routed:
+            return LossOutput(out, None)
         penalties = (moe.aux_loss_weight * layer.aux_sum + moe.z_loss_weight * layer.z_sum for layer in routed)
         penalty = sum(penalties) / len(routed)
         rows = [torch.cat([layer.aux_sum[None], layer.z_sum[None], layer.tokens_E]) for layer in routed]
-        self.routing_LX = torch.stack(rows).detach().double()
-        return out + (penalty - penalty.detach())
+        return LossOutput(out + (penalty - penalty.detach()), torch.stack(rows).detach().double())
 
     def rebalance(self, routing_LX: Tensor, applied: Tensor) -> None:
         """After a step: what the routers draw from the routing of its global batch (that of all micro-batches and ranks, added
