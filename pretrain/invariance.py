@@ -191,8 +191,8 @@ def _reference(config: ModelConfig, sequences: int, grad_clip: float, seed: int)
         objective.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         optimizer.step()
-        if model.rebalances:
-            model.rebalance(routing_LX, torch.tensor(True))
+        if model.needs_router_updates:
+            model.update_routers(routing_LX, torch.tensor(True))
         shown.append((loss.item(), norm.item()))
     return shown, {f"model/{name}": tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 

@@ -97,8 +97,8 @@ def train_step(
         routing.append(routing_LX)
     grad_norm, applied = engine.update(lr)
     routing_LX = None if routing[0] is None else torch.stack(routing).sum(0)
-    if engine.model.rebalances:
-        engine.model.rebalance(engine.all_reduce(routing_LX.clone()), applied)
+    if engine.model.needs_router_updates:
+        engine.model.update_routers(engine.all_reduce(routing_LX.clone()), applied)
     return StepResult(loss_sum, tokens, grad_norm, applied, requested, routing_LX)
 
 

@@ -377,10 +377,10 @@ def test_biases_move_by_their_rate_towards_experts_with_too_few_tokens_and_nothi
     model = build(resolved(**SIGMOID, balance="global_batch"), "cpu", seed=0)
     routing_LX = torch.tensor([[0.0, 0.0, 9, 1, 5, 5, 5, 5], [0.0, 0.0, 1, 1, 1, 1, 1, 7]], dtype=torch.float64)
     gates = [block.mlp.gate for block in model.model.layers]
-    model.rebalance(routing_LX, torch.tensor(False))
+    model.update_routers(routing_LX, torch.tensor(False))
     assert not any(gate.e_score_correction_bias.any() for gate in gates)
     assert all((gate.expert_share == 1 / 6).all() for gate in gates)
-    model.rebalance(routing_LX, torch.tensor(True))
+    model.update_routers(routing_LX, torch.tensor(True))
     assert gates[0].e_score_correction_bias.tolist() == pytest.approx([-0.01, 0.01, 0, 0, 0, 0])
     assert gates[1].e_score_correction_bias.tolist() == pytest.approx([0.01] * 5 + [-0.01])
     assert gates[0].expert_share.tolist() == pytest.approx([0.3, 1 / 30, *[1 / 6] * 4])
@@ -391,7 +391,7 @@ def test_over_the_global_batch_the_choices_are_those_of_the_step_before():
     labels_BT = some_tokens(2, T, seed=2)
     first_LX = model(some_tokens(2, T), labels_BT).routing_LX
     torch.testing.assert_close(first_LX[:, 0] / (2 * T), torch.ones(2, dtype=torch.float64))  # even shares at first
-    model.rebalance(first_LX, torch.tensor(True))
+    model.update_routers(first_LX, torch.tensor(True))
     second_LX = model(some_tokens(2, T), labels_BT).routing_LX
     for block, counted_X in zip(model.model.layers, first_LX, strict=True):
         torch.testing.assert_close(block.mlp.gate.expert_share, (counted_X[2:] / counted_X[2:].sum()).float())

@@ -214,14 +214,14 @@ class Transformer(nn.Module):
         rows = [torch.cat([layer.aux_sum[None], layer.z_sum[None], layer.tokens_E]) for layer in routed]
         return LossOutput(out + (penalty - penalty.detach()), torch.stack(rows).detach().double())
 
-    def rebalance(self, routing_LX: Tensor, applied: Tensor) -> None:
+    def update_routers(self, routing_LX: Tensor, applied: Tensor) -> None:
         """After a step: what the routers draw from the routing of its global batch (that of all micro-batches and ranks, added
-        up) if the step was applied, (), bool. Models whose `rebalances` is False need no call."""
+        up) if the step was applied, (), bool. Models whose `needs_router_updates` is False need no call."""
         for block, routing_X in zip(self.model.layers, routing_LX, strict=True):
-            block.mlp.gate.rebalance(routing_X[2:], applied)
+            block.mlp.gate.update(routing_X[2:], applied)
 
     @property
-    def rebalances(self) -> bool:
+    def needs_router_updates(self) -> bool:
         """Whether the routers learn from what a step's global batch did beyond its gradient."""
         moe = self.config.moe
         return moe is not None and (moe.bias_update_rate > 0 or moe.balance == "global_batch")
