@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.model.attention import KeyValueCache, Places, attend, places, rotate
+from pretrain.model.attention import AttentionContext, KeyValueCache, attend, attention_context, rotate
 from pretrain.model.config import ModelConfig
 from pretrain.model.flops import vocabulary_rows
 from pretrain.model.loss import IGNORED, chunk_step, cross_entropy_sum, product_dtype
@@ -50,14 +50,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, hidden_BTD: Tensor, places: Places, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, context: AttentionContext, cache: KeyValueCache | None = None) -> Tensor:
         heads = (*hidden_BTD.shape[:2], -1, self.head_dim)
-        query_BTHC = rotate(self.q_norm(self.q_proj(hidden_BTD).view(heads)), places)
-        key_BSKC = rotate(self.k_norm(self.k_proj(hidden_BTD).view(heads)), places)
+        query_BTHC = rotate(self.q_norm(self.q_proj(hidden_BTD).view(heads)), context)
+        key_BSKC = rotate(self.k_norm(self.k_proj(hidden_BTD).view(heads)), context)
         value_BSKC = self.v_proj(hidden_BTD).view(heads)
         if cache is not None:
             key_BSKC, value_BSKC = cache.append(self.layer, key_BSKC, value_BSKC)
-        return self.o_proj(attend(query_BTHC, key_BSKC, value_BSKC, places).flatten(2))
+        return self.o_proj(attend(query_BTHC, key_BSKC, value_BSKC, context).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -83,12 +83,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = _experts(config) if config.moe else FeedForward(config.hidden_size, config.intermediate_size)
 
-    def forward(self, hidden_BTD: Tensor, places: Places, cache: KeyValueCache | None = None) -> tuple[Tensor, Routed | None]:
+    def forward(
+        self, hidden_BTD: Tensor, context: AttentionContext, cache: KeyValueCache | None = None
+    ) -> tuple[Tensor, Routed | None]:
         """-> hidden_BTD, and what this block's router counted, if it has one and there are labels."""
-        hidden_BTD = hidden_BTD + self.self_attn(self.input_layernorm(hidden_BTD), places, cache)
+        hidden_BTD = hidden_BTD + self.self_attn(self.input_layernorm(hidden_BTD), context, cache)
         normed_BTD = self.post_attention_layernorm(hidden_BTD)
         if isinstance(self.mlp, MixtureOfExperts):
-            out_BTD, routed = self.mlp(normed_BTD, places.valid_BT)
+            out_BTD, routed = self.mlp(normed_BTD, context.valid_BT)
             return hidden_BTD + out_BTD, routed
         return hidden_BTD + self.mlp(normed_BTD), None
 
@@ -120,7 +122,7 @@ class Decoder(nn.Module):
         embedded_BTD = self.embed_tokens(tokens_BT)
         # Autocast leaves an embedding in fp32; added to bf16 branches it would keep the residual stream so: twice the traffic.
         hidden_BTD = embedded_BTD.to(product_dtype(embedded_BTD))
-        where = places(
+        context = attention_context(
             tokens_BT.shape[1],
             config.head_dim,
             config.rope_theta,
@@ -134,7 +136,7 @@ class Decoder(nn.Module):
         )
         routed = []
         for block in self.layers:
-            hidden_BTD, counted = block(hidden_BTD, where, cache)
+            hidden_BTD, counted = block(hidden_BTD, context, cache)
             if counted is not None:
                 routed.append(counted)
         if cache is not None:
