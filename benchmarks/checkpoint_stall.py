@@ -58,7 +58,7 @@ def take_step(engine: Engine) -> float:
     tokens_BT = torch.randint(VOCAB_SIZE, (1, SEQUENCE_LENGTH), device=engine.device)
     began = time.perf_counter()
     with engine.micro_batch(last=True):
-        engine.backward(engine.forward(tokens_BT, tokens_BT, None) / SEQUENCE_LENGTH)
+        engine.backward(engine.forward(tokens_BT, tokens_BT, None).loss_sum / SEQUENCE_LENGTH)
     engine.update(1e-4)
     if engine.device.type == "cuda":
         torch.cuda.synchronize()

@@ -92,7 +92,7 @@ def _bare(config: ModelConfig, windows: list[list[Batch]], device: torch.device)
     while (number := (yield)) is not None:
         for batch in windows[number]:
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss = model(batch.tokens_BT, batch.labels_BT) / tokens
+                loss = model(batch.tokens_BT, batch.labels_BT).loss_sum / tokens
             loss.backward()
             total += loss.detach()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

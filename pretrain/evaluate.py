@@ -116,6 +116,6 @@ def _loss_sum_and_labels(
             raise Stopped(told)
         flags_of_last_round = flags
         batch = data.take(chosen[first : first + micro_batch_size])
-        sums[0] += engine.forward(*engine.to_device(batch))
+        sums[0] += engine.forward(*engine.to_device(batch)).loss_sum
         sums[1] += (batch.labels_BT != -100).sum().item()
     return sums

@@ -166,14 +166,14 @@ def _reference(config: ModelConfig, sequences: int, grad_clip: float, seed: int)
     for step in range(STEPS):
         batch = _batch(sequences, step)
         loss = F.cross_entropy(model(batch.tokens_BT).flatten(0, 1), batch.labels_BT.flatten())
-        nats, routing_LX = model(batch.tokens_BT, batch.labels_BT)
-        objective = nats / (batch.labels_BT != -100).sum() if config.moe else loss
+        loss_sum, routing_LX = model(batch.tokens_BT, batch.labels_BT)
+        objective = loss_sum / (batch.labels_BT != -100).sum() if config.moe else loss
         optimizer.zero_grad()
         objective.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         optimizer.step()
-        if model.rebalances:
-            model.rebalance(routing_LX, torch.tensor(True))
+        if model.needs_router_updates:
+            model.update_routers(routing_LX, torch.tensor(True))
         shown.append((loss.item(), norm.item()))
     return shown, {f"model/{name}": tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 

@@ -53,7 +53,7 @@ class StepResult(NamedTuple):
     applied: Tensor
     """(), bool: False where loss or gradient were not finite; weights and moments are then untouched."""
     routing_LX: Tensor | None
-    """(L, 2 + E), float64: what the routers did with this rank's valid tokens (`MixtureOfExperts`); None: no routers."""
+    """(L, 2 + E), float64: what the routers did with this rank's valid tokens (`LossOutput.routing_LX`); None: no routers."""
 
 
 def train_step(engine: Engine, window: list[Batch], lr: float) -> StepResult:
@@ -79,8 +79,8 @@ def train_step(engine: Engine, window: list[Batch], lr: float) -> StepResult:
         routing.append(routing_LX)
     grad_norm, applied = engine.update(lr)
     routing_LX = None if routing[0] is None else torch.stack(routing).sum(0)
-    if engine.model.rebalances:
-        engine.model.rebalance(engine.all_reduce(routing_LX.clone()), applied)
+    if engine.model.needs_router_updates:
+        engine.model.update_routers(engine.all_reduce(routing_LX.clone()), applied)
     return StepResult(loss_sum, tokens, grad_norm, applied, routing_LX)
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from pretrain.model.attention import KeyValueCache, attend, frequencies, places, rotate
+from pretrain.model.attention import KeyValueCache, attend, attention_context, frequencies, rotate
 from pretrain.model.config import RopeScalingConfig
 
 CPU = torch.device("cpu")
@@ -34,30 +34,30 @@ def formula(query_BTHC, key_BSKC, value_BSKC, visible_BTS):
 def test_causal_attention_equals_its_formula(key_heads):
     query, key, value = random(2, 9, 4, 8), random(2, 9, key_heads, 8, seed=1), random(2, 9, key_heads, 8, seed=2)
     causal = torch.ones(9, 9, dtype=torch.bool).tril()[None]
-    torch.testing.assert_close(attend(query, key, value, places(9, 8, 1e4, CPU)), formula(query, key, value, causal))
+    torch.testing.assert_close(attend(query, key, value, attention_context(9, 8, 1e4, CPU)), formula(query, key, value, causal))
 
 
 @pytest.mark.parametrize("key_heads", [4, 2])
 def test_masked_attention_equals_its_formula(key_heads):
     query, key, value = random(2, 9, 4, 8), random(2, 9, key_heads, 8, seed=1), random(2, 9, key_heads, 8, seed=2)
     documents_BT = torch.tensor([[0] * 4 + [1] * 5, [0] * 8 + [1]])
-    where = places(9, 8, 1e4, CPU, documents_BT)
-    torch.testing.assert_close(attend(query, key, value, where), formula(query, key, value, where.visible_BTS))
+    context = attention_context(9, 8, 1e4, CPU, documents_BT)
+    torch.testing.assert_close(attend(query, key, value, context), formula(query, key, value, context.visible_BTS))
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "graph"])
 def test_preferring_cudnn_changes_no_result_and_breaks_no_graph(compiled):
     query, key, value = random(2, 9, 4, 8), random(2, 9, 2, 8, seed=1), random(2, 9, 2, 8, seed=2)
-    where = places(9, 8, 1e4, CPU)
+    context = attention_context(9, 8, 1e4, CPU)
     function = torch.compile(attend, fullgraph=True, backend="eager") if compiled else attend
-    got = function(query, key, value, replace(where, cudnn_first=True))
-    torch.testing.assert_close(got, attend(query, key, value, where))
+    got = function(query, key, value, replace(context, cudnn_first=True))
+    torch.testing.assert_close(got, attend(query, key, value, context))
 
 
 def test_mask_is_same_document_and_not_later():
     documents_BT = torch.tensor([[5, 5, 2, 2]])
     expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    assert places(4, 8, 1e4, CPU, documents_BT).visible_BTS.int().tolist() == [expected]
+    assert attention_context(4, 8, 1e4, CPU, documents_BT).visible_BTS.int().tolist() == [expected]
 
 
 @pytest.mark.parametrize("documents", [None, [0, 0, 0, 0, 0, 0, 1, 1, 1]], ids=["one document", "documents"])
@@ -69,9 +69,9 @@ def test_a_sliding_window_shows_as_many_tokens_as_it_says_itself_included(window
     for at in range(9):
         for key_at in range(max(0, at - window + 1), at + 1):
             seen_BTS[0, at, key_at] = documents is None or documents[at] == documents[key_at]
-    where = places(9, 8, 1e4, CPU, documents_BT, sliding_window=window)
-    assert where.visible_BTS is not None or window >= 9  # else the fast causal kernel
-    torch.testing.assert_close(attend(query, key, value, where), formula(query, key, value, seen_BTS))
+    context = attention_context(9, 8, 1e4, CPU, documents_BT, sliding_window=window)
+    assert context.visible_BTS is not None or window >= 9  # else the fast causal kernel
+    torch.testing.assert_close(attend(query, key, value, context), formula(query, key, value, seen_BTS))
 
 
 @pytest.mark.parametrize("theta", [1e4, 5e5])
@@ -98,14 +98,14 @@ def test_scaled_frequencies_are_those_of_transformers(scaling, theta):
 @pytest.mark.parametrize("split", [[9], [1] * 9, [4, 5], [3, 1, 5], [8, 1]], ids=str)
 def test_attention_in_pieces_through_the_cache_equals_attention_at_once(split, window):
     query, key, value = random(2, 9, 4, 8), random(2, 9, 2, 8, seed=1), random(2, 9, 2, 8, seed=2)
-    whole = places(9, 8, 1e4, CPU, sliding_window=window)
+    whole = attention_context(9, 8, 1e4, CPU, sliding_window=window)
     expected = attend(rotate(query, whole), rotate(key, whole), value, whole)
     cache, got = KeyValueCache(layers=1, capacity=9), []
     for length in split:
         part = slice(cache.length, cache.length + length)
-        where = places(length, 8, 1e4, CPU, start=cache.length, sliding_window=window)
-        keys, values = cache.append(0, rotate(key[:, part], where), value[:, part])
-        got.append(attend(rotate(query[:, part], where), keys, values, where))
+        context = attention_context(length, 8, 1e4, CPU, start=cache.length, sliding_window=window)
+        keys, values = cache.append(0, rotate(key[:, part], context), value[:, part])
+        got.append(attend(rotate(query[:, part], context), keys, values, context))
         cache.length += length
     torch.testing.assert_close(torch.cat(got, 1), expected)
 
@@ -118,7 +118,7 @@ def test_full_cache_refuses_more():
 
 def test_rotation_is_multiplication_by_a_unit_complex_number():
     x_BTHC = random(1, 50, 3, 8)
-    got = rotate(x_BTHC, places(50, 8, 500.0, CPU))
+    got = rotate(x_BTHC, attention_context(50, 8, 500.0, CPU))
     complex_BTHC = torch.complex(x_BTHC[..., :4].double(), x_BTHC[..., 4:].double())
     angle_TC = torch.arange(50)[:, None].double() * 500.0 ** (-torch.arange(4).double() / 4)
     turned = complex_BTHC * torch.polar(torch.ones_like(angle_TC), angle_TC)[:, None]
@@ -129,8 +129,8 @@ def test_scores_depend_on_the_distance_alone():
     query, key = random(1, 1, 1, 16), random(1, 1, 1, 16, seed=1)
 
     def score(at: int, other: int) -> float:
-        where = places(1, 16, 1e4, CPU, start=at), places(1, 16, 1e4, CPU, start=other)
-        return (rotate(query, where[0]) * rotate(key, where[1])).sum().item()
+        context = attention_context(1, 16, 1e4, CPU, start=at), attention_context(1, 16, 1e4, CPU, start=other)
+        return (rotate(query, context[0]) * rotate(key, context[1])).sum().item()
 
     assert score(7, 3) == pytest.approx(score(1007, 1003), abs=1e-3)
     assert abs(score(7, 3) - score(7, 4)) > 1e-2
@@ -138,6 +138,6 @@ def test_scores_depend_on_the_distance_alone():
 
 def test_places_stay_fp32_under_autocast_and_rotation_keeps_the_dtype():
     with torch.autocast("cpu", torch.bfloat16):
-        where = places(4, 8, 1e4, CPU)
-        assert where.cos_TC.dtype == where.sin_TC.dtype == torch.float32
-        assert rotate(random(1, 4, 2, 8).bfloat16(), where).dtype == torch.bfloat16
+        context = attention_context(4, 8, 1e4, CPU)
+        assert context.cos_TC.dtype == context.sin_TC.dtype == torch.float32
+        assert rotate(random(1, 4, 2, 8).bfloat16(), context).dtype == torch.bfloat16

@@ -39,7 +39,7 @@ def take_steps(engine: Engine, count: int) -> None:
     tokens_BT = torch.arange(16).view(2, 8) % 50
     for _ in range(count):
         with engine.micro_batch(last=True):
-            engine.backward(engine.forward(tokens_BT, tokens_BT, None))
+            engine.backward(engine.forward(tokens_BT, tokens_BT, None).loss_sum)
         engine.update(1e-2)
 
 

@@ -18,7 +18,7 @@ from pretrain.checkpoint import storage
 from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.data.batches import Batch
 from pretrain.engines.start import start_engine
-from pretrain.model.transformer import Transformer
+from pretrain.model.transformer import LossOutput, Transformer
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.report.verdict import initial_problem, label_problem, uneven_problems
 
@@ -261,7 +261,8 @@ class Leaky(torch.nn.Module):
         if labels_BT is None:
             return hidden_BTV
         padded = torch.nn.functional.pad(hidden_BTV, (0, 20))
-        return torch.nn.functional.cross_entropy(padded.flatten(0, 1), labels_BT.flatten(), reduction="sum")
+        nats = torch.nn.functional.cross_entropy(padded.flatten(0, 1), labels_BT.flatten(), reduction="sum")
+        return LossOutput(nats, None)
 
 
 def test_attention_that_looks_ahead_and_a_loss_over_padded_ids_are_found(parts):

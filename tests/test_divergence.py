@@ -38,7 +38,8 @@ def train_poisoned(argv: list[str], first_step: int, last_step: int, factor: flo
         return batch
 
     def poisoned_forward(self, *batch):
-        return forward(self, *batch) * (factor if (batch[0] == POISON).all() and self.model.training else 1.0)
+        out = forward(self, *batch)
+        return out._replace(loss_sum=out.loss_sum * (factor if (batch[0] == POISON).all() and self.model.training else 1.0))
 
     TrainData.take, DdpEngine.forward = poisoned_take, poisoned_forward
     return how(argv, *more)

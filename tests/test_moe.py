@@ -108,7 +108,7 @@ def test_logits_and_gradients_equal_transformers(qk_norm, moe):
     logits_BTV = theirs(tokens_BT).logits
     torch.testing.assert_close(model(tokens_BT), logits_BTV, atol=1e-5, rtol=0)
     F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten()).backward()
-    (model(tokens_BT, labels_BT) / (labels_BT != -100).sum()).backward()
+    (model(tokens_BT, labels_BT).loss_sum / (labels_BT != -100).sum()).backward()
     assert_equal(gradients(model), gradients(theirs))
 
 
@@ -121,8 +121,9 @@ def test_the_balance_loss_and_its_gradient_are_those_of_transformers_where_the_s
     theirs = reference(model)
     out = theirs(tokens_BT)
     (F.cross_entropy(out.logits.flatten(0, 1), labels_BT.flatten()) + weight * out.aux_loss).backward()
-    (model(tokens_BT, labels_BT) / T).backward()
-    assert model.routing_LX[0, 0].item() / T == pytest.approx(out.aux_loss.item() / chosen, rel=1e-6)
+    loss_sum, routing_LX = model(tokens_BT, labels_BT)
+    (loss_sum / T).backward()
+    assert routing_LX[0, 0].item() / T == pytest.approx(out.aux_loss.item() / chosen, rel=1e-6)
     assert_equal(gradients(model), gradients(theirs))
 
 
@@ -142,12 +143,12 @@ def test_the_losses_of_routers_are_the_formulas_on_transformers_logits():
         z.append((logits_BTE.logsumexp(-1)[valid_BT] ** 2).sum())
     nats = F.cross_entropy(out.logits.flatten(0, 1), labels_BT.flatten(), reduction="sum")
     (nats + 0.7 * (aux[0] + aux[1]) / 2 + 0.3 * (z[0] + z[1]) / 2).backward()
-    loss_sum = model(tokens_BT, labels_BT)
+    loss_sum, routing_LX = model(tokens_BT, labels_BT)
     loss_sum.backward()
     assert loss_sum.item() == pytest.approx(nats.item(), rel=1e-6)
     expected_L2 = torch.tensor([[a.item(), b.item()] for a, b in zip(aux, z, strict=True)], dtype=torch.float64)
-    torch.testing.assert_close(model.routing_LX[:, :2], expected_L2, rtol=1e-5, atol=0)
-    assert model.routing_LX[:, 2:].sum(1).tolist() == [2 * valid_BT.sum()] * 2
+    torch.testing.assert_close(routing_LX[:, :2], expected_L2, rtol=1e-5, atol=0)
+    assert routing_LX[:, 2:].sum(1).tolist() == [2 * valid_BT.sum()] * 2
     assert_equal(gradients(model), gradients(theirs), atol=2e-4)  # sums over 35 tokens
 
 
@@ -156,8 +157,8 @@ def test_an_even_router_has_a_balance_loss_of_one():
     for block in model.model.layers:
         block.mlp.gate.weight.data.zero_()  # equal scores
     labels_BT = some_tokens(2, T, seed=2)
-    model(some_tokens(2, T), labels_BT)
-    torch.testing.assert_close(model.routing_LX[:, 0] / labels_BT.numel(), torch.ones(2, dtype=torch.float64))
+    routing_LX = model(some_tokens(2, T), labels_BT).routing_LX
+    torch.testing.assert_close(routing_LX[:, 0] / labels_BT.numel(), torch.ones(2, dtype=torch.float64))
 
 
 # ---------------------------------------------------------------- splits
@@ -174,8 +175,9 @@ def test_no_split_of_a_batch_changes_its_gradient_or_its_routing(balance):
     for parts in ([4], [1, 3], [1, 1, 1, 1]):
         routing_LX = torch.zeros(2, 8, dtype=torch.float64)
         for tokens, labels in zip(tokens_BT.split(parts), labels_BT.split(parts), strict=True):
-            model(tokens, labels).backward()
-            routing_LX += model.routing_LX
+            out = model(tokens, labels)
+            out.loss_sum.backward()
+            routing_LX += out.routing_LX
         found.append((gradients(model), routing_LX))
     for gradient, routing_LX in found[1:]:
         assert_equal(gradient, found[0][0], atol=3e-5)
@@ -198,7 +200,7 @@ def test_router_losses_move_the_gradient_and_not_the_loss():
     losses, grads = [], []
     for weight in (0.0, 10.0):
         model = build(resolved(aux_loss_weight=weight, z_loss_weight=weight), "cpu", seed=0)
-        loss_sum = model(tokens_BT, labels_BT)
+        loss_sum = model(tokens_BT, labels_BT).loss_sum
         loss_sum.backward()
         losses.append(loss_sum.item())
         grads.append(model.model.layers[0].mlp.gate.weight.grad)
@@ -289,8 +291,9 @@ def test_a_compiled_block_is_one_graph_with_the_same_bits_also_when_it_is_recomp
             checkpoint_activations(model, how)
         for block in model.model.layers if compiled else []:
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend="aot_eager")
-        model(some_tokens(2, T), some_labels(2, T)).backward()
-        found.append((gradients(model), model.routing_LX))
+        loss_sum, routing_LX = model(some_tokens(2, T), some_labels(2, T))
+        loss_sum.backward()
+        found.append((gradients(model), routing_LX))
     assert_equal(found[1][0], found[0][0], atol=0)
     assert torch.equal(found[1][1], found[0][1])
 
@@ -304,8 +307,9 @@ def test_compiled_blocks_have_no_graph_break_and_the_same_gradients():
             model = build(resolved(layers=1, **kind), "cpu", seed=0)
             for block in model.model.layers if compiled else []:
                 block.compile(fullgraph=True, dynamic=False)
-            model(tokens_BT, labels_BT).backward()
-            found.append((gradients(model), model.routing_LX))
+            loss_sum, routing_LX = model(tokens_BT, labels_BT)
+            loss_sum.backward()
+            found.append((gradients(model), routing_LX))
         assert_equal(found[1][0], found[0][0], atol=1e-4)
         torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-5, atol=0)
 
@@ -315,9 +319,9 @@ def test_bf16_keeps_the_router_in_fp32():
     seen = {}
     gate = model.model.layers[0].mlp.gate
     gate.register_forward_hook(lambda module, arguments, out: seen.update(weights=out[1].dtype, sums=out[2].aux_sum.dtype))
-    exact, found = model(some_tokens(1, T), some_tokens(1, T)), None
+    exact = model(some_tokens(1, T), some_tokens(1, T)).loss_sum
     with torch.autocast("cpu", torch.bfloat16):
-        found = model(some_tokens(1, T), some_tokens(1, T))
+        found = model(some_tokens(1, T), some_tokens(1, T)).loss_sum
     assert set(seen.values()) == {torch.float32}
     assert found.item() == pytest.approx(exact.item(), rel=2e-2) and found.item() != exact.item()
 
@@ -373,10 +377,10 @@ def test_biases_move_by_their_rate_towards_experts_with_too_few_tokens_and_nothi
     model = build(resolved(**SIGMOID, balance="global_batch"), "cpu", seed=0)
     routing_LX = torch.tensor([[0.0, 0.0, 9, 1, 5, 5, 5, 5], [0.0, 0.0, 1, 1, 1, 1, 1, 7]], dtype=torch.float64)
     gates = [block.mlp.gate for block in model.model.layers]
-    model.rebalance(routing_LX, torch.tensor(False))
+    model.update_routers(routing_LX, torch.tensor(False))
     assert not any(gate.e_score_correction_bias.any() for gate in gates)
     assert all((gate.expert_share == 1 / 6).all() for gate in gates)
-    model.rebalance(routing_LX, torch.tensor(True))
+    model.update_routers(routing_LX, torch.tensor(True))
     assert gates[0].e_score_correction_bias.tolist() == pytest.approx([-0.01, 0.01, 0, 0, 0, 0])
     assert gates[1].e_score_correction_bias.tolist() == pytest.approx([0.01] * 5 + [-0.01])
     assert gates[0].expert_share.tolist() == pytest.approx([0.3, 1 / 30, *[1 / 6] * 4])
@@ -385,14 +389,13 @@ def test_biases_move_by_their_rate_towards_experts_with_too_few_tokens_and_nothi
 def test_over_the_global_batch_the_choices_are_those_of_the_step_before():
     model = build(resolved(balance="global_batch"), "cpu", seed=0)
     labels_BT = some_tokens(2, T, seed=2)
-    model(some_tokens(2, T), labels_BT)
-    torch.testing.assert_close(model.routing_LX[:, 0] / (2 * T), torch.ones(2, dtype=torch.float64))  # even shares at first
-    counted_LX = model.routing_LX
-    model.rebalance(counted_LX, torch.tensor(True))
-    model(some_tokens(2, T), labels_BT)
-    for block, counted_X in zip(model.model.layers, counted_LX, strict=True):
+    first_LX = model(some_tokens(2, T), labels_BT).routing_LX
+    torch.testing.assert_close(first_LX[:, 0] / (2 * T), torch.ones(2, dtype=torch.float64))  # even shares at first
+    model.update_routers(first_LX, torch.tensor(True))
+    second_LX = model(some_tokens(2, T), labels_BT).routing_LX
+    for block, counted_X in zip(model.model.layers, first_LX, strict=True):
         torch.testing.assert_close(block.mlp.gate.expert_share, (counted_X[2:] / counted_X[2:].sum()).float())
-    assert (model.routing_LX[:, 0] / (2 * T)).min() > 1.001  # the chosen have the larger scores
+    assert (second_LX[:, 0] / (2 * T)).min() > 1.001  # the chosen have the larger scores
 
 
 def test_figures_of_the_load_say_what_they_mean():

@@ -359,7 +359,7 @@ def test_a_small_model_learns_a_text_by_heart():
     optimizer = build_optimizer(model, OptimizerConfig(name="muon", lr=1e-2, weight_decay=0.0))
     tokens_BT = torch.randint(0, 97, (2, 17), generator=torch.Generator().manual_seed(0))
     for _ in range(60):
-        loss = model(tokens_BT[:, :-1], tokens_BT[:, 1:]) / 32
+        loss = model(tokens_BT[:, :-1], tokens_BT[:, 1:]).loss_sum / 32
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

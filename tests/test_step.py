@@ -204,9 +204,8 @@ def poisoned_step(config: EngineConfig, poison: str):
     for step in range(3):
         bad = step == 1 and engine.rank == engine.world_size - 1
         factor = {"nan": math.nan, "inf": math.inf}.get(poison, 1.0) if bad else 1.0
-        engine.forward = lambda *batch, factor=factor: forward(*batch) * factor
-        if poison == "loss only" and bad:
-            engine.forward = lambda *batch: forward(*batch) + math.inf
+        added = math.inf if poison == "loss only" and bad else 0.0
+        engine.forward = lambda *batch, a=added, f=factor: (out := forward(*batch))._replace(loss_sum=out.loss_sum * f + a)
         result = train.train_step(engine, [global_batch(step)], LR, [0])
         meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
         figures = meter.read(engine.all_reduce)

@@ -69,7 +69,7 @@ def test_logits_and_gradients_equal_transformers(qk_norm, tied, shape):
 
     count = (labels_BT != -100).sum()
     (F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), reduction="sum") / count).backward()
-    (model(tokens_BT, labels_BT) / count).backward()
+    (model(tokens_BT, labels_BT).loss_sum / count).backward()
     expected = dict(theirs.named_parameters())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(
@@ -116,12 +116,12 @@ def test_padding_rows_reach_neither_logits_nor_loss_nor_gradients():
     for tied in (False, True):
         model = build(resolved(tie_word_embeddings=tied), "cpu", seed=0)
         tokens_BT = some_tokens(2, 16)
-        before = model(tokens_BT, tokens_BT).item()
+        before = model(tokens_BT, tokens_BT).loss_sum.item()
         head = (model.model.embed_tokens if tied else model.lm_head).weight
         assert head.shape[0] == 128 and model(tokens_BT).shape == (2, 16, V)
         with torch.no_grad():
             head[V:] = 100.0
-        loss_sum = model(tokens_BT, tokens_BT)
+        loss_sum = model(tokens_BT, tokens_BT).loss_sum
         loss_sum.backward()
         assert loss_sum.item() == before
         assert not head.grad[V:].any() and head.grad[:V].any()
@@ -135,7 +135,7 @@ def test_first_loss_is_ln_of_the_vocabulary(vocab_size, tied, hidden_size, layer
     config = resolved(vocab_size, **settings, intermediate_size=hidden_size)
     tokens_BT = some_tokens(2, 65, vocab_size=vocab_size)
     with torch.no_grad():
-        loss = build(config, "cpu", seed=3)(tokens_BT[:, :-1], tokens_BT[:, 1:]).item() / 128
+        loss = build(config, "cpu", seed=3)(tokens_BT[:, :-1], tokens_BT[:, 1:]).loss_sum.item() / 128
     assert abs(loss / math.log(vocab_size) - 1) < 0.03
 
 
@@ -175,7 +175,7 @@ def test_every_parameter_is_initialised_after_to_empty():
 def test_building_and_training_draw_no_global_random_numbers():
     state = torch.get_rng_state()
     model = build(resolved(), "cpu", seed=0)
-    model(some_tokens(2, 8), some_tokens(2, 8)).backward()
+    model(some_tokens(2, 8), some_tokens(2, 8)).loss_sum.backward()
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -214,7 +214,7 @@ def test_bf16_autocast_stays_close_with_fp32_weights_and_gradients():
     for enabled in (False, True):
         model = build(resolved(qk_norm=True), "cpu", seed=0)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss_sum = model(tokens_BT, labels_BT)
+            loss_sum = model(tokens_BT, labels_BT).loss_sum
         loss_sum.backward()
         assert loss_sum.dtype == torch.float32
         assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
@@ -248,7 +248,7 @@ def test_compiled_parts_give_the_same_loss_and_gradients():
                     block.compile(fullgraph=True, dynamic=False)
                 model.lm_head.chunk_step = torch.compile(model.lm_head.chunk_step, fullgraph=True, dynamic=False)
             assert list(model.state_dict()) == names
-            loss_sum = model(*arguments)
+            loss_sum = model(*arguments).loss_sum
             loss_sum.backward()
             results.append((loss_sum.item(), torch.cat([p.grad.flatten() for p in model.parameters()])))
         assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)

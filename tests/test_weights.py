@@ -126,7 +126,7 @@ def loaded_by(paths: list[Path], engine_name: str, target) -> list[tuple[str, in
     for path in paths:
         engine.restore(weight_loader(open_weights(path), target), moments=False)
         found += [(name, offset, pieces["model"].numpy().copy()) for name, _, offset, pieces in engine.held(saving=False)]
-        found.append(("loss", 0, engine.forward(tokens_BT, tokens_BT, None).detach().view(1).numpy()))
+        found.append(("loss", 0, engine.forward(tokens_BT, tokens_BT, None).loss_sum.detach().view(1).numpy()))
     engine.close()
     return found
 

@@ -405,7 +405,7 @@ def sum_stage(model: Transformer, run: list[Batch], sums: list[float]) -> Stage:
 
     device = next(model.parameters()).device
     with torch.no_grad():
-        theirs = [float(model(*(part if part is None else part.to(device) for part in each))) for each in run]
+        theirs = [float(model(*(part if part is None else part.to(device) for part in each)).loss_sum) for each in run]
     lines = [f"micro-batch 0: {theirs[0]:,.4f} nats from the model, {sums[0]:,.4f} from its logits in float64"]
     wrong = [i for i, (a, b) in enumerate(zip(theirs, sums, strict=True)) if not math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-2)]
     return lines, [
@@ -466,7 +466,7 @@ def shown_stage(parts: Parts, model: Transformer, run: list[Batch], sums: list[f
         meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
         shown = meter.read(engine.all_reduce)
         for each in run:
-            (engine.model(*engine.to_device(each)) / count).backward()
+            (engine.model(*engine.to_device(each)).loss_sum / count).backward()
         grads = [parameter.grad for parameter in engine.model.parameters()]
         grad_norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in grads if grad is not None))
     finally:

@@ -277,7 +277,7 @@ def losses_of(
         batch = data.take(sample.position, 1)
         labels_BT = torch.full_like(batch.labels_BT, MASKED)
         labels_BT[:, start - 1 : stop - 1] = batch.labels_BT[:, start - 1 : stop - 1]
-        return float(model(batch.tokens_BT, labels_BT, batch.documents_BT)) / (stop - start)
+        return float(model(batch.tokens_BT, labels_BT, batch.documents_BT).loss_sum) / (stop - start)
 
     length = data.take(0, 1).labels_BT.shape[1]
     losses = [part_loss(sample, 1, length + 1) for sample in tqdm(samples, "losses", disable=None)]

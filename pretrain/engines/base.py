@@ -130,8 +130,8 @@ class Engine:
         """Around one forward and backward; `last` of a step."""
         raise NotImplementedError
 
-    def forward(self, *batch: Tensor | None) -> Tensor:
-        """loss_sum of one micro-batch: (), fp32, nats summed over its valid labels."""
+    def forward(self, *batch: Tensor | None) -> Any:
+        """The model's output for one micro-batch (tokens_BT, labels_BT, documents_BT): a `LossOutput`."""
         self.watchdog.mark("forward")
         with self.autocast():
             return self._wrapped(*batch)

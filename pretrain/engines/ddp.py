@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from pretrain.config import EngineConfig
 from pretrain.engines.base import Engine, Held, moments_of
@@ -48,9 +47,7 @@ class DdpEngine(Engine):
         token_BT = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         with self.autocast(), torch.compiler.set_stance("force_eager"):
             for _ in range(2):  # it sorts at the second forward pass; without a backward, it would sum in the middle of step 1
-                for output in tree_leaves(self._wrapped(token_BT, token_BT)):
-                    if output.requires_grad:
-                        output.sum().backward()
+                self._wrapped(token_BT, token_BT).loss_sum.backward()
         self.model.zero_grad(set_to_none=True)  # not the optimizer's: it may lack a parameter, which the canary will say
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager:

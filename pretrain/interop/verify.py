@@ -292,7 +292,7 @@ def _their_numbers(theirs: Any, batches: list[Tensor], model: ModelConfig) -> li
 
 def _our_numbers(ours: Transformer, tokens_BT: Tensor) -> Numbers:
     with torch.inference_mode():
-        loss_sum = ours(tokens_BT[:, :-1], tokens_BT[:, 1:].contiguous())
+        loss_sum = ours(tokens_BT[:, :-1], tokens_BT[:, 1:].contiguous()).loss_sum
         return ours(tokens_BT), float(loss_sum) / tokens_BT[:, 1:].numel()
 
 

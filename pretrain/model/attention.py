@@ -23,7 +23,7 @@ _CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBacke
 
 
 @dataclass(frozen=True)
-class Places:
+class AttentionContext:
     """Where each query stands and what it may see; the same for all layers.
 
     A plain object on purpose: engines that cast the floating-point arguments of a module (FSDP2's mixed precision) do not look
@@ -42,7 +42,7 @@ class Places:
     """True where a position has a label: routers count only those. None: there are no labels, and nothing is counted."""
 
 
-def places(
+def attention_context(
     length: int,
     head_dim: int,
     rope_theta: float,
@@ -54,8 +54,8 @@ def places(
     sliding_window: int | None = None,
     valid_BT: Tensor | None = None,
     padding_B: Tensor | None = None,
-) -> Places:
-    """Places of `length` tokens that follow `start` cached ones.
+) -> AttentionContext:
+    """AttentionContext of `length` tokens that follow `start` cached ones.
 
     Computed in fp32 for each call, so there is no table to outgrow and no buffer that an engine could cast or forget to fill.
     documents_BT: the document of each token, int; tokens see only their own document. sliding_window: how many tokens a token
@@ -77,7 +77,7 @@ def places(
         visible_BTS = _in_sight(position_T, start + length, sliding_window)[None]
     # On Hopper 1.7 to 2.3 times as fast as the default flash kernel; slower than it on other generations.
     cudnn_first = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    return Places(angle_TC.cos(), angle_TC.sin(), visible_BTS, cudnn_first, valid_BT)
+    return AttentionContext(angle_TC.cos(), angle_TC.sin(), visible_BTS, cudnn_first, valid_BT)
 
 
 def frequencies(head_dim: int, rope_theta: float, scaling: RopeScalingConfig | None, device: torch.device) -> Tensor:
@@ -104,9 +104,9 @@ def _in_sight(position_T: Tensor, keys: int, sliding_window: int | None) -> Tens
     return in_sight_TS if sliding_window is None else in_sight_TS & (distance_TS < sliding_window)
 
 
-def rotate(x_BTHC: Tensor, places: Places) -> Tensor:
+def rotate(x_BTHC: Tensor, context: AttentionContext) -> Tensor:
     """Rotary embedding in the half-split layout of Hugging Face; computed in fp32, returned in the dtype of x_BTHC."""
-    cos_T1C, sin_T1C = places.cos_TC.unsqueeze(-2), places.sin_TC.unsqueeze(-2)
+    cos_T1C, sin_T1C = context.cos_TC.unsqueeze(-2), context.sin_TC.unsqueeze(-2)
     first, second = x_BTHC.chunk(2, dim=-1)
     rotated = torch.cat((first * cos_T1C - second * sin_T1C, second * cos_T1C + first * sin_T1C), dim=-1)
     return rotated.to(x_BTHC.dtype)
@@ -140,13 +140,13 @@ class KeyValueCache:
         return keys_BSKC[:, :end], values_BSKC[:, :end]
 
 
-def attend(query_BTHC: Tensor, key_BSKC: Tensor, value_BSKC: Tensor, places: Places) -> Tensor:
+def attend(query_BTHC: Tensor, key_BSKC: Tensor, value_BSKC: Tensor, context: AttentionContext) -> Tensor:
     """softmax(q k / sqrt(C)) v over the keys that each query may see. Returns (B, T, H, C).
 
     Head h reads key head h // (H / K).
     """
     query, key, value = (x.transpose(1, 2) for x in (query_BTHC, key_BSKC, value_BSKC))
-    visible_BTS = places.visible_BTS
+    visible_BTS = context.visible_BTS
     grouped = key.shape[1] != query.shape[1]
     if grouped and visible_BTS is not None and query.is_cuda:
         # The memory-efficient kernel takes a mask but no groups; without it all T x S scores would be stored.
@@ -154,6 +154,6 @@ def attend(query_BTHC: Tensor, key_BSKC: Tensor, value_BSKC: Tensor, places: Pla
         key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
     causal = visible_BTS is None and query.shape[2] > 1
     mask = None if visible_BTS is None else visible_BTS[:, None]
-    with sdpa_kernel(_CUDNN_FIRST, set_priority=True) if places.cudnn_first else nullcontext():
+    with sdpa_kernel(_CUDNN_FIRST, set_priority=True) if context.cudnn_first else nullcontext():
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
     return out.transpose(1, 2)

@@ -93,7 +93,7 @@ class Router(nn.Module):
         return Routed(aux_sum, z_sum, tokens_BE.sum(0))
 
     @torch.no_grad()
-    def rebalance(self, tokens_E: Tensor, applied: Tensor) -> None:
+    def update(self, tokens_E: Tensor, applied: Tensor) -> None:
         """After a step: what follows from the tokens that each expert had in its global batch, if the step was applied."""
         tokens_E = tokens_E.float()
         if self.config.bias_update_rate > 0:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.model.attention import KeyValueCache, Places, attend, places, rotate
+from pretrain.model.attention import AttentionContext, KeyValueCache, attend, attention_context, rotate
 from pretrain.model.config import ModelConfig
 from pretrain.model.flops import vocabulary_rows
 from pretrain.model.loss import IGNORED, chunk_step, cross_entropy_sum, product_dtype
@@ -49,14 +50,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, hidden_BTD: Tensor, places: Places, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, context: AttentionContext, cache: KeyValueCache | None = None) -> Tensor:
         heads = (*hidden_BTD.shape[:2], -1, self.head_dim)
-        query_BTHC = rotate(self.q_norm(self.q_proj(hidden_BTD).view(heads)), places)
-        key_BSKC = rotate(self.k_norm(self.k_proj(hidden_BTD).view(heads)), places)
+        query_BTHC = rotate(self.q_norm(self.q_proj(hidden_BTD).view(heads)), context)
+        key_BSKC = rotate(self.k_norm(self.k_proj(hidden_BTD).view(heads)), context)
         value_BSKC = self.v_proj(hidden_BTD).view(heads)
         if cache is not None:
             key_BSKC, value_BSKC = cache.append(self.layer, key_BSKC, value_BSKC)
-        return self.o_proj(attend(query_BTHC, key_BSKC, value_BSKC, places).flatten(2))
+        return self.o_proj(attend(query_BTHC, key_BSKC, value_BSKC, context).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -82,12 +83,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = _experts(config) if config.moe else FeedForward(config.hidden_size, config.intermediate_size)
 
-    def forward(self, hidden_BTD: Tensor, places: Places, cache: KeyValueCache | None = None) -> tuple[Tensor, Routed | None]:
+    def forward(
+        self, hidden_BTD: Tensor, context: AttentionContext, cache: KeyValueCache | None = None
+    ) -> tuple[Tensor, Routed | None]:
         """-> hidden_BTD, and what this block's router counted, if it has one and there are labels."""
-        hidden_BTD = hidden_BTD + self.self_attn(self.input_layernorm(hidden_BTD), places, cache)
+        hidden_BTD = hidden_BTD + self.self_attn(self.input_layernorm(hidden_BTD), context, cache)
         normed_BTD = self.post_attention_layernorm(hidden_BTD)
         if isinstance(self.mlp, MixtureOfExperts):
-            out_BTD, routed = self.mlp(normed_BTD, places.valid_BT)
+            out_BTD, routed = self.mlp(normed_BTD, context.valid_BT)
             return hidden_BTD + out_BTD, routed
         return hidden_BTD + self.mlp(normed_BTD), None
 
@@ -119,7 +122,7 @@ class Decoder(nn.Module):
         embedded_BTD = self.embed_tokens(tokens_BT)
         # Autocast leaves an embedding in fp32; added to bf16 branches it would keep the residual stream so: twice the traffic.
         hidden_BTD = embedded_BTD.to(product_dtype(embedded_BTD))
-        where = places(
+        context = attention_context(
             tokens_BT.shape[1],
             config.head_dim,
             config.rope_theta,
@@ -133,7 +136,7 @@ class Decoder(nn.Module):
         )
         routed = []
         for block in self.layers:
-            hidden_BTD, counted = block(hidden_BTD, where, cache)
+            hidden_BTD, counted = block(hidden_BTD, context, cache)
             if counted is not None:
                 routed.append(counted)
         if cache is not None:
@@ -160,6 +163,16 @@ class Head(nn.Module):
         return F.linear(hidden_BTD, weight_VD)[..., : self.vocab_size]
 
 
+class LossOutput(NamedTuple):
+    """The result of a forward pass with labels."""
+
+    loss_sum: Tensor
+    """(), fp32: cross-entropy in nats, summed over the labels that are not -100."""
+    routing_LX: Tensor | None
+    """(L, 2 + E), float64, without gradient: for each layer, sums over the valid tokens of balance loss and z-loss, then the
+    number of tokens sent to each expert. None in a dense model."""
+
+
 class Transformer(nn.Module):
     """A decoder language model from a resolved `ModelConfig` (no field null). Make it with `build`, or on the meta device and
     then `load_state_dict(..., assign=True)`: the constructor leaves the weights uninitialised.
@@ -172,9 +185,6 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = Head(config)
-        self.routing_LX: Tensor | None = None
-        """What the routers did in the last forward pass with labels, (L, 2 + E) float64, in sums over its valid tokens, of each
-        layer: balance loss, z-loss, tokens sent to each expert. None in a dense model."""
 
     def forward(
         self,
@@ -182,10 +192,9 @@ class Transformer(nn.Module):
         labels_BT: Tensor | None = None,
         documents_BT: Tensor | None = None,
         cache: KeyValueCache | None = None,
-    ) -> Tensor:
-        """With labels_BT the loss_sum: cross-entropy in nats summed over the labels that are not -100, a 0-dim fp32 tensor.
-        Without them logits_BTV over the true vocabulary, padding cut off; with a cache (B, 1, V), those of the token after
-        tokens_BT, which follow the tokens in the cache and are added to it.
+    ) -> Tensor | LossOutput:
+        """With labels_BT: a `LossOutput`. Without them: logits_BTV over the true vocabulary, padding cut off; with a cache,
+        (B, 1, V), those of the token after tokens_BT, which follow the tokens in the cache and are added to it.
 
         tokens_BT, labels_BT: int64 ids; labels are already shifted (the label of a position is the next token).
         documents_BT: int, the document of each token; a token sees only earlier tokens of its own. None: one document.
@@ -198,22 +207,23 @@ class Transformer(nn.Module):
         hidden_BTD, routed = self.model(tokens_BT, documents_BT, cache, valid_BT)
         tied_weight_VD = self.model.embed_tokens.weight if self.config.tie_word_embeddings else None
         out = self.lm_head(hidden_BTD if cache is None else hidden_BTD[:, -1:], labels_BT, tied_weight_VD)
-        if not routed:
+        if labels_BT is None:
             return out
+        if not routed:
+            return LossOutput(out, None)
         penalties = (moe.aux_loss_weight * layer.aux_sum + moe.z_loss_weight * layer.z_sum for layer in routed)
         penalty = sum(penalties) / len(routed)
         rows = [torch.cat([layer.aux_sum[None], layer.z_sum[None], layer.tokens_E]) for layer in routed]
-        self.routing_LX = torch.stack(rows).detach().double()
-        return out + (penalty - penalty.detach())
+        return LossOutput(out + (penalty - penalty.detach()), torch.stack(rows).detach().double())
 
-    def rebalance(self, routing_LX: Tensor, applied: Tensor) -> None:
+    def update_routers(self, routing_LX: Tensor, applied: Tensor) -> None:
         """After a step: what the routers draw from the routing of its global batch (that of all micro-batches and ranks, added
-        up) if the step was applied, (), bool. Models whose `rebalances` is False need no call."""
+        up) if the step was applied, (), bool. Models whose `needs_router_updates` is False need no call."""
         for block, routing_X in zip(self.model.layers, routing_LX, strict=True):
-            block.mlp.gate.rebalance(routing_X[2:], applied)
+            block.mlp.gate.update(routing_X[2:], applied)
 
     @property
-    def rebalances(self) -> bool:
+    def needs_router_updates(self) -> bool:
         """Whether the routers learn from what a step's global batch did beyond its gradient."""
         moe = self.config.moe
         return moe is not None and (moe.bias_update_rate > 0 or moe.balance == "global_batch")

@@ -23,7 +23,7 @@ from pretrain.data.batches import Batch
 from pretrain.engines.base import Engine
 from pretrain.engines.start import start_engine
 from pretrain.invariance import BOUNDS
-from pretrain.model.transformer import Transformer, build
+from pretrain.model.transformer import LossOutput, Transformer, build
 from pretrain.report import metrics
 from tests.ranks import run_ranks
 from tests.test_step import (
@@ -139,6 +139,10 @@ def test_every_engine_equals_one_process_on_any_ranks(subtests, ranks, micro_bat
 # ---------------------------------------------------------------- steps that are not finite
 
 
+def scaled(out: LossOutput, factor: float) -> LossOutput:
+    return out._replace(loss_sum=out.loss_sum * factor)
+
+
 def poisoned(configs: dict[str, EngineConfig]) -> dict:
     """Three steps; in the second, the last rank's gradient is not finite. -> what there was after each."""
     results = {}
@@ -148,7 +152,7 @@ def poisoned(configs: dict[str, EngineConfig]) -> dict:
         meter, forward, trace = metrics.Meter(engine.device, engine.rank, engine.world_size), engine.forward, []
         for step in range(3):
             factor = math.nan if step == 1 and engine.rank == engine.world_size - 1 else 1.0
-            engine.forward = lambda *batch, forward=forward, factor=factor: forward(*batch) * factor
+            engine.forward = lambda *batch, forward=forward, factor=factor: scaled(forward(*batch), factor)
             result = train.train_step(engine, [global_batch(step)], LR, [0])
             meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
             figures = meter.read(engine.all_reduce)
@@ -287,7 +291,7 @@ def gradient(engine: Engine, batches: list[Batch]) -> list[torch.Tensor]:
     engine.restore(lambda shard: shard.piece.zero_() if shard.name.startswith("exp_avg/") else None)
     for i, batch in enumerate(batches):
         with engine.micro_batch(last=i == len(batches) - 1):
-            engine.backward(engine.forward(*batch) / 100)
+            engine.backward(engine.forward(*batch).loss_sum / 100)
     engine.update(0.0)
     return [10 * shard.piece.double() for shard in engine.shards(saving=False) if shard.name.startswith("exp_avg/")]
 
