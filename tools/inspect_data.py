@@ -60,7 +60,7 @@ def main() -> int:
         type=Path,
         help="with --run: add the samples shown to FILE, for data.quarantine, which leaves them out",
     )
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="decodes the ids (default: that of the seal or of the run)")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="decodes the ids (default: that of the sidecar or of the run)")
     parser.add_argument("--documents", type=int, default=3, metavar="N", help="with --data: documents to show (3)")
     parser.add_argument("--characters", type=int, default=200, metavar="N", help="of each text shown (200)")
     parser.add_argument("--verify", action="store_true", help="with --data: read all of it and check every checksum")
@@ -89,16 +89,16 @@ def about_file(arguments: argparse.Namespace):
         f" in {file.num_documents:,} documents" if file.num_documents else ", a flat file without a document index"
     )
     yield f"ids in a sample of {len(sampled):,} tokens: {sampled.min()} to {sampled.max()}"
-    end = file.seal.end_of_document_id if file.seal else tokenizer.end_of_document_id if tokenizer else None
+    end = file.sidecar.end_of_document_id if file.sidecar else tokenizer.end_of_document_id if tokenizer else None
     if end is not None:
         rate = float(np.mean(sampled == end))
         yield f"end-of-document id {end}: {100 * rate:.3g} % of the sampled tokens" + (
             f", one in {1 / rate:,.0f}" if rate else ""
         )
-    if file.seal:
+    if file.sidecar:
         yield from about_seal(file)
     else:
-        yield "no seal: tokenizer, vocabulary and checksums are unknown"
+        yield "no metadata sidecar: tokenizer, vocabulary and checksums are unknown"
     if file.num_documents:
         numbers = np.unique(np.linspace(0, file.num_documents - 1, _SAMPLED_DOCUMENTS).astype(np.int64)).tolist()
         lengths = [file.document_start(i + 1) - file.document_start(i) for i in numbers]
@@ -114,12 +114,13 @@ def about_file(arguments: argparse.Namespace):
 
 
 def about_seal(file: TokenFile):
-    """The lines of the seal."""
-    seal = file.seal
-    yield f"tokenizer {seal.tokenizer_path}, fingerprint {seal.tokenizer_fingerprint}, {seal.vocab_size} ids"
-    yield f"text: {seal.utf8_bytes:,} bytes, {seal.utf8_bytes / seal.num_tokens:.3f} per token; shuffled: {seal.shuffled}"
-    yield f"corpus: {', '.join(map(str, seal.corpus.get('inputs', [])))}, sha256 {seal.corpus.get('sha256')}"
-    yield f"entropies in nats per token: unigram {seal.unigram_entropy_nats:.4f}, bigram {seal.bigram_entropy_nats:.4f}"
+    """The lines of the sidecar."""
+    sidecar = file.sidecar
+    yield f"tokenizer {sidecar.tokenizer_path}, fingerprint {sidecar.tokenizer_fingerprint}, {sidecar.vocab_size} ids"
+    per_token = sidecar.utf8_bytes / sidecar.num_tokens
+    yield f"text: {sidecar.utf8_bytes:,} bytes, {per_token:.3f} per token; shuffled: {sidecar.shuffled}"
+    yield f"corpus: {', '.join(map(str, sidecar.corpus.get('inputs', [])))}, sha256 {sidecar.corpus.get('sha256')}"
+    yield f"entropies in nats per token: unigram {sidecar.unigram_entropy_nats:.4f}, bigram {sidecar.bigram_entropy_nats:.4f}"
 
 
 def verify(file: TokenFile) -> None:
@@ -128,16 +129,16 @@ def verify(file: TokenFile) -> None:
     with Progress("verifying", file.num_tokens * file.dtype.itemsize) as progress:
         for i in range(file.num_blocks):
             file.verify_block(i)
-            progress.update(min((i + 1) * file.seal.block_bytes, file.num_tokens * file.dtype.itemsize))
+            progress.update(min((i + 1) * file.sidecar.block_bytes, file.num_tokens * file.dtype.itemsize))
 
 
 def tokenizer_of(file: TokenFile, folder: str | None) -> Tokenizer | None:
-    """The tokenizer asked for, else that of the seal where it still is in its place, else None. Raises DataError."""
+    """The tokenizer asked for, else that of the sidecar where it still is in its place, else None. Raises DataError."""
     if folder:
         return Tokenizer.load(folder)
-    if file.seal and Path(file.seal.tokenizer_path).is_dir():
-        tokenizer = Tokenizer.load(file.seal.tokenizer_path)
-        return tokenizer if tokenizer.fingerprint == file.seal.tokenizer_fingerprint else None
+    if file.sidecar and Path(file.sidecar.tokenizer_path).is_dir():
+        tokenizer = Tokenizer.load(file.sidecar.tokenizer_path)
+        return tokenizer if tokenizer.fingerprint == file.sidecar.tokenizer_fingerprint else None
     return None
 
 

@@ -50,11 +50,11 @@ class FileSource:
 
     def __init__(self, file: TokenFile, sequence_length: int, vocab_size: int):
         self.file, self.sequence_length, self.vocab_size = file, sequence_length, vocab_size
-        self.name, self.seal = Path(file.path).name, file.seal
+        self.name, self.sidecar = Path(file.path).name, file.sidecar
         self.num_tokens = file.num_tokens
         self.num_samples = (file.num_tokens - 1) // sequence_length
-        if file.seal:
-            self.reference_lines = {"unigram": file.seal.unigram_entropy_nats, "bigram": file.seal.bigram_entropy_nats}
+        if file.sidecar:
+            self.reference_lines = {"unigram": file.sidecar.unigram_entropy_nats, "bigram": file.sidecar.bigram_entropy_nats}
         else:
             self.reference_lines = {"unigram": unigram_entropy(np.unique(file.sample(), return_counts=True)[1])}
 
@@ -75,8 +75,8 @@ class FileSource:
         return self._checked(tokens[None], np.array([self.num_samples]))[0]
 
     def _checked(self, tokens: np.ndarray, samples: np.ndarray) -> np.ndarray:
-        """`tokens`, a row for each of `samples`. A seal vouches for its file; of others, opening has judged a part."""
-        if not self.seal and tokens.size and (tokens.max() >= self.vocab_size or tokens.min() < 0):
+        """`tokens`, a row for each of `samples`. A sidecar vouches for its file; of others, opening has judged a part."""
+        if not self.sidecar and tokens.size and (tokens.max() >= self.vocab_size or tokens.min() < 0):
             row, offset = np.argwhere((tokens < 0) | (tokens >= self.vocab_size))[0].tolist()
             sample = int(samples[row])
             place = f"{self.file.path}: token {sample * self.sequence_length + offset:,} is id {tokens[row, offset]}"
@@ -90,8 +90,8 @@ class FileSource:
         Sealed files end every document with one id that stands nowhere else; others are looked up in the index.
         """
         starts = np.zeros((len(samples), self.sequence_length), dtype=bool)
-        if self.seal:
-            starts[:, 1:] = tokens[:, :-2] == self.seal.end_of_document_id
+        if self.sidecar:
+            starts[:, 1:] = tokens[:, :-2] == self.sidecar.end_of_document_id
         else:
             for row, first in enumerate((samples * self.sequence_length).tolist()):
                 number = self.file.document_at(first) + 1
@@ -175,8 +175,8 @@ class TrainData:
             line = f"  {source.name}: {source.num_tokens:,} tokens, {100 * share:.4g} % of the samples"
             if len(self.sources) > 1:
                 line += f", read {passes:.3g} times an epoch"
-            if source.seal is None and isinstance(source, FileSource):
-                line += ", without a seal: its tokenizer cannot be checked"
+            if source.sidecar is None and isinstance(source, FileSource):
+                line += ", without a metadata sidecar: its tokenizer cannot be checked"
             lines.append(line)
         return lines
 
@@ -191,7 +191,7 @@ class ValidData:
     def __init__(self, source, data: DataConfig, *, vocab_size: int):
         self.name, self.source, self._data = source.name, source, data
         self.num_labels = source.num_samples * data.sequence_length
-        self.bytes_per_token = source.seal.utf8_bytes / source.seal.num_tokens if source.seal else None
+        self.bytes_per_token = source.sidecar.utf8_bytes / source.sidecar.num_tokens if source.sidecar else None
         self.reference_lines = _blended_lines([source], [1.0], vocab_size)
         if isinstance(source, FileSource):
             self.num_labels = source.num_tokens - 1

@@ -1,7 +1,7 @@
 """What is wrong with token files, by name: unfit for the model, damaged, or not what a language model should be fed.
 
-It knows token files and their seals; not batches, runs or devices. No torch. Names of findings are stable: scripts may rely on
-them. Everything is judged in seconds however long the files are: from the seal, from `TokenFile.sample`, and from documents
+It knows token files and their sidecars; not batches, runs or devices. No torch. Names of findings are stable: scripts may
+rely on them. Everything is judged in seconds however long the files are: from the sidecar, from `TokenFile.sample`, and from documents
 that are chosen by their length, so that all copies of a document are chosen together and copies are found wherever they lie.
 """
 
@@ -49,9 +49,9 @@ class Finding(NamedTuple):
 def unfit(
     file: TokenFile, where: str, data: DataConfig, *, vocab_size: int, tokenizer_fingerprint: str | None, least_tokens: int
 ) -> list[Finding]:
-    """What makes `file` impossible to train on: exact with a seal, by a sample without one. All of it stops a run."""
+    """What makes `file` impossible to train on: exact with a sidecar, by a sample without one. All of it stops a run."""
     found: list[tuple[str, str]] = []
-    if file.seal is None:
+    if file.sidecar is None:
         ids = file.sample()
         if ids.min() < 0 or ids.max() >= vocab_size:
             text = f"holds ids from {ids.min()} to {ids.max()}, the model has ids 0 to {vocab_size - 1}; wrong tokenizer?"
@@ -68,23 +68,23 @@ def unfit(
 
 
 def _contradictions(file: TokenFile, vocab_size: int, tokenizer_fingerprint: str | None) -> Iterator[tuple[str, str]]:
-    """(name, text) where the seal contradicts the model."""
-    seal = file.seal
-    if tokenizer_fingerprint is not None and tokenizer_fingerprint != seal.tokenizer_fingerprint:
+    """(name, text) where the sidecar contradicts the model."""
+    sidecar = file.sidecar
+    if tokenizer_fingerprint is not None and tokenizer_fingerprint != sidecar.tokenizer_fingerprint:
         yield (
             "tokenizer-mismatch",
-            f"was made with the tokenizer {seal.tokenizer_path} (fingerprint {seal.tokenizer_fingerprint}), not with that of"
-            f" tokenizer.path (fingerprint {tokenizer_fingerprint}); set tokenizer.path to it or tokenize again",
+            f"was made with the tokenizer {sidecar.tokenizer_path} (fingerprint {sidecar.tokenizer_fingerprint}), not with the"
+            f" one in tokenizer.path (fingerprint {tokenizer_fingerprint}); set tokenizer.path to it or tokenize again",
         )
-    elif tokenizer_fingerprint is not None and seal.vocab_size != vocab_size:
+    elif tokenizer_fingerprint is not None and sidecar.vocab_size != vocab_size:
         yield (
             "vocabulary-mismatch",
-            f"its vocabulary has {seal.vocab_size} ids, the model {vocab_size}; leave model.vocab_size null",
+            f"its vocabulary has {sidecar.vocab_size} ids, the model {vocab_size}; leave model.vocab_size null",
         )
-    if seal.max_id >= vocab_size:
+    if sidecar.max_id >= vocab_size:
         yield (
             "id-outside-vocabulary",
-            f"its largest id is {seal.max_id}, the model has ids 0 to {vocab_size - 1}; set model.vocab_size to null",
+            f"its largest id is {sidecar.max_id}, the model has ids 0 to {vocab_size - 1}; set model.vocab_size to null",
         )
 
 
@@ -93,14 +93,16 @@ def _contradictions(file: TokenFile, vocab_size: int, tokenizer_fingerprint: str
 
 def sampled(file: TokenFile, where: str, *, vocab_size: int, end_of_document_id: int | None) -> list[Finding]:
     """What a sample of the tokens shows; a few milliseconds. `end_of_document_id`: the tokenizer's; null: unknown."""
-    tokens, seal = file.sample(), file.seal
+    tokens, sidecar = file.sample(), file.sidecar
     found: list[tuple[str, str, bool]] = []
     largest = np.iinfo(file.dtype).max
-    if largest < vocab_size - 1 and not (seal and seal.max_id < largest):
+    if largest < vocab_size - 1 and not (sidecar and sidecar.max_id < largest):
         text = f"its {file.dtype.name} cannot hold ids above {largest:,}, the vocabulary has {vocab_size:,}: larger ids wrapped"
         found.append(("dtype-too-narrow", f"{text} around when it was written; tokenize again", True))
-    if seal and tokens.max() > seal.max_id:
-        text = f"holds id {tokens.max()}, and its seal says that the largest is {seal.max_id}: changed since; tokenize again"
+    if sidecar and tokens.max() > sidecar.max_id:
+        text = (
+            f"holds id {tokens.max()}, and its sidecar says that the largest is {sidecar.max_id}: changed since; tokenize again"
+        )
         found.append(("seal-contradicted", text, True))
     edges = np.flatnonzero(np.diff(tokens, prepend=-1, append=-1))
     longest = int(np.diff(edges).argmax())
@@ -108,9 +110,9 @@ def sampled(file: TokenFile, where: str, *, vocab_size: int, end_of_document_id:
     if run >= _CONSTANT_RUN:
         text = f"holds id {value} {run:,} times in a row, as if a part of the file was never written; copy it again"
         found.append(("constant-tokens", text, value == 0))  # what a hole reads as
-    found += _document_ends(file, tokens, seal.end_of_document_id if seal else end_of_document_id)
-    if seal and seal.vocab_size > 1000 and seal.utf8_bytes < 1.2 * seal.num_tokens:
-        ratio = seal.utf8_bytes / seal.num_tokens
+    found += _document_ends(file, tokens, sidecar.end_of_document_id if sidecar else end_of_document_id)
+    if sidecar and sidecar.vocab_size > 1000 and sidecar.utf8_bytes < 1.2 * sidecar.num_tokens:
+        ratio = sidecar.utf8_bytes / sidecar.num_tokens
         text = (
             f"{ratio:.2f} bytes of text per token: unless it is digits, the tokenizer spells it byte by byte; train one on it"
         )
@@ -128,7 +130,7 @@ def _document_ends(file: TokenFile, tokens: np.ndarray, end: int | None) -> Iter
         empty = float(np.mean(document_lengths(file, 10_000) <= 1))
         if empty > 0.01:
             yield "documents-empty", f"{empty:.0%} of the documents hold no text; leave them out and tokenize again", False
-    if end is None or file.seal:  # the writer of a sealed file has seen to it
+    if end is None or file.sidecar:  # the writer of a sealed file has seen to it
         return
     rate = float(np.mean(tokens == end))
     expected = documents / file.num_tokens if documents else None
@@ -141,13 +143,13 @@ def _document_ends(file: TokenFile, tokens: np.ndarray, end: int | None) -> Iter
 
 
 def entropies(file: TokenFile, where: str, vocab_size: int) -> list[Finding]:
-    """Whether the tokens say anything about each other: from the seal, or by a sample (half a second)."""
-    seal = file.seal
-    vocab_size = seal.vocab_size if seal else vocab_size
+    """Whether the tokens say anything about each other: from the sidecar, or by a sample (half a second)."""
+    sidecar = file.sidecar
+    vocab_size = sidecar.vocab_size if sidecar else vocab_size
     if file.num_tokens < 20 * vocab_size:
         return []  # counts of so few tokens tell nothing
-    if seal:
-        unigram, bigram = seal.unigram_entropy_nats, seal.bigram_entropy_nats
+    if sidecar:
+        unigram, bigram = sidecar.unigram_entropy_nats, sidecar.bigram_entropy_nats
     else:
         tokens = file.sample()
         if len(tokens) < 20 * vocab_size or tokens.min() < 0 or tokens.max() >= vocab_size:
@@ -167,7 +169,7 @@ def entropies(file: TokenFile, where: str, vocab_size: int) -> list[Finding]:
 
 def checksums(file: TokenFile, where: str) -> list[Finding]:
     """Sealed checksums of the index, and of the first, middle and last block of tokens."""
-    if file.seal is None:
+    if file.sidecar is None:
         return []
     try:
         if (file.num_documents or 0) * 20 < _VERIFIED_INDEX_BYTES:

@@ -110,7 +110,7 @@ class Corpus:
         return self._digest.hexdigest()
 
     def description(self) -> dict:
-        """What was read so far, for seals and tokenizers."""
+        """What was read so far, for sidecars and tokenizers."""
         return {"inputs": self.inputs, "num_documents": self.num_documents, "sha256": self.sha256}
 
     def problems(self) -> list[str]:

@@ -1,8 +1,8 @@
-"""Token files on disk: Megatron's .bin/.idx pair with our seal beside it, and flat .bin files as nanoGPT writes them.
+"""Token files on disk: Megatron's .bin/.idx pair with our sidecar beside it, and flat .bin files as nanoGPT writes them.
 
     PREFIX.bin   all tokens of all documents back to back, little endian, nothing else
     PREFIX.idx   header, lengths in tokens, pointers in bytes, document numbers: byte for byte Megatron's format
-    PREFIX.json  the seal: tokenizer, vocabulary, counts, entropies and checksums that Megatron's format does not hold
+    PREFIX.json  the sidecar: tokenizer, vocabulary, counts, entropies and checksums that Megatron's format does not hold
 
 It knows bytes and counts; not what a sample is, not how tokens are made. No torch.
 
@@ -55,7 +55,7 @@ class DataMissing(DataError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seal:
+class Sidecar:
     """What PREFIX.json says about PREFIX.bin and PREFIX.idx."""
 
     format_version: int = 1
@@ -87,19 +87,19 @@ class Seal:
     """xxh3-128 of the .idx."""
 
     @classmethod
-    def read(cls, path: Path) -> Seal:
-        """The seal at `path`. Raises DataError when it is damaged or of another format."""
+    def read(cls, path: Path) -> Sidecar:
+        """The sidecar at `path`. Raises DataError when it is damaged or of another format."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise DataError(f"{path}: not a seal ({error}); restore the file or tokenize again") from None
+            raise DataError(f"{path}: not a sidecar ({error}); restore the file or tokenize again") from None
         version = values.get("format_version") if isinstance(values, dict) else None
         if version != 1:
-            raise DataError(f"{path}: seal of format {version}, this program reads format 1; tokenize again")
+            raise DataError(f"{path}: sidecar of format {version}, this program reads format 1; tokenize again")
         types = {field.name: field.type.split("[")[0] for field in dataclasses.fields(cls)}
         wrong = [name for name, kind in types.items() if type(values.get(name)).__name__ != kind]
         if wrong:
-            raise DataError(f"{path}: not a seal ({', '.join(wrong)} missing or wrong); restore the file or tokenize again")
+            raise DataError(f"{path}: not a sidecar ({', '.join(wrong)} missing or wrong); restore the file or tokenize again")
         return cls(**{name: values[name] for name in types})
 
     def to_json(self) -> str:
@@ -115,14 +115,14 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class TokenFile:
     """A token file, opened by its prefix (.bin/.idx pair) or by the name of a flat .bin. Raises DataError when it is damaged.
 
-    `path` (prefix, or flat file), `num_tokens`, `dtype`, `num_documents` (None: a flat file), `seal` (None: not ours).
+    `path` (prefix, or flat file), `num_tokens`, `dtype`, `num_documents` (None: a flat file), `sidecar` (None: not ours).
     Thread-safe; nothing of the file is held in memory.
     """
 
     def __init__(self, path: str | Path):
         self.path, self.bin_path, self._idx_path = _resolve(str(path))
         self.num_documents: int | None = None
-        self.seal: Seal | None = None
+        self.sidecar: Sidecar | None = None
         self._file = open(self.bin_path, "rb", buffering=0)
         self._bin_bytes = os.fstat(self._file.fileno()).st_size
         self._offset = 0
@@ -202,11 +202,13 @@ class TokenFile:
         path = Path(self.path + ".json")
         if not path.exists():
             return
-        self.seal = Seal.read(path)
+        self.sidecar = Sidecar.read(path)
         for name in ("num_tokens", "num_documents", "dtype"):
-            sealed, found = str(getattr(self.seal, name)), str(getattr(self, name))
-            if sealed != found:
-                raise DataError(f"{path}: {name} is {sealed} in the seal and {found} in the files; it belongs to others")
+            recorded, found = str(getattr(self.sidecar, name)), str(getattr(self, name))
+            if recorded != found:
+                raise DataError(
+                    f"{path}: {name} is {recorded} in the sidecar and {found} in the files; it describes other files"
+                )
 
     @property
     def tokens(self) -> np.ndarray:
@@ -262,18 +264,18 @@ class TokenFile:
     def fingerprint(self) -> str:
         """Hash of type, length, sealed checksums and `sample()`, not of the name: other content, other fingerprint.
 
-        O(1): of a file without a seal, a change between the sampled runs goes unseen.
+        O(1): of a file without a sidecar, a change between the sampled runs goes unseen.
         """
         digest = xxhash.xxh3_128(f"{self.dtype.str} {self.num_tokens}".encode())
-        if self.seal is not None:
-            digest.update(json.dumps([self.seal.tokenizer_fingerprint, *self.seal.block_checksums]).encode())
+        if self.sidecar is not None:
+            digest.update(json.dumps([self.sidecar.tokenizer_fingerprint, *self.sidecar.block_checksums]).encode())
         digest.update(self.sample())
         return digest.hexdigest()
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that `verify_block` can check; 0 without a seal."""
-        return len(self.seal.block_checksums) if self.seal else 0
+        """Blocks that `verify_block` can check; 0 without a sidecar."""
+        return len(self.sidecar.block_checksums) if self.sidecar else 0
 
     def verify(self) -> None:
         """Check every sealed checksum by reading all of both files; raises DataError."""
@@ -282,10 +284,10 @@ class TokenFile:
             self.verify_block(i)
 
     def verify_index(self) -> None:
-        """Check the .idx against the seal, and that the seal covers all of the .bin; raises DataError."""
-        if self.seal is None:
-            raise DataError(f"{self.path}: has no seal ({self.path}.json), so there are no checksums to verify")
-        if self.num_blocks != -(-self._bin_bytes // self.seal.block_bytes):
+        """Check the .idx against the sidecar, and that the sidecar covers all of the .bin; raises DataError."""
+        if self.sidecar is None:
+            raise DataError(f"{self.path}: has no sidecar ({self.path}.json), so there are no checksums to verify")
+        if self.num_blocks != -(-self._bin_bytes // self.sidecar.block_bytes):
             raise DataError(
                 f"{self.path}.json: {self.num_blocks} checksums do not cover the .bin; restore it or tokenize again"
             )
@@ -293,15 +295,15 @@ class TokenFile:
         with open(self._idx_path, "rb") as file:
             while data := file.read(_BLOCK_BYTES):
                 digest.update(data)
-        if digest.hexdigest() != self.seal.index_checksum:
+        if digest.hexdigest() != self.sidecar.index_checksum:
             raise DataError(f"{self._idx_path}: damaged (checksum); copy it again")
 
     def verify_block(self, i: int) -> None:
-        """Check block `i` of the .bin against the seal; raises DataError."""
-        start = i * self.seal.block_bytes
-        size = min(self.seal.block_bytes, self._bin_bytes - start)
+        """Check block `i` of the .bin against the sidecar; raises DataError."""
+        start = i * self.sidecar.block_bytes
+        size = min(self.sidecar.block_bytes, self._bin_bytes - start)
         data = read_ranges(self._file, np.array([start]), np.array([size]))
-        if xxhash.xxh3_128_hexdigest(data) != self.seal.block_checksums[i]:
+        if xxhash.xxh3_128_hexdigest(data) != self.sidecar.block_checksums[i]:
             raise DataError(f"{self.bin_path}: damaged between bytes {start:,} and {start + size:,} (checksum); copy it again")
 
 
@@ -343,7 +345,7 @@ class TokenWriter:
 
         with TokenWriter(prefix, vocab_size=..., ...) as writer:
             writer.add(tokens, lengths, utf8_bytes)     # as often as needed
-            seal = writer.finish(corpus)                # leaving without it discards all
+            sidecar = writer.finish(corpus)                # leaving without it discards all
 
     Raises DataError for an existing output, a second writer of the same prefix, a wrong id, and no documents at all.
     """
@@ -423,8 +425,8 @@ class TokenWriter:
         self._blocks.append(self._block.hexdigest())
         self._block, self._block_filled = xxhash.xxh3_128(), 0
 
-    def finish(self, corpus: dict) -> Seal:
-        """Sync and rename the files; returns their seal. `corpus` describes the text: inputs, sha256."""
+    def finish(self, corpus: dict) -> Sidecar:
+        """Sync and rename the files; returns their sidecar. `corpus` describes the text: inputs, sha256."""
         if not 0 < self.num_documents < 2**31:
             raise DataError(f"{self._paths[1]}: {self.num_documents:,} documents given; 1 to 2^31 - 1 are allowed")
         if self._block_filled:
@@ -432,7 +434,7 @@ class TokenWriter:
         self._bin.flush()
         counts_V = self._counts_V
         num_tokens = int(counts_V.sum())
-        seal = Seal(
+        sidecar = Sidecar(
             **self._about,
             dtype=self._dtype.name,
             num_tokens=num_tokens,
@@ -446,7 +448,7 @@ class TokenWriter:
             block_checksums=self._blocks,
             index_checksum=self._write_index(),
         )
-        self._temporary[0].write_text(seal.to_json(), encoding="utf-8")
+        self._temporary[0].write_text(sidecar.to_json(), encoding="utf-8")
         self._paths[2].unlink(missing_ok=True)  # an old pair stops being one before its first file is replaced
         for path in self._temporary:
             with open(path, "rb") as file:
@@ -457,7 +459,7 @@ class TokenWriter:
         folder = os.open(self._paths[0].parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
-        return seal
+        return sidecar
 
     def _bigram_runs(self, num_tokens: int) -> list[np.ndarray]:
         tokens = np.asarray(np.memmap(self._temporary[1], self._dtype, "r", shape=(num_tokens,)))

@@ -146,7 +146,7 @@ def _environment(config: Config, engine: Engine, parts: Parts, directory: RunDir
     data, model = parts.data, parts.model
     seals = {
         source.name: {"fingerprint": source.fingerprint()}
-        | {key: value for key, value in (asdict(source.seal) if source.seal else {}).items() if key != "block_checksums"}
+        | {key: value for key, value in (asdict(source.sidecar) if source.sidecar else {}).items() if key != "block_checksums"}
         for source in data.sources
     }
     per_token = flops.flops_per_token(model, config.data.sequence_length)
