@@ -100,7 +100,7 @@ def test_files_of_others_are_read_without_a_seal_and_with_several_sequences_per_
     assert np.array_equal(file.document(0), np.concatenate(docs[:2]))
     assert np.array_equal(file.document(2), np.concatenate(docs[3:]))
     with pytest.raises(DataError, match="no sidecar"):
-        file.verify()
+        file.check_checksums()
 
 
 @pytest.mark.parametrize(("code", "dtype"), [(1, "<u1"), (2, "<i1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2")])
@@ -143,7 +143,7 @@ def test_seal_says_what_the_files_hold(tmp_path):
     p = np.bincount(tokens) / 70
     assert sidecar.unigram_entropy_nats == pytest.approx(-(p[p > 0] * np.log(p[p > 0])).sum())
     assert sidecar.bigram_entropy_nats > sidecar.unigram_entropy_nats * 0.9
-    TokenFile(tmp_path / "a").verify()
+    TokenFile(tmp_path / "a").check_checksums()
 
 
 def test_blocks_and_bigram_runs_of_a_larger_file(tmp_path, monkeypatch):
@@ -154,14 +154,14 @@ def test_blocks_and_bigram_runs_of_a_larger_file(tmp_path, monkeypatch):
     sidecar = write(tmp_path / "a", docs, vocab_size=20)
     assert len(sidecar.block_checksums) == 16
     assert sidecar.bigram_entropy_nats == pytest.approx(np.log(17), rel=0.1)
-    TokenFile(tmp_path / "a").verify()
+    TokenFile(tmp_path / "a").check_checksums()
     with open(tmp_path / "a.bin", "r+b") as file:
         file.seek(7_500)
         file.write(b"\xff")
     damaged = TokenFile(tmp_path / "a")
-    damaged.verify_block(6)
+    damaged.check_block(6)
     with pytest.raises(DataError, match=r"a\.bin: damaged between bytes 7,000 and 8,000"):
-        damaged.verify()
+        damaged.check_checksums()
 
 
 def test_a_flipped_bit_in_either_file_is_found_by_verify(tmp_path):
@@ -171,7 +171,7 @@ def test_a_flipped_bit_in_either_file_is_found_by_verify(tmp_path):
         data[45] ^= 1
         (tmp_path / name).write_bytes(data)
         with pytest.raises(DataError, match=name.replace(".", r"\.") + ".*damaged"):
-            TokenFile(tmp_path / "a").verify()
+            TokenFile(tmp_path / "a").check_checksums()
 
 
 def test_a_seal_of_other_files_is_refused(tmp_path):

@@ -66,7 +66,7 @@ def test_every_document_arrives_once_shuffled_and_whole(folder):
     assert sum(sidecar.utf8_bytes for sidecar in sidecars) == sum(len(text.encode()) for text in written)
     assert all(sidecar.shuffled and sidecar.tokenizer_fingerprint == tokenizer.fingerprint for sidecar in sidecars)
     for part in ("train", "valid"):
-        TokenFile(folder / f"one_{part}").verify()
+        TokenFile(folder / f"one_{part}").check_checksums()
 
 
 def test_any_number_of_workers_writes_the_same_bytes(folder):

@@ -125,10 +125,10 @@ def about_seal(file: TokenFile):
 
 def verify(file: TokenFile) -> None:
     """Checks all checksums with progress; raises DataError."""
-    file.verify_index()
+    file.check_index()
     with Progress("verifying", file.num_tokens * file.dtype.itemsize) as progress:
         for i in range(file.num_blocks):
-            file.verify_block(i)
+            file.check_block(i)
             progress.update(min((i + 1) * file.sidecar.block_bytes, file.num_tokens * file.dtype.itemsize))
 
 

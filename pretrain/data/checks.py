@@ -173,9 +173,9 @@ def checksums(file: TokenFile, where: str) -> list[Finding]:
         return []
     try:
         if (file.num_documents or 0) * 20 < _VERIFIED_INDEX_BYTES:
-            file.verify_index()
+            file.check_index()
         for i in sorted({i * (file.num_blocks - 1) // (_VERIFIED_BLOCKS - 1) for i in range(_VERIFIED_BLOCKS)}):
-            file.verify_block(i)
+            file.check_block(i)
     except DataError as error:
         return [Finding("checksum-wrong", where, str(error), stops=True)]
     return []
@@ -196,7 +196,7 @@ def length_quantiles(file: TokenFile) -> str:
 # ---------------------------------------------------------------- copies
 
 
-class Copies(NamedTuple):
+class Duplicates(NamedTuple):
     """Shares are of tokens."""
 
     train: float
@@ -209,10 +209,10 @@ class Copies(NamedTuple):
     """Whether these are all documents."""
 
 
-def copies(train: list[TokenFile], valid: list[TokenFile], end_of_document_id: int | None) -> Copies | None:
+def duplicates(train: list[TokenFile], valid: list[TokenFile], end_of_document_id: int | None) -> Duplicates | None:
     """How much text stands twice; null where no file says where documents end.
 
-    Documents are chosen by a hash of their length until the budget is full. Copies have equal lengths, so either all or none
+    Documents are chosen by a hash of their length until the budget is full. Duplicates have equal lengths, so either all or none
     of them are chosen, and the shares are unbiased although only a part of a large file is read.
     """
     parts = [(file, _documents(file, end_of_document_id)) for file in [*train, *valid]]
@@ -235,7 +235,7 @@ def copies(train: list[TokenFile], valid: list[TokenFile], end_of_document_id: i
         valid_hash, valid_tokens = (np.concatenate(column) for column in zip(*hashed[len(train) :], strict=True))
         overlap = float(valid_tokens[np.isin(valid_hash, train_hash)].sum() / max(1, valid_tokens.sum()))
         documents += len(valid_hash)
-    return Copies(float(1 - train_tokens[first].sum() / total), overlap, documents, bool(fits.all()))
+    return Duplicates(float(1 - train_tokens[first].sum() / total), overlap, documents, bool(fits.all()))
 
 
 def _documents(file: TokenFile, end: int | None) -> np.ndarray | None:

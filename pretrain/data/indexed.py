@@ -7,7 +7,7 @@
 It knows bytes and counts; not what a sample is, not how tokens are made. No torch.
 
 A pair is complete when its .idx exists: it is renamed into place last. Opening checks sizes and headers in O(1);
-`TokenFile.verify` reads everything. Reads are positioned reads, not a memory map: a file that is cut short or a disk that
+`TokenFile.check_checksums` reads everything. Reads are positioned reads, not a memory map: a file that is cut short or a disk that
 fails in mid-run is then an OSError that can be reported, where a memory map ends the process by SIGBUS; cold random reads
 are as fast, because all ranges of a batch are announced to the kernel before the first is read.
 """
@@ -274,16 +274,16 @@ class TokenFile:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that `verify_block` can check; 0 without a sidecar."""
+        """Blocks that `check_block` can check; 0 without a sidecar."""
         return len(self.sidecar.block_checksums) if self.sidecar else 0
 
-    def verify(self) -> None:
+    def check_checksums(self) -> None:
         """Check every sealed checksum by reading all of both files; raises DataError."""
-        self.verify_index()
+        self.check_index()
         for i in range(self.num_blocks):
-            self.verify_block(i)
+            self.check_block(i)
 
-    def verify_index(self) -> None:
+    def check_index(self) -> None:
         """Check the .idx against the sidecar, and that the sidecar covers all of the .bin; raises DataError."""
         if self.sidecar is None:
             raise DataError(f"{self.path}: has no sidecar ({self.path}.json), so there are no checksums to verify")
@@ -298,7 +298,7 @@ class TokenFile:
         if digest.hexdigest() != self.sidecar.index_checksum:
             raise DataError(f"{self._idx_path}: damaged (checksum); copy it again")
 
-    def verify_block(self, i: int) -> None:
+    def check_block(self, i: int) -> None:
         """Check block `i` of the .bin against the sidecar; raises DataError."""
         start = i * self.sidecar.block_bytes
         size = min(self.sidecar.block_bytes, self._bin_bytes - start)

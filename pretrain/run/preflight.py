@@ -197,7 +197,7 @@ def file_facts(file: TokenFile, end: int | None) -> list[str]:
 
 
 def _copy_findings(train: list[TokenFile], valid: list[TokenFile], end: int | None, facts: list[str]) -> list[Finding]:
-    shares = checks.copies(train, valid, end) if train else None
+    shares = checks.duplicates(train, valid, end) if train else None
     if shares is None:  # the ends of documents are unknown
         return _same_files(train, valid)
     extent = "all" if shares.whole else "a sample of"
