@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pretrain.checkpoint.manifest import CheckpointError
 from pretrain.config import Config, ConfigError, load
-from pretrain.data import quarantine, skips
+from pretrain.data import excluded
 from pretrain.data.indexed import DataError, TokenFile
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.model.config import vocabulary
@@ -188,21 +188,25 @@ def about_run(arguments: argparse.Namespace) -> Iterator[str]:
     return samples_of_step(data, arguments, config, tokenizer, left_out)
 
 
-def ranges_left_out(run: Path) -> skips.Ranges:
+def ranges_left_out(run: Path) -> excluded.PositionRanges:
     """The samples that the run did without, after it had diverged on them."""
     path, ranges = run / "metrics.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else []:
         if '"skipped_positions"' in line:
-            ranges = skips.with_range(ranges, *json.loads(line)["skipped_positions"])
+            ranges = excluded.add_range(ranges, *json.loads(line)["skipped_positions"])
     return ranges
 
 
 def samples_of_step(
-    data: TrainData, arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer | None, left_out: skips.Ranges
+    data: TrainData,
+    arguments: argparse.Namespace,
+    config: Config,
+    tokenizer: Tokenizer | None,
+    left_out: excluded.PositionRanges,
 ) -> Iterator[str]:
     """The samples of the global batch of a step, or of one rank's share, with their documents; by loss if that is asked for."""
     size = config.batch.global_batch_size
-    first = skips.position_of_step(arguments.step, size, left_out)
+    first = excluded.position_of_step(arguments.step, size, left_out)
     of_rank = ""
     if arguments.rank is not None:
         made = environment.start_of_step(environment.read(arguments.run), arguments.step)
@@ -288,11 +292,13 @@ def losses_of(
 def put_into_quarantine(data: TrainData, path: Path, samples: list[Sample], noted: list[str], config: Config) -> str:
     """Adds the samples to the file; a line that says so."""
     entries = [(data.sources[sample.source].name, sample.number, note) for sample, note in zip(samples, noted, strict=True)]
-    quarantine.append(path, config.data.sequence_length, entries)
+    excluded.append_to_quarantine(path, config.data.sequence_length, entries)
     return f"{path}: {len(entries)} samples added; --data.quarantine {path} leaves them out"
 
 
-def steps_of_document(data: TrainData, arguments: argparse.Namespace, config: Config, left_out: skips.Ranges) -> Iterator[str]:
+def steps_of_document(
+    data: TrainData, arguments: argparse.Namespace, config: Config, left_out: excluded.PositionRanges
+) -> Iterator[str]:
     """Where each sample that holds a part of the document stands in the first epochs."""
     chosen = arguments.document
     try:
@@ -309,7 +315,7 @@ def steps_of_document(data: TrainData, arguments: argparse.Namespace, config: Co
     size = config.batch.global_batch_size
     for sample in samples:
         positions = [data.position(number, epoch, sample) for epoch in range(_EPOCHS_SHOWN)]
-        steps = [None if each is None else skips.step_of_position(each, size, left_out) for each in positions]
+        steps = [None if each is None else excluded.step_of_position(each, size, left_out) for each in positions]
         steps = ", ".join(f"{step or 'left out'} (epoch {epoch})" for epoch, step in enumerate(steps))
         yield f"sample {sample}: steps {steps}"
     if arguments.quarantine:

@@ -1,7 +1,7 @@
 """Batches for training and validation: the order (order.py) read from token files (indexed.py) or generated (synthetic.py).
 
     train   position -> source, epoch, sample -> window of T + 1 tokens -> Batch. The whole state is the position.
-            Samples in quarantine (quarantine.py) have no position.
+            Samples in quarantine (excluded.py) have no position.
     valid   every token of the file but the first is a label exactly once; the last partial window is padded.
 
 A sample is tokens [i * T, i * T + T] of its source: T inputs and the T tokens after them, one token shared with the next.
@@ -21,11 +21,11 @@ import torch
 from pretrain.config import DataConfig, SourceConfig
 from pretrain.data.checks import unfit
 
-from . import quarantine
+from . import excluded
 from .entropy import unigram_entropy
+from .excluded import Quarantine
 from .indexed import DataError, TokenFile
 from .order import Order
-from .quarantine import Quarantine
 from .synthetic import SyntheticSource
 
 MASKED = -100  # the label that cross-entropy ignores
@@ -117,10 +117,10 @@ class TrainData:
         self.sources, self.vocab_size, self._data = sources, vocab_size, data
         self._shares = [weight / math.fsum(weights) for weight in weights]
         self._order = Order([source.num_samples for source in sources], weights, seed)
-        ranges: quarantine.Ranges = []
+        ranges: excluded.SampleRanges = []
         if data.quarantine is not None:
             sizes = [source.num_samples for source in sources]
-            ranges = quarantine.read(data.quarantine, [source.name for source in sources], sizes, data.sequence_length)
+            ranges = excluded.read_quarantine(data.quarantine, [source.name for source in sources], sizes, data.sequence_length)
         self.quarantine = Quarantine(self._order, ranges)
         self.samples_per_epoch = sum(source.num_samples for source in sources) - sum(self.quarantine.sizes)
         self.reference_lines = _blended_lines(sources, self._shares, vocab_size)
@@ -155,14 +155,14 @@ class TrainData:
         """The position of a sample in an epoch of its source: the inverse of `sample_ids`. Null: it is in quarantine."""
         return self.quarantine.position(self._order.position(source, epoch, sample))
 
-    def history_changed(self, left_out: quarantine.Ranges, position: int) -> str | None:
+    def history_changed(self, left_out: excluded.SampleRanges, position: int) -> str | None:
         """Why a run that has read `position` samples without `left_out` cannot go on without this quarantine; null: it can."""
         changed = self.quarantine.changed_before(Quarantine(self._order, left_out), position)
         return changed and f"sample {changed[1]} of {self.sources[changed[0]].name}, whose place in the order is passed"
 
     def passes(self, samples: int) -> list[float]:
         """How often the first `samples` positions read each source."""
-        counts = self._order.blend.counts(self.quarantine.begin(samples))
+        counts = self._order.blend.counts(self.quarantine.start(samples))
         return [count / source.num_samples for count, source in zip(counts, self.sources, strict=True)]
 
     def description(self) -> list[str]:

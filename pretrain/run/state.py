@@ -10,7 +10,7 @@ from pretrain.checkpoint import storage
 from pretrain.checkpoint.manifest import Checkpoint
 from pretrain.checkpoint.saver import Saver
 from pretrain.config import Config
-from pretrain.data import skips
+from pretrain.data import excluded
 from pretrain.data.batches import TrainData, ValidData
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.engines.base import Engine
@@ -51,7 +51,7 @@ class Progress:
     """This step's validation was cut short to save in time; after a resume it comes first."""
     rollbacks: int = 0
     """Rollbacks to a checkpoint after a divergence."""
-    skipped_positions: skips.Ranges = field(default_factory=list)
+    skipped_positions: excluded.PositionRanges = field(default_factory=list)
     """Samples that these rollbacks skip."""
 
 
