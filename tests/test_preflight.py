@@ -536,7 +536,7 @@ def test_entropies_are_judged_by_the_vocabulary_that_the_data_were_made_with(wor
         writer.add(np.concatenate(documents), np.array([len(each) for each in documents]), 400_000)
         writer.finish({})
     for vocab_size in (320, 400):
-        (found,) = checks.entropies(TokenFile(world.folder / "random"), "data.train[0].path", vocab_size)
+        (found,) = checks.check_entropies(TokenFile(world.folder / "random"), "data.train[0].path", vocab_size)
         assert found.name == "tokens-random" and "unless tokens further back tell more" in found.text
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from pretrain.config import DataConfig, SourceConfig
-from pretrain.data.checks import unfit
+from pretrain.data.checks import check_fit
 
 from . import excluded
 from .entropy import unigram_entropy
@@ -271,7 +271,7 @@ def _open_files(
             continue
         opened.append(source)
         least = data.sequence_length + 1 if key == "train" else 2
-        found = unfit(
+        found = check_fit(
             source.file,
             f"data.{key}[{i}].path",
             data,

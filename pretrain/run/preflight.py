@@ -138,7 +138,7 @@ def _file_findings(config: Config, tokenizer: Tokenizer | None, vocab_size: int,
                 continue
             files[key].append(file)
             facts += file_facts(file, end)
-            found += checks.unfit(
+            found += checks.check_fit(
                 file,
                 where,
                 config.data,
@@ -146,8 +146,8 @@ def _file_findings(config: Config, tokenizer: Tokenizer | None, vocab_size: int,
                 tokenizer_fingerprint=tokenizer and tokenizer.fingerprint,
                 least_tokens=config.data.sequence_length + 1 if key == "train" else 2,
             )
-            found += checks.sampled(file, where, vocab_size=vocab_size, end_of_document_id=end)
-            found += checks.entropies(file, where, vocab_size) + checks.checksums(file, where)
+            found += checks.check_sample(file, where, vocab_size=vocab_size, end_of_document_id=end)
+            found += checks.check_entropies(file, where, vocab_size) + checks.check_checksums(file, where)
             if file.sidecar is None and tokenizer:
                 text = f"{file.path} has no metadata sidecar, so its tokenizer is unknown; tools/tokenize_corpus.py writes one"
                 found.append(Finding("no-seal", where, text))
@@ -161,8 +161,8 @@ def _quick_file_findings(parts: Parts) -> list[Finding]:
     files += [(f"data.valid[{i}].path", source) for i, source in enumerate(valid)]
     found = _same_files([source.file for source in train], [source.file for source in valid])
     for where, source in files:
-        found += checks.sampled(source.file, where, vocab_size=parts.data.vocab_size, end_of_document_id=None)
-        found += checks.entropies(source.file, where, parts.data.vocab_size) if source.sidecar else []
+        found += checks.check_sample(source.file, where, vocab_size=parts.data.vocab_size, end_of_document_id=None)
+        found += checks.check_entropies(source.file, where, parts.data.vocab_size) if source.sidecar else []
     return found
 
 
@@ -200,7 +200,7 @@ def _copy_findings(train: list[TokenFile], valid: list[TokenFile], end: int | No
     shares = checks.duplicates(train, valid, end) if train else None
     if shares is None:  # the ends of documents are unknown
         return _same_files(train, valid)
-    extent = "all" if shares.whole else "a sample of"
+    extent = "all" if shares.complete else "a sample of"
     facts.append(
         f"duplicates: {shares.train:.2%} of the training tokens are in repeated documents"
         + (f", {shares.valid:.2%} of the validation tokens in training documents" if valid else "")
