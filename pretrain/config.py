@@ -77,7 +77,7 @@ class DataConfig:
     document_mask: bool = False
     """Tokens attend only inside their document."""
     quarantine: str | None = None
-    """File of training samples that are left out (pretrain/data/quarantine.py has its format); null: none."""
+    """File of training samples that are left out (pretrain/data/excluded.py has its format); null: none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from pretrain import UserError
 from pretrain.checkpoint.saver import VOTES
 from pretrain.config import Config
-from pretrain.data import skips
+from pretrain.data import excluded
 from pretrain.data.batches import Batch
 from pretrain.engines.base import Engine
 from pretrain.engines.start import start_engine
@@ -236,7 +236,7 @@ def _due(step: int, every: int) -> bool:
 def _advance(run: Run) -> None:
     """Moves on by one step. Skipped positions are logged with the step that skips them."""
     progress, skipped = run.progress, run.progress.skipped_positions
-    begin = skips.next_position(progress.position, skipped)
+    begin = excluded.next_position(progress.position, skipped)
     progress.step += 1
     if begin > progress.position:
         record = {"step": progress.step, "rollbacks": progress.rollbacks, "skipped_positions": [progress.position, begin]}
@@ -271,7 +271,7 @@ def _windows(run: Run) -> Iterator[list[Batch]]:
         return [Batch(*tensors) for tensors in zip(*columns, strict=True)]
 
     skipped = run.progress.skipped_positions
-    position = skips.next_position(run.progress.position, skipped)
+    position = excluded.next_position(run.progress.position, skipped)
     with ThreadPoolExecutor(1, "data") as pool:
         ahead = pool.submit(read, position)
         while True:
@@ -281,6 +281,6 @@ def _windows(run: Run) -> Iterator[list[Batch]]:
                 if int(os.environ.get("LOCAL_RANK", 0)) > 0:
                     print(f"pretrain: rank {engine.rank}: {error}", file=sys.stderr, flush=True)
                 raise
-            position = skips.next_position(position + batch.global_batch_size, skipped)
+            position = excluded.next_position(position + batch.global_batch_size, skipped)
             ahead = pool.submit(read, position)
             yield [engine.to_device(micro_batch) for micro_batch in window]

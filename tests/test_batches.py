@@ -159,8 +159,8 @@ def test_fingerprint_changes_with_all_that_changes_the_stream_and_with_nothing_e
 
 
 def test_reference_lines_are_weighted_means_where_all_sources_know_them(tmp_path, data, sources):
-    seals = [TokenFile(path).seal for path in sources]
-    expected = sum(seal.unigram_entropy_nats * share for seal, share in zip(seals, [1 / 6, 1 / 3, 1 / 2], strict=True))
+    sidecars = [TokenFile(path).sidecar for path in sources]
+    expected = sum(sidecar.unigram_entropy_nats * share for sidecar, share in zip(sidecars, [1 / 6, 1 / 3, 1 / 2], strict=True))
     assert data.reference_lines["unigram"] == pytest.approx(expected)
     assert data.reference_lines["uniform"] == math.log(100)
     write_megatron(tmp_path / "foreign", documents())

@@ -58,7 +58,7 @@ WITHOUT_TORCH = [
     "pretrain.data.corpus",
     "pretrain.data.tokenizer",
     "pretrain.data.checks",
-    "pretrain.data.quarantine",
+    "pretrain.data.excluded",
     "pretrain.model.flops",
     "pretrain.report.sinks",
     "pretrain.report.plot",

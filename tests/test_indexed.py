@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from pretrain.data.indexed import DataError, Seal, TokenFile, TokenWriter, token_dtype
+from pretrain.data.indexed import DataError, Sidecar, TokenFile, TokenWriter, token_dtype
 
 END = 2
 LENGTHS = [5, 1, 12, 3, 40, 7, 2]
@@ -21,7 +21,7 @@ def documents(lengths=LENGTHS, vocab_size=100, seed=0) -> list[np.ndarray]:
     return [np.append(rng.integers(3, vocab_size, length - 1), END) for length in lengths]
 
 
-def write(prefix, docs=None, *, vocab_size=100, fingerprint="made-of-tests", text_bytes=4, **options) -> Seal:
+def write(prefix, docs=None, *, vocab_size=100, fingerprint="made-of-tests", text_bytes=4, **options) -> Sidecar:
     docs = documents(vocab_size=vocab_size) if docs is None else docs
     about = dict(tokenizer_fingerprint=fingerprint, tokenizer_path="tokenizers/test", shuffled=True) | options
     with TokenWriter(prefix, vocab_size=vocab_size, end_of_document_id=END, **about) as writer:
@@ -96,11 +96,11 @@ def test_files_of_others_are_read_without_a_seal_and_with_several_sequences_per_
     docs = documents()
     write_megatron(tmp_path / "theirs", docs, starts=[0, 2, 3, 7])
     file = TokenFile(tmp_path / "theirs")
-    assert file.seal is None and file.num_documents == 3
+    assert file.sidecar is None and file.num_documents == 3
     assert np.array_equal(file.document(0), np.concatenate(docs[:2]))
     assert np.array_equal(file.document(2), np.concatenate(docs[3:]))
-    with pytest.raises(DataError, match="no seal"):
-        file.verify()
+    with pytest.raises(DataError, match="no sidecar"):
+        file.check_checksums()
 
 
 @pytest.mark.parametrize(("code", "dtype"), [(1, "<u1"), (2, "<i1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2")])
@@ -130,20 +130,20 @@ def test_a_file_cut_short_while_in_use_is_an_error_and_not_the_end_of_the_proces
         file.read([0], [70])
 
 
-# ---------------------------------------------------------------- the seal
+# ---------------------------------------------------------------- the sidecar
 
 
 def test_seal_says_what_the_files_hold(tmp_path):
     docs = documents()
-    seal = write(tmp_path / "a", docs, text_bytes=3)
-    assert seal == TokenFile(tmp_path / "a").seal == Seal.read(tmp_path / "a.json")
+    sidecar = write(tmp_path / "a", docs, text_bytes=3)
+    assert sidecar == TokenFile(tmp_path / "a").sidecar == Sidecar.read(tmp_path / "a.json")
     tokens = np.concatenate(docs)
-    assert (seal.num_tokens, seal.num_documents, seal.max_id) == (70, 7, tokens.max())
-    assert (seal.utf8_bytes, seal.end_of_document_id, seal.dtype, seal.shuffled) == (3 * 63, END, "uint16", True)
+    assert (sidecar.num_tokens, sidecar.num_documents, sidecar.max_id) == (70, 7, tokens.max())
+    assert (sidecar.utf8_bytes, sidecar.end_of_document_id, sidecar.dtype, sidecar.shuffled) == (3 * 63, END, "uint16", True)
     p = np.bincount(tokens) / 70
-    assert seal.unigram_entropy_nats == pytest.approx(-(p[p > 0] * np.log(p[p > 0])).sum())
-    assert seal.bigram_entropy_nats > seal.unigram_entropy_nats * 0.9
-    TokenFile(tmp_path / "a").verify()
+    assert sidecar.unigram_entropy_nats == pytest.approx(-(p[p > 0] * np.log(p[p > 0])).sum())
+    assert sidecar.bigram_entropy_nats > sidecar.unigram_entropy_nats * 0.9
+    TokenFile(tmp_path / "a").check_checksums()
 
 
 def test_blocks_and_bigram_runs_of_a_larger_file(tmp_path, monkeypatch):
@@ -151,17 +151,17 @@ def test_blocks_and_bigram_runs_of_a_larger_file(tmp_path, monkeypatch):
     monkeypatch.setattr("pretrain.data.indexed._BLOCK_BYTES", 1000)
     monkeypatch.setattr("pretrain.data.indexed._BIGRAM_RUN_TOKENS", 50)
     docs = documents([40] * 200, vocab_size=20)
-    seal = write(tmp_path / "a", docs, vocab_size=20)
-    assert len(seal.block_checksums) == 16
-    assert seal.bigram_entropy_nats == pytest.approx(np.log(17), rel=0.1)
-    TokenFile(tmp_path / "a").verify()
+    sidecar = write(tmp_path / "a", docs, vocab_size=20)
+    assert len(sidecar.block_checksums) == 16
+    assert sidecar.bigram_entropy_nats == pytest.approx(np.log(17), rel=0.1)
+    TokenFile(tmp_path / "a").check_checksums()
     with open(tmp_path / "a.bin", "r+b") as file:
         file.seek(7_500)
         file.write(b"\xff")
     damaged = TokenFile(tmp_path / "a")
-    damaged.verify_block(6)
+    damaged.check_block(6)
     with pytest.raises(DataError, match=r"a\.bin: damaged between bytes 7,000 and 8,000"):
-        damaged.verify()
+        damaged.check_checksums()
 
 
 def test_a_flipped_bit_in_either_file_is_found_by_verify(tmp_path):
@@ -171,29 +171,32 @@ def test_a_flipped_bit_in_either_file_is_found_by_verify(tmp_path):
         data[45] ^= 1
         (tmp_path / name).write_bytes(data)
         with pytest.raises(DataError, match=name.replace(".", r"\.") + ".*damaged"):
-            TokenFile(tmp_path / "a").verify()
+            TokenFile(tmp_path / "a").check_checksums()
 
 
 def test_a_seal_of_other_files_is_refused(tmp_path):
     write(tmp_path / "a")
     write(tmp_path / "longer", documents([5, 1, 12, 3, 40, 7, 3]))
     write(tmp_path / "fewer", documents([70]))
-    for other, what in (("longer", "num_tokens is 71 in the seal and 70"), ("fewer", "num_documents is 1 in the seal and 7")):
+    for other, what in (
+        ("longer", "num_tokens is 71 in the sidecar and 70"),
+        ("fewer", "num_documents is 1 in the sidecar and 7"),
+    ):
         (tmp_path / "a.json").write_bytes((tmp_path / f"{other}.json").read_bytes())
         with pytest.raises(DataError, match=what):
             TokenFile(tmp_path / "a")
-    seal = write(tmp_path / "a", overwrite=True)
-    (tmp_path / "a.json").write_text(dataclasses.replace(seal, dtype="int32").to_json())
-    with pytest.raises(DataError, match="dtype is int32 in the seal and uint16"):
+    sidecar = write(tmp_path / "a", overwrite=True)
+    (tmp_path / "a.json").write_text(dataclasses.replace(sidecar, dtype="int32").to_json())
+    with pytest.raises(DataError, match="dtype is int32 in the sidecar and uint16"):
         TokenFile(tmp_path / "a")
 
 
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (lambda values: "{", "not a seal"),
-        (lambda values: "[1]", "seal of format None"),
-        (lambda values: values | {"format_version": 2}, "seal of format 2"),
+        (lambda values: "{", "not a sidecar"),
+        (lambda values: "[1]", "sidecar of format None"),
+        (lambda values: values | {"format_version": 2}, "sidecar of format 2"),
         (lambda values: {k: v for k, v in values.items() if k != "max_id"}, "max_id missing or wrong"),
         (lambda values: values | {"max_id": "7"}, "max_id missing or wrong"),
         (lambda values: values | {"shuffled": None, "corpus": 3}, "shuffled, corpus missing or wrong"),
@@ -216,7 +219,7 @@ def test_fingerprint_follows_the_content_and_not_the_place(tmp_path):
     write(tmp_path / "d", documents(seed=1))
     prints = [TokenFile(tmp_path / name).fingerprint() for name in "abcd"]
     assert prints[0] == prints[1] and len(set(prints)) == 3
-    with open(tmp_path / "b.bin", "r+b") as file:  # behind the back of the seal
+    with open(tmp_path / "b.bin", "r+b") as file:  # behind the back of the sidecar
         file.write(b"\x09")
     assert TokenFile(tmp_path / "b").fingerprint() != prints[0]
 
@@ -312,7 +315,7 @@ def test_flat_files_are_read(tmp_path):
     tokens = np.arange(1000, dtype="<u2")
     tokens.tofile(tmp_path / "flat.bin")
     file = TokenFile(tmp_path / "flat.bin")
-    assert (file.num_tokens, file.num_documents, file.seal) == (1000, None, None)
+    assert (file.num_tokens, file.num_documents, file.sidecar) == (1000, None, None)
     assert np.array_equal(file.read([10], [5]), tokens[10:15]) and np.array_equal(file.tokens, tokens)
     with pytest.raises(DataError, match="no document index"):
         file.document(0)

@@ -490,11 +490,11 @@ def test_copies_are_found_wherever_they_lie_and_a_part_of_the_documents_gives_th
     encode(world.tokenizer, written[:300] + written[:100], world.train)
     encode(world.tokenizer, written[250:350], world.valid)
     files = [TokenFile(world.train)], [TokenFile(world.valid)]
-    whole = checks.copies(*files, None)
+    whole = checks.duplicates(*files, None)
     assert whole.whole and whole.documents == 500
     assert whole.train == pytest.approx(0.25, abs=0.05) and whole.valid == pytest.approx(0.5, abs=0.1)
     monkeypatch.setattr(checks, "_HASHED_TOKENS", TokenFile(world.train).num_tokens // 2)
-    part = checks.copies(*files, None)
+    part = checks.duplicates(*files, None)
     assert not part.whole and 100 < part.documents < 400
     assert part.train == pytest.approx(whole.train, abs=0.1) and part.valid == pytest.approx(whole.valid, abs=0.15)
 
@@ -536,7 +536,7 @@ def test_entropies_are_judged_by_the_vocabulary_that_the_data_were_made_with(wor
         writer.add(np.concatenate(documents), np.array([len(each) for each in documents]), 400_000)
         writer.finish({})
     for vocab_size in (320, 400):
-        (found,) = checks.entropies(TokenFile(world.folder / "random"), "data.train[0].path", vocab_size)
+        (found,) = checks.check_entropies(TokenFile(world.folder / "random"), "data.train[0].path", vocab_size)
         assert found.name == "tokens-random" and "unless tokens further back tell more" in found.text
 
 

@@ -282,8 +282,8 @@ def test_a_model_is_measured_alike_from_run_and_folder_on_any_ranks_and_by_trans
     assert [row["source"] for row in one] == ["valid", "train", "all"]
     assert valid["loss"] == pytest.approx(nats / labels, rel=1e-5)
     assert valid["perplexity"] == pytest.approx(math.exp(nats / labels), rel=1e-4)
-    seal = TokenFile(text / "valid").seal
-    assert valid["bits_per_byte"] == pytest.approx(valid["loss"] / math.log(2) * seal.num_tokens / seal.utf8_bytes)
+    sidecar = TokenFile(text / "valid").sidecar
+    assert valid["bits_per_byte"] == pytest.approx(valid["loss"] / math.log(2) * sidecar.num_tokens / sidecar.utf8_bytes)
 
 
 def test_the_mean_of_the_last_checkpoints_is_measured_beside_the_last(base, text):

@@ -62,11 +62,11 @@ def test_every_document_arrives_once_shuffled_and_whole(folder):
     assert not set(train) & set(valid)  # not even of those that occur three times
     numbers = [int(text.split(":")[0]) for text in train]
     assert abs(np.corrcoef(numbers, np.arange(len(numbers)))[0, 1]) < 0.1
-    seals = [TokenFile(folder / f"one_{part}").seal for part in ("train", "valid")]
-    assert sum(seal.utf8_bytes for seal in seals) == sum(len(text.encode()) for text in written)
-    assert all(seal.shuffled and seal.tokenizer_fingerprint == tokenizer.fingerprint for seal in seals)
+    sidecars = [TokenFile(folder / f"one_{part}").sidecar for part in ("train", "valid")]
+    assert sum(sidecar.utf8_bytes for sidecar in sidecars) == sum(len(text.encode()) for text in written)
+    assert all(sidecar.shuffled and sidecar.tokenizer_fingerprint == tokenizer.fingerprint for sidecar in sidecars)
     for part in ("train", "valid"):
-        TokenFile(folder / f"one_{part}").verify()
+        TokenFile(folder / f"one_{part}").check_checksums()
 
 
 def test_any_number_of_workers_writes_the_same_bytes(folder):
@@ -83,20 +83,20 @@ def test_seed_and_order_are_as_asked(folder):
     tokenize(folder, "plain", "--no-shuffle", "--workers", 1, fraction=0)
     written = [json.loads(line)["text"] for line in (folder / "text.jsonl").read_text().splitlines()]
     assert texts_of(folder / "plain", tokenizer) == written
-    assert not TokenFile(folder / "plain").seal.shuffled
+    assert not TokenFile(folder / "plain").sidecar.shuffled
 
 
 def test_the_report_is_true(folder):
     lines = tokenize(folder, "report", "--workers", 1).stdout.splitlines()
-    seals = {part: TokenFile(folder / f"report_{part}").seal for part in ("train", "valid")}
-    assert lines[0].startswith("read 3,000 documents, ") and seals["train"].corpus["sha256"] in lines[0]
-    for part, seal in seals.items():
+    sidecars = {part: TokenFile(folder / f"report_{part}").sidecar for part in ("train", "valid")}
+    assert lines[0].startswith("read 3,000 documents, ") and sidecars["train"].corpus["sha256"] in lines[0]
+    for part, sidecar in sidecars.items():
         (line,) = [line for line in lines if f"report_{part}:" in line]
-        assert f"{seal.num_tokens:,} tokens in {seal.num_documents:,} documents" in line
-        assert f"{seal.utf8_bytes / seal.num_tokens:.2f} bytes of text per token" in line
+        assert f"{sidecar.num_tokens:,} tokens in {sidecar.num_documents:,} documents" in line
+        assert f"{sidecar.utf8_bytes / sidecar.num_tokens:.2f} bytes of text per token" in line
     assert "5.991  guessing: ln 400" in "\n".join(lines)
-    assert f"{seals['train'].unigram_entropy_nats:.3f}  unigram" in "\n".join(lines)
-    assert f"{seals['train'].bigram_entropy_nats:.3f}  bigram" in "\n".join(lines)
+    assert f"{sidecars['train'].unigram_entropy_nats:.3f}  unigram" in "\n".join(lines)
+    assert f"{sidecars['train'].bigram_entropy_nats:.3f}  bigram" in "\n".join(lines)
 
 
 def test_a_kill_in_the_middle_leaves_nothing_under_the_final_names_and_no_process(folder, tmp_path):
@@ -193,9 +193,9 @@ def test_a_tokenizer_is_trained_on_an_even_sample_of_much_text(folder, tmp_path)
 
 def test_inspect_shows_a_file(folder):
     out = tool("inspect_data", "--data", folder / "one_train", "--verify", "--documents", 2).stdout
-    seal = TokenFile(folder / "one_train").seal
-    assert f"{seal.num_tokens:,} tokens (uint16) in {seal.num_documents:,} documents" in out
-    assert "end-of-document id 2" in out and seal.tokenizer_fingerprint in out and "quantiles: 0 % " in out
+    sidecar = TokenFile(folder / "one_train").sidecar
+    assert f"{sidecar.num_tokens:,} tokens (uint16) in {sidecar.num_documents:,} documents" in out
+    assert "end-of-document id 2" in out and sidecar.tokenizer_fingerprint in out and "quantiles: 0 % " in out
     first = Tokenizer.load(folder / "tokenizer").decode(TokenFile(folder / "one_train").document(0).tolist())
     assert f"document 0: {json.dumps(first[:200])}" in out and "verified: all 1 checksums" in out
 

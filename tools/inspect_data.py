@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pretrain.checkpoint.manifest import CheckpointError
 from pretrain.config import Config, ConfigError, load
-from pretrain.data import quarantine, skips
+from pretrain.data import excluded
 from pretrain.data.indexed import DataError, TokenFile
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.model.config import vocabulary
@@ -60,7 +60,7 @@ def main() -> int:
         type=Path,
         help="with --run: add the samples shown to FILE, for data.quarantine, which leaves them out",
     )
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="decodes the ids (default: that of the seal or of the run)")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="decodes the ids (default: that of the sidecar or of the run)")
     parser.add_argument("--documents", type=int, default=3, metavar="N", help="with --data: documents to show (3)")
     parser.add_argument("--characters", type=int, default=200, metavar="N", help="of each text shown (200)")
     parser.add_argument("--verify", action="store_true", help="with --data: read all of it and check every checksum")
@@ -89,16 +89,16 @@ def about_file(arguments: argparse.Namespace):
         f" in {file.num_documents:,} documents" if file.num_documents else ", a flat file without a document index"
     )
     yield f"ids in a sample of {len(sampled):,} tokens: {sampled.min()} to {sampled.max()}"
-    end = file.seal.end_of_document_id if file.seal else tokenizer.end_of_document_id if tokenizer else None
+    end = file.sidecar.end_of_document_id if file.sidecar else tokenizer.end_of_document_id if tokenizer else None
     if end is not None:
         rate = float(np.mean(sampled == end))
         yield f"end-of-document id {end}: {100 * rate:.3g} % of the sampled tokens" + (
             f", one in {1 / rate:,.0f}" if rate else ""
         )
-    if file.seal:
+    if file.sidecar:
         yield from about_seal(file)
     else:
-        yield "no seal: tokenizer, vocabulary and checksums are unknown"
+        yield "no metadata sidecar: tokenizer, vocabulary and checksums are unknown"
     if file.num_documents:
         numbers = np.unique(np.linspace(0, file.num_documents - 1, _SAMPLED_DOCUMENTS).astype(np.int64)).tolist()
         lengths = [file.document_start(i + 1) - file.document_start(i) for i in numbers]
@@ -114,30 +114,31 @@ def about_file(arguments: argparse.Namespace):
 
 
 def about_seal(file: TokenFile):
-    """The lines of the seal."""
-    seal = file.seal
-    yield f"tokenizer {seal.tokenizer_path}, fingerprint {seal.tokenizer_fingerprint}, {seal.vocab_size} ids"
-    yield f"text: {seal.utf8_bytes:,} bytes, {seal.utf8_bytes / seal.num_tokens:.3f} per token; shuffled: {seal.shuffled}"
-    yield f"corpus: {', '.join(map(str, seal.corpus.get('inputs', [])))}, sha256 {seal.corpus.get('sha256')}"
-    yield f"entropies in nats per token: unigram {seal.unigram_entropy_nats:.4f}, bigram {seal.bigram_entropy_nats:.4f}"
+    """The lines of the sidecar."""
+    sidecar = file.sidecar
+    yield f"tokenizer {sidecar.tokenizer_path}, fingerprint {sidecar.tokenizer_fingerprint}, {sidecar.vocab_size} ids"
+    per_token = sidecar.utf8_bytes / sidecar.num_tokens
+    yield f"text: {sidecar.utf8_bytes:,} bytes, {per_token:.3f} per token; shuffled: {sidecar.shuffled}"
+    yield f"corpus: {', '.join(map(str, sidecar.corpus.get('inputs', [])))}, sha256 {sidecar.corpus.get('sha256')}"
+    yield f"entropies in nats per token: unigram {sidecar.unigram_entropy_nats:.4f}, bigram {sidecar.bigram_entropy_nats:.4f}"
 
 
 def verify(file: TokenFile) -> None:
     """Checks all checksums with progress; raises DataError."""
-    file.verify_index()
+    file.check_index()
     with Progress("verifying", file.num_tokens * file.dtype.itemsize) as progress:
         for i in range(file.num_blocks):
-            file.verify_block(i)
-            progress.update(min((i + 1) * file.seal.block_bytes, file.num_tokens * file.dtype.itemsize))
+            file.check_block(i)
+            progress.update(min((i + 1) * file.sidecar.block_bytes, file.num_tokens * file.dtype.itemsize))
 
 
 def tokenizer_of(file: TokenFile, folder: str | None) -> Tokenizer | None:
-    """The tokenizer asked for, else that of the seal where it still is in its place, else None. Raises DataError."""
+    """The tokenizer asked for, else that of the sidecar where it still is in its place, else None. Raises DataError."""
     if folder:
         return Tokenizer.load(folder)
-    if file.seal and Path(file.seal.tokenizer_path).is_dir():
-        tokenizer = Tokenizer.load(file.seal.tokenizer_path)
-        return tokenizer if tokenizer.fingerprint == file.seal.tokenizer_fingerprint else None
+    if file.sidecar and Path(file.sidecar.tokenizer_path).is_dir():
+        tokenizer = Tokenizer.load(file.sidecar.tokenizer_path)
+        return tokenizer if tokenizer.fingerprint == file.sidecar.tokenizer_fingerprint else None
     return None
 
 
@@ -187,21 +188,25 @@ def about_run(arguments: argparse.Namespace) -> Iterator[str]:
     return samples_of_step(data, arguments, config, tokenizer, left_out)
 
 
-def ranges_left_out(run: Path) -> skips.Ranges:
+def ranges_left_out(run: Path) -> excluded.PositionRanges:
     """The samples that the run did without, after it had diverged on them."""
     path, ranges = run / "metrics.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else []:
         if '"skipped_positions"' in line:
-            ranges = skips.with_range(ranges, *json.loads(line)["skipped_positions"])
+            ranges = excluded.add_range(ranges, *json.loads(line)["skipped_positions"])
     return ranges
 
 
 def samples_of_step(
-    data: TrainData, arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer | None, left_out: skips.Ranges
+    data: TrainData,
+    arguments: argparse.Namespace,
+    config: Config,
+    tokenizer: Tokenizer | None,
+    left_out: excluded.PositionRanges,
 ) -> Iterator[str]:
     """The samples of the global batch of a step, or of one rank's share, with their documents; by loss if that is asked for."""
     size = config.batch.global_batch_size
-    first = skips.position_of_step(arguments.step, size, left_out)
+    first = excluded.position_of_step(arguments.step, size, left_out)
     of_rank = ""
     if arguments.rank is not None:
         made = environment.start_of_step(environment.read(arguments.run), arguments.step)
@@ -287,11 +292,13 @@ def losses_of(
 def put_into_quarantine(data: TrainData, path: Path, samples: list[Sample], noted: list[str], config: Config) -> str:
     """Adds the samples to the file; a line that says so."""
     entries = [(data.sources[sample.source].name, sample.number, note) for sample, note in zip(samples, noted, strict=True)]
-    quarantine.append(path, config.data.sequence_length, entries)
+    excluded.append_to_quarantine(path, config.data.sequence_length, entries)
     return f"{path}: {len(entries)} samples added; --data.quarantine {path} leaves them out"
 
 
-def steps_of_document(data: TrainData, arguments: argparse.Namespace, config: Config, left_out: skips.Ranges) -> Iterator[str]:
+def steps_of_document(
+    data: TrainData, arguments: argparse.Namespace, config: Config, left_out: excluded.PositionRanges
+) -> Iterator[str]:
     """Where each sample that holds a part of the document stands in the first epochs."""
     chosen = arguments.document
     try:
@@ -308,7 +315,7 @@ def steps_of_document(data: TrainData, arguments: argparse.Namespace, config: Co
     size = config.batch.global_batch_size
     for sample in samples:
         positions = [data.position(number, epoch, sample) for epoch in range(_EPOCHS_SHOWN)]
-        steps = [None if each is None else skips.step_of_position(each, size, left_out) for each in positions]
+        steps = [None if each is None else excluded.step_of_position(each, size, left_out) for each in positions]
         steps = ", ".join(f"{step or 'left out'} (epoch {epoch})" for epoch, step in enumerate(steps))
         yield f"sample {sample}: steps {steps}"
     if arguments.quarantine:

@@ -1,4 +1,4 @@
-"""Turn raw text into token files for training: PREFIX.bin, PREFIX.idx and the seal PREFIX.json.
+"""Turn raw text into token files for training: PREFIX.bin, PREFIX.idx and the sidecar PREFIX.json.
 
 Two passes. The first reads documents in order and encodes them on all cores into a staging file without a name. The second
 copies them from there, shuffled by a keyed permutation, into the training and the validation file. So the result depends
@@ -30,7 +30,7 @@ import xxhash
 
 from pretrain.data import corpus as corpora
 from pretrain.data.corpus import Corpus
-from pretrain.data.indexed import DataError, Seal, TokenWriter, read_ranges, token_dtype
+from pretrain.data.indexed import DataError, Sidecar, TokenWriter, read_ranges, token_dtype
 from pretrain.data.order import Permutation
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.report.progress import Progress
@@ -42,7 +42,7 @@ _BLOCK_DOCUMENTS = 256
 def main() -> int:
     """Returns the exit status: 0, or 2 when the text or the arguments cannot be used."""
     parser = argparse.ArgumentParser(
-        description="Tokenize raw text into PREFIX.bin/.idx (Megatron's format) and the seal PREFIX.json.",
+        description="Tokenize raw text into PREFIX.bin/.idx (Megatron's format) and the sidecar PREFIX.json.",
         epilog="example: python tools/tokenize_corpus.py --input stdlib --tokenizer data/tokenizer --output data/stdlib"
         " --valid-fraction 0.02",
     )
@@ -74,7 +74,7 @@ def main() -> int:
             )
         if arguments.workers < 1:
             raise DataError(f"--workers {arguments.workers}: must be at least 1")
-        seals, corpus = tokenize(arguments)
+        sidecars, corpus = tokenize(arguments)
     except (DataError, OSError, BrokenProcessPool) as error:
         unnamed = isinstance(error, OSError) and error.filename is None  # a write: the disk is full
         print(f"error: {arguments.output}: {error.strerror}" if unnamed else f"error: {error}", file=sys.stderr)
@@ -84,12 +84,12 @@ def main() -> int:
         return 130
     for problem in corpus.problems():
         print(f"note: {problem}", file=sys.stderr)
-    print("\n".join(summary(seals, corpus)))
+    print("\n".join(summary(sidecars, corpus)))
     return 0
 
 
-def tokenize(arguments: argparse.Namespace) -> tuple[dict[str, Seal], Corpus]:
-    """Both passes. Returns the seals of the files written, by prefix."""
+def tokenize(arguments: argparse.Namespace) -> tuple[dict[str, Sidecar], Corpus]:
+    """Both passes. Returns the sidecars of the files written, by prefix."""
     tokenizer = Tokenizer.load(arguments.tokenizer)
     corpus = corpora.from_arguments(arguments)
     split = {"_valid": True, "_train": False} if arguments.valid_fraction else {"": False}  # what people wait for comes last
@@ -248,20 +248,20 @@ def distribute(staging: Staging, writers: dict[bool, TokenWriter], arguments: ar
             progress.update(written, written // staging.dtype.itemsize)
 
 
-def summary(seals: dict[str, Seal], corpus: Corpus) -> list[str]:
+def summary(sidecars: dict[str, Sidecar], corpus: Corpus) -> list[str]:
     """The result in words."""
     lines = [f"read {corpus.num_documents:,} documents, {corpus.utf8_bytes / 1e6:.2f} MB of text, sha256 {corpus.sha256}"]
-    for prefix, seal in sorted(seals.items()):
+    for prefix, sidecar in sorted(sidecars.items()):
         lines.append(
-            f"{prefix}: {seal.num_tokens:,} tokens in {seal.num_documents:,} documents,"
-            f" {seal.utf8_bytes / seal.num_tokens:.2f} bytes of text per token"
+            f"{prefix}: {sidecar.num_tokens:,} tokens in {sidecar.num_documents:,} documents,"
+            f" {sidecar.utf8_bytes / sidecar.num_tokens:.2f} bytes of text per token"
         )
-    seal = max(seals.values(), key=lambda seal: seal.num_tokens)
+    sidecar = max(sidecars.values(), key=lambda sidecar: sidecar.num_tokens)
     lines += [
         "losses to compare with, in nats per token:",
-        f"  {math.log(seal.vocab_size):6.3f}  guessing: ln {seal.vocab_size}, where an untrained model starts",
-        f"  {seal.unigram_entropy_nats:6.3f}  unigram: knows only how frequent each token is",
-        f"  {seal.bigram_entropy_nats:6.3f}  bigram: also knows the token before; a model that has learned something is below",
+        f"  {math.log(sidecar.vocab_size):6.3f}  guessing: ln {sidecar.vocab_size}, where an untrained model starts",
+        f"  {sidecar.unigram_entropy_nats:6.3f}  unigram: knows only how frequent each token is",
+        f"  {sidecar.bigram_entropy_nats:6.3f}  bigram: also knows the previous token; a model that has learned is below",
     ]
     return lines
 

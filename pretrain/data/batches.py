@@ -1,7 +1,7 @@
 """Batches for training and validation: the order (order.py) read from token files (indexed.py) or generated (synthetic.py).
 
     train   position -> source, epoch, sample -> window of T + 1 tokens -> Batch. The whole state is the position.
-            Samples in quarantine (quarantine.py) have no position.
+            Samples in quarantine (excluded.py) have no position.
     valid   every token of the file but the first is a label exactly once; the last partial window is padded.
 
 A sample is tokens [i * T, i * T + T] of its source: T inputs and the T tokens after them, one token shared with the next.
@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 from pretrain.config import DataConfig, SourceConfig
-from pretrain.data.checks import unfit
+from pretrain.data.checks import check_fit
 
-from . import quarantine
+from . import excluded
 from .entropy import unigram_entropy
+from .excluded import Quarantine
 from .indexed import DataError, TokenFile
 from .order import Order
-from .quarantine import Quarantine
 from .synthetic import SyntheticSource
 
 MASKED = -100  # the label that cross-entropy ignores
@@ -50,11 +50,11 @@ class FileSource:
 
     def __init__(self, file: TokenFile, sequence_length: int, vocab_size: int):
         self.file, self.sequence_length, self.vocab_size = file, sequence_length, vocab_size
-        self.name, self.seal = Path(file.path).name, file.seal
+        self.name, self.sidecar = Path(file.path).name, file.sidecar
         self.num_tokens = file.num_tokens
         self.num_samples = (file.num_tokens - 1) // sequence_length
-        if file.seal:
-            self.reference_lines = {"unigram": file.seal.unigram_entropy_nats, "bigram": file.seal.bigram_entropy_nats}
+        if file.sidecar:
+            self.reference_lines = {"unigram": file.sidecar.unigram_entropy_nats, "bigram": file.sidecar.bigram_entropy_nats}
         else:
             self.reference_lines = {"unigram": unigram_entropy(np.unique(file.sample(), return_counts=True)[1])}
 
@@ -75,8 +75,8 @@ class FileSource:
         return self._checked(tokens[None], np.array([self.num_samples]))[0]
 
     def _checked(self, tokens: np.ndarray, samples: np.ndarray) -> np.ndarray:
-        """`tokens`, a row for each of `samples`. A seal vouches for its file; of others, opening has judged a part."""
-        if not self.seal and tokens.size and (tokens.max() >= self.vocab_size or tokens.min() < 0):
+        """`tokens`, a row for each of `samples`. A sidecar vouches for its file; of others, opening has judged a part."""
+        if not self.sidecar and tokens.size and (tokens.max() >= self.vocab_size or tokens.min() < 0):
             row, offset = np.argwhere((tokens < 0) | (tokens >= self.vocab_size))[0].tolist()
             sample = int(samples[row])
             place = f"{self.file.path}: token {sample * self.sequence_length + offset:,} is id {tokens[row, offset]}"
@@ -90,8 +90,8 @@ class FileSource:
         Sealed files end every document with one id that stands nowhere else; others are looked up in the index.
         """
         starts = np.zeros((len(samples), self.sequence_length), dtype=bool)
-        if self.seal:
-            starts[:, 1:] = tokens[:, :-2] == self.seal.end_of_document_id
+        if self.sidecar:
+            starts[:, 1:] = tokens[:, :-2] == self.sidecar.end_of_document_id
         else:
             for row, first in enumerate((samples * self.sequence_length).tolist()):
                 number = self.file.document_at(first) + 1
@@ -117,10 +117,10 @@ class TrainData:
         self.sources, self.vocab_size, self._data = sources, vocab_size, data
         self._shares = [weight / math.fsum(weights) for weight in weights]
         self._order = Order([source.num_samples for source in sources], weights, seed)
-        ranges: quarantine.Ranges = []
+        ranges: excluded.SampleRanges = []
         if data.quarantine is not None:
             sizes = [source.num_samples for source in sources]
-            ranges = quarantine.read(data.quarantine, [source.name for source in sources], sizes, data.sequence_length)
+            ranges = excluded.read_quarantine(data.quarantine, [source.name for source in sources], sizes, data.sequence_length)
         self.quarantine = Quarantine(self._order, ranges)
         self.samples_per_epoch = sum(source.num_samples for source in sources) - sum(self.quarantine.sizes)
         self.reference_lines = _blended_lines(sources, self._shares, vocab_size)
@@ -155,14 +155,14 @@ class TrainData:
         """The position of a sample in an epoch of its source: the inverse of `sample_ids`. Null: it is in quarantine."""
         return self.quarantine.position(self._order.position(source, epoch, sample))
 
-    def history_changed(self, left_out: quarantine.Ranges, position: int) -> str | None:
+    def history_changed(self, left_out: excluded.SampleRanges, position: int) -> str | None:
         """Why a run that has read `position` samples without `left_out` cannot go on without this quarantine; null: it can."""
         changed = self.quarantine.changed_before(Quarantine(self._order, left_out), position)
         return changed and f"sample {changed[1]} of {self.sources[changed[0]].name}, whose place in the order is passed"
 
     def passes(self, samples: int) -> list[float]:
         """How often the first `samples` positions read each source."""
-        counts = self._order.blend.counts(self.quarantine.begin(samples))
+        counts = self._order.blend.counts(self.quarantine.start(samples))
         return [count / source.num_samples for count, source in zip(counts, self.sources, strict=True)]
 
     def description(self) -> list[str]:
@@ -175,8 +175,8 @@ class TrainData:
             line = f"  {source.name}: {source.num_tokens:,} tokens, {100 * share:.4g} % of the samples"
             if len(self.sources) > 1:
                 line += f", read {passes:.3g} times an epoch"
-            if source.seal is None and isinstance(source, FileSource):
-                line += ", without a seal: its tokenizer cannot be checked"
+            if source.sidecar is None and isinstance(source, FileSource):
+                line += ", without a metadata sidecar: its tokenizer cannot be checked"
             lines.append(line)
         return lines
 
@@ -191,7 +191,7 @@ class ValidData:
     def __init__(self, source, data: DataConfig, *, vocab_size: int):
         self.name, self.source, self._data = source.name, source, data
         self.num_labels = source.num_samples * data.sequence_length
-        self.bytes_per_token = source.seal.utf8_bytes / source.seal.num_tokens if source.seal else None
+        self.bytes_per_token = source.sidecar.utf8_bytes / source.sidecar.num_tokens if source.sidecar else None
         self.reference_lines = _blended_lines([source], [1.0], vocab_size)
         if isinstance(source, FileSource):
             self.num_labels = source.num_tokens - 1
@@ -271,7 +271,7 @@ def _open_files(
             continue
         opened.append(source)
         least = data.sequence_length + 1 if key == "train" else 2
-        found = unfit(
+        found = check_fit(
             source.file,
             f"data.{key}[{i}].path",
             data,

@@ -1,8 +1,8 @@
-"""What is wrong with token files, by name: unfit for the model, damaged, or not what a language model should be fed.
+"""Named findings about token files: unfit for the model, damaged, or not text that a language model should be trained on.
 
-It knows token files and their seals; not batches, runs or devices. No torch. Names of findings are stable: scripts may rely on
-them. Everything is judged in seconds however long the files are: from the seal, from `TokenFile.sample`, and from documents
-that are chosen by their length, so that all copies of a document are chosen together and copies are found wherever they lie.
+It knows token files and their sidecars; not batches, runs or devices. No torch. The names are stable: scripts may rely on
+them. Every check takes seconds however long the files are: it reads the sidecar, `TokenFile.sample`, or documents selected by
+their length, which selects all duplicates of a document together, wherever they are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .entropy import bigram_entropy, unigram_entropy
 from .indexed import DataError, TokenFile
 from .order import splitmix64
 
-_CONSTANT_RUN = 4096  # equal tokens in a row: no text, but a hole in a file that was copied badly
+_CONSTANT_RUN = 4096  # equal tokens in a row: not text but a hole in a badly copied file
 _VERIFIED_BLOCKS, _VERIFIED_INDEX_BYTES = 3, 1 << 28
 _LENGTHS_READ, _HASHED_TOKENS, _HASHED_DOCUMENTS = 20_000_000, 1 << 25, 200_000
 _READ_TOKENS = 1 << 22
@@ -28,126 +28,126 @@ _QUANTILES = (0, 1, 10, 50, 90, 99, 100)
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong."""
+    """A problem of the data or the setup."""
 
     name: str
-    """Stable, as id-outside-vocabulary."""
+    """Stable identifier, such as id-outside-vocabulary."""
     where: str
-    """The setting or file that it is about."""
+    """Setting or file."""
     text: str
-    """What is wrong and what to do."""
+    """The problem, and what to do about it."""
     stops: bool = False
-    """Whether a run must not begin; else it is a warning."""
+    """True: a run must not start. False: a warning."""
 
     def __str__(self) -> str:
         return f"{self.name}: {self.where}: {self.text}"
 
 
-# ---------------------------------------------------------------- unfit for the model: exact, and O(1)
+# ---------------------------------------------------------------- fit for the model: O(1)
 
 
-def unfit(
+def check_fit(
     file: TokenFile, where: str, data: DataConfig, *, vocab_size: int, tokenizer_fingerprint: str | None, least_tokens: int
 ) -> list[Finding]:
-    """What makes `file` impossible to train on: exact with a seal, by a sample without one. All of it stops a run."""
+    """Reasons why `file` cannot be trained on; all stop a run. Exact with a sidecar, from a sample without one."""
     found: list[tuple[str, str]] = []
-    if file.seal is None:
+    if file.sidecar is None:
         ids = file.sample()
         if ids.min() < 0 or ids.max() >= vocab_size:
-            text = f"holds ids from {ids.min()} to {ids.max()}, the model has ids 0 to {vocab_size - 1}; wrong tokenizer?"
+            text = f"contains ids {ids.min()} to {ids.max()}, the model has ids 0 to {vocab_size - 1}; wrong tokenizer?"
             found.append(("id-outside-vocabulary", text))
         if data.document_mask and file.num_documents is None:
-            text = "a flat .bin does not say where documents end; switch data.document_mask off or tokenize again"
+            text = "a flat .bin has no document index; set data.document_mask to false or tokenize again"
             found.append(("no-document-index", text))
     else:
         found += _contradictions(file, vocab_size, tokenizer_fingerprint)
     if file.num_tokens < least_tokens:
         needed = f"{least_tokens:,} are needed (data.sequence_length {data.sequence_length:,})"
-        found.append(("too-few-tokens", f"holds {file.num_tokens:,} tokens, {needed}"))
+        found.append(("too-few-tokens", f"contains {file.num_tokens:,} tokens, {needed}"))
     return [Finding(name, where, f"{file.path}: {text}", stops=True) for name, text in found]
 
 
 def _contradictions(file: TokenFile, vocab_size: int, tokenizer_fingerprint: str | None) -> Iterator[tuple[str, str]]:
-    """(name, text) where the seal contradicts the model."""
-    seal = file.seal
-    if tokenizer_fingerprint is not None and tokenizer_fingerprint != seal.tokenizer_fingerprint:
+    """(name, text) for each contradiction between sidecar and model."""
+    sidecar = file.sidecar
+    if tokenizer_fingerprint is not None and tokenizer_fingerprint != sidecar.tokenizer_fingerprint:
         yield (
             "tokenizer-mismatch",
-            f"was made with the tokenizer {seal.tokenizer_path} (fingerprint {seal.tokenizer_fingerprint}), not with that of"
-            f" tokenizer.path (fingerprint {tokenizer_fingerprint}); set tokenizer.path to it or tokenize again",
+            f"was tokenized with {sidecar.tokenizer_path} (fingerprint {sidecar.tokenizer_fingerprint}), but tokenizer.path has"
+            f" fingerprint {tokenizer_fingerprint}; set tokenizer.path to the former or tokenize again",
         )
-    elif tokenizer_fingerprint is not None and seal.vocab_size != vocab_size:
+    elif tokenizer_fingerprint is not None and sidecar.vocab_size != vocab_size:
         yield (
             "vocabulary-mismatch",
-            f"its vocabulary has {seal.vocab_size} ids, the model {vocab_size}; leave model.vocab_size null",
+            f"its vocabulary has {sidecar.vocab_size} ids, the model {vocab_size}; set model.vocab_size to null",
         )
-    if seal.max_id >= vocab_size:
+    if sidecar.max_id >= vocab_size:
         yield (
             "id-outside-vocabulary",
-            f"its largest id is {seal.max_id}, the model has ids 0 to {vocab_size - 1}; set model.vocab_size to null",
+            f"its largest id is {sidecar.max_id}, the model has ids 0 to {vocab_size - 1}; set model.vocab_size to null",
         )
 
 
-# ---------------------------------------------------------------- not what it should be: by samples
+# ---------------------------------------------------------------- plausible text: from samples
 
 
-def sampled(file: TokenFile, where: str, *, vocab_size: int, end_of_document_id: int | None) -> list[Finding]:
-    """What a sample of the tokens shows; a few milliseconds. `end_of_document_id`: the tokenizer's; null: unknown."""
-    tokens, seal = file.sample(), file.seal
+def check_sample(file: TokenFile, where: str, *, vocab_size: int, end_of_document_id: int | None) -> list[Finding]:
+    """Problems visible in a sample of the tokens; takes milliseconds. `end_of_document_id`: the tokenizer's; None: unknown."""
+    tokens, sidecar = file.sample(), file.sidecar
     found: list[tuple[str, str, bool]] = []
     largest = np.iinfo(file.dtype).max
-    if largest < vocab_size - 1 and not (seal and seal.max_id < largest):
-        text = f"its {file.dtype.name} cannot hold ids above {largest:,}, the vocabulary has {vocab_size:,}: larger ids wrapped"
-        found.append(("dtype-too-narrow", f"{text} around when it was written; tokenize again", True))
-    if seal and tokens.max() > seal.max_id:
-        text = f"holds id {tokens.max()}, and its seal says that the largest is {seal.max_id}: changed since; tokenize again"
+    if largest < vocab_size - 1 and not (sidecar and sidecar.max_id < largest):
+        text = f"its type, {file.dtype.name}, ends at {largest:,}, the vocabulary has {vocab_size:,} ids: larger ids wrapped"
+        found.append(("dtype-too-narrow", f"{text} around when the file was written; tokenize again", True))
+    if sidecar and tokens.max() > sidecar.max_id:
+        text = (
+            f"holds id {tokens.max()}, and its sidecar says that {sidecar.max_id} is the largest: changed since; tokenize again"
+        )
         found.append(("seal-contradicted", text, True))
     edges = np.flatnonzero(np.diff(tokens, prepend=-1, append=-1))
     longest = int(np.diff(edges).argmax())
     run, value = int(edges[longest + 1] - edges[longest]), int(tokens[edges[longest]])
     if run >= _CONSTANT_RUN:
-        text = f"holds id {value} {run:,} times in a row, as if a part of the file was never written; copy it again"
-        found.append(("constant-tokens", text, value == 0))  # what a hole reads as
-    found += _document_ends(file, tokens, seal.end_of_document_id if seal else end_of_document_id)
-    if seal and seal.vocab_size > 1000 and seal.utf8_bytes < 1.2 * seal.num_tokens:
-        ratio = seal.utf8_bytes / seal.num_tokens
-        text = (
-            f"{ratio:.2f} bytes of text per token: unless it is digits, the tokenizer spells it byte by byte; train one on it"
-        )
+        text = f"contains id {value} {run:,} times in a row, as if a part of the file was never written; copy it again"
+        found.append(("constant-tokens", text, value == 0))  # a hole reads as zeros
+    found += _document_ends(file, tokens, sidecar.end_of_document_id if sidecar else end_of_document_id)
+    if sidecar and sidecar.vocab_size > 1000 and sidecar.utf8_bytes < 1.2 * sidecar.num_tokens:
+        ratio = sidecar.utf8_bytes / sidecar.num_tokens
+        text = f"{ratio:.2f} bytes of text per token: unless it is digits, the tokenizer spells it in bytes; train one on it"
         found.append(("tokens-are-bytes", text, False))
     return [Finding(name, where, f"{file.path}: {text}", stops) for name, text, stops in found]
 
 
 def _document_ends(file: TokenFile, tokens: np.ndarray, end: int | None) -> Iterator[tuple[str, str, bool]]:
-    """(name, text, stops) of how documents end in a file, sealed or not. One long document need not end."""
+    """(name, text, stops) for problems with document lengths and ends. A single long document need not end."""
     documents = file.num_documents
     if documents:
         if file.num_tokens < 16 * documents and documents > 100:
-            text = f"{file.num_tokens / documents:.1f} tokens a document: was each line taken for a document?"
+            text = f"{file.num_tokens / documents:.1f} tokens per document: was each line taken for a document?"
             yield "documents-tiny", text, False
         empty = float(np.mean(document_lengths(file, 10_000) <= 1))
         if empty > 0.01:
-            yield "documents-empty", f"{empty:.0%} of the documents hold no text; leave them out and tokenize again", False
-    if end is None or file.seal:  # the writer of a sealed file has seen to it
+            yield "documents-empty", f"{empty:.0%} of the documents contain no text; remove them and tokenize again", False
+    if end is None or file.sidecar:  # the writer of the sidecar checked it
         return
     rate = float(np.mean(tokens == end))
     expected = documents / file.num_tokens if documents else None
     if (documents and documents > 1 and rate < 0.5 * expected) or (not documents and rate == 0 and len(tokens) > 100_000):
-        text = f"the end-of-document id {end} stands nowhere" if rate == 0 else f"documents end without id {end}"
+        text = f"the end-of-document id {end} does not occur" if rate == 0 else f"documents end without id {end}"
         yield "documents-not-ended", f"{text}: the model cannot learn where a text ends; append it and tokenize again", False
     elif documents and documents > 100 and rate > 2 * expected:
-        text = f"the end-of-document id {end} stands {rate / expected:.1f} times for each document: inside of documents, too"
+        text = f"the end-of-document id {end} occurs {rate / expected:.1f} times per document, so inside documents, too"
         yield "end-inside-documents", f"{text}; is it the right id?", False
 
 
-def entropies(file: TokenFile, where: str, vocab_size: int) -> list[Finding]:
-    """Whether the tokens say anything about each other: from the seal, or by a sample (half a second)."""
-    seal = file.seal
-    vocab_size = seal.vocab_size if seal else vocab_size
+def check_entropies(file: TokenFile, where: str, vocab_size: int) -> list[Finding]:
+    """Tokens that do not predict each other, by the entropies in the sidecar or of a sample (half a second)."""
+    sidecar = file.sidecar
+    vocab_size = sidecar.vocab_size if sidecar else vocab_size
     if file.num_tokens < 20 * vocab_size:
-        return []  # counts of so few tokens tell nothing
-    if seal:
-        unigram, bigram = seal.unigram_entropy_nats, seal.bigram_entropy_nats
+        return []  # too few tokens for meaningful counts
+    if sidecar:
+        unigram, bigram = sidecar.unigram_entropy_nats, sidecar.bigram_entropy_nats
     else:
         tokens = file.sample()
         if len(tokens) < 20 * vocab_size or tokens.min() < 0 or tokens.max() >= vocab_size:
@@ -157,61 +157,61 @@ def entropies(file: TokenFile, where: str, vocab_size: int) -> list[Finding]:
     if bigram < 0.985 * unigram:
         return []
     random = unigram > 0.985 * math.log(vocab_size)
-    text = "all ids are equally frequent and" if random else "ids have frequencies, but"
-    text = f"{file.path}: {text} none says anything about the next (unigram {unigram:.3f}, bigram {bigram:.3f} nats)"
+    text = "all ids are equally frequent and" if random else "ids differ in frequency, but"
+    text = f"{file.path}: {text} none predicts the next (unigram {unigram:.3f}, bigram {bigram:.3f} nats)"
     name = "tokens-random" if random else "tokens-shuffled"
     return [
-        Finding(name, where, f"{text}: unless tokens further back tell more, no loss gets below {unigram:.3f}; is this text?")
+        Finding(name, where, f"{text}: unless longer contexts help, the loss cannot fall below {unigram:.3f}; is this text?")
     ]
 
 
-def checksums(file: TokenFile, where: str) -> list[Finding]:
-    """Sealed checksums of the index, and of the first, middle and last block of tokens."""
-    if file.seal is None:
+def check_checksums(file: TokenFile, where: str) -> list[Finding]:
+    """Compares the index and the first, middle and last block of tokens with the checksums in the sidecar."""
+    if file.sidecar is None:
         return []
     try:
         if (file.num_documents or 0) * 20 < _VERIFIED_INDEX_BYTES:
-            file.verify_index()
+            file.check_index()
         for i in sorted({i * (file.num_blocks - 1) // (_VERIFIED_BLOCKS - 1) for i in range(_VERIFIED_BLOCKS)}):
-            file.verify_block(i)
+            file.check_block(i)
     except DataError as error:
         return [Finding("checksum-wrong", where, str(error), stops=True)]
     return []
 
 
 def document_lengths(file: TokenFile, at_most: int) -> np.ndarray:
-    """Tokens of at most so many documents, evenly spaced."""
+    """Lengths in tokens of at most `at_most` documents, evenly spaced: int64."""
     numbers = np.unique(np.linspace(0, file.num_documents - 1, min(at_most, file.num_documents)).astype(np.int64))
     return file.document_starts(numbers + 1) - file.document_starts(numbers)
 
 
 def length_quantiles(file: TokenFile) -> str:
-    """Tokens per document, in words."""
+    """Quantiles of the tokens per document, for people."""
     values = np.percentile(document_lengths(file, 10_000), _QUANTILES)
     return ", ".join(f"{q} % {value:,.0f}" for q, value in zip(_QUANTILES, values, strict=True))
 
 
-# ---------------------------------------------------------------- copies
+# ---------------------------------------------------------------- duplicate documents
 
 
-class Copies(NamedTuple):
-    """Shares are of tokens."""
+class Duplicates(NamedTuple):
+    """Fractions of tokens."""
 
     train: float
-    """Of the training documents, in second and later copies."""
+    """Of the training tokens: in repetitions of a training document."""
     valid: float
-    """Of the validation documents, that are also training documents."""
+    """Of the validation tokens: in documents that are also training documents."""
     documents: int
-    """How many were compared."""
-    whole: bool
-    """Whether these are all documents."""
+    """Number of documents compared."""
+    complete: bool
+    """True: all documents were compared."""
 
 
-def copies(train: list[TokenFile], valid: list[TokenFile], end_of_document_id: int | None) -> Copies | None:
-    """How much text stands twice; null where no file says where documents end.
+def duplicates(train: list[TokenFile], valid: list[TokenFile], end_of_document_id: int | None) -> Duplicates | None:
+    """How much text occurs more than once. None: no training file has document ends.
 
-    Documents are chosen by a hash of their length until the budget is full. Copies have equal lengths, so either all or none
-    of them are chosen, and the shares are unbiased although only a part of a large file is read.
+    Documents are selected by a hash of their length until the budget is used up. Duplicates have equal lengths, so all or
+    none of them are selected, and the fractions are unbiased although only a part of a large file is read.
     """
     parts = [(file, _documents(file, end_of_document_id)) for file in [*train, *valid]]
     if not any(starts is not None for _, starts in parts[: len(train)]):
@@ -233,11 +233,11 @@ def copies(train: list[TokenFile], valid: list[TokenFile], end_of_document_id: i
         valid_hash, valid_tokens = (np.concatenate(column) for column in zip(*hashed[len(train) :], strict=True))
         overlap = float(valid_tokens[np.isin(valid_hash, train_hash)].sum() / max(1, valid_tokens.sum()))
         documents += len(valid_hash)
-    return Copies(float(1 - train_tokens[first].sum() / total), overlap, documents, bool(fits.all()))
+    return Duplicates(float(1 - train_tokens[first].sum() / total), overlap, documents, bool(fits.all()))
 
 
 def _documents(file: TokenFile, end: int | None) -> np.ndarray | None:
-    """Starts of documents and, last, the end; of a flat file by its end-of-document ids. Null: unknown."""
+    """Token numbers at which documents start and, last, the end; flat files are split at `end`. None: unknown."""
     if file.num_documents:
         return file.document_starts(np.arange(min(file.num_documents, _LENGTHS_READ) + 1))
     if end is None or file.num_tokens > _HASHED_TOKENS:
@@ -247,7 +247,7 @@ def _documents(file: TokenFile, end: int | None) -> np.ndarray | None:
 
 
 def _hashed(file: TokenFile, starts: np.ndarray | None, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(hash, tokens) of the documents that have one of these lengths."""
+    """(hash, length in tokens) of each document that has one of the `lengths`."""
     if starts is None:
         return np.empty(0, np.uint64), np.empty(0, np.int64)
     sizes = np.diff(starts)

@@ -1,13 +1,14 @@
-"""Documents of raw text, one after the other, from files, the `datasets` hub, or the Python standard library. No torch.
+"""Streams documents of raw text from files, the Hugging Face hub, or the Python standard library. No torch, no tokens.
 
     .txt       one document per file, or split at lines, blank lines or a separator. A few bytes that are not UTF-8 become
-               U+FFFD, counted; a file with many is of another encoding, and bad
-    .jsonl     one object per line, its text under a key
-    .parquet   one document per row, its text in a column
-    stdlib     the interpreter's own modules and language reference: 8 MB of real text on every machine, without a network
+               U+FFFD and are counted; a file with many has another encoding and counts as bad
+    .jsonl     one JSON object per line, with the text under a key
+    .parquet   one document per row, with the text in a column
+    -          standard input: text, or JSON lines
+    stdlib     modules and language reference of the running Python: 8 MB of real text on every machine, without a network
 
-.txt and .jsonl may be compressed (.gz, .zst). Text is passed on as it is: no stripping, no change of line ends (but the
-parts of a split file lose the line ends around them). It knows nothing of tokens.
+.txt and .jsonl may be compressed (.gz, .zst). Texts are not changed: no stripping, no conversion of line ends (except that the
+parts of a split file lose the line ends around them).
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from typing import BinaryIO, Literal
 
 from .indexed import DataError
 
-STDLIB = "stdlib"
-_FORMATS = (".txt", ".jsonl", ".parquet")
+STDLIB, STDIN = "stdlib", "-"
+FORMATS = (".txt", ".jsonl", ".parquet")
 _COMPRESSIONS = (".gz", ".zst")
 _BATCH_ROWS = 1000
-_LARGEST_DOCUMENT = 256 << 20  # bytes of a .txt that are held at once, with 25 times that when they become ids
-_BROKEN_CHARACTERS, _BROKEN_SHARE = 100, 0.01  # more of a file, and it is of another encoding
+_LARGEST_DOCUMENT = 256 << 20  # bytes of a .txt document in memory; encoding takes 25 times as much
+_BROKEN_CHARACTERS, _BROKEN_SHARE = 100, 0.01  # a file with more has another encoding
 # Tests, generated tables and vendored copies are repetitive, and distributors remove some of them.
 _STDLIB_FOLDERS_LEFT_OUT = (
     *("__pycache__", "site-packages", "dist-packages", "lib-dynload", "config-*"),
@@ -43,14 +44,15 @@ _STDLIB_FILES_LEFT_OUT = ("_sysconfigdata*", "sitecustomize.py", "usercustomize.
 
 
 class Corpus:
-    """A source of documents, with counts of what was read so far.
+    """A source of documents, with counts of what has been read so far.
 
-    `inputs`: files, folders (searched for known formats, in sorted order), or "stdlib". `text_key`: key or column of the text.
-    `split`: "file" (a .txt is one document), "line", "blank-line", or a separator such as "<|endoftext|>".
-    `on_bad_line`: "error" raises DataError at a line or row without usable text, "skip" counts it in `bad_lines`.
+    `inputs`: files, folders (searched for known formats, in sorted order), "-" (standard input) or "stdlib".
+    `text_key`: key or column of the text. `split`: "file" (a .txt is one document), "line", "blank-line", or a separator such
+    as "<|endoftext|>". `on_bad_line`: "error" raises DataError at a line or row without usable text, "skip" counts it in
+    `bad_lines`. `stdin_format`: format of standard input.
 
     Counts: `num_documents`, `utf8_bytes`, `bad_lines`, `empty_documents` (left out), `replaced_bytes` (not UTF-8),
-    `unsplit_files` (that are one document whatever `split` says), `other_files` (of folders, in formats that are not read).
+    `unsplit_files` (one document in spite of `split`), `other_files` (in folders, of formats that are not read).
     """
 
     def __init__(
@@ -60,31 +62,31 @@ class Corpus:
         text_key: str = "text",
         split: str = "file",
         on_bad_line: Literal["error", "skip"] = "error",
+        stdin_format: Literal["txt", "jsonl"] = "txt",
     ):
         self.inputs, self.text_key, self.split, self.on_bad_line = list(inputs), text_key, split, on_bad_line
         if not split:
-            raise DataError("--text-split is empty; give file, line, blank-line, or the text between two documents")
-        self.other_files = 0
-        self._files = [file for name in inputs for file in ([STDLIB] if name == STDLIB else self._found(Path(name)))]
-        sizes = [0 if file == STDLIB else file.stat().st_size for file in self._files]
-        self.total_bytes: int | None = None if STDLIB in self._files else sum(sizes)
+            raise DataError("--text-split is empty; allowed: file, line, blank-line, or the text between two documents")
+        self.other_files, self._stdin_format = 0, stdin_format
+        self._files = [file for name in inputs for file in ([name] if name in (STDLIB, STDIN) else self._find(Path(name)))]
+        sized = all(isinstance(file, Path) for file in self._files)
+        self.total_bytes: int | None = sum(file.stat().st_size for file in self._files) if sized else None
         self.num_documents = self.utf8_bytes = self.bad_lines = self.empty_documents = self.replaced_bytes = 0
         self.unsplit_files = 0
         self._digest = hashlib.sha256()
         self._finished_bytes, self._tell = 0, lambda: 0
+        self._hub: tuple[str, str | None, str] | None = None
 
     @classmethod
     def from_hub(cls, name: str, config: str | None = None, hub_split: str = "train", **options) -> Corpus:
-        """A data set of the `datasets` hub (or a local folder that `datasets` understands), streamed."""
+        """A data set of the Hugging Face hub (or a local folder that `datasets` can load), streamed."""
         corpus = cls([], **options)
         corpus.inputs = [f"hf:{name}" + (f"/{config}" if config else "") + f":{hub_split}"]
         corpus.total_bytes, corpus._hub = None, (name, config, hub_split)
         return corpus
 
-    _hub: tuple[str, str | None, str] | None = None
-
     def documents(self) -> Iterator[tuple[str, str]]:
-        """(name, text) of every document that is not empty, in a fixed order. Raises DataError."""
+        """(name, text) of every non-empty document, in a fixed order. Raises DataError."""
         for name, text in self._hub_rows(*self._hub) if self._hub else self._all_files():
             try:
                 data = text.encode()
@@ -101,51 +103,53 @@ class Corpus:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of the inputs consumed so far (compressed, where they are)."""
+        """Bytes read from the inputs so far; compressed bytes of compressed files."""
         return self._finished_bytes + self._tell()
 
     @property
     def sha256(self) -> str:
-        """Of what was read so far: each text and a zero byte."""
+        """Hash of the texts read so far, each followed by a zero byte."""
         return self._digest.hexdigest()
 
     def description(self) -> dict:
-        """What was read so far, for seals and tokenizers."""
+        """Summary of what has been read so far, for sidecars and tokenizers."""
         return {"inputs": self.inputs, "num_documents": self.num_documents, "sha256": self.sha256}
 
     def problems(self) -> list[str]:
-        """What was left out or changed, in words; empty when nothing was."""
+        """One sentence for each kind of text that was left out or changed."""
         found = {
             "lines without usable text were skipped": self.bad_lines,
             "documents without any text were left out": self.empty_documents,
-            "places that are not UTF-8 became U+FFFD": self.replaced_bytes,
-            f"files do not hold what --text-split {self.split!r} asks for: each is one document": self.unsplit_files,
-            f"files of the folders are not {', '.join(_FORMATS)} and were left out": self.other_files,
+            "byte sequences that are not UTF-8 became U+FFFD": self.replaced_bytes,
+            f"files do not contain the separator --text-split {self.split!r}: each is one document": self.unsplit_files,
+            f"files in the folders are not {', '.join(FORMATS)} and were left out": self.other_files,
         }
-        return [f"{count:,} {what}" for what, count in found.items() if count]
+        return [f"{count:,} {text}" for text, count in found.items() if count]
 
-    def _found(self, path: Path) -> list[Path]:
+    def _find(self, path: Path) -> list[Path]:
         """The files to read at `path`. Raises DataError."""
         if path.is_dir():
-            there = sorted(file for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
-            found = [file for file in there if file.is_file() and _format(file) in _FORMATS]
+            files = sorted(file for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
+            found = [file for file in files if file.is_file() and _format(file) in FORMATS]
             if not found:
-                raise DataError(f"{path}: no {', '.join(_FORMATS)} files in this folder")
-            self.other_files += sum(not file.name.startswith(".") for file in there) - len(found)
+                raise DataError(f"{path}: this folder has no {', '.join(FORMATS)} files")
+            self.other_files += sum(not file.name.startswith(".") for file in files) - len(found)
             return found
         if not path.is_file():
-            raise DataError(f"{path}: no such file; --input takes files, folders, or the word {STDLIB}")
-        if _format(path) not in _FORMATS:
-            raise DataError(f"{path}: unknown format; {', '.join(_FORMATS)} can be read, the first two also as .gz or .zst")
+            raise DataError(
+                f"{path}: no such file; --input accepts files, folders, {STDIN} (standard input) and the word {STDLIB}"
+            )
+        if _format(path) not in FORMATS:
+            raise DataError(f"{path}: unknown format; allowed: {', '.join(FORMATS)}, the first two also as .gz or .zst")
         return [path]
 
     def _bad(self, problem: str) -> None:
         self.bad_lines += 1
         if self.on_bad_line == "error":
-            raise DataError(f"{problem}; correct it, or leave such lines out with --on-bad-line skip")
+            raise DataError(f"{problem}; correct it, or skip such lines with --on-bad-line skip")
 
     def _text_of(self, record, place: str) -> str | None:
-        """The text of a JSON object or a row; None where it was bad and is skipped."""
+        """The text of a JSON object or a row. None: bad, and skipped."""
         if not isinstance(record, dict):
             return self._bad(f"{place}: not an object with the key {self.text_key!r}")
         if self.text_key not in record:
@@ -159,16 +163,20 @@ class Corpus:
             if path == STDLIB:
                 yield from _standard_library()
                 continue
+            if path == STDIN:
+                read = self._jsonl if self._stdin_format == "jsonl" else self._text
+                yield from read(Path("standard input"), sys.stdin.buffer)
+                continue
             try:
                 with open(path, "rb") as raw:
                     yield from self._one_file(path, raw)
             except (OSError, EOFError, zlib.error) as error:
-                raise DataError(f"{path}: cannot be read to its end ({error}); copy it again") from None
+                raise DataError(f"{path}: cannot be read to the end ({error}); copy it again") from None
             self._finished_bytes, self._tell = self._finished_bytes + path.stat().st_size, lambda: 0
 
     def _one_file(self, path: Path, raw: BinaryIO) -> Iterator[tuple[str, str]]:
         size = path.stat().st_size
-        self._tell = lambda: size if raw.closed else raw.tell()  # a decompressor may close it before its last text is taken
+        self._tell = lambda: size if raw.closed else raw.tell()  # a decompressor may close it before its last text is consumed
         if _format(path) == ".parquet":
             return self._parquet(path, raw)
         file = _decompressed(path, raw)
@@ -196,16 +204,14 @@ class Corpus:
             if number == 1:
                 data = data.removeprefix(b"\xef\xbb\xbf")
             if len(data) > _LARGEST_DOCUMENT:
-                size = f"a document of more than {_LARGEST_DOCUMENT >> 20} MiB, which memory may not hold"
-                raise DataError(
-                    f"{path}: {size}; --text-split says where each document begins: line, blank-line or a separator"
-                )
+                size = f"a document of more than {_LARGEST_DOCUMENT >> 20} MiB, which may not fit into memory"
+                raise DataError(f"{path}: {size}; say where documents end with --text-split line, blank-line or a separator")
             name, text = (str(path) if self.split == "file" else f"{path}:{number}"), data.decode(errors="replace")
             replaced = text.count("\ufffd") - data.count("\ufffd".encode())
             broken, characters = broken + replaced + text.count("\0"), characters + len(text)
             if replaced + text.count("\0") and broken > max(_BROKEN_CHARACTERS, _BROKEN_SHARE * characters):
-                what = f"{broken:,} of its first {characters:,} characters cannot be decoded, or are zero"
-                self._bad(f"{name}: not UTF-8: {what}; `iconv -f ENCODING -t UTF-8` converts it")
+                problem = f"{broken:,} of the first {characters:,} characters cannot be decoded or are zero"
+                self._bad(f"{name}: not UTF-8: {problem}; convert it with `iconv -f ENCODING -t UTF-8`")
                 continue
             self.replaced_bytes += replaced
             yield name, text
@@ -219,7 +225,7 @@ class Corpus:
             table = pyarrow.parquet.ParquetFile(raw)
             if self.text_key not in table.schema_arrow.names:
                 names = ", ".join(map(repr, table.schema_arrow.names))
-                raise DataError(f"{path}: no column {self.text_key!r} among {names}; name it with --text-key")
+                raise DataError(f"{path}: no column {self.text_key!r} among {names}; choose one with --text-key")
             size, rows, done = path.stat().st_size, max(table.metadata.num_rows, 1), 0
             self._tell = lambda: size * done // rows
             for batch in table.iter_batches(_BATCH_ROWS, columns=[self.text_key]):
@@ -228,7 +234,7 @@ class Corpus:
                     if (text := self._text_of({self.text_key: value}, f"{path}:{done}")) is not None:
                         yield f"{path}:{done}", text
         except pyarrow.ArrowException as error:
-            raise DataError(f"{path}: not a readable parquet file ({error})") from None
+            raise DataError(f"{path}: not a readable parquet file ({error}); copy it again") from None
 
     def _hub_rows(self, name: str, config: str | None, split: str) -> Iterator[tuple[str, str]]:
         import datasets
@@ -244,7 +250,7 @@ class Corpus:
                         yield place, text
         except (DataError, GeneratorExit):
             raise
-        except Exception as error:  # the library raises what its parsers, its network and its cache raise
+        except Exception as error:  # the library passes on the exceptions of parsers, network and cache
             raise DataError(f"--hf {name}: {type(error).__name__}: {error}") from error
 
 
@@ -264,7 +270,7 @@ def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
 
 
 def _parts(file: BinaryIO, split: str) -> Iterator[bytes]:
-    """Documents of a text file, without the line ends around them; memory holds one document."""
+    """Documents of a text file, without the line ends around them. One document at a time is in memory."""
     if split == "blank-line":
         lines: list[bytes] = []
         for line in file:
@@ -278,14 +284,14 @@ def _parts(file: BinaryIO, split: str) -> Iterator[bytes]:
         return
     rest, separator = b"", b"\n" if split == "line" else split.encode()
     while data := file.read(1 << 20):
-        *whole, rest = (rest + data).split(separator)
-        yield from (part.strip(b"\r\n") for part in whole)
+        *complete, rest = (rest + data).split(separator)
+        yield from (part.strip(b"\r\n") for part in complete)
     if rest:
         yield rest.strip(b"\r\n")
 
 
 def _standard_library() -> Iterator[tuple[str, str]]:
-    """The language reference, then the modules, of the running interpreter. Differs between releases, not between machines."""
+    """Language reference, then modules, of the running Python. Differs between releases, not between machines."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -306,40 +312,9 @@ def _standard_library() -> Iterator[tuple[str, str]]:
                 found = True
     if not found:
         raise DataError(
-            f"{STDLIB}: Python {sys.version.split()[0]} has no source files in {root}; give text with --input FILES"
+            f"{STDLIB}: Python {sys.version.split()[0]} has no source files in {root}; pass text with --input FILES"
         )
 
 
 def _matches(name: str, patterns) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-
-
-def add_arguments(parser) -> None:
-    """The command-line arguments that choose a corpus; `from_arguments` opens it."""
-    group = parser.add_argument_group("text")
-    group.add_argument(
-        "--input", nargs="+", metavar="FILE", help=f"{', '.join(_FORMATS)} files (.gz, .zst too), folders of them, or {STDLIB}"
-    )
-    group.add_argument("--hf", metavar="NAME", help="instead of --input: a data set of the Hugging Face hub, streamed")
-    group.add_argument("--hf-config", metavar="CONFIG", help="its configuration (default: its own default)")
-    group.add_argument("--hf-split", "--split", metavar="SPLIT", default="train", help="its split (train)")
-    group.add_argument("--text-key", metavar="KEY", default="text", help="key or column that holds the text (text)")
-    group.add_argument(
-        "--text-split",
-        metavar="HOW",
-        default="file",
-        help="what is one document of a .txt: file, line, blank-line, or the text between, such as '<|endoftext|>' (file)",
-    )
-    group.add_argument(
-        "--on-bad-line", choices=("error", "skip"), default="error", help="unusable lines: stop, or count (error)"
-    )
-
-
-def from_arguments(arguments) -> Corpus:
-    """The corpus that the command line asks for. Raises DataError."""
-    if bool(arguments.input) == bool(arguments.hf):
-        raise DataError("give either --input FILES or --hf NAME")
-    options = dict(text_key=arguments.text_key, split=arguments.text_split, on_bad_line=arguments.on_bad_line)
-    if arguments.hf:
-        return Corpus.from_hub(arguments.hf, arguments.hf_config, arguments.hf_split, **options)
-    return Corpus(arguments.input, **options)

@@ -1,15 +1,15 @@
-"""Token files on disk: Megatron's .bin/.idx pair with our seal beside it, and flat .bin files as nanoGPT writes them.
+"""Token files on disk: Megatron's .bin/.idx pair with our metadata sidecar, and flat .bin files (nanoGPT, llm.c).
 
     PREFIX.bin   all tokens of all documents back to back, little endian, nothing else
     PREFIX.idx   header, lengths in tokens, pointers in bytes, document numbers: byte for byte Megatron's format
-    PREFIX.json  the seal: tokenizer, vocabulary, counts, entropies and checksums that Megatron's format does not hold
+    PREFIX.json  the metadata sidecar, for what Megatron's format lacks: tokenizer, vocabulary, counts, entropies, checksums
 
-It knows bytes and counts; not what a sample is, not how tokens are made. No torch.
+It knows bytes and counts; not what a sample is, nor how tokens are made. No torch.
 
 A pair is complete when its .idx exists: it is renamed into place last. Opening checks sizes and headers in O(1);
-`TokenFile.verify` reads everything. Reads are positioned reads, not a memory map: a file that is cut short or a disk that
-fails in mid-run is then an OSError that can be reported, where a memory map ends the process by SIGBUS; cold random reads
-are as fast, because all ranges of a batch are announced to the kernel before the first is read.
+`TokenFile.check_checksums` reads everything. Reads are positioned reads, not a memory map: when a file is truncated or a disk
+fails in mid-run they raise an OSError that can be reported, where a memory map kills the process by SIGBUS. Cold random reads
+are as fast, because the kernel is given all ranges of a batch before the first is read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import mmap
 import os
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,13 +31,14 @@ import numpy as np
 import xxhash
 
 from pretrain import UserError
+from pretrain.files import sync_folder
 
 from .entropy import bigram_entropy, unigram_entropy
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, length of the document array
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # Megatron's codes of integer types
-_LLMC_HEADER_BYTES = 1024  # llm.c: 256 int32 (magic, version, token count, ...), then tokens of the type that the magic says
+_LLMC_HEADER_BYTES = 1024  # llm.c: 256 int32 (magic, version, token count, ...), then tokens; the magic gives their type
 _LLMC_TYPES = {20240520: "<u2", 20240801: "<u4"}
 _NUMPY_MAGIC = b"\x93NUMPY"
 _BLOCK_BYTES, _INDEX_BLOCK = 64 << 20, 1 << 20
@@ -47,39 +48,39 @@ _FLAT_HEAD_BYTES = 1 << 16
 
 
 class DataError(UserError):
-    """Data that cannot be used as asked. The message is for the user: what is wrong, where, and what to do."""
+    """Data that cannot be used. The message says what is wrong, where, and what to do."""
 
 
 class DataMissing(DataError):
-    """There is no token file of that name."""
+    """No token file has that name."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seal:
-    """What PREFIX.json says about PREFIX.bin and PREFIX.idx."""
+class Sidecar:
+    """Content of PREFIX.json: metadata of PREFIX.bin and PREFIX.idx."""
 
     format_version: int = 1
     tokenizer_fingerprint: str
     """Content hash of the tokenizer (`Tokenizer.fingerprint`)."""
     tokenizer_path: str
-    """Where the tokenizer lay when the data were made; for people."""
+    """Path of the tokenizer when the data were made; for people."""
     vocab_size: int
     end_of_document_id: int
-    """This id ends every document and stands nowhere else."""
+    """Ends every document and occurs nowhere else."""
     dtype: str
     num_tokens: int
     """End-of-document tokens included."""
     num_documents: int
     max_id: int
     utf8_bytes: int
-    """Bytes of the raw text (end-of-document tokens have none)."""
+    """Bytes of the raw text; end-of-document tokens count 0."""
     unigram_entropy_nats: float
     bigram_entropy_nats: float
-    """`entropy.bigram_entropy` of the tokens; of 64 evenly spaced runs of 131,072 tokens where there are more."""
+    """`entropy.bigram_entropy` of all tokens, or of 64 evenly spaced runs of 131,072 tokens in larger files."""
     shuffled: bool
-    """Whether documents were shuffled before they were written."""
+    """True: documents were written in random order."""
     corpus: dict
-    """`inputs` (names) and `sha256` of the text that was read."""
+    """`inputs` (names) and `sha256` of the raw text."""
     block_bytes: int
     block_checksums: list[str]
     """xxh3-128 of each block of `block_bytes` of the .bin."""
@@ -87,42 +88,42 @@ class Seal:
     """xxh3-128 of the .idx."""
 
     @classmethod
-    def read(cls, path: Path) -> Seal:
-        """The seal at `path`. Raises DataError when it is damaged or of another format."""
+    def read(cls, path: Path) -> Sidecar:
+        """The sidecar at `path`. Raises DataError if it is damaged or of another format version."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise DataError(f"{path}: not a seal ({error}); restore the file or tokenize again") from None
+            raise DataError(f"{path}: not a metadata sidecar ({error}); restore the file or tokenize again") from None
         version = values.get("format_version") if isinstance(values, dict) else None
         if version != 1:
-            raise DataError(f"{path}: seal of format {version}, this program reads format 1; tokenize again")
+            raise DataError(f"{path}: has format_version {version}, 1 is supported; tokenize again")
         types = {field.name: field.type.split("[")[0] for field in dataclasses.fields(cls)}
         wrong = [name for name, kind in types.items() if type(values.get(name)).__name__ != kind]
         if wrong:
-            raise DataError(f"{path}: not a seal ({', '.join(wrong)} missing or wrong); restore the file or tokenize again")
+            raise DataError(f"{path}: {', '.join(wrong)} missing or of wrong type; restore the file or tokenize again")
         return cls(**{name: values[name] for name in types})
 
     def to_json(self) -> str:
-        """The text of the file."""
+        """Text of the file."""
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Megatron's choice: uint16 below 65,500 ids, else int32."""
+    """Type of the tokens, by Megatron's rule: uint16 below 65,500 ids, else int32."""
     return np.dtype("<u2" if vocab_size < 65500 else "<i4")
 
 
 class TokenFile:
-    """A token file, opened by its prefix (.bin/.idx pair) or by the name of a flat .bin. Raises DataError when it is damaged.
+    """A token file, opened by its prefix (.bin/.idx pair) or by the name of a flat .bin. Raises DataError if it is damaged.
 
-    `path` (prefix, or flat file), `num_tokens`, `dtype`, `num_documents` (None: a flat file), `seal` (None: not ours).
-    Thread-safe; nothing of the file is held in memory.
+    `path` (prefix, or flat file), `num_tokens`, `dtype`, `num_documents` (None: a flat file), `sidecar` (None: not written by
+    this program). Thread-safe; keeps nothing of the file in memory.
     """
 
     def __init__(self, path: str | Path):
         self.path, self.bin_path, self._idx_path = _resolve(str(path))
         self.num_documents: int | None = None
-        self.seal: Seal | None = None
+        self.sidecar: Sidecar | None = None
         self._file = open(self.bin_path, "rb", buffering=0)
         self._bin_bytes = os.fstat(self._file.fileno()).st_size
         self._offset = 0
@@ -131,14 +132,14 @@ class TokenFile:
         else:
             self._open_pair()
         if self.num_tokens == 0:
-            raise DataError(f"{self.bin_path}: holds no tokens; tokenize a corpus that is not empty")
-        if hasattr(os, "posix_fadvise"):  # samples are random: reading ahead of each would multiply the disk traffic
+            raise DataError(f"{self.bin_path}: contains no tokens; tokenize a corpus that is not empty")
+        if hasattr(os, "posix_fadvise"):  # samples are random: read-ahead would multiply the disk traffic
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
 
     def _open_flat(self) -> None:
         head = os.pread(self._file.fileno(), 12, 0)
         if head.startswith(_NUMPY_MAGIC):
-            raise DataError(f"{self.bin_path}: a file of numpy.save, whose header is no text; write it with array.tofile")
+            raise DataError(f"{self.bin_path}: written by numpy.save, whose header is not tokens; write it with array.tofile")
         magic, _, count = struct.unpack("<3i", head.ljust(12, b"\0"))
         if magic in _LLMC_TYPES:
             self.dtype, self._offset = np.dtype(_LLMC_TYPES[magic]), _LLMC_HEADER_BYTES
@@ -151,7 +152,7 @@ class TokenFile:
         self.num_tokens = (expected - self._offset) // self.dtype.itemsize
 
     def _flat_dtype(self) -> np.dtype:
-        """uint16, or uint32 where it shows: every second half counts multiples of 65,536, of which no vocabulary has four."""
+        """uint32 if the words look like ids below 262,144 (no upper half above 3, most lower halves above 3), else uint16."""
         starts = {0, max(0, self._bin_bytes // 4 * 4 - _FLAT_HEAD_BYTES)}  # two parts: one may be a hole
         parts = [os.pread(self._file.fileno(), _FLAT_HEAD_BYTES, start) for start in starts]
         halves = np.frombuffer(b"".join(part[: len(part) // 4 * 4] for part in parts), "<u2").reshape(-1, 2)
@@ -177,7 +178,7 @@ class TokenFile:
                 hint = "multimodal sets are not supported" if multimodal else "copy it again"
                 raise DataError(f"{path}: {size:,} bytes found, {expected:,} expected for {num_sequences:,} sequences; {hint}")
             if num_sequences == 0 or num_starts < 2:
-                raise DataError(f"{path}: holds no documents; tokenize a corpus that is not empty")
+                raise DataError(f"{path}: contains no documents; tokenize a corpus that is not empty")
             view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.dtype = np.dtype(_DTYPES[code])
         lengths = np.frombuffer(view, "<i4", num_sequences, _HEADER.size)
@@ -202,34 +203,36 @@ class TokenFile:
         path = Path(self.path + ".json")
         if not path.exists():
             return
-        self.seal = Seal.read(path)
+        self.sidecar = Sidecar.read(path)
         for name in ("num_tokens", "num_documents", "dtype"):
-            sealed, found = str(getattr(self.seal, name)), str(getattr(self, name))
-            if sealed != found:
-                raise DataError(f"{path}: {name} is {sealed} in the seal and {found} in the files; it belongs to others")
+            recorded, found = str(getattr(self.sidecar, name)), str(getattr(self, name))
+            if recorded != found:
+                raise DataError(
+                    f"{path}: {name} is {recorded} in the sidecar and {found} in the files; it describes other files"
+                )
 
     @property
     def tokens(self) -> np.ndarray:
-        """All tokens as a memory-mapped 1-D array, for looking around; training reads through `read`."""
+        """All tokens as a memory-mapped 1-D array, for inspection; training uses `read`."""
         return np.asarray(np.memmap(self.bin_path, self.dtype, "r", self._offset, (self.num_tokens,)))
 
     def read(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Tokens [start, start + length) of all the ranges, back to back. Raises OSError when the file has become shorter."""
+        """Tokens [start, start + length) of all ranges, back to back. Raises OSError if the file was truncated meanwhile."""
         starts, lengths = np.asarray(starts, dtype=np.int64), np.asarray(lengths, dtype=np.int64)
         if starts.size and (starts.min() < 0 or lengths.min() < 0 or (starts + lengths).max() > self.num_tokens):
-            raise IndexError(f"{self.bin_path}: range outside of its {self.num_tokens:,} tokens")
+            raise IndexError(f"{self.bin_path}: range outside its {self.num_tokens:,} tokens")
         width = self.dtype.itemsize
         return read_ranges(self._file, starts * width + self._offset, lengths * width).view(self.dtype)
 
     def document_start(self, i: int) -> int:
-        """Number of the first token of document `i`; of the end, for i = num_documents. Only for pairs."""
+        """Index of the first token of document `i`; `num_tokens` for i = num_documents. Only for pairs."""
         sequence = int(self._documents[i])
         if sequence == len(self._pointers):
             return self.num_tokens
         return int(self._pointers[sequence]) // self.dtype.itemsize
 
     def document_starts(self, numbers: np.ndarray) -> np.ndarray:
-        """`document_start` of many documents (n,): int64. Only for pairs."""
+        """`document_start` of many documents: (n,) -> (n,) int64. Only for pairs."""
         sequences = self._documents[numbers]
         starts = np.full(len(sequences), self.num_tokens)
         inside = sequences < len(self._pointers)
@@ -237,11 +240,11 @@ class TokenFile:
         return starts
 
     def document_at(self, token: int) -> int:
-        """Number of the document that holds token number `token`. Only for pairs."""
+        """Number of the document that contains the token with index `token`. Only for pairs."""
         return bisect.bisect_right(range(self.num_documents), token, key=self.document_start) - 1
 
     def document(self, i: int) -> np.ndarray:
-        """Tokens of document `i`."""
+        """Tokens of document `i`. Raises DataError for a flat file and for damage, IndexError."""
         if self.num_documents is None:
             raise DataError(f"{self.path}: a flat .bin has no document index")
         if not 0 <= i < self.num_documents:
@@ -252,7 +255,7 @@ class TokenFile:
         return self.read([start], [end - start])
 
     def sample(self) -> np.ndarray:
-        """At most 64 evenly spaced runs of 8192 tokens, the first and the last tokens included: O(1) however long the file."""
+        """At most 64 evenly spaced runs of 8192 tokens, the first and the last tokens included: O(1) for any file."""
         if self.num_tokens <= _SAMPLE_RUNS * _SAMPLE_RUN_TOKENS:
             return self.read([0], [self.num_tokens])
         last = self.num_tokens - _SAMPLE_RUN_TOKENS
@@ -260,32 +263,33 @@ class TokenFile:
         return self.read(starts, [_SAMPLE_RUN_TOKENS] * _SAMPLE_RUNS)
 
     def fingerprint(self) -> str:
-        """Hash of type, length, sealed checksums and `sample()`, not of the name: other content, other fingerprint.
+        """Hash of type, length, checksums in the sidecar and `sample()`, but not of the path.
 
-        O(1): of a file without a seal, a change between the sampled runs goes unseen.
+        O(1). Without a sidecar, a change between the sampled runs is not detected.
         """
         digest = xxhash.xxh3_128(f"{self.dtype.str} {self.num_tokens}".encode())
-        if self.seal is not None:
-            digest.update(json.dumps([self.seal.tokenizer_fingerprint, *self.seal.block_checksums]).encode())
+        if self.sidecar is not None:
+            digest.update(json.dumps([self.sidecar.tokenizer_fingerprint, *self.sidecar.block_checksums]).encode())
         digest.update(self.sample())
         return digest.hexdigest()
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that `verify_block` can check; 0 without a seal."""
-        return len(self.seal.block_checksums) if self.seal else 0
+        """Number of blocks that `check_block` can check; 0 without a sidecar."""
+        return len(self.sidecar.block_checksums) if self.sidecar else 0
 
-    def verify(self) -> None:
-        """Check every sealed checksum by reading all of both files; raises DataError."""
-        self.verify_index()
+    def check_checksums(self, on_progress: Callable[[int], None] = lambda checked_bytes: None) -> None:
+        """Reads both files and compares them with all checksums in the sidecar. Raises DataError."""
+        self.check_index()
         for i in range(self.num_blocks):
-            self.verify_block(i)
+            self.check_block(i)
+            on_progress(min((i + 1) * self.sidecar.block_bytes, self._bin_bytes))
 
-    def verify_index(self) -> None:
-        """Check the .idx against the seal, and that the seal covers all of the .bin; raises DataError."""
-        if self.seal is None:
-            raise DataError(f"{self.path}: has no seal ({self.path}.json), so there are no checksums to verify")
-        if self.num_blocks != -(-self._bin_bytes // self.seal.block_bytes):
+    def check_index(self) -> None:
+        """Compares the .idx with the sidecar, which must cover all of the .bin. Raises DataError."""
+        if self.sidecar is None:
+            raise DataError(f"{self.path}: has no metadata sidecar ({self.path}.json), so no checksums to compare with")
+        if self.num_blocks != -(-self._bin_bytes // self.sidecar.block_bytes):
             raise DataError(
                 f"{self.path}.json: {self.num_blocks} checksums do not cover the .bin; restore it or tokenize again"
             )
@@ -293,23 +297,23 @@ class TokenFile:
         with open(self._idx_path, "rb") as file:
             while data := file.read(_BLOCK_BYTES):
                 digest.update(data)
-        if digest.hexdigest() != self.seal.index_checksum:
+        if digest.hexdigest() != self.sidecar.index_checksum:
             raise DataError(f"{self._idx_path}: damaged (checksum); copy it again")
 
-    def verify_block(self, i: int) -> None:
-        """Check block `i` of the .bin against the seal; raises DataError."""
-        start = i * self.seal.block_bytes
-        size = min(self.seal.block_bytes, self._bin_bytes - start)
+    def check_block(self, i: int) -> None:
+        """Compares block `i` of the .bin with its checksum in the sidecar. Raises DataError."""
+        start = i * self.sidecar.block_bytes
+        size = min(self.sidecar.block_bytes, self._bin_bytes - start)
         data = read_ranges(self._file, np.array([start]), np.array([size]))
-        if xxhash.xxh3_128_hexdigest(data) != self.seal.block_checksums[i]:
+        if xxhash.xxh3_128_hexdigest(data) != self.sidecar.block_checksums[i]:
             raise DataError(f"{self.bin_path}: damaged between bytes {start:,} and {start + size:,} (checksum); copy it again")
 
 
 def read_ranges(file, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Bytes [offset, offset + size) of all the ranges, back to back, uint8. Raises OSError when the file ends before."""
+    """Bytes [offset, offset + size) of all ranges, back to back: uint8. Raises OSError if the file ends earlier."""
     descriptor = file.fileno()
     ranges = list(zip(offsets.tolist(), sizes.tolist(), strict=True))
-    if hasattr(os, "posix_fadvise") and len(ranges) > 1:  # all reads are in flight before the first is waited for
+    if hasattr(os, "posix_fadvise") and len(ranges) > 1:  # start all reads before waiting for the first
         for offset, size in ranges:
             os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
     data = np.empty(int(sizes.sum()), dtype=np.uint8)
@@ -319,7 +323,7 @@ def read_ranges(file, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         while filled < end:
             got = os.preadv(descriptor, [buffer[filled:end]], offset)
             if got == 0:
-                raise OSError(errno.EIO, f"ends at byte {offset:,}: cut short while in use", str(file.name))
+                raise OSError(errno.EIO, f"ends at byte {offset:,}: truncated while in use", str(file.name))
             filled, offset = filled + got, offset + got
     return data
 
@@ -333,19 +337,19 @@ def _resolve(path: str) -> tuple[str, Path, Path | None]:
     if missing:
         folder = Path(prefix).parent
         there = sorted(str(found.with_suffix("")) for found in folder.glob("*.idx"))[:8] if folder.is_dir() else []
-        hint = f"; there is {', '.join(there)}" if there else "; make it with tools/tokenize_corpus.py"
+        hint = f"; did you mean {', '.join(there)}?" if there else "; create it with tools/tokenize_corpus.py"
         raise DataMissing(f"{path}: no token file here ({' and '.join(missing)} not found){hint}")
     return prefix, Path(prefix + ".bin"), Path(prefix + ".idx")
 
 
 class TokenWriter:
-    """Streams documents into PREFIX.bin/.idx/.json, in O(vocabulary) memory. Nothing bears the final name until `finish`.
+    """Streams documents into PREFIX.bin/.idx/.json, in O(vocabulary) memory. No file has its final name before `finish`.
 
         with TokenWriter(prefix, vocab_size=..., ...) as writer:
-            writer.add(tokens, lengths, utf8_bytes)     # as often as needed
-            seal = writer.finish(corpus)                # leaving without it discards all
+            writer.add(tokens, lengths, utf8_bytes)     # any number of times
+            sidecar = writer.finish(corpus)             # leaving without it discards everything
 
-    Raises DataError for an existing output, a second writer of the same prefix, a wrong id, and no documents at all.
+    Raises DataError for an existing output, a second writer of the same prefix, an invalid id, or no documents at all.
     """
 
     def __init__(
@@ -359,9 +363,9 @@ class TokenWriter:
         shuffled: bool,
         overwrite: bool = False,
     ):
-        self._paths = [Path(f"{prefix}{end}") for end in (".json", ".bin", ".idx")]  # in the order of their renaming
+        self._paths = [Path(f"{prefix}{end}") for end in (".json", ".bin", ".idx")]  # in the order of renaming
         if not overwrite and (existing := [str(path) for path in self._paths if path.exists()]):
-            raise DataError(f"{', '.join(existing)}: exists; choose another output, or overwrite it (--overwrite)")
+            raise DataError(f"{', '.join(existing)}: exists already; choose another output, or overwrite it (--overwrite)")
         self._temporary = [path.with_name(path.name + ".tmp") for path in self._paths]
         self._paths[0].parent.mkdir(parents=True, exist_ok=True)
         self._bin = open(self._temporary[1], "ab")
@@ -369,7 +373,7 @@ class TokenWriter:
             fcntl.flock(self._bin, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._bin.close()
-            raise DataError(f"{prefix}: another process is writing it; wait for it to end or choose another output") from None
+            raise DataError(f"{prefix}: another process is writing this output; wait for it or choose another") from None
         self._bin.truncate(0)
         self._lengths = tempfile.TemporaryFile(dir=self._paths[0].parent)
         self._about = dict(
@@ -396,15 +400,15 @@ class TokenWriter:
             self._bin.close()
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, utf8_bytes: int) -> None:
-        """Append documents: `tokens` of all, back to back, each ended by its end-of-document id; `lengths` in tokens."""
+        """Appends documents. `tokens`: of all, back to back, each document with its end-of-document id; `lengths` in tokens."""
         tokens, lengths = np.asarray(tokens), np.asarray(lengths, dtype=np.int64)
         end, vocab_size = self._about["end_of_document_id"], self._about["vocab_size"]
         if len(tokens) != lengths.sum() or not np.array_equal(np.flatnonzero(tokens == end), np.cumsum(lengths) - 1):
-            raise DataError(f"{self._paths[1]}: the end-of-document id {end} must end every document and stand nowhere else")
+            raise DataError(f"{self._paths[1]}: the end-of-document id {end} must end every document and occur nowhere else")
         if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
-            raise DataError(f"{self._paths[1]}: ids {tokens.min()} to {tokens.max()} given, the vocabulary has {vocab_size}")
+            raise DataError(f"{self._paths[1]}: got ids {tokens.min()} to {tokens.max()}, the vocabulary has {vocab_size}")
         if lengths.size and lengths.max() >= 2**31:
-            raise DataError(f"{self._paths[1]}: a document of {lengths.max():,} tokens; less than 2^31 are allowed, split it")
+            raise DataError(f"{self._paths[1]}: a document of {lengths.max():,} tokens; fewer than 2^31 are allowed, split it")
         self._counts_V += np.bincount(tokens, minlength=vocab_size)
         self.num_documents += len(lengths)
         self._utf8_bytes += utf8_bytes
@@ -423,16 +427,16 @@ class TokenWriter:
         self._blocks.append(self._block.hexdigest())
         self._block, self._block_filled = xxhash.xxh3_128(), 0
 
-    def finish(self, corpus: dict) -> Seal:
-        """Sync and rename the files; returns their seal. `corpus` describes the text: inputs, sha256."""
+    def finish(self, corpus: dict) -> Sidecar:
+        """Syncs the files, renames them and returns their sidecar. `corpus` describes the text: inputs, sha256."""
         if not 0 < self.num_documents < 2**31:
-            raise DataError(f"{self._paths[1]}: {self.num_documents:,} documents given; 1 to 2^31 - 1 are allowed")
+            raise DataError(f"{self._paths[1]}: got {self.num_documents:,} documents; 1 to 2^31 - 1 are allowed")
         if self._block_filled:
             self._close_block()
         self._bin.flush()
         counts_V = self._counts_V
         num_tokens = int(counts_V.sum())
-        seal = Seal(
+        sidecar = Sidecar(
             **self._about,
             dtype=self._dtype.name,
             num_tokens=num_tokens,
@@ -446,18 +450,16 @@ class TokenWriter:
             block_checksums=self._blocks,
             index_checksum=self._write_index(),
         )
-        self._temporary[0].write_text(seal.to_json(), encoding="utf-8")
-        self._paths[2].unlink(missing_ok=True)  # an old pair stops being one before its first file is replaced
+        self._temporary[0].write_text(sidecar.to_json(), encoding="utf-8")
+        self._paths[2].unlink(missing_ok=True)  # no index: the old pair is invalid before its first file is replaced
         for path in self._temporary:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         for temporary, path in zip(self._temporary, self._paths, strict=True):
             os.replace(temporary, path)
         self._bin.close()
-        folder = os.open(self._paths[0].parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-        return seal
+        sync_folder(self._paths[0].parent)
+        return sidecar
 
     def _bigram_runs(self, num_tokens: int) -> list[np.ndarray]:
         tokens = np.asarray(np.memmap(self._temporary[1], self._dtype, "r", shape=(num_tokens,)))
@@ -468,7 +470,7 @@ class TokenWriter:
         return [tokens[start : start + _BIGRAM_RUN_TOKENS] for start in starts]
 
     def _write_index(self) -> str:
-        """Write the temporary .idx in blocks, one sequence per document; returns its checksum."""
+        """Writes the temporary .idx in blocks, one sequence per document, and returns its checksum."""
         digest, n = xxhash.xxh3_128(), self.num_documents
         code = {"<u2": 8, "<i4": 4}[self._dtype.str]
         with open(self._temporary[2], "wb") as file:

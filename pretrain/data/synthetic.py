@@ -30,7 +30,7 @@ _VALID_SAMPLES = 256
 class SyntheticSource:
     """Samples of T + 1 tokens with ids below `vocab_size`. `reference_lines` holds what is known of their loss, in nats."""
 
-    seal = None
+    sidecar = None
 
     def __init__(
         self, config: SyntheticConfig, split: Literal["train", "valid"], *, seed: int, vocab_size: int, sequence_length: int

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.manifest import Checkpoint, CheckpointError
-from pretrain.data import skips
+from pretrain.data import excluded
 from pretrain.report import spikes
 from pretrain.run.resume import Start
 from pretrain.run.state import Run
@@ -67,12 +67,14 @@ def rollback(run: Run) -> Start | None:
     for later in saved:
         if later.step > last_good:
             storage.remove(later)
-    skipped = skips.with_range(progress.skipped_positions, *_bad_positions(run))
+    skipped = excluded.add_range(progress.skipped_positions, *_bad_positions(run))
     return Start(chosen, {"rollbacks": progress.rollbacks + 1, "skipped_positions": skipped})
 
 
 def _bad_positions(run: Run) -> tuple[int, int]:
     """[first, end) of the samples of the steps that were skipped in a row, up to now."""
     progress, steps = run.progress, int(run.meter.figures["skipped_in_a_row"])
-    first = skips.begin_of_last(progress.position, steps, run.config.batch.global_batch_size, progress.skipped_positions)
+    first = excluded.start_of_last_steps(
+        progress.position, steps, run.config.batch.global_batch_size, progress.skipped_positions
+    )
     return first, progress.position

@@ -138,7 +138,7 @@ def _file_findings(config: Config, tokenizer: Tokenizer | None, vocab_size: int,
                 continue
             files[key].append(file)
             facts += file_facts(file, end)
-            found += checks.unfit(
+            found += checks.check_fit(
                 file,
                 where,
                 config.data,
@@ -146,9 +146,9 @@ def _file_findings(config: Config, tokenizer: Tokenizer | None, vocab_size: int,
                 tokenizer_fingerprint=tokenizer and tokenizer.fingerprint,
                 least_tokens=config.data.sequence_length + 1 if key == "train" else 2,
             )
-            found += checks.sampled(file, where, vocab_size=vocab_size, end_of_document_id=end)
-            found += checks.entropies(file, where, vocab_size) + checks.checksums(file, where)
-            if file.seal is None and tokenizer:
+            found += checks.check_sample(file, where, vocab_size=vocab_size, end_of_document_id=end)
+            found += checks.check_entropies(file, where, vocab_size) + checks.check_checksums(file, where)
+            if file.sidecar is None and tokenizer:
                 text = f"{file.path} has no metadata sidecar, so its tokenizer is unknown; tools/tokenize_corpus.py writes one"
                 found.append(Finding("no-seal", where, text))
     return found + _copy_findings(files["train"], files["valid"], end, facts)
@@ -161,8 +161,8 @@ def _quick_file_findings(parts: Parts) -> list[Finding]:
     files += [(f"data.valid[{i}].path", source) for i, source in enumerate(valid)]
     found = _same_files([source.file for source in train], [source.file for source in valid])
     for where, source in files:
-        found += checks.sampled(source.file, where, vocab_size=parts.data.vocab_size, end_of_document_id=None)
-        found += checks.entropies(source.file, where, parts.data.vocab_size) if source.seal else []
+        found += checks.check_sample(source.file, where, vocab_size=parts.data.vocab_size, end_of_document_id=None)
+        found += checks.check_entropies(source.file, where, parts.data.vocab_size) if source.sidecar else []
     return found
 
 
@@ -178,13 +178,15 @@ def _open_file(source: SourceConfig, where: str) -> tuple[TokenFile | None, list
 def file_facts(file: TokenFile, end: int | None) -> list[str]:
     """Describes the content of a token file, in two or three lines."""
     documents = f" in {file.num_documents:,} documents" if file.num_documents else ", without a document index"
-    tokens, seal = file.sample(), file.seal
+    tokens, sidecar = file.sample(), file.sidecar
     line = f"{file.path}: {file.num_tokens:,} tokens ({file.dtype.name}){documents}, ids up to {tokens.max():,} in a sample"
     sealed = (
-        f", {seal.max_id:,} in the sidecar; {seal.utf8_bytes / seal.num_tokens:.2f} bytes of text per token" if seal else ""
+        f", {sidecar.max_id:,} in the sidecar; {sidecar.utf8_bytes / sidecar.num_tokens:.2f} bytes of text per token"
+        if sidecar
+        else ""
     )
     lines = [line + sealed]
-    end = seal.end_of_document_id if seal else end
+    end = sidecar.end_of_document_id if sidecar else end
     if end is not None:
         count = int((tokens == end).sum())
         often = f"one in {len(tokens) / count:,.0f} tokens" if count else "never"
@@ -195,10 +197,10 @@ def file_facts(file: TokenFile, end: int | None) -> list[str]:
 
 
 def _copy_findings(train: list[TokenFile], valid: list[TokenFile], end: int | None, facts: list[str]) -> list[Finding]:
-    shares = checks.copies(train, valid, end) if train else None
+    shares = checks.duplicates(train, valid, end) if train else None
     if shares is None:  # the ends of documents are unknown
         return _same_files(train, valid)
-    extent = "all" if shares.whole else "a sample of"
+    extent = "all" if shares.complete else "a sample of"
     facts.append(
         f"duplicates: {shares.train:.2%} of the training tokens are in repeated documents"
         + (f", {shares.valid:.2%} of the validation tokens in training documents" if valid else "")
@@ -322,7 +324,7 @@ def weights_findings(config: Config, data: TrainData) -> list[Finding]:
     return [
         Finding("weights-of-another-tokenizer", f"data.train[{i}].path", text)
         for i, source in enumerate(data.sources)
-        if theirs and isinstance(source, FileSource) and source.seal and source.seal.tokenizer_fingerprint != theirs
+        if theirs and isinstance(source, FileSource) and source.sidecar and source.sidecar.tokenizer_fingerprint != theirs
     ]
 
 

@@ -10,7 +10,7 @@ from pretrain.checkpoint import storage
 from pretrain.checkpoint.manifest import Checkpoint
 from pretrain.checkpoint.saver import Saver
 from pretrain.config import Config
-from pretrain.data import skips
+from pretrain.data import excluded
 from pretrain.data.batches import TrainData, ValidData
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.engines.base import Engine
@@ -51,7 +51,7 @@ class Progress:
     """This step's validation was cut short to save in time; after a resume it comes first."""
     rollbacks: int = 0
     """Rollbacks to a checkpoint after a divergence."""
-    skipped_positions: skips.Ranges = field(default_factory=list)
+    skipped_positions: excluded.PositionRanges = field(default_factory=list)
     """Samples that these rollbacks skip."""
 
 
@@ -146,7 +146,7 @@ def _environment(config: Config, engine: Engine, parts: Parts, directory: RunDir
     data, model = parts.data, parts.model
     seals = {
         source.name: {"fingerprint": source.fingerprint()}
-        | {key: value for key, value in (asdict(source.seal) if source.seal else {}).items() if key != "block_checksums"}
+        | {key: value for key, value in (asdict(source.sidecar) if source.sidecar else {}).items() if key != "block_checksums"}
         for source in data.sources
     }
     per_token = flops.flops_per_token(model, config.data.sequence_length)
