@@ -63,7 +63,7 @@ def test_another_number_of_processes_than_asked_for_is_refused():
 
 def test_ddp_and_fsdp2_do_not_import_deepspeed():
     script = (
-        "import sys; from pretrain.config import EngineConfig; from pretrain.engines.base import start_engine; "
+        "import sys; from pretrain.config import EngineConfig; from pretrain.engines.start import start_engine; "
         "start_engine(EngineConfig(name='{}')); assert 'deepspeed' not in sys.modules"
     )
     for name in ("ddp", "fsdp2"):

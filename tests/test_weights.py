@@ -216,7 +216,7 @@ def as_int8(path: Path) -> None:
     ("damage", "message"),
     [
         (lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"), "pickled weights .* never opened"),
-        (cut, "does not lie where its header says; was the file cut off"),
+        (cut, "does not lie where the header says"),
         (lambda path: (path / "model.safetensors").write_bytes(b"\xff" * 100), "its header claims"),
         (as_int8, "has dtype I8; allowed: F32, BF16, F16"),
         (lambda path: strange(path, lambda t: t.pop("lm_head.weight")), r"lm_head.weight must have shape .* it is missing"),

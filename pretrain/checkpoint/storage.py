@@ -26,23 +26,22 @@ from pathlib import Path
 
 import torch
 import xxhash
-from torch import Tensor, nn
+from torch import nn
 
 from pretrain import UserError
 from pretrain.checkpoint.manifest import (
     FORMAT_VERSION,
     Checkpoint,
     CheckpointError,
-    Piece,
     UnsafeCheckpoint,
     checkpoints,
     digest_json,
-    header_of,
 )
+from pretrain.checkpoint.tensors import BLOCK, StoredShard, read_values, shards_header
 from pretrain.engines.base import Engine, Shard
+from pretrain.files import sync_folder, unused_name
 
 MAX_FILE_BYTES = 1 << 30
-_BLOCK_BYTES = 1 << 24
 _OURS = re.compile(r"\.(tmp|del|old)-(step_[0-9]{8,})")
 """Folders of unfinished work: a save, a removal, a checkpoint that is being replaced by one of the same step."""
 
@@ -138,8 +137,7 @@ def write_part(
     written = {}
     for number, shards in enumerate(files):
         name = f"tensors-{rank:05d}-of-{world_size:05d}-{number:03d}.safetensors"
-        header = header_of([(shard.name, shard.shape, shard.offset, shard.piece.numel()) for shard in shards])
-        written[name] = write_file(folder / name, _blocks(header, shards), beat)
+        written[name] = write_file(folder / name, _blocks(shards_header(shards), shards), beat)
     write_file(folder / f"files-{rank:05d}.json", [json.dumps(written).encode()], beat)
     sync_folder(folder)
 
@@ -150,7 +148,7 @@ def _blocks(header: bytes, shards: list[Shard]) -> Iterator[memoryview | bytes]:
         piece = shard.piece.detach().cpu()
         if piece.dtype != torch.float32:
             raise TypeError(f"{shard.name} is {piece.dtype}, a checkpoint holds fp32")
-        for part in piece.split(_BLOCK_BYTES // 4):
+        for part in piece.split(BLOCK):
             if not all(map(math.isfinite, torch.aminmax(part))):  # one pass without a copy, and NaN comes through it
                 raise NotFinite(f"{shard.name} is not finite, so the state is not saved; the last checkpoint is from before")
             yield memoryview(part.numpy()).cast("B")
@@ -211,7 +209,7 @@ def put_aside_after(folder: Path, step: int) -> None:
     Nothing is removed: step_N becomes left-step_N. Raises OSError."""
     for checkpoint in checkpoints(folder):
         if checkpoint.step > step:
-            os.rename(checkpoint.path, left := _unused(folder / f"left-{checkpoint.path.name}"))
+            os.rename(checkpoint.path, left := unused_name(folder / f"left-{checkpoint.path.name}"))
             print(f"{checkpoint.path}: is later than step {step}, where the run goes on; put aside as {left.name}", flush=True)
             sync_folder(folder)
 
@@ -304,7 +302,7 @@ def newest_valid(folder: Path, engine: Engine, say: Callable[[str], None] = prin
                 say(f"damaged checkpoint put aside: {error}")
         engine.barrier()
         if engine.rank == 0:
-            os.rename(checkpoint.path, _unused(folder / f"damaged-{checkpoint.path.name}"))
+            os.rename(checkpoint.path, unused_name(folder / f"damaged-{checkpoint.path.name}"))
     if tried or engine.broadcast(int(engine.rank == 0 and any(folder.glob("damaged-step_*")))):
         raise CheckpointError(
             f"{folder}: none of its checkpoints is valid; restore one of damaged-step_*, or use another run.name to begin anew"
@@ -351,14 +349,14 @@ class Pieces:
 
     def __init__(self, checkpoint: Checkpoint):
         self.path = checkpoint.path
-        self.by_name: dict[str, list[Piece]] = {}
-        for piece in checkpoint.pieces():
+        self.by_name: dict[str, list[StoredShard]] = {}
+        for piece in checkpoint.shards():
             self.by_name.setdefault(piece.name, []).append(piece)
         for name, pieces in self.by_name.items():
             pieces.sort(key=lambda piece: piece.offset)
             self._require_tiling(name, pieces)
 
-    def _require_tiling(self, name: str, pieces: list[Piece]) -> None:
+    def _require_tiling(self, name: str, pieces: list[StoredShard]) -> None:
         end = 0
         for piece in pieces:
             if piece.shape != pieces[0].shape or piece.offset != end:
@@ -377,23 +375,7 @@ class Pieces:
         for piece in pieces:
             low, high = max(start, piece.offset), min(stop, piece.offset + piece.count)
             if low < high:
-                _read(piece.path, piece.position + 4 * (low - piece.offset), shard.piece[low - start : high - start])
-
-
-def _read(path: Path, position: int, into: Tensor) -> None:
-    """Fills a 1-D fp32 tensor with the values at a byte of a file. Raises OSError."""
-    block = _BLOCK_BYTES // 4
-    with open(path, "rb", buffering=0) as file:
-        file.seek(position)
-        for part in into.split(block):
-            host = part if part.device.type == "cpu" else torch.empty_like(part, device="cpu")
-            target = memoryview(host.numpy()).cast("B")
-            while target:
-                if not (count := file.readinto(target)):
-                    raise OSError(errno.EIO, "ends too early", str(path))
-                target = target[count:]
-            if host is not part:
-                part.copy_(host)
+                read_values(piece.values, low - piece.offset, shard.piece[low - start : high - start])
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
@@ -417,7 +399,7 @@ def write_file(path: Path, blocks: Iterable[bytes | memoryview], beat: Callable[
         for block in blocks:
             rest = memoryview(block)
             while rest:
-                part = rest[:_BLOCK_BYTES]
+                part = rest[: 4 * BLOCK]
                 part = part[: os.write(descriptor, part)]
                 digest.update(part)
                 size, rest = size + len(part), rest[len(part) :]
@@ -427,24 +409,3 @@ def write_file(path: Path, blocks: Iterable[bytes | memoryview], beat: Callable[
     finally:
         os.close(descriptor)
     return {"bytes": size, "xxh3": digest.hexdigest()}
-
-
-def sync_folder(path: Path) -> None:
-    """Makes the names in a folder durable, where the file system can sync folders at all. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _unused(path: Path) -> Path:
-    number = 0
-    candidate = path
-    while candidate.exists():
-        number += 1
-        candidate = path.with_name(f"{path.name}-{number}")
-    return candidate
