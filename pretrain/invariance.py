@@ -213,7 +213,7 @@ def _run(case: Case, model: ModelConfig, grad_clip: float, seed: int) -> tuple[l
         shown.append((figures["loss"], figures["grad_norm"]))
     sizes = _sizes(engine) | {"gradients": sum(gradients) // STEPS}
     shards = [shard for shard in engine.shards(saving=True) if shard.name.startswith("model/")]
-    pieces = [(shard.name, shard.shape, shard.offset, shard.piece.numpy(force=True).copy()) for shard in shards]
+    pieces = [(shard.name, shard.shape, shard.offset, shard.values.numpy(force=True).copy()) for shard in shards]
     engine.close()
     return shown, pieces, sizes
 

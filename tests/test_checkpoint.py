@@ -45,7 +45,7 @@ def take_steps(engine: Engine, count: int) -> None:
 
 
 def state_of(engine: Engine) -> dict[str, bytes]:
-    return {shard.name: shard.piece.numpy().tobytes() for shard in engine.shards(saving=False)} | {
+    return {shard.name: shard.values.numpy().tobytes() for shard in engine.shards(saving=False)} | {
         "updates": bytes([engine.updates])
     }
 

@@ -32,7 +32,7 @@ def write_shards(path: Path, change: Callable[[dict, dict], None] = lambda entri
     if "__metadata__" in entries:
         entries["__metadata__"]["pieces"] = json.dumps(pieces)
     text = json.dumps(entries).encode()
-    values = b"".join(shard.piece.numpy().tobytes() for shard in shards)
+    values = b"".join(shard.values.numpy().tobytes() for shard in shards)
     path.write_bytes(len(text).to_bytes(8, "little") + text + values + rest)
     return path
 

@@ -92,7 +92,7 @@ def begin(folder: Path, step: int, engine: Engine) -> Path:
     """An empty folder for the parts of all ranks (a collective). Raises OSError on every rank when it cannot be made, or when
     the disk has no room for all parts."""
     temporary = folder / f".tmp-step_{step:08d}"
-    needed = torch.tensor(sum(shard.piece.nbytes for shard in engine.shards(saving=True)), device=engine.device)
+    needed = torch.tensor(sum(shard.values.nbytes for shard in engine.shards(saving=True)), device=engine.device)
     needed = int(engine.all_reduce(needed))
     agree(engine, lambda: _make_empty(temporary, needed) if engine.rank == 0 else None)
     return temporary
@@ -115,10 +115,10 @@ def files_of(shards: Iterable[Shard]) -> Iterator[list[Shard]]:
     file: list[Shard] = []
     room = most = MAX_FILE_BYTES // 4
     for shard in shards:
-        start, count = 0, shard.piece.numel()
+        start, count = 0, shard.values.numel()
         while start < count:
             taken = min(count - start, room)
-            file.append(Shard(shard.name, shard.shape, shard.offset + start, shard.piece[start : start + taken]))
+            file.append(Shard(shard.name, shard.shape, shard.offset + start, shard.values[start : start + taken]))
             start, room = start + taken, room - taken
             if not room:
                 yield file
@@ -145,7 +145,7 @@ def write_part(
 def _blocks(header: bytes, shards: list[Shard]) -> Iterator[memoryview | bytes]:
     yield header
     for shard in shards:
-        piece = shard.piece.detach().cpu()
+        piece = shard.values.detach().cpu()
         if piece.dtype != torch.float32:
             raise TypeError(f"{shard.name} is {piece.dtype}, a checkpoint holds fp32")
         for part in piece.split(BLOCK):
@@ -371,11 +371,11 @@ class Pieces:
         if not pieces or pieces[0].shape != shard.shape:
             found = pieces[0].shape if pieces else "no such tensor"
             raise CheckpointError(f"{self.path}: {shard.name} must be {shard.shape}, the checkpoint has {found}")
-        start, stop = shard.offset, shard.offset + shard.piece.numel()
+        start, stop = shard.offset, shard.offset + shard.values.numel()
         for piece in pieces:
             low, high = max(start, piece.offset), min(stop, piece.offset + piece.count)
             if low < high:
-                read_values(piece.values, low - piece.offset, shard.piece[low - start : high - start])
+                read_values(piece.values, low - piece.offset, shard.values[low - start : high - start])
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:

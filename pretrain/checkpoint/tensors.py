@@ -89,7 +89,7 @@ def make_header(tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: dic
 def shards_header(shards: Sequence[Shard]) -> bytes:
     """The beginning of a checkpoint's file that then holds the fp32 values of `shards` in this order."""
     pieces = {shard.name: {"offset": shard.offset, "shape": shard.shape} for shard in shards}
-    return make_header([(shard.name, "F32", [shard.piece.numel()]) for shard in shards], {"pieces": json.dumps(pieces)})
+    return make_header([(shard.name, "F32", [shard.values.numel()]) for shard in shards], {"pieces": json.dumps(pieces)})
 
 
 # ---------------------------------------------------------------- reading

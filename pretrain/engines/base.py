@@ -37,7 +37,7 @@ class Shard(NamedTuple):
     """Of the whole tensor."""
     offset: int
     """Where the piece begins in the flattened tensor."""
-    piece: Tensor
+    values: Tensor
     """1-D view of live fp32 memory: reading it saves; `Engine.restore` writes into it."""
 
 
@@ -334,7 +334,7 @@ def make_moments(optimizer: torch.optim.Optimizer, parameters_of_groups: list[li
 def _draw(model: nn.Module, shard: Shard, seed: int) -> None:
     """Fills a piece of a weight with its part of the whole parameter's initial value."""
     whole = model.initial_weight(shard.name.removeprefix("model/"), shard.shape, seed).view(-1)
-    shard.piece.copy_(whole[shard.offset : shard.offset + shard.piece.numel()])
+    shard.values.copy_(whole[shard.offset : shard.offset + shard.values.numel()])
 
 
 def _start_processes(config: EngineConfig, **options: Any):

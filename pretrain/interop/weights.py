@@ -191,7 +191,7 @@ def weight_loader(source: Weights, target: ModelConfig) -> Callable[[Shard], Non
     means: dict[str, Tensor] = {}
 
     def fill(shard: Shard) -> None:
-        name, start, piece = shard.name.removeprefix("model/"), shard.offset, shard.piece
+        name, start, piece = shard.name.removeprefix("model/"), shard.offset, shard.values
         if name.endswith(".expert_share"):
             piece.fill_(1 / shard.shape[0])
             return
@@ -342,7 +342,7 @@ def _files(source: Weights, beat: Callable[[int], None]) -> Iterator[list[Shard]
             count = min(tensor.numel() - start, room)
             shard = Shard(f"model/{name}", tuple(tensor.shape), start, torch.empty(count))
             fill(shard)
-            if not shard.piece.isfinite().all():
+            if not shard.values.isfinite().all():
                 raise ValueError(f"{name} is not finite: its model had diverged, or the file is damaged")
             file.append(shard)
             start, room, done = start + count, room - count, done + 4 * count

@@ -153,7 +153,7 @@ def poisoned(configs: dict[str, EngineConfig]) -> dict:
             meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
             figures = meter.read(engine.all_reduce)
             used = torch.cat([p.detach().float().flatten() for p in local_parameters(engine)])
-            state = torch.cat([shard.piece.flatten() for shard in engine.shards(saving=False)])
+            state = torch.cat([shard.values.flatten() for shard in engine.shards(saving=False)])
             trace.append((state.numpy().copy(), used.numpy(), engine.updates, figures))
         results[name] = trace
     return results
@@ -284,12 +284,12 @@ class Wire(TorchDispatchMode):
 
 def gradient(engine: Engine, batches: list[Batch]) -> list[torch.Tensor]:
     """Pieces of the summed gradient: a cleared first moment of AdamW becomes a tenth of it; a rate of 0 moves nothing."""
-    engine.restore(lambda shard: shard.piece.zero_() if shard.name.startswith("exp_avg/") else None)
+    engine.restore(lambda shard: shard.values.zero_() if shard.name.startswith("exp_avg/") else None)
     for i, batch in enumerate(batches):
         with engine.micro_batch(last=i == len(batches) - 1):
             engine.backward(engine.forward(*batch) / 100)
     engine.update(0.0)
-    return [10 * shard.piece.double() for shard in engine.shards(saving=False) if shard.name.startswith("exp_avg/")]
+    return [10 * shard.values.double() for shard in engine.shards(saving=False) if shard.name.startswith("exp_avg/")]
 
 
 def look_at_dtypes(configs: dict[str, EngineConfig]) -> dict:
