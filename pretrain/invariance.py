@@ -225,7 +225,7 @@ def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def _sizes(engine: Engine) -> dict[str, int]:
     """Bytes of live tensors on this rank; a tensor that is both weight and master weight counts once, as a weight."""
     weights = [tensor for p in engine.model.parameters() for tensor in (p.data, getattr(p, "ds_tensor", p.data))]
-    held = [tensor for piece in engine.held(saving=False) for tensor in piece.tensors.values()]
+    held = [tensor for state in engine.local_states(saving=False) for tensor in state.tensors.values()]
     mine = {_local(tensor).untyped_storage().data_ptr() for tensor in weights}
     return {
         "weights": _bytes(weights),

@@ -41,7 +41,7 @@ class Shard(NamedTuple):
     """1-D view of live fp32 memory: reading it saves; `Engine.restore` writes into it."""
 
 
-class Held(NamedTuple):
+class LocalState(NamedTuple):
     """What this rank holds of one parameter: the same piece of its master weight and of each of its moments."""
 
     name: str
@@ -53,7 +53,7 @@ class Held(NamedTuple):
 
 class Engine:
     """What all engines share. Attributes: rank, world_size, device, precision, watchdog; after `prepare` also model (the bare
-    module) and optimizer. An engine defines `_spread`, `micro_batch`, `held` and `copies`, and what else differs.
+    module) and optimizer. An engine defines `_spread`, `micro_batch`, `local_states` and `copies`, and what else differs.
     """
 
     autocast_dtype: torch.dtype | None = None
@@ -190,7 +190,7 @@ class Engine:
         """The training state as pieces: when saving, ranks share the work and the pieces of all ranks tile every tensor exactly
         once; else each rank gets all that it holds. To write into them, use `restore`."""
         self._make_moments()
-        for name, shape, offset, tensors in itertools.chain(self.held(saving), self._buffers(saving)):
+        for name, shape, offset, tensors in itertools.chain(self.local_states(saving), self._buffers(saving)):
             self.watchdog.alive("saving" if saving else "reading its state")
             for kind, piece in tensors.items():
                 yield Shard(f"{kind}/{name}", shape, offset, piece)
@@ -200,22 +200,22 @@ class Engine:
         if moments:
             self._make_moments()
         with torch.no_grad():
-            for name, shape, offset, tensors in itertools.chain(self.held(saving=False), self._buffers(saving=False)):
+            for name, shape, offset, tensors in itertools.chain(self.local_states(saving=False), self._buffers(saving=False)):
                 self.watchdog.alive("loading")
                 for kind, piece in tensors.items():
                     if moments or kind == "model":
                         fill(Shard(f"{kind}/{name}", shape, offset, piece))
         self._refresh()
 
-    def held(self, saving: bool) -> Iterator[Held]:
+    def local_states(self, saving: bool) -> Iterator[LocalState]:
         """What this rank holds of each parameter; when saving, what it writes. Moments are there once they are made."""
         raise NotImplementedError
 
-    def _buffers(self, saving: bool) -> Iterator[Held]:
+    def _buffers(self, saving: bool) -> Iterator[LocalState]:
         """A model's buffers are fp32 and equal on all ranks, of which the first writes them."""
         for name, buffer in self.model.named_buffers():
             piece = buffer.view(-1)[: 0 if saving and self.rank > 0 else None]
-            yield Held(name, tuple(buffer.shape), 0, {"model": piece})
+            yield LocalState(name, tuple(buffer.shape), 0, {"model": piece})
 
     def copies(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
         """The weights that every rank of a group holds a copy of, in one order, and the group; None: all ranks."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pretrain.config import EngineConfig
-from pretrain.engines.base import Engine, Held, moments_of
+from pretrain.engines.base import Engine, LocalState, moments_of
 
 
 class DdpEngine(Engine):
@@ -56,13 +56,13 @@ class DdpEngine(Engine):
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager:
         return self._wrapped.no_sync() if self.world_size > 1 and not last else contextlib.nullcontext()
 
-    def held(self, saving: bool) -> Iterator[Held]:
+    def local_states(self, saving: bool) -> Iterator[LocalState]:
         for name, parameter in self.model.named_parameters():
             count = parameter.numel()
             share = math.ceil(count / self.world_size)
             start, stop = (min(r * share, count) for r in (self.rank, self.rank + 1)) if saving else (0, count)
             tensors = {"model": parameter.detach(), **moments_of(self.optimizer, parameter)}
-            yield Held(name, tuple(parameter.shape), start, {kind: t.view(-1)[start:stop] for kind, t in tensors.items()})
+            yield LocalState(name, tuple(parameter.shape), start, {kind: t.view(-1)[start:stop] for kind, t in tensors.items()})
 
     def copies(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
         return list(self.model.parameters()), None

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from pretrain.engines.base import Engine, Held, moments_of, require
+from pretrain.engines.base import Engine, LocalState, moments_of, require
 
 
 class Fsdp2Engine(Engine):
@@ -66,7 +66,7 @@ class Fsdp2Engine(Engine):
             torch._foreach_mul_(gradients, torch.clamp(self.grad_clip / (norm + 1e-6), max=1.0))
         return norm
 
-    def held(self, saving: bool) -> Iterator[Held]:
+    def local_states(self, saving: bool) -> Iterator[LocalState]:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # a forward pass without a backward pass (validation) leaves the head whole
@@ -78,7 +78,7 @@ class Fsdp2Engine(Engine):
             rows = math.ceil(parameter.shape[0] / shards)
             offset = min(shard * rows, parameter.shape[0]) * math.prod(parameter.shape[1:])
             tensors = {"model": parameter.detach(), **moments_of(self.optimizer, parameter)}
-            yield Held(name, tuple(parameter.shape), offset, {kind: t.to_local().view(-1) for kind, t in tensors.items()})
+            yield LocalState(name, tuple(parameter.shape), offset, {kind: t.to_local().view(-1) for kind, t in tensors.items()})
 
     def copies(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
         if self.config.replicas == 1:

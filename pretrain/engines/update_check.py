@@ -20,7 +20,7 @@ class UpdateCheck:
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self.before = {held.name: _look(held.tensors["model"]) for held in engine.held(saving=True)}
+        self.before = {state.name: _look(state.tensors["model"]) for state in engine.local_states(saving=True)}
 
     @torch.no_grad()
     def figures(self, lr: float) -> tuple[dict[str, float], list[str]]:
@@ -34,11 +34,11 @@ class UpdateCheck:
         place = {name: number for number, name in enumerate(names)}
         options = {"dtype": torch.float64, "device": self.engine.device}
         sums = torch.zeros(4, len(names), **options)  # moved, squares of update and of weight, values in the sample
-        for held in self.engine.held(saving=True):
-            (old_sum, old), (new_sum, new) = self.before[held.name], _look(held.tensors["model"])
+        for state in self.engine.local_states(saving=True):
+            (old_sum, old), (new_sum, new) = self.before[state.name], _look(state.tensors["model"])
             count = torch.tensor(new.numel(), device=new.device)
             column = [new_sum != old_sum, (new - old).double().square().sum(), new.double().square().sum(), count]
-            sums[:, place[held.name]] = torch.stack([value.double() for value in column]).to(self.engine.device)
+            sums[:, place[state.name]] = torch.stack([value.double() for value in column]).to(self.engine.device)
         by_rank = torch.zeros(self.engine.world_size, **options)
         by_rank[self.engine.rank] = self._differing()
         total = self.engine.all_reduce(torch.cat([sums.flatten(), by_rank])).cpu()

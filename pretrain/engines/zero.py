@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError, EngineConfig, Problem
-from pretrain.engines.base import Engine, Held, make_moments, moments_of, require
+from pretrain.engines.base import Engine, LocalState, make_moments, moments_of, require
 
 
 class ZeroEngine(Engine):
@@ -157,7 +157,7 @@ class ZeroEngine(Engine):
 
     # ---------------------------------------------------------------- the training state
 
-    def held(self, saving: bool) -> Iterator[Held]:
+    def local_states(self, saving: bool) -> Iterator[LocalState]:
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         for parameters, flat in self._groups():
             tensors = {"model": flat.detach(), **moments_of(self.optimizer, flat)}
@@ -165,7 +165,9 @@ class ZeroEngine(Engine):
             for parameter in parameters:
                 shape, offset, begin, count = self._place(parameter, start)
                 start += getattr(parameter, "ds_tensor", parameter).numel()
-                yield Held(names[parameter], shape, offset, {kind: t[begin : begin + count] for kind, t in tensors.items()})
+                yield LocalState(
+                    names[parameter], shape, offset, {kind: t[begin : begin + count] for kind, t in tensors.items()}
+                )
 
     def copies(self) -> tuple[list[Tensor], None]:
         return [p.data for p in self.model.parameters() if self.stage < 3 or p.ds_persist], None

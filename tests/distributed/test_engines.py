@@ -308,7 +308,7 @@ def look_at_dtypes(configs: dict[str, EngineConfig]) -> dict:
             train.train_step(engine, window_of(engine, 0, 1), LR, [0])
         for hook in hooks:
             hook.remove()
-        kept = {kind: tensor.dtype for held in engine.held(saving=False) for kind, tensor in held.tensors.items()}
+        kept = {kind: tensor.dtype for state in engine.local_states(saving=False) for kind, tensor in state.tensors.items()}
         assert kept["exp_avg"] == kept["exp_avg_sq"]
         row = [str(dtype).removeprefix("torch.") for dtype in (kept["model"], used["weights"], used["products"])]
         row += [wire.floats("_allgather_base_", "allgather_"), wire.floats("allreduce_", "reduce_", "_reduce_scatter_base_")]
