@@ -33,9 +33,9 @@ def canaries(configs: dict[str, EngineConfig]) -> dict:
         engine = engine_of(config)
         prepare(engine, "adamw")
         healthy, still = watched_step(engine, 0, LR), watched_step(engine, 1, 0.0)
-        if engine.rank == engine.world_size - 1 and engine.copies()[0]:
+        if engine.rank == engine.world_size - 1 and engine.replicated_weights()[0]:
             with torch.no_grad():
-                engine.copies()[0][-1].view(-1)[0] += 0.01
+                engine.replicated_weights()[0][-1].view(-1)[0] += 0.01
         update_check = UpdateCheck(engine)
         results[name] = healthy, still, update_check.figures(LR)
     return results

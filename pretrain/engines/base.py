@@ -53,7 +53,7 @@ class LocalState(NamedTuple):
 
 class Engine:
     """What all engines share. Attributes: rank, world_size, device, precision, watchdog; after `prepare` also model (the bare
-    module) and optimizer. An engine defines `_spread`, `micro_batch`, `local_states` and `copies`, and what else differs.
+    module) and optimizer. An engine defines `_spread`, `micro_batch`, `local_states` and `replicated_weights`, and what else differs.
     """
 
     autocast_dtype: torch.dtype | None = None
@@ -217,7 +217,7 @@ class Engine:
             piece = buffer.view(-1)[: 0 if saving and self.rank > 0 else None]
             yield LocalState(name, tuple(buffer.shape), 0, {"model": piece})
 
-    def copies(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
+    def replicated_weights(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
         """The weights that every rank of a group holds a copy of, in one order, and the group; None: all ranks."""
         raise NotImplementedError
 

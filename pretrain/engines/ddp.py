@@ -64,5 +64,5 @@ class DdpEngine(Engine):
             tensors = {"model": parameter.detach(), **moments_of(self.optimizer, parameter)}
             yield LocalState(name, tuple(parameter.shape), start, {kind: t.view(-1)[start:stop] for kind, t in tensors.items()})
 
-    def copies(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
+    def replicated_weights(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
         return list(self.model.parameters()), None

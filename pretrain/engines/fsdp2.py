@@ -80,7 +80,7 @@ class Fsdp2Engine(Engine):
             tensors = {"model": parameter.detach(), **moments_of(self.optimizer, parameter)}
             yield LocalState(name, tuple(parameter.shape), offset, {kind: t.to_local().view(-1) for kind, t in tensors.items()})
 
-    def copies(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
+    def replicated_weights(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
         if self.config.replicas == 1:
             return [], None
         return [parameter.to_local() for parameter in self.model.parameters()], self.mesh.get_group("replica")

@@ -55,7 +55,7 @@ class UpdateCheck:
 
     def _differing(self) -> int:
         """How many of the weights of which other ranks have copies differ from those of the first of these ranks."""
-        copies, group = self.engine.copies()
+        copies, group = self.engine.replicated_weights()
         if not copies or self.engine.world_size == 1:
             return 0
         mine = torch.stack([_checksum(tensor) for tensor in copies])

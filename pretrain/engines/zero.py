@@ -169,7 +169,7 @@ class ZeroEngine(Engine):
                     names[parameter], shape, offset, {kind: t[begin : begin + count] for kind, t in tensors.items()}
                 )
 
-    def copies(self) -> tuple[list[Tensor], None]:
+    def replicated_weights(self) -> tuple[list[Tensor], None]:
         return [p.data for p in self.model.parameters() if self.stage < 3 or p.ds_persist], None
 
     def _groups(self) -> list[tuple[list[Tensor], Tensor]]:
