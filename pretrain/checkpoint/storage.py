@@ -336,7 +336,7 @@ def verify(checkpoint: Checkpoint, engine: Engine) -> None:
 
 def load(checkpoint: Checkpoint, engine: Engine) -> dict:
     """Restores weights and optimizer on this rank and returns the state. Raises CheckpointError when it does not fit."""
-    state, pieces = checkpoint.state(), Pieces(checkpoint)
+    state, pieces = checkpoint.state(), CheckpointReader(checkpoint)
     if state.get("step") != checkpoint.step or type(state.get("optimizer_updates")) is not int:
         raise CheckpointError(f"{checkpoint.path}: state.json is of step {state.get('step')}; was the folder renamed?")
     engine.restore(pieces.read_into)
@@ -344,7 +344,7 @@ def load(checkpoint: Checkpoint, engine: Engine) -> dict:
     return state
 
 
-class Pieces:
+class CheckpointReader:
     """The pieces of a checkpoint, by tensor. Reads straight into live memory: the host holds one block beside it."""
 
     def __init__(self, checkpoint: Checkpoint):
@@ -382,7 +382,7 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Fills the parameters and buffers of a model that is spread over nothing, without an engine. Raises CheckpointError."""
     if damage := checkpoint.damage():
         raise CheckpointError(damage)
-    pieces = Pieces(checkpoint)
+    pieces = CheckpointReader(checkpoint)
     with torch.no_grad():
         for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
             pieces.read_into(Shard(f"model/{name}", tuple(tensor.shape), 0, tensor.detach().view(-1)))

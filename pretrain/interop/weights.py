@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint.manifest import Checkpoint, CheckpointError
-from pretrain.checkpoint.storage import Pieces, commit, write_file, write_part
+from pretrain.checkpoint.storage import CheckpointReader, commit, write_file, write_part
 from pretrain.checkpoint.tensors import BLOCK, HeaderError, StoredTensor, make_header, read_header, read_values
 from pretrain.engines.base import Shard
 from pretrain.model import hf_mapping
@@ -55,7 +55,7 @@ class CheckpointWeights:
     """The weights of a checkpoint that was verified. Raises CheckpointError."""
 
     def __init__(self, checkpoint: Checkpoint):
-        self.model, self._pieces = model_from_dict(checkpoint.state()["model"]), Pieces(checkpoint)
+        self.model, self._pieces = model_from_dict(checkpoint.state()["model"]), CheckpointReader(checkpoint)
 
     def read(self, name: str, start: int, into: Tensor) -> None:
         """See `Weights`."""
