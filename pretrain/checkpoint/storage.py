@@ -292,7 +292,7 @@ def newest_valid(folder: Path, engine: Engine, say: Callable[[str], None] = prin
             break
         checkpoint = Checkpoint(folder / f"step_{step:08d}")
         try:
-            verify(checkpoint, engine)
+            check_files(checkpoint, engine)
             return checkpoint
         except UnsafeCheckpoint:
             raise
@@ -317,7 +317,7 @@ class _Damaged(CheckpointError):
     """Says what, on the ranks that saw it."""
 
 
-def verify(checkpoint: Checkpoint, engine: Engine) -> None:
+def check_files(checkpoint: Checkpoint, engine: Engine) -> None:
     """Reads and checks the files, shared among the ranks (a collective). All ranks raise UnsafeCheckpoint, CheckpointError."""
     failure: CheckpointError | None = None
     try:
