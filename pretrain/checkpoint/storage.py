@@ -128,17 +128,17 @@ def files_of(shards: Iterable[Shard]) -> Iterator[list[Shard]]:
 
 
 def write_part(
-    folder: Path, rank: int, world_size: int, files: Iterable[list[Shard]], beat: Callable[[], None] = lambda: None
+    folder: Path, rank: int, world_size: int, files: Iterable[list[Shard]], on_progress: Callable[[], None] = lambda: None
 ) -> None:
-    """This rank's files, durable, and a list of them for rank 0. `beat` is called whenever some bytes went to the disk.
+    """This rank's files, durable, and a list of them for rank 0. `on_progress` is called whenever some bytes went to the disk.
 
     No collective, no device but for copies to the host: it may run in a thread. Raises OSError, NotFinite.
     """
     written = {}
     for number, shards in enumerate(files):
         name = f"tensors-{rank:05d}-of-{world_size:05d}-{number:03d}.safetensors"
-        written[name] = write_file(folder / name, _blocks(shards_header(shards), shards), beat)
-    write_file(folder / f"files-{rank:05d}.json", [json.dumps(written).encode()], beat)
+        written[name] = write_file(folder / name, _blocks(shards_header(shards), shards), on_progress)
+    write_file(folder / f"files-{rank:05d}.json", [json.dumps(written).encode()], on_progress)
     sync_folder(folder)
 
 
@@ -391,7 +391,7 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
 # ---------------------------------------------------------------- files
 
 
-def write_file(path: Path, blocks: Iterable[bytes | memoryview], beat: Callable[[], None] = lambda: None) -> dict:
+def write_file(path: Path, blocks: Iterable[bytes | memoryview], on_progress: Callable[[], None] = lambda: None) -> dict:
     """Writes and syncs a new file that only its owner may read; returns what the manifest says of it. Raises OSError."""
     digest, size = xxhash.xxh3_128(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -403,9 +403,9 @@ def write_file(path: Path, blocks: Iterable[bytes | memoryview], beat: Callable[
                 part = part[: os.write(descriptor, part)]
                 digest.update(part)
                 size, rest = size + len(part), rest[len(part) :]
-                beat()
+                on_progress()
         os.fsync(descriptor)
-        beat()
+        on_progress()
     finally:
         os.close(descriptor)
     return {"bytes": size, "xxh3": digest.hexdigest()}

@@ -52,8 +52,8 @@ class LocalState(NamedTuple):
 
 
 class Engine:
-    """What all engines share. Attributes: rank, world_size, device, precision, watchdog; after `prepare` also model (the bare
-    module) and optimizer. An engine defines `_spread`, `micro_batch`, `local_states` and `replicated_weights`, and what else differs.
+    """Base class of all engines. Attributes: rank, world_size, device, precision, watchdog; after `prepare` also model (the
+    bare module) and optimizer. A subclass defines `_distribute`, `micro_batch`, `local_states` and `replicated_weights`.
     """
 
     autocast_dtype: torch.dtype | None = None
@@ -109,19 +109,19 @@ class Engine:
             checkpoint_activations(self.model, self.config.activation_checkpointing)
         if self.config.compile != "none":
             compile_model(self.model, self.config.compile)
-        self._spread(make_optimizer)
-        self._settle()
+        self._distribute(make_optimizer)
+        self._warm_up()
         self.restore(fill or (lambda shard: _draw(self.model, shard, seed)), moments=False)
 
     def _make(self, make_model: Callable[[], nn.Module]) -> nn.Module:
         with torch.device("meta"):
             return make_model()
 
-    def _spread(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
+    def _distribute(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
         """Gives `self.model` memory and sets `self._wrapped`, what is called in a forward pass, and `self.optimizer`."""
         raise NotImplementedError
 
-    def _settle(self) -> None:
+    def _warm_up(self) -> None:
         """What an engine would else change after its first step. The weights are not there yet."""
 
     # ---------------------------------------------------------------- the calls of a step

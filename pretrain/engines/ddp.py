@@ -24,7 +24,7 @@ class DdpEngine(Engine):
         super().__init__(config)
         self.autocast_dtype = torch.bfloat16 if self.precision == "bf16" else None
 
-    def _spread(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
+    def _distribute(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
         self.model.to_empty(device=self.device)
         self._wrapped = self.model
         if self.world_size > 1:
@@ -40,7 +40,7 @@ class DdpEngine(Engine):
             )
         self.optimizer = make_optimizer(self.model)
 
-    def _settle(self) -> None:
+    def _warm_up(self) -> None:
         """After its first backward pass DDP sorts its buckets anew, and sums over ranks round differently from then on. That
         pass is made here, on one token, so that a resumed run computes its first step as the run that never stopped did."""
         if self.world_size == 1:

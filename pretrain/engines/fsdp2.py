@@ -24,7 +24,7 @@ from pretrain.engines.base import Engine, LocalState, moments_of, require
 class Fsdp2Engine(Engine):
     """One process of an `fsdp2` run."""
 
-    def _spread(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
+    def _distribute(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
         replicas = self.config.replicas
         shape = (self.world_size,) if replicas == 1 else (replicas, self.world_size // replicas)
         self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replica", "shard")[-len(shape) :])

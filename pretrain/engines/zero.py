@@ -71,7 +71,7 @@ class ZeroEngine(Engine):
         return {
             "train_micro_batch_size_per_gpu": 1,  # feeds counters only
             "gradient_accumulation_steps": 1,
-            "gradient_clipping": 0.0,  # set in `_spread`
+            "gradient_clipping": 0.0,  # set in `_distribute`
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # PyTorch's fused AdamW runs on the host too, and needs no compiler
@@ -102,7 +102,7 @@ class ZeroEngine(Engine):
     def _compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
-    def _spread(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
+    def _distribute(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
         self.accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = self.grad_clip
         if self.stage == 3:
             from deepspeed.utils import set_z3_leaf_modules
