@@ -1,4 +1,4 @@
-"""The engine `ddp`: every rank holds the whole model, and gradients are averaged once per step (PyTorch DDP)."""
+"""The engine `ddp` (PyTorch DDP): every rank holds the full model; gradients are averaged once per step."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from pretrain.engines.base import Engine, LocalState, moments_of
 
 
 class DdpEngine(Engine):
-    """Every rank holds the whole model; gradients are averaged in the last backward pass of a step. One process has no
-    wrapper."""
+    """One process of a `ddp` run. The last backward pass of a step averages gradients; a single process has no wrapper."""
 
     def __init__(self, config: EngineConfig):
         super().__init__(config)
@@ -36,22 +35,22 @@ class DdpEngine(Engine):
                 device_ids=ids,
                 gradient_as_bucket_view=True,
                 bucket_cap_mb=self.config.bucket_mib or 25,
-                **{"forward_sync_buffers" if newer else "broadcast_buffers": False},  # they are equal already
+                **{"forward_sync_buffers" if newer else "broadcast_buffers": False},  # they are already equal
             )
         self.optimizer = make_optimizer(self.model)
 
     def _warm_up(self) -> None:
-        """After its first backward pass DDP sorts its buckets anew, and sums over ranks round differently from then on. That
-        pass is made here, on one token, so that a resumed run computes its first step as the run that never stopped did."""
+        """DDP rebuilds its buckets after the first backward pass; from then on, sums over ranks round differently. Doing that
+        pass here, on one token, makes a resumed run compute its first step as an uninterrupted run does."""
         if self.world_size == 1:
             return
         token_BT = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         with self.autocast(), torch.compiler.set_stance("force_eager"):
-            for _ in range(2):  # it sorts at the second forward pass; without a backward, it would sum in the middle of step 1
+            for _ in range(2):  # it rebuilds in the second forward pass, which needs a backward pass, or step 1 would sum early
                 for output in tree_leaves(self._wrapped(token_BT, token_BT)):
                     if output.requires_grad:
                         output.sum().backward()
-        self.model.zero_grad(set_to_none=True)  # not the optimizer's: it may lack a parameter, which the canary will say
+        self.model.zero_grad(set_to_none=True)  # not the optimizer's: it may lack a parameter (see update_check.py)
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager:
         return self._wrapped.no_sync() if self.world_size > 1 and not last else contextlib.nullcontext()
