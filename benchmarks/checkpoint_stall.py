@@ -50,7 +50,7 @@ def make_engine(hidden_size: int, layers: int) -> Engine:
 
 def state_bytes(engine: Engine) -> int:
     """Of all that a checkpoint holds."""
-    return sum(shard.piece.nbytes for shard in engine.shards(saving=True))
+    return sum(shard.values.nbytes for shard in engine.shards(saving=True))
 
 
 def take_step(engine: Engine) -> float:

@@ -194,7 +194,7 @@ def _run(case: Case, model: ModelConfig, grad_clip: float, seed: int) -> tuple[l
         shown.append((figures["loss"], figures["grad_norm"]))
     sizes = _sizes(engine) | {"gradients": sum(gradients) // STEPS}
     shards = [shard for shard in engine.shards(saving=True) if shard.name.startswith("model/")]
-    pieces = [(shard.name, shard.shape, shard.offset, shard.piece.numpy(force=True).copy()) for shard in shards]
+    pieces = [(shard.name, shard.shape, shard.offset, shard.values.numpy(force=True).copy()) for shard in shards]
     engine.close()
     return shown, pieces, sizes
 
@@ -206,7 +206,7 @@ def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def _sizes(engine: Engine) -> dict[str, int]:
     """Bytes of live tensors on this rank; a tensor that is both weight and master weight counts once, as a weight."""
     weights = [tensor for p in engine.model.parameters() for tensor in (p.data, getattr(p, "ds_tensor", p.data))]
-    held = [tensor for piece in engine.held(saving=False) for tensor in piece.tensors.values()]
+    held = [tensor for state in engine.local_states(saving=False) for tensor in state.tensors.values()]
     mine = {_local(tensor).untyped_storage().data_ptr() for tensor in weights}
     return {
         "weights": _bytes(weights),

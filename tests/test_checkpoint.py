@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from pretrain.checkpoint import storage
-from pretrain.checkpoint.manifest import CheckpointError, checkpoints, digest_json, read_pieces
+from pretrain.checkpoint.manifest import CheckpointError, checkpoints, digest_json
 from pretrain.checkpoint.storage import newest_valid
+from pretrain.checkpoint.tensors import read_header, read_shards
 from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.engines.base import Engine
 from pretrain.engines.start import start_engine
@@ -44,7 +45,7 @@ def take_steps(engine: Engine, count: int) -> None:
 
 
 def state_of(engine: Engine) -> dict[str, bytes]:
-    return {shard.name: shard.piece.numpy().tobytes() for shard in engine.shards(saving=False)} | {
+    return {shard.name: shard.values.numpy().tobytes() for shard in engine.shards(saving=False)} | {
         "updates": bytes([engine.updates])
     }
 
@@ -95,7 +96,7 @@ def test_large_states_are_split_into_files_of_bounded_size(tmp_path, monkeypatch
     files = sorted((tmp_path / "step_00000001").glob("*.safetensors"))
     assert len(files) > 3
     largest_piece = max(len(data) for data in written.values())
-    headers = [read_pieces(file)[0].position for file in files]
+    headers = [read_header(file).begin for file in files]
     assert [file.stat().st_size - head for file, head in zip(files, headers, strict=True)][:-1] == [2048] * (len(files) - 1)
     assert largest_piece > 2048  # a tensor too large for one file is cut
     read = load_newest(tmp_path)
@@ -259,10 +260,10 @@ def test_nobody_else_can_read_or_change_a_checkpoint(saved):
 def test_the_files_of_tensors_are_safetensors_files(saved):
     file = checkpoints(saved)[0].path / "tensors-00000-of-00001-000.safetensors"
     tensors = load_file(file)
-    for piece in read_pieces(file):
-        assert tensors[piece.name].shape == (piece.count,) and tensors[piece.name].dtype == torch.float32
-        raw = file.read_bytes()[piece.position : piece.position + 4 * piece.count]
-        assert raw == tensors[piece.name].numpy().tobytes()
+    for shard in read_shards(file):
+        assert tensors[shard.name].shape == (shard.count,) and tensors[shard.name].dtype == torch.float32
+        raw = file.read_bytes()[shard.values.position : shard.values.position + 4 * shard.count]
+        assert raw == tensors[shard.name].numpy().tobytes()
     assert len(tensors) == 3 * len(list(make_engine().model.parameters()))
 
 

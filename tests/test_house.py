@@ -26,13 +26,14 @@ SCRIPTS = sorted(path for folder in ("launch", "tools", "benchmarks") for path i
 ROOMS = sorted(path.name for path in (ROOT / "pretrain").iterdir() if (path / "__init__.py").exists())
 SETTINGS = {
     "pretrain",
+    "pretrain.files",
     "pretrain.schema",
     "pretrain.rules",
     "pretrain.config",
     "pretrain.model.config",
     "pretrain.model.hf_mapping",
 }
-"""The settings and what they are made of: every room but the doctor may import its own section from them."""
+"""The leaves, the settings and what they are made of: every room but the doctor may import its own section from them."""
 ROOMS_BELOW = {
     "doctor": set(),
     "data": set(),
@@ -66,6 +67,7 @@ WITHOUT_TORCH = [
     "pretrain.report.environment",
     "pretrain.doctor.findings",
     "pretrain.checkpoint.manifest",
+    "pretrain.checkpoint.tensors",
 ]
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 100, 550
 

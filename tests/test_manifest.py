@@ -146,7 +146,7 @@ ATTACKS = {
     "pickle in ASCII": (replaced("state.json", lambda marker: pickle.dumps(Touch(marker), protocol=0)), "is not what this"),
     "torch archive": (replaced(TENSORS, torch_archive), "is a zip archive"),
     "zip bomb": (replaced(TENSORS, zip_bomb), "is a zip archive"),
-    "deep JSON": (replaced("state.json", lambda marker: b'{"a":' + b"[" * 1_000_000), "is nested too deep"),
+    "deep JSON": (replaced("state.json", lambda marker: b'{"a":' + b"[" * 1_000_000), "is nested too deeply"),
     "link": (link_outside, "is a link"),
     "name with ..": (named_outside(lambda folder, path: os.path.relpath(path, folder)), "which is no file of a checkpoint"),
     "absolute name": (named_outside(lambda folder, path: str(path)), "which is no file of a checkpoint"),
@@ -156,11 +156,11 @@ ATTACKS = {
     "folder for all": (lambda folder, marker: folder.chmod(0o777), "everybody may write to it"),
     "file for all": (lambda folder, marker: (folder / TENSORS).chmod(0o666), "everybody may write to it"),
     "foreign owner": (foreign_owner, "belongs to user 12345"),
-    "huge header": (replaced(TENSORS, lambda marker: (1 << 60).to_bytes(8, "little")), "it claims 1152921504606846976 bytes"),
-    "beyond the file": (header(beyond_the_file), "its tensors end at|does not begin where"),
-    "other dtype": (header(as_bytes), "is no piece of fp32 values"),
+    "huge header": (replaced(TENSORS, lambda marker: (1 << 60).to_bytes(8, "little")), "claims 1152921504606846976 bytes"),
+    "beyond the file": (header(beyond_the_file), "does not lie where"),
+    "other dtype": (header(as_bytes), "has dtype U8"),
     "overlap": (header(overlapping), "overlap, leave a gap"),
-    "negative offset": (header(negative), "is no piece of fp32 values"),
+    "negative offset": (header(negative), "is not a shard of fp32 values"),
 }  # fmt: skip
 
 

@@ -189,7 +189,7 @@ def test_a_bug_in_the_thread_is_not_taken_for_a_full_disk(tmp_path, monkeypatch)
 
 def test_a_run_that_ends_in_an_error_does_not_leave_its_thread_behind(tmp_path, monkeypatch):
     """A thread inside PyTorch when the interpreter ends aborts the process, and its exit status is lost."""
-    monkeypatch.setattr(storage, "_BLOCK_BYTES", 8)  # thousands of writes
+    monkeypatch.setattr(storage, "BLOCK", 2)  # thousands of writes
     with pytest.raises(KeyError), make_saver(tmp_path, make_engine()) as saver:
         saver.save(1, {}, last=False)
         raise KeyError

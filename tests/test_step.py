@@ -143,7 +143,7 @@ def run_steps(engine: Engine, micro_batch: int, optimizer_name: str, mutants: li
 def pieces_of(engine: Engine, prefix: str = "") -> list[tuple]:
     """(name, shape, offset, values) of what this rank would save."""
     shards = [shard for shard in engine.shards(saving=True) if shard.name.startswith(prefix)]
-    return [(shard.name, shard.shape, shard.offset, shard.piece.numpy(force=True).copy()) for shard in shards]
+    return [(shard.name, shard.shape, shard.offset, shard.values.numpy(force=True).copy()) for shard in shards]
 
 
 def assemble(pieces: list[tuple]) -> dict[str, torch.Tensor]:
@@ -209,7 +209,7 @@ def poisoned_step(config: EngineConfig, poison: str):
         result = train.train_step(engine, [global_batch(step)], LR, [0])
         meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
         figures = meter.read(engine.all_reduce)
-        state = torch.cat([shard.piece.flatten() for shard in engine.shards(saving=False)])
+        state = torch.cat([shard.values.flatten() for shard in engine.shards(saving=False)])
         trace.append(
             (state.clone().numpy(), engine.updates, figures["skipped_steps"], figures["skipped_in_a_row"], figures["loss"])
         )

@@ -33,9 +33,9 @@ def canaries(configs: dict[str, EngineConfig]) -> dict:
         engine = engine_of(config)
         prepare(engine, "adamw")
         healthy, still = watched_step(engine, 0, LR), watched_step(engine, 1, 0.0)
-        if engine.rank == engine.world_size - 1 and engine.copies()[0]:
+        if engine.rank == engine.world_size - 1 and engine.replicated_weights()[0]:
             with torch.no_grad():
-                engine.copies()[0][-1].view(-1)[0] += 0.01
+                engine.replicated_weights()[0][-1].view(-1)[0] += 0.01
         update_check = UpdateCheck(engine)
         results[name] = healthy, still, update_check.figures(LR)
     return results
@@ -49,7 +49,7 @@ def test_healthy_steps_are_quiet_and_a_zero_rate_and_a_drifted_copy_are_reported
                 assert 1e-4 < figures["update_fraction"] < 0.1  # AdamW's first step: each weight moves by about the rate
                 assert still["update_fraction"] == 0 and "its learning rate is 0" in still_warnings[0]
                 if name in HAVE_COPIES:
-                    assert drifted["diverged_ranks"] == 1 and "weights of rank 1 are not those" in drift_warnings[-1]
+                    assert drifted["diverged_ranks"] == 1 and "weights of rank 1 differ" in drift_warnings[-1]
                 else:
                     assert drifted["diverged_ranks"] == 0
 

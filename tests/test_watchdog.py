@@ -90,6 +90,6 @@ def test_the_line_says_who_is_behind_who_is_silent_and_when_all_wait_alike():
     assert "all 3 ranks at the same call" in hang_line([at] * 3, [later] * 3, 600, folder)
     assert "waiting for rank 2 (step 7, in forward);" in hang_line([at] * 3, [later, later, (18, 7, "forward", 9)], 600, folder)
     silent = hang_line([at, at, (18, 6, "forward", 4)], [later, later, (18, 6, "forward", 4)], 600, folder)
-    assert "waiting for rank 2 (step 6, in forward, does not answer)" in silent and "for 600 s in step 7" in silent
+    assert "waiting for rank 2 (step 6, in forward, not responding)" in silent and "for 600 s in step 7" in silent
     many = hang_line([at] * 20, [later] + [(3, 1, "forward", 9)] * 19, 600, folder)
     assert many.count("rank ") == 8 and "and 11 more" in many

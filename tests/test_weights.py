@@ -125,7 +125,9 @@ def loaded_by(paths: list[Path], engine_name: str, target) -> list[tuple[str, in
     tokens_BT, found = torch.arange(16).view(1, 16) % V, []
     for path in paths:
         engine.restore(weight_loader(open_weights(path), target), moments=False)
-        found += [(name, offset, pieces["model"].numpy().copy()) for name, _, offset, pieces in engine.held(saving=False)]
+        found += [
+            (name, offset, pieces["model"].numpy().copy()) for name, _, offset, pieces in engine.local_states(saving=False)
+        ]
         found.append(("loss", 0, engine.forward(tokens_BT, tokens_BT, None).loss_sum.detach().view(1).numpy()))
     engine.close()
     return found
@@ -216,7 +218,7 @@ def as_int8(path: Path) -> None:
     ("damage", "message"),
     [
         (lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"), "pickled weights .* never opened"),
-        (cut, "does not lie where its header says; was the file cut off"),
+        (cut, "does not lie where the header says"),
         (lambda path: (path / "model.safetensors").write_bytes(b"\xff" * 100), "its header claims"),
         (as_int8, "has dtype I8; allowed: F32, BF16, F16"),
         (lambda path: strange(path, lambda t: t.pop("lm_head.weight")), r"lm_head.weight must have shape .* it is missing"),

@@ -21,15 +21,13 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import xxhash
 
 from pretrain import UserError
+from pretrain.checkpoint.tensors import MAX_JSON_BYTES, HeaderError, StoredShard, parse_json, read_shards
 
 FORMAT_VERSION = 1
-MAX_JSON_BYTES = 64 << 20
-"""Of manifest.json, state.json and the header of a tensor file: a manifest of ten thousand ranks has 2 MB."""
 _FOLDER = re.compile(r"step_([0-9]{8,})")
 _FILE = re.compile(r"state\.json|tensors-[0-9]{5,}-of-[0-9]{5,}-[0-9]{3,}\.safetensors")
 _FOREIGN = {
@@ -49,20 +47,6 @@ class UnsafeCheckpoint(CheckpointError):
     """A checkpoint that somebody may have tampered with."""
 
     status = 77
-
-
-class Piece(NamedTuple):
-    """A contiguous part of one flattened tensor in a file."""
-
-    name: str
-    shape: tuple[int, ...]
-    """Of the whole tensor."""
-    offset: int
-    """Where the part begins in the flattened tensor."""
-    count: int
-    path: Path
-    position: int
-    """Where its values begin in the file."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +104,11 @@ class Checkpoint:
             return f"{self.path}: cannot be read ({error})"
         return None
 
-    def pieces(self) -> Iterator[Piece]:
-        """All pieces of all files. Raises UnsafeCheckpoint, OSError."""
+    def shards(self) -> Iterator[StoredShard]:
+        """All shards of all files. Raises UnsafeCheckpoint, OSError."""
         for name in self.manifest()["files"]:
             if name.endswith(".safetensors"):
-                yield from read_pieces(self.path / name)
+                yield from _shards_of(self.path / name)
 
     def _require_only(self, names: set[str]) -> None:
         _require_private(self.path, self.path.lstat())
@@ -165,13 +149,20 @@ def _damage_of_file(path: Path, expected: dict) -> str | None:
     if _digest_file(path) != expected.get("xxh3"):
         return f"{path}: its content has changed since it was written"
     if path.suffix == ".safetensors":
-        read_pieces(path)
+        _shards_of(path)
         return None
     try:
         _read_json(path)
     except ValueError as error:
         raise UnsafeCheckpoint(f"{path}: is not what this program writes ({error})") from None
     return None
+
+
+def _shards_of(path: Path) -> list[StoredShard]:
+    try:
+        return read_shards(path)
+    except HeaderError as error:
+        raise UnsafeCheckpoint(f"{path}: its header is not what this program writes ({error})") from None
 
 
 def _require_own_file(path: Path) -> int:
@@ -214,17 +205,7 @@ def _read_json(path: Path) -> dict:
         text = file.read(MAX_JSON_BYTES + 1)
     if len(text) > MAX_JSON_BYTES:
         raise ValueError(f"it has more than {MAX_JSON_BYTES} bytes")
-    return _parse_json(text)
-
-
-def _parse_json(text: bytes) -> dict:
-    try:
-        content = json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-    if not isinstance(content, dict):
-        raise ValueError("it is no JSON object")
-    return content
+    return parse_json(text)
 
 
 def _digest_file(path: Path) -> str:
@@ -233,52 +214,3 @@ def _digest_file(path: Path) -> str:
         while block := file.read(1 << 24):
             digest.update(block)
     return digest.hexdigest()
-
-
-# ---------------------------------------------------------------- a file of tensors
-
-
-def header_of(pieces: list[tuple[str, tuple[int, ...], int, int]]) -> bytes:
-    """The head of a safetensors file that holds, one after the other, fp32 pieces (name, whole shape, offset, count)."""
-    places: dict = {
-        "__metadata__": {"pieces": json.dumps({name: {"offset": at, "shape": shape} for name, shape, at, _ in pieces})}
-    }
-    begin = 0
-    for name, _, _, count in pieces:
-        places[name] = {"dtype": "F32", "shape": [count], "data_offsets": [begin, begin + 4 * count]}
-        begin += 4 * count
-    text = json.dumps(places).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def read_pieces(path: Path) -> list[Piece]:
-    """What a file holds, by its header alone. Raises UnsafeCheckpoint unless the header is exactly one of ours; OSError."""
-    try:
-        return list(_parse_header(path))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnsafeCheckpoint(f"{path}: its header is not what this program writes ({error})") from None
-
-
-def _parse_header(path: Path) -> Iterator[Piece]:
-    with open(path, "rb") as file:
-        size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
-        if length > min(MAX_JSON_BYTES, size - 8):
-            raise ValueError(f"it claims {length} bytes, the file has {size}")
-        places = _parse_json(file.read(length))
-    whole = _parse_json(places.pop("__metadata__")["pieces"].encode())
-    if whole.keys() != places.keys():
-        raise ValueError("its pieces are not its tensors")
-    end = 0
-    for name, place in places.items():
-        (count,), (begin, stop) = place["shape"], place["data_offsets"]
-        shape, offset = tuple(whole[name]["shape"]), whole[name]["offset"]
-        numbers = (count, begin, stop, offset, *shape)
-        if place["dtype"] != "F32" or not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError(f"{name} is no piece of fp32 values")
-        if begin != end or stop != begin + 4 * count:
-            raise ValueError(f"{name} does not begin where the one before it ends, or has another size than it says")
-        end = stop
-        yield Piece(name, shape, offset, count, path, 8 + length + begin)
-    if 8 + length + end != size:
-        raise ValueError(f"its tensors end at byte {8 + length + end}, the file at {size}")

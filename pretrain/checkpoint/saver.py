@@ -240,11 +240,11 @@ class _Snapshot:
         """The same pieces, copied; they stay as they are until the next call."""
         copied = []
         for number, file in enumerate(files):
-            buffer = self._buffer(number, sum(shard.piece.numel() for shard in file))
+            buffer = self._buffer(number, sum(shard.values.numel() for shard in file))
             begin, copies = 0, []
             for shard in file:
-                end = begin + shard.piece.numel()
-                copies.append(shard._replace(piece=buffer[begin:end].copy_(shard.piece.detach(), non_blocking=True)))
+                end = begin + shard.values.numel()
+                copies.append(shard._replace(values=buffer[begin:end].copy_(shard.values.detach(), non_blocking=True)))
                 begin = end
             copied.append(copies)
         if self.device.type == "cuda":

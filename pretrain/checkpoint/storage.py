@@ -26,23 +26,22 @@ from pathlib import Path
 
 import torch
 import xxhash
-from torch import Tensor, nn
+from torch import nn
 
 from pretrain import UserError
 from pretrain.checkpoint.manifest import (
     FORMAT_VERSION,
     Checkpoint,
     CheckpointError,
-    Piece,
     UnsafeCheckpoint,
     checkpoints,
     digest_json,
-    header_of,
 )
+from pretrain.checkpoint.tensors import BLOCK, StoredShard, read_values, shards_header
 from pretrain.engines.base import Engine, Shard
+from pretrain.files import sync_folder, unused_name
 
 MAX_FILE_BYTES = 1 << 30
-_BLOCK_BYTES = 1 << 24
 _OURS = re.compile(r"\.(tmp|del|old)-(step_[0-9]{8,})")
 """Folders of unfinished work: a save, a removal, a checkpoint that is being replaced by one of the same step."""
 
@@ -93,7 +92,7 @@ def begin(folder: Path, step: int, engine: Engine) -> Path:
     """An empty folder for the parts of all ranks (a collective). Raises OSError on every rank when it cannot be made, or when
     the disk has no room for all parts."""
     temporary = folder / f".tmp-step_{step:08d}"
-    needed = torch.tensor(sum(shard.piece.nbytes for shard in engine.shards(saving=True)), device=engine.device)
+    needed = torch.tensor(sum(shard.values.nbytes for shard in engine.shards(saving=True)), device=engine.device)
     needed = int(engine.all_reduce(needed))
     agree(engine, lambda: _make_empty(temporary, needed) if engine.rank == 0 else None)
     return temporary
@@ -116,10 +115,10 @@ def files_of(shards: Iterable[Shard]) -> Iterator[list[Shard]]:
     file: list[Shard] = []
     room = most = MAX_FILE_BYTES // 4
     for shard in shards:
-        start, count = 0, shard.piece.numel()
+        start, count = 0, shard.values.numel()
         while start < count:
             taken = min(count - start, room)
-            file.append(Shard(shard.name, shard.shape, shard.offset + start, shard.piece[start : start + taken]))
+            file.append(Shard(shard.name, shard.shape, shard.offset + start, shard.values[start : start + taken]))
             start, room = start + taken, room - taken
             if not room:
                 yield file
@@ -129,28 +128,27 @@ def files_of(shards: Iterable[Shard]) -> Iterator[list[Shard]]:
 
 
 def write_part(
-    folder: Path, rank: int, world_size: int, files: Iterable[list[Shard]], beat: Callable[[], None] = lambda: None
+    folder: Path, rank: int, world_size: int, files: Iterable[list[Shard]], on_progress: Callable[[], None] = lambda: None
 ) -> None:
-    """This rank's files, durable, and a list of them for rank 0. `beat` is called whenever some bytes went to the disk.
+    """This rank's files, durable, and a list of them for rank 0. `on_progress` is called whenever some bytes went to the disk.
 
     No collective, no device but for copies to the host: it may run in a thread. Raises OSError, NotFinite.
     """
     written = {}
     for number, shards in enumerate(files):
         name = f"tensors-{rank:05d}-of-{world_size:05d}-{number:03d}.safetensors"
-        header = header_of([(shard.name, shard.shape, shard.offset, shard.piece.numel()) for shard in shards])
-        written[name] = write_file(folder / name, _blocks(header, shards), beat)
-    write_file(folder / f"files-{rank:05d}.json", [json.dumps(written).encode()], beat)
+        written[name] = write_file(folder / name, _blocks(shards_header(shards), shards), on_progress)
+    write_file(folder / f"files-{rank:05d}.json", [json.dumps(written).encode()], on_progress)
     sync_folder(folder)
 
 
 def _blocks(header: bytes, shards: list[Shard]) -> Iterator[memoryview | bytes]:
     yield header
     for shard in shards:
-        piece = shard.piece.detach().cpu()
+        piece = shard.values.detach().cpu()
         if piece.dtype != torch.float32:
             raise TypeError(f"{shard.name} is {piece.dtype}, a checkpoint holds fp32")
-        for part in piece.split(_BLOCK_BYTES // 4):
+        for part in piece.split(BLOCK):
             if not all(map(math.isfinite, torch.aminmax(part))):  # one pass without a copy, and NaN comes through it
                 raise NotFinite(f"{shard.name} is not finite, so the state is not saved; the last checkpoint is from before")
             yield memoryview(part.numpy()).cast("B")
@@ -211,7 +209,7 @@ def put_aside_after(folder: Path, step: int) -> None:
     Nothing is removed: step_N becomes left-step_N. Raises OSError."""
     for checkpoint in checkpoints(folder):
         if checkpoint.step > step:
-            os.rename(checkpoint.path, left := _unused(folder / f"left-{checkpoint.path.name}"))
+            os.rename(checkpoint.path, left := unused_name(folder / f"left-{checkpoint.path.name}"))
             print(f"{checkpoint.path}: is later than step {step}, where the run goes on; put aside as {left.name}", flush=True)
             sync_folder(folder)
 
@@ -294,7 +292,7 @@ def newest_valid(folder: Path, engine: Engine, say: Callable[[str], None] = prin
             break
         checkpoint = Checkpoint(folder / f"step_{step:08d}")
         try:
-            verify(checkpoint, engine)
+            check_files(checkpoint, engine)
             return checkpoint
         except UnsafeCheckpoint:
             raise
@@ -304,7 +302,7 @@ def newest_valid(folder: Path, engine: Engine, say: Callable[[str], None] = prin
                 say(f"damaged checkpoint put aside: {error}")
         engine.barrier()
         if engine.rank == 0:
-            os.rename(checkpoint.path, _unused(folder / f"damaged-{checkpoint.path.name}"))
+            os.rename(checkpoint.path, unused_name(folder / f"damaged-{checkpoint.path.name}"))
     if tried or engine.broadcast(int(engine.rank == 0 and any(folder.glob("damaged-step_*")))):
         raise CheckpointError(
             f"{folder}: none of its checkpoints is valid; restore one of damaged-step_*, or use another run.name to begin anew"
@@ -319,7 +317,7 @@ class _Damaged(CheckpointError):
     """Says what, on the ranks that saw it."""
 
 
-def verify(checkpoint: Checkpoint, engine: Engine) -> None:
+def check_files(checkpoint: Checkpoint, engine: Engine) -> None:
     """Reads and checks the files, shared among the ranks (a collective). All ranks raise UnsafeCheckpoint, CheckpointError."""
     failure: CheckpointError | None = None
     try:
@@ -338,7 +336,7 @@ def verify(checkpoint: Checkpoint, engine: Engine) -> None:
 
 def load(checkpoint: Checkpoint, engine: Engine) -> dict:
     """Restores weights and optimizer on this rank and returns the state. Raises CheckpointError when it does not fit."""
-    state, pieces = checkpoint.state(), Pieces(checkpoint)
+    state, pieces = checkpoint.state(), CheckpointReader(checkpoint)
     if state.get("step") != checkpoint.step or type(state.get("optimizer_updates")) is not int:
         raise CheckpointError(f"{checkpoint.path}: state.json is of step {state.get('step')}; was the folder renamed?")
     engine.restore(pieces.read_into)
@@ -346,19 +344,19 @@ def load(checkpoint: Checkpoint, engine: Engine) -> dict:
     return state
 
 
-class Pieces:
+class CheckpointReader:
     """The pieces of a checkpoint, by tensor. Reads straight into live memory: the host holds one block beside it."""
 
     def __init__(self, checkpoint: Checkpoint):
         self.path = checkpoint.path
-        self.by_name: dict[str, list[Piece]] = {}
-        for piece in checkpoint.pieces():
+        self.by_name: dict[str, list[StoredShard]] = {}
+        for piece in checkpoint.shards():
             self.by_name.setdefault(piece.name, []).append(piece)
         for name, pieces in self.by_name.items():
             pieces.sort(key=lambda piece: piece.offset)
             self._require_tiling(name, pieces)
 
-    def _require_tiling(self, name: str, pieces: list[Piece]) -> None:
+    def _require_tiling(self, name: str, pieces: list[StoredShard]) -> None:
         end = 0
         for piece in pieces:
             if piece.shape != pieces[0].shape or piece.offset != end:
@@ -373,34 +371,18 @@ class Pieces:
         if not pieces or pieces[0].shape != shard.shape:
             found = pieces[0].shape if pieces else "no such tensor"
             raise CheckpointError(f"{self.path}: {shard.name} must be {shard.shape}, the checkpoint has {found}")
-        start, stop = shard.offset, shard.offset + shard.piece.numel()
+        start, stop = shard.offset, shard.offset + shard.values.numel()
         for piece in pieces:
             low, high = max(start, piece.offset), min(stop, piece.offset + piece.count)
             if low < high:
-                _read(piece.path, piece.position + 4 * (low - piece.offset), shard.piece[low - start : high - start])
-
-
-def _read(path: Path, position: int, into: Tensor) -> None:
-    """Fills a 1-D fp32 tensor with the values at a byte of a file. Raises OSError."""
-    block = _BLOCK_BYTES // 4
-    with open(path, "rb", buffering=0) as file:
-        file.seek(position)
-        for part in into.split(block):
-            host = part if part.device.type == "cpu" else torch.empty_like(part, device="cpu")
-            target = memoryview(host.numpy()).cast("B")
-            while target:
-                if not (count := file.readinto(target)):
-                    raise OSError(errno.EIO, "ends too early", str(path))
-                target = target[count:]
-            if host is not part:
-                part.copy_(host)
+                read_values(piece.values, low - piece.offset, shard.values[low - start : high - start])
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Fills the parameters and buffers of a model that is spread over nothing, without an engine. Raises CheckpointError."""
     if damage := checkpoint.damage():
         raise CheckpointError(damage)
-    pieces = Pieces(checkpoint)
+    pieces = CheckpointReader(checkpoint)
     with torch.no_grad():
         for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
             pieces.read_into(Shard(f"model/{name}", tuple(tensor.shape), 0, tensor.detach().view(-1)))
@@ -409,7 +391,7 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
 # ---------------------------------------------------------------- files
 
 
-def write_file(path: Path, blocks: Iterable[bytes | memoryview], beat: Callable[[], None] = lambda: None) -> dict:
+def write_file(path: Path, blocks: Iterable[bytes | memoryview], on_progress: Callable[[], None] = lambda: None) -> dict:
     """Writes and syncs a new file that only its owner may read; returns what the manifest says of it. Raises OSError."""
     digest, size = xxhash.xxh3_128(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -417,34 +399,13 @@ def write_file(path: Path, blocks: Iterable[bytes | memoryview], beat: Callable[
         for block in blocks:
             rest = memoryview(block)
             while rest:
-                part = rest[:_BLOCK_BYTES]
+                part = rest[: 4 * BLOCK]
                 part = part[: os.write(descriptor, part)]
                 digest.update(part)
                 size, rest = size + len(part), rest[len(part) :]
-                beat()
+                on_progress()
         os.fsync(descriptor)
-        beat()
+        on_progress()
     finally:
         os.close(descriptor)
     return {"bytes": size, "xxh3": digest.hexdigest()}
-
-
-def sync_folder(path: Path) -> None:
-    """Makes the names in a folder durable, where the file system can sync folders at all. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _unused(path: Path) -> Path:
-    number = 0
-    candidate = path
-    while candidate.exists():
-        number += 1
-        candidate = path.with_name(f"{path.name}-{number}")
-    return candidate

@@ -1,9 +1,9 @@
-"""How a model is spread over processes: the seam that every engine fits, and the engine `ddp`. `zero.py` and `fsdp2.py` hold
-the others; nothing above this room knows which one runs.
+"""The interface of engines, which distribute a model over processes, and what they share. `ddp.py`, `zero.py` and `fsdp2.py`
+hold the engines; no code outside this package depends on which one runs.
 
-An engine is built from *our* settings, never from a launcher's flags, and then asserts that what runs is what was asked. It
-runs micro-batches and updates; it knows nothing of data, metrics or the loop. Every engine averages gradients over ranks and is
-told that accumulation is 1: the step (`train.py`) owns the scaling, so nobody divides behind its back.
+An engine is built from the settings alone, never from a launcher's flags, and then asserts that what runs is what was
+requested. It runs micro-batches and updates; it knows nothing of data, metrics or the training loop. Every engine averages
+gradients over ranks and is configured with accumulation 1: the step (`train.py`) owns the scaling, so nothing else divides.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ _KEPT_VARIABLES = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERA
 
 
 class Shard(NamedTuple):
-    """A contiguous piece, held by this rank, of one flattened tensor of the training state."""
+    """A contiguous part of one flattened tensor of the training state, in this rank's memory."""
 
     name: str
     """`model/<parameter>`, `exp_avg/<parameter>`, ..."""
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Of the full tensor."""
     offset: int
-    """Where the piece begins in the flattened tensor."""
-    piece: Tensor
+    """Index of the first value in the flattened full tensor."""
+    values: Tensor
     """1-D view of live fp32 memory: reading it saves; `Engine.restore` writes into it."""
 
 
-class Held(NamedTuple):
-    """What this rank holds of one parameter: the same piece of its master weight and of each of its moments."""
+class LocalState(NamedTuple):
+    """The part of one parameter that this rank holds: the same range of its master weight and of each of its moments."""
 
     name: str
     shape: tuple[int, ...]
     offset: int
     tensors: dict[str, Tensor]
-    """1-D views of live fp32 memory: `model` is the weight, the others are named as the optimizer names its state."""
+    """1-D views of live fp32 memory: `model` is the weight; the other keys are those of the optimizer's state."""
 
 
 class Engine:
-    """What all engines share. Attributes: rank, world_size, device, precision, watchdog; after `prepare` also model (the bare
-    module) and optimizer. An engine defines `_spread`, `micro_batch`, `held` and `copies`, and what else differs.
+    """Base class of all engines. Attributes: rank, world_size, device, precision, watchdog; after `prepare` also model (the
+    bare module) and optimizer. A subclass defines `_distribute`, `micro_batch`, `local_states` and `replicated_weights`.
     """
 
     autocast_dtype: torch.dtype | None = None
-    """Of products in the forward pass, where the engine leaves weights in fp32; None: the weights' own."""
+    """Dtype of matrix products in the forward pass if the engine keeps weights in fp32; None: the dtype of the weights."""
 
     def __init__(self, config: EngineConfig):
         self.config = config
@@ -75,11 +75,11 @@ class Engine:
         )
 
     def _accelerator_options(self) -> dict[str, Any]:
-        """Of the Accelerator, beside those that all engines give."""
+        """Options of the Accelerator, in addition to those of all engines."""
         return {"mixed_precision": "no", "cpu": not torch.cuda.is_available()}
 
     def _expected_of_accelerate(self, ranks: int) -> dict[str, tuple]:
-        """What of accelerate's state: (asked, got). It drops or overrides settings silently under some environments."""
+        """State of accelerate, by name: (requested, actual). Some environment variables silently override its settings."""
         many, got = "MULTI_GPU" if self.device.type == "cuda" else "MULTI_CPU", self.accelerator.distributed_type.value
         alone = ranks == 1 and got in ("NO", many)  # torchrun with one process makes a process group of one
         return {
@@ -97,11 +97,11 @@ class Engine:
         seed: int,
         fill: Callable[[Shard], None] | None = None,
     ) -> None:
-        """Builds the model, spreads it, and gives it the initial weights of `seed`: the same under every engine; or those with
-        which `fill` fills each piece that this rank holds.
+        """Builds and distributes the model and sets its initial weights: those of `seed`, the same under every engine, or those
+        that `fill` writes into each shard of this rank.
 
-        make_model: the model without values; it is called on the meta device, so that no rank ever holds more than its engine
-        keeps there. make_optimizer: over the model's parameters. grad_clip: largest norm of the full gradient; 0 is off.
+        make_model: called on the meta device, so that no rank ever holds more than its engine keeps there. make_optimizer:
+        takes the model. grad_clip: largest norm of the full gradient; 0 is off.
         """
         self.grad_clip = grad_clip
         self.model = self._make(make_model)
@@ -109,29 +109,29 @@ class Engine:
             checkpoint_activations(self.model, self.config.activation_checkpointing)
         if self.config.compile != "none":
             compile_model(self.model, self.config.compile)
-        self._spread(make_optimizer)
-        self._settle()
+        self._distribute(make_optimizer)
+        self._warm_up()
         self.restore(fill or (lambda shard: _draw(self.model, shard, seed)), moments=False)
 
     def _make(self, make_model: Callable[[], nn.Module]) -> nn.Module:
         with torch.device("meta"):
             return make_model()
 
-    def _spread(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
-        """Gives `self.model` memory and sets `self._wrapped`, what is called in a forward pass, and `self.optimizer`."""
+    def _distribute(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
+        """Allocates `self.model`; sets `self.optimizer` and `self._wrapped`, the module to call in a forward pass."""
         raise NotImplementedError
 
-    def _settle(self) -> None:
-        """What an engine would else change after its first step. The weights are not there yet."""
+    def _warm_up(self) -> None:
+        """Does now what the engine would otherwise change after its first step. The weights have no values yet."""
 
     # ---------------------------------------------------------------- the calls of a step
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager:
-        """Around one forward and backward; `last` of a step."""
+        """A context for one forward and backward pass. last: it is the last micro-batch of the step."""
         raise NotImplementedError
 
     def forward(self, *batch: Tensor | None) -> Any:
-        """The model's output for one micro-batch (tokens_BT, labels_BT, documents_BT): a `LossOutput`."""
+        """Returns the model's `LossOutput` for one micro-batch (tokens_BT, labels_BT, documents_BT): loss_sum in nats, routing."""
         self.watchdog.mark("forward")
         with self.autocast():
             return self._wrapped(*batch)
@@ -145,10 +145,10 @@ class Engine:
         loss.backward()
 
     def update(self, lr: float) -> tuple[Tensor, Tensor]:
-        """Clips, and moves the weights unless the gradient is not finite. A group's `lr_scale`, if it has one, multiplies `lr`.
+        """Clips and applies the gradient, or skips the update if it is not finite. A group's `lr_scale` multiplies `lr`.
 
-        Returns two tensors () that stay on the device: the norm of the full gradient before clipping, and whether the update
-        was applied, bool.
+        Returns two tensors () that stay on the device: the norm of the full gradient before clipping; whether the update was
+        applied, bool.
         """
         self.watchdog.mark("update")
         for group in self.optimizer.param_groups:
@@ -165,7 +165,7 @@ class Engine:
         return grad_norm, applied
 
     def _clip(self) -> Tensor:
-        """-> norm of the full gradient before clipping, ()."""
+        """Clips the gradient and returns the norm of the full gradient before clipping, ()."""
         return nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
 
     # ---------------------------------------------------------------- the step's collective, and what travels with it
@@ -187,42 +187,44 @@ class Engine:
     # ---------------------------------------------------------------- the training state
 
     def shards(self, *, saving: bool) -> Iterator[Shard]:
-        """The training state as pieces: when saving, ranks share the work and the pieces of all ranks tile every tensor exactly
-        once; else each rank gets all that it holds. To write into them, use `restore`."""
+        """The training state of this rank. saving: only the shards that this rank must save; those of all ranks cover every
+        tensor exactly once. To write into shards, use `restore`."""
         self._make_moments()
-        for name, shape, offset, tensors in itertools.chain(self.held(saving), self._buffers(saving)):
+        for name, shape, offset, tensors in itertools.chain(self.local_states(saving), self._buffers(saving)):
             self.watchdog.alive("saving" if saving else "reading its state")
-            for kind, piece in tensors.items():
-                yield Shard(f"{kind}/{name}", shape, offset, piece)
+            for kind, values in tensors.items():
+                yield Shard(f"{kind}/{name}", shape, offset, values)
 
     def restore(self, fill: Callable[[Shard], None], *, moments: bool = True) -> None:
-        """Calls `fill` on every piece of the state that this rank holds, moments or not, then makes it take effect."""
+        """Calls `fill` with every shard of this rank's state, with or without moments, then makes the new values effective."""
         if moments:
             self._make_moments()
         with torch.no_grad():
-            for name, shape, offset, tensors in itertools.chain(self.held(saving=False), self._buffers(saving=False)):
+            for name, shape, offset, tensors in itertools.chain(self.local_states(saving=False), self._buffers(saving=False)):
                 self.watchdog.alive("loading")
-                for kind, piece in tensors.items():
+                for kind, values in tensors.items():
                     if moments or kind == "model":
-                        fill(Shard(f"{kind}/{name}", shape, offset, piece))
+                        fill(Shard(f"{kind}/{name}", shape, offset, values))
         self._refresh()
 
-    def held(self, saving: bool) -> Iterator[Held]:
-        """What this rank holds of each parameter; when saving, what it writes. Moments are there once they are made."""
+    def local_states(self, saving: bool) -> Iterator[LocalState]:
+        """This rank's part of each parameter. saving: only the parts that this rank must save. Moments are included once they
+        exist."""
         raise NotImplementedError
 
-    def _buffers(self, saving: bool) -> Iterator[Held]:
-        """A model's buffers are fp32 and equal on all ranks, of which the first writes them."""
+    def _buffers(self, saving: bool) -> Iterator[LocalState]:
+        """The model's buffers: fp32 and equal on all ranks, so rank 0 saves them."""
         for name, buffer in self.model.named_buffers():
-            piece = buffer.view(-1)[: 0 if saving and self.rank > 0 else None]
-            yield Held(name, tuple(buffer.shape), 0, {"model": piece})
+            values = buffer.view(-1)[: 0 if saving and self.rank > 0 else None]
+            yield LocalState(name, tuple(buffer.shape), 0, {"model": values})
 
-    def copies(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
-        """The weights that every rank of a group holds a copy of, in one order, and the group; None: all ranks."""
+    def replicated_weights(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
+        """The weights that should be equal on all ranks of a group, in the same order everywhere, and the group; None: all
+        ranks."""
         raise NotImplementedError
 
     def _refresh(self) -> None:
-        """After master weights were written: brings what the forward pass uses in line."""
+        """Brings the weights of the forward pass in line with master weights that were written."""
 
     def _make_moments(self) -> None:
         if not self.optimizer.state:
@@ -230,7 +232,7 @@ class Engine:
 
     @property
     def updates(self) -> int:
-        """Updates applied so far, as the optimizer's bias correction counts them."""
+        """Number of updates applied so far, as the optimizer's bias correction counts them."""
         self._make_moments()
         return int(next(iter(self.optimizer.state.values()))["step"])
 
@@ -243,7 +245,7 @@ class Engine:
     # ---------------------------------------------------------------- other services
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Around forward passes: bf16 products where the engine leaves weights in fp32."""
+        """A context for forward passes: bf16 products if the engine keeps weights in fp32."""
         return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     def all_reduce(self, values: Tensor) -> Tensor:
@@ -254,7 +256,7 @@ class Engine:
         return values
 
     def copy_to_host(self, values: Tensor) -> Callable[[], list]:
-        """Starts a copy; the result waits for it alone, not for what the device was given to do since."""
+        """Starts a copy. The function returned waits for it, but not for work queued on the device since, and returns it."""
         if self.device.type != "cuda":
             return values.tolist
         host = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
@@ -263,16 +265,16 @@ class Engine:
         return lambda: (copied.synchronize(), host.tolist())[1]
 
     def to_device(self, batch: tuple) -> tuple:
-        """The batch with its tensors on this rank's device; None stays None."""
+        """Copies the tensors of a batch to this rank's device; None stays None."""
         return type(batch)(*(None if tensor is None else tensor.to(self.device, non_blocking=True) for tensor in batch))
 
     @property
     def device_name(self) -> str:
-        """Such as `NVIDIA H100 80GB HBM3`, or `cpu`."""
+        """For example `NVIDIA H100 80GB HBM3`, or `cpu`."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
     def broadcast(self, number: int) -> int:
-        """Rank 0's whole number, on every rank."""
+        """Returns rank 0's integer on every rank."""
         self.watchdog.mark("broadcast")
         value = torch.tensor(number, device=self.device)
         if self.world_size > 1:
@@ -284,7 +286,7 @@ class Engine:
         self.broadcast(0)
 
     def close(self) -> None:
-        """Ends the process group; gloo aborts at exit when an object that uses it still lives then."""
+        """Destroys the process group; gloo aborts at exit if an object still uses it then."""
         self.watchdog.stop()
         self.model = self.optimizer = self._wrapped = None
         gc.collect()
@@ -293,33 +295,36 @@ class Engine:
             dist.destroy_process_group()
 
 
-# ---------------------------------------------------------------- what engines use
+# ---------------------------------------------------------------- helpers of engines
 
 
 def require(**pairs: tuple) -> None:
-    """what=(asked, got): raises ConfigError with every pair that is not equal."""
+    """Takes setting=(requested, actual). Raises ConfigError with every pair that is not equal."""
     problems = [
-        Problem("engine", f"{what.replace('_', ' ')}: asked for {asked}, got {got}; look for ACCELERATE_* variables and an "
-                "accelerate configuration file, or report it: this program asked and the library did otherwise")
-        for what, (asked, got) in pairs.items()
-        if asked != got
-    ]  # fmt: skip
+        Problem(
+            "engine",
+            f"{setting.replace('_', ' ')}: requested {requested}, got {actual}; check ACCELERATE_* variables and accelerate's "
+            "configuration file. If neither explains it, the library ignored this setting: please report it",
+        )
+        for setting, (requested, actual) in pairs.items()
+        if requested != actual
+    ]
     if problems:
         raise ConfigError(problems)
 
 
 def moments_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """The tensors that the optimizer keeps for each element of a parameter; none before it made them."""
+    """The optimizer's tensors that have one element per element of the parameter; empty before they are made."""
     state = optimizer.state.get(parameter, {})
     return {kind: tensor for kind, tensor in state.items() if isinstance(tensor, Tensor) and tensor.shape == parameter.shape}
 
 
 def make_moments(optimizer: torch.optim.Optimizer, parameters_of_groups: list[list[Tensor]]) -> None:
-    """Lets the optimizer make its state as it does in a first step: one on zero gradients that found_inf turns into nothing."""
+    """Makes the optimizer create its state, by a step on zero gradients that found_inf turns into a no-op."""
     parameters = [parameter for group in parameters_of_groups for parameter in group]
     kept = [group["params"] for group in optimizer.param_groups], [parameter.grad for parameter in parameters]
-    for group, given in zip(optimizer.param_groups, parameters_of_groups, strict=True):
-        group["params"] = given
+    for group, params in zip(optimizer.param_groups, parameters_of_groups, strict=True):
+        group["params"] = params
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.found_inf = torch.ones((), device=parameters[0].device)
@@ -332,14 +337,14 @@ def make_moments(optimizer: torch.optim.Optimizer, parameters_of_groups: list[li
 
 
 def _draw(model: nn.Module, shard: Shard, seed: int) -> None:
-    """Fills a piece of a weight with its part of the whole parameter's initial value."""
-    whole = model.initial_weight(shard.name.removeprefix("model/"), shard.shape, seed).view(-1)
-    shard.piece.copy_(whole[shard.offset : shard.offset + shard.piece.numel()])
+    """Fills a shard of a weight with its range of the full initial weight."""
+    full = model.initial_weight(shard.name.removeprefix("model/"), shard.shape, seed).view(-1)
+    shard.values.copy_(full[shard.offset : shard.offset + shard.values.numel()])
 
 
 def _start_processes(config: EngineConfig, **options: Any):
-    """The Accelerator, made from our settings alone. Works under python, torchrun and accelerate launch."""
-    # A launcher's flag, or a default accelerate configuration in the user's home, must not win over our settings.
+    """Makes the Accelerator from the settings alone, under python, torchrun or accelerate launch."""
+    # A launcher's flag, or a default accelerate configuration in the user's home, must not override the settings.
     for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_")) and name not in _KEPT_VARIABLES]:
         del os.environ[name]
     from accelerate import Accelerator
@@ -347,13 +352,13 @@ def _start_processes(config: EngineConfig, **options: Any):
 
     cpu = not torch.cuda.is_available()
     if cpu and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
-        # torchrun sets one thread for every process; on CPUs that leaves most of the machine idle.
+        # torchrun gives every process one thread, which leaves most of a CPU-only machine idle.
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
-    patience = timedelta(seconds=config.timeout_seconds + 10 * interval(config.timeout_seconds))  # the watchdog speaks first
+    patience = timedelta(seconds=config.timeout_seconds + 10 * interval(config.timeout_seconds))  # the watchdog reports first
     group = InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=patience)
     alone = "LOCAL_RANK" not in os.environ  # plain python, or accelerate launch with one process
-    if alone and config.name != "ddp":  # these engines want a process group also for one process
+    if alone and config.name != "ddp":  # these engines need a process group even for one process
         backend = "gloo" if cpu else "cuda:nccl,cpu:gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return Accelerator(gradient_accumulation_steps=1, kwargs_handlers=[] if alone else [group], **options)

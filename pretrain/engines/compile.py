@@ -1,7 +1,5 @@
-"""What is traded for speed or memory inside a block, before an engine spreads the model: compilation and recomputation.
-
-It knows the model's blocks. It knows nothing of ranks.
-"""
+"""Compilation and activation checkpointing of a model's blocks, applied before an engine distributes the model. Knows nothing
+of ranks."""
 
 from __future__ import annotations
 
@@ -13,9 +11,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 
 def compile_model(model: nn.Module, what: str) -> None:
-    """Compiles, in place so that parameter names stay, each block and the loss of a chunk (`blocks`), or the `model` whole.
+    """Compiles each block and the loss of a chunk (`blocks`), or the whole `model`, in place, so that parameter names stay.
 
-    Of a block only its `forward`: the hooks by which an engine gathers its weights run around that, and break no graph.
+    Only a block's `forward` is compiled: the hooks by which an engine gathers weights run around it and break no graph.
     """
     if what == "model":
         model.compile(dynamic=False)
@@ -26,7 +24,7 @@ def compile_model(model: nn.Module, what: str) -> None:
 
 
 def checkpoint_activations(model: nn.Module, what: str) -> None:
-    """Makes each block keep less for its backward pass and compute the rest again: `full` or `selective`.
+    """Makes each block keep fewer activations for its backward pass and recompute the rest: `full` or `selective`.
 
     Source: Chen et al. 2016; selective recomputation: Korthikanti et al. 2022.
     """
@@ -36,12 +34,12 @@ def checkpoint_activations(model: nn.Module, what: str) -> None:
 
 
 def _keep_products():
-    """Matrix products and attention are kept: they cost most of the time, and much less than all of the memory."""
+    """Keeps the outputs of matrix products and attention: most of the time, but only a part of the memory."""
     aten, ours = torch.ops.aten, torch.ops.pretrain
     kept = {
         aten._grouped_mm.default,
         ours.looped_product.default,
-        aten.topk.default,  # a choice of experts made twice could differ
+        aten.topk.default,  # a recomputed choice of experts could differ
         aten.mm.default,
         aten.bmm.default,
         aten.addmm.default,
@@ -58,7 +56,7 @@ def _keep_products():
 
 
 def compile_report() -> str:
-    """What the compiler made so far in this process."""
+    """The number of graphs and graph breaks in this process so far, as text."""
     counters = torch._dynamo.utils.counters
     graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
     return f"{graphs} graph{'' if graphs == 1 else 's'}, {breaks} graph break{'' if breaks == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""The engine `ddp`: every rank holds the whole model, and gradients are averaged once per step (PyTorch DDP)."""
+"""The engine `ddp` (PyTorch DDP): every rank holds the full model; gradients are averaged once per step."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.config import EngineConfig
-from pretrain.engines.base import Engine, Held, moments_of
+from pretrain.engines.base import Engine, LocalState, moments_of
 
 
 class DdpEngine(Engine):
-    """Every rank holds the whole model; gradients are averaged in the last backward pass of a step. One process has no
-    wrapper."""
+    """One process of a `ddp` run. The last backward pass of a step averages gradients; a single process has no wrapper."""
 
     def __init__(self, config: EngineConfig):
         super().__init__(config)
         self.autocast_dtype = torch.bfloat16 if self.precision == "bf16" else None
 
-    def _spread(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
+    def _distribute(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
         self.model.to_empty(device=self.device)
         self._wrapped = self.model
         if self.world_size > 1:
@@ -35,31 +34,31 @@ class DdpEngine(Engine):
                 device_ids=ids,
                 gradient_as_bucket_view=True,
                 bucket_cap_mb=self.config.bucket_mib or 25,
-                **{"forward_sync_buffers" if newer else "broadcast_buffers": False},  # they are equal already
+                **{"forward_sync_buffers" if newer else "broadcast_buffers": False},  # they are already equal
             )
         self.optimizer = make_optimizer(self.model)
 
-    def _settle(self) -> None:
-        """After its first backward pass DDP sorts its buckets anew, and sums over ranks round differently from then on. That
-        pass is made here, on one token, so that a resumed run computes its first step as the run that never stopped did."""
+    def _warm_up(self) -> None:
+        """DDP rebuilds its buckets after the first backward pass; from then on, sums over ranks round differently. Doing that
+        pass here, on one token, makes a resumed run compute its first step as an uninterrupted run does."""
         if self.world_size == 1:
             return
         token_BT = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         with self.autocast(), torch.compiler.set_stance("force_eager"):
-            for _ in range(2):  # it sorts at the second forward pass; without a backward, it would sum in the middle of step 1
+            for _ in range(2):  # it rebuilds in the second forward pass, which needs a backward pass, or step 1 would sum early
                 self._wrapped(token_BT, token_BT).loss_sum.backward()
-        self.model.zero_grad(set_to_none=True)  # not the optimizer's: it may lack a parameter, which the canary will say
+        self.model.zero_grad(set_to_none=True)  # not the optimizer's: it may lack a parameter (see update_check.py)
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager:
         return self._wrapped.no_sync() if self.world_size > 1 and not last else contextlib.nullcontext()
 
-    def held(self, saving: bool) -> Iterator[Held]:
+    def local_states(self, saving: bool) -> Iterator[LocalState]:
         for name, parameter in self.model.named_parameters():
             count = parameter.numel()
             share = math.ceil(count / self.world_size)
             start, stop = (min(r * share, count) for r in (self.rank, self.rank + 1)) if saving else (0, count)
             tensors = {"model": parameter.detach(), **moments_of(self.optimizer, parameter)}
-            yield Held(name, tuple(parameter.shape), start, {kind: t.view(-1)[start:stop] for kind, t in tensors.items()})
+            yield LocalState(name, tuple(parameter.shape), start, {kind: t.view(-1)[start:stop] for kind, t in tensors.items()})
 
-    def copies(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
+    def replicated_weights(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
         return list(self.model.parameters()), None

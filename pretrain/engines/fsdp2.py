@@ -1,8 +1,8 @@
-"""The engine `fsdp2`: PyTorch's `fully_shard`. Weights, gradients and optimizer state are cut along their first dimension; a
-block's weights are gathered for its forward and backward pass only.
+"""The engine `fsdp2` (PyTorch's `fully_shard`): weights, gradients and optimizer state are sharded along their first
+dimension; a block's weights are gathered only for its forward and backward pass.
 
-With `engine.replicas` the ranks form a grid: weights are cut over the ranks of a row and equal in a column, so that gathering
-stays inside a row (usually one node) and only summed gradients cross rows (hybrid sharding).
+With `engine.replicas` the ranks form a grid: weights are sharded over the ranks of a row and equal within a column, so that
+gathering stays inside a row (usually one node) and only summed gradients cross rows (hybrid sharding).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from pretrain.engines.base import Engine, Held, moments_of, require
+from pretrain.engines.base import Engine, LocalState, moments_of, require
 
 
 class Fsdp2Engine(Engine):
     """One process of an `fsdp2` run."""
 
-    def _spread(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
+    def _distribute(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
         replicas = self.config.replicas
         shape = (self.world_size,) if replicas == 1 else (replicas, self.world_size // replicas)
         self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replica", "shard")[-len(shape) :])
@@ -35,12 +35,12 @@ class Fsdp2Engine(Engine):
         decoder = self.model.model
         for block in decoder.layers:
             fully_shard(block, mesh=self.mesh, mp_policy=policy)
-        if not self.model.config.tie_word_embeddings:  # tied, both belong to the root, which is gathered for the whole pass
+        if not self.model.config.tie_word_embeddings:  # tied, both belong to the root, which stays gathered for the full pass
             fully_shard(decoder.embed_tokens, mesh=self.mesh, mp_policy=policy)
             # Used last in the forward pass and first in the backward pass: freeing it in between would gather it twice.
             fully_shard([decoder.norm, self.model.lm_head], mesh=self.mesh, mp_policy=policy, reshard_after_forward=False)
         self._wrapped = fully_shard(self.model, mesh=self.mesh, mp_policy=policy)
-        self.model.to_empty(device=self.device)  # each rank its shards
+        self.model.to_empty(device=self.device)  # allocates only this rank's shards
         self.optimizer = make_optimizer(self.model)
         parameters = list(self.model.parameters())
         require(
@@ -54,7 +54,7 @@ class Fsdp2Engine(Engine):
         if self.config.reduce_gradients == "step":
             self.model.set_requires_gradient_sync(last)
         elif self.config.replicas > 1:
-            self.model.set_requires_all_reduce(last)  # shards are summed over a row each time, over rows once
+            self.model.set_requires_all_reduce(last)  # each micro-batch sums within a row, only the last one across rows
         yield
 
     def _clip(self) -> Tensor:
@@ -66,21 +66,21 @@ class Fsdp2Engine(Engine):
             torch._foreach_mul_(gradients, torch.clamp(self.grad_clip / (norm + 1e-6), max=1.0))
         return norm
 
-    def held(self, saving: bool) -> Iterator[Held]:
+    def local_states(self, saving: bool) -> Iterator[LocalState]:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # a forward pass without a backward pass (validation) leaves the head whole
+                module.reshard()  # a forward pass without a backward pass (validation) leaves the head gathered
         if saving and self.config.replicas > 1 and self.mesh.get_local_rank("replica") > 0:
-            return  # the first replica writes
+            return  # the first replica saves
         shards, shard = self.mesh["shard"].size(), self.mesh.get_local_rank("shard")
         for name, parameter in self.model.named_parameters():
-            # fully_shard cuts as torch.chunk does: the first ranks have full chunks of rows, the last ones less or none.
+            # fully_shard splits as torch.chunk does: the first ranks have full chunks of rows, the last ones fewer or none.
             rows = math.ceil(parameter.shape[0] / shards)
             offset = min(shard * rows, parameter.shape[0]) * math.prod(parameter.shape[1:])
             tensors = {"model": parameter.detach(), **moments_of(self.optimizer, parameter)}
-            yield Held(name, tuple(parameter.shape), offset, {kind: t.to_local().view(-1) for kind, t in tensors.items()})
+            yield LocalState(name, tuple(parameter.shape), offset, {kind: t.to_local().view(-1) for kind, t in tensors.items()})
 
-    def copies(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
+    def replicated_weights(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
         if self.config.replicas == 1:
             return [], None
         return [parameter.to_local() for parameter in self.model.parameters()], self.mesh.get_group("replica")

@@ -1,4 +1,4 @@
-"""Chooses the engine that the settings name."""
+"""Starts the engine that the settings name; separate from base.py, which the engines import."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pretrain.engines.ddp import DdpEngine
 
 
 def start_engine(config: EngineConfig) -> Engine:
-    """The engine of this process, which joins the others. Raises ConfigError when they are not what the settings ask for."""
+    """Starts this process's engine and joins the other ranks (a collective). Raises ConfigError if the libraries do not run
+    what the settings request."""
     if config.name == "fsdp2":
         from pretrain.engines.fsdp2 import Fsdp2Engine
 

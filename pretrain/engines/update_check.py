@@ -1,7 +1,7 @@
-"""Does a step train? Weights move, all of them, and copies of the same weight stay equal.
+"""Checks that a step trains: every weight changes, and replicas of a weight stay equal.
 
-A learning rate of 0, a parameter that the optimizer was not given, and a rank whose copy of the model has drifted all leave a
-run that looks healthy: the loss is finite and may even fall. The canary looks at one step now and then.
+A learning rate of 0, a parameter that is missing from the optimizer, or a rank whose replica of the model has drifted leave a
+run that looks healthy: the loss is finite and may even fall. So the run checks one step from time to time.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ _SAMPLE = 1024
 
 
 class UpdateCheck:
-    """Made just before a step; `figures` after it. Reads every weight once, and copies a sample of them."""
+    """Create it before a step; call `figures` after it. Each reads every weight once; a sample of the weights is copied."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self.before = {held.name: _look(held.tensors["model"]) for held in engine.held(saving=True)}
+        self.before = {state.name: _look(state.tensors["model"]) for state in engine.local_states(saving=True)}
 
     @torch.no_grad()
     def figures(self, lr: float) -> tuple[dict[str, float], list[str]]:
-        """What the step did, and sentences about what is wrong. A collective.
+        """Returns metrics of the step, and a warning for each problem. A collective.
 
-        update_fraction: norm of the update / norm of the weights, over a sample. stuck_parameters: how many did not move, of
-        those that `lr` is large enough to move (fp32 forgets an update below 1e-7 of a weight). diverged_ranks: how many hold
-        another copy of a weight than the first rank that has one.
+        update_fraction: norm of the update / norm of the weights, over a sample. stuck_parameters: number of parameters that
+        did not move although `lr` is large enough (fp32 loses an update below 1e-7 of a weight). diverged_ranks: number of ranks
+        whose replica of some weight differs from that of the first rank.
         """
         names = [name for name, _ in self.engine.model.named_parameters()]
         place = {name: number for number, name in enumerate(names)}
         options = {"dtype": torch.float64, "device": self.engine.device}
-        sums = torch.zeros(4, len(names), **options)  # moved, squares of update and of weight, values in the sample
-        for held in self.engine.held(saving=True):
-            (old_sum, old), (new_sum, new) = self.before[held.name], _look(held.tensors["model"])
+        sums = torch.zeros(4, len(names), **options)  # moved, squares of update and weight, sample size
+        for state in self.engine.local_states(saving=True):
+            (old_sum, old), (new_sum, new) = self.before[state.name], _look(state.tensors["model"])
             count = torch.tensor(new.numel(), device=new.device)
             column = [new_sum != old_sum, (new - old).double().square().sum(), new.double().square().sum(), count]
-            sums[:, place[held.name]] = torch.stack([value.double() for value in column]).to(self.engine.device)
+            sums[:, place[state.name]] = torch.stack([value.double() for value in column]).to(self.engine.device)
         by_rank = torch.zeros(self.engine.world_size, **options)
         by_rank[self.engine.rank] = self._differing()
         total = self.engine.all_reduce(torch.cat([sums.flatten(), by_rank])).cpu()
@@ -54,23 +54,23 @@ class UpdateCheck:
         return figures, [*_about_stuck(stuck, names, lr), *_about_diverged(by_rank)]
 
     def _differing(self) -> int:
-        """How many of the weights of which other ranks have copies differ from those of the first of these ranks."""
-        copies, group = self.engine.copies()
-        if not copies or self.engine.world_size == 1:
+        """Number of this rank's replicated weights that differ from those of the first rank of its group."""
+        weights, group = self.engine.replicated_weights()
+        if not weights or self.engine.world_size == 1:
             return 0
-        mine = torch.stack([_checksum(tensor) for tensor in copies])
+        mine = torch.stack([_checksum(tensor) for tensor in weights])
         reference = mine.clone()
         dist.broadcast(reference, dist.get_global_rank(group or dist.group.WORLD, 0), group=group)
         return int((mine != reference).sum())
 
 
-def _look(piece: Tensor) -> tuple[Tensor, Tensor]:
-    """(checksum of the whole piece, a sample of it)."""
-    return _checksum(piece), piece[:: max(1, piece.numel() // _SAMPLE)].clone()
+def _look(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(checksum of all weights, a sample of them)."""
+    return _checksum(weights), weights[:: max(1, weights.numel() // _SAMPLE)].clone()
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """Sum of the bit patterns: a changed weight changes it, whatever its size. (), int64."""
+    """Sum of the bit patterns, (), int64: any change of a weight changes it."""
     return tensor.detach().view(torch.int32 if tensor.element_size() == 4 else torch.int16).sum(dtype=torch.int64)
 
 
@@ -89,6 +89,6 @@ def _about_diverged(by_rank: Tensor) -> list[str]:
         return []
     some = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
     return [
-        f"the weights of rank {some} are not those of the first rank ({int(by_rank.max())} parameters differ): every number "
-        "since then is doubtful; stop, and go on from a checkpoint before it"
+        f"the weights of rank {some} differ from those of the first rank (in {int(by_rank.max())} parameters): no result since "
+        "then can be trusted; stop, and resume from an earlier checkpoint"
     ]

@@ -1,9 +1,9 @@
-"""A run that hangs says where: every rank writes its Python stacks, and the rank that is behind is named.
+"""Hang detection: every rank writes its Python stacks, and one line names the rank that is behind.
 
-    <run>/stacks/rank_N.txt     written when a rank has not moved for `engine.timeout_seconds`, or on SIGUSR1 to any one rank
+    <run>/stacks/rank_N.txt     written when a rank has made no progress for `engine.timeout_seconds`, or on SIGUSR1 to any rank
 
-All ranks make the same sequence of engine calls, so the rank whose count of calls is lowest is the one that the others wait
-for. Counts are exchanged by a thread through the store that joined the ranks, which works also while a collective hangs.
+All ranks make the same sequence of engine calls, so the others wait for the rank with the lowest count of calls. A thread
+exchanges the counts through the store at which the ranks met, which works even while a collective hangs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NEVER_SEEN = (-1, 0, "starting", 0)
 
 
 class Watchdog:
-    """Of one rank. `mark` costs a fraction of a microsecond; the rest is done by a thread now and then."""
+    """The watchdog of one rank. `mark` costs a fraction of a microsecond; a thread does the rest, every `interval` seconds."""
 
     def __init__(self, rank: int, world_size: int, timeout_seconds: float):
         self.rank, self.world_size, self.timeout_seconds = rank, world_size, timeout_seconds
@@ -33,25 +33,25 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def mark(self, doing: str) -> None:
-        """This rank begins what all ranks do in the same order."""
+        """Records that this rank begins a call that all ranks make in the same order."""
         self.calls += 1
         self.alive(doing)
 
     def alive(self, doing: str) -> None:
-        """This rank is doing something, perhaps on its own."""
+        """Records progress of this rank in work that it may be doing alone."""
         self.doing, self.since = doing, time.monotonic()
 
     def begin_step(self, step: int) -> None:
-        """This rank waits for the data of `step`."""
+        """Records that this rank waits for the data of `step`."""
         self.step = step
         self.mark("waiting for data")
 
     def start(self, folder: Path) -> None:
-        """Begins to watch; stacks will go to `folder`."""
+        """Starts the thread; stacks will be written to `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"rank_{self.rank}.txt"
         self._file = open(self.path, "a")
-        faulthandler.register(signal.SIGUSR1, file=self._file, all_threads=True)  # in C: works whatever Python is doing
+        faulthandler.register(signal.SIGUSR1, file=self._file, all_threads=True)  # in C: works even while Python is blocked
         self._seen_bytes, self._seen_requests = os.fstat(self._file.fileno()).st_size, 0
         self._store = _store() if self.world_size > 1 else dist.HashStore()
         self._stop = threading.Event()
@@ -59,7 +59,7 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends watching; a rank that wrote no stacks leaves no file."""
+        """Stops the thread; a rank that wrote no stacks leaves no file."""
         if self._thread is None:
             return
         self._stop.set()
@@ -67,7 +67,7 @@ class Watchdog:
         self._thread = None
         faulthandler.unregister(signal.SIGUSR1)
         self._file.close()
-        with contextlib.suppress(OSError):  # others' stacks stay, and somebody may have moved the folder
+        with contextlib.suppress(OSError):  # other ranks may have stacks there, or a user moved the folder
             if not self.path.stat().st_size:
                 self.path.unlink()
                 self.path.parent.rmdir()
@@ -84,15 +84,15 @@ class Watchdog:
                     hung_call, hung_tick, before = self.calls, ticks, self._positions()
                     self._write_stacks()
                     self._seen_requests = self._store.add("requests", 1)
-                elif ticks == hung_tick + 3 and self.calls == hung_call:  # by now every living rank has published again
+                elif ticks == hung_tick + 3 and self.calls == hung_call:  # by now every live rank has published again
                     self._name_the_rank_behind(before, self._positions())
-            except (RuntimeError, OSError) as error:  # the process that holds the store has ended, or the disk is full
+            except (RuntimeError, OSError) as error:  # the process that holds the store exited, or the disk is full
                 if not self._stop.is_set():
                     print(f"watchdog: rank {self.rank} cannot reach the others: {str(error).splitlines()[0]}", file=sys.stderr)
                 return
 
     def _exchange(self, ticks: int) -> None:
-        """Publishes where this rank is, and writes its stacks when another rank asked for everybody's."""
+        """Publishes this rank's position; writes its stacks if another rank has requested those of all ranks."""
         self._store.set(f"at/{self.rank}", json.dumps([self.calls, self.step, self.doing, ticks]))
         if os.fstat(self._file.fileno()).st_size > self._seen_bytes:  # a signal made this rank write
             self._seen_bytes = os.fstat(self._file.fileno()).st_size
@@ -103,7 +103,7 @@ class Watchdog:
             self._write_stacks()
 
     def _name_the_rank_behind(self, before: list[tuple], now: list[tuple]) -> None:
-        """One line, from the lowest of the ranks that wait."""
+        """Prints one line, on the lowest of the waiting ranks only."""
         furthest = max(calls for calls, *_ in now)
         if self.rank == [calls for calls, *_ in now].index(furthest):
             line = hang_line(before, now, time.monotonic() - self.since, self.path.parent)
@@ -122,26 +122,26 @@ class Watchdog:
 
 
 def interval(timeout_seconds: float) -> float:
-    """Seconds between two looks of the watchdog."""
+    """Seconds between two checks of the watchdog."""
     return min(10.0, timeout_seconds / 20)
 
 
 def hang_line(before: list[tuple], now: list[tuple], seconds: float, folder: Path) -> str:
-    """One line from two looks, some time apart, at (calls, step, doing, ticks) of every rank."""
+    """Describes a hang in one line, from the (calls, step, doing, ticks) of every rank at two times."""
     furthest = max(calls for calls, *_ in now)
     _, step, doing, _ = max(now)
     behind = [
-        f"rank {rank} (step {rank_step}, in {rank_doing}{'' if ticks > old[3] else ', does not answer'})"
+        f"rank {rank} (step {rank_step}, in {rank_doing}{'' if ticks > old[3] else ', not responding'})"
         for rank, (old, (calls, rank_step, rank_doing, ticks)) in enumerate(zip(before, now, strict=True))
         if calls < furthest or ticks == old[3]
     ]
     named = ", ".join(behind[:8]) + (f" and {len(behind) - 8} more" if len(behind) > 8 else "")
     blame = f"waiting for {named}" if behind else f"all {len(now)} ranks at the same call" if len(now) > 1 else "alone"
-    return f"hang: nothing has moved for {seconds:.0f} s in step {step}, in {doing}, {blame}; stacks: {folder}"
+    return f"hang: no progress for {seconds:.0f} s in step {step}, in {doing}, {blame}; stacks: {folder}"
 
 
 def _store() -> dist.Store:
-    """A connection of its own to the store at which the ranks met: the main thread may block on its one."""
+    """A separate connection to the store at which the ranks met; the main thread may be blocked on its own."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"watchdog/{attempt}", dist.TCPStore(host, port, is_master=False))

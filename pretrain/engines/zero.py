@@ -1,8 +1,8 @@
-"""The engines `zero1`, `zero2`, `zero3`: DeepSpeed, started through Accelerate with a plugin made from our settings.
+"""The engines `zero1`, `zero2`, `zero3` (DeepSpeed), started through Accelerate with a plugin made from the settings.
 
-DeepSpeed flattens the parameters of each optimizer group and gives every rank one contiguous part of the result, so what a rank
-holds of a parameter is a contiguous piece of it. The names read here (`bit16_groups`, `fp16_groups`, `_hp_mapping`, ...) are
-DeepSpeed's own and may move: constraints.txt pins the version, and tests/distributed/test_engines.py goes through each stage.
+DeepSpeed flattens the parameters of each optimizer group and gives every rank one contiguous part of the result, so a rank's
+part of a parameter is contiguous, too. The attributes read here (`bit16_groups`, `fp16_groups`, `_hp_mapping`, ...) are
+internals of DeepSpeed and may change: constraints.txt pins the version, tests/distributed/test_engines.py covers each stage.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError, EngineConfig, Problem
-from pretrain.engines.base import Engine, Held, make_moments, moments_of, require
+from pretrain.engines.base import Engine, LocalState, make_moments, moments_of, require
 
 
 class ZeroEngine(Engine):
@@ -31,7 +31,7 @@ class ZeroEngine(Engine):
         self.stage = int(config.name.removeprefix("zero"))
         super().__init__(config)
         self._alone = "LOCAL_RANK" not in os.environ
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for one process
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it, even for one process
 
     def _accelerator_options(self) -> dict[str, Any]:
         if not importlib.util.find_spec("transformers"):
@@ -42,7 +42,7 @@ class ZeroEngine(Engine):
             os.environ["DS_ACCELERATOR"] = "cpu"
             import deepspeed.ops
 
-            # Else DeepSpeed compiles a C++ extension at its first start: half a minute, or for ever behind a stale lock file.
+            # Otherwise DeepSpeed compiles a C++ extension at its first start: half a minute, or forever behind a stale lock.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         from accelerate.utils import DeepSpeedPlugin
 
@@ -52,7 +52,7 @@ class ZeroEngine(Engine):
         return {"deepspeed_plugin": plugin, "mixed_precision": "bf16" if self.precision == "bf16" else "no"}
 
     def _settings(self) -> dict[str, Any]:
-        """DeepSpeed's configuration, all of it."""
+        """The complete configuration of DeepSpeed."""
         config, bf16 = self.config, self.precision == "bf16"
         bucket = (config.bucket_mib or 200) * 2**20 // 4  # DeepSpeed counts elements
         zero: dict[str, Any] = {
@@ -60,7 +60,7 @@ class ZeroEngine(Engine):
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             "overlap_comm": torch.cuda.is_available(),
-            "memory_efficient_linear": False,  # it would replace F.linear, and round in other places than the other engines
+            "memory_efficient_linear": False,  # it would replace F.linear and round differently from other engines
         }
         if self.stage == 3:
             zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": config.keep_whole_below}
@@ -69,12 +69,12 @@ class ZeroEngine(Engine):
         if config.offload == "all":
             zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         return {
-            "train_micro_batch_size_per_gpu": 1,  # feeds counters only
+            "train_micro_batch_size_per_gpu": 1,  # used only for its counters
             "gradient_accumulation_steps": 1,
-            "gradient_clipping": 0.0,  # set in `_spread`
+            "gradient_clipping": 0.0,  # set in `_distribute`
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,  # PyTorch's fused AdamW runs on the host too, and needs no compiler
+            "zero_force_ds_cpu_optimizer": False,  # PyTorch's fused AdamW runs on the host, too, and needs no compiler
             "bf16": {"enabled": bf16, "check_grad_overflow": True},
             "communication_data_type": "fp32",
             "data_types": {"grad_accum_dtype": "fp32"},
@@ -93,7 +93,7 @@ class ZeroEngine(Engine):
         if self.stage == 3:
             import deepspeed
 
-            # Each module is cut as soon as it is made. Init does not obey its argument `dtype`; it reads the settings.
+            # Init shards each module as soon as it is made. It ignores its argument `dtype` and reads the settings.
             with deepspeed.zero.Init(config_dict_or_path=self.accelerator.deepspeed_plugin.deepspeed_config):
                 return make_model()
         return super()._make(make_model).to(self._compute_dtype).to_empty(device=self.device)
@@ -102,22 +102,22 @@ class ZeroEngine(Engine):
     def _compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
-    def _spread(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
+    def _distribute(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
         self.accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = self.grad_clip
         if self.stage == 3:
             from deepspeed.utils import set_z3_leaf_modules
 
-            # A block is gathered at once, by hooks around it: fewer messages, and nothing in it that compilation or
-            # recomputation could stumble on.
+            # Hooks around a block gather it at once: fewer messages, and no hooks inside it that would hinder compilation or
+            # recomputation.
             set_z3_leaf_modules(self.model, [type(block) for block in self.model.model.layers])
-        with _whole_shapes(self.model):
+        with _full_shapes(self.model):
             optimizer = make_optimizer(self.model)
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what memory it takes
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use
             self._wrapped, _ = self.accelerator.prepare(self.model, optimizer)
-        for buffer in self.model.buffers():  # DeepSpeed made them bf16, or left them where they were made
+        for buffer in self.model.buffers():  # DeepSpeed casts them to bf16, or leaves them on another device
             buffer.data = buffer.data.to(self.device, torch.float32)
         self._unreduced: contextlib.AbstractContextManager | None = None
-        self._zero = self._wrapped.optimizer  # ZeRO's own, around ours
+        self._zero = self._wrapped.optimizer  # ZeRO's optimizer, which wraps ours
         self.optimizer = self._zero.optimizer
         require(
             stage=(self.stage, int(self._wrapped.zero_optimization_stage())),
@@ -135,29 +135,28 @@ class ZeroEngine(Engine):
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
         if self.stage > 1 and self.config.reduce_gradients == "step" and self._unreduced is None:
-            self._unreduced = self._wrapped.coalesce_grad_reduction()  # stays open over the micro-batches of a step
+            self._unreduced = self._wrapped.coalesce_grad_reduction()  # stays open for all micro-batches of a step
             self._unreduced.__enter__()
         self._wrapped.set_gradient_accumulation_boundary(last)
         yield
         if last and self._unreduced is not None:
             self._unreduced.__exit__(None, None, None)
             self._unreduced = None
-            self._wrapped.set_gradient_accumulation_boundary(True)  # leaving it has brought back the value from before
+            self._wrapped.set_gradient_accumulation_boundary(True)  # leaving the context restored an older value
 
     def _backward(self, loss: Tensor) -> None:
         self._wrapped.backward(loss)
 
     def _update(self) -> tuple[Tensor, Tensor]:
-        self._wrapped.step()  # clips, and skips by itself where the gradient is not finite
+        self._wrapped.step()  # clips; skips by itself if the gradient is not finite
         applied = self._wrapped.was_step_applied()
-        grad_norm = (
-            float(self._wrapped.get_global_grad_norm()) if applied else math.nan
-        )  # it keeps an old one of a skipped step
+        # After a skipped step DeepSpeed still returns the norm of an earlier one.
+        grad_norm = float(self._wrapped.get_global_grad_norm()) if applied else math.nan
         return torch.tensor(grad_norm, device=self.device), torch.tensor(applied, device=self.device)
 
     # ---------------------------------------------------------------- the training state
 
-    def held(self, saving: bool) -> Iterator[Held]:
+    def local_states(self, saving: bool) -> Iterator[LocalState]:
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         for parameters, flat in self._groups():
             tensors = {"model": flat.detach(), **moments_of(self.optimizer, flat)}
@@ -165,13 +164,15 @@ class ZeroEngine(Engine):
             for parameter in parameters:
                 shape, offset, begin, count = self._place(parameter, start)
                 start += getattr(parameter, "ds_tensor", parameter).numel()
-                yield Held(names[parameter], shape, offset, {kind: t[begin : begin + count] for kind, t in tensors.items()})
+                yield LocalState(
+                    names[parameter], shape, offset, {kind: t[begin : begin + count] for kind, t in tensors.items()}
+                )
 
-    def copies(self) -> tuple[list[Tensor], None]:
+    def replicated_weights(self) -> tuple[list[Tensor], None]:
         return [p.data for p in self.model.parameters() if self.stage < 3 or p.ds_persist], None
 
     def _groups(self) -> list[tuple[list[Tensor], Tensor]]:
-        """(parameters, this rank's flat fp32 part of them), for each flat tensor that the optimizer updates."""
+        """(parameters, this rank's part of them, flat, fp32) for each flat tensor that the optimizer updates."""
         zero = self._zero
         if self.stage == 3:
             return list(zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True))
@@ -180,12 +181,12 @@ class ZeroEngine(Engine):
         return list(zip(zero.bf16_groups, zero.fp32_groups_flat_partition, strict=True))
 
     def _place(self, parameter: Tensor, start: int) -> tuple[tuple[int, ...], int, int, int]:
-        """(shape, offset in the whole parameter, begin in the flat part, count) of what this rank holds of a parameter."""
-        if self.stage == 3:  # every parameter is cut into equal parts, the last one padded
-            part, whole = parameter.ds_tensor.ds_numel, parameter.ds_numel
-            offset = min(self.rank * part, whole)
-            return tuple(parameter.ds_shape), offset, start, min(part, whole - offset)
-        place = parameter._hp_mapping  # the group is cut, so a part may begin or end inside a parameter, or miss it
+        """This rank's part of a parameter: (full shape, offset in the full parameter, begin in the flat tensor, count)."""
+        if self.stage == 3:  # every parameter is split into equal parts, the last one padded
+            part, full = parameter.ds_tensor.ds_numel, parameter.ds_numel
+            offset = min(self.rank * part, full)
+            return tuple(parameter.ds_shape), offset, start, min(part, full - offset)
+        place = parameter._hp_mapping  # the group is split, so a part may begin or end inside a parameter, or miss it
         if place is None:
             return tuple(parameter.shape), 0, 0, 0
         return (
@@ -199,10 +200,10 @@ class ZeroEngine(Engine):
         if self.stage < 3:
             self._zero.update_lp_params()
             return
-        self._zero.checkpoint_event_prologue()  # parameters that are kept whole are cut
+        self._zero.checkpoint_event_prologue()  # shards the parameters that are kept in full
         for number in range(len(self._zero.fp32_partitioned_groups_flat)):
             self._zero._reassign_or_swap_out_partitioned_parameters(number)
-        self._zero.checkpoint_event_epilogue()  # and made whole again from the new parts
+        self._zero.checkpoint_event_epilogue()  # and gathers them again from the new values
 
     def _make_moments(self) -> None:
         if self.optimizer.state:
@@ -226,15 +227,15 @@ class ZeroEngine(Engine):
 
 
 @contextlib.contextmanager
-def _whole_shapes(model: nn.Module) -> Iterator[None]:
-    """Parameters that ZeRO-3 has cut are empty tensors. In here they show their shapes, in the memory of one element each, so
-    that an optimizer can tell matrices from vectors."""
-    cut = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_shape")]
-    empty = [parameter.data for parameter in cut]
-    for parameter in cut:
+def _full_shapes(model: nn.Module) -> Iterator[None]:
+    """Parameters that ZeRO-3 has sharded are empty tensors. In this context they have their full shapes, each in the memory of
+    one element, so that an optimizer can tell matrices from vectors."""
+    sharded = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_shape")]
+    empty = [parameter.data for parameter in sharded]
+    for parameter in sharded:
         parameter.data = torch.empty(1, dtype=parameter.dtype, device=parameter.device).expand(parameter.ds_shape)
     try:
         yield
     finally:
-        for parameter, data in zip(cut, empty, strict=True):
+        for parameter, data in zip(sharded, empty, strict=True):
             parameter.data = data

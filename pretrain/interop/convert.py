@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import UserError
-from pretrain.checkpoint.storage import sync_folder, write_file
+from pretrain.checkpoint.storage import write_file
 from pretrain.config import Config, DataConfig, RunConfig, SyntheticConfig, TokenizerConfig, TrainConfig
+from pretrain.files import sync_folder
 from pretrain.interop.load import OWN_TOKENIZER, Trained, open_folder, open_run
 from pretrain.interop.verify import VerificationError, certify
 from pretrain.interop.weights import DTYPES, CheckpointWeights, write_checkpoint, write_folder

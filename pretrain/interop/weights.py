@@ -20,13 +20,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.manifest import MAX_JSON_BYTES, Checkpoint, CheckpointError
-from pretrain.checkpoint.storage import Pieces, commit, write_file, write_part
+from pretrain.checkpoint.manifest import Checkpoint, CheckpointError
+from pretrain.checkpoint.storage import CheckpointReader, commit, write_file, write_part
+from pretrain.checkpoint.tensors import BLOCK, HeaderError, StoredTensor, make_header, read_header, read_values
 from pretrain.engines.base import Shard
 from pretrain.model import hf_mapping
 from pretrain.model.config import ModelConfig, differences, model_from_dict
@@ -34,10 +35,7 @@ from pretrain.model.hf_mapping import Part, UnsupportedModel
 from pretrain.model.transformer import Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BLOCK = 1 << 22
-"""Elements that are read, cast and written at a time: 16 MiB of fp32."""
-_FILE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_NAMES = {dtype: name for name, dtype in _FILE_DTYPES.items()}
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -57,7 +55,7 @@ class CheckpointWeights:
     """The weights of a checkpoint that was verified. Raises CheckpointError."""
 
     def __init__(self, checkpoint: Checkpoint):
-        self.model, self._pieces = model_from_dict(checkpoint.state()["model"]), Pieces(checkpoint)
+        self.model, self._pieces = model_from_dict(checkpoint.state()["model"]), CheckpointReader(checkpoint)
 
     def read(self, name: str, start: int, into: Tensor) -> None:
         """See `Weights`."""
@@ -82,16 +80,6 @@ class MeanWeights:
                 source.read(name, start + begin, one)
                 total += one
             block.copy_(total / len(self._sources))
-
-
-class _Place(NamedTuple):
-    """Where a tensor stands in a file."""
-
-    path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-    """Byte."""
 
 
 class FolderWeights:
@@ -129,9 +117,9 @@ class FolderWeights:
         head, embedding = self._places[name], self._places["model.embed_tokens.weight"]
         count = math.prod(embedding.shape)
 
-        def block(place: _Place, first: int) -> Tensor:
+        def block(place: StoredTensor, first: int) -> Tensor:
             values = torch.empty(min(BLOCK, count - first))
-            _read_as_fp32(place, first, values)
+            read_values(place, first, values)
             return values
 
         firsts = range(0, count, BLOCK)
@@ -143,7 +131,7 @@ class FolderWeights:
 
     def _require_zeros(self, part: Part) -> None:
         values = torch.empty(part.count)
-        _read_as_fp32(self._places[part.name], 0, values)
+        read_values(self._places[part.name], 0, values)
         if values.any():
             raise UnsupportedModel(f"{self.folder}: {part.name} must be 0 everywhere: this program's models have none")
 
@@ -154,12 +142,12 @@ class FolderWeights:
             low, high = max(start, part.start), min(stop, part.start + part.count)
             if low < high:
                 values = into[low - start : high - start]
-                _read_as_fp32(self._places[part.name], low - part.start, values)
+                read_values(self._places[part.name], low - part.start, values)
                 if part.factor != 1:
                     values /= part.factor
 
 
-def _places(folder: Path) -> dict[str, _Place]:
+def _places(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a folder, by the headers of its files alone. Raises UnsupportedModel, OSError."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():  # first, as for transformers: an index beside it is a leftover
@@ -174,52 +162,15 @@ def _places(folder: Path) -> dict[str, _Place]:
             f"{folder}: has no model.safetensors and no model.safetensors.index.json; pickled weights (pytorch_model.bin) are "
             "never opened: let transformers load them where you trust them, and save_pretrained"
         )
-    places: dict[str, _Place] = {}
+    places: dict[str, StoredTensor] = {}
     for name in files:
         if Path(name).name != name or not (folder / name).is_file():
             raise UnsupportedModel(f"{index}: names {name!r}, which is not in this folder; is the copy or download complete?")
-        places |= _read_header(folder / name)
-    return places
-
-
-def _read_header(path: Path) -> dict[str, _Place]:
-    """The tensors of one safetensors file. Raises UnsupportedModel unless all of them lie within it; OSError."""
-    with open(path, "rb") as file:
-        size, head = os.fstat(file.fileno()).st_size, file.read(8)
-        length = int.from_bytes(head, "little")
         try:
-            if head == b"version ":
-                raise ValueError("it is a pointer of Git LFS in place of the file: run git lfs pull")
-            if length > min(MAX_JSON_BYTES, size - 8):
-                raise ValueError(f"its header claims {length} bytes, the file has {size}")
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            places = {}
-            for name, entry in header.items():
-                dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-                if dtype not in _FILE_DTYPES:
-                    raise ValueError(f"{name} has dtype {dtype}; allowed: {', '.join(_FILE_DTYPES)}")
-                count = math.prod(shape)
-                if not 0 <= begin <= end <= size - 8 - length or end - begin != count * _FILE_DTYPES[dtype].itemsize:
-                    raise ValueError(f"{name} does not lie where its header says; was the file cut off?")
-                places[name] = _Place(path, _FILE_DTYPES[dtype], shape, 8 + length + begin)
-            return places
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UnsupportedModel(f"{path}: is no safetensors file that can be used ({error})") from None
-
-
-def _read_as_fp32(place: _Place, first: int, into: Tensor) -> None:
-    """Elements [first, first + n) of a tensor in a file. Raises OSError."""
-    with open(place.path, "rb", buffering=0) as file:
-        file.seek(place.begin + first * place.dtype.itemsize)
-        for block in into.split(BLOCK):
-            host = torch.empty(block.numel(), dtype=place.dtype)
-            target = memoryview(host.view(torch.uint8).numpy())
-            while target:
-                if not (count := file.readinto(target)):
-                    raise OSError(f"{place.path}: ends too early")
-                target = target[count:]
-            block.copy_(host)
+            places |= read_header(folder / name).tensors
+        except HeaderError as error:
+            raise UnsupportedModel(f"{folder / name}: is not a safetensors file that can be used ({error})") from None
+    return places
 
 
 # ---------------------------------------------------------------- into a model
@@ -240,7 +191,7 @@ def weight_loader(source: Weights, target: ModelConfig) -> Callable[[Shard], Non
     means: dict[str, Tensor] = {}
 
     def fill(shard: Shard) -> None:
-        name, start, piece = shard.name.removeprefix("model/"), shard.offset, shard.piece
+        name, start, piece = shard.name.removeprefix("model/"), shard.offset, shard.values
         if name.endswith(".expert_share"):
             piece.fill_(1 / shard.shape[0])
             return
@@ -337,15 +288,7 @@ def _tensors(
     source: Weights, parts: list[Part], dtype: torch.dtype, beat: Callable[[int], None]
 ) -> Iterator[bytes | memoryview]:
     """A safetensors file, block by block."""
-    header: dict = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for part in parts:
-        size = part.count * _dtype_of(part, dtype).itemsize
-        header[part.name] = {"dtype": _NAMES[_dtype_of(part, dtype)], "shape": part.shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
+    yield make_header([(part.name, _NAMES[_dtype_of(part, dtype)], part.shape) for part in parts], metadata={"format": "pt"})
     done, buffer = 0, torch.empty(BLOCK)
     for part in parts:
         for begin in range(0, part.count, BLOCK):
@@ -399,7 +342,7 @@ def _files(source: Weights, beat: Callable[[int], None]) -> Iterator[list[Shard]
             count = min(tensor.numel() - start, room)
             shard = Shard(f"model/{name}", tuple(tensor.shape), start, torch.empty(count))
             fill(shard)
-            if not shard.piece.isfinite().all():
+            if not shard.values.isfinite().all():
                 raise ValueError(f"{name} is not finite: its model had diverged, or the file is damaged")
             file.append(shard)
             start, room, done = start + count, room - count, done + 4 * count

@@ -60,7 +60,7 @@ def rollback(run: Run) -> Start | None:
         return None
     chosen = Checkpoint(run.directory.checkpoints / f"step_{step:08d}")
     try:
-        storage.verify(chosen, engine)
+        storage.check_files(chosen, engine)
     except CheckpointError as error:
         run.sinks.info(str(error))
         return None

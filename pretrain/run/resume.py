@@ -57,7 +57,7 @@ def decide(config: Config, engine: Engine, parts: Parts, folder: Path) -> Start:
         found = storage.newest_valid(folder, engine)
     elif choice == _Choice.NAMED:
         found = Checkpoint(Path(config.checkpoint.resume).resolve())
-        storage.verify(found, engine)
+        storage.check_files(found, engine)
     if found:
         check_settings(config, parts, found)
     return Start(found)
@@ -148,7 +148,7 @@ def initial_weights(start: Start, config: Config, engine: Engine, model: ModelCo
     if not config.model.from_pretrained:
         return None
     try:
-        source = open_weights(Path(config.model.from_pretrained), lambda checkpoint: storage.verify(checkpoint, engine))
+        source = open_weights(Path(config.model.from_pretrained), lambda checkpoint: storage.check_files(checkpoint, engine))
         return weight_loader(source, model)
     except UnsupportedModel as error:
         raise ConfigError([Problem("model.from_pretrained", str(error))]) from None

@@ -157,7 +157,7 @@ def poisoned(configs: dict[str, EngineConfig]) -> dict:
             meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
             figures = meter.read(engine.all_reduce)
             used = torch.cat([p.detach().float().flatten() for p in local_parameters(engine)])
-            state = torch.cat([shard.piece.flatten() for shard in engine.shards(saving=False)])
+            state = torch.cat([shard.values.flatten() for shard in engine.shards(saving=False)])
             trace.append((state.numpy().copy(), used.numpy(), engine.updates, figures))
         results[name] = trace
     return results
@@ -288,12 +288,12 @@ class Wire(TorchDispatchMode):
 
 def gradient(engine: Engine, batches: list[Batch]) -> list[torch.Tensor]:
     """Pieces of the summed gradient: a cleared first moment of AdamW becomes a tenth of it; a rate of 0 moves nothing."""
-    engine.restore(lambda shard: shard.piece.zero_() if shard.name.startswith("exp_avg/") else None)
+    engine.restore(lambda shard: shard.values.zero_() if shard.name.startswith("exp_avg/") else None)
     for i, batch in enumerate(batches):
         with engine.micro_batch(last=i == len(batches) - 1):
             engine.backward(engine.forward(*batch).loss_sum / 100)
     engine.update(0.0)
-    return [10 * shard.piece.double() for shard in engine.shards(saving=False) if shard.name.startswith("exp_avg/")]
+    return [10 * shard.values.double() for shard in engine.shards(saving=False) if shard.name.startswith("exp_avg/")]
 
 
 def look_at_dtypes(configs: dict[str, EngineConfig]) -> dict:
@@ -312,7 +312,7 @@ def look_at_dtypes(configs: dict[str, EngineConfig]) -> dict:
             train.train_step(engine, window_of(engine, 0, 1), LR, [0])
         for hook in hooks:
             hook.remove()
-        kept = {kind: tensor.dtype for held in engine.held(saving=False) for kind, tensor in held.tensors.items()}
+        kept = {kind: tensor.dtype for state in engine.local_states(saving=False) for kind, tensor in state.tensors.items()}
         assert kept["exp_avg"] == kept["exp_avg_sq"]
         row = [str(dtype).removeprefix("torch.") for dtype in (kept["model"], used["weights"], used["products"])]
         row += [wire.floats("_allgather_base_", "allgather_"), wire.floats("allreduce_", "reduce_", "_reduce_scatter_base_")]

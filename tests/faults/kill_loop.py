@@ -197,9 +197,9 @@ def manifest_first() -> None:
     """Rank 0's tensors reach the disk after the checkpoint has its manifest and its name."""
     write, commit, later = storage.write_file, storage.commit, []
 
-    def write_later(path: Path, blocks, *beat) -> dict:
+    def write_later(path: Path, blocks, *on_progress) -> dict:
         if not path.name.startswith("tensors-00000"):
-            return write(path, blocks, *beat)
+            return write(path, blocks, *on_progress)
         data = b"".join(bytes(block) for block in blocks)
         later.append((path.name, data))
         return {"bytes": len(data), "xxh3": xxhash.xxh3_128_hexdigest(data)}
