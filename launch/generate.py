@@ -4,7 +4,9 @@
     launch/generate.py --model HF_FOLDER --prompts-file FILE --output FILE.jsonl
 
 Prompts run through the model together, --batch-size at a time. The texts stream to standard output in the order of the prompts,
-each begun with its prompt; tokens per second go to standard error. With --temperature 0 they are those of transformers.
+each after its prompt; the speed goes to standard error. With --temperature 0 they equal those of transformers.
+
+Exit status: 0 done, 2 refused, 130 interrupted.
 """
 
 import argparse
@@ -16,71 +18,71 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # else `import pretrain` would find launch/pretrain.py
 
-from pretrain.checkpoint.manifest import CheckpointError
-from pretrain.config import ConfigError
+from pretrain import UserError
+from pretrain.run import command_line
+from pretrain.run.command_line import at_least
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", type=Path, help="folder of a run, runs/<name>")
-    source.add_argument("--model", type=Path, help="Hugging Face folder")
-    parser.add_argument("--step", help="--run: a checkpoint's step, or best (lowest validation loss); default: the newest")
-    parser.add_argument(
-        "--prompt", action="append", default=[], help="text to continue; empty: begin a new document; repeatable"
-    )
-    parser.add_argument("--prompts-file", type=Path, help="a prompt a line, or .jsonl with a key prompt")
-    parser.add_argument("--output", type=Path, help="write {prompt, text} a line to this new file instead of standard output")
-    parser.add_argument("--batch-size", type=int, default=16, help="prompts at a time (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="longest continuation in tokens (default: %(default)s)")
+    parser = command_line.make_parser(__doc__)
+    command_line.add_trained_model(parser)
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT",
+                        help="text to continue; empty: start a new document; repeatable")  # fmt: skip
+    parser.add_argument("--prompts-file", metavar="FILE", help="one prompt per line, or .jsonl with a key prompt; - reads one "
+                        "prompt per line from standard input")  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="FILE",
+                        help='new file for one {"prompt", "text"} per line, instead of standard output')  # fmt: skip
+    parser.add_argument("--batch-size", type=at_least(1), default=16, metavar="N",
+                        help="prompts at a time (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--max-new-tokens", type=at_least(0), default=200, metavar="N",
+                        help="maximum length of a continuation (default: %(default)s)")  # fmt: skip
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: %(default)s)")
-    parser.add_argument("--top-k", type=int, default=0, help="choose among the k likeliest tokens; 0: all (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="choose among the likeliest that reach p; 1: all (default)")
+    parser.add_argument("--top-k", type=at_least(0), default=0, metavar="K",
+                        help="sample from the K likeliest tokens; 0: from all (default)")  # fmt: skip
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
+                        help="sample from the likeliest tokens that reach probability P; 1: from all (default)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same texts (default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda if there is one, else cpu")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda if available, else cpu")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="of the weights; default: bf16 on a GPU, fp32 on a CPU")
     options = parser.parse_args(argv)
-    if options.step not in (None, "best") and not options.step.isdecimal():
-        parser.error(f"--step: got {options.step!r}, allowed: a number or best")
-    if options.step and options.model:
-        parser.error("--step belongs to --run: a Hugging Face folder has one model")
+    command_line.check_trained_model(parser, options)
     if not options.prompt and not options.prompts_file:
         parser.error("give --prompt or --prompts-file")
-    if options.batch_size < 1:
-        parser.error(f"--batch-size: got {options.batch_size}, must be at least 1")
+    if not options.temperature >= 0:
+        parser.error(f"--temperature: got {options.temperature}, must be at least 0")
+    if not 0 < options.top_p <= 1:
+        parser.error(f"--top-p: got {options.top_p}, must be above 0 and at most 1")
     if options.output and options.output.exists():
-        parser.error(f"--output: {options.output} exists already; choose another, or remove it first")
+        parser.error(f"--output: {options.output} exists already; choose another file, or remove it first")
     if options.output and not options.output.parent.is_dir():
-        parser.error(f"--output: there is no folder {options.output.parent}; make it first")
+        parser.error(f"--output: the folder {options.output.parent} does not exist; create it first")
     return options
 
 
-def read_prompts(options: argparse.Namespace) -> list[str]:
-    """All prompts, those of the file last. Raises ValueError, OSError."""
-    path, prompts = options.prompts_file, list(options.prompt)
-    if path is None:
+def read_prompts(prompts: list[str], file: str | None) -> list[str]:
+    """The given prompts, then those in the file (-: standard input). Raises UserError, OSError."""
+    if file is None:
         return prompts
     try:
-        with path.open(encoding="utf-8") as file:  # by ends of lines alone: a text may hold other breaks, such as U+2028
-            lines = [line.rstrip("\n") for line in file]
+        # Split at newlines only: a text may contain other line breaks, such as U+2028.
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        lines = [line.removesuffix("\r") for line in data.decode().removesuffix("\n").split("\n")] if data else []
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 ({error})") from None
-    if path.suffix != ".jsonl":
-        prompts += lines
-        lines = []
-    for number, line in enumerate(lines, start=1):
+        raise UserError(f"{file}: is not UTF-8 ({error})") from None
+    found = [] if file.endswith(".jsonl") else lines
+    for number, line in enumerate([] if found else lines, start=1):
         try:
             if line.strip():
-                prompts.append(json.loads(line)["prompt"] + "")
+                found.append(json.loads(line)["prompt"] + "")
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{path}:{number}: is no object with a text "prompt" ({error})') from None
-    if not prompts:
-        raise ValueError(f"{path}: holds no prompt")
-    return prompts
+            raise UserError(f'{file}:{number}: is not a JSON object with a text "prompt" ({error})') from None
+    if not prompts + found:
+        raise UserError(f"{file}: contains no prompts")
+    return prompts + found
 
 
-def as_in_training(trained, tokenizer) -> tuple[Callable[[str], list[int]], set[int]]:
-    """(prompt -> ids, ids that end a text) of a run: a document follows the end of another, unless a mask hides it."""
+def encoder_of_run(trained, tokenizer) -> tuple[Callable[[str], list[int]], set[int]]:
+    """(prompt -> ids, stop ids) for a run: as in training, a text follows the end of another one, unless a mask hides that."""
     end = tokenizer.end_of_document_id
 
     def encode(prompt: str) -> list[int]:
@@ -90,9 +92,9 @@ def as_in_training(trained, tokenizer) -> tuple[Callable[[str], list[int]], set[
     return encode, {end}
 
 
-def as_the_folder_says(trained, tokenizer) -> tuple[Callable[[str], list[int]], set[int]]:
-    """(prompt -> ids, ids that end a text) of a Hugging Face folder, as its files tell transformers: special tokens in the
-    prompt are such, and a model that was taught to talk may end in several ways."""
+def encoder_of_hf_folder(trained, tokenizer) -> tuple[Callable[[str], list[int]], set[int]]:
+    """(prompt -> ids, stop ids) for a Hugging Face folder, as its files configure them for transformers: special tokens in a
+    prompt are encoded as such, and a chat model may have several stop ids."""
     from tokenizers import Tokenizer
 
     library = Tokenizer.from_file(str(trained.tokenizer / "tokenizer.json"))
@@ -106,46 +108,49 @@ def as_the_folder_says(trained, tokenizer) -> tuple[Callable[[str], list[int]], 
 
 
 def pick_device(name: str | None):
-    """The device of that name; None: the first GPU, else the CPU. Raises ValueError when it is not there."""
+    """The torch device of that name; None: the first GPU, else the CPU. Raises UserError if it is not available."""
     import torch
 
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ValueError(f"--device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError) as error:  # a torch built without CUDA raises AssertionError
+        raise UserError(f"--device: {name!r} is not available: {str(error).splitlines()[0]}") from error
     return device
 
 
-def texts(options: argparse.Namespace, made: list[int]) -> Iterator[tuple[str, Iterator[str]]]:
-    """(prompt, its continuation in pieces), in order; `made` counts the new tokens. Raises ValueError and its like."""
+def continuations(options: argparse.Namespace, count_token: Callable[[], None]) -> Iterator[tuple[str, Iterator[str]]]:
+    """(prompt, its continuation in pieces), in order; calls `count_token` for each new token. Raises UserError, OSError."""
     from pretrain.generate import generate_batch, ids_of_each, stream_text
-    from pretrain.interop.load import open_folder, open_run
+    from pretrain.interop.load import open_hf_folder, open_run
     from pretrain.interop.weights import DTYPES, load_transformer
 
-    device, prompts = pick_device(options.device), read_prompts(options)
-    trained = open_run(options.run, options.step) if options.run else open_folder(options.model)
+    device, prompts = pick_device(options.device), read_prompts(options.prompt, options.prompts_file)
+    trained = open_run(options.run, options.step) if options.run else open_hf_folder(options.model)
     if (tokenizer := trained.load_tokenizer()) is None:
         where = "tokenizer.path" if options.run else "tokenizer.json"
-        raise ValueError(f"{options.run or options.model}: has no tokenizer ({where}), so it cannot read a prompt")
-    encode, stop_ids = (as_in_training if options.run else as_the_folder_says)(trained, tokenizer)
+        raise UserError(f"{options.run or options.model}: has no tokenizer ({where}), so it cannot read a prompt")
+    encode, stop_ids = (encoder_of_run if options.run else encoder_of_hf_folder)(trained, tokenizer)
+    ids = [encode(prompt) for prompt in prompts]
+    if (largest := max(map(max, ids))) >= trained.model.vocab_size:
+        raise UserError(f"{trained.tokenizer}: gives id {largest}, the model has ids 0 to {trained.model.vocab_size - 1}; "
+                        "restore the tokenizer of this model")  # fmt: skip
     dtype = DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     model = load_transformer(trained.weights)
-    for parameter in model.parameters():  # not the routers' biases: they stay fp32
+    for parameter in model.parameters():  # buffers, such as the routers' biases, stay fp32
         parameter.data = parameter.data.to(dtype)
     model.to(device)
 
-    def counted(ids: Iterator[int]) -> Iterator[int]:
-        for token in ids:
-            made[0] += 1
+    def counted(new_ids: Iterator[int]) -> Iterator[int]:
+        for token in new_ids:
+            count_token()
             yield token
 
     for first in range(0, len(prompts), options.batch_size):
-        batch = prompts[first : first + options.batch_size]
-        batch_ids = [encode(prompt) for prompt in batch]
+        batch = slice(first, first + options.batch_size)
         steps = generate_batch(
             model,
-            batch_ids,
+            ids[batch],
             options.max_new_tokens,
             temperature=options.temperature,
             top_k=options.top_k,
@@ -153,16 +158,21 @@ def texts(options: argparse.Namespace, made: list[int]) -> Iterator[tuple[str, I
             seed=options.seed + first,
             stop_ids=stop_ids,
         )
-        for prompt, prompt_ids, ids in zip(batch, batch_ids, ids_of_each(steps, len(batch)), strict=True):
-            yield prompt, stream_text(tokenizer.decode, prompt_ids, counted(ids))
+        for prompt, prompt_ids, new_ids in zip(prompts[batch], ids[batch], ids_of_each(steps, len(ids[batch])), strict=True):
+            yield prompt, stream_text(tokenizer.decode, prompt_ids, counted(new_ids))
 
 
-def run(options: argparse.Namespace) -> None:
-    """Loads, generates, prints. Raises ValueError and its like with a sentence for the user."""
-    made, seconds, output = [0], 0.0, None
-    for number, (prompt, pieces) in enumerate(texts(options, made)):
+def generate_texts(options: argparse.Namespace) -> None:
+    """Loads the model, generates, and prints the texts or writes them to --output. Raises UserError, OSError."""
+    tokens, seconds, output = 0, 0.0, None
+
+    def count_token() -> None:
+        nonlocal tokens
+        tokens += 1
+
+    for number, (prompt, pieces) in enumerate(continuations(options, count_token)):
         started = time.perf_counter()
-        if options.output:  # which is made once there is something to write
+        if options.output:  # created only once there is something to write
             output = output or options.output.open("x", encoding="utf-8")
             print(json.dumps({"prompt": prompt, "text": "".join(pieces)}, ensure_ascii=False), file=output, flush=True)
         else:
@@ -172,26 +182,18 @@ def run(options: argparse.Namespace) -> None:
             print(flush=True)
         seconds += time.perf_counter() - started
         if options.output and sys.stderr.isatty():
-            print(f"\r{number + 1} texts, {made[0] / seconds:.1f} tokens/s", end="", file=sys.stderr, flush=True)
-    print(f"{made[0]} tokens in {seconds:.1f} s, {made[0] / seconds:.1f} tokens/s", file=sys.stderr)
+            print(f"\r{number + 1} texts, {tokens / seconds:.1f} tokens/s", end="", file=sys.stderr, flush=True)
+    print(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s", file=sys.stderr)
 
 
-def main() -> int:
-    """-> exit status: 0 done, 2 refused, 130 interrupted."""
-    options = parse(sys.argv[1:])
-    try:
-        import torch  # after the flags are known to be right: it takes seconds
+def main(argv: list[str]) -> None:
+    """Raises UserError, OSError."""
+    options = parse(argv)
+    import torch  # only now, as it takes seconds: the flags are correct
 
-        with torch.inference_mode():
-            run(options)
-    except (CheckpointError, ConfigError, ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    return 0
+    with torch.inference_mode():
+        generate_texts(options)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main))

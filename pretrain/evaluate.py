@@ -1,6 +1,6 @@
-"""Validation on all ranks over a fixed set: the same number at every world size and micro-batch.
+"""The loss of a model on validation data: the same figure for any number of ranks and any micro-batch size.
 
-Sums of nats over sums of labels, divided last; the last partial window and the last partial batch count like any other token.
+Nats and labels are summed over all ranks and divided last; partial windows and batches at the end count like any other token.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from pretrain.config import DataConfig
 from pretrain.data.batches import ValidData, open_valid
 from pretrain.engines.base import Engine
-from pretrain.interop.load import Trained
+from pretrain.interop.load import TrainedModel
 from pretrain.interop.weights import weight_loader
 from pretrain.model.transformer import Transformer
 from pretrain.report.metrics import bits_per_byte, perplexity
 
 
 class Stopped(Exception):
-    """Validation was given up on all ranks; `flags`: their requests, summed."""
+    """All ranks stopped the validation early; `flags` is the sum of their requests."""
 
     def __init__(self, flags: list[int]):
         self.flags = flags
@@ -34,10 +34,10 @@ def evaluate(
     max_samples: int | None = None,
     requests: Callable[[], list[int]] = list,
 ) -> dict[str, float]:
-    """val_loss (nats per token), val_perplexity, val_bits_per_byte over all sets, and val_loss/<name> where there are several.
+    """val_loss (nats per token), val_perplexity and val_bits_per_byte over all sets; with several sets also val_loss/<name>.
 
-    A collective. `max_samples` are spread evenly over each set, so that the choice does not depend on ranks. `requests` asks
-    this rank between micro-batches; as soon as any rank's flags are not all 0, every rank raises Stopped.
+    A collective. `max_samples` per set are spread evenly over it, whatever the number of ranks. `requests` is called between
+    micro-batches and returns this rank's flags; soon after any rank's flags are not all 0, every rank raises Stopped.
     """
     engine.model.eval()
     try:
@@ -57,25 +57,25 @@ def evaluate(
 
 def score(
     engine: Engine,
-    trained: Trained,
+    trained: TrainedModel,
     data: DataConfig,
     micro_batch_size: int,
     max_samples: int | None = None,
-    beat: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[dict]:
-    """A trained model on the validation sets of `data`: {"source", "samples", "loss", "perplexity", "bits_per_byte"} for each
-    of them, and last for all of them together ("all"). bits_per_byte is missing where nobody knows the bytes of the text.
+    """Measures a trained model on each validation set of `data`, then on all of them together (source "all").
 
-    A collective; the model is spread over the ranks as the engine does it. beat: called with the micro-batches done and all of
-    them. Raises DataError, and what reading the weights raises.
+    Returns rows of {"source", "samples", "loss", "perplexity", "bits_per_byte"}, the last only if the text's bytes are known.
+    A collective; the engine distributes the model over the ranks. on_progress: called with the number of micro-batches done and
+    in total. Raises DataError, and what reading the weights raises.
     """
     ids = trained.model.vocab_size
     if tokenizer := trained.load_tokenizer():
-        ids = min(ids, tokenizer.vocab_size)  # published models often have a few more
+        ids = min(ids, tokenizer.vocab_size)  # published models often have more ids than their tokenizer
     sets = open_valid(data, seed=0, vocab_size=ids, tokenizer_fingerprint=trained.tokenizer_fingerprint)
     engine.prepare(
         lambda: Transformer(trained.model),
-        lambda model: torch.optim.SGD(model.parameters(), lr=0.0),  # never steps, and keeps nothing
+        lambda model: torch.optim.SGD(model.parameters(), lr=0.0),  # never steps, and has no state
         0.0,
         seed=0,
         fill=weight_loader(trained.weights, trained.model),
@@ -85,7 +85,7 @@ def score(
     done = itertools.count()
 
     def requests() -> list[int]:
-        beat(next(done), rounds)
+        on_progress(next(done), rounds)
         return [0]
 
     figures = evaluate(engine, sets, micro_batch_size, max_samples, requests)
@@ -95,25 +95,25 @@ def score(
         rows.append({"source": each.name, "samples": count, "loss": loss, "perplexity": perplexity(loss)})
         if each.bytes_per_token:
             rows[-1]["bits_per_byte"] = bits_per_byte(loss, each.bytes_per_token)
-    whole = {name: figures[f"val_{name}"] for name in ("loss", "perplexity", "bits_per_byte") if f"val_{name}" in figures}
-    return [*rows, {"source": "all", "samples": sum(samples), **whole}]
+    overall = {name: figures[f"val_{name}"] for name in ("loss", "perplexity", "bits_per_byte") if f"val_{name}" in figures}
+    return [*rows, {"source": "all", "samples": sum(samples), **overall}]
 
 
 @torch.no_grad()
 def _loss_sum_and_labels(
     engine: Engine, data: ValidData, micro_batch_size: int, max_samples: int | None, requests: Callable[[], list[int]]
 ) -> torch.Tensor:
-    """[nats, labels] (2,) float64 of this rank's share."""
+    """This rank's [nats, labels], (2,) float64."""
     samples = data.num_samples if max_samples is None else min(max_samples, data.num_samples)
     chosen = [i * data.num_samples // samples for i in range(samples)]
     round_size = micro_batch_size * engine.world_size
-    chosen += [None] * (-samples % round_size)  # masked samples: all ranks run the same number of micro-batches
+    chosen += [None] * (-samples % round_size)  # masked, so that all ranks run the same number of micro-batches
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
     flags_of_last_round = list
     for first in range(engine.rank * micro_batch_size, len(chosen), round_size):
         flags = engine.copy_to_host(engine.all_reduce(torch.tensor(requests(), device=engine.device)))
-        if any(told := flags_of_last_round()):  # one round late: nobody waits for the device
-            raise Stopped(told)
+        if any(flags_sum := flags_of_last_round()):  # one round late, so that no rank waits for the device
+            raise Stopped(flags_sum)
         flags_of_last_round = flags
         batch = data.take(chosen[first : first + micro_batch_size])
         sums[0] += engine.forward(*engine.to_device(batch)).loss_sum

@@ -13,7 +13,8 @@ import torch
 from pretrain.config import load
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.generate import generate, stream_text
-from pretrain.interop.load import load_model
+from pretrain.interop.load import open_run
+from pretrain.interop.weights import load_transformer
 from pretrain.report import environment
 from pretrain.train import train
 from tests.ranks import run_ranks
@@ -93,10 +94,10 @@ def test_at_validations_the_model_writes_what_its_checkpoint_writes(made, tmp_pa
     assert list(written) == [3, 6] and all(each["text"] for each in written[6])
     tokenizer = Tokenizer.load(world.tokenizer)
     for step, made_then in written.items():
-        model = load_model(runs / "run", step)[1]
+        model = load_transformer(open_run(runs / "run", step).weights)
         for prompt, each in zip(prompts, made_then, strict=True):
             ids = [tokenizer.end_of_document_id, *tokenizer.encode(prompt)]
             new = generate(model, ids, 12, temperature=0, stop_ids={tokenizer.end_of_document_id})
             assert each == {"prompt": prompt, "text": "".join(stream_text(tokenizer.decode, ids, new))}
-    loud, silent = (load_model(runs / name, 6)[1].state_dict() for name in ("run", "silent"))
+    loud, silent = (load_transformer(open_run(runs / name, 6).weights).state_dict() for name in ("run", "silent"))
     assert all(torch.equal(loud[name], silent[name]) for name in silent)  # what it writes changes nothing that it learns

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from pretrain.generate import choose, generate, generate_batch, stream_text
-from pretrain.interop.weights import write_folder
+from pretrain.interop.weights import write_hf_folder
 from pretrain.model import hf_mapping
 from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.model.transformer import Transformer, build
@@ -79,7 +79,7 @@ def theirs_of(model: Transformer, folder):
         def read(self, name, start, into):
             into.copy_(model.state_dict()[name].flatten()[start : start + len(into)])
 
-    write_folder(folder, Source(), "fp32", 10**9)
+    write_hf_folder(folder, Source(), "fp32", 10**9)
     (folder / "config.json").write_text(json.dumps(hf_mapping.to_config(model.config, "float32", {})))
     return AutoModelForCausalLM.from_pretrained(folder)
 

@@ -54,7 +54,7 @@ def test_tensors_have_the_names_and_shapes_that_transformers_saves(family, tmp_p
     theirs.save_pretrained(tmp_path)
     with transformers.modeling_utils.safe_open(tmp_path / "model.safetensors", "pt") as file:
         saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.offset_keys()}
-    assert {part.name: part.shape for part in hf_mapping.parts(model)} == saved
+    assert {part.name: part.shape for part in hf_mapping.tensors(model)} == saved
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -66,9 +66,9 @@ def test_parts_tile_our_parameters_without_padding_rows(family):
             for name, tensor in Transformer(dataclasses.replace(model, vocab_multiple=1)).state_dict().items()
         }
     found: dict[str, list] = {}
-    for part in hf_mapping.parts(model):
-        if part.count and part.ours:
-            found.setdefault(part.ours, []).append((part.start, part.start + part.count))
+    for part in hf_mapping.tensors(model):
+        if part.count and part.parameter:
+            found.setdefault(part.parameter, []).append((part.offset, part.offset + part.count))
     assert found.keys() == ours.keys()
     for name, shape in ours.items():
         spans = sorted(found[name])
@@ -177,5 +177,5 @@ def test_every_published_shape_has_a_class_of_its_size(preset, tmp_path):
     assert not model_settings.differences(model, back)
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
-    expected = sum(part.count for part in hf_mapping.parts(model) if not part.keep_fp32)
+    expected = sum(part.count for part in hf_mapping.tensors(model) if not part.keep_fp32)
     assert sum(parameter.numel() for parameter in theirs.parameters()) == expected

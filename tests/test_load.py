@@ -15,7 +15,8 @@ from pretrain.checkpoint import storage
 from pretrain.checkpoint.storage import CheckpointError
 from pretrain.config import Config, EngineConfig, OptimizerConfig
 from pretrain.engines.start import start_engine
-from pretrain.interop.load import load_model
+from pretrain.interop.load import open_run
+from pretrain.interop.weights import load_transformer
 from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
@@ -41,22 +42,23 @@ def run(tmp_path):
 
 @pytest.mark.parametrize(("wish", "step"), [(None, 3), ("best", 2), (1, 1), ("3", 3)])
 def test_the_wished_checkpoint_is_read(run, wish, step):
-    loaded, model = load_model(run, wish)
-    assert isinstance(loaded, Config)
+    trained = open_run(run, wish)
+    model = load_transformer(trained.weights)
+    assert isinstance(trained.config, Config) and trained.origin["step"] == step
     assert all(bool((parameter[: MODEL.vocab_size] == step).all()) for parameter in model.parameters())
     assert model(torch.tensor([[1, 2]])).isfinite().all()
 
 
 def test_a_missing_step_names_those_that_exist(run):
     with pytest.raises(CheckpointError, match="has no checkpoint of step 7; it has: 3, 2, 1"):
-        load_model(run, 7)
+        open_run(run, 7)
 
 
 def test_a_damaged_checkpoint_is_not_read(run):
     file = next((run / "checkpoints" / "step_00000003").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(CheckpointError, match="its content has changed"):
-        load_model(run)
+        open_run(run)
 
 
 def test_one_folder_one_job_and_a_dead_job_holds_nothing(tmp_path):

@@ -31,8 +31,8 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.engines.start import start_engine
 from pretrain.evaluate import score
 from pretrain.generate import generate
-from pretrain.interop.convert import export_run, import_folder
-from pretrain.interop.load import load_model, open_folder, open_run
+from pretrain.interop.convert import export_model, import_model
+from pretrain.interop.load import open_hf_folder, open_run
 from pretrain.interop.weights import load_transformer
 from pretrain.optim.schedule import lr_at
 from pretrain.train import train
@@ -114,7 +114,7 @@ def base(text, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(base) -> Path:
-    export_run(base, base.parent / "hf")
+    export_model(open_run(base), base.parent / "hf")
     return base.parent / "hf"
 
 
@@ -155,7 +155,7 @@ def test_fifty_steps_from_a_folder_are_those_of_a_plain_loop_of_transformers(fol
 
 
 def test_a_run_of_ours_a_converted_folder_and_the_folder_begin_alike_on_two_ranks(base, folder, text, tmp_path):
-    import_folder(folder, tmp_path / "converted")
+    import_model(folder, tmp_path / "converted")
     firsts = []
     for number, source in enumerate((folder, base, base / "checkpoints" / "step_00000040", tmp_path / "converted")):
         engine = ["--engine.name", "fsdp2"] if number == 0 else []
@@ -185,8 +185,7 @@ def test_a_larger_tokenizer_makes_the_model_larger(base, tmp_path):
     argv += ["--data.synthetic.kind", "uniform", "--data.sequence_length", "16", "--train.max_steps", "1"]
     argv += ["--batch.global_batch_size", "2", "--batch.micro_batch_size", "2", "--optimizer.lr", "1e-12"]
     assert train_here(argv) == 0
-    _, before = load_model(base)
-    _, after = load_model(tmp_path / "run")
+    before, after = (load_transformer(open_run(run).weights) for run in (base, tmp_path / "run"))
     assert (before.config.vocab_size, after.config.vocab_size) == (V, V + 40)
     old, new = before.model.embed_tokens.weight[:V], after.model.embed_tokens.weight
     torch.testing.assert_close(new[:V], old, atol=1e-9, rtol=0)
@@ -207,7 +206,7 @@ def test_a_published_model_with_more_ids_than_its_tokenizer_goes_on_and_comes_ou
     argv = flags(tmp_path, tmp_path / "runs", "on", 2, "--model.from_pretrained", str(tmp_path / "published"))
     assert train_here(argv) == 0
     assert losses(tmp_path / "runs" / "on") == pytest.approx([math.log(V + 30)] * 2, rel=0.1)
-    found = export_run(tmp_path / "runs" / "on", tmp_path / "out", dtype="bf16")["compared"]
+    found = export_model(open_run(tmp_path / "runs" / "on"), tmp_path / "out", dtype="bf16")["compared"]
     assert found["tokenizer"]["ids"] > 50
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert back.get_input_embeddings().weight.shape[0] == V + 30
@@ -246,7 +245,7 @@ def test_a_trained_model_is_served_by_the_pipeline_of_transformers(folder, text)
     served = pipeline("text-generation", model=str(folder))
     prompt = "the quick brown"
     found = served(prompt, max_new_tokens=12, do_sample=False)[0]["generated_text"]
-    trained = open_folder(folder)
+    trained = open_hf_folder(folder)
     tokenizer = Tokenizer.load(text / "tokenizer")
     ids = tokenizer.encode(prompt)
     mine = generate(load_transformer(trained.weights), ids, 12, temperature=0, stop_ids={tokenizer.end_of_document_id})
@@ -257,7 +256,7 @@ def test_a_trained_model_is_served_by_the_pipeline_of_transformers(folder, text)
 
 
 def score_here(base: Path, text: Path, engine: str) -> list[dict]:
-    trained = open_run(base) if (base / "checkpoints").exists() else open_folder(base)
+    trained = open_run(base) if (base / "checkpoints").exists() else open_hf_folder(base)
     valid = [SourceConfig(path=str(text / name)) for name in ("valid", "train")]
     engine = start_engine(EngineConfig(name=engine))
     rows = score(engine, trained, DataConfig(valid=valid, sequence_length=LENGTH), 8)

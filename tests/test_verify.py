@@ -17,9 +17,9 @@ from pretrain.data import tokenizer
 from pretrain.data.indexed import DataError
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.interop import convert, verify
-from pretrain.interop.convert import ConversionError, export_run, import_folder
+from pretrain.interop.convert import ConversionError, export_model, import_model
 from pretrain.interop.load import open_run
-from pretrain.interop.verify import VerificationError, certify
+from pretrain.interop.verify import VerificationError, compare_with_transformers
 from pretrain.model import hf_mapping
 from tests.models import FAMILIES, V, make_run, make_tokenizer, model_of, moe
 
@@ -34,7 +34,7 @@ def honest(tmp_path_factory, tokenizer_folder):
     """(the run, its folder of Hugging Face)."""
     folder = tmp_path_factory.mktemp("honest")
     run = make_run(folder / "run", model_of("llama", num_hidden_layers=3), tokenizer_folder)
-    export_run(run, folder / "hf")
+    export_model(open_run(run), folder / "hf")
     return open_run(run), folder / "hf"
 
 
@@ -46,7 +46,7 @@ def honest(tmp_path_factory, tokenizer_folder):
 def test_every_family_is_certified_whole_and_layer_by_layer(family, dtype, tmp_path, tokenizer_folder):
     run = make_run(tmp_path / "run", model_of(family), tokenizer_folder)
     for scope in ("whole", "layers") if dtype == "bf16" else ("whole",):
-        written = export_run(run, tmp_path / scope, dtype=dtype, scope=scope)
+        written = export_model(open_run(run), tmp_path / scope, dtype=dtype, scope=scope)
         assert written == json.loads((tmp_path / scope / "certificate.json").read_text())
         found = written["compared"]
         assert found["scope"] == scope and found["weights"]["difference"] == 0.0
@@ -71,7 +71,7 @@ REAL_WIDTHS = {
 @pytest.mark.parametrize("family", REAL_WIDTHS)
 def test_logits_agree_at_real_width(family, tmp_path):
     run = make_run(tmp_path / "run", model_of(family, **REAL_WIDTHS[family]), None)
-    found = export_run(run, tmp_path / "hf", scope="whole")["compared"]
+    found = export_model(open_run(run), tmp_path / "hf", scope="whole")["compared"]
     assert found["logits"]["difference"] <= 1e-5
 
 
@@ -184,7 +184,7 @@ def test_a_mutant_is_refused(name, honest, tmp_path):
     shutil.copytree(good, folder := tmp_path / "hf")
     mutate(folder)
     with pytest.raises(VerificationError, match=message):
-        certify(folder, trained, "fp32", "whole")
+        compare_with_transformers(folder, trained, "fp32", "whole")
 
 
 @pytest.mark.parametrize("name", [name for name in MUTANTS if "tokenizer" not in name and name != "one weight"])
@@ -205,11 +205,11 @@ def test_the_comparison_with_transformers_alone_refuses_a_mutant(name, honest, t
 def test_a_fault_of_the_naming_itself_is_refused_and_leaves_nothing(family, scope, tmp_path, tokenizer_folder, monkeypatch):
     """Writer and reader agree on the wrong name, so only transformers can tell."""
     run = make_run(tmp_path / "run", model_of(family), tokenizer_folder)
-    real_parts, real_config = hf_mapping.parts, hf_mapping.to_config
+    real_tensors, real_config = hf_mapping.tensors, hf_mapping.to_config
     swap = {".w1.": ".w3.", ".w3.": ".w1."} if family == "mixtral" else {"gate_proj": "up_proj", "up_proj": "gate_proj"}
 
-    def parts(model):
-        for part in real_parts(model):
+    def tensors_with_swapped_names(model):
+        for part in real_tensors(model):
             name = next((part.name.replace(a, b) for a, b in swap.items() if a in part.name), part.name)
             yield part._replace(name=name)
 
@@ -219,45 +219,45 @@ def test_a_fault_of_the_naming_itself_is_refused_and_leaves_nothing(family, scop
     if family in ("llama3", "mistral"):
         monkeypatch.setattr(hf_mapping, "to_config", to_config)
     else:
-        monkeypatch.setattr(hf_mapping, "parts", parts)
+        monkeypatch.setattr(hf_mapping, "tensors", tensors_with_swapped_names)
     with pytest.raises(ConversionError, match=r"refused, and nothing is left of it: .*logits differ"):
-        export_run(run, tmp_path / "hf", scope=scope)
+        export_model(open_run(run), tmp_path / "hf", scope=scope)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
 def test_a_window_longer_than_the_batch_is_owned_up_to(tmp_path):
     run = make_run(tmp_path / "run", model_of("mistral", sliding_window=4096), None)
-    assert "setting only" in export_run(run, tmp_path / "hf")["compared"]["sliding_window"]
+    assert "setting only" in export_model(open_run(run), tmp_path / "hf")["compared"]["sliding_window"]
 
 
 @pytest.mark.parametrize("scope", ["whole", "layers"])
 def test_a_model_that_comes_in_is_compared_too(scope, honest, tmp_path, monkeypatch):
     _, good = honest
-    found = import_folder(good, tmp_path / "in", scope)
+    found = import_model(good, tmp_path / "in", scope)
     assert found["compared"]["logits"]["difference"] <= 1e-5
     assert found == json.loads((tmp_path / "in" / "certificate.json").read_text())
     real = hf_mapping.from_config
     monkeypatch.setattr(hf_mapping, "from_config", lambda *given: real(*given) | {"rope_theta": 5e5})
     with pytest.raises(ConversionError, match=r"refused, and nothing is left of it: .*logits differ"):
-        import_folder(good, tmp_path / "wrong", scope)
+        import_model(good, tmp_path / "wrong", scope)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
 def test_a_tokenizer_that_was_exchanged_after_training_is_refused(tmp_path, tokenizer_folder):
     shutil.copytree(tokenizer_folder, mine := tmp_path / "tokenizer")
     run = make_run(tmp_path / "run", model_of("llama"), mine)
-    export_run(run, tmp_path / "before")
+    export_model(open_run(run), tmp_path / "before")
     other_tokenizer(mine)
     with pytest.raises(DataError, match="was trained with the tokenizer"):
-        export_run(run, tmp_path / "after")
+        export_model(open_run(run), tmp_path / "after")
     with pytest.raises(DataError, match="was trained with the tokenizer"):
         open_run(run).load_tokenizer()  # as the programs do that write and measure
 
 
 def test_a_converted_model_takes_its_tokenizer_along(tmp_path, tokenizer_folder, monkeypatch):
-    export_run(make_run(tmp_path / "run", model_of("llama"), tokenizer_folder), tmp_path / "hf")
+    export_model(open_run(make_run(tmp_path / "run", model_of("llama"), tokenizer_folder)), tmp_path / "hf")
     monkeypatch.chdir(tmp_path)
-    import_folder(Path("hf"), Path("in"))
+    import_model(Path("hf"), Path("in"))
     (tmp_path / "in").rename(tmp_path / "elsewhere")
     monkeypatch.chdir("/")
     moved = open_run(tmp_path / "elsewhere")
@@ -269,7 +269,7 @@ def test_a_full_disk_is_named_and_keeps_nothing(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(OSError, match=f"File too large: '{tmp_path / 'hf'}'"):
-            export_run(run, tmp_path / "hf")
+            export_model(open_run(run), tmp_path / "hf")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -285,7 +285,7 @@ def test_a_beginning_that_training_never_showed_is_told(tmp_path, tokenizer_fold
     library.post_processor = tokenizers.processors.TemplateProcessing(single="<|bos|> $A", special_tokens=begin)
     library.save(str(tmp_path / "t" / "tokenizer.json"))
     for folder, told in ((tmp_path / "t", True), (tokenizer_folder, False)):
-        export_run(make_run(tmp_path / f"run-{told}", model_of("llama"), folder), tmp_path / f"hf-{told}")
+        export_model(open_run(make_run(tmp_path / f"run-{told}", model_of("llama"), folder)), tmp_path / f"hf-{told}")
         assert ("begin with <|bos|>, which training never showed" in capsys.readouterr().err) == told
 
 
@@ -300,5 +300,5 @@ def test_weights_that_do_not_fit_the_dtype_are_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trained.weights, "read", read)
     with pytest.raises(ConversionError, match=r"is not finite as torch\.float16 .*; use bf16 or fp32"):
-        convert.export(trained, tmp_path / "hf", "fp16")
+        convert.export_model(trained, tmp_path / "hf", "fp16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]

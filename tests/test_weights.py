@@ -23,9 +23,9 @@ from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.data.indexed import DataError
 from pretrain.engines.base import Shard
 from pretrain.engines.start import start_engine
-from pretrain.interop.convert import ConversionError, export_run, import_folder
-from pretrain.interop.load import load_model, open_folder, open_run, open_weights
-from pretrain.interop.weights import DTYPES, FolderWeights, MeanWeights, load_transformer, weight_loader, write_folder
+from pretrain.interop.convert import ConversionError, export_model, import_model
+from pretrain.interop.load import open_hf_folder, open_run, open_weights
+from pretrain.interop.weights import DTYPES, HFWeights, MeanWeights, load_transformer, weight_loader, write_hf_folder
 from pretrain.model import hf_mapping
 from pretrain.model.hf_mapping import UnsupportedModel
 from pretrain.model.transformer import Transformer
@@ -41,7 +41,7 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(run) -> Path:
-    export_run(run, run.parent / "hf")
+    export_model(open_run(run), run.parent / "hf")
     return run.parent / "hf"
 
 
@@ -55,10 +55,10 @@ def test_a_model_of_transformers_comes_in_and_goes_out_bit_by_bit(family, dtype,
     trained = open_run(run)
     config = hf_mapping.to_config(trained.model, str(DTYPES[dtype]).removeprefix("torch."), {})
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
-    write_folder(tmp_path / "hf", trained.weights, dtype, 10**9)
+    write_hf_folder(tmp_path / "hf", trained.weights, dtype, 10**9)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
-    import_folder(tmp_path / "theirs", tmp_path / "back")
+    import_model(tmp_path / "theirs", tmp_path / "back")
     written = write_folder_of(tmp_path / "back", tmp_path / "again", dtype)
     saved = {}
     for path in sorted((tmp_path / "theirs").glob("*.safetensors")):
@@ -70,7 +70,7 @@ def test_a_model_of_transformers_comes_in_and_goes_out_bit_by_bit(family, dtype,
 
 def write_folder_of(run: Path, output: Path, dtype: str) -> dict[str, torch.Tensor]:
     output.mkdir()
-    write_folder(output, open_run(run).weights, dtype, 10**9)
+    write_hf_folder(output, open_run(run).weights, dtype, 10**9)
     return load_file(output / "model.safetensors")
 
 
@@ -78,7 +78,7 @@ def write_folder_of(run: Path, output: Path, dtype: str) -> dict[str, torch.Tens
 def test_files_are_cut_and_indexed_as_transformers_expects(run, tmp_path, max_file_bytes):
     (tmp_path / "hf").mkdir()
     trained = open_run(run)
-    files = write_folder(tmp_path / "hf", trained.weights, "bf16", max_file_bytes)
+    files = write_hf_folder(tmp_path / "hf", trained.weights, "bf16", max_file_bytes)
     assert {path.name: path.stat().st_size for path in (tmp_path / "hf").iterdir()} == {k: v["bytes"] for k, v in files.items()}
     tensors = {}
     for path in sorted((tmp_path / "hf").glob("*.safetensors")):
@@ -97,7 +97,7 @@ def test_values_lie_where_their_size_divides(tmp_path):
     run = make_run(
         tmp_path / "run", model_of("glm4_moe", hidden_size=45, head_dim=30, moe=moe(score="sigmoid", num_experts=5)), None
     )
-    write_folder(tmp_path, open_run(run).weights, "bf16", 10**9)
+    write_hf_folder(tmp_path, open_run(run).weights, "bf16", 10**9)
     data = (tmp_path / "model.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     places = [each for name, each in header.items() if name != "__metadata__"]
@@ -107,7 +107,7 @@ def test_values_lie_where_their_size_divides(tmp_path):
 
 def test_any_stretch_reads_what_the_whole_holds(run, folder):
     whole = dict(load_transformer(open_run(run).weights).named_parameters())
-    sources = [open_run(run).weights, FolderWeights(folder), MeanWeights([open_run(run, 3).weights])]
+    sources = [open_run(run).weights, HFWeights(folder), MeanWeights([open_run(run, 3).weights])]
     generator = torch.Generator().manual_seed(0)
     for name in ("model.layers.1.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj", "model.norm.weight"):
         values = whole[name].detach().flatten()
@@ -174,7 +174,7 @@ def test_more_ids_change_no_other_ids_logits(run):
 
 
 def test_the_mean_of_checkpoints_is_the_mean_of_their_weights(run):
-    each = [dict(load_model(run, step)[1].named_parameters()) for step in (2, 3)]
+    each = [dict(load_transformer(open_run(run, step).weights).named_parameters()) for step in (2, 3)]
     mean = open_run(run, average=2)
     assert mean.origin == {"run": "run", "step": 3, "mean_of_steps": [2, 3]}
     for name, parameter in load_transformer(mean.weights).named_parameters():
@@ -235,10 +235,10 @@ def as_int8(path: Path) -> None:
 )
 def test_a_folder_that_cannot_be_the_model_is_refused_in_words(damage, message, folder, tmp_path):
     shutil.copytree(folder, copy := tmp_path / "hf")
-    open_folder(copy)
+    open_hf_folder(copy)
     damage(copy)
     with pytest.raises(UnsupportedModel, match=message):
-        open_folder(copy)
+        open_hf_folder(copy)
 
 
 def test_what_transformers_takes_of_a_folder_with_leftovers_is_taken_here(folder, tmp_path):
@@ -250,16 +250,16 @@ def test_what_transformers_takes_of_a_folder_with_leftovers_is_taken_here(folder
     tokens_BT = torch.arange(20)[None]
     theirs = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32)
     with torch.no_grad():
-        torch.testing.assert_close(load_transformer(open_folder(copy).weights)(tokens_BT), theirs(tokens_BT).logits)
+        torch.testing.assert_close(load_transformer(open_hf_folder(copy).weights)(tokens_BT), theirs(tokens_BT).logits)
 
 
 def test_a_tokenizer_that_cannot_be_read_is_not_passed_over(folder, tmp_path, capsys):
     shutil.copytree(folder, copy := tmp_path / "hf")
     (copy / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match=r"tokenizer\.json: not a tokenizer"):
-        import_folder(copy, tmp_path / "out")
+        import_model(copy, tmp_path / "out")
     (copy / "tokenizer.json").unlink()
-    assert import_folder(copy, tmp_path / "out")["compared"]["tokenizer"] is None
+    assert import_model(copy, tmp_path / "out")["compared"]["tokenizer"] is None
     assert "has no tokenizer.json, so the model comes without a tokenizer" in capsys.readouterr().err
 
 
@@ -267,16 +267,16 @@ def test_weights_that_are_not_finite_do_not_come_in(folder, tmp_path):
     shutil.copytree(folder, copy := tmp_path / "hf")
     strange(copy, lambda tensors: tensors["model.norm.weight"].fill_(math.nan))
     with pytest.raises(ConversionError, match=r"model\.norm\.weight is not finite: its model had diverged"):
-        import_folder(copy, tmp_path / "out")
+        import_model(copy, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_a_gate_that_is_open_is_refused(tmp_path):
     run = make_run(tmp_path / "run", model_of("qwen2_moe"), None)
-    export_run(run, tmp_path / "hf")
+    export_model(open_run(run), tmp_path / "hf")
     strange(tmp_path / "hf", lambda tensors: tensors["model.layers.1.mlp.shared_expert_gate.weight"].fill_(0.1))
     with pytest.raises(UnsupportedModel, match=r"shared_expert_gate\.weight is not 0 everywhere"):
-        open_folder(tmp_path / "hf")
+        open_hf_folder(tmp_path / "hf")
 
 
 def test_weights_of_another_model_are_refused(run):
@@ -303,7 +303,7 @@ import resource, sys, torch
 from pathlib import Path
 from pretrain.interop import convert
 from pretrain.interop import weights
-from pretrain.interop.load import Trained
+from pretrain.interop.load import TrainedModel
 from tests.models import model_of
 
 class Ones:
@@ -312,10 +312,10 @@ class Ones:
     def read(self, name, start, into):
         into.fill_(0.25)
 
-convert.certify = lambda *rest: {{}}  # what compares may hold a model
+convert.compare_with_transformers = lambda *rest: {{}}  # what compares may hold a model
 out = Path({str(folder)!r})
-convert.export(Trained(Ones(), None, None, False, None, {{}}), out / "hf", "bf16", 10**9)
-convert.import_folder(out / "hf", out / "back")
+convert.export_model(TrainedModel(Ones(), None, None, False, None, {{}}), out / "hf", "bf16", 10**9)
+convert.import_model(out / "hf", out / "back")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."})

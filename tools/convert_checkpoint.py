@@ -1,12 +1,12 @@
-"""Models out and in: a run's checkpoint to a Hugging Face folder, and back.
+"""Converts a checkpoint of a run to a Hugging Face folder, or a Hugging Face folder to a checkpoint.
 
     python tools/convert_checkpoint.py --run runs/X --output FOLDER [--step N|best] [--average N] [--dtype bf16]
     python tools/convert_checkpoint.py --model HF_FOLDER --output FOLDER
 
-The first writes what transformers, its pipelines and servers of such folders load (safetensors, config.json, tokenizer) and
-certificate.json: transformers has loaded the folder, and weights, logits, loss and generation were found equal. If anything
-differs, nothing is left at --output. The second writes a folder like that of a run, which --run and model.from_pretrained take,
-and compares it with the same care.
+The first writes a folder that transformers, its pipelines and compatible servers load (safetensors, config.json, tokenizer),
+and a verification report, certificate.json: transformers has loaded the folder, and its weights, logits, loss and generation
+equal those of the model. If anything differs, the output is removed. The second writes a folder that --run and model.from_pretrained
+accept, verified in the same way.
 
 Exit status: 0 done, 2 refused, 130 interrupted.
 """
@@ -21,66 +21,53 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from pretrain import UserError
+from pretrain.run import command_line
+
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", type=Path, help="folder of a run, runs/<name>")
-    source.add_argument("--model", type=Path, help="Hugging Face folder")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; it must not exist, or be empty")
-    parser.add_argument("--step", help="a checkpoint's step, or best (lowest validation loss); default: the newest")
-    parser.add_argument("--average", type=int, default=1, metavar="N", help="mean of the N checkpoints that end with --step")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the weights written (default: fp32)")
-    parser.add_argument("--max-file-gb", type=float, default=5.0, help="largest safetensors file in GB (default: %(default)s)")
-    parser.add_argument(
-        "--certify", choices=["auto", "whole", "layers"], default="auto",
-        help="compare the whole model, or layer by layer in less memory; auto: whole where it fits",
-    )  # fmt: skip
+    parser = command_line.make_parser(__doc__)
+    command_line.add_trained_model(parser, average=True)
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder to write, new or empty")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="with --run: of the weights (default: fp32)")
+    parser.add_argument("--max-file-gb", type=float, default=5.0, metavar="GB",
+                        help="with --run: size limit of a safetensors file (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--certify", choices=["auto", "whole", "layers"], default="auto", help="verify the whole model, or "
+                        "layer by layer in less memory; auto: whole if it fits (default: %(default)s)")  # fmt: skip
     options = parser.parse_args(argv)
-    if options.step not in (None, "best") and not options.step.isdecimal():
-        parser.error(f"--step: got {options.step!r}, allowed: a number or best")
-    if options.model and (options.step or options.average != 1 or options.dtype):
-        parser.error("--step, --average and --dtype belong to --run: a folder has one model, and a checkpoint is fp32")
-    if options.average < 1 or options.max_file_gb <= 0:
-        parser.error("--average must be at least 1, --max-file-gb more than 0")
+    command_line.check_trained_model(parser, options)
+    if options.model and options.dtype:
+        parser.error("--dtype belongs to --run: a checkpoint is always fp32")
+    if not options.max_file_gb > 0:
+        parser.error(f"--max-file-gb: got {options.max_file_gb}, must be above 0")
     return options
 
 
-def convert(options: argparse.Namespace) -> int:
-    """-> exit status."""
-    from pretrain.checkpoint.manifest import CheckpointError
-    from pretrain.config import ConfigError  # after the flags are known to be right: torch takes seconds
-    from pretrain.data.indexed import DataError
-    from pretrain.interop.convert import ConversionError, export_run, import_folder
-    from pretrain.model.hf_mapping import UnsupportedModel
+def convert(options: argparse.Namespace) -> None:
+    """Raises UserError, OSError."""
+    from pretrain.interop.convert import export_model, import_model  # only now: torch takes seconds
+    from pretrain.interop.load import open_run
 
-    try:
-        if options.run:
-            export_run(
-                options.run, options.output, options.step, options.average, options.dtype or "fp32",
-                int(options.max_file_gb * 1e9), options.certify,
-            )  # fmt: skip
-        else:
-            import_folder(options.model, options.output, options.certify)
-    except (ConversionError, CheckpointError, ConfigError, DataError, UnsupportedModel, OSError) as error:
-        print(f"convert_checkpoint: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if options.model:
+        import_model(options.model, options.output, options.certify)
+        return
+    print(f"reading {options.run}", file=sys.stderr, flush=True)
+    trained = open_run(options.run, options.step, options.average)
+    export_model(trained, options.output, options.dtype or "fp32", int(options.max_file_gb * 1e9), options.certify)
 
 
-def main() -> int:
-    """-> exit status."""
-    options = parse(sys.argv[1:])
+def main(argv: list[str]) -> int | None:
+    """Raises UserError, OSError."""
+    options = parse(argv)
     if not importlib.util.find_spec("transformers"):
-        print("convert_checkpoint: needs the package transformers: pip install 'pretrain[hf]'", file=sys.stderr)
-        return 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that what was written is removed
+        raise UserError("needs the package transformers: pip install 'pretrain[hf]'")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as for Ctrl-C, unfinished output is removed
     try:
         return convert(options)
     except KeyboardInterrupt:
-        print("\nconvert_checkpoint: interrupted; nothing is left of it", file=sys.stderr)
-        return 130
+        print("\nconvert_checkpoint: interrupted, output removed", file=sys.stderr)
+        return command_line.INTERRUPTED
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main))

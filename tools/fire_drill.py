@@ -67,8 +67,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--processes", type=command_line.at_least(1), default=2, metavar="N", help="ranks (default: %(default)s)"
     )
-    parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), metavar="FAULT", help="inject only these, of "
-                        + ", ".join(FAULTS))  # fmt: skip
+    parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), metavar="FAULT", help="inject only "
+                        "these, of " + ", ".join(FAULTS))  # fmt: skip
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="write the runs to this folder and keep them")
     options, settings = command_line.parse_with_settings(parser, argv)
     config = load(settings, world_size=None, program="tools/fire_drill.py")

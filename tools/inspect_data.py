@@ -270,11 +270,12 @@ def losses_of(
     import torch
 
     from pretrain.data.batches import MASKED
-    from pretrain.interop.load import load_model
+    from pretrain.interop.load import open_run
+    from pretrain.interop.weights import load_transformer
 
     if (chosen := arguments.checkpoint) not in (None, "best") and not chosen.isdecimal():
         raise DataError(f"--checkpoint {chosen}: give the step of a checkpoint, or best")
-    _, model = load_model(arguments.run, chosen)
+    model = load_transformer(open_run(arguments.run, chosen).weights)
 
     @torch.inference_mode()
     def part_loss(sample: Sample, start: int, stop: int) -> float:

@@ -131,7 +131,7 @@ class Engine:
         raise NotImplementedError
 
     def forward(self, *batch: Tensor | None) -> Any:
-        """Returns the model's `LossOutput` for one micro-batch (tokens_BT, labels_BT, documents_BT): loss_sum in nats, routing."""
+        """Returns the model's `LossOutput` for one micro-batch (tokens_BT, labels_BT, documents_BT), loss_sum in nats."""
         self.watchdog.mark("forward")
         with self.autocast():
             return self._wrapped(*batch)

@@ -1,4 +1,7 @@
-"""A trained model seen from outside: what a run's folder or a Hugging Face folder holds, read without any process group."""
+"""Opens trained models: a run, one of its checkpoints, or a Hugging Face folder. Knows files; needs no process group.
+
+`hf_mapping.folder_kind` tells these folders apart where only a path is given, as in `model.from_pretrained`.
+"""
 
 from __future__ import annotations
 
@@ -12,38 +15,37 @@ from pretrain.checkpoint.storage import best_key
 from pretrain.config import Config
 from pretrain.data.indexed import DataError
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.interop.weights import CheckpointWeights, FolderWeights, MeanWeights, Weights, load_transformer
+from pretrain.interop.weights import CheckpointWeights, HFWeights, MeanWeights, Weights
 from pretrain.model.config import ModelConfig
-from pretrain.model.hf_mapping import UnsupportedModel
-from pretrain.model.transformer import Transformer
+from pretrain.model.hf_mapping import UnsupportedModel, folder_kind
 
 OWN_TOKENIZER = "tokenizer"
-"""In the folder of a converted model, which may be moved with it; that of a run stays where tokenizer.path says."""
+"""Subfolder of a converted model, which can be moved together with it; a run's tokenizer stays at tokenizer.path."""
 
 
-class Trained(NamedTuple):
-    """A trained model that is not in memory yet."""
+class TrainedModel(NamedTuple):
+    """A trained model that has been opened but not loaded."""
 
     weights: Weights
     tokenizer: Path | None
-    """Its folder."""
+    """Folder of the tokenizer."""
     tokenizer_fingerprint: str | None
-    """Of the tokenizer that the model was trained with, where that is known."""
+    """Fingerprint of the tokenizer that the model was trained with, if known."""
     document_mask: bool
-    """Tokens saw only their own document in training."""
+    """In training, tokens attended only to their own document."""
     config: Config | None
-    """Of a run."""
+    """Settings of the run; None for a Hugging Face folder."""
     origin: dict
-    """What it was made from, in words for people: {"run", "step", ...} or {"model"}."""
+    """Where the model comes from, for reports: {"run", "step", ...} or {"model"}."""
 
     @property
     def model(self) -> ModelConfig:
-        """Resolved."""
+        """The resolved settings of the model."""
         return self.weights.model
 
     def load_tokenizer(self) -> Tokenizer | None:
-        """None where there is none. Raises DataError, also where the folder holds another one than the model was trained with:
-        its ids would mean other texts."""
+        """The tokenizer, or None if the model has none. Raises DataError, even when the folder now holds a different tokenizer
+        from the one used in training: its ids would stand for other texts."""
         if self.tokenizer is None:
             return None
         found = Tokenizer.load(self.tokenizer)
@@ -55,8 +57,8 @@ class Trained(NamedTuple):
         return found
 
 
-def open_run(run_directory: Path, step: int | str | None = None, average: int = 1) -> Trained:
-    """A checkpoint of a run, or the mean of the `average` checkpoints that end with it.
+def open_run(run_directory: Path, step: int | str | None = None, average: int = 1) -> TrainedModel:
+    """Opens a checkpoint of a run, or the mean of the `average` checkpoints up to that one, and reads all their files once.
 
     `step`: a number; "best" for the lowest validation loss; None for the newest. Raises CheckpointError, ConfigError.
     """
@@ -64,7 +66,7 @@ def open_run(run_directory: Path, step: int | str | None = None, average: int = 
     found = checkpoints(folder)
     if not found:
         raise CheckpointError(
-            f"{run_directory}: has no checkpoint of a run; give a folder runs/<name> (one of Hugging Face goes with --model)"
+            f"{run_directory}: has no checkpoints; give the folder of a run, runs/<name> (--model takes a Hugging Face folder)"
         )
     steps = ", ".join(str(checkpoint.step) for checkpoint in found)
     last = found[0]
@@ -79,7 +81,7 @@ def open_run(run_directory: Path, step: int | str | None = None, average: int = 
         raise CheckpointError(f"{folder}: has fewer than {average} checkpoints up to step {last.step}; it has: {steps}")
     config = settings.load(["--config", str(Path(run_directory) / "config.yaml")], world_size=None)
     for checkpoint in chosen:
-        verify(checkpoint)
+        require_intact(checkpoint)
     sources = [CheckpointWeights(checkpoint) for checkpoint in chosen]
     origin = {"run": config.run.name, "step": last.step}
     if average > 1:
@@ -87,7 +89,7 @@ def open_run(run_directory: Path, step: int | str | None = None, average: int = 
     tokenizer = Path(run_directory) / OWN_TOKENIZER
     if not tokenizer.is_dir():
         tokenizer = None if config.tokenizer.path is None else Path(config.tokenizer.path)
-    return Trained(
+    return TrainedModel(
         MeanWeights(sources) if average > 1 else sources[0],
         tokenizer,
         last.state().get("tokenizer"),
@@ -97,51 +99,45 @@ def open_run(run_directory: Path, step: int | str | None = None, average: int = 
     )
 
 
-def open_folder(folder: Path) -> Trained:
-    """A Hugging Face folder. Raises UnsupportedModel, DataError where its tokenizer.json cannot be used, OSError."""
+def open_hf_folder(folder: Path) -> TrainedModel:
+    """Opens a Hugging Face folder. Raises UnsupportedModel, DataError (its tokenizer.json cannot be used), OSError."""
     folder, tokenizer, fingerprint = Path(folder), None, None
     if (folder / "tokenizer.json").is_file():
         tokenizer, fingerprint = folder, Tokenizer.load(folder).fingerprint
-    return Trained(FolderWeights(folder), tokenizer, fingerprint, False, None, {"model": folder.name})
+    return TrainedModel(HFWeights(folder), tokenizer, fingerprint, False, None, {"model": folder.name})
 
 
-def verify(checkpoint: Checkpoint) -> None:
-    """Reads all files of a checkpoint. Raises CheckpointError unless they are what was written."""
+def require_intact(checkpoint: Checkpoint) -> None:
+    """Reads all files of a checkpoint. Raises CheckpointError if any of them changed since it was written."""
     if damage := checkpoint.damage():
         raise CheckpointError(damage)
 
 
-def open_weights(path: Path, verify: Callable[[Checkpoint], None] = verify) -> Weights:
-    """The weights that `model.from_pretrained` names: of a Hugging Face folder, of a run (its newest checkpoint), or of one
-    checkpoint, which `verify` has looked at. Raises UnsupportedModel, CheckpointError."""
-    path = Path(path)
-    if (path / "config.json").is_file():
-        return FolderWeights(path)
-    if (path / "manifest.json").is_file():
-        found = [Checkpoint(path)]
-    else:
-        found = checkpoints(path / "checkpoints")
-    if not found:
-        raise UnsupportedModel(
-            f"{path}: is no Hugging Face folder (config.json), no run (checkpoints) and no checkpoint (manifest.json)"
-        )
-    verify(found[0])
-    return CheckpointWeights(found[0])
+def open_weights(path: Path, check: Callable[[Checkpoint], None] = require_intact) -> Weights:
+    """Opens the weights that `model.from_pretrained` names, of any `folder_kind`; `check` is called on a checkpoint first.
+
+    Raises UnsupportedModel, CheckpointError."""
+    if folder_kind(path) == "hugging_face":
+        return HFWeights(path)
+    checkpoint = _checkpoint_at(path)
+    check(checkpoint)
+    return CheckpointWeights(checkpoint)
 
 
 def tokenizer_of(path: Path) -> str | None:
-    """Fingerprint of the tokenizer that the weights of `path` (as `open_weights` takes it) were trained with; None: unknown."""
-    path = Path(path)
+    """Fingerprint of the tokenizer that the weights at `path` (any `folder_kind`) were trained with, or None if unknown."""
     try:
-        if (path / "tokenizer.json").is_file():
-            return Tokenizer.load(path).fingerprint
-        found = [Checkpoint(path)] if (path / "manifest.json").is_file() else checkpoints(path / "checkpoints")
-        return found[0].state().get("tokenizer") if found else None
-    except (DataError, CheckpointError):
+        if folder_kind(path) != "hugging_face":
+            return _checkpoint_at(path).state().get("tokenizer")
+        return Tokenizer.load(path).fingerprint if (Path(path) / "tokenizer.json").is_file() else None
+    except (DataError, CheckpointError, UnsupportedModel):
         return None
 
 
-def load_model(run_directory: Path, step: int | str | None = None) -> tuple[Config, Transformer]:
-    """Settings and model, on the CPU in fp32, of a checkpoint of a run. As `open_run`."""
-    trained = open_run(run_directory, step)
-    return trained.config, load_transformer(trained.weights)
+def _checkpoint_at(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, or the newest one of the run there. Raises CheckpointError, UnsupportedModel."""
+    path = Path(path)
+    found = [Checkpoint(path)] if folder_kind(path) == "checkpoint" else checkpoints(path / "checkpoints")
+    if not found:
+        raise CheckpointError(f"{path / 'checkpoints'}: holds no complete checkpoint (step_00001000, for example)")
+    return found[0]

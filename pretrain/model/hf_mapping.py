@@ -1,15 +1,15 @@
-"""Hugging Face's names for our models: a `config.json` for the settings, a name in a safetensors file for every weight.
+"""Maps our models to Hugging Face's formats: settings to `config.json`, parameters to the tensors in safetensors files.
 
-It knows names, shapes and settings as plain values, nothing else: no tensors, no torch, no transformers. `weights.py` moves the
-values, `certificate.py` proves that transformers makes the same of them.
+It knows names, shapes and settings as plain values: no tensors, no torch, no transformers. interop/weights.py moves the values,
+interop/verify.py checks that transformers computes the same from them.
 
-    model                                       class of transformers
+    model                                       class in transformers
     dense                                       LlamaForCausalLM
     dense, sliding window or odd head size      MistralForCausalLM
     dense, qk_norm                              Qwen3ForCausalLM
     softmax experts                             MixtralForCausalLM
     softmax experts, qk_norm                    Qwen3MoeForCausalLM
-    softmax experts and shared ones             Qwen2MoeForCausalLM
+    softmax experts, shared experts             Qwen2MoeForCausalLM
     sigmoid experts                             Glm4MoeForCausalLM
     sigmoid experts, qk_norm, sliding window    Dots1ForCausalLM
 """
@@ -20,7 +20,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pretrain import UserError
 
@@ -37,24 +37,24 @@ CLASSES = {
     "glm4_moe": "Glm4MoeForCausalLM",
     "dots1": "Dots1ForCausalLM",
 }
-"""model_type -> the class of transformers."""
+"""model_type -> class in transformers."""
 
 _QK_NORM = ("qwen3", "qwen3_moe", "dots1")
 _SIGMOID = ("glm4_moe", "dots1")
 KEPT_FP32 = "e_score_correction_bias"
-"""Ends the names of tensors that stay fp32 in a folder of another dtype, as transformers demands."""
+"""Suffix of the tensors that stay fp32 in a folder of any dtype, as transformers requires."""
 _MAX_CONFIG_BYTES = 1 << 20
 
 
 class UnsupportedModel(UserError):
-    """A model that this program cannot hold, or whose folder it cannot read; the message says which and why."""
+    """This program has no such model, or cannot read its folder; the message says which and why."""
 
 
 # ---------------------------------------------------------------- settings
 
 
 def model_type(model: ModelConfig) -> str:
-    """Which of Hugging Face's families computes exactly what `model` does. Raises UnsupportedModel where none does."""
+    """The model_type in transformers that computes exactly what `model` computes. Raises UnsupportedModel if there is none."""
     moe, odd = model.moe, model.hidden_size % model.num_attention_heads != 0
     if moe is None:
         return "qwen3" if model.qk_norm else "mistral" if model.sliding_window or odd else "llama"
@@ -63,14 +63,14 @@ def model_type(model: ModelConfig) -> str:
             return "glm4_moe"
         if model.qk_norm:
             return "dots1"
-        raise UnsupportedModel("no class of transformers has sigmoid experts and a sliding window without model.qk_norm")
+        raise UnsupportedModel("no class in transformers has sigmoid experts and a sliding window without model.qk_norm")
     if moe.routed_scaling_factor != 1:
         raise UnsupportedModel(
-            "no class of transformers scales softmax experts (model.moe.routed_scaling_factor); with score sigmoid one does"
+            "no class in transformers scales softmax experts (model.moe.routed_scaling_factor); with score sigmoid one does"
         )
     if model.qk_norm and moe.num_shared_experts:
         raise UnsupportedModel(
-            "no class of transformers has softmax experts, shared experts and model.qk_norm; with sigmoid one does"
+            "no class in transformers has softmax experts, shared experts and model.qk_norm; with score sigmoid one does"
         )
     if model.qk_norm:
         return "qwen3_moe"
@@ -78,7 +78,7 @@ def model_type(model: ModelConfig) -> str:
 
 
 def to_config(model: ModelConfig, dtype: str, special_ids: dict[str, int | None]) -> dict[str, Any]:
-    """The content of config.json for a resolved model.
+    """The contents of config.json for a resolved model.
 
     dtype: float32, bfloat16 or float16. special_ids: bos_token_id, eos_token_id, pad_token_id. Raises UnsupportedModel.
     """
@@ -99,8 +99,8 @@ def to_config(model: ModelConfig, dtype: str, special_ids: dict[str, int | None]
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
-        # Earlier versions of transformers, and other servers, read the two older keys; without them they would take their
-        # own base and compute another model.
+        # Earlier versions of transformers, and other servers, read the two older keys; without them they would fall back to
+        # their default base and compute a different model.
         "rope_theta": model.rope_theta,
         "rope_scaling": rope if scaling else None,
         "rope_parameters": {**rope, "rope_theta": model.rope_theta},
@@ -112,20 +112,20 @@ def to_config(model: ModelConfig, dtype: str, special_ids: dict[str, int | None]
 
 
 def _extra_keys(kind: str, model: ModelConfig) -> dict[str, Any]:
-    """What a family's config.json has beside the common keys."""
+    """The keys of config.json that only some model types have."""
     moe, extra = model.moe, {}
     if kind == "llama":
         extra |= {"mlp_bias": False}
     if kind in ("qwen3", "qwen3_moe", "qwen2_moe", "dots1"):
         kinds = ["sliding_attention" if model.sliding_window else "full_attention"] * model.num_hidden_layers
-        first = 0 if model.sliding_window else model.num_hidden_layers  # windows begin at this layer
+        first = 0 if model.sliding_window else model.num_hidden_layers  # the first layer with a window
         extra |= {"use_sliding_window": bool(model.sliding_window), "max_window_layers": first, "layer_types": kinds}
     if moe is None:
         return extra
     extra |= {
         "num_experts_per_tok": moe.num_experts_per_tok,
         "norm_topk_prob": moe.norm_topk_prob,
-        "router_aux_loss_coef": moe.aux_loss_weight / moe.num_experts_per_tok,  # theirs is that many times as large
+        "router_aux_loss_coef": moe.aux_loss_weight / moe.num_experts_per_tok,  # their loss is that many times as large
         "output_router_logits": False,
     }
     if kind == "mixtral":
@@ -150,34 +150,15 @@ def _extra_keys(kind: str, model: ModelConfig) -> dict[str, Any]:
     return extra
 
 
+_QWEN_DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "sliding_window": 4096}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
     "mistral": {"rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "sliding_window": 4096, "num_key_value_heads": 8},
-    "qwen3": {
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 32768,
-        "sliding_window": 4096,
-        "head_dim": 128,
-        "max_window_layers": 28,
-        "num_key_value_heads": 32,
-    },
+    "qwen3": _QWEN_DEFAULTS | {"head_dim": 128, "max_window_layers": 28, "num_key_value_heads": 32},
     "mixtral": {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 1e6, "num_key_value_heads": 8},
-    "qwen3_moe": {
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 32768,
-        "sliding_window": 4096,
-        "norm_topk_prob": False,
-        "num_key_value_heads": 4,
-    },
-    "qwen2_moe": {
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 32768,
-        "sliding_window": 4096,
-        "norm_topk_prob": False,
-        "num_key_value_heads": 16,
-        "qkv_bias": True,
-        "shared_expert_intermediate_size": 5632,
-    },
+    "qwen3_moe": _QWEN_DEFAULTS | {"norm_topk_prob": False, "num_key_value_heads": 4},
+    "qwen2_moe": _QWEN_DEFAULTS
+    | {"norm_topk_prob": False, "num_key_value_heads": 16, "qkv_bias": True, "shared_expert_intermediate_size": 5632},
     "glm4_moe": {
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 131072,
@@ -187,24 +168,18 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "n_shared_experts": 1,
         "num_key_value_heads": 8,
     },
-    "dots1": {
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 2048,
-        "sliding_window": 4096,
-        "norm_topk_prob": False,
-        "max_window_layers": 62,
-        "num_key_value_heads": 32,
-    },
+    "dots1": _QWEN_DEFAULTS
+    | {"max_position_embeddings": 2048, "norm_topk_prob": False, "max_window_layers": 62, "num_key_value_heads": 32},
 }
-"""What transformers takes for a key that config.json lacks, where it is not the same for all."""
+"""Defaults of transformers for keys missing from config.json, where model types differ."""
 
 _OTHER_KINDS = {
     "qwen2": "its queries, keys and values have biases",
     "gpt2": "its norms and linear layers have biases, its feed-forward no gate",
-    "gemma": "its norms and its feed-forward are of another kind",
+    "gemma": "it has another kind of norm and of feed-forward",
     "phi": "its layers have biases or are merged",
 }
-"""Beginnings of well-known model types -> why no model of ours can be one."""
+"""Prefixes of well-known model types that this program lacks -> the reason."""
 
 _MUST_BE = {
     "hidden_act": "silu",
@@ -218,21 +193,30 @@ _MUST_BE = {
     "topk_group": 1,
     "quantization_config": None,
 }
-"""What a config.json may not say otherwise: our models have no other form of it."""
+"""Keys for which this program supports only one value."""
+
+
+def folder_kind(path: Path) -> Literal["hugging_face", "checkpoint", "run"]:
+    """The kind of folder that holds a model: config.json makes it one of Hugging Face, state.json a checkpoint, and checkpoints
+    in it a run. Raises UnsupportedModel for any other path."""
+    if (Path(path) / "config.json").is_file():
+        return "hugging_face"
+    if (Path(path) / "state.json").is_file():
+        return "checkpoint"
+    if any(Path(path).glob("checkpoints/step_*")):
+        return "run"
+    raise UnsupportedModel(
+        f"{path}: is not a Hugging Face folder (config.json), a run (checkpoints) or a checkpoint (state.json); a model known "
+        "only by its name must be downloaded first (hf download NAME --local-dir FOLDER)"
+    )
 
 
 def architecture(path: Path) -> dict[str, Any]:
-    """The model in a folder of Hugging Face, of a run (its newest checkpoint) or of a checkpoint, as keys of `ModelConfig`.
-    Raises UnsupportedModel."""
-    path = Path(path)
-    if (path / "config.json").is_file():
+    """Keys of `ModelConfig` for the model in any kind of folder (for a run: its newest checkpoint). Raises UnsupportedModel."""
+    path, kind = Path(path), folder_kind(path)
+    if kind == "hugging_face":
         return from_config(read_config(path), path / "config.json")
-    found = [path] if (path / "state.json").is_file() else list(path.glob("checkpoints/step_*"))
-    if not found:
-        raise UnsupportedModel(
-            f"{path}: is no Hugging Face folder (config.json), no run (checkpoints) and no checkpoint (state.json); a model "
-            "that has only a name must be downloaded first (hf download NAME --local-dir FOLDER)"
-        )
+    found = [path] if kind == "checkpoint" else path.glob("checkpoints/step_*")
     newest = max(found, key=lambda folder: (len(folder.name), folder.name)) / "state.json"
     try:
         return json.loads(newest.read_bytes())["model"]
@@ -249,35 +233,37 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(text) if len(text) <= _MAX_CONFIG_BYTES else None
     except (OSError, ValueError, RecursionError) as error:
         raise UnsupportedModel(
-            f"{path}: cannot be read ({error}); give a folder that save_pretrained or this program wrote"
+            f"{path}: cannot be read ({error}); give a folder written by save_pretrained or by this program"
         ) from None
     if not isinstance(config, dict):
-        raise UnsupportedModel(f"{path}: is no JSON object of at most {_MAX_CONFIG_BYTES} bytes")
+        raise UnsupportedModel(f"{path}: is not a JSON object of at most {_MAX_CONFIG_BYTES} bytes")
     return config
 
 
 def from_config(config: dict[str, Any], path: Path | str) -> dict[str, Any]:
-    """What the content of a config.json says of `ModelConfig`: its keys that make the architecture, sections as dicts.
+    """Keys of `ModelConfig` that define the architecture, read from the contents of a config.json; sections are dicts.
 
-    Keys that only training reads (weights of losses, dropout) are left out. Raises UnsupportedModel that names `path`.
+    Keys that matter only in training (loss weights, dropout) are left out. Raises UnsupportedModel, which names `path`.
     """
     try:
         return _from_config(config)
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{path}: {error}") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UnsupportedModel(f"{path}: {error} is missing or of another type than transformers writes") from None
+    except KeyError as error:
+        raise UnsupportedModel(f"{path}: {error} is missing") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UnsupportedModel(f"{path}: has a value of a type that transformers does not write ({error})") from None
 
 
 def _from_config(config: dict[str, Any]) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind not in CLASSES:
         why = next((f" ({why})" for name, why in _OTHER_KINDS.items() if str(kind).startswith(name)), "")
-        raise UnsupportedModel(f"model_type is {kind!r}{why}; this program has {', '.join(CLASSES)}")
+        raise UnsupportedModel(f"model_type is {kind!r}{why}; allowed: {', '.join(CLASSES)}")
     given = _DEFAULTS[kind] | {key: value for key, value in config.items() if value is not None or key == "sliding_window"}
     for key, wanted in _MUST_BE.items():
         if given.get(key, wanted) != wanted:
-            raise UnsupportedModel(f"{key} is {given[key]}, this program's models have {wanted}")
+            raise UnsupportedModel(f"{key} is {given[key]}; this program supports only {wanted}")
     heads = given["num_attention_heads"]
     theta, scaling = _rope(given)
     model = {
@@ -306,7 +292,7 @@ def _moe(kind: str, given: dict[str, Any]) -> dict[str, Any]:
     if kind == "qwen2_moe":
         shared, rest = divmod(given["shared_expert_intermediate_size"], given["moe_intermediate_size"])
         if rest:
-            raise UnsupportedModel("shared_expert_intermediate_size is no multiple of moe_intermediate_size")
+            raise UnsupportedModel("shared_expert_intermediate_size is not a multiple of moe_intermediate_size")
     return {
         "num_experts": given[experts] if experts in given else given["num_local_experts"],
         "num_experts_per_tok": given["num_experts_per_tok"],
@@ -319,23 +305,23 @@ def _moe(kind: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rope(given: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """-> (rope_theta, rope_scaling)."""
+    """(rope_theta, rope_scaling)."""
     rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
     theta = float(rope.get("rope_theta", given.get("rope_theta", 10000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if any(isinstance(value, dict) for value in rope.values()):
-        raise UnsupportedModel("its layers have rotary embeddings of several kinds, this program's models have one for all")
+        raise UnsupportedModel("its layers have different rotary embeddings; this program supports one for all layers")
     rotated = rope.get("partial_rotary_factor", given.get("partial_rotary_factor", 1.0))
     if rotated != 1.0:
-        raise UnsupportedModel(f"partial_rotary_factor is {rotated}, this program's models rotate whole heads")
+        raise UnsupportedModel(f"partial_rotary_factor is {rotated}; this program supports only 1.0")
     if kind == "default":
         return theta, None
     if kind not in ("linear", "llama3"):
-        raise UnsupportedModel(f"the rotary embedding is of type {kind!r}, this program has default, linear and llama3")
+        raise UnsupportedModel(f"rope_type is {kind!r}; allowed: default, linear, llama3")
     scaling = {"kind": kind, "factor": float(rope["factor"])}
     if kind == "llama3":
         scaling |= {key: float(rope[key]) for key in ("low_freq_factor", "high_freq_factor")}
-        key = "original_max_position_embeddings"  # beside the section it wins, as in transformers
+        key = "original_max_position_embeddings"  # given at the top level it wins, as in transformers
         scaling[key] = given.get(key) or rope.get(key) or given["max_position_embeddings"]
     return theta, scaling
 
@@ -348,13 +334,11 @@ def _sliding_window(kind: str, given: dict[str, Any]) -> int | None:
         return None
     if kind in ("qwen3", "qwen2_moe", "dots1"):
         layers = given["num_hidden_layers"]
-        first = 1 if kind == "qwen2_moe" else min(max(0, given["max_window_layers"]), layers)  # there they alternate
+        first = 1 if kind == "qwen2_moe" else min(max(0, given["max_window_layers"]), layers)  # in transformers they alternate
         default = ["full_attention"] * first + ["sliding_attention"] * (layers - first)
         kinds = set(given.get("layer_types", default))
         if len(kinds) > 1:
-            raise UnsupportedModel(
-                "some of its layers have a sliding window, some none; in this program's models all have it or none"
-            )
+            raise UnsupportedModel("only some of its layers have a sliding window; this program supports all or none")
         return window if kinds == {"sliding_attention"} else None
     return window
 
@@ -362,40 +346,40 @@ def _sliding_window(kind: str, given: dict[str, Any]) -> int | None:
 # ---------------------------------------------------------------- weights
 
 
-class Part(NamedTuple):
-    """A tensor in Hugging Face's files: a contiguous part of one of our parameters (or buffers), flattened, times a factor."""
+class HFTensor(NamedTuple):
+    """A tensor in Hugging Face's files: a contiguous range of one of our flattened parameters (or buffers), times a factor."""
 
     name: str
-    """In the files."""
+    """Its name in the files."""
     shape: tuple[int, ...]
-    ours: str | None
-    """Our parameter; None: it has none, all values are 0."""
-    start: int
-    """Where the part begins in our parameter, flattened."""
+    parameter: str | None
+    """Our parameter. None: we have no such parameter, and all values must be 0."""
+    offset: int
+    """Where the range starts in our flattened parameter."""
     factor: float = 1.0
-    """A power of two, so that no value is rounded."""
+    """A power of two, so that it rounds no value."""
 
     @property
     def count(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def keep_fp32(self) -> bool:
-        """It is fp32 in a folder of any dtype."""
+        """The tensor is fp32 in a folder of any dtype."""
         return self.name.endswith(KEPT_FP32)
 
 
-def parts(model: ModelConfig) -> Iterator[Part]:
-    """Every tensor of the model's files, in the order of its layers. Padding rows of the vocabulary are in none of them."""
+def tensors(model: ModelConfig) -> Iterator[HFTensor]:
+    """Every tensor of the model's files, layer by layer. None of them includes the padding rows of the vocabulary."""
     kind, width, head_dim = model_type(model), model.hidden_size, model.head_dim
     query, key = model.num_attention_heads * head_dim, model.num_key_value_heads * head_dim
     attention = {"q_proj": (query, width), "k_proj": (key, width), "v_proj": (key, width), "o_proj": (width, query)}
     if model.qk_norm:
         attention |= {"q_norm": (head_dim,), "k_norm": (head_dim,)}
 
-    def same(name: str, shape: tuple[int, ...]) -> Part:
-        return Part(name, shape, name, 0)
+    def same(name: str, shape: tuple[int, ...]) -> HFTensor:
+        return HFTensor(name, shape, name, 0)
 
     yield same("model.embed_tokens.weight", (model.vocab_size, width))
     for number in range(model.num_hidden_layers):
@@ -425,23 +409,23 @@ def _feed_forward(prefix: str, width: int, inner: int) -> Iterator[tuple[str, tu
     yield f"{prefix}.down_proj.weight", (width, inner)
 
 
-def _experts(kind: str, model: ModelConfig, prefix: str) -> Iterator[Part]:
-    """Router and experts: one tensor for each expert's matrix in the files, all of them in one tensor here, gate above up."""
+def _experts(kind: str, model: ModelConfig, prefix: str) -> Iterator[HFTensor]:
+    """Router and experts. The files hold one tensor per matrix of each expert; we hold all experts in one, gate above up."""
     moe, width, inner = model.moe, model.hidden_size, model.moe.moe_intermediate_size
-    there = prefix.replace(".mlp", ".block_sparse_moe") if kind == "mixtral" else prefix
+    theirs = prefix.replace(".mlp", ".block_sparse_moe") if kind == "mixtral" else prefix
     gate, up, down = ("w1", "w3", "w2") if kind == "mixtral" else ("gate_proj", "up_proj", "down_proj")
-    yield Part(f"{there}.gate.weight", (moe.num_experts, width), f"{prefix}.gate.weight", 0)
+    yield HFTensor(f"{theirs}.gate.weight", (moe.num_experts, width), f"{prefix}.gate.weight", 0)
     for expert in range(moe.num_experts):
         size, both = inner * width, f"{prefix}.experts.gate_up_proj"
-        yield Part(f"{there}.experts.{expert}.{gate}.weight", (inner, width), both, 2 * expert * size)
-        yield Part(f"{there}.experts.{expert}.{up}.weight", (inner, width), both, (2 * expert + 1) * size)
-        yield Part(f"{there}.experts.{expert}.{down}.weight", (width, inner), f"{prefix}.experts.down_proj", expert * size)
+        yield HFTensor(f"{theirs}.experts.{expert}.{gate}.weight", (inner, width), both, 2 * expert * size)
+        yield HFTensor(f"{theirs}.experts.{expert}.{up}.weight", (inner, width), both, (2 * expert + 1) * size)
+        yield HFTensor(f"{theirs}.experts.{expert}.{down}.weight", (width, inner), f"{prefix}.experts.down_proj", expert * size)
 
 
-def _gated_shared_experts(model: ModelConfig, prefix: str) -> Iterator[Part]:
-    """A gate multiplies the shared experts there: with weights of 0 it gives sigmoid(0) = 1/2, which doubled outputs undo."""
+def _gated_shared_experts(model: ModelConfig, prefix: str) -> Iterator[HFTensor]:
+    """In transformers a gate multiplies the shared experts: weights of 0 make it sigmoid(0) = 1/2, undone by a factor 2."""
     width, inner = model.hidden_size, model.moe.num_shared_experts * model.moe.moe_intermediate_size
     for name, shape in _feed_forward(f"{prefix}.shared_experts", width, inner):
         factor = 2.0 if name.endswith("down_proj.weight") else 1.0
-        yield Part(name.replace("shared_experts", "shared_expert"), shape, name, 0, factor)
-    yield Part(f"{prefix}.shared_expert_gate.weight", (1, width), None, 0)
+        yield HFTensor(name.replace("shared_experts", "shared_expert"), shape, name, 0, factor)
+    yield HFTensor(f"{prefix}.shared_expert_gate.weight", (1, width), None, 0)
