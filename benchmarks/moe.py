@@ -122,7 +122,7 @@ def _seconds(engine: Engine, window: list[Batch], steps: int) -> tuple[float, fl
     engine.update = timed
     began = clock()
     for _ in range(steps):
-        train_step(engine, window, LR, [0])
+        train_step(engine, window, LR)
     _wait(engine)
     whole = clock() - began
     engine.update = update

@@ -106,7 +106,7 @@ def _engine(engine, config: ModelConfig, windows: list[list[Batch]]) -> Loop:
     engine.prepare(lambda: Transformer(config), lambda model: build_optimizer(model, OptimizerConfig(lr=LR)), 1.0, seed=0)
     meter = Meter(engine.device, engine.rank, engine.world_size)
     while (number := (yield)) is not None:
-        result = train_step(engine, windows[number], LR, [0])
+        result = train_step(engine, windows[number], LR)
         meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
         result.requests()
     yield meter.read(engine.all_reduce)["loss"]

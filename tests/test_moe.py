@@ -190,7 +190,7 @@ def test_a_step_adds_up_the_routing_of_its_micro_batches():
     for size in (4, 1):
         engine = engine_of(resolved())
         window = [Batch(*parts, None) for parts in zip(tokens_BT.split(size), labels_BT.split(size), strict=True)]
-        found.append(train_step(engine, window, 1e-2, [0]).routing_LX)
+        found.append(train_step(engine, window, 1e-2).routing_LX)
     torch.testing.assert_close(*found, rtol=1e-6, atol=0)
     assert found[0][:, 2:].sum(1).tolist() == [2 * (labels_BT != -100).sum()] * 2
 
@@ -275,7 +275,7 @@ def test_recomputation_changes_no_bit_and_counts_no_token_twice(how):
     seen = []
     for what in ("none", how):
         engine = engine_of(resolved(**SIGMOID, balance="global_batch"), activation_checkpointing=what)
-        result = train_step(engine, window, 1e-2, [0])
+        result = train_step(engine, window, 1e-2)
         seen.append((result.routing_LX, [tensor.clone() for tensor in engine.model.state_dict().values()]))
     assert torch.equal(seen[0][0], seen[1][0])
     assert all(torch.equal(a, b) for a, b in zip(seen[0][1], seen[1][1], strict=True))
@@ -348,7 +348,7 @@ def most_loaded(engine: Engine, window: list[Batch], lr: float, steps: int) -> l
     """Load of the expert with most tokens, in multiples of an even load, at each step."""
     loads = []
     for _ in range(steps):
-        routing_LX = train_step(engine, window, lr, [0]).routing_LX
+        routing_LX = train_step(engine, window, lr).routing_LX
         loads.append(routing_figures(routing_LX, 1)["expert_load_max"])
     return loads
 
@@ -432,16 +432,16 @@ def test_biases_and_shares_are_saved_and_come_back(tmp_path):
     config = resolved(**SIGMOID, balance="global_batch")
     window = [Batch(some_tokens(4, T), some_labels(4, T), None)]
     engine = engine_of(config)
-    train_step(engine, window, 1e-2, [0])
+    train_step(engine, window, 1e-2)
     buffers = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
     assert len(buffers) == 4 and all(buffer.any() for buffer in buffers.values())
     saved = storage.save(tmp_path, 1, engine, {})
-    after = train_step(engine, window, 1e-2, [0])
+    after = train_step(engine, window, 1e-2)
 
     resumed = engine_of(config)
     storage.load(saved, resumed)
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in resumed.model.named_buffers())
-    again = train_step(resumed, window, 1e-2, [0])
+    again = train_step(resumed, window, 1e-2)
     assert torch.equal(again.routing_LX, after.routing_LX) and again.loss_sum == after.loss_sum
 
     model = Transformer(config)
@@ -459,11 +459,11 @@ def steps_after_a_save(folder: str) -> dict[str, tuple]:
         window = [Batch(some_tokens(4, T)[mine], some_labels(4, T)[mine], None)]
         if saved is None:
             for _ in range(2):
-                train_step(engine, window, 1e-2, [0])
+                train_step(engine, window, 1e-2)
             saved = storage.save(Path(folder), 2, engine, {})
         else:
             storage.load(saved, engine)
-        result = train_step(engine, window, 1e-2, [0])
+        result = train_step(engine, window, 1e-2)
         done[name] = result.loss_sum.item(), float(result.grad_norm), result.routing_LX.tolist()
     return done
 
@@ -512,7 +512,7 @@ def test_muon_takes_each_expert_for_a_matrix_of_its_own():
     experts = engine.model.model.layers[0].mlp.experts
     assert any(parameter is experts.down_proj for parameter in engine.optimizer.param_groups[0]["params"])
     before_EDF = experts.down_proj.detach().clone()
-    train_step(engine, [Batch(some_tokens(4, T), some_tokens(4, T, seed=2), None)], 1e-1, [0])
+    train_step(engine, [Batch(some_tokens(4, T), some_tokens(4, T, seed=2), None)], 1e-1)
     for update_DF in before_EDF * (1 - 1e-1 * 0.1) - experts.down_proj.detach():
         sizes = torch.linalg.svdvals(update_DF) / (1e-1 * 0.2 * math.sqrt(32))
         assert sizes.max() < 1.3 and sizes.median() > 0.5

@@ -249,7 +249,7 @@ def train_model(engine_settings: dict, first: int, last: int, folder: Path | Non
         storage.load(storage.Checkpoint(folder / f"step_{first - 1:08d}"), engine)
     for step in range(first, last + 1):
         mine = [tensor.chunk(engine.world_size)[engine.rank] for tensor in global_batch(step)[:2]]
-        train_step(engine, [Batch(*mine, None)], SETTINGS.lr, [0])
+        train_step(engine, [Batch(*mine, None)], SETTINGS.lr)
     if folder:
         storage.save(folder, last, engine, {})
     assert engine.updates == last

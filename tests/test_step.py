@@ -132,7 +132,7 @@ def run_steps(engine: Engine, micro_batch: int, optimizer_name: str, mutants: li
         prepare(engine, optimizer_name)
         meter, shown = metrics.Meter(engine.device, engine.rank, engine.world_size), []
         for step in range(STEPS):
-            result = step_function(engine, window_of(engine, step, micro_batch), optimizer_lr(optimizer_name), [0])
+            result = step_function(engine, window_of(engine, step, micro_batch), optimizer_lr(optimizer_name))
             meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
             figures = read(meter, engine.all_reduce)
             shown.append((figures["loss"], figures["grad_norm"]))
@@ -192,7 +192,7 @@ def test_the_step_draws_no_random_numbers():
     """So a checkpoint needs no random state, and resuming on other ranks cannot lose any."""
     engine = make_engine(EngineConfig(), "adamw")
     before = torch.get_rng_state()
-    train.train_step(engine, [global_batch(0)], LR, [0])
+    train.train_step(engine, [global_batch(0)], LR)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -206,7 +206,7 @@ def poisoned_step(config: EngineConfig, poison: str):
         factor = {"nan": math.nan, "inf": math.inf}.get(poison, 1.0) if bad else 1.0
         added = math.inf if poison == "loss only" and bad else 0.0
         engine.forward = lambda *batch, a=added, f=factor: (out := forward(*batch))._replace(loss_sum=out.loss_sum * f + a)
-        result = train.train_step(engine, [global_batch(step)], LR, [0])
+        result = train.train_step(engine, [global_batch(step)], LR)
         meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
         figures = meter.read(engine.all_reduce)
         state = torch.cat([shard.values.flatten() for shard in engine.shards(saving=False)])

@@ -22,7 +22,7 @@ HAVE_COPIES = ("ddp", "zero1", "zero2", "zero3", "zero1 bf16", "fsdp2 hybrid")
 
 def watched_step(engine: Engine, step: int, lr: float) -> tuple[dict, list[str]]:
     update_check = UpdateCheck(engine)
-    train.train_step(engine, window_of(engine, step, 2), lr, [0])
+    train.train_step(engine, window_of(engine, step, 2), lr)
     return update_check.figures(lr)
 
 

@@ -461,7 +461,7 @@ def shown_stage(parts: Parts, model: Transformer, run: list[Batch], sums: list[f
             lambda: Transformer(parts.model), lambda module: build_optimizer(module, optimizer), 0.0, config.run.seed
         )
         engine.model.load_state_dict(model.state_dict())
-        result = train_step(engine, [engine.to_device(each) for each in run], 0.0, [0])
+        result = train_step(engine, [engine.to_device(each) for each in run], 0.0)
         meter = Meter(engine.device, engine.rank, engine.world_size)
         meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
         shown = meter.read(engine.all_reduce)

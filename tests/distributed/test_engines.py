@@ -153,7 +153,7 @@ def poisoned(configs: dict[str, EngineConfig]) -> dict:
         for step in range(3):
             factor = math.nan if step == 1 and engine.rank == engine.world_size - 1 else 1.0
             engine.forward = lambda *batch, forward=forward, factor=factor: scaled(forward(*batch), factor)
-            result = train.train_step(engine, [global_batch(step)], LR, [0])
+            result = train.train_step(engine, [global_batch(step)], LR)
             meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
             figures = meter.read(engine.all_reduce)
             used = torch.cat([p.detach().float().flatten() for p in local_parameters(engine)])
@@ -189,7 +189,7 @@ def two_steps(engine: Engine, first: int) -> list[tuple[float, float]]:
     """[(loss, norm)] of two steps of AdamW."""
     meter, shown = metrics.Meter(engine.device, engine.rank, engine.world_size), []
     for step in range(first, first + 2):
-        result = train.train_step(engine, window_of(engine, step, 1), 10 * LR, [0])
+        result = train.train_step(engine, window_of(engine, step, 1), 10 * LR)
         meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
         figures = meter.read(engine.all_reduce)
         shown.append((figures["loss"], figures["grad_norm"]))
@@ -309,7 +309,7 @@ def look_at_dtypes(configs: dict[str, EngineConfig]) -> dict:
             projection.register_forward_hook(lambda module, _, out, used=used: used.update(products=out.dtype)),
         ]
         with wire:
-            train.train_step(engine, window_of(engine, 0, 1), LR, [0])
+            train.train_step(engine, window_of(engine, 0, 1), LR)
         for hook in hooks:
             hook.remove()
         kept = {kind: tensor.dtype for state in engine.local_states(saving=False) for kind, tensor in state.tensors.items()}
