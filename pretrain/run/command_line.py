@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,22 @@ def at_least(least: int) -> Callable[[str], int]:
     return convert
 
 
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def writing(output: str) -> Iterator[None]:
+    """Names `output` in an OSError that names no file, as that of a write to a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, output) from None
+
+
 # ---------------------------------------------------------------- flags that several programs share
 
 
@@ -93,9 +110,8 @@ def add_corpus(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--hf-config", metavar="CONFIG", help="with --hf: its configuration (default: the data set's default)")
     group.add_argument("--hf-split", "--split", metavar="SPLIT", default="train", help="with --hf: its split (%(default)s)")
     group.add_argument("--text-key", metavar="KEY", default="text", help="key or column that contains the text (%(default)s)")
-    group.add_argument("--text-split", metavar="HOW", default="file", help="documents of a .txt: the file, each line, parts "
-                       "between blank-lines (blank-line), or parts between a separator such as '<|endoftext|>' "
-                       "(%(default)s)")  # fmt: skip
+    group.add_argument("--text-split", metavar="HOW", default="file", help="where documents of a .txt end: file, line, "
+                       "blank-line, or a separator such as '<|endoftext|>' (%(default)s)")  # fmt: skip
     group.add_argument("--on-bad-line", choices=("error", "skip"), default="error", help="unusable lines: stop, or skip and "
                        "count them (%(default)s)")  # fmt: skip
 
