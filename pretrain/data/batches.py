@@ -1,12 +1,12 @@
-"""Batches for training and validation: the order (order.py) read from token files (indexed.py) or generated (synthetic.py).
+"""Batches for training and validation, in the order of order.py, from token files (indexed.py) or synthetic.py.
 
-    train   position -> source, epoch, sample -> window of T + 1 tokens -> Batch. The whole state is the position.
+    train   position -> source, epoch, sample -> window of T + 1 tokens -> Batch. The entire state is the position.
             Samples in quarantine (excluded.py) have no position.
     valid   every token of the file but the first is a label exactly once; the last partial window is padded.
 
-A sample is tokens [i * T, i * T + T] of its source: T inputs and the T tokens after them, one token shared with the next.
-Everything that can be wrong with the data is refused when it is opened, all problems at once. It knows no ranks: a rank
-asks for its slice of positions. Reads are positioned reads without a shared cursor, so any thread may call `take`.
+Sample i is tokens i * T to i * T + T of its source: T inputs and their T labels; it shares one token with the next sample.
+Opening checks the data and reports all problems at once. This module knows no ranks: a rank asks for its slice of positions.
+Reads are positioned reads without a shared cursor, so `take` is thread-safe.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from pretrain.config import DataConfig, SourceConfig
-from pretrain.data.checks import check_fit
 
 from . import excluded
+from .checks import check_fit
 from .entropy import unigram_entropy
 from .excluded import Quarantine
 from .indexed import DataError, TokenFile
@@ -37,12 +37,12 @@ class Batch(NamedTuple):
     tokens_BT: torch.Tensor
     """int64, inputs."""
     labels_BT: torch.Tensor
-    """int64, the token after each input; -100 where it does not count."""
+    """int64, the token after each input; -100: does not count in the loss."""
     documents_BT: torch.Tensor | None = None
-    """int64, number of the document within the sample, from 0; only with data.document_mask.
+    """int64, number of the document within the sample, from 0. None: data.document_mask is off.
 
-    An end-of-document token belongs to the document that it ends. Its label, the first token of the next document, stays in
-    the loss: how documents begin is worth learning, and all labels count, masked or not."""
+    An end-of-document token belongs to the document that it ends. Its label, the first token of the next document, counts in
+    the loss, with and without the mask: a model should learn how documents start."""
 
 
 class FileSource:
@@ -59,35 +59,35 @@ class FileSource:
             self.reference_lines = {"unigram": unigram_entropy(np.unique(file.sample(), return_counts=True)[1])}
 
     def fingerprint(self) -> str:
-        """Changes with the content, not with the place."""
+        """Hash of the content, not of the path."""
         return self.file.fingerprint()
 
     def read(self, samples: np.ndarray) -> np.ndarray:
-        """Tokens (n, T + 1) of the samples (n,), in the type of the file. Raises DataError for an id that the model lacks."""
+        """Tokens (n, T + 1) of the samples (n,), in the file's dtype. Raises DataError for an id outside the vocabulary."""
         length = self.sequence_length + 1
         tokens = self.file.read(samples * self.sequence_length, np.full(len(samples), length)).reshape(-1, length)
         return self._checked(tokens, samples)
 
     def read_tail(self) -> np.ndarray:
-        """Tokens (at most T + 1) from the end of the last whole sample to that of the file. Raises as `read`."""
+        """Tokens (at most T + 1) from the end of the last complete sample to the end of the file. Raises like `read`."""
         first = self.num_samples * self.sequence_length
         tokens = self.file.read([first], [self.num_tokens - first])
         return self._checked(tokens[None], np.array([self.num_samples]))[0]
 
     def _checked(self, tokens: np.ndarray, samples: np.ndarray) -> np.ndarray:
-        """`tokens`, a row for each of `samples`. A sidecar vouches for its file; of others, opening has judged a part."""
+        """`tokens` (n, T + 1) of `samples` (n,), unchanged. Checks files without a sidecar, which opening only samples."""
         if not self.sidecar and tokens.size and (tokens.max() >= self.vocab_size or tokens.min() < 0):
             row, offset = np.argwhere((tokens < 0) | (tokens >= self.vocab_size))[0].tolist()
             sample = int(samples[row])
             place = f"{self.file.path}: token {sample * self.sequence_length + offset:,} is id {tokens[row, offset]}"
-            advice = f"tokenize again, or leave sample {sample} of {self.name} out (data.quarantine)"
+            advice = f"tokenize again, or exclude sample {sample} of {self.name} (data.quarantine)"
             raise DataError(f"{place}, the model has ids 0 to {self.vocab_size - 1}; {advice}")
         return tokens
 
     def documents(self, samples: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Document numbers (n, T) within each sample; `tokens` (n, T + 1) are those of `read`.
+        """Document numbers (n, T) within each sample; `tokens` (n, T + 1) come from `read`.
 
-        Sealed files end every document with one id that stands nowhere else; others are looked up in the index.
+        The end-of-document id tells with a sidecar, which guarantees that it occurs nowhere else; otherwise the index does.
         """
         starts = np.zeros((len(samples), self.sequence_length), dtype=bool)
         if self.sidecar:
@@ -106,11 +106,13 @@ class FileSource:
 class TrainData:
     """The endless, ordered stream of training samples.
 
-    `sources`; `vocab_size`: ids that they may hold; `samples_per_epoch`: as many samples as all sources hold together, without
-    those in quarantine (with weights in the ratio of their sizes that is each sample once; with others, small sources repeat
-    while large ones wait);
-    `fingerprint`: changes with content, weights, seed and sequence length, so a run can only go on with the data it began
-    with; `quarantine`: what is left out; `reference_lines`: nats per token.
+    sources
+    vocab_size         number of ids that the samples may contain
+    samples_per_epoch  samples of all sources, without those in quarantine. If weights are proportional to sizes, an epoch
+                       reads each sample once; otherwise some sources repeat while others are not finished
+    fingerprint        changes with content, weights, seed and sequence length: a run resumes only with the same data
+    quarantine         excluded samples
+    reference_lines    nats per token
     """
 
     def __init__(self, sources: list, weights: list[float], data: DataConfig, *, seed: int, vocab_size: int):
@@ -128,7 +130,7 @@ class TrainData:
         self.fingerprint = f"order 1, seed {seed}, sequence_length {data.sequence_length}, {blend}"
 
     def take(self, position: int, count: int) -> Batch:
-        """The samples at positions [position, position + count)."""
+        """The samples at positions [position, position + count). Raises DataError, OSError."""
         numbers, _, samples = self._locate(position, count)
         shape = (count, self._data.sequence_length)
         tokens_BT, labels_BT = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
@@ -143,7 +145,7 @@ class TrainData:
         return _batch(tokens_BT, labels_BT, documents_BT)
 
     def sample_ids(self, position: int, count: int) -> list[tuple[int, int, int]]:
-        """(source, epoch, sample) of positions [position, position + count)."""
+        """(source number, epoch, sample) of the positions [position, position + count)."""
         return list(zip(*(ids.tolist() for ids in self._locate(position, count)), strict=True))
 
     def _locate(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -152,29 +154,29 @@ class TrainData:
         return self._order.at(self.quarantine.locate(position, count))
 
     def position(self, source: int, epoch: int, sample: int) -> int | None:
-        """The position of a sample in an epoch of its source: the inverse of `sample_ids`. Null: it is in quarantine."""
+        """The position of a sample in an epoch of its source: the inverse of `sample_ids`. None: it is in quarantine."""
         return self.quarantine.position(self._order.position(source, epoch, sample))
 
-    def history_changed(self, left_out: excluded.SampleRanges, position: int) -> str | None:
-        """Why a run that has read `position` samples without `left_out` cannot go on without this quarantine; null: it can."""
-        changed = self.quarantine.changed_before(Quarantine(self._order, left_out), position)
-        return changed and f"sample {changed[1]} of {self.sources[changed[0]].name}, whose place in the order is passed"
+    def history_changed(self, old: excluded.SampleRanges, position: int) -> str | None:
+        """A sample whose exclusion changes what a run with quarantine `old` read before `position`. None: nothing changes."""
+        changed = self.quarantine.changed_before(Quarantine(self._order, old), position)
+        return changed and f"sample {changed[1]} of {self.sources[changed[0]].name}, whose place in the order has passed"
 
     def passes(self, samples: int) -> list[float]:
-        """How often the first `samples` positions read each source."""
+        """Epochs of each source in the first `samples` positions."""
         counts = self._order.blend.counts(self.quarantine.start(samples))
         return [count / source.num_samples for count, source in zip(counts, self.sources, strict=True)]
 
     def description(self) -> list[str]:
-        """Lines for the console: tokens, samples, weights and how often an epoch reads each source."""
+        """Lines for the console: tokens, samples, and the share and epochs of each source."""
         tokens = sum(source.num_tokens for source in self.sources)
         length = f"{self._data.sequence_length:,} tokens"
-        lines = [f"training data: {tokens:,} tokens, {self.samples_per_epoch:,} samples of {length} an epoch"]
+        lines = [f"training data: {tokens:,} tokens, {self.samples_per_epoch:,} samples of {length} per epoch"]
         for source, share in zip(self.sources, self._shares, strict=True):
             passes = share * self.samples_per_epoch / source.num_samples
             line = f"  {source.name}: {source.num_tokens:,} tokens, {100 * share:.4g} % of the samples"
             if len(self.sources) > 1:
-                line += f", read {passes:.3g} times an epoch"
+                line += f", read {passes:.3g} times per epoch"
             if source.sidecar is None and isinstance(source, FileSource):
                 line += ", without a metadata sidecar: its tokenizer cannot be checked"
             lines.append(line)
@@ -182,10 +184,14 @@ class TrainData:
 
 
 class ValidData:
-    """A fixed set of validation samples, by number.
+    """A fixed set of numbered validation samples.
 
-    `name` (unique); `source`; `num_samples`; `num_labels`: labels that count, over all samples; `bytes_per_token` of the text
-    (None: unknown); `reference_lines`: nats per token.
+    name             unique
+    source
+    num_samples
+    num_labels       labels of all samples that count in the loss
+    bytes_per_token  UTF-8 bytes of text per token. None: unknown
+    reference_lines  nats per token
     """
 
     def __init__(self, source, data: DataConfig, *, vocab_size: int):
@@ -198,14 +204,14 @@ class ValidData:
         self.num_samples = -(-self.num_labels // data.sequence_length)
 
     def take(self, indices: list[int | None]) -> Batch:
-        """The samples of these numbers. None, or a number past the end, gives a sample whose labels are all masked."""
+        """The samples with these numbers. None, or a number past the end, gives a sample with all labels masked."""
         numbers = np.array([-1 if index is None else index for index in indices], dtype=np.int64)
         shape = (len(numbers), self._data.sequence_length)
         tokens_BT, labels_BT = np.zeros(shape, dtype=np.int64), np.full(shape, MASKED, dtype=np.int64)
         documents_BT = np.zeros(shape, dtype=np.int64) if self._data.document_mask else None
-        whole = np.flatnonzero((numbers >= 0) & (numbers < self.source.num_samples))
+        complete = np.flatnonzero((numbers >= 0) & (numbers < self.source.num_samples))
         partial = np.flatnonzero((numbers >= self.source.num_samples) & (numbers < self.num_samples))
-        for rows, read in (whole, self.source.read), (partial, self._read_partial):
+        for rows, read in (complete, self.source.read), (partial, self._read_partial):
             if rows.size:
                 windows = read(numbers[rows])
                 tokens_BT[rows], labels_BT[rows] = windows[:, :-1], windows[:, 1:]
@@ -216,7 +222,7 @@ class ValidData:
         return _batch(tokens_BT, labels_BT, documents_BT)
 
     def _read_partial(self, numbers: np.ndarray) -> np.ndarray:
-        """The last window of the file, padded with id 0, once for each of `numbers`: (n, T + 1)."""
+        """The last window of the file, padded with id 0, repeated for each of `numbers` (n,): (n, T + 1)."""
         tokens = self.source.read_tail()
         padded = np.pad(tokens, (0, self._data.sequence_length + 1 - len(tokens)))
         return np.broadcast_to(padded, (len(numbers), len(padded)))
@@ -226,7 +232,7 @@ def open_train(data: DataConfig, *, seed: int, vocab_size: int, tokenizer_finger
     """The training stream of `data`. Raises DataError with every problem of every source."""
     if data.synthetic:
         if data.train or data.valid:
-            raise DataError("data.synthetic: cannot stand beside data.train or data.valid; remove one of them")
+            raise DataError("data.synthetic: cannot be combined with data.train or data.valid; remove one of them")
         source = SyntheticSource(
             data.synthetic, "train", seed=seed, vocab_size=vocab_size, sequence_length=data.sequence_length
         )
@@ -234,7 +240,7 @@ def open_train(data: DataConfig, *, seed: int, vocab_size: int, tokenizer_finger
     if not data.train:
         raise DataError("data.train: no sources; give at least one {path: PREFIX}, or data.synthetic")
     problems = [
-        f"data.train[{i}].weight: {source.weight} is not allowed; give a finite number > 0"
+        f"data.train[{i}].weight: got {source.weight}, must be finite and more than 0"
         for i, source in enumerate(data.train)
         if not (math.isfinite(source.weight) and source.weight > 0)
     ]
@@ -243,7 +249,7 @@ def open_train(data: DataConfig, *, seed: int, vocab_size: int, tokenizer_finger
 
 
 def open_valid(data: DataConfig, *, seed: int, vocab_size: int, tokenizer_fingerprint: str | None) -> list[ValidData]:
-    """The validation sets of `data`, none where it names none. Raises DataError with every problem of every source."""
+    """The validation sets of `data`; may be empty. Raises DataError with every problem of every source."""
     if data.synthetic:
         sources = [
             SyntheticSource(data.synthetic, "valid", seed=seed, vocab_size=vocab_size, sequence_length=data.sequence_length)
@@ -261,7 +267,7 @@ def _open_files(
     tokenizer_fingerprint: str | None,
     problems: list[str],
 ) -> list[FileSource]:
-    """Opens and checks all sources of data.<key>; raises DataError with `problems` and all that it finds itself."""
+    """Opens and checks all sources of data.<key>. Raises DataError with `problems` and all others that it finds."""
     opened = []
     for i, config in enumerate(sources):
         try:
@@ -287,7 +293,7 @@ def _open_files(
 
 
 def _blended_lines(sources: list, shares: list[float], vocab_size: int) -> dict[str, float]:
-    """Nats per token: means over the sources, weighted by their shares. Lines that not all sources know are left out."""
+    """Means over the sources, weighted by their shares, in nats per token, of the lines that all sources know."""
     lines = {"uniform": math.log(vocab_size)}
     for name in ("unigram", "bigram", "floor"):
         if all(name in source.reference_lines for source in sources):
@@ -296,7 +302,7 @@ def _blended_lines(sources: list, shares: list[float], vocab_size: int) -> dict[
 
 
 def _make_names_unique(sources: list[FileSource]) -> None:
-    """Base names; those that several share get their folder before them, and a number behind where that is not enough."""
+    """Names are base names; equal ones get the folder's name as a prefix and, if still equal, a number as a suffix."""
     names = [source.name for source in sources]
     for source in sources:
         if names.count(source.name) > 1:

@@ -1,7 +1,7 @@
-"""Reference lines of a token stream in nats per token: what a model without context, or with one token of it, can reach.
+"""Reference losses of a token stream, in nats per token: of models that see no context, or one token of it.
 
-They turn a stalled loss into a diagnosis: at ln V the labels carry no information, at the unigram entropy the context is
-ignored, below the bigram line more than one token of context is used.
+They explain a plateau of the loss: at ln V the labels carry no information, at the unigram entropy the model ignores the
+context, below the bigram line it uses more than one token of context.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _STRENGTHS = tuple(4.0**k for k in range(-1, 12))
 
 
 def unigram_entropy(counts_V: np.ndarray) -> float:
-    """Entropy of a histogram of ids, in nats: the loss of a model that knows only how frequent each id is."""
+    """Entropy of a histogram of ids (V,), in nats: the loss of a model that knows only how frequent each id is."""
     counts = counts_V[counts_V > 0].astype(np.float64)
     total = counts.sum()
     return float(math.log(total) - (counts * np.log(counts)).sum() / total)
@@ -25,11 +25,11 @@ def bigram_entropy(runs: list[np.ndarray], vocab_size: int) -> float:
     """Loss, in nats per token, of a bigram model that predicts every token from the counts of all *other* tokens of `runs`.
 
     The plain conditional entropy of bigram counts is far too low on small data: most pairs occur once and would "predict"
-    themselves. So each occurrence is left out of the counts before it is scored, and the counts are smoothed: with c(a)
+    themselves. So each occurrence is removed from the counts before it is scored, and the counts are smoothed: with c(a)
     tokens after a, of which t(a) are distinct, p(b | a) = (max(c(ab) - d, 0) + (s + d t(a)) p(b)) / (c(a) + s), the
     predictive rule of a Pitman-Yor process; p(b) falls back to 1 / V. Discount d and strength s are those of a small grid
-    that give the lowest loss; a large s leaves the unigram model. A real model of this kind has this loss on unseen text of
-    the same sort, so it is an honest upper bound of the true bigram entropy.
+    with the lowest loss; a large s gives the unigram model. A real model of this kind has this loss on unseen text of the
+    same kind, so it is a true upper bound of the bigram entropy.
 
     `runs`: 1-D integer arrays of consecutive tokens. Memory grows with the distinct pairs, never with V * V.
     """
@@ -50,4 +50,4 @@ def bigram_entropy(runs: list[np.ndarray], vocab_size: int) -> float:
         return float(-(count * np.log(p)).sum() / total)
 
     best = min(loss(discount, strength) for discount in _DISCOUNTS for strength in _STRENGTHS)
-    return min(best, math.log(vocab_size))  # a few tokens teach it less than nothing: then it guesses
+    return min(best, math.log(vocab_size))  # very few tokens mislead the model: then guessing is better

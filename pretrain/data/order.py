@@ -1,4 +1,4 @@
-"""Which sample stands at which position: integers in, integers out, nothing stored.
+"""The order of samples: maps a position to a sample and back; integers only, nothing stored.
 
     position -> Blend -> (source, index in that source) -> epoch, rank in the epoch -> Permutation -> sample
 
@@ -6,7 +6,7 @@ Every arrow is a pure function of (seed, weights, sizes), in O(1) time and memor
 samples. So a run seeks to any position without replaying, and the sequence of global batches cannot depend on ranks,
 micro-batches, workers or the length of the run. It knows no files, no tokens and no torch.
 
-All arithmetic is on integers and frozen by golden values in the tests: changing one constant changes the order of every run.
+All arithmetic is on integers, and golden values in the tests freeze it: changing a constant changes the order of every run.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import numpy as np
 
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
-_ROUNDS = 6  # fewer show structure at stride sqrt(n); 6 cannot be told from a true shuffle by 11 statistics
+_ROUNDS = 6  # fewer show structure at stride sqrt(n); with 6, 11 statistics find no difference to a true shuffle
 _SMALL = 4096  # up to here a sorted hash: a Feistel network of a few elements is visibly non-uniform
 
 
 def splitmix64(x):
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014) after adding its constant; of an int, or of a uint64 array."""
+    """SplitMix64 (Steele, Lea, Flood 2014): adds its constant and applies its finalizer to an int or a uint64 array."""
     if isinstance(x, np.ndarray):
         x = x + np.uint64(_GOLDEN)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -37,7 +37,7 @@ def splitmix64(x):
 
 
 def keys(ids: tuple[int, ...], count: int) -> list[int]:
-    """`count` independent 64-bit keys of a tuple of ids. Ids are hashed in turn, never added: (7, 1) is not (8, 0)."""
+    """`count` independent 64-bit keys for a tuple of ids. Ids are hashed in turn, not added: (7, 1) differs from (8, 0)."""
     key = 0
     for value in ids:
         key = splitmix64(key ^ (value & _MASK64))
@@ -51,13 +51,13 @@ def keys(ids: tuple[int, ...], count: int) -> list[int]:
 class Permutation:
     """A shuffle of range(n) keyed by `ids`, without a table: O(1) per element, and invertible.
 
-    n <= 4096 sorts hashes; above, a Feistel network over a grid of a * b >= n cells (Black and Rogaway 2002, generalised
-    Feistel cipher) whose results outside range(n) walk on along their cycle. a * b - n < a, so walks are rare.
+    n <= 4096 sorts hashes. Larger n use a Feistel network over a grid of a * b >= n cells (Black and Rogaway 2002, generalized
+    Feistel cipher); results outside range(n) follow their cycle back into it. a * b - n < a, so that is rare.
     """
 
     def __init__(self, n: int, ids: tuple[int, ...]):
         if not 1 <= n < 1 << 62:
-            raise ValueError(f"a permutation needs 1 <= n < 2^62 elements, not {n}")
+            raise ValueError(f"n = {n}: a permutation needs 1 <= n < 2^62 elements")
         self.n = n
         self._table = None
         if n <= _SMALL:
@@ -75,7 +75,7 @@ class Permutation:
         return self._table[x] if self._table is not None else self._walk(x, forward=True)
 
     def inverse(self, y: np.ndarray) -> np.ndarray:
-        """Ranks at which the elements `y` stand."""
+        """Ranks of the elements `y`."""
         y = np.asarray(y, dtype=np.int64)
         return np.argsort(self._table)[y] if self._table is not None else self._walk(y, forward=False)
 
@@ -114,7 +114,7 @@ def _rotate(half: np.ndarray, other: np.ndarray, key: np.uint32, size: np.uint32
 
 
 class Blend:
-    """Which source each position is drawn from, so that every prefix holds the sources in the ratio of their weights.
+    """Assigns a source to each position, so that every prefix has the sources in the ratio of their weights.
 
     A Huffman tree of two-way splits: of the first x positions that reach a node, c(x) = round(x * P / 2^32) go left, where
     P is the left share of the weight. The prefix error stays near one sample and counts have a closed form.
@@ -122,7 +122,7 @@ class Blend:
 
     def __init__(self, weights: list[float]):
         if not weights or not all(weight > 0 and math.isfinite(weight) for weight in weights):
-            raise ValueError(f"weights must be finite and > 0, not {weights}")
+            raise ValueError(f"weights must be finite and > 0, got {weights}")
         self.num_sources = len(weights)
         self.nodes: list[tuple[int, int, int]] = []  # inner node k + i: (left child, right child, P); the last is the root
         heap = [(float(weight), number) for number, weight in enumerate(weights)]
@@ -151,7 +151,7 @@ class Blend:
         return sources, x.astype(np.int64)
 
     def counts(self, position: int) -> list[int]:
-        """How many of the first `position` positions each source provides."""
+        """Number of the first `position` positions that each source provides."""
         counts = [0] * self.num_sources
         pending = [(self.num_sources + len(self.nodes) - 1, position)]
         while pending:
@@ -179,7 +179,7 @@ class Blend:
 
 
 def _left_count(x: np.ndarray, share: np.uint64) -> np.ndarray:
-    """round(x * share / 2^32) of uint64 x < 2^63 without overflow."""
+    """round(x * share / 2^32) for uint64 x < 2^63, without overflow."""
     high, low = x >> np.uint64(32), x & np.uint64(0xFFFFFFFF)
     return high * share + ((low * share + np.uint64(2**31)) >> np.uint64(32))
 
@@ -199,13 +199,13 @@ class Order:
         return Permutation(self.num_samples[source], (self.seed, source, epoch))
 
     def locate(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(source, epoch, sample), three int64 arrays, of the positions [position, position + count)."""
+        """(sources, epochs, samples), int64 (count,) each, of the positions [position, position + count)."""
         if position < 0 or count < 0:
-            raise ValueError(f"position and count must be >= 0, not {position} and {count}")
+            raise ValueError(f"position and count must be >= 0, got {position} and {count}")
         return self.at(np.arange(position, position + count, dtype=np.uint64))
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(source, epoch, sample), three int64 arrays, of rising positions (n,)."""
+        """(sources, epochs, samples), int64 (n,) each, of sorted positions (n,)."""
         sources, samples = self.blend.locate(positions)
         epochs = np.zeros_like(samples)
         for source in np.unique(sources).tolist():
@@ -217,10 +217,10 @@ class Order:
         return sources, epochs, samples
 
     def position(self, source: int, epoch: int, sample: int) -> int:
-        """The position that shows `sample` of `source` in its epoch number `epoch`: the inverse of `locate`."""
+        """The position of `sample` of `source` in that source's `epoch`: the inverse of `locate`."""
         return int(self.positions(source, epoch, np.array([sample]))[0])
 
     def positions(self, source: int, epoch: int, samples: np.ndarray) -> np.ndarray:
-        """`position` of many samples (n,): int64."""
+        """`position` of many samples: (n,) -> (n,) int64."""
         ranks = self._permutation(source, epoch).inverse(samples) + epoch * self.num_samples[source]
         return np.array([self.blend.position(source, rank) for rank in ranks.tolist()], dtype=np.int64)

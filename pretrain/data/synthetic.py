@@ -1,14 +1,14 @@
-"""Generated tokens whose best loss is known: for tests, dry runs and lessons.
+"""Generated tokens whose best possible loss is known: for tests, dry runs and demonstrations.
 
-Every sample is a pure function of (seed, split, index), in integers, so it is the same on every machine and needs no state.
-The two splits draw disjoint streams. No files, no torch.
+Every sample is a pure function of (seed, split, index), in integers: the same on every machine, without state. The two splits
+draw disjoint streams. No files, no torch.
 
-    kind      what it shows                                           floor, nats per token
-    uniform   labels carry no information: nothing can be learned     ln V
+    kind      properties                                              floor, nats per token
+    uniform   labels carry no information; nothing to learn           ln V
     unigram   Zipf frequencies without context                        entropy of the frequencies
-    markov    the next token depends on the last one only             entropy of the steps (1/2, 1/4, 1/8, 1/8): 1.75 ln 2
-    repeat    eight fixed texts: memorising; validation has others    0; validation: ln V
-    copy      the second half repeats the first: needs long context   about half of ln V
+    markov    the next token depends on the previous one only         entropy of the steps (1/2, 1/4, 1/8, 1/8): 1.75 ln 2
+    repeat    eight fixed texts to memorize; validation has others    0; validation: ln V
+    copy      the second half repeats the first; needs long context   about half of ln V
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _VALID_SAMPLES = 256
 
 
 class SyntheticSource:
-    """Samples of T + 1 tokens with ids below `vocab_size`. `reference_lines` holds what is known of their loss, in nats."""
+    """Samples of T + 1 tokens with ids below `vocab_size`. `reference_lines`: known losses, nats per token."""
 
     sidecar = None
 
@@ -41,15 +41,15 @@ class SyntheticSource:
         self.num_samples = limits[split]
         self.num_tokens = self.num_samples * sequence_length
         self._ids = (seed, _SPLITS[split])
-        self._alphabet = Permutation(vocab_size, (seed, vocab_size))  # shared by the splits: it is what markov teaches
+        self._alphabet = Permutation(vocab_size, (seed, vocab_size))  # same for both splits: a model of markov must learn it
         weights = 1 / np.arange(1, vocab_size + 1)
-        self._zipf = weights / math.fsum(weights)  # exact on every machine, as everything here
+        self._zipf = weights / math.fsum(weights)  # exact on every machine, like everything here
         steps = min(vocab_size, 4)
         self._steps = np.array([2.0 ** -min(i + 1, steps - 1) for i in range(steps)])
         self.reference_lines = self._reference_lines(split)
 
     def fingerprint(self) -> str:
-        """Says all that decides the samples, apart from the seed."""
+        """Names everything that determines the samples, except the seed."""
         return f"{self.name} of {self.num_samples} samples of {self.vocab_size} ids"
 
     def read(self, samples: np.ndarray) -> np.ndarray:
@@ -57,14 +57,14 @@ class SyntheticSource:
         if self.kind == "repeat":  # a text is the uniform sample of a small index
             texts = splitmix64(samples.astype(np.uint64)) % np.uint64(_TEXTS)
             tokens = _below(self._bits(texts), self.vocab_size)
-            if self.vocab_size >= _TEXTS:  # the first token tells which text it is, so all labels can be known
+            if self.vocab_size >= _TEXTS:  # the first token identifies the text, so all labels are predictable
                 groups = self.vocab_size // _TEXTS
                 tokens[:, 0] = tokens[:, 0] // _TEXTS % groups * _TEXTS + texts.astype(np.int64)
             return tokens
         bits = self._bits(samples.astype(np.uint64))
         if self.kind == "unigram":
             return _choose(bits, self._zipf)
-        if self.kind == "markov":  # a walk on a ring whose places bear shuffled names, so every place is equally frequent
+        if self.kind == "markov":  # a walk on a ring of shuffled ids, so every id is equally frequent
             places = _choose(bits, self._steps) + 1
             places[:, 0] = _below(bits[:, 0], self.vocab_size)
             return self._alphabet(np.cumsum(places, axis=1) % self.vocab_size)
@@ -75,11 +75,11 @@ class SyntheticSource:
         return tokens
 
     def documents(self, samples: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Each sample is one document: zeros (n, T)."""
+        """Document numbers (n, T): zeros, each sample is one document."""
         return np.zeros((len(samples), self.length - 1), dtype=np.int64)
 
     def _bits(self, samples: np.ndarray) -> np.ndarray:
-        """64 random bits for every token (n, T + 1): the SplitMix64 sequence of a key of the sample."""
+        """64 random bits per token, uint64 (n, T + 1): the SplitMix64 sequence of the sample's key."""
         key = np.uint64(keys(self._ids, 1)[0])
         start = splitmix64(splitmix64(samples ^ key) + key)
         return splitmix64(start[:, None] + np.arange(self.length, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
