@@ -1,6 +1,6 @@
-"""Text from a trained model: one token at a time, each chosen from the model's distribution given all before it.
+"""Text generation: one token at a time, each drawn from the model's distribution given all tokens before it.
 
-It knows the model and ids; `stream_text` knows how ids become text. It knows no files and no process groups.
+It knows the model and token ids; `stream_text` turns ids into text. It knows no files and no process groups.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from pretrain import UserError
 from pretrain.model.attention import KeyValueCache
 from pretrain.model.transformer import Transformer
 
-_NOT_FINITE = "the model's logits are not finite: its weights are damaged or it has diverged"
+
+class GenerationError(UserError):
+    """The prompt or the settings are not usable, or the model's logits are not finite."""
 
 
 def generate(
@@ -28,10 +31,7 @@ def generate(
     seed: int = 0,
     stop_ids: Collection[int] = (),
 ) -> Iterator[int]:
-    """New ids, each as soon as it is chosen; ends after max_new_tokens, or before one of stop_ids, which is not given out.
-
-    As `generate_batch` of one prompt. Raises as that does.
-    """
+    """Yields new ids for one prompt until max_new_tokens, or one of stop_ids, which is not yielded. See `generate_batch`."""
     steps = generate_batch(
         model, [prompt_ids], max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop_ids=stop_ids
     )
@@ -49,34 +49,32 @@ def generate_batch(
     seed: int = 0,
     stop_ids: Collection[int] = (),
 ) -> Iterator[list[int | None]]:
-    """The next id of every prompt, step by step; None once a prompt's text has ended (stop_ids are not given out). Ends after
+    """Yields the next id of every prompt, step by step; None after a text has ended (stop_ids are not yielded). Ends after
     max_new_tokens steps, or when all texts have ended.
 
-    The prompts run through the model once, all together, shorter ones with padding before them that nothing sees; after that
-    each step costs one position, the rest comes from the cache. temperature 0 is greedy; top_k keeps the k likeliest ids (0:
-    all), then top_p the fewest that reach probability p (1: all). Prompt i draws with seed + i, so the same seed gives the same
-    ids. Prompt and new ids together may be longer than any training sample.
+    The first step runs the prompts through the model in one batch, shorter ones after padding that no token sees; each later
+    step runs one position, with the rest in the cache. temperature 0 is greedy; top_k keeps the k most likely ids (0: all),
+    then top_p the smallest set with probability p (1: all). Prompt i draws with seed + i, so the same seed gives the same ids.
+    Prompt and new ids together may be longer than any training sample.
 
-    Raises ValueError, on the call, for an empty prompt, ids outside the vocabulary or settings out of range; and while
-    generating, when the model's logits are not finite.
+    Raises GenerationError: on the call, for an empty prompt, ids outside the vocabulary or settings out of range; while
+    generating, if the model's logits are not finite.
     """
     vocab_size = model.config.vocab_size
     if not prompts or not all(prompt and all(0 <= token < vocab_size for token in prompt) for prompt in prompts):
-        raise ValueError(f"a prompt must hold at least one id, all from 0 to {vocab_size - 1}")
+        raise GenerationError(f"a prompt must have at least one token id, and all ids must be from 0 to {vocab_size - 1}")
     if max_new_tokens < 0 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(
+        raise GenerationError(
             f"got max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k}, top_p {top_p}; "
-            "allowed: at least 0, at least 0, at least 0, above 0 and up to 1"
+            "the first three must be at least 0, top_p above 0 and at most 1"
         )
     generators = [torch.Generator().manual_seed(seed + number) for number in range(len(prompts))]
 
     def choices(logits_BV: Tensor) -> list[int]:
         if temperature == 0:
-            tokens = torch.where(
-                logits_BV.isfinite().all(1), logits_BV.argmax(1), -1
-            ).tolist()  # one id a row leaves the device
-            if min(tokens) < 0:
-                raise ValueError(_NOT_FINITE)
+            finite_B = logits_BV.isfinite().all(1)
+            tokens = torch.where(finite_B, logits_BV.argmax(1), -1).tolist()  # only one id per row leaves the device
+            _require_finite(min(tokens) >= 0)
             return tokens
         rows = logits_BV.float().cpu()
         return [choose(row, temperature, top_k, top_p, each) for row, each in zip(rows, generators, strict=True)]
@@ -99,20 +97,20 @@ def _generate(
     tokens_BT = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)], device=device)
     ended = [False] * len(prompts)
     for _ in range(max_new_tokens):
-        # Not around the yield: the caller must not run in it. Not inference_mode: engines keep what they gather for training.
+        # Not around the yield, because the caller must not run without gradients. Not inference_mode, because engines keep the
+        # parameters that they gather for training.
         with torch.no_grad():
             tokens = choices(model(tokens_BT, cache=cache)[:, -1])
-        ended = [over or token in stop_ids for over, token in zip(ended, tokens, strict=True)]
+        ended = [done or token in stop_ids for done, token in zip(ended, tokens, strict=True)]
         if all(ended):
             return
-        yield [None if over else token for over, token in zip(ended, tokens, strict=True)]
+        yield [None if done else token for done, token in zip(ended, tokens, strict=True)]
         tokens_BT = torch.tensor(tokens, device=device)[:, None]
 
 
 def choose(logits_V: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
-    """One id from fp32 logits on the CPU; drawn there so that a seed means the same on every device."""
-    if not logits_V.isfinite().all():
-        raise ValueError(_NOT_FINITE)
+    """Draws one id from fp32 logits on the CPU, where a seed gives the same ids whatever the model's device."""
+    _require_finite(bool(logits_V.isfinite().all()))
     if temperature == 0:
         return int(logits_V.argmax())
     if top_k or top_p < 1:
@@ -125,8 +123,13 @@ def choose(logits_V: Tensor, temperature: float, top_k: int, top_p: float, gener
     return int(ids_V[drawn]) if top_k or top_p < 1 else drawn
 
 
+def _require_finite(finite: bool) -> None:
+    if not finite:
+        raise GenerationError("the model's logits are not finite: its weights are damaged or it has diverged")
+
+
 def ids_of_each(steps: Iterator[list[int | None]], prompts: int) -> list[Iterator[int]]:
-    """What `generate_batch` gives, as one iterator for each prompt; reading one on makes the next step of all."""
+    """Splits the steps of `generate_batch` into one iterator per prompt; advancing one runs the step for all prompts."""
 
     def ids(number: int, copy: Iterator[list[int | None]]) -> Iterator[int]:
         return itertools.takewhile(lambda token: token is not None, (step[number] for step in copy))
@@ -135,10 +138,10 @@ def ids_of_each(steps: Iterator[list[int | None]], prompts: int) -> list[Iterato
 
 
 def stream_text(decode: Callable[[list[int]], str], prompt_ids: list[int], new_ids: Iterable[int]) -> Iterator[str]:
-    """The text of new_ids in pieces that are whole characters; joined, they are what follows the prompt in decode(all ids).
+    """Yields the text of new_ids in pieces of complete characters; joined, they are what follows the prompt in decode(all ids).
 
-    decode: ids to text, U+FFFD for bytes that are not UTF-8. A character may need several ids: while the text ends in U+FFFD it
-    is held back. Each id is decoded together with those since the last piece before, not with the whole text.
+    decode: ids to text, with U+FFFD for bytes that are not UTF-8. A character may need several ids, so text that ends in U+FFFD
+    is held back. Each id is decoded together with the ids of the previous piece and those after it, not with the entire text.
     """
     ids, start, shown = list(prompt_ids), 0, len(prompt_ids)
     for token in new_ids:

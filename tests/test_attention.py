@@ -1,4 +1,4 @@
-"""Attention against its formula, with masks, groups and a cache; rotary places against complex numbers."""
+"""Attention equals its formula with masks, groups, windows and a cache; rotation equals multiplication of complex numbers."""
 
 from __future__ import annotations
 
@@ -9,18 +9,27 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from pretrain.model.attention import KeyValueCache, attend, attention_context, frequencies, rotate
+from pretrain.model.attention import AttentionContext, KeyValueCache, attend, attention_context, frequencies, rotate
 from pretrain.model.config import RopeScalingConfig
 
 CPU = torch.device("cpu")
+T, C = 9, 8
+
+
+def context(length: int = T, documents: list | None = None, **settings) -> AttentionContext:
+    return attention_context(length, C, 1e4, CPU, None if documents is None else torch.tensor(documents), **settings)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def heads(key_heads: int = 2, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return random(batch, T, 4, C), random(batch, T, key_heads, C, seed=1), random(batch, T, key_heads, C, seed=2)
+
+
 def formula(query_BTHC, key_BSKC, value_BSKC, visible_BTS):
-    """One head at a time, by the book."""
+    """One head at a time, by the textbook."""
     out_BTHC = torch.empty_like(query_BTHC)
     group = query_BTHC.shape[2] // key_BSKC.shape[2]
     for head in range(query_BTHC.shape[2]):
@@ -32,46 +41,37 @@ def formula(query_BTHC, key_BSKC, value_BSKC, visible_BTS):
 
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
 def test_causal_attention_equals_its_formula(key_heads):
-    query, key, value = random(2, 9, 4, 8), random(2, 9, key_heads, 8, seed=1), random(2, 9, key_heads, 8, seed=2)
-    causal = torch.ones(9, 9, dtype=torch.bool).tril()[None]
-    torch.testing.assert_close(attend(query, key, value, attention_context(9, 8, 1e4, CPU)), formula(query, key, value, causal))
+    causal = torch.ones(T, T, dtype=torch.bool).tril()[None]
+    torch.testing.assert_close(attend(*heads(key_heads), context()), formula(*heads(key_heads), causal))
 
 
 @pytest.mark.parametrize("key_heads", [4, 2])
 def test_masked_attention_equals_its_formula(key_heads):
-    query, key, value = random(2, 9, 4, 8), random(2, 9, key_heads, 8, seed=1), random(2, 9, key_heads, 8, seed=2)
-    documents_BT = torch.tensor([[0] * 4 + [1] * 5, [0] * 8 + [1]])
-    context = attention_context(9, 8, 1e4, CPU, documents_BT)
-    torch.testing.assert_close(attend(query, key, value, context), formula(query, key, value, context.visible_BTS))
+    masked = context(documents=[[0] * 4 + [1] * 5, [0] * 8 + [1]])
+    torch.testing.assert_close(attend(*heads(key_heads), masked), formula(*heads(key_heads), masked.visible_BTS))
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "graph"])
 def test_preferring_cudnn_changes_no_result_and_breaks_no_graph(compiled):
-    query, key, value = random(2, 9, 4, 8), random(2, 9, 2, 8, seed=1), random(2, 9, 2, 8, seed=2)
-    context = attention_context(9, 8, 1e4, CPU)
     function = torch.compile(attend, fullgraph=True, backend="eager") if compiled else attend
-    got = function(query, key, value, replace(context, cudnn_first=True))
-    torch.testing.assert_close(got, attend(query, key, value, context))
+    torch.testing.assert_close(function(*heads(), replace(context(), cudnn_first=True)), attend(*heads(), context()))
 
 
-def test_mask_is_same_document_and_not_later():
-    documents_BT = torch.tensor([[5, 5, 2, 2]])
+def test_a_token_sees_the_earlier_tokens_of_its_document_and_itself():
     expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    assert attention_context(4, 8, 1e4, CPU, documents_BT).visible_BTS.int().tolist() == [expected]
+    assert context(4, [[5, 5, 2, 2]]).visible_BTS.int().tolist() == [expected]
 
 
 @pytest.mark.parametrize("documents", [None, [0, 0, 0, 0, 0, 0, 1, 1, 1]], ids=["one document", "documents"])
 @pytest.mark.parametrize("window", [1, 4, 9, 20])
-def test_a_sliding_window_shows_as_many_tokens_as_it_says_itself_included(window, documents):
-    documents_BT = None if documents is None else torch.tensor([documents])
-    query, key, value = random(1, 9, 4, 8), random(1, 9, 2, 8, seed=1), random(1, 9, 2, 8, seed=2)
-    seen_BTS = torch.zeros(1, 9, 9, dtype=torch.bool)
-    for at in range(9):
+def test_with_a_sliding_window_a_token_sees_that_many_tokens_including_itself(window, documents):
+    visible_BTS = torch.zeros(1, T, T, dtype=torch.bool)
+    for at in range(T):
         for key_at in range(max(0, at - window + 1), at + 1):
-            seen_BTS[0, at, key_at] = documents is None or documents[at] == documents[key_at]
-    context = attention_context(9, 8, 1e4, CPU, documents_BT, sliding_window=window)
-    assert context.visible_BTS is not None or window >= 9  # else the fast causal kernel
-    torch.testing.assert_close(attend(query, key, value, context), formula(query, key, value, seen_BTS))
+            visible_BTS[0, at, key_at] = documents is None or documents[at] == documents[key_at]
+    windowed = context(documents=documents and [documents], sliding_window=window)
+    assert windowed.visible_BTS is not None or window >= T  # else the fast causal kernel
+    torch.testing.assert_close(attend(*heads(batch=1), windowed), formula(*heads(batch=1), visible_BTS))
 
 
 @pytest.mark.parametrize("theta", [1e4, 5e5])
@@ -84,7 +84,7 @@ def test_a_sliding_window_shows_as_many_tokens_as_it_says_itself_included(window
     ],
     ids=["linear", "llama 3.1", "short"],
 )
-def test_scaled_frequencies_are_those_of_transformers(scaling, theta):
+def test_scaled_frequencies_equal_those_of_transformers(scaling, theta):
     theirs = LlamaConfig(hidden_size=512, num_attention_heads=4, max_position_embeddings=131072)
     theirs.rope_parameters = {**scaling, "rope_type": scaling["kind"], "rope_theta": theta}
     expected_C, factor = ROPE_INIT_FUNCTIONS[scaling["kind"]](theirs, CPU)
@@ -96,23 +96,23 @@ def test_scaled_frequencies_are_those_of_transformers(scaling, theta):
 
 @pytest.mark.parametrize("window", [None, 3, 5], ids=["all", "window 3", "window 5"])
 @pytest.mark.parametrize("split", [[9], [1] * 9, [4, 5], [3, 1, 5], [8, 1]], ids=str)
-def test_attention_in_pieces_through_the_cache_equals_attention_at_once(split, window):
-    query, key, value = random(2, 9, 4, 8), random(2, 9, 2, 8, seed=1), random(2, 9, 2, 8, seed=2)
-    whole = attention_context(9, 8, 1e4, CPU, sliding_window=window)
-    expected = attend(rotate(query, whole), rotate(key, whole), value, whole)
-    cache, got = KeyValueCache(layers=1, capacity=9), []
+def test_attention_in_parts_through_the_cache_equals_attention_at_once(split, window):
+    query, key, value = heads()
+    at_once = context(sliding_window=window)
+    expected = attend(rotate(query, at_once), rotate(key, at_once), value, at_once)
+    cache, got = KeyValueCache(layers=1, capacity=T), []
     for length in split:
         part = slice(cache.length, cache.length + length)
-        context = attention_context(length, 8, 1e4, CPU, start=cache.length, sliding_window=window)
-        keys, values = cache.append(0, rotate(key[:, part], context), value[:, part])
-        got.append(attend(rotate(query[:, part], context), keys, values, context))
+        here = context(length, start=cache.length, sliding_window=window)
+        keys, values = cache.append(0, rotate(key[:, part], here), value[:, part])
+        got.append(attend(rotate(query[:, part], here), keys, values, here))
         cache.length += length
     torch.testing.assert_close(torch.cat(got, 1), expected)
 
 
-def test_full_cache_refuses_more():
+def test_a_full_cache_refuses_more_tokens():
     cache = KeyValueCache(layers=1, capacity=3)
-    with pytest.raises(ValueError, match="holds 3 tokens and 4 were given"):
+    with pytest.raises(ValueError, match=r"3 tokens .* 4\b"):
         cache.append(0, random(1, 4, 2, 8), random(1, 4, 2, 8))
 
 
@@ -126,18 +126,17 @@ def test_rotation_is_multiplication_by_a_unit_complex_number():
 
 
 def test_scores_depend_on_the_distance_alone():
-    query, key = random(1, 1, 1, 16), random(1, 1, 1, 16, seed=1)
+    query, key = random(1, 1, 1, C), random(1, 1, 1, C, seed=1)
 
-    def score(at: int, other: int) -> float:
-        context = attention_context(1, 16, 1e4, CPU, start=at), attention_context(1, 16, 1e4, CPU, start=other)
-        return (rotate(query, context[0]) * rotate(key, context[1])).sum().item()
+    def score(query_at: int, key_at: int) -> float:
+        return (rotate(query, context(1, start=query_at)) * rotate(key, context(1, start=key_at))).sum().item()
 
     assert score(7, 3) == pytest.approx(score(1007, 1003), abs=1e-3)
     assert abs(score(7, 3) - score(7, 4)) > 1e-2
 
 
-def test_places_stay_fp32_under_autocast_and_rotation_keeps_the_dtype():
+def test_angles_stay_fp32_under_autocast_and_rotation_keeps_the_dtype():
     with torch.autocast("cpu", torch.bfloat16):
-        context = attention_context(4, 8, 1e4, CPU)
-        assert context.cos_TC.dtype == context.sin_TC.dtype == torch.float32
-        assert rotate(random(1, 4, 2, 8).bfloat16(), context).dtype == torch.bfloat16
+        here = context(4)
+        assert here.cos_TC.dtype == here.sin_TC.dtype == torch.float32
+        assert rotate(random(1, 4, 2, 8).bfloat16(), here).dtype == torch.bfloat16

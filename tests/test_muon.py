@@ -155,7 +155,7 @@ def test_five_steps_equal_the_published_rule_and_a_poisoned_one_between_them_cha
 
 def test_many_small_passes_give_the_same_as_one(monkeypatch):
     monkeypatch.setattr(partition, "MAX_ELEMENTS_PER_RANK", 1000)
-    sizes = [sum(piece.length for piece in plan.pieces) for plan in Partition.of([torch.empty(shape) for shape in MATRICES])]
+    sizes = [sum(rows.length for rows in plan.rows) for plan in Partition.of([torch.empty(shape) for shape in MATRICES])]
     assert len(sizes) > 3 and max(sizes) < 1000 + max(map(math.prod, MATRICES))
     check("many passes", *five_steps())
 
@@ -214,7 +214,7 @@ def work_of_ranks(shapes: list[tuple]) -> list[tuple]:
     dist.init_process_group("gloo")
     seen = []
     for plan in Partition.of([torch.zeros(shape) for shape in shapes]):
-        sent = torch.cat([torch.zeros(0), *(torch.zeros(piece.length) for piece in plan.pieces)])
+        sent = torch.cat([torch.zeros(0), *(torch.zeros(rows.length) for rows in plan.rows)])
         for _ in plan.map(lambda batch: seen.extend([tuple(batch.shape[1:])] * len(batch)) or batch, sent):
             pass
     dist.destroy_process_group()

@@ -1,6 +1,6 @@
-"""Causal attention: which keys a position may see, how its place is encoded, which kernel computes it.
+"""Causal attention: masks, rotary position embedding, the key-value cache and the choice of a kernel.
 
-It knows queries, keys and values. It knows no weights: those are the transformer's.
+It knows queries, keys and values. It knows no weights: those belong to the transformer.
 
 Dimensions: B batch, T time (queries), S time (keys; more than T with a cache), H query heads, K key and value heads,
 C size of one head.
@@ -24,22 +24,22 @@ _CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBacke
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """Where each query stands and what it may see; the same for all layers.
+    """Positions and mask of one forward pass, shared by all layers.
 
     A plain object on purpose: engines that cast the floating-point arguments of a module (FSDP2's mixed precision) do not look
-    inside, and cosines in bf16 would blur the positions.
+    inside it, and cosines in bf16 would blur the positions.
     """
 
     cos_TC: Tensor
-    """fp32, (T, C / 2); (B, T, C / 2) where rows begin with padding."""
+    """fp32, (T, C / 2), or (B, T, C / 2) if rows start with padding."""
     sin_TC: Tensor
-    """As cos_TC."""
+    """Shape and dtype of cos_TC."""
     visible_BTS: Tensor | None = None
-    """True where a query may see a key; None: every key up to its own position (T == S), or all keys (T == 1)."""
+    """True where a query may see a key. None: every key up to the query's own position (T == S), or all keys (T == 1)."""
     cudnn_first: bool = False
-    """Prefer cuDNN's kernel. Decided outside the compiled blocks: in them, asking for the device would enter the graph."""
+    """Prefer cuDNN's kernel. Decided outside the compiled blocks: a query of the device would enter the graph."""
     valid_BT: Tensor | None = None
-    """True where a position has a label: routers count only those. None: there are no labels, and nothing is counted."""
+    """True at positions that have a label: routers count only those. None: no labels, and routers count nothing."""
 
 
 def attention_context(
@@ -55,35 +55,35 @@ def attention_context(
     valid_BT: Tensor | None = None,
     padding_B: Tensor | None = None,
 ) -> AttentionContext:
-    """AttentionContext of `length` tokens that follow `start` cached ones.
+    """The context of `length` tokens that follow `start` cached ones. Source: Su et al. 2021 (RoFormer).
 
-    Computed in fp32 for each call, so there is no table to outgrow and no buffer that an engine could cast or forget to fill.
-    documents_BT: the document of each token, int; tokens see only their own document. sliding_window: how many tokens a token
-    sees, itself included (Beltagy et al. 2020; as in Mistral 7B). padding_B: tokens at the head of each row that no other token
-    sees; the row's positions count from the token after them. Source: Su et al. 2021 (RoFormer).
+    Computed in fp32 on every call, so there is no table to outgrow and no buffer that an engine could cast or forget to fill.
+    documents_BT: document number of each token, int; tokens see only their own document. sliding_window: number of tokens that
+    a token sees, including itself (Beltagy et al. 2020; as in Mistral 7B). padding_B: number of padding tokens at the start of
+    each row; no other token sees them, and the row's positions count from the token after them.
     """
-    position_T = torch.arange(start, start + length, dtype=torch.float32, device=device)
-    place_T = position_T if padding_B is None else position_T - padding_B[:, None]
-    angle_TC = place_T[..., None] * frequencies(head_dim, rope_theta, rope_scaling, device)
+    index_T = torch.arange(start, start + length, dtype=torch.float32, device=device)
+    position_T = index_T if padding_B is None else index_T - padding_B[:, None]
+    angle_TC = position_T[..., None] * frequencies(head_dim, rope_theta, rope_scaling, device)
     visible_BTS = None
     if documents_BT is not None:
         same_document_BTS = documents_BT[:, :, None] == documents_BT[:, None, :]
-        visible_BTS = same_document_BTS & _in_sight(position_T, length, sliding_window)
+        visible_BTS = same_document_BTS & _causal_mask(index_T, length, sliding_window)
     elif padding_B is not None:
         key_S = torch.arange(start + length, device=device)
-        text_BTS = (key_S >= padding_B[:, None])[:, None] | (key_S == position_T[:, None])  # itself, or softmax would be NaN
-        visible_BTS = text_BTS & _in_sight(position_T, start + length, sliding_window)
+        text_BTS = (key_S >= padding_B[:, None])[:, None] | (key_S == index_T[:, None])  # itself, or softmax would be NaN
+        visible_BTS = text_BTS & _causal_mask(index_T, start + length, sliding_window)
     elif (start > 0 and length > 1) or (sliding_window is not None and start + length > sliding_window):
-        visible_BTS = _in_sight(position_T, start + length, sliding_window)[None]
-    # On Hopper 1.7 to 2.3 times as fast as the default flash kernel; slower than it on other generations.
+        visible_BTS = _causal_mask(index_T, start + length, sliding_window)[None]
+    # On Hopper 1.7 to 2.3 times as fast as the default flash kernel; slower than that on other generations.
     cudnn_first = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
     return AttentionContext(angle_TC.cos(), angle_TC.sin(), visible_BTS, cudnn_first, valid_BT)
 
 
 def frequencies(head_dim: int, rope_theta: float, scaling: RopeScalingConfig | None, device: torch.device) -> Tensor:
-    """Radians per position of each pair of a head, (C / 2,) fp32.
+    """Rotary frequencies in radians per position, one for each pair of a head's dimensions: (C / 2,), fp32.
 
-    Scaling: `linear`, Chen et al. 2023; `llama3`, Llama 3.1's own (Grattafiori et al. 2024, section 3.4.2, and its code).
+    Scaling: `linear`, Chen et al. 2023; `llama3`, as in Llama 3.1 (Grattafiori et al. 2024, section 3.4.2, and its code).
     """
     exponent_C = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     frequency_C = 1.0 / rope_theta**exponent_C
@@ -97,15 +97,15 @@ def frequencies(head_dim: int, rope_theta: float, scaling: RopeScalingConfig | N
     return frequency_C * (kept_C + (1 - kept_C) / scaling.factor)
 
 
-def _in_sight(position_T: Tensor, keys: int, sliding_window: int | None) -> Tensor:
-    """(T, S), True where a query may see a key by its distance."""
-    distance_TS = position_T[:, None] - torch.arange(keys, device=position_T.device)
-    in_sight_TS = distance_TS >= 0
-    return in_sight_TS if sliding_window is None else in_sight_TS & (distance_TS < sliding_window)
+def _causal_mask(index_T: Tensor, keys: int, sliding_window: int | None) -> Tensor:
+    """(T, S), True where a key is not later than the query and within its window."""
+    distance_TS = index_T[:, None] - torch.arange(keys, device=index_T.device)
+    visible_TS = distance_TS >= 0
+    return visible_TS if sliding_window is None else visible_TS & (distance_TS < sliding_window)
 
 
 def rotate(x_BTHC: Tensor, context: AttentionContext) -> Tensor:
-    """Rotary embedding in the half-split layout of Hugging Face; computed in fp32, returned in the dtype of x_BTHC."""
+    """Applies the rotary embedding in Hugging Face's half-split layout; computes in fp32, returns the dtype of x_BTHC."""
     cos_T1C, sin_T1C = context.cos_TC.unsqueeze(-2), context.sin_TC.unsqueeze(-2)
     first, second = x_BTHC.chunk(2, dim=-1)
     rotated = torch.cat((first * cos_T1C - second * sin_T1C, second * cos_T1C + first * sin_T1C), dim=-1)
@@ -113,9 +113,9 @@ def rotate(x_BTHC: Tensor, context: AttentionContext) -> Tensor:
 
 
 class KeyValueCache:
-    """Keys and values of the tokens seen so far, for every layer, in memory taken once for `capacity` tokens.
+    """Keys and values of the tokens seen so far, for every layer, in memory allocated once for `capacity` tokens.
 
-    padding_B: how many tokens at the head of each row are padding (int64); None: none are.
+    padding_B: number of padding tokens at the start of each row, int64; None: no padding.
     """
 
     def __init__(self, layers: int, capacity: int, padding_B: Tensor | None = None):
@@ -123,14 +123,13 @@ class KeyValueCache:
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * layers
 
     def append(self, layer: int, key_BTKC: Tensor, value_BTKC: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores a layer's new keys and values; returns all so far, (B, S, K, C). The model advances `length` after all layers.
-
-        Raises ValueError when they do not fit.
+        """Stores a layer's new keys and values and returns all so far, (B, S, K, C). The model advances `length` after the last
+        layer. Raises ValueError if they do not fit.
         """
         batch, new, heads, head_dim = key_BTKC.shape
         end = self.length + new
         if end > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens and {end} were given: make it with a larger capacity")
+            raise ValueError(f"the cache has room for {self.capacity} tokens and got {end}: create it with a larger capacity")
         if self._layers[layer] is None:
             shape = (batch, self.capacity, heads, head_dim)
             self._layers[layer] = key_BTKC.new_empty(shape), value_BTKC.new_empty(shape)
@@ -141,15 +140,13 @@ class KeyValueCache:
 
 
 def attend(query_BTHC: Tensor, key_BSKC: Tensor, value_BSKC: Tensor, context: AttentionContext) -> Tensor:
-    """softmax(q k / sqrt(C)) v over the keys that each query may see. Returns (B, T, H, C).
-
-    Head h reads key head h // (H / K).
-    """
+    """Computes softmax(q k / sqrt(C)) v over the keys that each query may see. Query head h uses key head h // (H / K).
+    Returns (B, T, H, C)."""
     query, key, value = (x.transpose(1, 2) for x in (query_BTHC, key_BSKC, value_BSKC))
     visible_BTS = context.visible_BTS
     grouped = key.shape[1] != query.shape[1]
     if grouped and visible_BTS is not None and query.is_cuda:
-        # The memory-efficient kernel takes a mask but no groups; without it all T x S scores would be stored.
+        # The memory-efficient kernel accepts a mask but no groups; any other kernel would store all T x S scores.
         repeats = query.shape[1] // key.shape[1]
         key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
     causal = visible_BTS is None and query.shape[2] > 1

@@ -1,7 +1,7 @@
-"""Parameters, floating-point operations and bytes of a model, from its settings alone, before any tensor exists.
+"""Numbers of parameters, floating-point operations and bytes of a model, from its settings alone, before any tensor exists.
 
-It knows the architecture of transformer.py (a test compares both) and the peaks of GPUs. It imports no torch.
-All functions take a resolved `ModelConfig` (no field null).
+It knows the architecture of transformer.py (a test compares the two) and the peak rates of GPUs. It does not import torch.
+All functions take a resolved `ModelConfig` (no field is None).
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from pretrain.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Counts of single numbers."""
+    """Numbers of scalar parameters."""
 
     total: int
-    """All parameters as built, padding rows of the vocabulary included; a tied matrix once."""
+    """All parameters as built, including padding rows of the vocabulary; a tied matrix counts once."""
     active: int
-    """All but the experts that a token is not sent to; in a dense model all."""
+    """All without the experts that a token is not sent to; in a dense model, all."""
     matmul: int
-    """Those that multiply every token: the blocks' matrices, of the experts those chosen, and the head without padding rows."""
+    """Those that multiply every token: matrices of the blocks, with the chosen experts only, and the head without padding."""
     embedding: int
-    """Input embedding as built, padding rows included; also when it is the head too."""
+    """The input embedding as built, including padding rows, even if it is also the head."""
 
 
 @dataclass(frozen=True)
 class ByteCount:
-    """Bytes in fp32 for a model that lies whole on one device, without activations."""
+    """fp32 bytes of a model that is entirely on one device, without activations."""
 
     parameters: int
     gradients: int
@@ -36,12 +36,12 @@ class ByteCount:
 
 
 def vocabulary_rows(config: ModelConfig) -> int:
-    """Rows of embedding and head: vocab_size rounded up to a multiple of vocab_multiple."""
+    """Number of rows of embedding and head: vocab_size rounded up to a multiple of vocab_multiple."""
     return -(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple
 
 
 def num_parameters(config: ModelConfig) -> ParameterCount:
-    """Parameters of the model."""
+    """Counts the parameters of the model."""
     width, head_dim = config.hidden_size, config.head_dim
     layers, moe = config.num_hidden_layers, config.moe
     attention = 2 * width * head_dim * (config.num_attention_heads + config.num_key_value_heads)
@@ -63,11 +63,11 @@ def num_parameters(config: ModelConfig) -> ParameterCount:
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = False) -> int:
-    """FLOPs of forward and backward for one token of a sequence of sequence_length tokens.
+    """FLOPs of forward and backward pass for one token of a sequence of sequence_length (T) tokens.
 
-    6 for each matmul parameter, and 12 * layers * d_attn * T for attention's two products; causal: 6 * ..., the half that a
-    causal kernel cannot avoid. With a sliding window W < T a token has W keys instead of T, and causal 12 * their mean,
-    W - W^2 / 2T. Recomputation never counts. Source: PaLM (Chowdhery et al. 2022), appendix B.
+    6 per matmul parameter, plus 12 * layers * d_attn * T for the two products of attention; causal: half of these, which a
+    causal kernel cannot avoid. With a sliding window W < T, a token has W keys instead of T; causal: on average W - W^2 / 2T.
+    Recomputation never counts. Source: PaLM (Chowdhery et al. 2022), appendix B.
     """
     keys = min(sequence_length, config.sliding_window or sequence_length)
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * keys
@@ -77,13 +77,13 @@ def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = Fa
 
 
 def bytes_estimate(config: ModelConfig) -> ByteCount:
-    """fp32 parameters and gradients, and AdamW's two fp32 moments: 16 bytes for each parameter."""
+    """Bytes of fp32 parameters, gradients and AdamW's two moments: 16 per parameter."""
     total = num_parameters(config).total
     return ByteCount(parameters=4 * total, gradients=4 * total, moments=8 * total)
 
 
-# Dense bf16 TFLOP/s with fp32 accumulation, from the vendors' data sheets (where these give the sparse figure: half of it).
-# A key matches when all its words are in the device's name; the key with the most words wins.
+# Dense bf16 TFLOP/s with fp32 accumulation, from the vendors' data sheets (half of the figure if they give the sparse one).
+# A key matches if all its words are in the device's name; the key with the most words wins.
 _PEAK_TFLOPS = {
     "B200": 2250.0,
     "GB200": 2500.0,
@@ -116,16 +116,16 @@ _PEAK_TFLOPS = {
     "MI300X": 1307.0,
     "MI325X": 1307.0,
 }
-# Words that make another device of a name: it matches only a key that has them too.
+# Words that name another device: a device name with one of them matches only keys that have it too.
 _VARIANTS = frozenset({"TI", "SUPER", "D", "LAPTOP", "MAX", "MOBILE", "MIG", "PCIE", "NVL"})
-_SAME_EITHER_WAY = frozenset({"A100", "A800", "A40", "A30", "A10", "L4", "L40", "L40S"})
+_SAME_OVER_PCIE = frozenset({"A100", "A800", "A40", "A30", "A10", "L4", "L40", "L40S"})
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Peak dense bf16 TFLOP/s of a device by the name that its driver gives; None if it is not in the table."""
+    """Peak dense bf16 TFLOP/s of a device, by the name that its driver reports; None if it is not in the table."""
     words = set(re.split(r"[^A-Z0-9]+", device_name.upper()))
     variants = words & _VARIANTS
-    if words & _SAME_EITHER_WAY:
+    if words & _SAME_OVER_PCIE:
         variants -= {"PCIE"}
     matches = [key.split() for key in _PEAK_TFLOPS if words.issuperset(key.split()) and variants <= set(key.split())]
     return _PEAK_TFLOPS[" ".join(max(matches, key=len))] if matches else None

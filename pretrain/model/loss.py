@@ -1,11 +1,11 @@
-"""Cross-entropy of hidden states against labels: a sum in nats, never a mean, and never all logits at once.
+"""Cross-entropy of hidden states against labels: a sum in nats, never a mean, and without all logits in memory at once.
 
 It knows the head's matrix and the labels. It knows nothing of ranks, accumulation or averages: the caller divides by the
-number of valid labels of the whole step.
+number of valid labels in the entire step.
 
 At training sizes the logits are the largest tensor of the step (64 x 1024 tokens x 50304 ids in fp32: 13 GB). Here they exist
-for one chunk of positions at a time, and while a chunk is at hand its share of both gradients is computed as well, so that the
-backward pass neither repeats the head's matrix product nor keeps any logits.
+for one chunk of positions at a time, and the chunk's contribution to both gradients is computed along with its loss, so that
+the backward pass neither repeats the head's matrix product nor needs any logits.
 
 Dimensions: B batch, T time, N = B * T positions, n positions of one chunk, D model, V vocabulary rows (padding included).
 """
@@ -17,18 +17,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100
-"""Label of a position that carries no loss."""
+"""Label of a position that has no loss."""
 
 
 def cross_entropy_sum(
     hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, vocab_size: int, chunk: int | None = None, step=None
 ) -> Tensor:
-    """Sum of -log p(label) over the labels that are not -100: a 0-dim fp32 tensor, in nats.
+    """Returns the sum of -log p(label) over the labels that are not -100: (), fp32, in nats.
 
-    hidden_BTD: any leading shape, the same as that of labels_BT (int64). weight_VD: the head; rows from vocab_size on are
-    padding, are given no probability and receive a zero gradient. chunk: positions held at a time, null: `chunk_positions`.
-    step: `chunk_step` or a compiled version of it. Under autocast the products run in its dtype; the softmax and every sum
-    are fp32. Gradients are made in the forward pass and freed by the first backward pass: there is no second one.
+    hidden_BTD: any leading shape that equals that of labels_BT (int64). weight_VD: the head; rows from vocab_size on are
+    padding: they get no probability and a zero gradient. chunk: positions per chunk, None: `chunk_positions`. step:
+    `chunk_step` or a compiled version of it. Under autocast the products run in its dtype; the softmax and all sums are fp32.
+    The forward pass computes the gradients and the first backward pass frees them, so there can be no second one.
     """
     hidden_ND, labels_N = hidden_BTD.flatten(0, -2), labels_BT.flatten()
     needs_gradient = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
@@ -39,24 +39,23 @@ def cross_entropy_sum(
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a matrix product of x runs here: autocast's, else that of x."""
+    """Returns the dtype in which a matrix product of x runs here: autocast's, else that of x."""
     device = x.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def chunk_positions(device: str, rows: int) -> int:
-    """Positions per chunk: about 16 MiB of fp32 logits on a CPU (its cache), 1 GiB elsewhere, and never so few that adding up
-    the weight's gradient, once per chunk, costs more than the products. Measured on a CPU at 8192 rows: 512 positions take
-    0.65 of the time of all positions at once."""
+    """Positions per chunk: about 16 MiB of fp32 logits on a CPU (its cache), 1 GiB elsewhere, and never so few that adding to
+    the weight's gradient, once per chunk, costs more than the products. Measured on a CPU with 8192 rows: chunks of 512
+    positions take 0.65 of the time of a single chunk."""
     return max(4 * 2**20 // rows, 256) if device == "cpu" else max(2**28 // rows, 1024)
 
 
 def chunk_step(hidden_nD: Tensor, weight_VD: Tensor, labels_n: Tensor, vocab_size: int, with_gradient: bool):
-    """Loss of one chunk and, if asked, its derivative by the logits.
-
-    Returns (loss, gradient_nV): a 0-dim fp32 sum; softmax minus one-hot in the dtype of hidden_nD, or None. The rows of
-    ignored labels hold something finite but meaningless: the caller leaves them out.
+    """Returns (loss, gradient_nV) of one chunk: the sum in nats, (), fp32; and its derivative with respect to the logits,
+    softmax minus one-hot, in the dtype of hidden_nD, or None without with_gradient. Rows of ignored labels hold finite but
+    meaningless values, which the caller must mask.
     """
     logits_nV = (hidden_nD @ weight_VD.T).float()
     if vocab_size < weight_VD.shape[0]:
@@ -69,14 +68,14 @@ def chunk_step(hidden_nD: Tensor, weight_VD: Tensor, labels_n: Tensor, vocab_siz
         return torch.where(valid_n, loss_n, 0).sum(), None
     largest_n = logits_nV.amax(1)
     softmax_nV = torch.softmax(logits_nV, 1)
-    # log-sum-exp from the softmax's largest entry, exp(largest - logsumexp): one pass of exp over the logits instead of two.
+    # The softmax's largest entry is exp(largest - logsumexp): so one pass of exp over the logits suffices instead of two.
     loss_n = largest_n - softmax_nV.amax(1).log() - label_logit_n
     gradient_nV = softmax_nV.scatter_add(1, target_n1, torch.full_like(target_n1, -1, dtype=softmax_nV.dtype))
     return torch.where(valid_n, loss_n, 0).sum(), gradient_nV.to(hidden_nD.dtype)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Loss and both gradients in one walk over the chunks; the backward pass only scales the gradients."""
+    """Computes loss and both gradients in one loop over the chunks; the backward pass only scales the gradients."""
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, labels_N, vocab_size, chunk, dtype, needs_gradient, step):
@@ -103,15 +102,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, scale):
         hidden_gradient_ND, weight_gradient_VD = ctx.saved_tensors
-        # In place: a second copy of the vocabulary's gradient would cost as much memory as the head. Autograd counts the
-        # change, so a second backward pass through the same graph raises instead of scaling twice.
+        # In place, because a second copy of the weight's gradient would cost as much memory as the head. Autograd notices the
+        # change, so a second backward pass through the same graph raises an error instead of scaling twice.
         hidden_gradient_ND.mul_(scale)
         weight_gradient_VD.mul_(scale)
         return hidden_gradient_ND, weight_gradient_VD.to(ctx.weight_dtype), None, None, None, None, None, None
 
 
 def _add_product(sum_VD: Tensor, left_Vn: Tensor, right_nD: Tensor) -> None:
-    """sum_VD += left_Vn @ right_nD, summed in fp32 also when the factors are not."""
+    """Adds left_Vn @ right_nD to sum_VD in fp32, even if the factors have another dtype."""
     if left_Vn.dtype == sum_VD.dtype:
         sum_VD.addmm_(left_Vn, right_nD)
     else:

@@ -1,8 +1,8 @@
-"""The decoder: tokens to hidden states to logits or loss. Parameter names and results are those of `LlamaForCausalLM`, with
-qk_norm those of `Qwen3ForCausalLM`, with experts those of `Qwen3MoeForCausalLM`, `MixtralForCausalLM` or `Dots1ForCausalLM`, so
-a state dict goes either way unchanged.
+"""The decoder: from tokens to hidden states to logits or loss. Parameter names and results match `LlamaForCausalLM`; with
+qk_norm, `Qwen3ForCausalLM`; with experts, `Qwen3MoeForCausalLM`, `MixtralForCausalLM` or `Dots1ForCausalLM`. State dicts can be
+exchanged with them unchanged.
 
-It knows one device's tensors. It knows nothing of ranks, precision (autocast is the caller's), optimizers or files.
+It knows the tensors of one device. It knows nothing of ranks, precision (the caller enters autocast), optimizers or files.
 
 Dimensions: B batch, T time, D model, H query heads, K key and value heads, C size of one head, F feed-forward, V vocabulary.
 """
@@ -25,7 +25,7 @@ from pretrain.model.moe import MixtureOfExperts, Routed
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in fp32 inside. Source: Zhang and Sennrich 2019."""
+    """x / rms(x) * weight over the last dimension, computed in fp32. Source: Zhang and Sennrich 2019."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -37,7 +37,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key and value heads; with `qk_norm`, queries and keys are normalised per head."""
+    """Causal self-attention with grouped key and value heads; with `qk_norm`, RMSNorm on each query and key head."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -74,7 +74,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: what engines compile, shard and recompute."""
+    """One layer: the unit that engines compile, shard and recompute."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -86,7 +86,7 @@ class Block(nn.Module):
     def forward(
         self, hidden_BTD: Tensor, context: AttentionContext, cache: KeyValueCache | None = None
     ) -> tuple[Tensor, Routed | None]:
-        """-> hidden_BTD, and what this block's router counted, if it has one and there are labels."""
+        """Returns hidden_BTD, and the routing figures if the block has a router and there are labels."""
         hidden_BTD = hidden_BTD + self.self_attn(self.input_layernorm(hidden_BTD), context, cache)
         normed_BTD = self.post_attention_layernorm(hidden_BTD)
         if isinstance(self.mlp, MixtureOfExperts):
@@ -117,10 +117,10 @@ class Decoder(nn.Module):
         cache: KeyValueCache | None = None,
         valid_BT: Tensor | None = None,
     ) -> tuple[Tensor, list[Routed]]:
-        """-> hidden_BTD, and what each layer's router counted over the positions where valid_BT, if it is given."""
+        """Returns hidden_BTD and, with experts and valid_BT, the routing figures of each layer over the positions it marks."""
         config = self.config
         embedded_BTD = self.embed_tokens(tokens_BT)
-        # Autocast leaves an embedding in fp32; added to bf16 branches it would keep the residual stream so: twice the traffic.
+        # Autocast leaves the embedding in fp32, which would keep the whole residual stream in fp32: twice the memory traffic.
         hidden_BTD = embedded_BTD.to(product_dtype(embedded_BTD))
         context = attention_context(
             tokens_BT.shape[1],
@@ -136,17 +136,17 @@ class Decoder(nn.Module):
         )
         routed = []
         for block in self.layers:
-            hidden_BTD, counted = block(hidden_BTD, context, cache)
-            if counted is not None:
-                routed.append(counted)
+            hidden_BTD, figures = block(hidden_BTD, context, cache)
+            if figures is not None:
+                routed.append(figures)
         if cache is not None:
             cache.length += tokens_BT.shape[1]
         return self.norm(hidden_BTD), routed
 
 
 class Head(nn.Module):
-    """The output matrix together with what is computed from it, so that an engine that gathers a module's parameters around its
-    forward (FSDP2, ZeRO-3) does so for logits and loss alike. Tied, it has none of its own: the embedding's is handed in."""
+    """The output matrix, and logits and loss from it in one module, because engines that gather parameters around a module's
+    forward pass (FSDP2, ZeRO-3) must do so for both. If tied, it has no matrix: the caller passes the embedding's."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -174,10 +174,10 @@ class LossOutput(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """A decoder language model from a resolved `ModelConfig` (no field null). Make it with `build`, or on the meta device and
-    then `load_state_dict(..., assign=True)`: the constructor leaves the weights uninitialised.
+    """A decoder language model from a resolved `ModelConfig` (no field is None). Create it with `build`, or on the meta device
+    followed by `load_state_dict(..., assign=True)`: the constructor leaves the weights uninitialised.
 
-    When the embeddings are tied there is no `lm_head.weight`, neither as a parameter nor in the state dict.
+    With tied embeddings there is no `lm_head.weight`, neither as a parameter nor in the state dict.
     """
 
     def __init__(self, config: ModelConfig):
@@ -193,14 +193,14 @@ class Transformer(nn.Module):
         documents_BT: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor | LossOutput:
-        """With labels_BT: a `LossOutput`. Without them: logits_BTV over the true vocabulary, padding cut off; with a cache,
-        (B, 1, V), those of the token after tokens_BT, which follow the tokens in the cache and are added to it.
+        """Returns a `LossOutput` if there are labels_BT, else logits_BTV over the true vocabulary, without padding rows.
 
         tokens_BT, labels_BT: int64 ids; labels are already shifted (the label of a position is the next token).
-        documents_BT: int, the document of each token; a token sees only earlier tokens of its own. None: one document.
+        documents_BT: document number of each token, int; a token sees only its own document. None: one document.
+        cache: holds the tokens before tokens_BT and adds these; the logits are then (B, 1, V), for the token after the last.
 
-        With experts, the gradient of loss_sum is that of loss_sum plus the routers' losses, each times its weight, mean over
-        layers, summed over valid tokens as loss_sum is; its value stays the cross-entropy alone.
+        With experts, the gradient of loss_sum includes the routers' losses, each times its weight, averaged over layers and
+        summed over valid tokens as loss_sum is. The value of loss_sum is the cross-entropy alone.
         """
         moe = self.config.moe
         valid_BT = None if labels_BT is None or moe is None else labels_BT != IGNORED
@@ -217,48 +217,52 @@ class Transformer(nn.Module):
         return LossOutput(out + (penalty - penalty.detach()), torch.stack(rows).detach().double())
 
     def update_routers(self, routing_LX: Tensor, applied: Tensor) -> None:
-        """After a step: what the routers draw from the routing of its global batch (that of all micro-batches and ranks, added
-        up) if the step was applied, (), bool. Models whose `needs_router_updates` is False need no call."""
+        """Updates the routers' biases and expert shares after a step. Only for models with `needs_router_updates`.
+
+        routing_LX: `LossOutput.routing_LX`, summed over all micro-batches and ranks of the step. applied: (), bool; where it is
+        False, nothing changes.
+        """
         for block, routing_X in zip(self.model.layers, routing_LX, strict=True):
             block.mlp.gate.update(routing_X[2:], applied)
 
     @property
     def needs_router_updates(self) -> bool:
-        """Whether the routers learn from what a step's global batch did beyond its gradient."""
+        """True if the routers have state that is updated from the routing of the global batch, besides their gradients."""
         moe = self.config.moe
         return moe is not None and (moe.bias_update_rate > 0 or moe.balance == "global_batch")
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fill every parameter and buffer; usable after any materialisation (`to_empty`). All values are normal with mean 0,
-        except norms. A router's bias is 0, the shares of its experts are even.
+        """Fills every parameter and buffer; works after any materialisation (`to_empty`). Values are normal with mean 0, except
+        in norms. A router's bias is 0, the shares of its experts are even.
 
         parameter                        standard deviation                  source
         norm weights                     1 (constant)                        Zhang and Sennrich 2019
         q, k, v, gate, up                1 / sqrt(fan_in)                    unit variance: LeCun et al. 1998
         o, down                          1 / sqrt(fan_in * 2 * layers)       residual sum of order one: GPT-2
-        experts, shared experts          as gate, up and down                each is a feed-forward
+        experts, shared experts          as gate, up and down                each is a feed-forward network
         router (mlp.gate)                1 / sqrt(fan_in)                    logits of unit variance, so a soft choice
         embed_tokens                     0.3                                 as large as the sum of the branches: see below
         lm_head, or tied embed_tokens    0.4 / sqrt(D)                       first loss ln V: see below
 
-        An embedding of the usual 0.02 drowns in the first block's output. Measured on Python source, 4 layers, D 128, 300 steps
-        of 2048 tokens: training loss 4.27 with 0.3 and 4.53 with 0.02 (V 4096, lr 2e-3), 1.76 and 1.89 (bytes, lr 5e-4).
+        With the usual 0.02 the embedding is negligible beside the first block's output. Measured on Python source, 4 layers,
+        D 128, 300 steps of 2048 tokens: training loss 4.27 with 0.3 and 4.53 with 0.02 (V 4096, lr 2e-3), 1.76 and 1.89 (bytes,
+        lr 5e-4).
 
         The head reads a vector of length sqrt(D), so its logits have variance D * std^2 = 0.16, and the first loss exceeds
-        ln V by half of that: under 2 % for any V >= 64. Tied, the input token's own logit is D * std^2 / rms, with rms the
+        ln V by half of that: under 2 % for any V >= 64. Tied, the input token's own logit is D * std^2 / rms, where rms is the
         size of the residual stream after the last block, which the scaled branches keep near 0.5: again less than one.
 
-        Each parameter has a generator of its own (see `initial_weight`).
+        Each parameter has its own generator (see `initial_weight`).
         """
         for name, tensor in itertools.chain(self.named_parameters(), self.named_buffers()):
             tensor.copy_(self.initial_weight(name, tuple(tensor.shape), seed))
 
     def initial_weight(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-        """The initial value of the parameter or buffer `name` of whole shape `shape`: fp32, on the CPU.
+        """Returns the initial value of the parameter or buffer `name` with full shape `shape`: fp32, on the CPU.
 
-        Its generator is keyed by seed and name: equal on every rank, device and dtype, whatever was drawn before. So a rank
-        that holds a piece of each parameter may draw one parameter at a time, keep its piece and free the rest.
+        Its generator is keyed by seed and name, so the value is the same on every rank, device and dtype, whatever was drawn
+        before. A rank that holds a shard of each parameter can draw one parameter at a time, keep its shard and free the rest.
         """
         if name.endswith("norm.weight"):
             return torch.ones(shape, device="cpu")
@@ -281,7 +285,8 @@ class Transformer(nn.Module):
 
 
 def build(config: ModelConfig, device: torch.device | str, seed: int) -> Transformer:
-    """The model on `device` with its initial weights in fp32: made on meta, given memory once. Equal on every rank."""
+    """Returns the model on `device` with its initial weights in fp32, the same on every rank. Built on the meta device first,
+    so that memory is allocated only once."""
     with torch.device("meta"):
         model = Transformer(config)
     model.to_empty(device=device)

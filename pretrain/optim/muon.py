@@ -1,19 +1,19 @@
-"""Muon for matrices and AdamW for the rest, in one optimizer. It knows parameters and their gradients, whole or cut over ranks;
-it knows no model, no schedule and no engine.
+"""Muon for matrices and AdamW for the rest, in one optimizer. It knows parameters and their gradients, full or sharded over
+ranks; it knows no model, no schedule and no engine.
 
-Muon moves a matrix by the nearest semi-orthogonal matrix to its momentum, so every direction of the gradient counts alike
+Muon moves a matrix by the semi-orthogonal matrix nearest to its momentum, so every direction of the gradient counts equally
 (Jordan et al. 2024, kellerjordan.github.io/posts/muon). With the momentum m, the gradient g and mu = `momentum`:
 
-    m <- mu m + (1 - mu) g                             an average: only its direction counts
-    o <- newton_schulz(mu m + (1 - mu) g)              Nesterov's look ahead
+    m <- mu m + (1 - mu) g                             an average: only its direction matters
+    o <- newton_schulz(mu m + (1 - mu) g)              Nesterov's look-ahead
     w <- w - lr * weight_decay * w - lr * 0.2 * sqrt(max(rows, columns)) * o
 
 A semi-orthogonal matrix has a root mean square of 1 / sqrt(max(rows, columns)), so the factor makes it 0.2 for every shape.
-AdamW's updates are of that size, so both rules share one learning rate and one weight decay (Liu et al. 2025, arXiv
+AdamW's updates have that size too, so both rules share one learning rate and one weight decay (Liu et al. 2025, arXiv
 2502.16982).
 
-Newton-Schulz needs whole matrices, and for each as many FLOPs as a forward pass over 10 to 15 tokens per row of its shorter
-side. So ranks share the work (`Partition`), whether they hold the same parameters or parts of them, with the same result.
+Newton-Schulz needs full matrices, and each costs as many FLOPs as a forward pass over 10 to 15 tokens per row of its shorter
+side. So ranks share the work (`Partition`), whether they hold the same parameters or shards of them, with the same result.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from pretrain.optim.partition import Partition, Piece
+from pretrain.optim.partition import LocalRows, Partition
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups with a key `momentum` follow Muon, groups with `betas` and `eps` AdamW; all have `params` and `weight_decay`.
+    """Groups with a key `momentum` follow Muon, groups with `betas` and `eps` follow AdamW; all have `params`, `weight_decay`.
 
     Muon's parameters are matrices (rows, columns) or stacks of them (number, rows, columns): plain tensors that are equal on
     all ranks of the default process group, if there is one, or DTensors that are sharded on dimension 0, replicated, or both.
-    State, there from the beginning: `momentum_buffer` and `step` of a Muon parameter, `exp_avg`, `exp_avg_sq` and `step` of an
-    AdamW parameter; all but `step`, which is 0-dim, are spread as the parameter is.
+    The constructor creates the state: `momentum_buffer` and `step` for Muon parameters; `exp_avg`, `exp_avg_sq` and `step` for
+    AdamW parameters. `step` is 0-dim; the others have the parameter's shape and placement.
 
-    As with fused AdamW, where a 0-dim tensor `found_inf` on the device is 1, a step leaves weights and state untouched, without
-    asking the host. All ranks must call `step` together, with the same gradients where they hold the same parameters.
+    As with fused AdamW, a step leaves weights and state untouched if `found_inf`, a 0-dim tensor on the device, is 1; the host
+    does not wait for it. All ranks must call `step` together, with the same gradients where they hold the same parameters.
 
     Raises ValueError for a Muon parameter of another shape or placement.
     """
 
     def __init__(self, groups: list[dict], lr: float):
-        # load_state_dict brings `step` to the parameter's device only where a group says that it is fused.
+        # load_state_dict moves `step` to the parameter's device only in groups with fused=True.
         super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "fused": True})
         self._partitions: list[list[Partition]] = []
         for group in self.param_groups:
@@ -55,7 +55,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Updates every parameter from its gradient. Raises ValueError when one has none: ranks would not do the same work."""
+        """Updates every parameter from its gradient. Raises ValueError if one has none: ranks would not do the same work."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         if missing := [tuple(parameter.shape) for parameter in parameters if parameter.grad is None]:
             raise ValueError(f"{len(missing)} parameters have no gradient, the first of shape {missing[0]}; all must have one")
@@ -77,16 +77,16 @@ class Muon(torch.optim.Optimizer):
             average.lerp_(gradient.masked_fill(skip, 0), (1 - momentum) * applied)
         torch._foreach_add_(self._states(group, "step"), applied)
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"] * applied)
-        # Newton-Schulz bears the rounding of bf16 (Jordan et al. 2024), which halves what is sent; CPUs are slow in it.
+        # Newton-Schulz tolerates the rounding of bf16 (Jordan et al. 2024), which halves the messages; CPUs are slow in bf16.
         dtype = torch.float32 if found_inf.device.type == "cpu" else torch.bfloat16
         for partition in partitions:
-            ahead = (_cut(gradients, piece).lerp(_cut(averages, piece), momentum) for piece in partition.pieces)
-            sent = torch.cat([found_inf.new_empty(0), *ahead]).masked_fill_(skip, 0).to(dtype)
-            for piece, update in partition.map(newton_schulz, sent):
-                _cut(weights, piece).add_(update, alpha=-lr * 0.2 * math.sqrt(max(piece.shape)))
+            ahead = (_view(gradients, rows).lerp(_view(averages, rows), momentum) for rows in partition.rows)
+            values = torch.cat([found_inf.new_empty(0), *ahead]).masked_fill_(skip, 0).to(dtype)
+            for rows, update in partition.map(newton_schulz, values):
+                _view(weights, rows).add_(update, alpha=-lr * 0.2 * math.sqrt(max(rows.shape)))
 
     def _adamw(self, group: dict, found_inf: Tensor) -> None:
-        """Loshchilov and Hutter 2019, by torch's fused kernel; on shards, since it is elementwise."""
+        """AdamW (Loshchilov and Hutter 2019) with torch's fused kernel. It is elementwise, so it works on local shards."""
         weights, gradients = _local(group["params"]), _local([parameter.grad for parameter in group["params"]])
         first, second, steps = (self._states(group, name) for name in ("exp_avg", "exp_avg_sq", "step"))
         beta1, beta2 = group["betas"]
@@ -100,11 +100,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def newton_schulz(matrices: Tensor) -> Tensor:
-    """U S' V' for every matrix U S V' of a batch (number, rows, columns), with all singular values S' near 1; dtype kept.
+    """Replaces the singular values of every matrix of a batch (number, rows, columns) by values near 1, in the same dtype.
 
-    Five steps of x <- a x + (b x x' + c (x x')^2) x on the matrix divided by its Frobenius norm. The coefficients of Jordan et
-    al. 2024 do not converge; they are chosen for their slope at 0, so that five steps bring every singular value above 0.2 % of
-    the norm into [0.68, 1.21]. Smaller ones end below. A zero matrix stays zero.
+    Five steps of x <- a x + (b x x' + c (x x')^2) x on the matrix divided by its Frobenius norm. With the coefficients of
+    Jordan et al. 2024 the iteration does not converge; they were chosen for a steep slope at 0, so that five steps move every
+    singular value above 0.2 % of the norm into [0.68, 1.21]. Smaller ones end below. A zero matrix stays zero.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices  # the Gram matrix is then the smaller one
@@ -115,11 +115,11 @@ def newton_schulz(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def _cut(tensors: list[Tensor], piece: Piece) -> Tensor:
-    """A piece's values, flat, to read or to write."""
-    return tensors[piece.parameter].view(-1)[piece.start : piece.start + piece.length]
+def _view(tensors: list[Tensor], rows: LocalRows) -> Tensor:
+    """Returns a flat view of the elements that `rows` describes."""
+    return tensors[rows.parameter].view(-1)[rows.start : rows.start + rows.length]
 
 
 def _local(tensors: list[Tensor]) -> list[Tensor]:
-    """What this rank holds of each."""
+    """Returns this rank's part of each tensor."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]

@@ -1,4 +1,4 @@
-"""Which parameters are updated by what rule. It knows a module's parameters; it knows no schedule: the caller writes `lr` into
+"""Assigns each parameter an update rule. It knows a module's parameters; it knows no schedule: the caller writes `lr` into
 `param_groups` before each step."""
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from pretrain.config import OptimizerConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), or Muon for the matrices of the blocks and AdamW for the rest: `config.name`.
+    """Builds AdamW (Loshchilov and Hutter 2019), or Muon for the matrices of the blocks and AdamW for the rest (`config.name`).
 
-    Matrices are decayed; embeddings and vectors are not. A norm's weight pulled to zero would only shrink its layer. Rows of an
-    embedding get gradients as rarely as their tokens occur but would be decayed at every step, and a small row meets a large
-    gradient in the first norm (OLMo 2, Walsh et al. 2024, section 3.3); so they are not decayed either, also when the embedding
-    is the head too.
+    Weight decay applies to matrices, but not to vectors and embeddings. Decaying a norm's weight would only shrink its layer.
+    Rows of an embedding get gradients as rarely as their tokens occur but would decay at every step, and a small row gets a
+    large gradient through the first norm (OLMo 2, Walsh et al. 2024, section 3.3); so they do not decay either, even if the
+    embedding is also the head.
 
-    The blocks are what lies under `model.layers`. Embeddings and head are look-up tables of token ids, whose rows Muon must not
-    make alike (Jordan et al. 2024), so they stay with AdamW.
+    The blocks are the parameters under `model.layers`. Embeddings and head are look-up tables of token ids; Muon would make
+    their rows alike (Jordan et al. 2024), so they stay with AdamW.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     hidden, decayed, plain = [], [], []
@@ -32,7 +32,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     rule = {"betas": tuple(config.betas), "eps": config.eps}
     groups = [{"params": decayed, "weight_decay": config.weight_decay, **rule}, {"params": plain, "weight_decay": 0.0, **rule}]
     if config.name == "muon":
-        from pretrain.optim.muon import Muon  # brings torch.distributed.tensor, a second that AdamW need not wait for
+        from pretrain.optim.muon import Muon  # imports torch.distributed.tensor: a second that AdamW can save
 
         groups.insert(0, {"params": hidden, "weight_decay": config.weight_decay, "momentum": config.momentum})
         return Muon([group for group in groups if group["params"]], lr=config.lr)

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to step, nothing to get out of step."""
+"""The learning rate as a pure function of the step: there is no scheduler state to save or to get out of step."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pretrain.config import ScheduleConfig
 
 
 def lr_at(step: int, config: ScheduleConfig, peak_lr: float, total_steps: int) -> float:
-    """Learning rate of update number `step`; the first update is step 1, the last is step total_steps.
+    """Returns the learning rate of update `step`; the first update is step 1, the last is step total_steps.
 
-    Warm-up rises linearly from 0 and reaches peak_lr exactly at step warmup_steps. The decay ends at exactly
-    final_lr_fraction * peak_lr: wsd stays at the peak and decays linearly over the last decay_steps (null: 40 % of all steps,
-    or what warm-up leaves of them); cosine and linear decay right after warm-up, over decay_steps (null: all that are left),
-    and stay at the end value. constant does not decay. Sources: Loshchilov and Hutter 2017 (cosine); Hu et al. 2024 (wsd).
+    Warm-up rises linearly from 0 and reaches peak_lr exactly at step warmup_steps. The decay ends exactly at
+    final_lr_fraction * peak_lr: wsd stays at the peak and decays linearly over the last decay_steps (None: 40 % of all steps,
+    or those that follow warm-up if fewer); cosine and linear decay right after warm-up over decay_steps (None: all the rest),
+    then stay at the final value. constant does not decay. Sources: Loshchilov and Hutter 2017 (cosine); Hu et al. 2024 (wsd).
 
     Raises ValueError if warm-up and decay together are longer than total_steps.
     """

@@ -12,7 +12,7 @@ import torch
 from pretrain.config import accumulation
 from pretrain.engines.compile import compile_report
 from pretrain.engines.update_check import UpdateCheck
-from pretrain.generate import generate_batch, stream_text
+from pretrain.generate import GenerationError, generate_batch, stream_text
 from pretrain.model import flops
 from pretrain.optim.schedule import lr_at
 from pretrain.report import verdict
@@ -133,7 +133,7 @@ def _continue_prompts(run: Run) -> list[dict[str, str]]:
     try:
         with run.engine.autocast():
             steps = list(generate_batch(model, prompts, config.sample_tokens, temperature=0))
-    except ValueError as error:  # the logits are not finite
+    except GenerationError as error:
         return [{"prompt": "", "text": f"nothing: {error}"}]
     finally:
         model.train()
