@@ -233,7 +233,7 @@ def test_pruning_never_leaves_fewer_whole_ones_than_it_should_keep(tmp_path):
             spoil(folder / f"step_{step:08d}" / randomly.choice(FILES), randomly.choice(DAMAGES))
         keep_last, keep_best = randomly.randrange(1, 4), randomly.randrange(3)
         storage.prune(folder, keep_last, keep_best, trusted=set())
-        whole = {found.step for found in checkpoints(folder) if storage._is_whole(found)}
+        whole = {found.step for found in checkpoints(folder) if storage._is_intact(found)}
         good = [step for step in sorted(losses, reverse=True) if step not in bad]
         best = sorted((step for step in good if losses[step]), key=lambda step: losses[step])
         assert whole == {*good[:keep_last], *best[:keep_best]}, (bad, keep_last, keep_best)

@@ -1,14 +1,14 @@
-"""What a checkpoint folder holds, and whether it is whole and safe to read. Knows files, not tensors; imports no torch.
+"""The files of a checkpoint, and checks that they are intact and safe to read. Imports no torch.
 
     checkpoints/step_00001000/
-      manifest.json                    size and xxh3-128 of every other file; without it the folder is no checkpoint
-      state.json                       step, position, tokens, settings, data fingerprint: what the loop needs to go on
-      tensors-00000-of-00002-000.safetensors   one rank's pieces of weights and moments, fp32, at most 1 GiB a file
+      manifest.json                    size and xxh3-128 of every other file; without it the folder is not a checkpoint
+      state.json                       step, position, tokens, settings, data fingerprint: what the loop needs to resume
+      tensors-00000-of-00002-000.safetensors   one rank's shards of weights and moments, fp32, at most 1 GiB per file
 
-Two kinds of trouble are kept apart. *Damage* (a missing, short or changed file) is what disks and copies do: the folder is put
-aside and an older checkpoint is used. What no disk does by itself (links, files that nobody listed, pickles, names that lead
-out of the folder, headers that lie although their digest is right, permissions that let others write) is *unsafe*: refused.
-There is no hint such as a `latest` file that could lie: the newest folder that verifies is the newest checkpoint.
+Two kinds of problems are distinguished. *Damage* (a missing, short or changed file) is what disks and copying cause: the folder
+is put aside and an older checkpoint is used. What disks never cause (links, unlisted files, pickles, names that lead out of the
+folder, wrong headers under a correct digest, permissions that let others write) is *unsafe* and refused. No file such as
+`latest` names the newest checkpoint, since it could be wrong: the newest folder that passes the checks is the newest one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class CheckpointError(UserError):
 
 
 class UnsafeCheckpoint(CheckpointError):
-    """A checkpoint that somebody may have tampered with."""
+    """A checkpoint that someone may have tampered with."""
 
     status = 77
 
@@ -57,21 +57,21 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """The step after which it was saved. Raises CheckpointError when the folder has another name."""
+        """The step after which it was saved. Raises CheckpointError if the name of the folder does not tell."""
         if match := _FOLDER.fullmatch(self.path.name):
             return int(match[1])
         raise CheckpointError(f"{self.path}: is not the folder of a checkpoint, such as .../checkpoints/step_00001000")
 
     def state(self) -> dict:
-        """What the loop stored. Raises CheckpointError."""
+        """The content of state.json. Raises CheckpointError."""
         try:
             return _read_json(self.path / "state.json")
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path}: state.json cannot be read ({error})") from None
 
     def manifest(self) -> dict:
-        """{"format_version", "world_size", "files": {name: {"bytes", "xxh3"}}}. Raises OSError or ValueError when damaged,
-        CheckpointError when another version of the program must read it, UnsafeCheckpoint when it names what it should not."""
+        """{"format_version", "world_size", "files": {name: {"bytes", "xxh3"}}}. Raises OSError or ValueError if it is damaged,
+        CheckpointError if it has another format version, UnsafeCheckpoint if it lists a file that no checkpoint has."""
         manifest = _read_json(self.path / "manifest.json")
         if manifest.pop("xxh3", None) != digest_json(manifest):
             raise ValueError("it has changed since it was written")
@@ -82,13 +82,13 @@ class Checkpoint:
             raise UnsafeCheckpoint(f"{self.path}: manifest.json is not one that this program writes")
         for name in files:
             if not _FILE.fullmatch(name):
-                raise UnsafeCheckpoint(f"{self.path}: manifest.json names {name!r}, which is no file of a checkpoint")
+                raise UnsafeCheckpoint(f"{self.path}: manifest.json lists {name!r}, which is not a file of a checkpoint")
         return manifest
 
     def damage(self, part: int = 0, parts: int = 1) -> str | None:
-        """What is wrong with the files of this `part` out of `parts` (so that ranks can share the reading), or None.
+        """Describes the first damage found in the files of this `part` out of `parts` (ranks share the reading); None: intact.
 
-        Raises UnsafeCheckpoint, CheckpointError (format)."""
+        Raises UnsafeCheckpoint, and CheckpointError for another format version."""
         try:
             _require_own_file(self.path / "manifest.json")
             expected_files = self.manifest()["files"]
@@ -115,12 +115,12 @@ class Checkpoint:
         for entry in sorted(os.listdir(self.path)):
             if entry not in names:
                 raise UnsafeCheckpoint(
-                    f"{self.path}: holds {entry}, which its manifest does not name; see where it comes from, then remove it"
+                    f"{self.path}: contains {entry}, which is not in its manifest; find out where it comes from, then remove it"
                 )
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:
-    """All checkpoints in `folder`, newest first, not verified. Unfinished ones have other names; links and files are none."""
+    """All checkpoints in `folder`, newest first, unchecked. Excludes unfinished ones, which have other names, and links."""
     if not folder.is_dir():
         return []
     found = [
@@ -132,7 +132,7 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def digest_json(content: dict) -> str:
-    """xxh3-128 of a JSON object, whatever the order of its keys."""
+    """xxh3-128 of a JSON object, independent of the order of its keys."""
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
@@ -166,32 +166,34 @@ def _shards_of(path: Path) -> list[StoredShard]:
 
 
 def _require_own_file(path: Path) -> int:
-    """-> its size. Raises UnsafeCheckpoint unless it is a plain file that only its owner, who is ours, can have made."""
+    """Returns the size. Raises UnsafeCheckpoint unless it is a regular file, owned by us or root, not writable by others."""
     info = path.lstat()
     if not stat.S_ISREG(info.st_mode):
-        kind = "a link" if stat.S_ISLNK(info.st_mode) else "no plain file"
-        raise UnsafeCheckpoint(f"{path}: is {kind}; a checkpoint holds plain files only")
+        kind = "a link" if stat.S_ISLNK(info.st_mode) else "not a regular file"
+        raise UnsafeCheckpoint(f"{path}: is {kind}; a checkpoint has only regular files")
     _require_private(path, info)
     with open(path, "rb") as file:
-        begin = file.read(2)
-    if begin in _FOREIGN:
-        raise UnsafeCheckpoint(f"{path}: is {_FOREIGN[begin]}, which this program never writes and never opens")
+        magic = file.read(2)
+    if magic in _FOREIGN:
+        raise UnsafeCheckpoint(f"{path}: is {_FOREIGN[magic]}, which this program never writes and never opens")
     return info.st_size
 
 
 def _require_private(path: Path, info: os.stat_result) -> None:
-    """Some mounts (SMB, object stores, Windows disks) show one owner and 0777 for all, or rename root: what a new file of this
-    process shows there, too, is no sign of others."""
+    """Raises UnsafeCheckpoint if others own the path or may write to it.
+
+    Some mounts (SMB, object stores, Windows disks) show one owner and 0777 for every file, or map root to another user. What a
+    new file of this process shows there as well is not held against the path."""
     for_all, foreign = bool(info.st_mode & stat.S_IWOTH), info.st_uid not in (os.geteuid(), 0)
     new = _new_file(path.parent) if for_all or foreign else None
     if for_all and not (new and new.st_mode & stat.S_IWOTH):
-        raise UnsafeCheckpoint(f"{path}: everybody may write to it (chmod o-w, once you know that nobody did)")
+        raise UnsafeCheckpoint(f"{path}: everyone may write to it (run chmod o-w once you are sure that nobody did)")
     if foreign and not (new and new.st_uid == info.st_uid):
         raise UnsafeCheckpoint(f"{path}: belongs to user {info.st_uid}, not to you; copy the checkpoint if you trust its owner")
 
 
 def _new_file(folder: Path) -> os.stat_result | None:
-    """What a file shows that this process makes here for itself alone. None: it may not write."""
+    """Status of a new private file of this process in `folder`; None: it cannot write there."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             return os.fstat(file.fileno())
@@ -200,7 +202,7 @@ def _new_file(folder: Path) -> os.stat_result | None:
 
 
 def _read_json(path: Path) -> dict:
-    """A JSON object of bounded size. Raises OSError, or ValueError when it is none."""
+    """Reads a JSON object of bounded size. Raises OSError, and ValueError if it is not one."""
     with open(path, "rb") as file:
         text = file.read(MAX_JSON_BYTES + 1)
     if len(text) > MAX_JSON_BYTES:

@@ -1,15 +1,16 @@
-"""The saves of a run: in the background, one at a time, agreed on by all ranks; and what is kept.
+"""The saves of a run: in the background, one at a time, agreed on by all ranks. Also removes old checkpoints.
 
-    step 1000   snapshot: each rank copies its share of the state to the host     the run stands still for this copy alone
+    step 1000   snapshot: each rank copies its share of the state to the host     the run waits for this copy only
     step 1001   a thread on each rank writes, digests and syncs its files
-    step 1002   every rank votes in the collective of the step: written, failed, or nothing yet
-    step 1003   all have voted: rank 0 commits, says so, and then removes older checkpoints
+    step 1002   every rank votes in the collective of the step: written, failed, or not yet
+    step 1003   all have voted: rank 0 commits, reports that, and then removes older checkpoints
 
-Host memory for the snapshot is the rank's share of the state (12 bytes per parameter with AdamW, divided by the ranks), once,
-kept for the life of the run, and pinned where there is a GPU. The last save of a job, and all with `asynchronous: false`, take
-no snapshot: the run waits while the thread writes from live memory. The files are the same to the byte.
+The snapshot takes one copy of the rank's share of the state on the host (12 bytes per parameter with AdamW, divided by the
+ranks), kept until the run ends, and pinned if there is a GPU. The last save of a job, and every save with `asynchronous:
+false`, take no snapshot: the run waits while the thread writes from live memory. The files are the same to the byte.
 
-A failed save leaves what was there, is said, and does not stop the run; three in a row, or a failed last one, do (OSError).
+A failed save leaves earlier checkpoints alone, is reported, and does not stop the run; three in a row, or a failed last one,
+do (OSError).
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ _POLL_SECONDS, _ABANDON_SECONDS = 0.5, 10.0
 
 
 class Saver:
-    """On every rank of a run. A context manager: leaving it waits for the save that is under way, unless an exception does.
+    """Saves checkpoints; on every rank of a run. A context manager: leaving it waits for the current save, except after an
+    exception.
 
     saved: the newest checkpoint that rank 0 committed since the start; None: none yet.
     """
@@ -51,26 +53,26 @@ class Saver:
         info: Callable[[str], None] = print,
         trusted: Iterable[int] = (),
     ):
-        """On rank 0, `acknowledge` is called once a checkpoint is durable, `info` with lines that people should read.
-        trusted: steps whose checkpoints were verified at the start."""
+        """On rank 0, `acknowledge` is called when a checkpoint is durable, `info` with lines for the user.
+        trusted: steps of checkpoints that were checked at the start."""
         self.folder, self.engine, self.config = folder, engine, config
         self.acknowledge, self.info = acknowledge, info
         self.saved: Checkpoint | None = None
         self.trusted = set(trusted)
         self.failures = 0
-        """Saves that failed, in a row; what rank 0 counts decides."""
+        """Number of failed saves in a row; only rank 0 counts."""
         self._began = time.monotonic()
         self._snapshot = _Snapshot(engine.device)
-        self._save: _Save | None = None  # under way
+        self._save: _Save | None = None  # in progress
         self._pruning: threading.Thread | None = None
         self._not_removed: OSError | None = None
 
     # ---------------------------------------------------------------- calls of the loop
 
     def save(self, step: int, state: dict, last: bool) -> None:
-        """Starts to save the state of `step`, after the save before it (a collective). last: wait until it is durable.
+        """Waits for the previous save and starts to save the state of `step` (a collective). last: wait until it is durable.
 
-        Raises on every rank: OSError when the last one failed, or too many did in a row; NotFinite.
+        Raises on every rank: OSError if the last save failed, or too many in a row; NotFinite.
         """
         self.wait()
         self._wait_for_pruning()
@@ -89,22 +91,22 @@ class Saver:
         if not background:
             self.wait()
         if last and self.engine.broadcast(self.failures):
-            raise OSError(f"{self.folder}: the checkpoint of step {step} could not be saved; what was saved before is whole")
+            raise OSError(f"{self.folder}: the checkpoint of step {step} could not be saved; earlier checkpoints are intact")
 
     @property
     def seconds_since_save(self) -> float:
-        """Since the last save began, or the run."""
+        """Seconds since the last save began; since the start if there was none."""
         return time.monotonic() - self._began
 
     def votes(self) -> list[int]:
-        """This rank's part of the next collective: one number for each of VOTES; their sums over ranks go to `settle`."""
+        """This rank's vote for the next collective, one number for each of VOTES; pass their sums over ranks to `settle`."""
         vote = self._save.outcome(self.engine.config.timeout_seconds) if self._save else None
         if self.failures >= MOST_FAILURES:
             vote = GIVE_UP
         return [int(vote == each) for each in VOTES]
 
     def settle(self, sums: list[int]) -> None:
-        """Ends the save under way once all ranks have voted: the same on every rank. Raises as `save` does."""
+        """Completes the current save, the same way on every rank, once all ranks have voted. Raises as `save` does."""
         if sums[GIVE_UP]:
             raise OSError(f"{self.folder}: no checkpoint can be saved: {MOST_FAILURES} saves in a row failed, or one got stuck")
         if self._save is None or sum(sums) < self.engine.world_size:
@@ -126,8 +128,8 @@ class Saver:
             self._acknowledge(save.step)
 
     def wait(self) -> None:
-        """Returns when no save is under way (a collective). Ranks that are done do not wait inside the collective, so the
-        deadline of collectives is not that of disks: a disk may take its time as long as it moves."""
+        """Waits until no save is in progress (a collective). Ranks that are done do not wait inside the collective, so its
+        time-out does not limit disks: a disk may be slow as long as it makes progress."""
         while self._save:
             self._save.wait(_POLL_SECONDS)
             self.settle(self.engine.all_reduce(torch.tensor(self.votes(), device=self.engine.device)).tolist())
@@ -139,7 +141,7 @@ class Saver:
         if kind is None:
             self.wait()
             self._wait_for_pruning()
-        elif self._save:  # no collective now: some rank may be gone; the unfinished folder is cleaned at the next start
+        elif self._save:  # no collective: a rank may have exited; the next start removes the unfinished folder
             self._save.abandon()
 
     # ---------------------------------------------------------------- after the votes
@@ -163,14 +165,14 @@ class Saver:
     def _wait_for_pruning(self) -> None:
         if self._pruning:
             self._pruning.join()
-        if self._not_removed:  # said here, not in the thread
+        if self._not_removed:  # reported here, not in the thread
             self.info(f"old checkpoints could not be removed: {self._not_removed}")
         self._pruning = self._not_removed = None
 
     def _failed(self, step: int, error: BaseException | None) -> None:
         if self.engine.rank == 0:
             self.failures += 1
-            reason = error or "another rank could not write, and says why"
+            reason = error or "another rank could not write; see its message"
             self.info(f"checkpoint of step {step} failed ({self.failures} in a row; {MOST_FAILURES} stop the run): {reason}")
         elif error:
             print(f"pretrain: rank {self.engine.rank}: checkpoint of step {step}: {error}", file=sys.stderr, flush=True)
@@ -181,7 +183,7 @@ class Saver:
 
 
 class _Save:
-    """One save on this rank, from its first byte to its outcome."""
+    """One save on this rank, from its first byte to its vote."""
 
     def __init__(self, temporary: Path, step: int, state: bytes, engine: Engine):
         self.temporary, self.step, self.state = temporary, step, state
@@ -192,32 +194,32 @@ class _Save:
         self._abandoned = False
 
     def start(self, files: list[list[Shard]]) -> None:
-        """Writes in a thread; what goes wrong is kept for `outcome`."""
+        """Writes in a thread; `outcome` reports its errors."""
         threading.Thread(target=self._write, args=(files,), name="checkpoint", daemon=True).start()
 
     def abandon(self) -> None:
-        """Ends the thread at its next block: if the process ends while it is inside PyTorch, that aborts (seen: status 134)."""
+        """Ends the thread at its next block. Exiting while a thread is inside PyTorch aborts the process (seen: status 134)."""
         self._abandoned = True
         self.wait(_ABANDON_SECONDS)
 
     def _write(self, files: list[list[Shard]]) -> None:
         try:
-            storage.write_part(self.temporary, *self._place, files, self._beat)
+            storage.write_part(self.temporary, *self._place, files, self._on_progress)
         except Exception as error:
             self.failure = error
         self._done.set()
 
-    def _beat(self) -> None:
+    def _on_progress(self) -> None:
         self._moved = time.monotonic()
         if self._abandoned:
-            raise InterruptedError("the process ends")
+            raise InterruptedError("the process is exiting")
 
     def wait(self, seconds: float) -> None:
-        """Returns when this rank is done, or after a while."""
+        """Returns when this rank is done, or after `seconds`."""
         self._done.wait(seconds)
 
     def outcome(self, patience_seconds: float) -> int | None:
-        """This rank's vote. None: not yet. Raises what is no fault of the storage."""
+        """This rank's vote; None: not yet. Re-raises an error that is neither the storage's nor the state's."""
         if not self._done.is_set():
             return GIVE_UP if time.monotonic() - self._moved > patience_seconds else None
         if self.failure is None:
@@ -230,14 +232,14 @@ class _Save:
 
 
 class _Snapshot:
-    """Host memory for one copy of this rank's share, a buffer for each file of it."""
+    """Host memory for one copy of this rank's share of the state, one buffer per file."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.buffers: list[Tensor] = []
 
     def take(self, files: list[list[Shard]]) -> list[list[Shard]]:
-        """The same pieces, copied; they stay as they are until the next call."""
+        """Copies the shards; the copies are valid until the next call."""
         copied = []
         for number, file in enumerate(files):
             buffer = self._buffer(number, sum(shard.values.numel() for shard in file))

@@ -1,15 +1,15 @@
-"""Checkpoints: one format for every engine and every number of ranks. `manifest.py` says what a folder holds.
+"""Writing, reading and removing checkpoints: one format for every engine and number of ranks. `manifest.py` describes a folder.
 
-Every tensor is flattened, and each rank writes the contiguous pieces that it owns; the offset of a piece stands in the header
-of its file. A reader takes from the pieces whatever range it holds itself, so any engine on any number of ranks reads what
-another wrote, and no rank ever needs the whole model. Nothing is unpickled.
+Every tensor is flattened, and each rank writes the contiguous shards that it owns; the header of a file has their offsets. A
+reader takes the ranges that it needs from these shards, so any engine on any number of ranks reads what any other wrote, and no
+rank ever needs the full model. Nothing is unpickled.
 
-A save has three parts: `begin` makes a folder `.tmp-...`, `write_part` fills it on every rank, and once all ranks agreed that
-they wrote, `commit` gives it a manifest and renames it: a checkpoint appears whole or not at all. Every file is synced before
-the manifest, the folder before its rename, the folder around it after. `saver.py` puts the middle part into the background.
+A save has three parts: `begin` makes a folder `.tmp-...`, `write_part` fills it on every rank, and after all ranks agreed that
+they wrote, `commit` adds a manifest and renames the folder: a checkpoint is complete or absent. Every file is synced before the
+manifest, the folder before its rename, the parent folder after it. `saver.py` runs the middle part in the background.
 
-Writing and reading go straight between live memory and the files: on a CPU without any copy, on a GPU through one piece on the
-host, which is never larger than a file.
+Data moves directly between live memory and files: on a CPU without a copy, on a GPU through a buffer on the host that is never
+larger than a file.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from pretrain.files import sync_folder, unused_name
 
 MAX_FILE_BYTES = 1 << 30
 _OURS = re.compile(r"\.(tmp|del|old)-(step_[0-9]{8,})")
-"""Folders of unfinished work: a save, a removal, a checkpoint that is being replaced by one of the same step."""
+"""Folders of unfinished work: a save, a removal, a checkpoint that another of the same step replaces."""
 
 
 class NotFinite(UserError):
-    """The training state holds NaN or infinity; it is not saved."""
+    """The training state contains NaN or infinity; it is not saved."""
 
     status = 70
 
@@ -58,7 +58,7 @@ class NotFinite(UserError):
 def save(folder: Path, step: int, engine: Engine, state: dict) -> Checkpoint:
     """Writes `folder`/step_<step> from all ranks (a collective) and returns it once it is durable.
 
-    Raises OSError on every rank when any rank could not write; what was there before stays.
+    Raises OSError on every rank if any rank could not write; earlier checkpoints stay.
     """
     text = state_text(state, step, engine)
     temporary = begin(folder, step, engine)
@@ -73,12 +73,12 @@ def save(folder: Path, step: int, engine: Engine, state: dict) -> Checkpoint:
 
 
 def state_text(state: dict, step: int, engine: Engine) -> bytes:
-    """The content of state.json, fixed now, whatever the loop does with `state` later."""
+    """The content of state.json, as bytes, since the loop may change `state` before they are written."""
     return json.dumps({**state, "step": step, "optimizer_updates": engine.updates}, indent=1).encode()
 
 
 def agree(engine: Engine, work: Callable[[], object]) -> None:
-    """All ranks do their part and wait for each other; if one fails, all raise OSError: all commit or none."""
+    """Does `work` on every rank (a collective). If it raises OSError on any, all ranks raise OSError: all commit or none."""
     failure = None
     try:
         work()
@@ -89,8 +89,8 @@ def agree(engine: Engine, work: Callable[[], object]) -> None:
 
 
 def begin(folder: Path, step: int, engine: Engine) -> Path:
-    """An empty folder for the parts of all ranks (a collective). Raises OSError on every rank when it cannot be made, or when
-    the disk has no room for all parts."""
+    """Makes an empty folder for the files of all ranks (a collective). Raises OSError on every rank if that fails, or if the
+    disk has no room for the checkpoint."""
     temporary = folder / f".tmp-step_{step:08d}"
     needed = torch.tensor(sum(shard.values.nbytes for shard in engine.shards(saving=True)), device=engine.device)
     needed = int(engine.all_reduce(needed))
@@ -104,14 +104,14 @@ def _make_empty(folder: Path, needed: int) -> None:
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.mkdir(folder, 0o700)
     disk = shutil.disk_usage(folder)
-    if disk.free < needed and disk.total:  # some file systems of object stores report nothing
+    if disk.free < needed and disk.total:  # file systems of object stores may report 0
         os.rmdir(folder)
         room = f"a checkpoint needs {needed / 2**30:.3f} GiB, the disk has {disk.free / 2**30:.3f} GiB free"
         raise OSError(errno.ENOSPC, room, str(folder.parent))
 
 
 def files_of(shards: Iterable[Shard]) -> Iterator[list[Shard]]:
-    """The pieces, still views of live memory, cut and grouped into files of at most MAX_FILE_BYTES."""
+    """Splits shards, still views of live memory, into groups of at most MAX_FILE_BYTES, one per file."""
     file: list[Shard] = []
     room = most = MAX_FILE_BYTES // 4
     for shard in shards:
@@ -130,9 +130,10 @@ def files_of(shards: Iterable[Shard]) -> Iterator[list[Shard]]:
 def write_part(
     folder: Path, rank: int, world_size: int, files: Iterable[list[Shard]], on_progress: Callable[[], None] = lambda: None
 ) -> None:
-    """This rank's files, durable, and a list of them for rank 0. `on_progress` is called whenever some bytes went to the disk.
+    """Writes this rank's files, and a list of them for rank 0; durable when it returns. Calls `on_progress` after every write.
 
-    No collective, no device but for copies to the host: it may run in a thread. Raises OSError, NotFinite.
+    It makes no collective calls and uses the device only to copy to the host, so it may run in a thread. Raises OSError,
+    NotFinite.
     """
     written = {}
     for number, shards in enumerate(files):
@@ -145,17 +146,17 @@ def write_part(
 def _blocks(header: bytes, shards: list[Shard]) -> Iterator[memoryview | bytes]:
     yield header
     for shard in shards:
-        piece = shard.values.detach().cpu()
-        if piece.dtype != torch.float32:
-            raise TypeError(f"{shard.name} is {piece.dtype}, a checkpoint holds fp32")
-        for part in piece.split(BLOCK):
-            if not all(map(math.isfinite, torch.aminmax(part))):  # one pass without a copy, and NaN comes through it
-                raise NotFinite(f"{shard.name} is not finite, so the state is not saved; the last checkpoint is from before")
-            yield memoryview(part.numpy()).cast("B")
+        values = shard.values.detach().cpu()
+        if values.dtype != torch.float32:
+            raise TypeError(f"{shard.name} is {values.dtype}; checkpoints store fp32")
+        for block in values.split(BLOCK):
+            if not all(map(math.isfinite, torch.aminmax(block))):  # one pass without a copy; aminmax propagates NaN
+                raise NotFinite(f"{shard.name} is not finite, so the state was not saved; earlier checkpoints are intact")
+            yield memoryview(block.numpy()).cast("B")
 
 
 def commit(temporary: Path, state: bytes, world_size: int) -> Checkpoint:
-    """On rank 0, after all ranks wrote: the manifest, then the name. Raises OSError; durable when it returns."""
+    """Writes the manifest and renames the folder; durable when it returns. On rank 0, after all ranks wrote. Raises OSError."""
     files = {"state.json": write_file(temporary / "state.json", [state])}
     for rank in range(world_size):
         part = temporary / f"files-{rank:05d}.json"
@@ -169,7 +170,7 @@ def commit(temporary: Path, state: bytes, world_size: int) -> Checkpoint:
     sync_folder(temporary)
     final, folder = _final(temporary), temporary.parent
     replaced = folder / f".old-{final.name}"
-    if final.exists():  # the same step again, after going back; `clean` undoes this if the next line is never reached
+    if final.exists():  # this step again, after a rollback; `clean` undoes the rename if the process dies before the next one
         os.rename(final, replaced)
     os.rename(temporary, final)
     sync_folder(folder)
@@ -182,7 +183,7 @@ def _final(temporary: Path) -> Path:
 
 
 def clean(folder: Path) -> None:
-    """On rank 0 under the run's lock, before anything is read: removes what killed jobs left, nothing else. Raises OSError."""
+    """Removes only what killed jobs left. Call it on rank 0 under the run's lock, before reading. Raises OSError."""
     for path in folder.iterdir() if folder.is_dir() else []:
         match = _OURS.fullmatch(path.name)
         if not match or path.is_symlink() or not path.is_dir():
@@ -195,7 +196,7 @@ def clean(folder: Path) -> None:
 
 
 def remove(checkpoint: Checkpoint) -> None:
-    """Removes a checkpoint; renamed first, so that a kill leaves no half one. Raises OSError."""
+    """Renames a checkpoint, then removes it, so that a killed process leaves no partial one. Raises OSError."""
     doomed = checkpoint.path.with_name(f".del-{checkpoint.path.name}")
     if doomed.exists():
         shutil.rmtree(doomed)
@@ -205,26 +206,26 @@ def remove(checkpoint: Checkpoint) -> None:
 
 
 def put_aside_after(folder: Path, step: int) -> None:
-    """On rank 0, when a run goes on after `step`: later checkpoints, of a branch that it leaves, must not be taken for its own.
-    Nothing is removed: step_N becomes left-step_N. Raises OSError."""
+    """Renames checkpoints later than `step`, where the run resumes, to left-step_N, so that they are not mistaken for those of
+    the resumed run. Call it on rank 0. Raises OSError."""
     for checkpoint in checkpoints(folder):
         if checkpoint.step > step:
             os.rename(checkpoint.path, left := unused_name(folder / f"left-{checkpoint.path.name}"))
-            print(f"{checkpoint.path}: is later than step {step}, where the run goes on; put aside as {left.name}", flush=True)
+            print(f"{checkpoint.path}: is later than step {step}, where the run resumes; put aside as {left.name}", flush=True)
             sync_folder(folder)
 
 
 def prune(folder: Path, keep_last: int, keep_best: int, trusted: set[int]) -> None:
-    """Removes checkpoints beyond the newest `keep_last` and the `keep_best` of lowest validation loss. Raises OSError.
+    """Removes checkpoints except the newest `keep_last` and the `keep_best` with the lowest validation loss. Raises OSError.
 
-    Only checkpoints that verify count as kept, so damage never leaves fewer; what is found damaged, or has no valid manifest,
-    is left alone. trusted: steps known to be whole; what is verified here joins them, so that each checkpoint is read once.
+    Only intact checkpoints count as kept, so damage never leaves fewer; those that are damaged or have no valid manifest are
+    left alone. trusted: steps known to be intact; steps found intact here are added, so that each checkpoint is read once.
     """
     damaged: set[Checkpoint] = set()
 
-    def whole(checkpoint: Checkpoint) -> bool:
+    def intact(checkpoint: Checkpoint) -> bool:
         if checkpoint.step not in trusted and checkpoint not in damaged:
-            if _is_whole(checkpoint):
+            if _is_intact(checkpoint):
                 trusted.add(checkpoint.step)
             else:
                 damaged.add(checkpoint)
@@ -233,14 +234,14 @@ def prune(folder: Path, keep_last: int, keep_best: int, trusted: set[int]) -> No
     newest_first = checkpoints(folder)
     with_loss = [each for each in newest_first if _has_val_loss(each)]
     best_first = sorted(with_loss, key=lambda each: best_key(each.state()))
-    keep = {*_first(keep_last, newest_first, whole), *_first(keep_best, best_first, whole)}
+    keep = {*_first(keep_last, newest_first, intact), *_first(keep_best, best_first, intact)}
     for checkpoint in newest_first:
         if checkpoint not in keep and checkpoint not in damaged and _has_manifest(checkpoint):
             remove(checkpoint)
             trusted.discard(checkpoint.step)
 
 
-def _is_whole(checkpoint: Checkpoint) -> bool:
+def _is_intact(checkpoint: Checkpoint) -> bool:
     try:
         return checkpoint.damage() is None
     except CheckpointError:
@@ -254,10 +255,10 @@ def _has_manifest(checkpoint: Checkpoint) -> bool:
         return False
 
 
-def _first(count: int, candidates: list[Checkpoint], whole: Callable[[Checkpoint], bool]) -> list[Checkpoint]:
+def _first(count: int, candidates: list[Checkpoint], intact: Callable[[Checkpoint], bool]) -> list[Checkpoint]:
     chosen: list[Checkpoint] = []
     for candidate in candidates:
-        if len(chosen) < count and whole(candidate):
+        if len(chosen) < count and intact(candidate):
             chosen.append(candidate)
     return chosen
 
@@ -270,7 +271,7 @@ def _has_val_loss(checkpoint: Checkpoint) -> bool:
 
 
 def best_key(state: dict) -> tuple[float, int]:
-    """Sorts states by validation loss, lowest first; among equals the newest; those without one last."""
+    """Sort key of states: lowest validation loss first, then newest first; states without a validation loss last."""
     loss = state.get("val_loss")
     return (math.inf if loss is None or loss != loss else loss, -state["step"])
 
@@ -278,11 +279,11 @@ def best_key(state: dict) -> tuple[float, int]:
 # ---------------------------------------------------------------- loading
 
 
-def newest_valid(folder: Path, engine: Engine, say: Callable[[str], None] = print) -> Checkpoint | None:
-    """The newest undamaged checkpoint, agreed on by all ranks; damaged ones are put aside as `damaged-...`, which is said.
+def newest_valid(folder: Path, engine: Engine, info: Callable[[str], None] = print) -> Checkpoint | None:
+    """Finds the newest intact checkpoint (a collective). Damaged ones are put aside as `damaged-...` and reported to `info`.
 
-    Raises UnsafeCheckpoint when the newest one is unsafe, and CheckpointError when there are checkpoints but none is valid:
-    a silent fresh start would lose the run.
+    Raises UnsafeCheckpoint if the newest one is unsafe, and CheckpointError if there are checkpoints but none is valid, since a
+    silent fresh start would lose the run.
     """
     tried = 0
     while True:
@@ -299,26 +300,27 @@ def newest_valid(folder: Path, engine: Engine, say: Callable[[str], None] = prin
         except _Damaged as error:
             tried += 1
             if str(error):
-                say(f"damaged checkpoint put aside: {error}")
+                info(f"damaged checkpoint put aside: {error}")
         engine.barrier()
         if engine.rank == 0:
             os.rename(checkpoint.path, unused_name(folder / f"damaged-{checkpoint.path.name}"))
     if tried or engine.broadcast(int(engine.rank == 0 and any(folder.glob("damaged-step_*")))):
         raise CheckpointError(
-            f"{folder}: none of its checkpoints is valid; restore one of damaged-step_*, or use another run.name to begin anew"
+            f"{folder}: none of its checkpoints is valid; restore one of damaged-step_*, or start over with another run.name"
         )
     if engine.rank == 0:
         for link in folder.glob("step_*"):
-            say(f"{link}: is not a folder, so it is no checkpoint and is not used")
+            info(f"{link}: ignored, since it is not a folder")
     return None
 
 
 class _Damaged(CheckpointError):
-    """Says what, on the ranks that saw it."""
+    """A damaged checkpoint. The message is empty on ranks that did not see the damage."""
 
 
 def check_files(checkpoint: Checkpoint, engine: Engine) -> None:
-    """Reads and checks the files, shared among the ranks (a collective). All ranks raise UnsafeCheckpoint, CheckpointError."""
+    """Reads and checks all files, divided among the ranks (a collective). Raises UnsafeCheckpoint or CheckpointError on every
+    rank."""
     failure: CheckpointError | None = None
     try:
         if damage := checkpoint.damage(engine.rank, engine.world_size):
@@ -330,69 +332,71 @@ def check_files(checkpoint: Checkpoint, engine: Engine) -> None:
     found = engine.all_reduce(torch.tensor([int(kind is mine) for kind in kinds], device=engine.device)).tolist()
     for kind, ranks in reversed(list(zip(kinds, found, strict=True))):
         if ranks:
-            others = "" if kind is _Damaged else f"{checkpoint.path}: is refused by another rank, which says why"
-            raise failure if mine is kind else kind(others)
+            elsewhere = "" if kind is _Damaged else f"{checkpoint.path}: another rank refuses it; see its message"
+            raise failure if mine is kind else kind(elsewhere)
 
 
 def load(checkpoint: Checkpoint, engine: Engine) -> dict:
-    """Restores weights and optimizer on this rank and returns the state. Raises CheckpointError when it does not fit."""
-    state, pieces = checkpoint.state(), CheckpointReader(checkpoint)
+    """Restores weights and optimizer of this rank and returns the state. Raises CheckpointError if it does not fit."""
+    state, reader = checkpoint.state(), CheckpointReader(checkpoint)
     if state.get("step") != checkpoint.step or type(state.get("optimizer_updates")) is not int:
-        raise CheckpointError(f"{checkpoint.path}: state.json is of step {state.get('step')}; was the folder renamed?")
-    engine.restore(pieces.read_into)
+        raise CheckpointError(f"{checkpoint.path}: state.json is from step {state.get('step')}; was the folder renamed?")
+    engine.restore(reader.read_into)
     engine.updates = state["optimizer_updates"]
     return state
 
 
 class CheckpointReader:
-    """The pieces of a checkpoint, by tensor. Reads straight into live memory: the host holds one block beside it."""
+    """Reads ranges of a checkpoint's tensors straight into live memory; the host needs one block in addition.
+
+    Raises UnsafeCheckpoint unless the shards of every tensor cover it exactly once."""
 
     def __init__(self, checkpoint: Checkpoint):
         self.path = checkpoint.path
         self.by_name: dict[str, list[StoredShard]] = {}
-        for piece in checkpoint.shards():
-            self.by_name.setdefault(piece.name, []).append(piece)
-        for name, pieces in self.by_name.items():
-            pieces.sort(key=lambda piece: piece.offset)
-            self._require_tiling(name, pieces)
+        for stored in checkpoint.shards():
+            self.by_name.setdefault(stored.name, []).append(stored)
+        for name, parts in self.by_name.items():
+            parts.sort(key=lambda part: part.offset)
+            self._require_tiling(name, parts)
 
-    def _require_tiling(self, name: str, pieces: list[StoredShard]) -> None:
+    def _require_tiling(self, name: str, parts: list[StoredShard]) -> None:
         end = 0
-        for piece in pieces:
-            if piece.shape != pieces[0].shape or piece.offset != end:
-                raise UnsafeCheckpoint(f"{self.path}: the pieces of {name} overlap, leave a gap, or differ in shape")
-            end += piece.count
-        if end != math.prod(pieces[0].shape):
-            raise UnsafeCheckpoint(f"{self.path}: {name} has {end} values, its shape {pieces[0].shape} has others")
+        for part in parts:
+            if part.shape != parts[0].shape or part.offset != end:
+                raise UnsafeCheckpoint(f"{self.path}: the shards of {name} overlap, leave a gap, or differ in shape")
+            end += part.count
+        if end != math.prod(parts[0].shape):
+            raise UnsafeCheckpoint(f"{self.path}: {name} has {end} values, which does not match its shape {parts[0].shape}")
 
     def read_into(self, shard: Shard) -> None:
-        """Fills the piece of memory that `shard` names. Raises CheckpointError, OSError."""
-        pieces = self.by_name.get(shard.name, [])
-        if not pieces or pieces[0].shape != shard.shape:
-            found = pieces[0].shape if pieces else "no such tensor"
+        """Fills `shard.values` with its range of the tensor. Raises CheckpointError, OSError."""
+        parts = self.by_name.get(shard.name, [])
+        if not parts or parts[0].shape != shard.shape:
+            found = parts[0].shape if parts else "no such tensor"
             raise CheckpointError(f"{self.path}: {shard.name} must be {shard.shape}, the checkpoint has {found}")
         start, stop = shard.offset, shard.offset + shard.values.numel()
-        for piece in pieces:
-            low, high = max(start, piece.offset), min(stop, piece.offset + piece.count)
+        for part in parts:
+            low, high = max(start, part.offset), min(stop, part.offset + part.count)
             if low < high:
-                read_values(piece.values, low - piece.offset, shard.values[low - start : high - start])
+                read_values(part.values, low - part.offset, shard.values[low - start : high - start])
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Fills the parameters and buffers of a model that is spread over nothing, without an engine. Raises CheckpointError."""
+    """Fills the parameters and buffers of a model that no engine distributes. Raises CheckpointError."""
     if damage := checkpoint.damage():
         raise CheckpointError(damage)
-    pieces = CheckpointReader(checkpoint)
+    reader = CheckpointReader(checkpoint)
     with torch.no_grad():
         for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-            pieces.read_into(Shard(f"model/{name}", tuple(tensor.shape), 0, tensor.detach().view(-1)))
+            reader.read_into(Shard(f"model/{name}", tuple(tensor.shape), 0, tensor.detach().view(-1)))
 
 
 # ---------------------------------------------------------------- files
 
 
 def write_file(path: Path, blocks: Iterable[bytes | memoryview], on_progress: Callable[[], None] = lambda: None) -> dict:
-    """Writes and syncs a new file that only its owner may read; returns what the manifest says of it. Raises OSError."""
+    """Writes and syncs a new file that only its owner may read; returns its entry for the manifest. Raises OSError."""
     digest, size = xxhash.xxh3_128(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:

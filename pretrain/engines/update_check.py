@@ -27,8 +27,8 @@ class UpdateCheck:
         """Returns metrics of the step, and a warning for each problem. A collective.
 
         update_fraction: norm of the update / norm of the weights, over a sample. stuck_parameters: number of parameters that
-        did not move although `lr` is large enough (fp32 loses an update below 1e-7 of a weight). diverged_ranks: number of ranks
-        whose replica of some weight differs from that of the first rank.
+        did not move although `lr` is large enough (fp32 loses an update below 1e-7 of a weight). diverged_ranks: number of
+        ranks whose replica of some weight differs from that of the first rank.
         """
         names = [name for name, _ in self.engine.model.named_parameters()]
         place = {name: number for number, name in enumerate(names)}
