@@ -7,7 +7,7 @@ import time
 
 from tqdm import tqdm
 
-from pretrain.report.sinks import human_count, human_seconds
+from pretrain.report.units import human_count, human_seconds
 
 _SECONDS_BETWEEN_LINES = 15.0
 _SECONDS_BETWEEN_REDRAWS = 0.2
