@@ -180,7 +180,7 @@ def test_console_log_is_kept_over_resumes_and_without_the_console_sink(tmp_path,
 def test_a_reader_of_standard_output_that_exits_does_not_end_the_run(tmp_path, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
-    with os.fdopen(writer, "w") as stdout, outputs(tmp_path, "jsonl") as sinks:
+    with os.fdopen(writer, "w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         with outputs(tmp_path, "jsonl", "console") as sinks:
             for step in range(1, 21):

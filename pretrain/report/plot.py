@@ -145,8 +145,10 @@ def draw_panels(curves: Sequence[Curves], x_title: str) -> Figure:
     panels = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
     for axes, each in zip(panels, curves, strict=True):
         draw_curves(axes, [each], "step")
-        axes.autoscale(axis="x")  # a log may start at any step
         axes.set_title(each.name, loc="left", fontsize=10)
+    first, last = min(each.step[0] for each in curves), max(each.step[-1] for each in curves)
+    margin = 0.01 * (last - first) or 1.0
+    panels[-1].set_xlim(first - margin, last + margin)  # a log may start at any step
     panels[-1].set_xlabel(x_title)
     return figure
 
