@@ -138,13 +138,14 @@ def draw(runs: Sequence[Curves], x: XAxis) -> Figure:
 
 
 def draw_panels(curves: Sequence[Curves], x_title: str) -> Figure:
-    """Each curve in its own panel under its name, one below another over the same steps, which `x_title` names."""
+    """One panel per curve, with its name as title, one below another over the same x axis, which shows `step`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.6 * len(curves) + 0.6), dpi=150, layout="constrained")
     panels = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
     for axes, each in zip(panels, curves, strict=True):
         draw_curves(axes, [each], "step")
+        axes.set_ylabel("loss")  # in the unit that the name says
         axes.set_title(each.name, loc="left", fontsize=10)
     first, last = min(each.step[0] for each in curves), max(each.step[-1] for each in curves)
     margin = 0.01 * (last - first) or 1.0
