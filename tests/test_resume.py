@@ -61,11 +61,11 @@ def test_a_checkpoint_of_another_run_is_a_beginning_and_the_same_command_goes_on
 def test_a_run_from_the_checkpoint_of_another_is_another_run_at_wandb(tiny, monkeypatch):  # noqa: F811
     known = []
 
-    def no_wandb(config, directory, name, settings, run_id, *_):
-        known.append(run_id)
+    def no_wandb(run):
+        known.append(run.id)
         return contextlib.nullcontext(lambda step, values: None)
 
-    monkeypatch.setattr("pretrain.report.sinks.wandb_copy", no_wandb)
+    monkeypatch.setattr("pretrain.report.trackers.WandbRun.open", no_wandb)
     tiny = ["--log.sinks", "[console, jsonl, wandb]", *tiny]
     saved = run_of(tiny) / "checkpoints" / "step_00000016"
     assert train_here(tiny) == train_here(tiny) == train_here(["--checkpoint.resume", str(saved), *tiny]) == 0

@@ -1,10 +1,10 @@
-"""What a run was made with, apart from its settings: environment.json in its folder, and W&B's configuration.
+"""The environment of a run: environment.json in its folder, also part of the configuration that W&B gets.
 
-    model, data   the arithmetic of the model, and what the seals say about the data
-    starts        one entry for each start that steps of this run come from: the step that it went on after, processes, device,
-                  versions, git commit, and variables of the environment, by a list of allowed names: never a secret
+    model, data   parameter and FLOP counts of the model, metadata sidecars of the data
+    starts        one entry per start that made steps of this run: the step that it resumed from (0: none), number of processes,
+                  device, versions, git commit, environment variables
 
-Knows no run: it is handed facts. Secrets cannot enter: a variable that is not in the list is not looked at.
+Knows nothing of runs: it receives facts. Secrets cannot enter, since only variables in a list of allowed names are read.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ VARIABLES = (
 
 
 def here() -> dict:
-    """Versions, git commit and allowed variables of this process."""
+    """Versions, git commit and allowed environment variables of this process."""
     installed = {distribution.name.lower() for distribution in metadata.distributions()}
     return {
         "python": platform.python_version(),
@@ -62,7 +62,7 @@ def here() -> dict:
 
 
 def git_state(root: Path) -> dict | None:
-    """{"commit", "dirty"} of the project's own repository; None where there is none, as in an image."""
+    """{"commit", "dirty"} of the project's own repository; None where there is no repository, as in a container image."""
     if not (root / ".git").exists():
         return None
 
@@ -77,13 +77,13 @@ def git_state(root: Path) -> dict | None:
 
 
 def with_start(before: dict, facts: dict, start: dict) -> dict:
-    """environment.json after a start that goes on after step start["step"]; starts of an abandoned branch go."""
+    """The new content of environment.json when a run starts after step start["step"]; drops starts of an abandoned branch."""
     starts = [each for each in before.get("starts", []) if each["step"] < start["step"]]
     return {**facts, "starts": [*starts, start]}
 
 
 def read(directory: Path) -> dict:
-    """environment.json of a run; empty where there is none that can be read."""
+    """environment.json of a run; empty if it is missing or unreadable."""
     try:
         content = json.loads((directory / "environment.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -92,5 +92,5 @@ def read(directory: Path) -> dict:
 
 
 def start_of_step(environment: dict, step: int) -> dict:
-    """The start that made `step`; empty: unknown."""
+    """The start that made `step`; empty if unknown."""
     return next((each for each in reversed(environment.get("starts", [])) if each["step"] < step), {})

@@ -1,6 +1,6 @@
-"""Sums kept on the device between two logging lines, reduced over ranks once, divided last.
+"""Figures of a logging interval: sums kept on the device, reduced over ranks once, divided last.
 
-Definitions of all figures: docs/understanding_the_loss.md.
+docs/understanding_the_loss.md defines all figures.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ import torch
 from torch import Tensor
 
 _COUNTS = ("steps", "interval_tokens", "loss_tokens", "skipped_steps", "skipped_in_a_row")
-"""Whole numbers of an interval; the last one alone goes on over its end. loss_tokens: those of applied steps."""
+"""Integers of an interval; only the last one is kept when the interval ends. loss_tokens: tokens of applied steps."""
 
 
 class Meter:
-    """What happened since the last logging line. `add` never waits for the device; `read` waits once."""
+    """Accumulates the steps since the last logging line. `add` never waits for the device; `read` waits once."""
 
     def __init__(self, device: torch.device, rank: int, world_size: int, state: dict | None = None):
-        """`state`: of a checkpoint, when it was saved in the middle of an interval."""
+        """state: the interval that a checkpoint was saved in, see `state`."""
         self.device, self.rank, self.world_size = device, rank, world_size
         self.figures: dict[str, float] = {}
-        """What `read` returned last."""
+        """The newest result of `read`."""
         state = state or {"loss_sums": [0.0], "counts": [0] * len(_COUNTS), "last_loss": None}
         sums = state["loss_sums"]
         mine = sums[rank] if len(sums) == world_size else sum(sums) if rank == 0 else 0.0
         last_loss = state["last_loss"] if rank == 0 else 0.0
         self.last_loss = torch.tensor(math.nan if last_loss is None else last_loss, dtype=torch.float64, device=device)
-        """This rank's part of the loss of the last step, NaN where it was skipped: the sum over ranks is in nats per token."""
+        """This rank's part of the loss of the last step, NaN if it was skipped; the sum over ranks is in nats per token."""
         self.loss_sum = torch.tensor(mine, dtype=torch.float64, device=device)  # nats, this rank, applied steps
         routing = state.get("routing")
         self.routing_LX = None if routing is None else torch.tensor(routing, dtype=torch.float64, device=device) * (rank == 0)
-        self.counts = torch.tensor(state["counts"], device=device)  # of all ranks, equal on all
+        self.counts = torch.tensor(state["counts"], device=device)  # over all ranks, equal on all
 
     def add(
         self, loss_sum: Tensor, tokens: Tensor, grad_norm: Tensor, applied: Tensor, routing_LX: Tensor | None = None
     ) -> None:
-        """One step: nats of this rank (), valid tokens of all ranks (), gradient norm (), whether the update was applied ().
+        """Adds a step: nats of this rank (), valid tokens of all ranks (), gradient norm (), whether the update was applied ().
 
-        routing_LX: with routers, of each layer this rank's sums of balance loss, z-loss and tokens for each expert (L, 2 + E).
+        routing_LX: this rank's sums of balance loss, z-loss and tokens per expert, for each layer (L, 2 + E); None without MoE.
         """
         self.loss_sum += torch.where(applied, loss_sum, 0)
         one = torch.ones_like(tokens)
@@ -55,10 +55,10 @@ class Meter:
             self.routing_LX = torch.where(applied, routing_LX, 0) + (0 if self.routing_LX is None else self.routing_LX)
 
     def read(self, all_reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Figures of the interval, equal on all ranks (a collective); then starts a new interval.
+        """Returns the figures of the interval, equal on all ranks, and starts a new interval. A collective.
 
         loss: nats per valid token over the applied steps, NaN if there were none. grad_norm: of the last step. routing: the
-        `routing_figures` of the applied steps, empty without routers.
+        `routing_figures` of the applied steps, empty without MoE.
         """
         memory, routing = self._slot(peak_memory_gib(self.device)), self._routing()
         sums = all_reduce(torch.cat([self.loss_sum[None], memory, routing])).cpu()
@@ -78,7 +78,7 @@ class Meter:
         return self.figures
 
     def state(self, all_reduce: Callable[[Tensor], Tensor]) -> dict:
-        """The unfinished interval, for a checkpoint (a collective)."""
+        """The unfinished interval, for a checkpoint. A collective."""
         slots = self._slot(0.0)
         slots[self.rank] = self.loss_sum
         sums = all_reduce(torch.cat([slots, self.last_loss[None], self._routing()])).cpu()
@@ -93,17 +93,17 @@ class Meter:
         return self.loss_sum.new_empty(0) if self.routing_LX is None else self.routing_LX.flatten()
 
     def _slot(self, value: float) -> Tensor:
-        """One place for each rank: summed over ranks, every rank sees all values."""
+        """(world_size,) `value` in this rank's place: summed over ranks, every rank sees all values."""
         slots = torch.zeros(self.world_size, dtype=torch.float64, device=self.device)
         slots[self.rank] = value
         return slots
 
 
 def routing_figures(routing_LX: Tensor, tokens: float) -> dict[str, float]:
-    """Of routers, from the sums over `tokens` tokens of each layer's balance loss, z-loss and tokens for each expert:
+    """Figures of MoE routing, from each layer's sums over `tokens` tokens (L, 2 + E), as `Meter.add` gets them.
 
-    aux_loss, z_loss: per token, mean over layers, unweighted. expert_load_max, expert_load_min: of any expert of any layer, in
-    multiples of an even load. expert_load_entropy: of the layer where it is lowest; 1 is an even load, 0 all on one expert.
+    aux_loss, z_loss: per token, mean over layers, unweighted. expert_load_max, expert_load_min: over all experts of all layers,
+    in multiples of an even load. expert_load_entropy: of the least even layer; 1 is an even load, 0 is all on one expert.
     """
     tokens_LE = routing_LX[:, 2:]
     load_LE = tokens_LE / tokens_LE.mean(1, keepdim=True)
@@ -118,8 +118,10 @@ def routing_figures(routing_LX: Tensor, tokens: float) -> dict[str, float]:
 
 
 class Clock:
-    """Wall-clock seconds of an interval, without those in which the run evaluated or saved. `seconds`: of its steps from before
-    the run was stopped in the middle of it."""
+    """Wall-clock seconds of a logging interval, without evaluation and saving.
+
+    `seconds` were spent in its steps before the run was stopped in the middle of the interval.
+    """
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.restart(seconds)
@@ -130,26 +132,26 @@ class Clock:
 
     @property
     def train_seconds(self) -> float:
-        """Of this interval so far."""
+        """Seconds of training in this interval so far."""
         return time.monotonic() - self.began - self.paused_seconds
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time in here is waiting for data."""
+        """Counts the time of the block as waiting for data."""
         began = time.monotonic()
         yield
         self.data_seconds += time.monotonic() - began
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in here is not training."""
+        """Excludes the time of the block from training."""
         began = time.monotonic()
         yield
         self.paused_seconds += time.monotonic() - began
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory that tensors took on a GPU, or that the process took on a CPU, since the start."""
+    """Peak memory since the start: of tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -157,10 +159,10 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss); infinite where that overflows."""
+    """exp(loss); infinity where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """Bits that the model needs for a byte of UTF-8 text: comparable between tokenizers."""
+    """Bits per byte of UTF-8 text, which is comparable between tokenizers."""
     return loss / math.log(2) / bytes_per_token

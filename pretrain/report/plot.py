@@ -1,26 +1,26 @@
-"""The loss curves of finished, running or broken runs as one picture, from their metrics.jsonl alone.
+"""Draws the loss curves of finished, running or broken runs, from their metrics.jsonl alone.
 
-Knows the records that sinks.py keeps. Knows nothing of checkpoints, models or devices, and imports no torch.
+Also draws curves from elsewhere. Knows nothing of checkpoints, models or devices; imports matplotlib only to draw.
 """
 
 from __future__ import annotations
 
-import json
+import io
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
-from pretrain import UserError
-from pretrain.report.sinks import SCALES, merge_equal
+from pretrain import files
+from pretrain.report.records import FILE_NAME, RecordsError, merge_equal, read_records, reference_lines
+from pretrain.report.units import SCALES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 XAxis = Literal["tokens", "step", "hours"]
 AXIS_TITLES = {
@@ -34,92 +34,68 @@ REFERENCE_TITLES = {
     "bigram": "bigram entropy",
     "floor": "floor: best possible",
 }
-COLORS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#7A5195",
-    "#5C4B3B",
-)  # Okabe & Ito first: colour-blind safe
-LEAST_SPAN = 0.5  # nats that the picture shows at least: noise must not look like a trend
+# Of Okabe & Ito first, which the color-blind can tell apart.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#5C4B3B")
+ALARM = "#c00000"
+LEAST_SPAN = 0.5  # nats that the vertical axis spans at least: noise must not look like a trend
 LABEL_GAP = 0.042  # between two labels at the right edge, as a fraction of the height
-
-
-class PlotError(UserError):
-    """A run that cannot be drawn; the message is for the user."""
 
 
 @dataclass
 class Curves:
-    """What one metrics.jsonl says; not finite losses are NaN."""
+    """The losses of one run; NaN where they were not finite."""
 
     name: str
     step: np.ndarray  # (N,) logging steps
     tokens: np.ndarray  # (N,) valid tokens consumed
     hours: np.ndarray  # (N,) train_hours: spent in steps, over all starts
     loss: np.ndarray  # (N,) nats per token
-    smoothed: np.ndarray  # (N,) the loss, smoothed over a sixtieth of the run
-    val_step: np.ndarray  # (M,)
-    val_loss: np.ndarray  # (M,) nats per token
+    val_step: np.ndarray = field(default_factory=lambda: np.empty(0))  # (M,)
+    val_loss: np.ndarray = field(default_factory=lambda: np.empty(0))  # (M,) nats per token
     reference_lines: dict[str, float] = field(default_factory=dict)  # nats per token
+    smoothed: np.ndarray = field(init=False)  # (N,) the loss, smoothed over a sixtieth of the run
+
+    def __post_init__(self) -> None:
+        self.smoothed = smooth(self.loss, max(2, len(self.loss) // 120))
 
     def x(self, axis: XAxis) -> np.ndarray:
         """(N,) x values of the training points."""
         return {"tokens": self.tokens, "step": self.step, "hours": self.hours}[axis]
 
     def val_x(self, axis: XAxis) -> np.ndarray:
-        """(M,) x values of the validation points, read off the training points around them; all start at 0."""
+        """(M,) x values of the validation points, interpolated between training points; all axes start at 0."""
         return np.interp(self.val_step, np.r_[0.0, self.step], np.r_[0.0, self.x(axis)])
 
 
 def read_curves(directory: Path) -> Curves:
-    """Read <directory>/metrics.jsonl; a torn last line (a run at work) is left out.
-
-    Raises PlotError when there is no file, a line is no record, or no logging step in it.
-    """
-    path = directory / "metrics.jsonl"
-    if not path.is_file():
-        raise PlotError(
-            f"{directory}: no metrics.jsonl there. Give the folder of a run, as runs/NAME, whose log.sinks holds jsonl."
-        )
-    records = []
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            if line:
-                records.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):  # the last one may be in writing
-                raise PlotError(
-                    f"{path}, line {number}: not a JSON record. Remove the line, or resume the run, which does."
-                ) from None
+    """The curves in <directory>/metrics.jsonl. Raises RecordsError when there is no logging step or the file is damaged."""
+    records = read_records(directory)
     train = [record for record in records if "loss" in record]
     valid = [record for record in records if "val_loss" in record]
+    if not train and (directory / FILE_NAME).exists():
+        raise RecordsError(f"{directory / FILE_NAME}: no logging step yet (log.every_steps says when the first one comes).")
     if not train:
-        raise PlotError(f"{path}: no logging step yet (log.every_steps says when the first one comes).")
-    loss = _column(train, "loss")
-    references = next((record["reference_lines"] for record in records if record.get("reference_lines")), {})
+        raise RecordsError(
+            f"{directory}: has no {FILE_NAME}. Give the folder of a run, such as runs/NAME, whose log.sinks include jsonl."
+        )
+    references = reference_lines(records) or {}
     return Curves(
         name=directory.resolve().name,
         step=_column(train, "step"),
         tokens=_column(train, "tokens"),
         hours=_column(train, "train_hours"),
-        loss=loss,
-        smoothed=smooth(loss, max(2, len(loss) // 120)),
+        loss=_column(train, "loss"),
         val_step=_column(valid, "step"),
         val_loss=_column(valid, "val_loss"),
-        reference_lines=merge_equal({name: nats for name, nats in references.items() if nats is not None}),
+        reference_lines=merge_equal({name: nats for name, nats in references.items() if math.isfinite(nats)}),
     )
 
 
 def smooth(values: np.ndarray, radius: int) -> np.ndarray:
-    """(N,) mean of the medians around each point: no lag, and one spike stays a spike of the raw curve. Skips NaN.
+    """(N,) the mean of the medians around each point, which neither lags nor follows a single spike. Skips NaN.
 
-    Windows reach `radius` to both sides, less near the start, where the loss falls too steeply to look ahead one-sidedly. In a
-    long curve they are taken around eight points in each radius, with straight lines between.
+    Windows reach `radius` to both sides, less near the start, where the loss falls too steeply to look ahead on one side only.
+    In a long curve they are centered on eight points per radius, with straight lines between.
     """
     indices = np.arange(len(values))
     chosen = np.unique(np.r_[indices[: 2 * radius], indices[:: max(1, radius // 8)], indices[-1:]])
@@ -135,51 +111,80 @@ def smooth(values: np.ndarray, radius: int) -> np.ndarray:
 
 
 def plot_runs(directories: Sequence[Path], output: Path, x: XAxis = "tokens") -> None:
-    """Draw the runs into the PNG file `output`, which appears whole or not at all.
+    """Draws runs into the PNG file `output`, atomically. Raises RecordsError for a run that cannot be drawn, OSError."""
+    save(draw([read_curves(Path(directory)) for directory in directories], x), output)
 
-    Raises PlotError for a run that cannot be drawn.
-    """
-    figure = draw([read_curves(Path(directory)) for directory in directories], x)
+
+def save(figure: Figure, output: Path) -> None:
+    """Writes a figure as a PNG file, atomically; makes its folder. Raises OSError."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    FigureCanvasAgg(figure).print_png(str(temporary))
-    os.replace(temporary, output)
+    files.write_atomically(output, image.getvalue())
 
 
 def draw(runs: Sequence[Curves], x: XAxis) -> Figure:
-    """Training loss (raw and smoothed), validation points and reference lines.
+    """All runs in one panel. Raises RecordsError for a run without such an x."""
+    from matplotlib.figure import Figure
 
-    A second axis shows steps where all runs take equally many tokens a step. Raises PlotError for a run without such an x.
-    """
     figure = Figure(figsize=(11, 6.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
+    draw_curves(axes, runs, x)
+    axes.set_xlabel(AXIS_TITLES[x])
+    axes.set_title(runs[0].name if len(runs) == 1 else "", loc="left", fontweight="bold")
+    return figure
+
+
+def draw_panels(curves: Sequence[Curves], x_title: str) -> Figure:
+    """One panel per curve, with its name as title, one below another over the same x axis, which shows `step`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.6 * len(curves) + 0.6), dpi=150, layout="constrained")
+    panels = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
+    for axes, each in zip(panels, curves, strict=True):
+        draw_curves(axes, [each], "step")
+        axes.set_ylabel("loss")  # in the unit that the name says
+        axes.set_title(each.name, loc="left", fontsize=10)
+    first, last = min(each.step[0] for each in curves), max(each.step[-1] for each in curves)
+    margin = 0.01 * (last - first) or 1.0
+    panels[-1].set_xlim(first - margin, last + margin)  # a log may start at any step
+    panels[-1].set_xlabel(x_title)
+    return figure
+
+
+def draw_curves(axes: Axes, runs: Sequence[Curves], x: XAxis) -> None:
+    """Draws training loss (raw and smoothed), validation points and reference lines.
+
+    A second axis shows steps if every step of all runs takes the same number of tokens. Raises RecordsError for a run without
+    such an x.
+    """
+    for run in runs:
+        if not np.isfinite(run.x(x)).all():
+            missing = "train_hours" if x == "hours" else x
+            raise RecordsError(f"{run.name}: its records have no {missing}; choose another horizontal axis.")
     low, high = _loss_range(runs)
-    labels: list[tuple[float, str, str]] = []  # (y, text, colour) at the right edge
+    labels: list[tuple[float, str, str]] = []  # (y, text, color) at the right edge
     for index, run in enumerate(runs):
         labels.append(_draw_run(axes, run, COLORS[index % len(COLORS)], x, len(runs) > 1))
     for label in _reference_labels(runs):
         axes.axhline(label[0], color="#8a8a8a", linewidth=0.9, linestyle=(0, (5, 4)), zorder=1)
         labels.append(label)
     axes.set_ylim(low, high)
-    for run in runs:
-        if not np.isfinite(run.x(x)).all():
-            raise PlotError(
-                f"{run.name}: its records hold no {'train_hours' if x == 'hours' else x}; choose another horizontal axis."
-            )
     axes.set_xlim(0, max(float(run.x(x)[-1]) for run in runs) * 1.005)
     _write_labels(axes, [(y if math.isfinite(y) else high, text, color) for y, text, color in labels], low, high)
     _decorate(axes, runs, x)
-    return figure
 
 
 def _column(records: list[dict], key: str) -> np.ndarray:
-    """One key of all records as floats, NaN where it is missing or was not finite."""
-    values = [record.get(key) for record in records]
-    return np.array([math.nan if value is None else value for value in values], dtype=float)
+    """(N,) the values of one key, NaN where it is missing or not finite."""
+    values = np.array([record.get(key) for record in records], dtype=float)
+    return np.where(np.isfinite(values), values, math.nan)
 
 
 def _draw_run(axes: Axes, run: Curves, color: str, x: XAxis, several: bool) -> tuple[float, str, str]:
-    """The curve and points of one run; returns the label of its end."""
+    """Draws the curve and points of one run; returns the label of its end, (y, text, color)."""
     train_x = run.x(x)
     many = len(run.loss) >= 40
     smoothed = run.smoothed if many else run.loss
@@ -192,7 +197,7 @@ def _draw_run(axes: Axes, run: Curves, color: str, x: XAxis, several: bool) -> t
             "not finite",
             (bad_x[0], 0.965),
             xycoords=("data", "axes fraction"),
-            color="#c00000",
+            color=ALARM,
             fontsize=8,
             va="top",
             ha="center",
@@ -200,7 +205,7 @@ def _draw_run(axes: Axes, run: Curves, color: str, x: XAxis, several: bool) -> t
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
     for bad in bad_x:
-        axes.axvline(bad, ymin=0.97, color="#c00000", linewidth=1.5, zorder=4)
+        axes.axvline(bad, ymin=0.97, color=ALARM, linewidth=1.5, zorder=4)
     finite = smoothed[np.isfinite(smoothed)]
     text = f"{run.name if several else 'train'} {finite[-1]:.3f}" if len(finite) else f"{run.name}: never finite"
     if len(run.val_loss):
@@ -212,7 +217,7 @@ def _draw_run(axes: Axes, run: Curves, color: str, x: XAxis, several: bool) -> t
 
 
 def _loss_range(runs: Sequence[Curves]) -> tuple[float, float]:
-    """The losses worth seeing: smoothed and validation points and reference lines, but not every spike of the raw curve."""
+    """(low, high) of the vertical axis, which shows all but the spikes of the raw losses."""
     seen = np.concatenate([np.r_[run.smoothed, run.val_loss, [*run.reference_lines.values()]] for run in runs])
     seen = seen[np.isfinite(seen)]
     if not len(seen):
@@ -223,7 +228,7 @@ def _loss_range(runs: Sequence[Curves]) -> tuple[float, float]:
 
 
 def _reference_labels(runs: Sequence[Curves]) -> list[tuple[float, str, str]]:
-    """Each different reference line once; it names its runs when others have another value."""
+    """(y, text, color) of each different reference line; the text names its runs if other runs have another value."""
     users: dict[tuple[str, float], list[tuple[float, str]]] = {}
     for run in runs:
         for name, nats in run.reference_lines.items():
@@ -237,13 +242,13 @@ def _reference_labels(runs: Sequence[Curves]) -> list[tuple[float, str, str]]:
 
 
 def _write_labels(axes: Axes, labels: list[tuple[float, str, str]], low: float, high: float) -> None:
-    """Write each label at the right edge beside its line, moved apart where they would cover one another."""
+    """Writes each label at the right edge beside its line, moved apart where labels would overlap."""
     placed: list[float] = []
     for wanted, _, _ in sorted(labels):
         height = (wanted - low) / (high - low)
         placed.append(max(height, placed[-1] + LABEL_GAP) if placed else max(height, 0.0))
     overflow = max(0.0, placed[-1] - 1.0) if placed else 0.0
-    for index in range(len(placed) - 1, -1, -1):  # pushed over the top: shift down, as far as each neighbour must
+    for index in range(len(placed) - 1, -1, -1):  # pushed over the top: shift down, only as far as needed
         ceiling = placed[index + 1] - LABEL_GAP if index + 1 < len(placed) else 1.0
         placed[index] = min(placed[index], ceiling) if overflow else placed[index]
     for height, (wanted, text, color) in zip(placed, sorted(labels), strict=True):
@@ -261,25 +266,27 @@ def _write_labels(axes: Axes, labels: list[tuple[float, str, str]], low: float, 
 
 
 def _tick(value: float, _: int) -> str:
-    """A round number as short as it goes: 500, 1.5k, 10M."""
+    """A round number, as short as possible: 500, 1.5k, 10M."""
     size, letter = next(((size, letter) for size, letter in SCALES if abs(value) >= size), (1, ""))
     return f"{value / size:g}{letter}"
 
 
 def _decorate(axes: Axes, runs: Sequence[Curves], x: XAxis) -> None:
-    """Titles, grid, and the axis of steps."""
-    axes.set_xlabel(AXIS_TITLES[x])
+    """Sets grid, formats and the title of the vertical axis; adds the axis of steps."""
+    from matplotlib.ticker import FuncFormatter
+
     axes.set_ylabel("loss (nats per token)")
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     if x != "hours":
         axes.xaxis.set_major_formatter(FuncFormatter(_tick))
+    if x != "tokens":
+        return
     tokens_per_step = np.concatenate([run.tokens / run.step for run in runs])
-    if x == "tokens" and np.ptp(tokens_per_step) <= 0.01 * tokens_per_step[0]:
+    if np.ptp(tokens_per_step) <= 0.01 * tokens_per_step[0]:
         ratio = float(tokens_per_step.mean())
         top = axes.secondary_xaxis("top", functions=(lambda tokens: tokens / ratio, lambda step: step * ratio))
         top.set_xlabel("step")
         top.xaxis.set_major_formatter(FuncFormatter(_tick))
         top.spines["top"].set_color("#bbbbbb")
-    axes.set_title(runs[0].name if len(runs) == 1 else "", loc="left", fontweight="bold")

@@ -1,4 +1,4 @@
-"""Progress of a command that works on files: a bar on a terminal, a plain line now and then in a log. Writes to stderr."""
+"""Progress of a command that works on files, on standard error: a bar on a terminal, an occasional line in a log."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import time
 
 from tqdm import tqdm
 
-from pretrain.report.sinks import human_count, human_seconds
+from pretrain.report.units import human_count, human_seconds
 
 _SECONDS_BETWEEN_LINES = 15.0
 _SECONDS_BETWEEN_REDRAWS = 0.2
 
 
 class Progress:
-    """How far a command is, how fast, and how long it still takes; a context manager.
+    """Shows progress, speed and time left; a context manager.
 
-    `total` in bytes (None: unknown, no time left is shown). `update(done, tokens)` may be called as often as one likes.
+    `total` is in bytes (None: unknown, then without time left). `update` is cheap enough for an inner loop.
     """
 
     def __init__(self, label: str, total: int | None):
@@ -40,7 +40,7 @@ class Progress:
             self._line(seconds, f"done in {human_seconds(seconds)}")
 
     def update(self, done: int, tokens: int = 0) -> None:
-        """`done` bytes of the total are behind us, `tokens` made of them."""
+        """Sets the bytes done and the tokens made of them so far."""
         self._done, self._tokens = done, tokens
         now = time.monotonic()
         if now - self._shown < (_SECONDS_BETWEEN_LINES if self._bar is None else _SECONDS_BETWEEN_REDRAWS):

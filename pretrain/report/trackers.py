@@ -1,157 +1,162 @@
-"""Copies of metrics.jsonl for people who look elsewhere: Weights & Biases and TensorBoard.
+"""Trackers: Weights & Biases and TensorBoard, which show the records of metrics.jsonl.
 
-Each is fed by a thread of its own, so that no outage of theirs can stop or slow the run. They hold one value for each step and
-name, also after a run went on from an earlier step: TensorBoard by a purge mark, W&B by rewinding where its server can, and
-offline by a new file that metrics.jsonl is replayed into. Knows records, not what they mean; sinks.py says what they are.
+Each has its own thread, so that no outage can stop or slow the run. They show one value per step and name, even after the run
+resumed from an earlier step: TensorBoard hides later values by a purge mark, a W&B server rewinds its run if it can, and
+offline W&B starts a new file that gets all records of metrics.jsonl again. Knows records, but not what they mean.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.config import LogConfig
+from pretrain.config import WandbConfig
+from pretrain.report.records import read_records
 
 WANDB_START_SECONDS = 20.0  # start + close stay under the 30 s that a preempted job typically has
 SUPERSEDED = "superseded"
 
-Values = dict[str, "int | float | Path | list[dict[str, str]]"]  # by name: numbers, pictures, texts
-Copy = Callable[[int, Values], None]  # (step, values)
+Values = dict[str, "int | float | Path | list[dict[str, str]]"]  # by name: numbers, PNG files, tables of texts
+Write = Callable[[int, Values], None]  # (step, values)
 
 
-class CopyThread(threading.Thread):
-    """Feeds one copy from a queue. A daemon: a copy that hangs for ever does not keep the process alive."""
+class Tracker(threading.Thread):
+    """Feeds one tracker from a queue. A daemon: a tracker that hangs forever does not keep the process alive."""
 
-    def __init__(self, name: str, opened: AbstractContextManager[Copy], say: Callable[[str], None]) -> None:
+    def __init__(self, name: str, opened: AbstractContextManager[Write], info: Callable[[str], None]) -> None:
         super().__init__(name=name, daemon=True)
-        self._opened, self._say = opened, say
+        self._opened, self._info = opened, info
         self._jobs: queue.SimpleQueue[tuple[int, Values] | None] = queue.SimpleQueue()
         self.start()
 
     def put(self, step: int, values: Values) -> None:
+        """Queues values; never waits."""
         if self.is_alive():
             self._jobs.put((step, values))
 
     def end(self) -> None:
+        """Lets the thread finish when the queue is empty."""
         self._jobs.put(None)
 
     def run(self) -> None:
+        """Opens the tracker and writes what is queued; an error disables this tracker alone."""
         try:
             with self._opened as write:
                 for job in iter(self._jobs.get, None):
                     write(*job)
-        except BaseException as error:  # whatever a foreign library raises, SystemExit too, ends the copy alone
-            self._say(f"{self.name} is off for the rest of this run ({one_line(error)}); metrics.jsonl is whole.")
+        except BaseException as error:  # libraries raise anything, even SystemExit
+            self._info(f"{self.name} disabled for the rest of this run ({one_line(error)}); metrics.jsonl is complete.")
 
 
-@contextmanager
-def wandb_copy(
-    config: LogConfig,
-    directory: Path,
-    name: str,
-    settings: dict,
-    run_id: str,
-    known: bool,
-    resume_step: int,
-    say: Callable[[str], None],
-) -> Iterator[Copy]:
-    """A W&B run, online if it answers in WANDB_START_SECONDS, else offline in <directory>/wandb; WANDB_MODE overrules the mode.
-    known: W&B may have its curve up to `resume_step`; else it is given that.
+@dataclass(frozen=True)
+class WandbRun:
+    """A run at W&B, whose own step is ours: all records of a step make one row."""
 
-    W&B's own step is ours, so all records of a step make one row, and tokens or hours can be the x axis of each.
-    """
-    # W&B's own telemetry blocks the exit for 12 s when the server hangs.
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    if os.environ.pop("WANDB_DEBUG", None):
-        say("WANDB_DEBUG is not obeyed: with it W&B writes its key in clear into its logs.")
-    import wandb  # half a second, only for those who want it
+    config: WandbConfig
+    id: str
+    name: str
+    settings: dict
+    directory: Path
+    """The run's folder; W&B writes to wandb/ in it."""
+    resume_step: int
+    known: bool
+    """W&B may have the curve up to `resume_step`; otherwise it gets the curve from metrics.jsonl."""
+    info: Callable[[str], None]
 
-    quiet = wandb.Settings(silent=True, console="off", init_timeout=WANDB_START_SECONDS, finish_timeout=WANDB_START_SECONDS)
-    common = {"project": config.wandb.project, "entity": config.wandb.entity, "dir": directory, "name": name}
-    common |= {"config": settings, "settings": quiet}
-    mode = os.environ.get("WANDB_MODE", config.wandb.mode)
-    run = None
-    if mode == "online":
+    @contextmanager
+    def open(self) -> Iterator[Write]:
+        """Online if W&B answers in WANDB_START_SECONDS, else offline; WANDB_MODE overrides log.wandb.mode."""
+        # W&B's own telemetry delays the exit by 12 s when the server hangs.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        if os.environ.pop("WANDB_DEBUG", None):
+            self.info("WANDB_DEBUG is ignored: with it, W&B writes its API key to its logs.")
+        import wandb  # takes half a second, so only where it is used
+
+        quiet = wandb.Settings(silent=True, console="off", init_timeout=WANDB_START_SECONDS, finish_timeout=WANDB_START_SECONDS)
+        common = {"project": self.config.project, "entity": self.config.entity, "dir": self.directory, "name": self.name}
+        common |= {"config": self.settings, "settings": quiet}
+        mode = os.environ.get("WANDB_MODE", self.config.mode)
+        run, superseded = self._start_online(wandb, common) if mode == "online" else None, 0
+        if run is None:
+            superseded = self._set_aside() if self.resume_step else 0
+            run = wandb.init(mode="offline" if mode == "online" else mode, id=self.id, resume="allow", **common)
+        for axis in ("step", "tokens", "train_hours"):
+            run.define_metric(axis, summary="max")
+        run.define_metric("*", step_metric="step")
+        run.define_metric("val_loss", step_metric="step", summary="min")
+
+        def write(step: int, values: Values) -> None:
+            row = {key: _for_wandb(wandb, value) for key, value in values.items()}
+            run.log({"step": step, **row}, step=step)
+
         try:
-            run = _wandb_online(wandb, run_id, resume_step if known else 0, common, say)
+            if self.resume_step and (run.offline or not self.known):
+                self._replay(write)
+            if self.resume_step and run.offline:
+                folder = self.directory / "wandb"
+                moved = f", and {superseded} older files are in {folder / SUPERSEDED}" if superseded else ""
+                self.info(f"W&B is offline: its new file holds the curve up to step {self.resume_step:,}{moved}.")
+            yield write
+        finally:
+            run.finish()
+
+    def _start_online(self, wandb, common: dict):
+        """The run on the server, without rows after `resume_step` if the server can rewind; None where W&B is out of reach."""
+        try:
+            wandb.setup(common["settings"])
+            if not wandb.login(prompt=False, verify=False):  # init alone would ask on a terminal, and wait
+                raise RuntimeError("no API key: set WANDB_API_KEY or run `wandb login`")
+            run = self._rewind(wandb, common) if self.known and self.resume_step else None
+            run = run or wandb.init(mode="online", id=self.id, resume="allow", **common)
         except Exception as error:
-            say(f"W&B cannot be reached ({one_line(error)}); its records go to {directory / 'wandb'}, for `wandb sync` later.")
-            wandb.teardown()  # or the id of the failed try stays in use
-            mode = "offline"
-    if run is None:
-        superseded = _put_aside(directory / "wandb", run_id) if resume_step else 0
-        run = wandb.init(mode=mode, id=run_id, resume="allow", **common)
-    for axis in ("step", "tokens", "train_hours"):
-        run.define_metric(axis, summary="max")
-    run.define_metric("*", step_metric="step")
-    run.define_metric("val_loss", step_metric="step", summary="min")
+            folder = self.directory / "wandb"
+            self.info(f"W&B cannot be reached ({one_line(error)}); its records go to {folder}, for `wandb sync` later.")
+            wandb.teardown()  # otherwise the id stays in use
+            return None
+        if run.url:
+            self.info(f"W&B: {run.url}")
+        return run
 
-    def write(step: int, values: Values) -> None:
-        row = {key: _for_wandb(wandb, value) for key, value in values.items()}
-        run.log({"step": step, **row}, step=step)
-
-    if resume_step and (run.offline or not known):
-        _replay(directory / "metrics.jsonl", resume_step, write)
-    if resume_step and run.offline:
-        where = f", and {superseded} older files are in {directory / 'wandb' / SUPERSEDED}" if superseded else ""
-        say(f"W&B is offline: its new file holds the curve up to step {resume_step:,} from metrics.jsonl{where}.")
-    try:
-        yield write
-    finally:
-        run.finish()
-
-
-def _wandb_online(wandb, run_id: str, resume_step: int, common: dict, say: Callable[[str], None]):
-    """The run on the server, cut after `resume_step`. Raises what W&B raises where there is no server, or no key."""
-    wandb.setup(common["settings"])
-    if not wandb.login(prompt=False, verify=False):  # init alone would ask on a terminal, and wait
-        raise RuntimeError("no API key: set WANDB_API_KEY or run `wandb login`")
-    run = None
-    if resume_step:
+    def _rewind(self, wandb, common: dict):
+        """The run on the server, cut after `resume_step`; None where the server refuses that."""
         try:
-            run = wandb.init(mode="online", resume_from=f"{run_id}?_step={resume_step}", **common)
+            return wandb.init(mode="online", resume_from=f"{self.id}?_step={self.resume_step}", **common)
         except Exception as error:
             wandb.teardown()
             wandb.setup(common["settings"])
-            say(
-                f"W&B cannot rewind the run ({one_line(error)}): what it has of steps after {resume_step:,} stays as it was; "
-                "metrics.jsonl has the newer values."
+            self.info(
+                f"W&B cannot rewind the run ({one_line(error)}): it keeps its old values of steps after {self.resume_step:,}; "
+                "metrics.jsonl has the new ones."
             )
-    if run is None:
-        run = wandb.init(mode="online", id=run_id, resume="allow", **common)
-    if run.url:
-        say(f"W&B: {run.url}")
-    return run
+            return None
 
+    def _set_aside(self) -> int:
+        """Moves offline files of earlier starts out of the way of `wandb sync`, since the new one replaces them; how many."""
+        old = list((self.directory / "wandb").glob(f"offline-run-*-{self.id}"))
+        superseded = self.directory / "wandb" / SUPERSEDED
+        for path in old:
+            superseded.mkdir(exist_ok=True)
+            count = len(list(superseded.iterdir()))  # names hold the second of a start, which two starts may share
+            os.replace(path, superseded / f"{count}-{path.name}")
+        return len(old)
 
-def _put_aside(folder: Path, run_id: str) -> int:
-    """Offline files of earlier starts of this run, out of the way of `wandb sync`: the new one holds all. -> how many."""
-    old = list(folder.glob(f"offline-run-*-{run_id}"))
-    for path in old:
-        (folder / SUPERSEDED).mkdir(exist_ok=True)
-        taken = len(list((folder / SUPERSEDED).iterdir()))  # W&B's names hold the second, and two starts may share one
-        os.replace(path, folder / SUPERSEDED / f"{taken}-{path.name}")
-    return len(old)
-
-
-def _replay(metrics: Path, resume_step: int, write: Copy) -> None:
-    """All records of metrics.jsonl up to a step."""
-    lines = None
-    whole = metrics.read_bytes().rpartition(b"\n")[0] if metrics.exists() else b""  # the run is writing it already
-    for line in whole.splitlines():
-        record = json.loads(line)
-        if record["step"] > resume_step:
-            return  # of this start: they come by themselves
-        lines = record.get("reference_lines", lines)
-        write(record["step"], values_of(_with_nonfinite(record), lines))
+    def _replay(self, write: Write) -> None:
+        """Writes all records of metrics.jsonl up to `resume_step`; later ones are of this start and in the queue."""
+        lines = None
+        for record in read_records(self.directory):
+            if record["step"] > self.resume_step:
+                return
+            lines = record.get("reference_lines", lines)
+            write(record["step"], values_of(record, lines))
 
 
 def _for_wandb(wandb, value: object) -> object:
+    """`value` as W&B wants it."""
     if isinstance(value, Path):
         return wandb.Image(str(value))
     if isinstance(value, list):
@@ -160,8 +165,8 @@ def _for_wandb(wandb, value: object) -> object:
 
 
 @contextmanager
-def tensorboard_copy(directory: Path, resume_step: int) -> Iterator[Copy]:
-    """TensorBoard event files; what an earlier life of the run wrote after `resume_step` is hidden by a purge mark."""
+def open_tensorboard(directory: Path, resume_step: int) -> Iterator[Write]:
+    """TensorBoard event files, with a purge mark that hides what an earlier start wrote after `resume_step`."""
     import matplotlib.image
     from torch.utils.tensorboard import SummaryWriter
 
@@ -180,14 +185,8 @@ def tensorboard_copy(directory: Path, resume_step: int) -> Iterator[Copy]:
         yield write
 
 
-def _with_nonfinite(record: dict) -> dict:
-    """A record of metrics.jsonl with its top-level numbers as they were logged."""
-    named = {key: float(name) for key, name in record.get("nonfinite", {}).items() if key in record}
-    return {key: value for key, value in (record | named).items() if key != "nonfinite"}
-
-
 def values_of(record: dict, reference_lines: dict[str, float] | None) -> Values:
-    """What the copies show of a record. Each validation carries the levels of the data, so that they are lines there, too."""
+    """What trackers show of a record. With each validation they get the reference losses, which become lines that way."""
     lines = {"reference_lines": reference_lines} if reference_lines and "val_loss" in record else {}
     values: Values = dict(_numbers({**record, **lines}))
     if "generated" in record:
@@ -196,7 +195,7 @@ def values_of(record: dict, reference_lines: dict[str, float] | None) -> Values:
 
 
 def _numbers(record: dict, prefix: str = "") -> Iterator[tuple[str, int | float]]:
-    """All numbers of a record but its step by name, those of nested dicts as "outer/inner"."""
+    """(name, number) of all numbers of a record but its step; those of nested dicts are "outer/inner"."""
     for key, value in record.items():
         if isinstance(value, dict):
             yield from _numbers(value, f"{prefix}{key}/")
@@ -205,6 +204,6 @@ def _numbers(record: dict, prefix: str = "") -> Iterator[tuple[str, int | float]
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error with its type when it has no text."""
+    """The first line of an error, or its type when it has no text."""
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__

@@ -17,7 +17,8 @@ from pretrain.model import flops
 from pretrain.optim.schedule import lr_at
 from pretrain.report import verdict
 from pretrain.report.metrics import Clock, perplexity
-from pretrain.report.plot import PlotError, plot_runs, read_curves
+from pretrain.report.plot import plot_runs, read_curves
+from pretrain.report.records import RecordsError
 from pretrain.run.resume import Start
 from pretrain.run.state import Run
 
@@ -153,7 +154,7 @@ def finish(run: Run) -> None:
         plot_runs([run.directory.path], picture)
         run.sinks.image("loss", picture)
         run.sinks.info(f"curve      {picture}")
-    except (PlotError, OSError) as error:  # metrics.jsonl was removed, or the disk is full: the run is done all the same
+    except (RecordsError, OSError) as error:  # metrics.jsonl was removed, or the disk is full: the run is done all the same
         run.sinks.info(f"curve      none: {error}")
     run.sinks.info(f"result     {_verdict(run).text}")
 
@@ -162,7 +163,7 @@ def _verdict(run: Run) -> verdict.Verdict:
     """The verdict on the curve in metrics.jsonl."""
     try:
         curves = read_curves(run.directory.path)
-    except (PlotError, OSError) as error:
+    except (RecordsError, OSError) as error:
         return verdict.Verdict("short", str(error))
     passes = [] if run.config.data.synthetic else run.data.passes(run.progress.position)
     curve = verdict.Curve(curves.step, curves.loss, curves.val_step, curves.val_loss, max(passes, default=math.nan))

@@ -1,0 +1,165 @@
+"""The records of a run, as metrics.jsonl holds them. Knows the file, not what the numbers mean.
+
+A record is a flat dict with an integer `step`. Its other keys say what it is:
+    `loss`       a logging step
+    `val_loss`   a validation; `val_loss/<source>` for each source when there are several
+    `generated`  texts that the model wrote: [{"prompt": ..., "text": ...}]
+    otherwise    kept but not shown, such as the start record {"step": 0, "reference_lines": {"uniform": nats, ...}}
+
+The file has one JSON object per line and every bit of a float (`float(repr(x)) == x`). JSON has no NaN, so a number that is not
+finite becomes null and `nonfinite` names it: {"step": 7, "loss": null, "nonfinite": {"loss": "nan"}}.
+
+A process that was killed, or is still writing, leaves at most one line that is not a record. Readers ignore it; the next start
+of the run removes it. More such lines are damage, which readers refuse.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from pretrain import UserError, files
+
+FILE_NAME = "metrics.jsonl"
+
+
+class RecordsError(UserError):
+    """The records of a run are damaged, or lack what was asked for."""
+
+
+def read_records(directory: Path) -> list[dict]:
+    """The records of the run in `directory` as they were logged, NaN included; [] without a file.
+
+    Raises RecordsError when more than one line is not a record, OSError.
+    """
+    path = directory / FILE_NAME
+    if not path.exists():
+        return []
+    found, unreadable = files.read_json_lines(path)
+    records = [record for record in found if _is_record(record)]
+    unreadable += len(found) - len(records)
+    if unreadable > 1:
+        raise RecordsError(f"{path}: {unreadable} lines are not records. Remove them, or resume the run, which does.")
+    return [_with_nonfinite(record) for record in records]
+
+
+def to_json(record: dict) -> str:
+    """The line of a record, without its line feed."""
+    nonfinite: dict[str, str] = {}
+    finite = _without_nonfinite(record, "", nonfinite)
+    return json.dumps(finite | ({"nonfinite": nonfinite} if nonfinite else {}), allow_nan=False)
+
+
+def reference_lines(records: Iterable[dict]) -> dict[str, float] | None:
+    """The reference losses of the data, nats per token by name, from the start record; None without one."""
+    return next((record["reference_lines"] for record in records if "reference_lines" in record), None)
+
+
+def merge_equal(lines: dict[str, float]) -> dict[str, float]:
+    """Reference lines with those of equal height under one name, such as "uniform = unigram" for random data."""
+    names: dict[float, list[str]] = {}
+    for name, nats in lines.items():
+        names.setdefault(round(nats, 4), []).append(name)
+    return {" = ".join(same): lines[same[0]] for same in names.values()}
+
+
+def cut_records(path: Path, resume_step: int, validation_due: bool = False) -> tuple[int, dict[str, float] | None]:
+    """Removes the records after `resume_step` (0: all) and unreadable lines, atomically; other lines keep every byte.
+
+    validation_due: the validation of `resume_step` will be repeated, so its records are removed too. Returns the number of
+    removed lines, and the reference losses of the start record if it is still there. Raises OSError.
+    """
+    if not path.exists():
+        return 0, None
+    kept, records = [], []
+    with path.open("rb") as file:
+        lines = list(file)
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if not _is_record(record) or resume_step == 0 or record["step"] > resume_step:
+            continue
+        if validation_due and record["step"] == resume_step and record.keys() & {"val_loss", "generated"}:
+            continue
+        kept.append(line.removesuffix(b"\n") + b"\n")
+        records.append(_with_nonfinite(record))
+    if kept != lines:
+        files.write_atomically(path, b"".join(kept))
+    return len(lines) - len(kept), reference_lines(records)
+
+
+class LineFile:
+    """Appends lines to a file, each handed to the system at once, so that a killed process loses none.
+
+    Lines that the disk refuses (full, for a while) are kept in memory and written first at the next line, from the byte where
+    writing stopped. Raises OSError where the file cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._pending = b""
+        self._closed = False
+
+    def append(self, line: str) -> OSError | None:
+        """Writes a line; returns the error if this is the first line that has to wait."""
+        if self._closed:
+            return None
+        waited = bool(self._pending)
+        self._pending += line.encode() + b"\n"
+        error = self._write_pending()
+        return None if waited else error
+
+    def sync(self) -> None:
+        """Waits until all lines are durable. Raises OSError if some are not."""
+        error = self._write_pending()
+        if error is not None:
+            raise error
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        """Syncs and closes the file; safe to call twice. Raises OSError as `sync` does."""
+        if not self._closed:
+            self._closed = True
+            try:
+                self.sync()
+            finally:
+                os.close(self._file)
+
+    def _write_pending(self) -> OSError | None:
+        try:
+            while self._pending:
+                self._pending = self._pending[os.write(self._file, self._pending) :]
+        except OSError as error:
+            return error
+        return None
+
+
+def _is_record(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("step"), int)
+
+
+def _without_nonfinite(value: object, path: str, nonfinite: dict[str, str]) -> object:
+    """The value with None for each number that JSON cannot write; `nonfinite` receives their dotted paths and names."""
+    if isinstance(value, dict):
+        return {key: _without_nonfinite(item, f"{path}.{key}".lstrip("."), nonfinite) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        nonfinite[path] = repr(float(value))
+        return None
+    return value
+
+
+def _with_nonfinite(record: dict) -> dict:
+    """The record as it was logged: the inverse of `_without_nonfinite`."""
+    nonfinite = record.get("nonfinite", {})
+
+    def restore(value: object, path: str) -> object:
+        if isinstance(value, dict):
+            return {key: restore(item, f"{path}.{key}".lstrip(".")) for key, item in value.items()}
+        return float(nonfinite[path]) if value is None and path in nonfinite else value
+
+    return restore({key: value for key, value in record.items() if key != "nonfinite"}, "") if nonfinite else record

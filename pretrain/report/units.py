@@ -1,0 +1,28 @@
+"""Counts and durations, short enough for a column."""
+
+from __future__ import annotations
+
+import math
+
+SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+
+
+def human_count(value: float) -> str:
+    """A count in at most five characters: 950, 12.3k, 4.56M, 7.00B, 1.25T."""
+    for size, letter in SCALES:
+        if abs(value) >= 0.9995 * size:
+            scaled = value / size
+            digits = 2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0
+            return f"{scaled:.{digits}f}{letter}"
+    return f"{value:.0f}"
+
+
+def human_seconds(seconds: float) -> str:
+    """A duration in its two largest units: 42s, 12m05s, 1h02m, 3d04h; "?" if it is not finite."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = round(seconds)
+    for size, unit, smaller, smaller_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // smaller:02d}{smaller_unit}"
+    return f"{whole}s"

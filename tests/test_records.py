@@ -1,0 +1,145 @@
+"""metrics.jsonl loses no record and no bit, whatever kills the process or fills the disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import resource
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.report.records import LineFile, RecordsError, cut_records, read_records, to_json
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def write(directory: Path, *records: dict) -> Path:
+    path = directory / "metrics.jsonl"
+    path.write_text("".join(to_json(record) + "\n" for record in records))
+    return path
+
+
+def test_every_float_is_read_back_to_the_last_bit(tmp_path):
+    generator = random.Random(0)
+    values = [struct.unpack("<d", generator.randbytes(8))[0] for _ in range(2000)]
+    values += [5e-324, 1.7976931348623157e308, 0.1 + 0.2, -0.0]
+    values = [value for value in values if math.isfinite(value)]
+    write(tmp_path, *({"step": step, "loss": value} for step, value in enumerate(values, start=1)))
+    assert [record["loss"].hex() for record in read_records(tmp_path)] == [value.hex() for value in values]
+
+
+def test_nan_and_infinity_are_valid_json_and_are_read_back_at_any_depth(tmp_path):
+    record = {"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 1e-3, "val_loss/a.b": -math.inf, "by": {"c": math.nan}}
+    path = write(tmp_path, record)
+    written = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert written == {"step": 1, "loss": None, "grad_norm": None, "lr": 1e-3, "val_loss/a.b": None, "by": {"c": None}} | {
+        "nonfinite": {"loss": "nan", "grad_norm": "inf", "val_loss/a.b": "-inf", "by.c": "nan"}
+    }
+    assert repr(read_records(tmp_path)) == repr([record])  # repr: NaN does not equal itself
+
+
+def test_readers_ignore_one_torn_line_and_refuse_damage(tmp_path):
+    assert read_records(tmp_path) == []
+    path = write(tmp_path, {"step": 1, "loss": 2.0})
+    with path.open("ab") as file:
+        file.write(b'{"step": 2, "lo')
+    assert read_records(tmp_path) == [{"step": 1, "loss": 2.0}]
+    path.write_bytes(b'{"no step": 1}\n' + path.read_bytes())
+    with pytest.raises(RecordsError, match=r"metrics.jsonl: 2 lines are not records"):
+        read_records(tmp_path)
+
+
+# ---------------------------------------------------------------- cutting
+
+
+def test_cutting_keeps_earlier_records_byte_for_byte_and_removes_later_and_unreadable_ones(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    kept = b'{"step":0,  "reference_lines": {"uniform": 8.0}}\n{"step": 50, "loss": 1.50}\n{"step": 50, "val_loss": 3}\n'
+    path.write_bytes(kept + b'{"step": null}\n[1]\n{"step": 60, "loss": 1.0}\n{"step": 110, "lo')
+    assert cut_records(path, 50) == (4, {"uniform": 8.0})
+    assert path.read_bytes() == kept
+
+
+def test_a_validation_that_will_be_repeated_is_removed(tmp_path):
+    losses = [{"step": step, "loss": 1.0} for step in (5, 10)]
+    generated = {"step": 10, "generated": [{"prompt": "a", "text": "b"}]}
+    path = write(tmp_path, {"step": 5, "val_loss": 2.0}, *losses, {"step": 10, "val_loss": 1.0}, generated)
+    assert cut_records(path, 10, validation_due=True) == (2, None)
+    assert read_records(tmp_path) == [{"step": 5, "val_loss": 2.0}, *losses]
+
+
+def test_a_last_line_torn_at_any_length_is_repaired(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 1 / step}).encode() + b"\n" for step in (1, 2)]
+    for length in range(len(lines[1]) + 1):
+        path.write_bytes(lines[0] + lines[1][:length])
+        cut_records(path, 2)
+        complete = length >= len(lines[1]) - 1  # only the line feed is missing
+        assert path.read_bytes() == lines[0] + (lines[1] if complete else b"")
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_a_file_with_nothing_to_cut_is_not_rewritten_and_a_fresh_start_empties_it(tmp_path):
+    path = write(tmp_path, {"step": 1, "loss": 2.0})
+    inode = path.stat().st_ino
+    assert cut_records(path, 1) == (0, None) and path.stat().st_ino == inode
+    assert cut_records(path, 0) == (1, None) and path.read_bytes() == b""
+
+
+# ---------------------------------------------------------------- killed processes and full disks
+
+
+def test_a_killed_process_loses_no_line(tmp_path):
+    code = """
+import os, signal, sys
+from pathlib import Path
+from pretrain.report.records import LineFile
+file = LineFile(Path(sys.argv[1]))
+for number in range(500):
+    file.append(str(number))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "lines")], cwd=ROOT, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "lines").read_text().split() == [str(number) for number in range(500)]
+
+
+@pytest.fixture
+def disk():
+    """disk(n): from now on files of this process cannot grow beyond n bytes, as if the disk were full; disk(None): freed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)  # Python ignores the signal SIGXFSZ
+
+    def limit(size: int | None) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft if size is None else size, hard))
+
+    yield limit
+    limit(None)
+
+
+def test_lines_that_a_full_disk_refuses_are_written_later_in_order(tmp_path, disk):
+    file = LineFile(tmp_path / "lines")
+    disk(777)
+    errors = [file.append(f"line {number}") for number in range(100)]
+    assert sum(error is not None for error in errors) == 1  # it is reported once
+    assert (tmp_path / "lines").stat().st_size == 777  # within a line
+    disk(None)
+    assert file.append("line 100") is None
+    file.close()
+    assert (tmp_path / "lines").read_text().splitlines() == [f"line {number}" for number in range(101)]
+
+
+def test_syncing_or_closing_with_lines_that_never_reached_the_disk_is_an_error(tmp_path, disk):
+    file = LineFile(tmp_path / "lines")
+    disk(3)
+    file.append("four")
+    for finish in (file.sync, file.close):
+        with pytest.raises(OSError):
+            finish()
+    file.close()  # a second time: nothing

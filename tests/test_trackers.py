@@ -1,0 +1,296 @@
+"""W&B and TensorBoard show exactly the records of metrics.jsonl, and no outage of W&B reaches the run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import types
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from pretrain.report import trackers
+from pretrain.report.records import read_records
+from tests.test_sinks import ROOT, outputs, step_record
+
+event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.plugin_event_accumulator")
+
+
+@pytest.fixture(autouse=True)
+def own_wandb(monkeypatch, tmp_path):
+    """W&B's state in this process, which is global, begins and ends with the test, and knows no key of the user."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
+
+
+def python(code: str, directory: Path, **options) -> subprocess.Popen:
+    """A process of its own that runs `code` with sys.argv[1] = directory."""
+    code = "import sys, time\nfrom pathlib import Path\nfrom tests.test_sinks import outputs\n" + code
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("variables", {})
+    return subprocess.Popen([sys.executable, "-c", code, str(directory)], env=environment, text=True, **options)
+
+
+def wandb_rows(directory: Path) -> dict[int, dict]:
+    """What `wandb sync` would send, by step: LevelDB's log format around protobuf records."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    rows: dict[int, dict] = {}
+    for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
+        data, offset, parts = path.read_bytes(), 7, b""
+        assert data[:4] == b":W&B"
+        while offset < len(data):
+            if 32768 - offset % 32768 < 7:
+                offset += 32768 - offset % 32768
+                continue
+            _, length, kind = struct.unpack_from("<IHB", data, offset)
+            parts += data[offset + 7 : offset + 7 + length]
+            offset += 7 + length
+            if kind in (1, 4):  # a complete record, or its last part
+                record, parts = Record.FromString(parts), b""
+                if record.WhichOneof("record_type") == "history":
+                    items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+                    assert items["_step"] == items["step"] and items["step"] not in rows, "two rows of one step"
+                    rows[items["step"]] = {key: value for key, value in items.items() if not key.startswith("_")}
+    return rows
+
+
+def test_wandb_offline_holds_the_curve_of_metrics_jsonl_once_before_and_after_resumes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "canary" * 7)
+
+    def record(step: int) -> dict:
+        return {"step": step, "loss": 10 / 3 / step, "lr": 1e-3 / step, "tokens": step * 123_456_789_012}
+
+    with outputs(tmp_path, "jsonl", "wandb", "console") as sinks:
+        sinks.log({"step": 0, "reference_lines": {"uniform": 8.3, "unigram": 6.5}})
+        for step in range(1, 61):
+            sinks.log(record(step) if step != 7 else {"step": 7, "loss": math.nan, "grad_norm": math.inf})
+            if step % 25 == 0:
+                sinks.log({"step": step, "val_loss": 2.0})
+    for _ in range(2):
+        with outputs(tmp_path, "jsonl", "wandb", "console", resume_step=50, wandb_id=sinks.wandb_id) as again:
+            for step in range(51, 71):
+                again.log(record(step) | {"loss": 5.5})
+        assert again.wandb_id == sinks.wandb_id
+    rows, expected, lines = wandb_rows(tmp_path), {}, {"reference_lines/uniform": 8.3, "reference_lines/unigram": 6.5}
+    for each in read_records(tmp_path):
+        row = expected.setdefault(each["step"], {})
+        row |= {key: value for key, value in each.items() if key != "reference_lines"}
+        row |= lines if "val_loss" in each or each["step"] == 0 else {}  # so that W&B can draw them
+    assert {step: row for step, row in rows.items() if step != 7} == {step: row for step, row in expected.items() if step != 7}
+    assert sorted(rows) == list(range(71)) and rows[60]["loss"] == 5.5
+    assert (str(float(rows[7]["loss"])), str(float(rows[7]["grad_norm"]))) == ("nan", "inf")
+    assert len(list((tmp_path / "wandb" / "superseded").iterdir())) == 2
+    assert capsys.readouterr().out.count("its new file holds the curve up to step 50") == 2
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"canarycanary" in path.read_bytes()]
+
+
+class StubRun:
+    offline, url = False, "https://wandb.example/run"
+
+    def __init__(self) -> None:
+        self.rows, self.axes = [], []
+
+    def define_metric(self, name, **_) -> None:
+        self.axes.append(name)
+
+    def log(self, row, step) -> None:
+        self.rows.append((step, row))
+
+    def finish(self) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A stub of the library, since no W&B server can be had here: its calls of init, and whether it refuses to rewind."""
+    stub = types.ModuleType("wandb")
+    stub.calls, stub.refuses, stub.run = [], False, StubRun()
+
+    def init(**options) -> StubRun:
+        stub.calls.append({key: options[key] for key in ("mode", "id", "resume", "resume_from") if key in options})
+        if "resume_from" in options and stub.refuses:
+            raise RuntimeError("rewinding is not enabled for this entity")
+        return stub.run
+
+    stub.Settings, stub.setup, stub.login = dict, lambda settings: None, lambda **options: True
+    stub.init, stub.teardown = init, lambda: None
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    return stub
+
+
+REWIND = {"mode": "online", "resume_from": "abc?_step=50"}
+CONTINUE = {"mode": "online", "id": "abc", "resume": "allow"}
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_wandb_server_rewinds_to_the_checkpoint_and_a_refusal_is_reported(tmp_path, capsys, server, refuses):
+    server.refuses = refuses
+    with outputs(tmp_path, "jsonl", "wandb", "console", mode="online", resume_step=50, wandb_id="abc") as sinks:
+        sinks.log({"step": 51, "loss": 1.5, "tokens": 9})
+    assert server.calls == [REWIND, *([CONTINUE] if refuses else [])]
+    assert ("W&B cannot rewind the run (rewinding is not enabled" in capsys.readouterr().out) == refuses
+    assert server.run.rows == [(51, {"step": 51, "loss": 1.5, "tokens": 9})]
+    assert server.run.axes == ["step", "tokens", "train_hours", "*", "val_loss"]
+
+
+def test_a_run_that_is_new_to_a_wandb_server_is_not_rewound_and_brings_its_curve(tmp_path, server):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 50, "loss": 2.5}\n')
+    with outputs(tmp_path, "jsonl", "wandb", mode="online", resume_step=50) as sinks:
+        sinks.log({"step": 51, "loss": 1.5})
+    assert server.calls == [CONTINUE | {"id": sinks.wandb_id}]
+    assert server.run.rows == [(50, {"step": 50, "loss": 2.5}), (51, {"step": 51, "loss": 1.5})]
+
+
+@contextlib.contextmanager
+def broken_server(kind: str) -> Iterator[str]:
+    """The address of a W&B server that answers with an HTTP status, refuses connections, never answers, or has no name."""
+    if kind.isdecimal():
+
+        class Answer(BaseHTTPRequestHandler):
+            def do_POST(self):
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                self.send_response(int(kind))
+                self.send_header("Content-Length", "2")
+                self.end_headers()
+                self.wfile.write(b"{}")
+
+            do_GET = do_POST
+
+            def log_message(self, *_):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        server.server_close()
+        return
+    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts connections and never answers
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        if kind == "refused":
+            server.close()
+        yield "http://nowhere.invalid" if kind == "no name" else address
+
+
+@pytest.mark.parametrize("outage", ["refused", "silent", "401", *(pytest.param(each, marks=pytest.mark.slow)
+                                    for each in ("no name", "500"))])  # fmt: skip
+def test_a_wandb_outage_neither_stops_nor_delays_the_run_and_its_records_go_offline(tmp_path, capsys, monkeypatch, outage):
+    monkeypatch.setattr(trackers, "WANDB_START_SECONDS", 2.0)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    with broken_server(outage) as address:
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        began = time.monotonic()
+        with outputs(tmp_path, "jsonl", "wandb", "console", mode="online") as sinks:
+            for step in range(1, 11):
+                sinks.log({"step": step, "loss": 1 / step})
+            seconds = time.monotonic() - began
+            early = capsys.readouterr().out
+    assert seconds < 2.0 and (outage != "silent" or "W&B" not in early)  # nothing waited for the two seconds
+    assert time.monotonic() - began < 30  # what a preempted job has
+    assert (early + capsys.readouterr().out).count("W&B cannot be reached") == 1
+    assert {step: row["loss"] for step, row in wandb_rows(tmp_path).items()} == {step: 1 / step for step in range(1, 11)}
+
+
+def test_wandb_whose_service_dies_costs_no_step(tmp_path):
+    """The process that W&B starts beside ours is killed in mid-run."""
+    code = """
+import psutil
+sinks = outputs(Path(sys.argv[1]), "jsonl", "wandb", "console")
+sinks.log({"step": 1, "loss": 1.0})
+deadline = time.monotonic() + 60
+while not list(Path(sys.argv[1]).glob("wandb/offline-run-*/*.wandb")) and time.monotonic() < deadline:
+    time.sleep(0.05)
+for child in psutil.Process().children(recursive=True):
+    child.kill()
+start = time.monotonic()
+for step in range(2, 200):
+    sinks.log({"step": step, "loss": 1 / step})
+logged = time.monotonic()
+sinks.close()
+print("logged in", logged - start, "closed in", time.monotonic() - logged)
+"""
+    process = python(code, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert float(re.search(r"logged in (\S+)", output)[1]) < 10 and float(re.search(r"closed in (\S+)", output)[1]) < 30
+    assert [record["step"] for record in read_records(tmp_path)] == list(range(1, 200))
+
+
+def test_wandb_without_a_key_goes_offline_and_asks_nothing_on_a_terminal(tmp_path):
+    code = """
+with outputs(Path(sys.argv[1]), "jsonl", "wandb", "console", mode="online") as sinks:
+    sinks.log({"step": 1, "loss": 1.5})
+"""
+    leader, follower = os.openpty()
+    process = python(code, tmp_path, stdin=follower, stdout=follower, stderr=follower, variables={"WANDB_MODE": "online"})
+    os.close(follower)
+    killer = threading.Timer(60, process.kill)
+    killer.start()
+    output = b""
+    with contextlib.suppress(OSError):  # Linux: the other end is closed
+        while data := os.read(leader, 65536):
+            output += data
+    killer.cancel()
+    os.close(leader)
+    assert process.wait(10) == 0
+    assert output.count(b"no API key") == 1 and b"Enter your choice" not in output
+    assert [row["loss"] for row in wandb_rows(tmp_path).values()] == [1.5]
+
+
+# ---------------------------------------------------------------- TensorBoard
+
+
+def events_in(directory: Path):
+    """What TensorBoard shows of a run."""
+    events = event_accumulator.EventAccumulator(str(directory / "tensorboard"))
+    events.Reload()
+    return events
+
+
+def test_tensorboard_holds_every_value_exactly_and_one_value_per_step_after_a_resume(tmp_path):
+    with outputs(tmp_path, "jsonl", "tensorboard") as sinks:
+        for step in range(1, 31):
+            sinks.log(step_record(step))
+    time.sleep(1.1)  # names of event files hold the second, and TensorBoard reads them in the order of their names
+    with outputs(tmp_path, "jsonl", "tensorboard", resume_step=20) as sinks:
+        for step in range(21, 41):
+            sinks.log(step_record(step) | {"loss": 5.5})
+    for key in ("loss", "lr", "tokens"):
+        series = [(event.step, event.tensor_proto.double_val[0]) for event in events_in(tmp_path).Tensors(key)]
+        assert series == [(record["step"], float(record[key])) for record in read_records(tmp_path)]
+
+
+def test_pictures_and_texts_that_the_model_writes_are_shown_and_reach_the_trackers(tmp_path, capsys):
+    matplotlib.image.imsave(tmp_path / "x.png", np.random.default_rng(0).random((8, 9, 3)))
+    texts = [{"prompt": "def ", "text": "main():"}, {"prompt": "模", "text": "型"}]
+    with outputs(tmp_path, "jsonl", "console", "tensorboard", "wandb") as sinks:
+        sinks.log({"step": 5, "loss": 1.0})
+        sinks.log({"step": 5, "generated": texts})
+        sinks.image("curve", tmp_path / "x.png")
+    assert 'step 5 writes: "def " "main():"\nstep 5 writes: "模" "型"' in capsys.readouterr().out
+    assert read_records(tmp_path)[1]["generated"] == texts
+    (text,) = events_in(tmp_path).Tensors("generated/text_summary")
+    assert text.tensor_proto.string_val[0].decode() == "def  | main():\n\n模 | 型"
+    (picture,) = events_in(tmp_path).Tensors("curve")
+    assert [int(size) for size in picture.tensor_proto.string_val[:2]] == [9, 8]
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/generated_*.json")
+    assert json.loads(table.read_text())["data"] == [["def ", "main():"], ["模", "型"]]
+    assert matplotlib.image.imread(*tmp_path.glob("wandb/offline-run-*/files/media/images/curve_*.png")).shape[:2] == (8, 9)
