@@ -115,6 +115,7 @@ def train(config: Config, stop: StopRequest | None = None) -> int:
         if is_peer_lost(error):
             stop.leave(PEER_LOST, f"peer_lost: another rank exited ({cause.splitlines()[0]})")
         directory.write_state("failed", exit_status=FAILED, reason=cause)
+        stop.close()
         raise
     if reason and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"pretrain: {reason}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The proof that a user runs: green for what is right, red for anything else, refused in words."""
+"""tools/check_run.py --invariance passes what is right, fails anything else, and refuses wrong settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 
 from pretrain import invariance
 from pretrain.config import Config, EngineConfig
-from pretrain.model.config import ModelConfig
+from pretrain.model.config import ModelConfig, MoeConfig, resolve_model, shrink
+from pretrain.model.flops import num_parameters
 
 ROOT = Path(__file__).parents[1]
 RIGHT = invariance.Outcome(invariance.Case(EngineConfig(precision="fp32"), 2, 1, 8), [4.0], [1.0], 1e-7, 1e-7, 1e-8, {})
@@ -24,12 +25,12 @@ def check(*flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
 
 
-def test_a_configuration_is_proved_and_the_table_written(tmp_path):
+def test_a_configuration_passes_and_the_table_is_written(tmp_path):
     done = check(
         "--config", "configs/dummy.yaml", "--invariance", "--engine.precision", "fp32", "--json", str(tmp_path / "t.json")
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "proved: no number depends on the split" in done.stdout
+    assert "passed: no number depends on the split" in done.stdout
     rows = json.loads((tmp_path / "t.json").read_text())
     assert {row["case"]["ranks"] for row in rows} == {1, 2} and all(row["loss_difference"] < 1e-6 for row in rows)
 
@@ -42,8 +43,8 @@ def test_a_wrong_configuration_and_a_wrong_command_end_with_2():
 
 @pytest.mark.parametrize("field", ["loss_difference", "norm_difference", "weight_difference"])
 @pytest.mark.parametrize("value", [2e-6, math.nan, math.inf])
-def test_any_difference_and_anything_that_is_not_a_number_is_no_proof(field, value):
-    assert RIGHT.proved and not dataclasses.replace(RIGHT, **{field: value}).proved
+def test_any_difference_and_nan_fail(field, value):
+    assert RIGHT.passed and not dataclasses.replace(RIGHT, **{field: value}).passed
 
 
 def test_cases_keep_the_engine_and_cover_ranks_splits_and_precisions():
@@ -54,9 +55,12 @@ def test_cases_keep_the_engine_and_cover_ranks_splits_and_precisions():
     assert {case.accumulation for case in found if case.ranks == 2} == {8, 2}
 
 
-def test_the_shrunk_model_is_of_the_same_kind():
-    small = invariance.shrink(
-        ModelConfig(num_attention_heads=32, num_key_value_heads=4, qk_norm=True, tie_word_embeddings=True)
-    )
+def test_the_shrunken_model_is_of_the_same_kind_and_small():
+    given = ModelConfig(num_attention_heads=32, num_key_value_heads=4, qk_norm=True, tie_word_embeddings=True)
+    small = shrink(given, 32)
     assert small.num_key_value_heads < small.num_attention_heads and small.qk_norm and small.tie_word_embeddings
-    assert invariance.shrink(ModelConfig(num_attention_heads=16)).num_key_value_heads == 4
+    assert shrink(ModelConfig(num_attention_heads=16), 32).num_key_value_heads == 4
+    experts = MoeConfig(num_experts=64, moe_intermediate_size=1024)
+    moe = shrink(ModelConfig(hidden_size=2048, sliding_window=4096, moe=experts), 32)
+    counts = num_parameters(resolve_model(moe, vocab_size=64, sequence_length=32))
+    assert moe.sliding_window == 16 and counts.total < 200_000

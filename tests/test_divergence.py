@@ -65,7 +65,7 @@ def test_a_rolled_back_run_is_the_run_that_never_saw_the_samples(tiny):
     (left_out,) = [record for record in records(run_of(tiny)) if "skipped_positions" in record]
     assert left_out == {"step": 7, "rollbacks": 1, "skipped_positions": [48, 72]}
     said = (run_of(tiny) / "console.log").read_text()
-    assert "not finite in the last 3 steps up to step 9 (samples 48 to 71). Going back to" in said and "step_00000004" in said
+    assert "not finite in the last 3 steps up to step 9 (samples 48 to 71). Rolling back to" in said and "step_00000004" in said
 
 
 def test_a_rolled_back_run_goes_on_after_a_signal_as_if_there_had_been_none(tiny):

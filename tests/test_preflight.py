@@ -144,7 +144,7 @@ def test_clean_data_in_any_language_have_no_finding(made, tmp_path, world, kind)
     report = clean.check()
     assert report.findings == []
     text = "\n".join(report.facts)
-    assert "batch: 8 sequences a step; times 64 tokens = 512 tokens a step. Numbers of ranks that fit: 1, 2, 4" in text
+    assert "batch: 8 sequences per step; times 64 tokens = 512 tokens per step. Possible numbers of ranks: 1, 2, 4" in text
     assert "end of warm-up (10) 0.0003" in text and "last (200) 3e-05" in text and "0.0% of labels masked" in text
 
 
@@ -491,11 +491,11 @@ def test_copies_are_found_wherever_they_lie_and_a_part_of_the_documents_gives_th
     encode(world.tokenizer, written[250:350], world.valid)
     files = [TokenFile(world.train)], [TokenFile(world.valid)]
     whole = checks.duplicates(*files, None)
-    assert whole.whole and whole.documents == 500
+    assert whole.complete and whole.documents == 500
     assert whole.train == pytest.approx(0.25, abs=0.05) and whole.valid == pytest.approx(0.5, abs=0.1)
     monkeypatch.setattr(checks, "_HASHED_TOKENS", TokenFile(world.train).num_tokens // 2)
     part = checks.duplicates(*files, None)
-    assert not part.whole and 100 < part.documents < 400
+    assert not part.complete and 100 < part.documents < 400
     assert part.train == pytest.approx(whole.train, abs=0.1) and part.valid == pytest.approx(whole.valid, abs=0.15)
 
 
@@ -516,7 +516,7 @@ def test_a_run_says_its_warnings_and_trains(world, capsys):
     assert train(load(world.argv())) == 0
     said = capsys.readouterr().out
     assert "warning    warmup-too-long: schedule.warmup_steps: 2 of 3 steps" in said
-    assert f"warning    validation-overlap: data.valid: {world.train} is a file of data.train, too" in said
+    assert f"warning    validation-overlap: data.valid: {world.train} is also in data.train" in said
 
 
 def test_a_run_that_would_not_go_on_is_known_before(world):
@@ -537,7 +537,7 @@ def test_entropies_are_judged_by_the_vocabulary_that_the_data_were_made_with(wor
         writer.finish({})
     for vocab_size in (320, 400):
         (found,) = checks.check_entropies(TokenFile(world.folder / "random"), "data.train[0].path", vocab_size)
-        assert found.name == "tokens-random" and "unless tokens further back tell more" in found.text
+        assert found.name == "tokens-random" and "unless longer contexts help" in found.text
 
 
 def test_the_command_takes_less_than_a_minute_and_its_exit_status_and_json_say_the_same(world):

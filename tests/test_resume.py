@@ -11,9 +11,8 @@ import time
 from pathlib import Path
 
 from pretrain.config import load
-from pretrain.data.batches import open_train
-from pretrain.model.config import resolve_model
 from pretrain.run.directory import read_state
+from pretrain.run.parts import open_parts
 from pretrain.run.preflight import resume_findings
 from tests.test_train import curve, records, run_of, tiny, train_here  # noqa: F401
 
@@ -42,7 +41,7 @@ def test_going_back_leaves_the_later_checkpoints_aside_and_the_same_command_goes
     assert curve(run) == straight and read_state(run)["saved_step"] == 20
     assert steps_saved(run) == ["left-step_00000016", "left-step_00000020", "step_00000016", "step_00000020"]
     assert train_here(back) == 0
-    assert begins(run) == ["", ", going on after step 12", ", going on after step 20"]
+    assert begins(run) == ["", ", resuming after step 12", ", resuming after step 20"]
 
 
 def test_a_checkpoint_of_another_run_is_a_beginning_and_the_same_command_goes_on(tiny, capsys):  # noqa: F811
@@ -50,7 +49,7 @@ def test_a_checkpoint_of_another_run_is_a_beginning_and_the_same_command_goes_on
     parent, child = run_of(tiny), run_of(tiny, "tiny_child")
     there = ["--checkpoint.resume", str(parent / "checkpoints" / "step_00000016"), "--run.name", "tiny_child", *tiny]
     assert train_here(there) == 0 and train_here(there) == 0
-    assert begins(child) == ["_child, going on after step 16", "_child, going on after step 20"]
+    assert begins(child) == ["_child, resuming after step 16", "_child, resuming after step 20"]
     assert records(child)[0]["reference_lines"] == records(parent)[0]["reference_lines"]  # validations show the levels
     assert curve(child) == [record for record in curve(parent) if record["step"] > 16]
     capsys.readouterr()
@@ -76,7 +75,7 @@ def test_a_run_from_the_checkpoint_of_another_is_another_run_at_wandb(tiny, monk
 def test_fewer_steps_than_the_checkpoint_has_are_refused(tiny, capsys):  # noqa: F811
     assert train_here(tiny) == 0
     assert train_here(["--train.max_steps", "8", "--checkpoint.allow_changes", FEWER, *tiny]) == 2
-    assert "asks for 8 steps, but the checkpoint stands after step 20" in capsys.readouterr().err
+    assert "asks for 8 steps, but the checkpoint is already at step 20" in capsys.readouterr().err
 
 
 def test_a_finished_run_whose_metrics_were_removed_is_still_done(tiny):  # noqa: F811
@@ -91,7 +90,7 @@ def test_the_state_tells_where_this_start_goes_on_and_not_where_an_earlier_one_w
     for path in (run_of(tiny) / "checkpoints").iterdir():
         path.rename(run_of(tiny) / path.name)
     seen = []
-    monkeypatch.setattr("pretrain.run.state.announce", lambda run, *_: seen.append(read_state(run.folder)))
+    monkeypatch.setattr("pretrain.run.output.announce", lambda run, *_: seen.append(read_state(run.directory.path)))
     assert train_here(tiny) == 0
     assert (seen[0]["status"], seen[0]["step"], seen[0]["saved_step"]) == ("running", 0, None)
 
@@ -102,9 +101,9 @@ def test_tokens_per_second_of_a_line_that_a_stop_cut_in_two_count_the_time_befor
 
     step = train.train_step
 
-    def slow_step(engine, window, lr, requests, last_loss):
+    def slow_step(*given):
         time.sleep(0.02)
-        return step(engine, window, lr, requests, last_loss)
+        return step(*given)
 
     monkeypatch.setattr(train, "train_step", slow_step)
     tiny = ["--log.every_steps", "20", "--checkpoint.every_steps", "19", "--evaluate.every_steps", "0", *tiny]
@@ -142,10 +141,8 @@ def test_the_preflight_looks_at_the_checkpoint_that_the_run_would_go_on_from(tin
 
     def found(*flags: str) -> list[str]:
         config = load(["--train.max_steps", "18", "--checkpoint.allow_changes", FEWER, *flags, *tiny])
-        model = resolve_model(config.model, vocab_size=64, sequence_length=16)
-        data = open_train(config.data, seed=config.run.seed, vocab_size=64, tokenizer_fingerprint=None)
-        return [each.text for each in resume_findings(config, model, data, run_of(tiny))]
+        return [each.text for each in resume_findings(config, open_parts(config), saved)]
 
-    assert len(found()) == 1 and "after step 20 already" in found()[0]
+    assert len(found()) == 1 and "already at step 20" in found()[0]
     assert found("--checkpoint.resume", str(saved / "step_00000016")) == []
     assert "cannot be read" in found("--checkpoint.resume", str(saved / "step_00000001"))[0]

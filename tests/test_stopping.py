@@ -52,7 +52,7 @@ def signal_in_validation(argv: list[str]) -> int:
     console = run_of(argv) / "console.log"
 
     def wait_and_signal() -> None:
-        while "going on after step" not in console.read_text():
+        while "resuming after step" not in console.read_text():
             time.sleep(0.001)
         time.sleep(0.05)
         signal_self(signal.SIGTERM)

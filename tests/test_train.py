@@ -104,7 +104,7 @@ def test_a_run_killed_by_kill_9_goes_on_to_the_bit(tiny, tmp_path):
     killed_at = records(run_of(tiny))[-1]["step"]
     assert 10 <= killed_at < 150
     again = subprocess.run(command, **quiet, timeout=90)
-    assert again.returncode == 0 and "going on after step" in again.stdout, again.stdout
+    assert again.returncode == 0 and "resuming after step" in again.stdout, again.stdout
     assert curve(run_of(tiny)) == curve(run_of(tiny, "straight"))
     assert final_bytes(run_of(tiny)) == final_bytes(run_of(tiny, "straight"))
 
