@@ -11,20 +11,16 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # else `import pretrain` would find this very file
 
-from pretrain.config import ConfigError, load
+from pretrain.config import load
+from pretrain.run import command_line
 from pretrain.run.stop import StopRequest
 
 
-def main() -> int:
-    """-> exit status: 0 done, 2 refused; all of them are in the README."""
-    try:
-        config = load(sys.argv[1:], world_size=int(os.environ.get("WORLD_SIZE", 1)))
-    except ConfigError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(error, file=sys.stderr)
-        return 2
+def main(argv: list[str]) -> int:
+    """-> exit status: 0 done, 2 refused; docs/running.md lists them all."""
+    config = load(argv, world_size=int(os.environ.get("WORLD_SIZE", 1)))
     if sys.stderr:
-        faulthandler.register(signal.SIGUSR1, file=2)  # stacks; once the run has its folder, those of all ranks go there
+        faulthandler.register(signal.SIGUSR1, file=2)  # stacks; once the run has its directory, those of all ranks go there
     stop = StopRequest()
     from pretrain.train import train  # torch is imported here, after the settings are known to be right
 
@@ -32,4 +28,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main))

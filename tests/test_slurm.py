@@ -21,7 +21,7 @@ echo $! > "$SLURM_TEST/srun.pid"
 wait $!
 """
 SCONTROL = """#!/usr/bin/env bash
-if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "$SLURM_TEST/asked"; fi
+if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "$SLURM_TEST/requests"; fi
 """
 
 
@@ -44,7 +44,7 @@ def start(folder: Path, settings: list[str]) -> subprocess.Popen:
 
 
 def requeued(folder: Path) -> bool:
-    return (folder / "asked").exists() and "requeue" in (folder / "asked").read_text()
+    return (folder / "requests").exists() and "requeue" in (folder / "asked").read_text()
 
 
 def test_a_finished_run_is_not_queued_again(tiny, tmp_path):
