@@ -171,7 +171,7 @@ from pretrain.run.directory import RunDirectory
 class Scripted(supervise.Supervisor):
     def _attempt(self):
         saved, status = script.pop(0)
-        RunDirectory(self.folder).stand_at(saved, saved)
+        RunDirectory(self.folder).set_start(saved, saved)
         return status, "scripted"
     def _wait(self, failures, how): print(failures)
 run = Scripted(supervise.load(sys.argv[1:]), [], [])
