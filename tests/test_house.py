@@ -27,7 +27,6 @@ ROOMS = sorted(path.name for path in (ROOT / "pretrain").iterdir() if (path / "_
 SETTINGS = {
     "pretrain",
     "pretrain.schema",
-    "pretrain.rules",
     "pretrain.config",
     "pretrain.model.config",
     "pretrain.model.hf_mapping",
@@ -49,7 +48,6 @@ TAKES_THE_WHOLE_CONFIG = {"interop", "run"}
 WITHOUT_TORCH = [
     "pretrain.config",
     "pretrain.model.hf_mapping",
-    "pretrain.rules",
     "pretrain.schema",
     "pretrain.doctor.compare_runs",
     "pretrain.optim.schedule",

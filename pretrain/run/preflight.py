@@ -21,7 +21,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from pretrain import config as settings
-from pretrain import rules
 from pretrain.checkpoint.manifest import Checkpoint, CheckpointError, checkpoints
 from pretrain.config import Config, ConfigError, Problem, SourceConfig
 from pretrain.data import checks
@@ -271,7 +270,7 @@ def batch_facts(config: Config, ranks: int | None) -> list[str]:
 
 def batch_findings(config: Config, ranks: int | None) -> list[Finding]:
     """Settings that do not fit the number of ranks."""
-    problems = rules.validate(config, ranks or config.engine.world_size or 1)
+    problems = settings.validate(config, ranks or config.engine.world_size or 1)
     return [Finding("batch-arithmetic", problem.key, problem.message, stops=True) for problem in problems]
 
 

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pretrain import config as settings
-from pretrain import rules
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.manifest import Checkpoint, CheckpointError
 from pretrain.checkpoint.saver import Saver
@@ -230,7 +229,7 @@ def began_at(saved: Path, wish: str) -> bool:
 def refuse_another_run(config: Config, model: ModelConfig, data: TrainData, state: dict, found: Checkpoint) -> None:
     """Raises ConfigError when these settings or this data are not those of the checkpoint."""
     old, new = state["settings"] | {"model": state["model"]}, to_dict(config) | {"model": asdict(model)}
-    problems = rules.check_resume(old, new, config.checkpoint.allow_changes, str(found.path))
+    problems = settings.check_resume(old, new, config.checkpoint.allow_changes, str(found.path))
     if (total := count_steps(config, data)) < found.step:
         problems.append(Problem("train", f"asks for {total} steps, but the checkpoint stands after step {found.step} already; "
                                 "go back with --checkpoint.resume PATH, or train longer", str(found.path)))  # fmt: skip
