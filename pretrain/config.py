@@ -295,7 +295,6 @@ USAGE = """usage: {program} --config FILE [--config FILE ...] [--section.key val
 settings, with default, bounds, and whether a resumed run may change them (free), may after confirmation by
 checkpoint.allow_changes (guarded), or may not (frozen):
 {keys}"""
-_SWITCHES = {"-h": "help", "--help": "help", "--print_config": "print_config", "--print_schema": "print_schema"}
 
 
 def load(argv: list[str], *, world_size: int | None = 1, program: str = "launch/pretrain.py") -> Config:
@@ -305,9 +304,9 @@ def load(argv: list[str], *, world_size: int | None = 1, program: str = "launch/
     SystemExit(0).
     """
     problems: list[Problem] = []
-    paths, flags, switches = _split_arguments(argv, problems)
+    paths, flags, switches = schema.split_arguments(argv, problems)
     if "help" in switches:
-        _show(USAGE.format(program=program, keys="\n".join(map(_help_of, schema.walk(Config)))) + "\n")
+        _show(USAGE.format(program=program, keys="\n".join(map(str, schema.walk(Config)))) + "\n")
     if "print_schema" in switches:
         _show(json.dumps(schema.json_schema(Config), indent=2, ensure_ascii=False) + "\n")
     tree, origins = schema.read_layers(paths, flags, problems)
@@ -324,32 +323,6 @@ def load(argv: list[str], *, world_size: int | None = 1, program: str = "launch/
     if "print_config" in switches:
         _show(schema.to_yaml(config))
     return config
-
-
-def _split_arguments(argv: list[str], problems: list[Problem]) -> tuple[list[str], dict[str, str], set[str]]:
-    """-> (--config files, {dotted key: text}, switches)."""
-    paths: list[str] = []
-    flags: dict[str, str] = {}
-    switches: set[str] = set()
-    words = iter(argv)
-    for word in words:
-        name, equals, text = word.lstrip("-").partition("=")
-        if word in _SWITCHES:
-            switches.add(_SWITCHES[word])
-        elif not word.startswith("--"):
-            problems.append(Problem(word, "is not a flag; settings are given as --section.key value"))
-        elif (value := text if equals else next(words, None)) is None:
-            problems.append(Problem(word, "needs a value"))
-        elif name == "config":
-            paths.append(value)
-        else:
-            flags[name] = value
-    return paths, flags, switches
-
-
-def _help_of(setting: schema.Setting) -> str:
-    facts = "; ".join(filter(None, (setting.default, setting.allowed, setting.resume)))
-    return f"  --{setting.key} ({facts})\n        {setting.doc}"
 
 
 def _show(text: str) -> NoReturn:
@@ -388,14 +361,11 @@ def validate(config: Config, world_size: int | None = 1) -> list[Problem]:
 
     A check that meets a key which could not be read (`schema.Partial`) ends there.
     """
-    checks = [_check_names(config), _check_length(config), _check_schedule(config), _check_sources(config)]
-    checks += [_check_vocabulary(config), _check_engine(config), _check_fsdp2(config), _check_optimizer(config)]
-    checks += [_check_prompts(config), _check_ranks(config, world_size), _check_batch(config, world_size)]
-    checks += [_check_replicas(config, world_size), _check_shards(config, world_size)]
-    problems: list[Problem] = []
+    checks = [check(config) for check in _CHECKS] + [check(config, world_size) for check in _CHECKS_OF_RANKS]
     with contextlib.suppress(schema.Unread):
         model = config.model
         checks += [check(model) for check in model_settings.CHECKS]
+    problems: list[Problem] = []
     for check in checks:
         with contextlib.suppress(schema.Unread):
             for problem in check:
@@ -444,37 +414,31 @@ def _check_vocabulary(config: Config) -> Iterator[Problem]:
         yield Problem("model.vocab_size", "is null and so is tokenizer.path; set one of them")
 
 
-_ENGINES_WITH = {
-    "offload": {"optimizer": ("zero1", "zero2", "zero3"), "all": ("zero3",)},
-    "reduce_gradients": {"micro_batch": ("zero2", "zero3", "fsdp2")},
-}
-
-
 def _check_engine(config: Config) -> Iterator[Problem]:
     """An option that the chosen engine does not have is refused, never ignored."""
-    engine = config.engine
-    for key, values in _ENGINES_WITH.items():
-        value = getattr(engine, key)
-        if engine.name not in (names := values.get(value, (engine.name,))):
-            yield Problem(f"engine.{key}", f"got {value}, which only {', '.join(names)} can do; engine.name is {engine.name}")
-
-
-def _check_fsdp2(config: Config) -> Iterator[Problem]:
-    engine = config.engine
-    if engine.name == "zero3" and engine.compile == "model":
-        yield Problem("engine.compile", "got model, which the hooks of zero3 would cut into many graphs; use blocks")
-    if engine.name == "fsdp2" and engine.bucket_mib is not None:
+    name, replicas = config.engine.name, config.engine.replicas
+    options = (
+        ("offload", "optimizer", ("zero1", "zero2", "zero3")),
+        ("offload", "all", ("zero3",)),
+        ("reduce_gradients", "micro_batch", ("zero2", "zero3", "fsdp2")),
+    )
+    for key, value, names in options:
+        if getattr(config.engine, key) == value and name not in names:
+            yield Problem(f"engine.{key}", f"got {value}, which only {', '.join(names)} can do; engine.name is {name}")
+    if name != "fsdp2" and replicas != 1:
+        yield Problem("engine.replicas", f"got {replicas}, which only fsdp2 can do; engine.name is {name}")
+    if name == "fsdp2" and config.engine.bucket_mib is not None:
         message = "has no meaning for fsdp2, which sends the gradients of a block at once; use null"
         yield Problem("engine.bucket_mib", message)
-    if engine.name != "fsdp2" and engine.replicas != 1:
-        yield Problem("engine.replicas", f"got {engine.replicas}, which only fsdp2 can do; engine.name is {engine.name}")
+    if name == "zero3" and config.engine.compile == "model":
+        yield Problem("engine.compile", "got model, which the hooks of zero3 would cut into many graphs; use blocks")
 
 
 def _check_optimizer(config: Config) -> Iterator[Problem]:
     if config.optimizer.name == "muon" and config.engine.name.startswith("zero"):
         message = (
-            f"is muon, which engine.name {config.engine.name} cannot run: DeepSpeed would clip the orthogonalized update, not the "
-            "gradient, and report its norm; use engine.name ddp or fsdp2, or adamw"
+            f"is muon, which engine.name {config.engine.name} cannot run: DeepSpeed would clip the orthogonalized update, not "
+            "the gradient, and report its norm; use engine.name ddp or fsdp2, or adamw"
         )
         yield Problem("optimizer.name", message)
 
@@ -519,10 +483,15 @@ def _check_shards(config: Config, world_size: int | None) -> Iterator[Problem]:
     moe, engine = config.model.moe, config.engine
     if moe and engine.name == "fsdp2" and (shards := (world_size or 1) // engine.replicas) > moe.num_experts:
         message = (
-            f"is fsdp2, which does not split an expert: over {shards} ranks, {moe.num_experts} experts leave some without any; use "
-            f"zero3, which splits evenly, or engine.replicas so that at most {moe.num_experts} ranks share a replica"
+            f"is fsdp2, which does not split an expert: over {shards} ranks, {moe.num_experts} experts leave some without any; "
+            f"use zero3, which splits evenly, or engine.replicas so that at most {moe.num_experts} ranks share a replica"
         )
         yield Problem("engine.name", message)
+
+
+_CHECKS = (_check_names, _check_length, _check_schedule, _check_sources, _check_vocabulary, _check_engine, _check_optimizer,
+           _check_prompts)  # fmt: skip
+_CHECKS_OF_RANKS = (_check_ranks, _check_batch, _check_replicas, _check_shards)
 
 
 def _check_pretrained(model: ModelConfig, pretrained: ModelConfig) -> list[Problem]:

@@ -34,27 +34,12 @@ MAX_DEPTH = 20
 
 # ---------------------------------------------------------------- declaring a setting
 
-
-@dataclass(frozen=True)
-class Bounds:
-    """Limits of a number, under pydantic's names."""
-
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    lt: float | None = None
-
-    @property
-    def given(self) -> dict[str, float]:
-        return {name: limit for name, limit in vars(self).items() if limit is not None}
-
-
-PositiveInt = Annotated[int, Bounds(ge=1)]
-NonNegativeInt = Annotated[int, Bounds(ge=0)]
-PositiveFloat = Annotated[float, Bounds(gt=0)]
-NonNegativeFloat = Annotated[float, Bounds(ge=0)]
-Fraction = Annotated[float, Bounds(ge=0, le=1)]
-Decay = Annotated[float, Bounds(ge=0, lt=1)]
+PositiveInt = Annotated[int, ("ge", 1)]  # bounds have pydantic's names: ge, gt, le, lt
+NonNegativeInt = Annotated[int, ("ge", 0)]
+PositiveFloat = Annotated[float, ("gt", 0)]
+NonNegativeFloat = Annotated[float, ("ge", 0)]
+Fraction = Annotated[float, ("ge", 0), ("le", 1)]
+Decay = Annotated[float, ("ge", 0), ("lt", 1)]
 
 
 def _setting(resume: str, default: Any = dataclasses.MISSING) -> Any:
@@ -117,6 +102,27 @@ class _Loader(yaml.SafeLoader):
             event = self.peek_event()
             raise ValueError(f"line {event.start_mark.line + 1}: *{event.anchor} is an alias; write the value out")
         return super().compose_node(parent, index)
+
+
+def split_arguments(argv: list[str], problems: list[Problem]) -> tuple[list[str], dict[str, str], set[str]]:
+    """-> (--config files, {dotted key: text}, switches)."""
+    paths: list[str] = []
+    flags: dict[str, str] = {}
+    switches: set[str] = set()
+    words = iter(argv)
+    for word in words:
+        name, equals, text = word.lstrip("-").partition("=")
+        if word in ("-h", "--help", "--print_config", "--print_schema"):
+            switches.add("help" if word == "-h" else name)
+        elif not word.startswith("--"):
+            problems.append(Problem(word, "is not a flag; settings are given as --section.key value"))
+        elif (value := text if equals else next(words, None)) is None:
+            problems.append(Problem(word, "needs a value"))
+        elif name == "config":
+            paths.append(value)
+        else:
+            flags[name] = value
+    return paths, flags, switches
 
 
 def read_layers(paths: list[str], flags: dict[str, str], problems: list[Problem]) -> tuple[dict[str, Any], Origins]:
@@ -226,10 +232,10 @@ class Partial:
 
 def build(cls: type, tree: dict[str, Any], origins: Origins, problems: list[Problem]) -> Any:
     """An instance of `cls`; with `problems` (new ones are added), a `Partial` of one. Removes wrong values from `tree`."""
-    validator, wrong, found = SchemaValidator(_core(cls)), {problem.key for problem in problems}, []
+    wrong, found = {problem.key for problem in problems}, []
     while True:
         try:
-            settings = validator.validate_python(tree)
+            settings = _validator(cls).validate_python(tree)
             break
         except ValidationError as error:
             errors = error.errors(include_url=False)
@@ -237,6 +243,11 @@ def build(cls: type, tree: dict[str, Any], origins: Origins, problems: list[Prob
             wrong |= {_prune(tree, each) for each in errors}
     problems += found
     return Partial(settings, wrong) if problems else settings
+
+
+@functools.cache
+def _validator(cls: type) -> SchemaValidator:
+    return SchemaValidator(_core(cls))
 
 
 def _prune(tree: dict[str, Any], error: Any) -> str:
@@ -257,7 +268,8 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _core(hint: Any, docs: bool = False) -> CoreSchema:
-    """pydantic's schema of a type, `docs` with the docstrings of fields. Its own TypeAdapter takes longer than all else in `load`."""
+    """pydantic's schema of a type, with the docstrings of fields if `docs`. (TypeAdapter would make it, too, but to import and
+    build that takes twice as long as all the rest of `load`.)"""
     kind, args = typing.get_origin(hint), typing.get_args(hint)
     if type(None) in args:
         return core.no_info_before_validator_function(_read_null, core.nullable_schema(_core(args[0], docs)))
@@ -269,9 +281,9 @@ def _core(hint: Any, docs: bool = False) -> CoreSchema:
         return core.literal_schema(list(args))
     if dataclasses.is_dataclass(hint):
         return _section(hint, docs)
-    scalar, bounds = (args[0], args[1].given) if kind is Annotated else (hint, {})
+    scalar, *bounds = args if kind is Annotated else (hint,)
     makers = {int: core.int_schema, float: core.float_schema, bool: core.bool_schema, str: core.str_schema}
-    return core.no_info_before_validator_function(functools.partial(_read, scalar), makers[scalar](strict=True, **bounds))
+    return core.no_info_before_validator_function(functools.partial(_read, scalar), makers[scalar](strict=True, **dict(bounds)))
 
 
 def _section(cls: type, docs: bool) -> CoreSchema:
@@ -313,7 +325,7 @@ def _read(kind: type, value: Any) -> Any:
 
 # ---------------------------------------------------------------- pydantic's errors in our words
 
-_WORDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text, not empty"}
+_WORDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "non-empty text"}
 _LIMITS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
 
 
@@ -321,8 +333,7 @@ def words(hint: Any) -> str:
     """What a field of type `hint` may hold, to be put behind "must be"."""
     kind, args = typing.get_origin(hint), typing.get_args(hint)
     if kind is Annotated:
-        limits = [f"{_LIMITS[name]} {limit}" for name, limit in args[1].given.items()]
-        return ", ".join([words(args[0]), *limits])
+        return ", ".join([words(args[0]), *(f"{_LIMITS[name]} {limit}" for name, limit in args[1:])])
     if type(None) in args:
         return f"{words(args[0])}, or null"
     if kind is typing.Literal:
@@ -330,8 +341,8 @@ def words(hint: Any) -> str:
     if dataclasses.is_dataclass(hint):
         return f"a section with keys {', '.join(_hints(hint))}"
     if kind is tuple:
-        return f"a list of {len(args)}, each {words(args[0])}"
-    return f"a list, each item {words(args[0])}" if kind is list else _WORDS[hint]
+        return f"a list of {len(args)} in brackets, each {words(args[0])}"
+    return f"a list in brackets, each item {words(args[0])}" if kind is list else _WORDS[hint]
 
 
 def _problem(cls: type, error: Any, origins: Origins, wrong: set[str]) -> Problem:
@@ -345,7 +356,7 @@ def _problem(cls: type, error: Any, origins: Origins, wrong: set[str]) -> Proble
         wrong.add(meant)
         return Problem(_dotted(loc), f"unknown key; {advice}", origin)
     message = f"got {text if len(text) <= 80 else text[:77] + '...'}, must be {words(hint)}"
-    if near := kind == "literal_error" and difflib.get_close_matches(text, typing.get_args(_plain(hint)), 1):
+    if near := kind == "literal_error" and difflib.get_close_matches(str(error["input"]), typing.get_args(_plain(hint)), 1):
         message += f"; did you mean {near[0]}?"
     doc = field_docs(section).get(loc[-1]) if dataclasses.is_dataclass(section) else None
     return Problem(_dotted(loc), ("is required" if kind == "missing" else message) + (f" -- {doc}" if doc else ""), origin)
@@ -387,7 +398,7 @@ def _dotted(loc: tuple) -> str:
 
 
 class Setting(NamedTuple):
-    """One key of the settings, as `--help` shows it."""
+    """One key of the settings; `str()` is its entry in `--help`."""
 
     key: str
     default: str
@@ -395,6 +406,9 @@ class Setting(NamedTuple):
     resume: str
     """Resume class: frozen, guarded or free."""
     doc: str
+
+    def __str__(self) -> str:
+        return f"  --{self.key} ({self.default}; {self.allowed}; {self.resume})\n        {self.doc}"
 
 
 def walk(cls: type, prefix: str = "") -> Iterator[Setting]:
@@ -423,7 +437,7 @@ def json_schema(cls: type) -> dict[str, Any]:
     """JSON Schema of the files that `read_layers` reads, for editors."""
     from pydantic.json_schema import GenerateJsonSchema  # slow to import
 
-    return GenerateJsonSchema().generate(_core(cls, described=True))
+    return GenerateJsonSchema().generate(_core(cls, docs=True))
 
 
 def shown(value: Any) -> str:

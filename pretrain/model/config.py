@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pretrain import schema
-from pretrain.schema import Bounds, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Problem, free, frozen, guarded
+from pretrain.schema import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Problem, free, frozen, guarded
 
-Several = Annotated[int, Bounds(ge=2)]
+Several = Annotated[int, ("ge", 2)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class RopeScalingConfig:
 
     kind: Literal["linear", "llama3"] = frozen()
     """linear: all frequencies divided by factor; llama3: low ones divided, high ones kept, those between blended."""
-    factor: Annotated[float, Bounds(ge=1)] = frozen()
+    factor: Annotated[float, ("ge", 1)] = frozen()
     """Divisor of the frequencies."""
     low_freq_factor: PositiveFloat | None = frozen(None)
     """llama3: a frequency with fewer turns than this in original_max_position_embeddings is low. Llama 3.1: 1."""
