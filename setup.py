@@ -25,6 +25,8 @@ setup(
         "safetensors",
         "wandb>=0.31",  # earlier ones cannot be told not to ask for a key on a terminal
         "pyyaml",
+        "pydantic>=2",
+        "pydantic-core",
         "numpy",
         "tqdm",
         "psutil",

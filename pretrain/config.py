@@ -1,53 +1,76 @@
-"""All settings of a run. `Config` is the table of contents; every key has its unit and its "off" value beside it.
+"""All settings of a run. `Config` is the table of contents; every key has its bounds, unit, "off" value and resume class
+beside it.
 
 Defaults < YAML files in their order < `--section.key value` flags. `load(argv)` returns a checked `Config` or raises
-`ConfigError` with *every* problem at once. Nothing here imports torch: a wrong file costs no GPU time.
+`ConfigError` with *every* problem at once. Nothing here imports torch: a mistake in a file costs no GPU time.
 Each part of the project takes its own section (`ModelConfig`), never the whole `Config`.
+
+A default is wrapped in a resume class, which says whether a resumed run may change the setting:
+
+    frozen     no: it would be another run
+    guarded    only if checkpoint.allow_changes names it: it changes the training dynamics
+    free       yes
 """
 
-from __future__ import annotations
-
+import contextlib
+import dataclasses
+import functools
+import json
 import os
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from pretrain import schema
+from pretrain.model import config as model_settings
 from pretrain.model import hf_mapping
 from pretrain.model.config import ModelConfig, differences, model_from_dict, resolve_model
-from pretrain.rules import validate
-from pretrain.schema import ConfigError, Problem
+from pretrain.schema import (
+    ConfigError,
+    Decay,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Problem,
+    free,
+    frozen,
+    guarded,
+    shown,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where the run lives."""
+    """Name, place and seed of the run."""
 
-    name: str = "run"
+    name: str = free("run")
     """Name of the run; its files go to <directory>/<name>."""
-    directory: str = "runs"
+    directory: str = free("runs")
     """Folder that holds all runs."""
-    seed: int = 1234
-    """Keys the initial weights, the data order and the synthetic data."""
+    seed: NonNegativeInt = frozen(1234)
+    """Seed of the initial weights, the data order and the synthetic data."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """The tokenizer that made the data; used for vocabulary, checks and samples."""
+    """The tokenizer that produced the data; used for the vocabulary, checks and sample texts."""
 
-    path: str | None = None
+    path: str | None = free(None)
     """Folder written by tools/train_tokenizer.py, or of a Hugging Face tokenizer; null: none (then model.vocab_size is
-    needed)."""
+    required)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """One tokenized dataset."""
 
-    path: str
+    path: str = free()
     """Prefix of a .bin/.idx pair, or a nanoGPT-style flat .bin file."""
-    weight: float = 1.0
+    weight: float = free(1.0)
     """Share of the blend relative to the other sources; > 0. Ignored for validation."""
 
 
@@ -55,58 +78,58 @@ class SourceConfig:
 class SyntheticConfig:
     """Generated tokens instead of files: for tests, dry runs and lessons."""
 
-    kind: Literal["uniform", "unigram", "markov", "repeat", "copy"] = "uniform"
+    kind: Literal["uniform", "unigram", "markov", "repeat", "copy"] = frozen("uniform")
     """uniform: labels carry no information; unigram: Zipf, no context; markov: one token of context; repeat: a few fixed
     texts; copy: second half repeats the first."""
-    num_samples: int = 1_000_000
-    """Samples in one epoch; validation draws others."""
+    num_samples: PositiveInt = frozen(1_000_000)
+    """Samples per epoch; validation draws others."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read, in which windows."""
+    """The data, and how it is cut into samples."""
 
-    train: list[SourceConfig] = field(default_factory=list)
+    train: list[SourceConfig] = free(list)
     """Training sources: [{path, weight}]."""
-    valid: list[SourceConfig] = field(default_factory=list)
+    valid: list[SourceConfig] = free(list)
     """Validation sources: [{path}]; empty: no validation."""
-    synthetic: SyntheticConfig | None = None
+    synthetic: SyntheticConfig | None = frozen(None)
     """Generated data instead of train and valid; null: off."""
-    sequence_length: int = 1024
+    sequence_length: PositiveInt = frozen(1024)
     """Tokens T that a sample feeds to the model; a sample is T + 1 tokens."""
-    document_mask: bool = False
-    """Tokens attend only inside their document."""
-    quarantine: str | None = None
-    """File of training samples that are left out (pretrain/data/excluded.py has its format); null: none."""
+    document_mask: bool = frozen(False)
+    """Tokens attend only within their document."""
+    quarantine: str | None = free(None)
+    """File that lists training samples to leave out (format: pretrain/data/excluded.py); null: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """The batch in sequences. Accumulation is derived (global / (micro * ranks)), printed, and never written."""
+    """The batch in sequences. Accumulation is derived (global / (micro * ranks)) and printed, never configured."""
 
-    global_batch_size: int = 32
+    global_batch_size: PositiveInt = guarded(32)
     """Sequences per step, over all ranks and micro-batches."""
-    micro_batch_size: int = 8
-    """Sequences in one forward on one rank."""
+    micro_batch_size: PositiveInt = free(8)
+    """Sequences per forward pass on one rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Decay on matrices only; vectors (norms) and embeddings are not decayed."""
+    """Weight decay applies to matrices only, not to vectors (norms) and embeddings."""
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon"] = frozen("adamw")
     """adamw; or muon for the matrices of the blocks, with adamw for embeddings, head and vectors."""
-    lr: float = 3e-4
-    """Peak learning rate. Muon's updates are as large as AdamW's, so both take the same."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    lr: PositiveFloat = guarded(3e-4)
+    """Peak learning rate. Muon's updates are scaled to the size of AdamW's, so the same value suits both."""
+    betas: tuple[Decay, Decay] = guarded((0.9, 0.95))
     """AdamW's decay of the first and second moment."""
-    eps: float = 1e-8
+    eps: PositiveFloat = guarded(1e-8)
     """AdamW adds it to the root of the second moment."""
-    momentum: float = 0.95
+    momentum: Decay = guarded(0.95)
     """Muon's decay of the momentum; adamw ignores it."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegativeFloat = guarded(0.1)
     """Decoupled decay per unit of learning rate. 0: off."""
-    grad_clip: float = 1.0
+    grad_clip: NonNegativeFloat = guarded(1.0)
     """Largest global norm of the full gradient. 0: off."""
 
 
@@ -114,102 +137,104 @@ class OptimizerConfig:
 class ScheduleConfig:
     """Learning rate as a pure function of the step."""
 
-    name: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
-    """cosine; wsd (warm up, stay, decay at the end); linear; constant."""
-    warmup_steps: int = 0
+    name: Literal["cosine", "wsd", "linear", "constant"] = guarded("cosine")
+    """Shape of the decay; wsd: warm-up, stable, decay at the end."""
+    warmup_steps: NonNegativeInt = guarded(0)
     """Steps of linear warm-up from 0. 0: off."""
-    decay_steps: int | None = None
+    decay_steps: PositiveInt | None = guarded(None)
     """Length of the decay; null: all steps after warm-up (wsd: 40 % of all steps)."""
-    final_lr_fraction: float = 0.1
+    final_lr_fraction: Fraction = guarded(0.1)
     """Learning rate at the last step as a fraction of the peak."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long. Exactly one of max_steps, max_tokens, epochs."""
+    """Length of the run: exactly one of max_steps, max_tokens, epochs. And what to do when it diverges."""
 
-    max_steps: int | None = None
+    max_steps: PositiveInt | None = guarded(None)
     """Optimizer steps."""
-    max_tokens: int | None = None
-    """Tokens fed (rounded up to whole steps)."""
-    epochs: float | None = None
+    max_tokens: PositiveInt | None = guarded(None)
+    """Tokens fed to the model (rounded up to full steps)."""
+    epochs: PositiveFloat | None = guarded(None)
     """Passes over all training sources together."""
-    max_skipped_steps: int = 10
-    """Non-finite steps in a row after which the run has diverged."""
-    on_divergence: Literal["stop", "rollback"] = "stop"
-    """stop: end with status 70; rollback: go back to the last checkpoint and leave out those steps' samples, at most twice."""
+    max_skipped_steps: PositiveInt = free(10)
+    """Consecutive non-finite steps after which the run counts as diverged."""
+    on_divergence: Literal["stop", "rollback"] = free("stop")
+    """stop: exit with status 70; rollback: return to the last checkpoint and leave out the samples of those steps, at most
+    twice."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How the model is spread over processes, and what is traded for memory. docs/engines.md compares the engines."""
+    """How the model is distributed over processes, and what is traded for memory. docs/engines.md compares the engines."""
 
-    name: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = "ddp"
-    """ddp: every rank holds all; zero1, zero2, zero3 (DeepSpeed): ranks share optimizer state, and gradients, and weights;
-    fsdp2 (PyTorch): as zero3."""
-    precision: Literal["fp32", "bf16"] | None = None
-    """bf16: bf16 compute; master weights, summed gradients and moments fp32. null: bf16 on GPUs, fp32 on CPUs. (fp16 needs
-    loss scaling and skips steps: refused.)"""
-    compile: Literal["none", "blocks", "model"] = "none"
-    """torch.compile: blocks compiles one block and uses it for all; model (not zero3) the whole. The first step takes longer.
-    none: off."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """full: keep only the inputs of blocks, run each block twice (a third more FLOPs); selective: keep the matrix
-    products too. none: off."""
-    offload: Literal["none", "optimizer", "all"] = "none"
+    name: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = free("ddp")
+    """ddp: every rank holds everything; zero1, zero2, zero3 (DeepSpeed): ranks share the optimizer state (zero1), also the
+    gradients (zero2), also the weights (zero3); fsdp2 (PyTorch): as zero3."""
+    precision: Literal["fp32", "bf16"] | None = guarded(None)
+    """bf16: compute in bf16; master weights, summed gradients and moments in fp32. null: bf16 on GPUs, fp32 on CPUs. (fp16
+    needs loss scaling and skips steps: refused.)"""
+    compile: Literal["none", "blocks", "model"] = free("none")
+    """torch.compile: blocks compiles one block and uses it for all; model (not zero3) compiles everything. The first step takes
+    longer. none: off."""
+    activation_checkpointing: Literal["none", "selective", "full"] = free("none")
+    """full: keep only the inputs of blocks and run each block twice (a third more FLOPs); selective: keep the matrix products
+    too. none: off."""
+    offload: Literal["none", "optimizer", "all"] = free("none")
     """optimizer (zero1, zero2, zero3): optimizer state lives and is updated on the host; all (zero3): weights too. none:
     off."""
-    replicas: int = 1
-    """fsdp2: copies of the sharded model; one per node keeps the gathering of weights inside nodes. 1: off."""
-    reduce_gradients: Literal["step", "micro_batch"] | None = None
-    """step: once, each rank holding whole fp32 gradients between micro-batches; micro_batch: each time, holding only its share.
-    null: micro_batch for zero2, zero3, fsdp2; step for ddp, zero1."""
-    bucket_mib: int | None = None
+    replicas: PositiveInt = free(1)
+    """fsdp2: replicas of the sharded model; one per node keeps the gathering of weights within nodes. 1: off."""
+    reduce_gradients: Literal["step", "micro_batch"] | None = free(None)
+    """step: once per step, each rank holding full fp32 gradients between micro-batches; micro_batch: after each, holding only
+    its share. null: micro_batch for zero2, zero3, fsdp2; step for ddp, zero1."""
+    bucket_mib: PositiveInt | None = free(None)
     """ddp, zero1, zero2, zero3: MiB of gradients sent at once. null: 25 for ddp, 200 for the others."""
-    keep_whole_below: int = 100_000
-    """zero3: parameters with fewer elements stay whole on every rank."""
-    world_size: int | None = None
-    """Number of processes that must be running, or the run stops; null: any."""
-    timeout_seconds: float = 600.0
-    """How long a collective may take."""
+    keep_whole_below: NonNegativeInt = free(100_000)
+    """zero3: parameters with fewer elements are not sharded."""
+    world_size: PositiveInt | None = free(None)
+    """Required number of processes; with another number the run refuses to start. null: any."""
+    timeout_seconds: PositiveFloat = free(600.0)
+    """Longest time that a collective may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Validation over a fixed set, the same number on any number of ranks."""
+    """Validation on a fixed set; the result does not depend on the number of ranks."""
 
-    every_steps: int = 0
-    """Steps between validations; there is one at the end anyway. 0: only at the end."""
-    max_batches: int | None = None
-    """At most this many global batches, spread evenly over the set; null: the whole set."""
-    sample_prompts: list[str] = field(default_factory=list)
-    """Beginnings that the model continues after each validation (with tokenizer.path); empty: off."""
-    sample_tokens: int = 40
-    """Most tokens of each continuation; the likeliest one each time."""
+    every_steps: NonNegativeInt = free(0)
+    """Steps between validations; there is always one at the end. 0: only at the end."""
+    max_batches: PositiveInt | None = free(None)
+    """At most this many global batches, spread evenly over the set; null: the full set."""
+    sample_prompts: list[str] = free(list)
+    """Prompts that the model continues after each validation (needs tokenizer.path); empty: off."""
+    sample_tokens: PositiveInt = free(40)
+    """Largest number of tokens of each continuation, decoded greedily."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save, what to keep, where to go on."""
+    """When to save, what to keep, where to resume."""
 
-    every_steps: int = 0
-    """Steps between checkpoints; there is one at the end anyway. 0: only at the end."""
-    every_minutes: float = 0
+    every_steps: NonNegativeInt = free(0)
+    """Steps between checkpoints; there is always one at the end. 0: only at the end."""
+    every_minutes: NonNegativeFloat = free(0)
     """Minutes between checkpoints. 0: off."""
-    keep_last: int = 2
-    """Newest checkpoints kept; at least 1."""
-    keep_best: int = 1
-    """Checkpoints kept with the lowest validation loss. 0: off."""
-    asynchronous: bool = True
-    """Write in the background; costs the host one copy of each rank's share of the state. false: the run waits for the disk."""
-    deadline_seconds: float = 25.0
-    """From SIGTERM to a durable checkpoint; a rank that has none by then leaves, because a peer is gone. Launchers kill
+    keep_last: PositiveInt = free(2)
+    """Number of newest checkpoints to keep."""
+    keep_best: NonNegativeInt = free(1)
+    """Number of checkpoints to keep for the lowest validation loss. 0: off."""
+    asynchronous: bool = free(True)
+    """Write in the background, at the cost of host memory for one copy of each rank's share of the state. false: training waits
+    for the disk."""
+    deadline_seconds: PositiveFloat = free(25.0)
+    """Time from SIGTERM to a durable checkpoint; a rank without one by then exits, because a peer has exited. Launchers kill
     after 30."""
-    resume: str = "auto"
-    """auto: the newest valid checkpoint of this run, else a fresh start; never: refuse a directory that has some; or the
-    path of a checkpoint, of this run (it goes back there) or of another (it begins there); once it has saved since then, the
-    same command goes on."""
-    allow_changes: list[str] = field(default_factory=list)
+    resume: str = free("auto")
+    """auto: the newest valid checkpoint of this run, else a fresh start; never: refuse a run directory that has checkpoints; or
+    the path of a checkpoint: of this run, to return to it, or of another, to start from it. Once the run has saved a checkpoint
+    since then, the same command resumes from that."""
+    allow_changes: list[str] = free(list)
     """Guarded keys that may differ from the checkpoint's, e.g. [train.max_steps, optimizer.lr]; empty: none."""
 
 
@@ -217,78 +242,82 @@ class CheckpointConfig:
 class WandbConfig:
     """Weights & Biases; the key comes from WANDB_API_KEY or `wandb login`, never from here."""
 
-    project: str = "pretrain"
+    project: str = free("pretrain")
     """W&B project."""
-    entity: str | None = None
+    entity: str | None = free(None)
     """W&B user or team; null: your default."""
-    mode: Literal["online", "offline"] = "online"
+    mode: Literal["online", "offline"] = free("online")
     """offline: files only, for `wandb sync` later."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """What is reported, and where to. metrics.jsonl is the truth, the others are copies."""
+    """What is reported, and where. metrics.jsonl is the source of truth; the other sinks receive copies."""
 
-    every_steps: int = 10
-    """Steps between logging lines."""
-    sinks: list[Literal["console", "jsonl", "wandb", "tensorboard"]] = field(default_factory=lambda: ["console", "jsonl"])
+    every_steps: PositiveInt = free(10)
+    """Steps between log lines."""
+    sinks: list[Literal["console", "jsonl", "wandb", "tensorboard"]] = free(lambda: ["console", "jsonl"])
     """Any of console, jsonl, wandb, tensorboard."""
-    peak_tflops: float | None = None
+    peak_tflops: PositiveFloat | None = free(None)
     """Peak of the device for MFU, in TFLOP/s; null: from a table of GPUs (unknown device: no MFU)."""
-    wandb: WandbConfig = field(default_factory=WandbConfig)
+    wandb: WandbConfig = free(WandbConfig)
     """Weights & Biases settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run."""
+    """A complete run. The resume class of a section is that of keys which only another version of this project knows."""
 
-    run: RunConfig = field(default_factory=RunConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log: LogConfig = field(default_factory=LogConfig)
+    run: RunConfig = free(RunConfig)
+    model: ModelConfig = frozen(ModelConfig)
+    tokenizer: TokenizerConfig = frozen(TokenizerConfig)
+    data: DataConfig = frozen(DataConfig)
+    batch: BatchConfig = guarded(BatchConfig)
+    optimizer: OptimizerConfig = guarded(OptimizerConfig)
+    schedule: ScheduleConfig = guarded(ScheduleConfig)
+    train: TrainConfig = guarded(TrainConfig)
+    engine: EngineConfig = free(EngineConfig)
+    evaluate: EvaluateConfig = free(EvaluateConfig)
+    checkpoint: CheckpointConfig = free(CheckpointConfig)
+    log: LogConfig = free(LogConfig)
 
 
-# ---------------------------------------------------------------- reading and checking
+# ---------------------------------------------------------------- reading
 
 USAGE = """usage: {program} --config FILE [--config FILE ...] [--section.key value ...]
 
   --config FILE        YAML settings; a later file overrides an earlier one, flags override files
   --section.key value  one setting, e.g. --optimizer.lr 3e-4 --data.train '[{{path: data/wiki_train}}]'
-  --print_config       print the settings in full and exit
+  --print_config       print all settings and exit
+  --print_schema       print a JSON Schema of the settings, for editors, and exit
   --help               print this and exit
 
-settings, with their defaults:
+settings, with default, bounds, and whether a resumed run may change them (free), may after confirmation by
+checkpoint.allow_changes (guarded), or may not (frozen):
 {keys}"""
 
 
 def load(argv: list[str], *, world_size: int | None = 1, program: str = "launch/pretrain.py") -> Config:
     """Settings from the command line `argv` (without the program's name), checked for `world_size` ranks (None: any).
 
-    Raises ConfigError with all problems. `--help` and `--print_config` print and raise SystemExit(0).
+    Raises ConfigError with all problems. The switches `--help`, `--print_config` and `--print_schema` print and raise
+    SystemExit(0).
     """
     problems: list[Problem] = []
-    paths, flags, switches = _split_arguments(argv, problems)
+    paths, flags, switches = schema.split_arguments(argv, problems)
     if "help" in switches:
-        keys = "\n".join(f"  --{key} ({schema.shown(default)})\n        {doc}" for key, default, doc in schema.walk(Config))
-        _show(USAGE.format(program=program, keys=keys) + "\n")
-    tree = schema.read_layers(paths, flags, problems)
+        _show(USAGE.format(program=program, keys="\n".join(map(str, schema.walk(Config)))) + "\n")
+    if "print_schema" in switches:
+        _show(json.dumps(schema.json_schema(Config), indent=2, ensure_ascii=False) + "\n")
+    tree, origins = schema.read_layers(paths, flags, problems)
     unread = any(problem.key.startswith(tuple(paths)) for problem in problems)
-    pretrained = _read_pretrained(tree, problems)
-    config = schema.build(Config, tree, problems)
-    if pretrained and not problems:
-        problems += _check_pretrained(config.model, pretrained)
-    sections = {problem.key.split(".")[0] for problem in problems}  # a wrong value was replaced by its default there
-    found = [] if unread else validate(config, world_size)  # who knows what stands in a file that cannot be read
-    problems += [problem for problem in found if problem.key.split(".")[0] not in sections]
+    pretrained = _read_pretrained(tree, origins, problems)
+    config = schema.build(Config, tree, origins, problems)
+    if not unread:  # what a file that cannot be read would have set is unknown
+        checks = validate(config, world_size)
+        if pretrained and not problems:
+            checks += _check_pretrained(config.model, pretrained)
+        problems += [dataclasses.replace(each, origin=schema.origin_of(origins, tuple(each.key.split(".")))) for each in checks]
     if problems:
         raise ConfigError(problems)
     if "print_config" in switches:
@@ -297,8 +326,8 @@ def load(argv: list[str], *, world_size: int | None = 1, program: str = "launch/
 
 
 def _show(text: str) -> NoReturn:
-    """To standard output, and the end. A reader that has seen enough (`--help | head`) is no failure."""
-    sys.stdout.reconfigure(encoding="utf-8")  # YAML's, whatever the locale can write
+    """Prints `text` and ends the program. A reader that closes the pipe early (`--help | head`) is not an error."""
+    sys.stdout.reconfigure(encoding="utf-8")  # YAML's encoding, whatever the locale can write
     try:
         print(text, end="", flush=True)
     except BrokenPipeError:
@@ -306,20 +335,163 @@ def _show(text: str) -> NoReturn:
     raise SystemExit(0)
 
 
-def _read_pretrained(tree: dict[str, Any], problems: list[Problem]) -> ModelConfig | None:
-    """The model in the folder that `model.from_pretrained` names, whose settings go below those in `tree`."""
+def _read_pretrained(tree: dict[str, Any], origins: schema.Origins, problems: list[Problem]) -> ModelConfig | None:
+    """The model in the folder that `model.from_pretrained` names, whose settings become a layer below those in `tree`."""
     given = tree.get("model")
     path = given.get("from_pretrained") if isinstance(given, dict) else None
-    if not isinstance(path, schema.Scalar) or path.text in ("", "null", "~"):
+    if not isinstance(path, str) or path in ("", "null", "~"):
         return None
     try:
-        found = hf_mapping.architecture(Path(path.text))
+        found = hf_mapping.architecture(Path(path))
     except hf_mapping.UnsupportedModel as error:
-        if "hidden_size" not in given:  # a run's own config.yaml says it all: it can be read when that folder is gone
-            problems.append(Problem("model.from_pretrained", str(error), path.origin))
+        if "hidden_size" not in given:  # a run's own config.yaml has every key, and is readable without that folder
+            problems.append(Problem("model.from_pretrained", str(error), origins.get(("model", "from_pretrained"), "")))
         return None
-    tree["model"] = schema.over(schema.nodes(found, path.text), given)
-    return model_from_dict(found)
+    pretrained = model_from_dict(found)
+    schema.merge(found, given)
+    tree["model"] = found
+    return pretrained
+
+
+# ---------------------------------------------------------------- combinations that cannot work
+
+
+def validate(config: Config, world_size: int | None = 1) -> list[Problem]:
+    """Combinations that cannot work, for `world_size` ranks (None: any). All checks that need no file and no tensor.
+
+    A check that meets a key which could not be read (`schema.Partial`) ends there.
+    """
+    checks = [check(config) for check in _CHECKS] + [check(config, world_size) for check in _CHECKS_OF_RANKS]
+    with contextlib.suppress(schema.Unread):
+        model = config.model
+        checks += [check(model) for check in model_settings.CHECKS]
+    problems: list[Problem] = []
+    for check in checks:
+        with contextlib.suppress(schema.Unread):
+            for problem in check:
+                problems.append(problem)
+    return problems
+
+
+def _check_names(config: Config) -> Iterator[Problem]:
+    for key in ("name", "directory"):
+        if not (path := getattr(config.run, key)).isprintable():
+            yield Problem(f"run.{key}", f"got {path!r}, which has characters that cannot be displayed")
+    if any(part in ("", ".", "..") for part in config.run.name.split("/")) or len(config.run.name) > 200:
+        yield Problem("run.name", f"got {config.run.name!r}, must be a plain folder name below run.directory")
+    if config.run.directory.startswith("~"):
+        yield Problem("run.directory", f"got {config.run.directory}; only a shell expands ~, write the full path")
+
+
+def _check_length(config: Config) -> Iterator[Problem]:
+    limits = {f"train.{key}": getattr(config.train, key) for key in ("max_steps", "max_tokens", "epochs")}
+    given = [key for key, value in limits.items() if value is not None]
+    if len(given) != 1:
+        yield Problem("train", f"set exactly one of {', '.join(limits)}; now set: {', '.join(given) or 'none'}")
+
+
+def _check_schedule(config: Config) -> Iterator[Problem]:
+    steps, warmup = config.train.max_steps, config.schedule.warmup_steps
+    if steps is not None and warmup > steps:
+        yield Problem("schedule.warmup_steps", f"got {warmup}, must be at most train.max_steps = {steps}")
+    elif steps is not None and (total := warmup + (config.schedule.decay_steps or 0)) > steps:
+        yield Problem(
+            "schedule.decay_steps", f"warmup_steps + decay_steps = {total}, must be at most train.max_steps = {steps}"
+        )
+
+
+def _check_sources(config: Config) -> Iterator[Problem]:
+    data = config.data
+    if not data.train and data.synthetic is None:
+        message = "is empty; give [{path: PREFIX}] written by tools/tokenize_corpus.py, or set data.synthetic.kind"
+        yield Problem("data.train", message)
+    if data.train and data.synthetic is not None:
+        yield Problem("data.synthetic", "excludes data.train; keep one of them (data.synthetic: null turns it off)")
+
+
+def _check_vocabulary(config: Config) -> Iterator[Problem]:
+    if config.model.vocab_size is None and config.tokenizer.path is None:
+        yield Problem("model.vocab_size", "is null and so is tokenizer.path; set one of them")
+
+
+def _check_engine(config: Config) -> Iterator[Problem]:
+    """An option that the chosen engine does not have is refused, never ignored."""
+    name, replicas = config.engine.name, config.engine.replicas
+    options = (
+        ("offload", "optimizer", ("zero1", "zero2", "zero3")),
+        ("offload", "all", ("zero3",)),
+        ("reduce_gradients", "micro_batch", ("zero2", "zero3", "fsdp2")),
+    )
+    for key, value, names in options:
+        if getattr(config.engine, key) == value and name not in names:
+            yield Problem(f"engine.{key}", f"got {value}, which only {', '.join(names)} can do; engine.name is {name}")
+    if name != "fsdp2" and replicas != 1:
+        yield Problem("engine.replicas", f"got {replicas}, which only fsdp2 can do; engine.name is {name}")
+    if name == "fsdp2" and config.engine.bucket_mib is not None:
+        message = "has no meaning for fsdp2, which sends the gradients of a block at once; use null"
+        yield Problem("engine.bucket_mib", message)
+    if name == "zero3" and config.engine.compile == "model":
+        yield Problem("engine.compile", "got model, which the hooks of zero3 would cut into many graphs; use blocks")
+
+
+def _check_optimizer(config: Config) -> Iterator[Problem]:
+    if config.optimizer.name == "muon" and config.engine.name.startswith("zero"):
+        message = (
+            f"is muon, which engine.name {config.engine.name} cannot run: DeepSpeed would clip the orthogonalized update, not "
+            "the gradient, and report its norm; use engine.name ddp or fsdp2, or adamw"
+        )
+        yield Problem("optimizer.name", message)
+
+
+def _check_prompts(config: Config) -> Iterator[Problem]:
+    if config.evaluate.sample_prompts:
+        if config.tokenizer.path is None:
+            yield Problem("evaluate.sample_prompts", "needs tokenizer.path, which is null")
+        if not (config.data.valid or config.data.synthetic):
+            yield Problem("evaluate.sample_prompts", "needs validations, and data.valid is empty")
+
+
+def _check_ranks(config: Config, world_size: int | None) -> Iterator[Problem]:
+    wanted = config.engine.world_size
+    if None not in (wanted, world_size) and wanted != world_size:
+        message = (
+            f"requires {wanted} processes, but {world_size} run; start {wanted} (on CPUs: accelerate launch --config_file "
+            f"launch/accelerate/cpu.yaml --num_processes {wanted}), or set it to null"
+        )
+        yield Problem("engine.world_size", message)
+
+
+def _check_batch(config: Config, world_size: int | None) -> Iterator[Problem]:
+    """Every rank runs the same number of full micro-batches in every step: no remainder can exist."""
+    size, micro = config.batch.global_batch_size, config.batch.micro_batch_size
+    if world_size is not None and size % (product := micro * world_size):
+        nearest = max(product, round(size / product) * product)
+        message = (
+            f"got {size}, must be a multiple of micro_batch_size x ranks = {micro} x {world_size} = {product}; the nearest is "
+            f"{nearest}"
+        )
+        yield Problem("batch.global_batch_size", message)
+
+
+def _check_replicas(config: Config, world_size: int | None) -> Iterator[Problem]:
+    replicas = config.engine.replicas
+    if config.engine.name == "fsdp2" and world_size is not None and world_size % replicas:
+        yield Problem("engine.replicas", f"got {replicas}, must divide the number of processes, {world_size}")
+
+
+def _check_shards(config: Config, world_size: int | None) -> Iterator[Problem]:
+    moe, engine = config.model.moe, config.engine
+    if moe and engine.name == "fsdp2" and (shards := (world_size or 1) // engine.replicas) > moe.num_experts:
+        message = (
+            f"is fsdp2, which does not split an expert: over {shards} ranks, {moe.num_experts} experts leave some without any; "
+            f"use zero3, which splits evenly, or engine.replicas so that at most {moe.num_experts} ranks share a replica"
+        )
+        yield Problem("engine.name", message)
+
+
+_CHECKS = (_check_names, _check_length, _check_schedule, _check_sources, _check_vocabulary, _check_engine, _check_optimizer,
+           _check_prompts)  # fmt: skip
+_CHECKS_OF_RANKS = (_check_ranks, _check_batch, _check_replicas, _check_shards)
 
 
 def _check_pretrained(model: ModelConfig, pretrained: ModelConfig) -> list[Problem]:
@@ -331,25 +503,33 @@ def _check_pretrained(model: ModelConfig, pretrained: ModelConfig) -> list[Probl
     ]
 
 
-def _split_arguments(argv: list[str], problems: list[Problem]) -> tuple[list[str], dict[str, str], set[str]]:
-    """-> (--config files, {dotted key: text}, switches)."""
-    paths: list[str] = []
-    flags: dict[str, str] = {}
-    switches: set[str] = set()
-    words = iter(argv)
-    for word in words:
-        name, equals, text = word.lstrip("-").partition("=")
-        if word in ("-h", "--help", "--print_config"):
-            switches.add("help" if word != "--print_config" else "print_config")
-        elif not word.startswith("--"):
-            problems.append(Problem(word, "is not a flag; settings are given as --section.key value"))
-        elif (value := text if equals else next(words, None)) is None:
-            problems.append(Problem(word, "needs a value"))
-        elif name == "config":
-            paths.append(value)
-        else:
-            flags[name] = value
-    return paths, flags, switches
+# ---------------------------------------------------------------- what a resumed run may change
+
+
+@functools.cache
+def resume_class(key: str) -> str:
+    """frozen, guarded or free; for a key that this version does not know, the class of its section."""
+    classes = {field.name: field.metadata["resume"] for field in dataclasses.fields(Config)}
+    classes |= {setting.key: setting.resume for setting in schema.walk(Config)}
+    parts = key.split(".")
+    known = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((classes[each] for each in known if each in classes), "frozen")
+
+
+def check_resume(old: dict, new: dict, allow_changes: list[str], origin: str) -> list[Problem]:
+    """Problems of resuming with settings `new` from a checkpoint written with `old` (both from `schema.to_dict`)."""
+    before, after = schema.flatten(old), schema.flatten(new)
+    problems = []
+    for key in sorted(before.keys() | after.keys()):
+        change = f"{shown(before.get(key))} -> {shown(after.get(key))}"
+        if before.get(key) == after.get(key) or resume_class(key) == "free":
+            continue
+        if resume_class(key) == "frozen":
+            problems.append(Problem(key, f"{change} makes another run; use another run.name, or the old value", origin))
+        elif key not in allow_changes:
+            advice = f"confirm with --checkpoint.allow_changes [{key}], or use the old value"
+            problems.append(Problem(key, f"{change} changes the training dynamics; {advice}", origin))
+    return problems
 
 
 def accumulation(batch: BatchConfig, world_size: int) -> int:

@@ -1,8 +1,11 @@
 """YAML files and `--section.key value` flags -> a tree of frozen dataclasses, with every problem reported at once.
 
-Knows dataclasses and YAML nodes; knows nothing about what the settings mean (that is `config.py`). Scalars are read from their
-text by the type of their field, so YAML 1.1's surprises (`3e-4` a string, `on` a boolean, `12:30:45` a number) do not
-exist here. Imports no torch.
+    read_layers    files and flags -> one nested dict of texts, and the origin of each value
+    build          that dict -> dataclasses; pydantic checks types and bounds
+    walk, ...      dataclasses -> help, YAML, JSON Schema
+
+Knows dataclasses and YAML; what the settings mean is the business of `config.py`. A text is read by the type of its field,
+which rules out YAML 1.1's surprises (`3e-4` a string, `on` a boolean, `12:30:45` a number). Imports no torch.
 """
 
 from __future__ import annotations
@@ -10,22 +13,49 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import itertools
 import math
-import textwrap
-import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import yaml
+from pydantic_core import CoreSchema, SchemaValidator, ValidationError
+from pydantic_core import core_schema as core
 
 from pretrain import UserError
 
 MAX_FILE_BYTES = 1 << 20
 MAX_DEPTH = 20
+
+# ---------------------------------------------------------------- declaring a setting
+
+PositiveInt = Annotated[int, ("ge", 1)]  # bounds have pydantic's names: ge, gt, le, lt
+NonNegativeInt = Annotated[int, ("ge", 0)]
+PositiveFloat = Annotated[float, ("gt", 0)]
+NonNegativeFloat = Annotated[float, ("ge", 0)]
+Fraction = Annotated[float, ("ge", 0), ("le", 1)]
+Decay = Annotated[float, ("ge", 0), ("lt", 1)]
+
+
+def _setting(resume: str, default: Any = dataclasses.MISSING) -> Any:
+    kind = "default_factory" if callable(default) else "default"
+    return dataclasses.field(**{kind: default}, metadata={"resume": resume})
+
+
+frozen = functools.partial(_setting, "frozen")
+"""A field with this default (or factory; without one the key is required); a change makes another run."""
+guarded = functools.partial(_setting, "guarded")
+"""The same; a resumed run may change it if checkpoint.allow_changes names it."""
+free = functools.partial(_setting, "free")
+"""The same; a resumed run may change it."""
+
+
+# ---------------------------------------------------------------- problems
 
 
 @dataclass(frozen=True)
@@ -33,7 +63,7 @@ class Problem:
     """One thing that is wrong with the settings."""
 
     key: str
-    """Dotted key, or the file where no key can be named."""
+    """Dotted key, or the file if no key can be named."""
     message: str
     """What is wrong, what is allowed, what to do."""
     origin: str = ""
@@ -45,7 +75,7 @@ class Problem:
 
 
 class ConfigError(UserError):
-    """All problems of a configuration, one a line. Launchers print it and exit with status 2."""
+    """All problems of a configuration, one per line. Launchers print it and exit with status 2."""
 
     def __init__(self, problems: list[Problem]):
         self.problems = problems
@@ -53,47 +83,102 @@ class ConfigError(UserError):
         super().__init__("\n".join([f"{head} in the settings:", *(f"  {problem}" for problem in problems)]))
 
 
-# ---------------------------------------------------------------- files and flags -> one tree of nodes
+# ---------------------------------------------------------------- files and flags -> one tree of texts
+
+Origins = dict[tuple, str]
+"""("optimizer", "betas", 0) -> `file:line` or the flag."""
+_UNREADABLE = (OSError, ValueError, yaml.YAMLError, RecursionError)
 
 
-def read_layers(paths: list[str], flags: dict[str, str], problems: list[Problem]) -> dict[str, Any]:
-    """Nested dict of YAML nodes: the files in their order, each over the one before, then the flags."""
-    tree: dict[str, Any] = {}
-    for path in paths:
-        _merge(tree, _read_file(path, problems))
-    for key, text in flags.items():
-        layer: Any = _flag_node(key, text, problems)
-        for part in reversed(key.split(".")):
-            layer = {part: layer}
-        _merge(tree, layer)
-    return tree
-
-
-def _read_file(path: str, problems: list[Problem]) -> dict[str, Any]:
-    try:
-        if Path(path).stat().st_size > MAX_FILE_BYTES:
-            raise ValueError(f"is larger than {MAX_FILE_BYTES} bytes; no file of settings is")
-        text = Path(path).read_bytes().decode("utf-8-sig")
-        node = yaml.compose(text, Loader=_Loader)
-        if node is not None and not isinstance(node, yaml.MappingNode):
-            raise ValueError("must hold sections such as `model:` with keys below them")
-        return _unfold(node, path, problems, 0) if node is not None else {}
-    except FileNotFoundError:
-        problems.append(Problem(path, "there is no such file"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        problems.append(Problem(f"{path}:{mark.line + 1}" if mark else path, _reason(error)))
-    return {}
+class _Quoted(str):
+    """A text in quotes, which never means null."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses aliases: nested ones unfold a kilobyte to millions of values."""
+    """Refuses aliases: nested ones expand a kilobyte to millions of values."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
             raise ValueError(f"line {event.start_mark.line + 1}: *{event.anchor} is an alias; write the value out")
         return super().compose_node(parent, index)
+
+
+def split_arguments(argv: list[str], problems: list[Problem]) -> tuple[list[str], dict[str, str], set[str]]:
+    """-> (--config files, {dotted key: text}, switches)."""
+    paths: list[str] = []
+    flags: dict[str, str] = {}
+    switches: set[str] = set()
+    words = iter(argv)
+    for word in words:
+        name, equals, text = word.lstrip("-").partition("=")
+        if word in ("-h", "--help", "--print_config", "--print_schema"):
+            switches.add("help" if word == "-h" else name)
+        elif not word.startswith("--"):
+            problems.append(Problem(word, "is not a flag; settings are given as --section.key value"))
+        elif (value := text if equals else next(words, None)) is None:
+            problems.append(Problem(word, "needs a value"))
+        elif name == "config":
+            paths.append(value)
+        else:
+            flags[name] = value
+    return paths, flags, switches
+
+
+def read_layers(paths: list[str], flags: dict[str, str], problems: list[Problem]) -> tuple[dict[str, Any], Origins]:
+    """Nested dicts and lists of texts: the files in their order, each over the one before, then the flags."""
+    tree: dict[str, Any] = {}
+    origins: Origins = {}
+    for path in paths:
+        merge(tree, _read_file(path, origins, problems))
+    for key, text in flags.items():
+        loc, value = tuple(_legible(key).split(".")), text
+        origins[loc] = f"--{key}"
+        if text[:1] in ("[", "{"):  # anything else is taken as it is
+            try:
+                value = _unfold(yaml.compose(text, Loader=_Loader), f"--{key}", loc, origins, problems)
+            except _UNREADABLE as error:
+                problems.append(Problem(key, _reason(error), f"--{key}"))
+                continue
+        for part in reversed(loc):
+            value = {part: value}
+        merge(tree, value)
+    return tree, origins
+
+
+def origin_of(origins: Origins, loc: tuple) -> str:
+    """Where the value at `loc`, or the first one below it, was set; empty if nowhere."""
+    return next((origin for each, origin in origins.items() if each[: len(loc)] == loc), "")
+
+
+def _legible(key: str) -> str:
+    """`key` with what UTF-8 cannot encode, such as bytes of another locale, as escapes."""
+    return key.encode("utf-8", "backslashreplace").decode()
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> None:
+    """Puts the layer `above` over `below`, in place. Sections merge; anything else replaces."""
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            merge(below[key], value)
+        else:
+            below[key] = value
+
+
+def _read_file(path: str, origins: Origins, problems: list[Problem]) -> dict[str, Any]:
+    try:
+        if Path(path).stat().st_size > MAX_FILE_BYTES:
+            raise ValueError(f"the file is larger than {MAX_FILE_BYTES} bytes")
+        node = yaml.compose(Path(path).read_bytes().decode("utf-8-sig"), Loader=_Loader)
+        if node is not None and not isinstance(node, yaml.MappingNode):
+            raise ValueError("the file must hold sections such as `model:` with keys below them")
+        return _unfold(node, path, (), origins, problems) if node is not None else {}
+    except FileNotFoundError:
+        problems.append(Problem(path, "there is no such file"))
+    except _UNREADABLE as error:
+        mark = getattr(error, "problem_mark", None)
+        problems.append(Problem(f"{path}:{mark.line + 1}" if mark else path, _reason(error)))
+    return {}
 
 
 def _reason(error: Exception) -> str:
@@ -105,211 +190,254 @@ def _reason(error: Exception) -> str:
     return f"cannot be read: {error}"
 
 
-def _flag_node(key: str, text: str, problems: list[Problem]) -> Any:
-    """`[...]` and `{...}` are YAML, anything else is taken as it stands."""
-    if text[:1] in ("[", "{"):
-        try:
-            return _unfold(yaml.compose(text, Loader=_Loader), f"--{key}", problems, 0)
-        except (ValueError, yaml.YAMLError, RecursionError) as error:
-            problems.append(Problem(key, _reason(error), f"--{key}"))
-            return {}
-    return Scalar(text, f"--{key}")
-
-
-@dataclass(frozen=True)
-class Scalar:
-    """The text of a value and where it stands."""
-
-    text: str
-    origin: str
-    quoted: bool = False
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """A list of scalars, lists and dicts, and where it stands."""
-
-    items: list[Any]
-    origin: str
-
-
-def _unfold(node: yaml.Node, file: str, problems: list[Problem], depth: int) -> Any:
-    """Nodes as dict, `Sequence` or `Scalar`; refuses duplicate keys, aliases and absurd depth."""
-    origin = file if file.startswith("--") else f"{file}:{node.start_mark.line + 1}"
-    if depth > MAX_DEPTH:
+def _unfold(node: yaml.Node, file: str, loc: tuple, origins: Origins, problems: list[Problem]) -> Any:
+    """YAML nodes as dicts, lists and texts; refuses duplicate keys and excessive depth."""
+    if len(loc) > MAX_DEPTH:
         raise RecursionError
+    origins[loc] = file if file.startswith("--") else f"{file}:{node.start_mark.line + 1}"
     if isinstance(node, yaml.ScalarNode):
-        return Scalar(node.value, origin, quoted=node.style in ("'", '"'))
+        return _Quoted(node.value) if node.style in ("'", '"') else node.value
     if isinstance(node, yaml.SequenceNode):
-        return Sequence([_unfold(item, file, problems, depth + 1) for item in node.value], origin)
+        return [_unfold(item, file, (*loc, i), origins, problems) for i, item in enumerate(node.value)]
     result: dict[str, Any] = {}
     for key_node, value in node.value:
-        key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
+        key = _legible(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?"
         if key in result:
-            problems.append(Problem(key, "stands twice; keep one", f"{file}:{key_node.start_mark.line + 1}"))
-        result[key] = _unfold(value, file, problems, depth + 1)
+            line = f"{file}:{key_node.start_mark.line + 1}"
+            problems.append(Problem(_dotted((*loc, key)), "is given twice in one section; keep one", line))
+        result[key] = _unfold(value, file, (*loc, key), origins, problems)
     return result
-
-
-def nodes(values: dict[str, Any], origin: str) -> dict[str, Any]:
-    """Plain settings, sections as dicts, as `read_layers` gives those of a file."""
-    return {
-        key: nodes(value, origin) if isinstance(value, dict) else Scalar(shown(value), origin) for key, value in values.items()
-    }
-
-
-def over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Two layers as one."""
-    _merge(below, above)
-    return below
-
-
-def _merge(tree: dict[str, Any], layer: dict[str, Any]) -> None:
-    for key, value in layer.items():
-        if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            _merge(tree[key], value)
-        else:
-            tree[key] = value
 
 
 # ---------------------------------------------------------------- the tree -> dataclasses
 
 
-def build(cls: type, tree: Any, problems: list[Problem], prefix: str = "", root: type | None = None) -> Any:
-    """An instance of the dataclass `cls`; a value that does not fit is reported and left at its default.
+class Unread(Exception):
+    """A check asked for a key that has a problem."""
 
-    Returns None where a required key is missing.
-    """
-    root = root or cls
-    hints, docs = typing.get_type_hints(cls), field_docs(cls)
-    values: dict[str, Any] = {}
-    for key, value in tree.items():
-        dotted = f"{prefix}{key}"
-        if key not in hints:
-            problems.append(Problem(dotted, _unknown_key(key, prefix, hints, root), _origin(value)))
-            continue
+
+class Partial:
+    """Settings of which some have a problem: reading one of those raises `Unread`, so that no check reports what follows."""
+
+    def __init__(self, settings: Any, wrong: set[str], prefix: str = ""):
+        self._settings, self._wrong, self._prefix = settings, wrong, prefix
+
+    def __getattr__(self, name: str) -> Any:
+        key = f"{self._prefix}{name}"
+        if key in self._wrong:
+            raise Unread(key)
+        value = getattr(self._settings, name)
+        return Partial(value, self._wrong, f"{key}.") if dataclasses.is_dataclass(value) else value
+
+
+def build(cls: type, tree: dict[str, Any], origins: Origins, problems: list[Problem]) -> Any:
+    """An instance of `cls`; with `problems` (new ones are added), a `Partial` of one. Removes wrong values from `tree`."""
+    wrong, found = {problem.key for problem in problems}, []
+    while True:
         try:
-            values[key] = _convert(value, hints[key], dotted, problems, root)
-        except ValueError as error:
-            help_text = f" -- {docs[key]}" if key in docs else ""
-            problems.append(Problem(dotted, f"{error}{help_text}", _origin(value)))
-    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
-    missing = [name for name in required if name not in tree]
-    problems.extend(Problem(f"{prefix}{name}", f"is required -- {docs.get(name, '')}") for name in missing)
-    return cls(**values) if values.keys() >= set(required) else None
+            settings = _validator(cls).validate_python(tree)
+            break
+        except ValidationError as error:
+            errors = error.errors(include_url=False)
+            found = found or [_problem(cls, each, origins, wrong) for each in errors]  # later ones follow from the pruning
+            wrong |= {_prune(tree, each) for each in errors}
+    problems += found
+    return Partial(settings, wrong) if problems else settings
 
 
-def _convert(value: Any, hint: Any, dotted: str, problems: list[Problem], root: type) -> Any:
-    """`value` as the type `hint`. Raises ValueError that says what is allowed."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        (hint,) = (option for option in typing.get_args(hint) if option is not type(None))
-        if isinstance(value, Scalar) and not value.quoted and value.text in ("null", "~", "None", ""):
-            return None
+@functools.cache
+def _validator(cls: type) -> SchemaValidator:
+    return SchemaValidator(_core(cls))
+
+
+def _prune(tree: dict[str, Any], error: Any) -> str:
+    """Removes the value that `error` is about, or the list or section it belongs to. -> its dotted key."""
+    loc = error["loc"][:-1] if error["type"] == "missing" else error["loc"]
+    loc = tuple(itertools.takewhile(lambda part: isinstance(part, str), loc))
+    functools.reduce(lambda section, part: section.get(part, {}), loc[:-1], tree).pop(loc[-1], None)
+    return _dotted(loc)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _core(hint: Any, docs: bool = False) -> CoreSchema:
+    """pydantic's schema of a type, with the docstrings of fields if `docs`. (TypeAdapter would make it, too, but to import and
+    build that takes twice as long as all the rest of `load`.)"""
+    kind, args = typing.get_origin(hint), typing.get_args(hint)
+    if type(None) in args:
+        return core.no_info_before_validator_function(_read_null, core.nullable_schema(_core(args[0], docs)))
+    if kind is list:
+        return core.list_schema(_core(args[0], docs))
+    if kind is tuple:
+        return core.tuple_schema([_core(each, docs) for each in args])
+    if kind is typing.Literal:
+        return core.literal_schema(list(args))
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise ValueError(f"must hold keys: {', '.join(f.name for f in dataclasses.fields(hint))}")
-        return build(hint, value, problems, f"{dotted}.", root)
-    origin = typing.get_origin(hint)
-    if origin in (list, tuple):
-        return _convert_sequence(value, hint, origin, dotted, problems, root)
-    if not isinstance(value, Scalar):
-        raise ValueError(f"is {'a list' if isinstance(value, Sequence) else 'a section'}, but must be {_name(hint)}")
-    return _convert_scalar(value.text, hint)
+        return _section(hint, docs)
+    scalar, *bounds = args if kind is Annotated else (hint,)
+    makers = {int: core.int_schema, float: core.float_schema, bool: core.bool_schema, str: core.str_schema}
+    return core.no_info_before_validator_function(functools.partial(_read, scalar), makers[scalar](strict=True, **dict(bounds)))
 
 
-def _convert_sequence(value: Any, hint: Any, origin: type, dotted: str, problems: list[Problem], root: type) -> Any:
-    kinds = typing.get_args(hint)
-    if not isinstance(value, Sequence):
-        raise ValueError(f"must be a list, such as {_example(kinds[0])}")
-    if origin is tuple and len(value.items) != len(kinds):
-        raise ValueError(f"must have {len(kinds)} values, got {len(value.items)}")
-    pairs = zip(value.items, kinds if origin is tuple else (kinds[0],) * len(value.items), strict=True)
-    return origin(_convert(item, kind, f"{dotted}[{i}]", problems, root) for i, (item, kind) in enumerate(pairs))
+def _section(cls: type, docs: bool) -> CoreSchema:
+    fields = []
+    for field in dataclasses.fields(cls):
+        hint, default = _hints(cls)[field.name], _default(field)
+        schema = _core(hint, docs)
+        if dataclasses.is_dataclass(hint):
+            schema = core.with_default_schema(schema, default_factory=hint)
+        elif default is not dataclasses.MISSING:
+            schema = core.with_default_schema(schema, default=default)
+        updates = {"description": field_docs(cls).get(field.name, hint.__doc__)} if docs else {}
+        fields.append(core.dataclass_field(field.name, schema, kw_only=True, metadata={"pydantic_js_updates": updates}))
+    config = core.CoreConfig(extra_fields_behavior="forbid", str_min_length=1, allow_inf_nan=False)
+    return core.dataclass_schema(cls, core.dataclass_args_schema(cls.__name__, fields), list(_hints(cls)), config=config)
 
 
-def _convert_scalar(text: str, hint: Any) -> Any:
-    if typing.get_origin(hint) is typing.Literal:
-        allowed = typing.get_args(hint)
-        if text not in allowed:
-            near = difflib.get_close_matches(text, allowed, 1)
-            raise ValueError(f"got '{text}', allowed: {', '.join(allowed)}" + (f"; did you mean '{near[0]}'?" if near else ""))
-        return text
-    if hint is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(f"got '{text}', allowed: true, false")
-        return text.lower() == "true"
-    if hint is str:
-        if not text:
-            raise ValueError("is empty")
-        return text
+def _read_null(value: Any) -> Any:
+    return None if value in ("null", "~", "None", "") and not isinstance(value, _Quoted) else value
+
+
+def _read(kind: type, value: Any) -> Any:
+    """A text as `kind` if it is one; pydantic refuses what stays as it was."""
+    if not isinstance(value, str):  # from a model's folder
+        return kind(value) if isinstance(value, float) and value.is_integer() else value
+    if kind is str:
+        return str(value)
+    if kind is bool:
+        return {"true": True, "false": False}.get(value.lower(), value)
+    digits = value.replace("_", "")
     try:
-        number = float(text.replace("_", ""))
-        whole = int(text.replace("_", "")) if text.replace("_", "").lstrip("+-").isdigit() else None
+        number = float(digits)
+        if kind is int and digits.lstrip("+-").isdigit():
+            return int(digits)
     except ValueError:
-        raise ValueError(f"got '{text}', must be {_name(hint)}") from None
-    if not math.isfinite(number):
-        raise ValueError(f"got '{text}', must be a finite number")
-    if hint is float:
-        return number
-    if whole is None and number != int(number):
-        raise ValueError(f"got '{text}', must be {_name(hint)}")
-    return whole if whole is not None else int(number)
+        return value
+    return kind(number) if math.isfinite(number) and (kind is float or number.is_integer()) else value
 
 
-def _name(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number such as 3e-4", bool: "true or false", str: "text"}
-    return names.get(hint, "a section" if dataclasses.is_dataclass(hint) else "one of a fixed list")
+# ---------------------------------------------------------------- pydantic's errors in our words
+
+_WORDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "non-empty text"}
+_LIMITS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
 
 
-def _example(hint: Any) -> str:
-    """A list of such values."""
+def words(hint: Any) -> str:
+    """What a field of type `hint` may hold, to be put behind "must be"."""
+    kind, args = typing.get_origin(hint), typing.get_args(hint)
+    if kind is Annotated:
+        return ", ".join([words(args[0]), *(f"{_LIMITS[name]} {limit}" for name, limit in args[1:])])
+    if type(None) in args:
+        return f"{words(args[0])}, or null"
+    if kind is typing.Literal:
+        return f"one of {', '.join(args)}"
     if dataclasses.is_dataclass(hint):
-        return "[{" + f"{dataclasses.fields(hint)[0].name}: ..." + "}]"
-    return "[" + ", ".join(typing.get_args(hint)[:2] or {float: ("0.9", "0.95")}.get(hint, ("a", "b"))) + "]"
+        return f"a section with keys {', '.join(_hints(hint))}"
+    if kind is tuple:
+        return f"a list of {len(args)} in brackets, each {words(args[0])}"
+    return f"a list in brackets, each item {words(args[0])}" if kind is list else _WORDS[hint]
 
 
-def _origin(value: Any) -> str:
-    if isinstance(value, dict):
-        return next((found for found in map(_origin, value.values()) if found), "")
-    return value.origin
+def _problem(cls: type, error: Any, origins: Origins, wrong: set[str]) -> Problem:
+    loc, kind, text = error["loc"], error["type"], repr(error["input"])
+    if kind == "missing" and isinstance(loc[-1], int):  # too few items
+        loc, kind = loc[:-1], "too_short"
+    origin = origin_of(origins, loc[:-1] if kind == "missing" else loc)
+    section, hint = _plain(_hint_at(cls, loc[:-1])), _hint_at(cls, loc)
+    if kind == "unexpected_keyword_argument":
+        advice, meant = _nearest(cls, loc, section)
+        wrong.add(meant)
+        return Problem(_dotted(loc), f"unknown key; {advice}", origin)
+    message = f"got {text if len(text) <= 80 else text[:77] + '...'}, must be {words(hint)}"
+    if near := kind == "literal_error" and difflib.get_close_matches(str(error["input"]), typing.get_args(_plain(hint)), 1):
+        message += f"; did you mean {near[0]}?"
+    doc = field_docs(section).get(loc[-1]) if dataclasses.is_dataclass(section) else None
+    return Problem(_dotted(loc), ("is required" if kind == "missing" else message) + (f" -- {doc}" if doc else ""), origin)
 
 
-def _unknown_key(key: str, prefix: str, hints: dict[str, Any], root: type) -> str:
-    """Names the nearest key of this section, else the nearest anywhere, else all of this section."""
+def _plain(hint: Any) -> Any:
+    """`hint` without None."""
+    args = typing.get_args(hint)
+    return args[0] if type(None) in args else hint
+
+
+def _hint_at(cls: type, loc: tuple) -> Any:
+    hint: Any = cls
+    for part in loc:
+        kind = _plain(hint)
+        hint = _hints(kind).get(part) if isinstance(part, str) else typing.get_args(kind)[0]
+    return hint
+
+
+def _nearest(cls: type, loc: tuple, section: type) -> tuple[str, str]:
+    """(advice, key that was probably meant): the nearest key of this section, else the nearest anywhere."""
+    key, prefix, keys = loc[-1], _dotted((*loc[:-1], "")), list(_hints(section))
     if "." in key:  # in a file: those of flags are split
-        section, _, rest = key.partition(".")
-        return f"unknown key; in a file it is written {prefix}{section}: {{{rest}: ...}}"
-    near = difflib.get_close_matches(key, hints, 1)
-    elsewhere = {dotted.rsplit(".", 1)[-1]: dotted for dotted, _, _ in walk(root)}
-    far = difflib.get_close_matches(key, elsewhere, 1, cutoff=0.75)
-    if near:
-        return f"unknown key; did you mean {prefix}{near[0]}?"
-    return f"unknown key; did you mean {elsewhere[far[0]]}?" if far else f"unknown key; allowed here: {', '.join(hints)}"
+        head, _, rest = key.partition(".")
+        return f"in a file it is written {prefix}{head}: {{{rest}: ...}}", f"{prefix}{key}"
+    near = {each: f"{prefix}{each}" for each in difflib.get_close_matches(key, keys, 1)}
+    elsewhere = near or {setting.key.rsplit(".", 1)[-1]: setting.key for setting in walk(cls)}
+    if found := difflib.get_close_matches(key, elsewhere, 1, cutoff=0.6 if near else 0.75):
+        return f"did you mean {elsewhere[found[0]]}?", elsewhere[found[0]]
+    return f"allowed here: {', '.join(keys)}", ""
+
+
+def _dotted(loc: tuple) -> str:
+    """("data", "train", 0, "path") -> data.train[0].path"""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
 
 
 # ---------------------------------------------------------------- the dataclasses as text
 
 
+class Setting(NamedTuple):
+    """One key of the settings; `str()` is its entry in `--help`."""
+
+    key: str
+    default: str
+    allowed: str
+    resume: str
+    """Resume class: frozen, guarded or free."""
+    doc: str
+
+    def __str__(self) -> str:
+        return f"  --{self.key} ({self.default}; {self.allowed}; {self.resume})\n        {self.doc}"
+
+
+def walk(cls: type, prefix: str = "") -> Iterator[Setting]:
+    """Every key below `cls`; sections that are null by default come with their keys."""
+    for field in dataclasses.fields(cls):
+        hint, key, default = _hints(cls)[field.name], f"{prefix}{field.name}", _default(field)
+        if not dataclasses.is_dataclass(hint):
+            text = "required" if default is dataclasses.MISSING else f"default {shown(default)}"
+            yield Setting(key, text, words(hint), field.metadata["resume"], field_docs(cls).get(field.name, ""))
+        if dataclasses.is_dataclass(_plain(hint)):
+            yield from walk(_plain(hint), f"{key}.")
+
+
+@functools.cache
 def field_docs(cls: type) -> dict[str, str]:
-    """Field name -> the docstring that stands below the field."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-    pairs = itertools.pairwise(body)
+    """Field name -> the docstring below the field."""
+    body = ast.parse(inspect.getsource(cls)).body[0].body
     return {
-        field.target.id: " ".join(inspect.cleandoc(text.value.value).split())
-        for field, text in pairs
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in itertools.pairwise(body)
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
     }
 
 
-def walk(cls: type, prefix: str = "") -> typing.Iterator[tuple[str, Any, str]]:
-    """(dotted key, default, docstring) of every key below `cls`, sections unfolded."""
-    hints, docs = typing.get_type_hints(cls), field_docs(cls)
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from walk(hints[field.name], f"{prefix}{field.name}.")
-        else:
-            default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-            yield f"{prefix}{field.name}", default, docs.get(field.name, "")
+def json_schema(cls: type) -> dict[str, Any]:
+    """JSON Schema of the files that `read_layers` reads, for editors."""
+    from pydantic.json_schema import GenerateJsonSchema  # slow to import
+
+    return GenerateJsonSchema().generate(_core(cls, docs=True))
 
 
 def shown(value: Any) -> str:
@@ -334,7 +462,7 @@ def to_dict(instance: Any) -> dict[str, Any]:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists stay whole."""
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists stay lists."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})

@@ -28,7 +28,6 @@ SETTINGS = {
     "pretrain",
     "pretrain.files",
     "pretrain.schema",
-    "pretrain.rules",
     "pretrain.config",
     "pretrain.model.config",
     "pretrain.model.hf_mapping",
@@ -50,7 +49,6 @@ TAKES_THE_WHOLE_CONFIG = {"interop", "run"}
 WITHOUT_TORCH = [
     "pretrain.config",
     "pretrain.model.hf_mapping",
-    "pretrain.rules",
     "pretrain.schema",
     "pretrain.doctor.compare_runs",
     "pretrain.optim.schedule",

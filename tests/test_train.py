@@ -279,7 +279,10 @@ def test_going_on_with_another_architecture_or_other_data_is_refused(tiny, capsy
     assert train_here([*tiny, "--run.seed", "5", "--train.max_steps", "4"]) == 2
     assert "run.seed: 1234 -> 5 makes another run" in capsys.readouterr().err
     assert train_here(tiny) == 2
-    assert "train.max_steps: 4 -> 20 bends the curve; confirm with --checkpoint.allow_changes" in capsys.readouterr().err
+    assert (
+        "train.max_steps: 4 -> 20 changes the training dynamics; confirm with --checkpoint.allow_changes"
+        in capsys.readouterr().err
+    )
     assert train_here([*tiny, "--checkpoint.allow_changes", "[train.max_steps]"]) == 0
     assert records(run_of(tiny))[-1]["step"] == 20
     assert train_here([*tiny, "--checkpoint.resume", "never"]) == 2

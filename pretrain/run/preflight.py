@@ -20,9 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pretrain import rules
 from pretrain.checkpoint.manifest import CheckpointError
-from pretrain.config import Config, ConfigError, Problem, SourceConfig, accumulation
+from pretrain.config import Config, ConfigError, Problem, SourceConfig, accumulation, validate
 from pretrain.data import checks
 from pretrain.data.batches import MASKED, Batch, FileSource, TrainData
 from pretrain.data.checks import Finding
@@ -274,7 +273,7 @@ def batch_facts(config: Config, ranks: int | None) -> list[str]:
 
 def batch_findings(config: Config, ranks: int | None) -> list[Finding]:
     """Finds settings that do not fit the number of ranks."""
-    problems = rules.validate(config, ranks or config.engine.world_size or 1)
+    problems = validate(config, ranks or config.engine.world_size or 1)
     return [Finding("batch-arithmetic", problem.key, problem.message, stops=True) for problem in problems]
 
 

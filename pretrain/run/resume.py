@@ -12,10 +12,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from pretrain import rules
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.manifest import Checkpoint, CheckpointError, checkpoints
-from pretrain.config import Config, ConfigError, Problem
+from pretrain.config import Config, ConfigError, Problem, check_resume
 from pretrain.engines.base import Engine, Shard
 from pretrain.interop.load import open_weights
 from pretrain.interop.weights import weight_loader
@@ -107,7 +106,7 @@ def check_settings(config: Config, parts: Parts, found: Checkpoint) -> None:
     """Raises ConfigError with everything in these settings and this data that does not fit the checkpoint."""
     state, origin = found.state(), str(found.path)
     before, now = state["settings"] | {"model": state["model"]}, to_dict(config) | {"model": asdict(parts.model)}
-    problems = rules.check_resume(before, now, config.checkpoint.allow_changes, origin)
+    problems = check_resume(before, now, config.checkpoint.allow_changes, origin)
     if (total := count_steps(config, parts.data)) < found.step:
         text = f"asks for {total} steps, but the checkpoint is already at step {found.step}; "
         problems.append(Problem("train", text + "resume an earlier one with --checkpoint.resume PATH, or train longer", origin))
