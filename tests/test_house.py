@@ -43,7 +43,7 @@ ROOMS_BELOW = {
     "checkpoint": {"engines"},
     "report": {"doctor"},
     "interop": {"data", "model", "engines", "checkpoint", "report"},
-    "run": {"data", "model", "optim", "engines", "checkpoint", "report", "interop"},
+    "run": {"doctor", "data", "model", "optim", "engines", "checkpoint", "report", "interop"},
 }
 """Room -> the rooms that it may import."""
 TAKES_THE_WHOLE_CONFIG = {"interop", "run"}
@@ -63,7 +63,8 @@ WITHOUT_TORCH = [
     "pretrain.model.flops",
     "pretrain.report.sinks",
     "pretrain.report.plot",
-    "pretrain.report.verdict",
+    "pretrain.doctor.verdict",
+    "pretrain.doctor.untrained",
     "pretrain.report.environment",
     "pretrain.doctor.findings",
     "pretrain.checkpoint.manifest",
