@@ -40,6 +40,9 @@ class LogFinding:
     causes: tuple[str, ...] = ()
     """Of a scale, a start or a noise: the most likely first, as accumulation, both, bits, perplexity, initialisation."""
 
+    def __post_init__(self) -> None:
+        assert self.fault in FAULTS, self.fault
+
 
 @dataclass
 class Diagnosis:
