@@ -1,12 +1,11 @@
-"""The one hidden difference of two runs is named, and runs that are the same are left in peace."""
+"""Comparing two runs: the one hidden difference is named, and equal runs are called equal."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,13 +14,12 @@ import pytest
 
 from pretrain import train as training
 from pretrain.config import load
-from pretrain.doctor import compare_runs
-from pretrain.doctor.compare_runs import CompareError, differences, parting, read_side, verdict
+from pretrain.doctor.compare_runs import CompareError, Difference, Parting, differences, parting, read_run, verdict
 from pretrain.optim.schedule import lr_at
 from tests.ranks import run_ranks
 from tests.test_indexed import write, write_megatron
+from tools import compare_runs as tool
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = """
 model: {hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, vocab_size: 64}
 data: {sequence_length: 32}
@@ -34,7 +32,7 @@ log: {every_steps: 1, sinks: [jsonl]}
 
 
 class Pairs:
-    """Runs of one tiny configuration, each trained once, under the name of what is different in it."""
+    """Runs of one tiny configuration, each trained once, named after what is different in it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -65,55 +63,53 @@ def pairs(tmp_path_factory) -> Pairs:
     return Pairs(tmp_path_factory.mktemp("pairs"))
 
 
-def compared(pairs: Pairs, name: str, *more: str, **options) -> tuple[list[compare_runs.Difference], compare_runs.Parting, str]:
-    a, b = read_side(pairs.run("base")), read_side(pairs.run(name, *more, **options))
+@pytest.fixture
+def base(pairs):
+    return tool.read(pairs.run("base"))
+
+
+@pytest.fixture
+def again(base):
+    """A repetition of `base`, to be changed by a test."""
+    run = copy.copy(base)
+    run.name, run.environment = "again", json.loads(json.dumps(base.environment))
+    return run
+
+
+def compared(a, b) -> tuple[list[Difference], Parting, str]:
     found = differences(a, b)
     where = parting(a, b, found)
     return found, where, verdict(a, b, found, where)
 
 
-def bending(found: list[compare_runs.Difference]) -> list[str]:
+def bending(found: list[Difference]) -> list[str]:
     return [each.what for each in found if each.bends]
 
 
 # ---------------------------------------------------------------- pairs with one hidden difference
 
 
-def scheduler_stepped_twice(pairs: Pairs) -> Path:
-    """What a scheduler does that is stepped once for each of two processes."""
-    if not (pairs.folder / "runs" / "stepped").exists():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training, "lr_at", lambda step, *rest: lr_at(min(40, 2 * step), *rest))
-            assert train_here(pairs.argv("stepped")) == 0
-    return pairs.folder / "runs" / "stepped"
+def test_a_learning_rate_that_is_stepped_twice_per_update_is_named(pairs, base):
+    """As a scheduler does that is stepped once for each of two processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "lr_at", lambda step, *rest: lr_at(min(40, 2 * step), *rest))
+        assert train_here(pairs.argv("stepped")) == 0
+    found, where, words = compared(base, tool.read(pairs.folder / "runs" / "stepped"))
+    assert bending(found) == ["learning-rate"]
+    assert "stepped does not follow its own schedule" in found[0].text and "2 times per update" in found[0].text
+    assert where.step == 2 and where.equal_to == 1  # the first update starts from the same weights
+    assert "learning-rate" in words
 
 
-def test_a_learning_rate_that_is_stepped_twice(pairs):
-    a, b = read_side(pairs.run("base")), read_side(scheduler_stepped_twice(pairs))
-    found = differences(a, b)
-    where = parting(a, b, found)
-    assert bending(found) == ["learning-rate"] and "stepped does not follow its own schedule" in found[0].text
-    assert "as if stepped 2 times an update" in found[0].text
-    assert where.step == 2 and where.equal_to == 1  # the first update still begins from the same weights
-    assert "learning-rate" in verdict(a, b, found, where)
-
-
-def no_end_of_document(pairs: Pairs) -> tuple[str, ...]:
+def test_data_without_ends_of_documents_is_named(pairs, monkeypatch):
     write_megatron(pairs.folder / "endless", [document[:-1] for document in pairs.documents])
     write_megatron(pairs.folder / "ended", pairs.documents)
-    return "--data.train", f"[{{path: {pairs.folder / 'endless'}}}]"
-
-
-def test_data_without_the_end_of_documents(pairs, monkeypatch):
-    flags = no_end_of_document(pairs)
-    monkeypatch.setattr(compare_runs, "_end_of_document", lambda side: 2)  # of a tokenizer that these runs do not name
-    a = read_side(pairs.run("ended", "--data.train", f"[{{path: {pairs.folder / 'ended'}}}]"))
-    b = read_side(pairs.run("endless", *flags))
-    found = differences(a, b)
+    monkeypatch.setattr(tool, "end_of_document", lambda config: 2)  # these runs have no tokenizer
+    a, b = (tool.read(pairs.run(name, "--data.train", f"[{{path: {pairs.folder / name}}}]")) for name in ("ended", "endless"))
+    found, where, _ = compared(a, b)
     assert bending(found) == ["end-of-document"]
-    assert found[0].text.startswith("the end-of-document id stands once in") and found[0].text.endswith(" and never")
-    words = verdict(a, b, found, parting(a, b, found))
-    assert "although they differ in end-of-document" in words  # in 40 steps it does no harm that can be seen
+    assert "once in" in found[0].text and found[0].text.endswith(" and never")
+    assert where.step is None  # 40 steps are too few for visible harm
 
 
 def other_order(pairs: Pairs) -> tuple[str, ...]:
@@ -128,34 +124,29 @@ def other_tokenizer(pairs: Pairs) -> tuple[str, ...]:
 
 
 HIDDEN: list[tuple[str, Callable[[Pairs], tuple[str, ...]], list[str], str]] = [
-    ("unshuffled", other_order, ["shuffled"], "documents shuffled in one run and not in the other"),
+    ("unshuffled", other_order, ["shuffled"], "shuffled"),
     ("other", other_tokenizer, ["tokenizer"], "tokenizers/test (64 ids) and tokenizers/other (64 ids)"),
-    (
-        "batch",
-        lambda pairs: ("--batch.global_batch_size", "32"),
-        ["batch", "learning-rate"],
-        "16 x 32 = 512 and 32 x 32 = 1,024",
-    ),
-    ("seed", lambda pairs: ("--run.seed", "7"), ["seed"], "run.seed is 1234 and 7"),
-    ("decay", lambda pairs: ("--optimizer.weight_decay", "0"), ["optimizer.weight_decay"], "is 0.1 and 0.0"),
-    ("warmup", lambda pairs: ("--schedule.warmup_steps", "20"), ["learning-rate"], "at 512 tokens 0.002 in base and 0.0005"),
+    ("batch", lambda _: ("--batch.global_batch_size", "32"), ["batch", "learning-rate"], "16 x 32 = 512 and 32 x 32 = 1,024"),
+    ("seed", lambda _: ("--run.seed", "7"), ["seed"], "run.seed is 1234 and 7"),
+    ("decay", lambda _: ("--optimizer.weight_decay", "0"), ["optimizer.weight_decay"], "is 0.1 and 0.0"),
+    ("warmup", lambda _: ("--schedule.warmup_steps", "20"), ["learning-rate"], "at 512 tokens 0.002 in base and 0.0005"),
 ]
 
 
-@pytest.mark.parametrize(("name", "plant", "named", "said"), HIDDEN, ids=[each[0] for each in HIDDEN])
-def test_the_hidden_difference_is_named(pairs, name, plant, named, said):
-    found, where, words = compared(pairs, name, *plant(pairs))
+@pytest.mark.parametrize(("name", "plant", "named", "figures"), HIDDEN, ids=[each[0] for each in HIDDEN])
+def test_the_hidden_difference_is_named(pairs, base, name, plant, named, figures):
+    found, where, words = compared(base, tool.read(pairs.run(name, *plant(pairs))))
     assert bending(found) == named, found
-    assert said in words, words
-    same_kind = name in ("unshuffled", "other", "seed")  # other samples of the same text: curves agree but for their scatter
-    assert (where.step is None) == same_kind and ("although they differ in" in words) == same_kind, words
+    assert figures in words, words
+    # Other samples of the same text: the curves agree but for their scatter.
+    assert (where.step is None) == (name in ("unshuffled", "other", "seed")), words
 
 
-# ---------------------------------------------------------------- nothing that matters
+# ---------------------------------------------------------------- harmless differences
 
 
-def test_a_repetition_is_equal_to_the_last_bit(pairs):
-    found, where, words = compared(pairs, "again")
+def test_a_repetition_is_equal_to_the_last_bit(pairs, base):
+    found, where, words = compared(base, tool.read(pairs.run("again")))
     assert bending(found) == [] and where.step is None and where.equal_to == 40
     assert words.startswith("base and again agree over 40 common lines")
 
@@ -163,66 +154,70 @@ def test_a_repetition_is_equal_to_the_last_bit(pairs):
 @pytest.mark.parametrize(
     ("name", "flags", "ranks"),
     [
-        ("two ranks", (), 2),
-        ("micro-batch", ("--batch.micro_batch_size", "1"), 1),
+        ("two_ranks", (), 2),
+        ("micro_batch", ("--batch.micro_batch_size", "1"), 1),
         pytest.param("zero2", ("--engine.name", "zero2"), 2, marks=pytest.mark.slow),
     ],
 )
-def test_what_only_rounds_is_no_difference(pairs, name, flags, ranks):
-    found, where, words = compared(pairs, name.replace(" ", "_"), *flags, ranks=ranks)
+def test_settings_that_only_change_rounding_do_not_bend_the_curve(pairs, base, name, flags, ranks):
+    found, where, _ = compared(base, tool.read(pairs.run(name, *flags, ranks=ranks)))
     assert bending(found) == [] and found and where.step is None, where
-    assert "which changes no more than rounding" in words
 
 
-def test_the_noise_of_a_twin_is_the_bound_where_there_is_one(pairs):
-    a, b, twin = (read_side(pairs.run(name)) for name in ("base", "again", "again"))
-    b.loss = b.loss.copy()
-    b.loss[20:] += 1e-9
-    assert parting(a, b, []).step is None
-    where = parting(a, b, [], twin)
-    assert where.step == 21 and "twin again" in where.noise
+def test_the_noise_of_a_twin_is_the_bound(base, again):
+    twin = copy.copy(again)
+    again.loss = base.loss.copy()
+    again.loss[20:] += 1e-9
+    assert parting(base, again, []).step is None
+    assert parting(base, again, [], twin).step == 21
 
 
-def test_a_curve_that_leaves_without_a_recorded_reason_says_so(pairs):
-    a, b = (read_side(pairs.run(name)) for name in ("base", "again"))
-    b.loss = b.loss + np.where(b.steps > 30, 0.01, 0)
-    b.environment = json.loads(json.dumps(b.environment))
-    b.start["git"] = {"commit": "f" * 40, "dirty": False}
-    found = differences(a, b)
-    where = parting(a, b, found)
-    assert where.step == 31 and "no setting explains it. Suspect code (" in verdict(a, b, found, where)
+def test_curves_that_part_without_a_recorded_reason_make_the_code_suspect(base, again):
+    again.loss = base.loss + np.where(base.steps > 30, 0.01, 0)
+    again.start["git"] = {"commit": "f" * 40, "dirty": False}
+    found, where, words = compared(base, again)
+    assert where.step == 31 and bending(found) == [] and "Suspect code (" in words
 
 
-def test_a_single_line_that_stands_out_is_not_where_curves_part(pairs):
-    a, b = (read_side(pairs.run(name)) for name in ("base", "again"))
-    b.loss = b.loss + np.where(b.steps == 10, 0.5, 0)
-    assert parting(a, b, []).step is None
+def test_curves_do_not_part_at_a_single_line_that_stands_out(base, again):
+    again.loss = base.loss + np.where(base.steps == 10, 0.5, 0)
+    assert parting(base, again, []).step is None
 
 
-def test_curves_of_other_samples_part_only_beyond_their_scatter(pairs):
-    a = read_side(pairs.run("base"))
-    b = read_side(pairs.run("seed", "--run.seed", "7"))
-    generator = np.random.default_rng(0)
-    a.loss = 3 + generator.normal(0, 0.05, len(a.steps))
-    b.loss = 3 + generator.normal(0, 0.05, len(a.steps))
-    assert parting(a, b, differences(a, b)).step is None
-    b.loss += np.where(b.steps > 20, 0.5, 0)
-    assert parting(a, b, differences(a, b)).step == 21
+def test_curves_of_other_samples_part_only_beyond_their_scatter(base, again):
+    found, generator = [Difference("seed", "", True)], np.random.default_rng(0)
+    base.loss = 3 + generator.normal(0, 0.05, 40)
+    again.loss = 3 + generator.normal(0, 0.05, 40)
+    assert parting(base, again, found).step is None
+    again.loss += np.where(again.steps > 20, 0.5, 0)
+    assert parting(base, again, found).step == 21
 
 
-# ---------------------------------------------------------------- the command
+# ---------------------------------------------------------------- folders and the command
 
 
-def test_the_command_says_it_and_refuses_what_is_no_run(pairs, tmp_path):
-    pairs.run("base"), pairs.run("seed", "--run.seed", "7")
-    folder = pairs.folder / "runs"
-    command = [sys.executable, "tools/compare_runs.py", str(folder / "base"), str(folder / "seed")]
-    done = subprocess.run([*command, "--json", str(tmp_path / "d.json")], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "bends the curve    seed: run.seed is 1234 and 7" in done.stdout, done.stderr
+def test_folders_are_read_as_plain_data_without_the_program_that_trained(pairs, base):
+    """As by a reader of other programs: no learning rates of the settings, and no look into token files."""
+    folder = pairs.run("warmup", *HIDDEN[-1][1](pairs))
+    a, b = read_run(pairs.run("base")), read_run(folder)
+    assert bending(differences(a, b)) == ["learning-rate"] and parting(a, b, []).step is not None
+    assert a.settings == base.settings and a.sources[0]["vocab_size"] == 64
+
+
+def test_folders_without_a_comparable_run_are_refused(pairs, tmp_path):
+    with pytest.raises(CompareError, match="not the folder of a run"):
+        read_run(tmp_path)
+    shutil.copytree(pairs.run("base"), tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    with pytest.raises(CompareError):
+        read_run(tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text("[unclosed")
+    with pytest.raises(CompareError):
+        read_run(tmp_path / "run")
+
+
+def test_the_command_prints_and_writes_the_differences(pairs, tmp_path, capsys):
+    a, b = pairs.run("base"), pairs.run("seed", "--run.seed", "7")
+    tool.main([str(a), str(b), "--twin", str(a), "--json", str(tmp_path / "d.json")])
+    assert "seed: run.seed is 1234 and 7" in capsys.readouterr().out
     assert json.loads((tmp_path / "d.json").read_text())["differences"][0]["what"] == "seed"
-    done = subprocess.run([*command[:-1], str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "not the folder of a run" in done.stderr
-    shutil.copytree(folder / "base", tmp_path / "empty")
-    (tmp_path / "empty" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    with pytest.raises(CompareError, match="fewer than two logging steps"):
-        read_side(tmp_path / "empty")

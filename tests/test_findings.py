@@ -13,9 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain.doctor.findings import Diagnosis, diagnose, summary
-from pretrain.doctor.log_formats import LogError, TrainingLog, meaning, read_log
+from pretrain.doctor.diagnosis import Diagnosis
+from pretrain.doctor.findings import diagnose, summary
+from pretrain.doctor.log_formats import LogError
+from pretrain.doctor.names import meaning
 from pretrain.doctor.scale import Setup
+from pretrain.doctor.training_log import TrainingLog, read_log
 
 STORY = "Epoch:[1/2](100/442) loss:213.776 lr:0.000500000000 epoch_Time:12.0min:\n"
 A, W, T = 16, 6, 512

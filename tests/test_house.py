@@ -42,7 +42,7 @@ ROOMS_BELOW = {
     "checkpoint": {"engines"},
     "report": {"doctor"},
     "interop": {"data", "model", "engines", "checkpoint", "report"},
-    "run": {"data", "model", "optim", "engines", "checkpoint", "report", "interop"},
+    "run": {"doctor", "data", "model", "optim", "engines", "checkpoint", "report", "interop"},
 }
 """Room -> the rooms that it may import."""
 TAKES_THE_WHOLE_CONFIG = {"interop", "run"}
@@ -61,7 +61,8 @@ WITHOUT_TORCH = [
     "pretrain.model.flops",
     "pretrain.report.sinks",
     "pretrain.report.plot",
-    "pretrain.report.verdict",
+    "pretrain.doctor.verdict",
+    "pretrain.doctor.untrained",
     "pretrain.report.environment",
     "pretrain.doctor.findings",
     "pretrain.checkpoint.manifest",

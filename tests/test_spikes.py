@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from pretrain.report.spikes import ACTIVE_FROM, NEW_LEVEL, SpikeWatch, in_words
+from pretrain.report.spikes import ACTIVE_FROM, NEW_LEVEL, SpikeWatch, describe
 
 
 def curve(seed: int, noise: float, steps: int = 10_000, descent: float = 300) -> list[float]:
@@ -55,8 +55,8 @@ def test_a_slow_drift_is_no_spike_and_a_jump_that_stays_is_said_five_times_and_t
         watch.judge(loss)
     spikes = [watch.judge(20.0 + step / 10) for step in range(200)]
     assert [spike is not None for spike in spikes] == [True] * NEW_LEVEL + [False] * (200 - NEW_LEVEL)
-    assert spikes[NEW_LEVEL - 1].stays and "counts as the new level" in in_words(7, spikes[NEW_LEVEL - 1])
-    assert in_words(1234, spikes[0]).startswith("loss spike at step 1,234: 20.0000, ")
+    assert spikes[NEW_LEVEL - 1].stays and "counts as the new level" in describe(7, spikes[NEW_LEVEL - 1])
+    assert describe(1234, spikes[0]).startswith("loss spike at step 1,234: 20.0000, ")
 
 
 def test_a_watch_goes_on_from_its_state_as_if_nothing_had_happened():

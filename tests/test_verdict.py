@@ -12,7 +12,8 @@ import torch
 from pretrain import train as training
 from pretrain.config import load
 from pretrain.data.batches import Batch, TrainData
-from pretrain.report.verdict import Curve, first_step, judge, reference_lines
+from pretrain.doctor.untrained import first_step
+from pretrain.doctor.verdict import Curve, judge, reference_lines
 from tests.test_indexed import write
 
 RANDOM = dict.fromkeys(("uniform", "unigram", "bigram", "floor"), math.log(10000))

@@ -1,59 +1,90 @@
-"""Says why two runs differ: what differs in meaning, and the first step whose losses differ by more than the noise.
+"""Says why two runs differ: their settings compared by effect, and the first step whose losses differ by more than the noise.
 
     python tools/compare_runs.py runs/a runs/b [--twin runs/a_again] [--json FILE]
 
---twin FOLDER  a repetition of the first run: what the two differ by is the noise. Without it, rounding is the noise of runs
-               that read the same samples from the same weights, and the scatter of their lines that of others.
---json FILE    also writes what was found as JSON.
-
-Exit status: 0 compared, 2 a folder holds no run, or FILE cannot be written.
+Exit status: 0 compared, 2 a folder does not hold a run, or FILE cannot be written.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pretrain.doctor.compare_runs import CompareError, differences, parting, read_side, verdict
+import numpy as np
+
+from pretrain import schema
+from pretrain.config import Config, load
+from pretrain.data.indexed import DataError, TokenFile
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.doctor.compare_runs import Run, differences, parting, read_run, verdict
+from pretrain.files import write_atomically
+from pretrain.optim.schedule import lr_at
+from pretrain.run import command_line
 
 
-def main() -> int:
-    """-> exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+def main(argv: list[str]) -> None:
+    """Compares two runs and prints what differs."""
+    parser = command_line.make_parser(__doc__)
+    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="folder of a run, as runs/NAME")
+    parser.add_argument(
+        "--twin",
+        type=Path,
+        metavar="RUN",
+        help="a repetition of the first run: the difference of the two is the noise (default: rounding, for runs that read the "
+        "same samples from the same weights; for others the scatter of their lines)",
     )
-    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN")
-    parser.add_argument("--twin", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    try:
-        a, b = (read_side(path) for path in options.runs)
-        found = differences(a, b)
-        where = parting(a, b, found, read_side(options.twin) if options.twin else None)
-    except CompareError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file, as JSON")
+    options = parser.parse_args(argv)
+    a, b = (read(folder) for folder in options.runs)
+    found = differences(a, b)
+    where = parting(a, b, found, read(options.twin) if options.twin else None)
     for each in found:
-        print(f"{'bends the curve' if each.bends else 'should only round':18} {each.what}: {each.text}")
+        print(f"{'changes the curve' if each.bends else 'rounding only':18} {each.what}: {each.text}")
     equal = "not even the first line" if where.equal_to is None else f"up to step {where.equal_to}"
     print(f"{where.common} common lines; equal to the last bit: {equal}; noise: {where.noise}")
     if where.step is not None:
-        mine, theirs = where.losses
-        print(f"first beyond the noise: step {where.step}, {mine:.6f} and {theirs:.6f} (allowed {where.allowed:.2g})")
+        print("first beyond the noise: step {}, {:.6f} and {:.6f}".format(where.step, *where.losses), end=" ")
+        print(f"(allowed {where.allowed:.2g})")
     print(verdict(a, b, found, where))
     if options.json:
         content = {"differences": [each._asdict() for each in found], "parting": where._asdict()}
-        try:
-            options.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            print(f"error: --json: {error}", file=sys.stderr)
-            return 2
-    return 0
+        write_atomically(options.json, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read(folder: Path) -> Run:
+    """The run in `folder` with the facts that only this program knows. Raises CompareError, ConfigError."""
+    run = read_run(folder)
+    config = load(["--config", str(folder / "config.yaml")], world_size=None)
+    run.settings = schema.to_dict(config)
+    run.scheduled_lr = lambda step: lr_at(step, config.schedule, config.optimizer.lr, run.total_steps)
+    for facts, source in zip(run.sources, config.data.train, strict=True):
+        facts |= facts_of_file(source.path, facts, config)
+    return run
+
+
+def facts_of_file(path: str, sidecar: dict, config: Config) -> dict:
+    """Sizes of a token file and the share of its tokens that end a document; {} if it is missing or was made anew since."""
+    try:
+        file = TokenFile(path)
+        if file.fingerprint() != sidecar.get("fingerprint"):
+            return {}
+        facts = {"num_tokens": file.num_tokens, "num_documents": file.num_documents, "dtype": file.dtype.name}
+        end = sidecar.get("end_of_document_id", end_of_document(config))
+        return facts if end is None else facts | {"ends": float(np.mean(file.sample() == end))}
+    except (DataError, OSError):
+        return {}  # the sidecar has to do
+
+
+def end_of_document(config: Config) -> int | None:
+    """The end-of-document id of the run's tokenizer; None if it has no tokenizer, or it cannot be read."""
+    try:
+        return Tokenizer.load(config.tokenizer.path).end_of_document_id if config.tokenizer.path else None
+    except DataError:
+        return None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main))

@@ -1,303 +1,318 @@
-"""Why two runs differ: their settings compared in meaning, then the first step whose losses differ by more than the noise.
+"""Why two runs differ: their settings compared by effect, then the first step whose losses differ by more than the noise.
 
-It reads the folders of runs (config.yaml, metrics.jsonl, environment.json), and samples of token files where these still are.
-No torch. What differs is sorted by what it can do: bend the curve, or only round sums in another order.
+Reads the folders of runs as plain data: config.yaml, metrics.jsonl, environment.json. `Run` has fields for what only the
+program that trained can add; tools/compare_runs.py fills them. Each difference is classed by what it can do: change the curve,
+or only the rounding of sums.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 
-from pretrain import UserError, schema
-from pretrain.config import Config, ConfigError, load
-from pretrain.data.indexed import DataError, TokenFile
-from pretrain.data.tokenizer import Tokenizer
-from pretrain.optim.schedule import lr_at
-from pretrain.report import environment
+from pretrain import UserError
+from pretrain.doctor.noise import line_noise
+from pretrain.files import read_json_lines
 
-# What rounding alone does to a loss, as a share of it, grows as the square of the step until it is lost in the scatter of the
-# lines. Measured in fp32, one process against two: 9e-7 at step 100, 7e-6 at 200, 7e-5 at 400; the bounds are ten times that.
+# The share of a loss by which rounding alone changes it grows with the square of the step, until the scatter of the lines hides
+# it. Measured in fp32, one process against two: 9e-7 at step 100, 7e-6 at 200, 7e-5 at 400; the bounds are ten times that.
 ROUNDING = {"fp32": 1e-5, "bf16": 2e-3}
 ROUNDING_GROWS_OVER_STEPS = 50.0
 SIGMAS = 4.0
-_STEPS_TRIED = 16
-_SETTINGS_THAT_BEND = ("optimizer", "model", "train.max_skipped_steps", "train.on_divergence", "data.document_mask")
-_SEEN_OTHERWISE = ("optimizer.lr",)
-"""Compared in meaning: as the learning rate at equal tokens."""
+_MOST_STEPS_PER_UPDATE = 16
+_CHANGES_THE_CURVE = ("optimizer", "model", "train.max_skipped_steps", "train.on_divergence", "data.document_mask")
+_ROUNDS = ("engine.", "batch.micro")
+_COMPARED_BY_EFFECT = ("optimizer.lr",)  # as the learning rate at equal tokens
+OTHER_SAMPLES = {"batch", "sequence-length", "seed", "quarantine", "data", "sources", "weights", "order", "end-of-document",
+                 "tokenizer", "corpus", "shuffled", "tokens", "rollbacks"}  # fmt: skip
+"""Differences after which two runs read different samples."""
 
 
 class CompareError(UserError):
-    """A folder that holds no run; the message is for the user."""
+    """A folder that does not hold a run, or two runs without a common step."""
 
 
 class Difference(NamedTuple):
     """One thing in which two runs differ."""
 
     what: str
-    """Stable, as learning-rate."""
+    """A stable name, as learning-rate."""
     text: str
     bends: bool
-    """Whether it can bend the curve; else it only rounds sums in another order, or does nothing."""
+    """True if it can change the curve; else it only changes the rounding of sums, or nothing."""
 
 
 @dataclass
-class Side:
-    """What the folder of a run says."""
+class Run:
+    """The content of a run's folder."""
 
     name: str
-    config: Config
+    settings: dict[str, Any]
+    """config.yaml; the program that trained may add keys that its older versions did not have."""
     environment: dict
     steps: np.ndarray  # (N,) logging steps
     loss: np.ndarray  # (N,) nats per token, since the last line
     lr: np.ndarray  # (N,)
     tokens: np.ndarray  # (N,) valid tokens since the start
     total_steps: int
-    skipped_positions: list[list[int]] = field(default_factory=list)
+    skipped_positions: list[list[int]]
+    sources: list[dict]
+    """Facts about each entry of data.train: its metadata sidecar, as environment.json keeps it. The program that trained may
+    add num_tokens, num_documents, dtype and `ends`, the share of tokens that end a document."""
+    scheduled_lr: Callable[[int], float] | None = None
+    """Learning rate of a step according to the settings; None: unknown, and only logged rates are compared."""
+
+    def setting(self, key: str) -> Any:
+        """The value of a dotted key; None if the run does not have it."""
+        value: Any = self.settings
+        for word in key.split("."):
+            value = value.get(word) if isinstance(value, dict) else None
+        return value
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens per sample."""
+        return self.setting("data.sequence_length")
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens of a step."""
-        return self.config.batch.global_batch_size * self.config.data.sequence_length
+        """Tokens per step."""
+        return self.setting("batch.global_batch_size") * self.sequence_length
 
     @property
     def start(self) -> dict:
-        """The start that made most recent steps."""
+        """The start of the program that made most recent steps."""
         return (self.environment.get("starts") or [{}])[-1]
 
     @property
     def precision(self) -> str:
-        """Of the engine."""
-        return self.start.get("precision") or self.config.engine.precision or "fp32"
+        """Precision of the engine, a key of ROUNDING."""
+        return self.start.get("precision") or self.setting("engine.precision") or "fp32"
 
 
-def read_side(directory: Path) -> Side:
-    """The run in `directory`. Raises CompareError."""
+def read_run(folder: Path) -> Run:
+    """The run in `folder`. Raises CompareError."""
     try:
-        config = load(["--config", str(directory / "config.yaml")], world_size=None)
-        lines = (directory / "metrics.jsonl").read_bytes().split(b"\n")
-    except (ConfigError, OSError) as error:
-        raise CompareError(f"{directory}: not the folder of a run ({error})") from None
-    records = []
-    for line in filter(None, lines):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue  # the last one may be in writing
+        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        records = read_json_lines(folder / "metrics.jsonl").records
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CompareError(f"{folder}: not the folder of a run ({error})") from None
+    environment = _read_environment(folder)
     logged = [record for record in records if "loss" in record]
     if len(logged) < 2:
-        raise CompareError(f"{directory / 'metrics.jsonl'}: fewer than two logging steps, so there is nothing to compare")
+        raise CompareError(f"{folder / 'metrics.jsonl'}: fewer than two logging steps, so there is nothing to compare")
     columns = {key: np.array([_number(each.get(key)) for each in logged]) for key in ("step", "loss", "lr", "tokens")}
-    made_with = environment.read(directory)
-    total = config.train.max_steps or made_with.get("total_steps") or int(columns["step"][-1])
-    return Side(
-        directory.name, config, made_with, columns["step"].astype(int), columns["loss"], columns["lr"], columns["tokens"],
-        total, [each["skipped_positions"] for each in records if "skipped_positions" in each],
+    skipped = [each["skipped_positions"] for each in records if "skipped_positions" in each]
+    run = Run(
+        folder.name, settings, environment, columns["step"].astype(int), columns["loss"], columns["lr"], columns["tokens"],
+        0, skipped, [],
     )  # fmt: skip
+    if not all(isinstance(run.setting(key), int) for key in ("batch.global_batch_size", "data.sequence_length")):
+        raise CompareError(f"{folder / 'config.yaml'}: lacks batch.global_batch_size or data.sequence_length")
+    run.total_steps = run.setting("train.max_steps") or environment.get("total_steps") or int(columns["step"][-1])
+    seals = list(environment.get("data", {}).get("seals", {}).values())
+    run.sources = [dict(seals[i]) if i < len(seals) else {} for i in range(len(run.setting("data.train") or []))]
+    return run
+
+
+def _read_environment(folder: Path) -> dict:
+    try:
+        content = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-# ---------------------------------------------------------------- settings, in meaning
+# ---------------------------------------------------------------- settings, by effect
 
 
-def differences(a: Side, b: Side) -> list[Difference]:
-    """All that is recorded and differs, what bends the curve first, the likeliest first."""
-    found = [
-        *_batch(a, b),
-        *_learning_rate(a, b),
-        *_data(a, b),
-        *_seeds(a, b),
-        *_settings(a, b),
-        *_made_with(a, b),
-    ]
+def differences(a: Run, b: Run) -> list[Difference]:
+    """All recorded differences, first those that can change the curve, the most likely causes first."""
+    checks = (_batch, _learning_rate, _data, _seeds, _settings, _program)
+    found = [difference for check in checks for difference in check(a, b)]
     return sorted(found, key=lambda each: not each.bends)
 
 
-def _learning_rate(a: Side, b: Side) -> Iterator[Difference]:
-    """As logged, at equal tokens; and whether each run follows its own schedule."""
-    if deviating := [(side.name, deviation) for side in (a, b) if (deviation := _off_schedule(side))]:
+def _learning_rate(a: Run, b: Run) -> Iterator[Difference]:
+    """The logged rates at equal tokens; before that, whether each run follows its own schedule."""
+    if deviating := [(run.name, deviation) for run in (a, b) if (deviation := _off_schedule(run))]:
         for name, deviation in deviating:
             yield Difference("learning-rate", f"{name} does not follow its own schedule: {deviation}", True)
         return
-    last = min(a.tokens[-1], b.tokens[-1])
-    places = np.union1d(a.tokens, b.tokens)
-    places = places[(places >= max(a.tokens[0], b.tokens[0])) & (places <= last)]
-    # Between two lines the rate is not known: where the batches differ, a step of tolerance to both sides.
-    slack = 0 if a.batch_tokens == b.batch_tokens else max(a.batch_tokens, b.batch_tokens)
-    if slack:
-        rates = [[_scheduled(side, tokens) for tokens in places.tolist()] for side in (a, b)]
-    else:
+    same_batch = a.batch_tokens == b.batch_tokens
+    if same_batch or not (a.scheduled_lr and b.scheduled_lr):
         places = np.intersect1d(a.tokens, b.tokens)
-        rates = [side.lr[np.searchsorted(side.tokens, places)].tolist() for side in (a, b)]
-    for tokens, mine, theirs in zip(places.tolist(), *rates, strict=True):
-        near = [_scheduled(b, max(1, tokens + way * slack)) for way in (-1, 1)] if slack else [theirs]
-        if not min(near) * (1 - 1e-6) <= mine <= max(near) * (1 + 1e-6):
-            text = f"at {tokens:,.0f} tokens {mine:.3g} in {a.name} and {theirs:.3g} in {b.name}"
-            yield Difference("learning-rate", f"{text}, the first of {len(places)} places compared", True)
-            return
+        rates_a, lowest = (run.lr[np.searchsorted(run.tokens, places)] for run in (a, b))
+        highest = lowest
+    else:
+        places = np.union1d(a.tokens, b.tokens)
+        first, last = max(a.tokens[0], b.tokens[0]), min(a.tokens[-1], b.tokens[-1])
+        places = places[(places >= first) & (places <= last)]
+        rates_a = np.array([_scheduled(a, tokens) for tokens in places.tolist()])
+        # Between two steps the rate is not defined: allow one step to both sides.
+        slack = max(a.batch_tokens, b.batch_tokens)
+        near = [[_scheduled(b, max(1, tokens + shift)) for shift in (-slack, slack)] for tokens in places.tolist()]
+        lowest, highest = np.array(near).reshape(-1, 2).min(1), np.array(near).reshape(-1, 2).max(1)
+    outside = np.flatnonzero((rates_a < lowest * (1 - 1e-6)) | (rates_a > highest * (1 + 1e-6)))
+    if len(outside):
+        at = outside[0]
+        rate_b = lowest[at] if same_batch or b.scheduled_lr is None else _scheduled(b, places[at])
+        text = f"at {places[at]:,.0f} tokens {rates_a[at]:.3g} in {a.name} and {rate_b:.3g} in {b.name}"
+        yield Difference("learning-rate", f"{text}, the first such of {len(places)} places compared", True)
 
 
-def _scheduled(side: Side, tokens: float) -> float:
-    step = min(max(1, round(tokens / side.batch_tokens)), side.total_steps)
-    return lr_at(step, side.config.schedule, side.config.optimizer.lr, side.total_steps)
+def _scheduled(run: Run, tokens: float) -> float:
+    return run.scheduled_lr(min(max(1, round(tokens / run.batch_tokens)), run.total_steps))
 
 
-def _off_schedule(side: Side) -> str | None:
-    """How the logged rates differ from the settings'; null: they do not."""
-    schedule, peak, total = side.config.schedule, side.config.optimizer.lr, side.total_steps
-
-    def at(steps: np.ndarray) -> np.ndarray:
-        return np.array([lr_at(min(max(1, step), total), schedule, peak, total) for step in steps.tolist()])
-
-    if np.allclose(side.lr, at(side.steps), rtol=1e-6, atol=0):
+def _off_schedule(run: Run) -> str | None:
+    """How the logged rates differ from those of the settings; None if they do not, or the latter are unknown."""
+    if run.scheduled_lr is None:
         return None
-    first = int(np.argmax(~np.isclose(side.lr, at(side.steps), rtol=1e-6, atol=0)))
-    said = (
-        f"at step {side.steps[first]} {side.lr[first]:.4g}, where the settings give {at(side.steps[first : first + 1])[0]:.4g}"
-    )
-    for times in range(2, _STEPS_TRIED + 1):
-        if np.allclose(side.lr, at(side.steps * times), rtol=1e-6, atol=0):
-            return f"{said}, as if stepped {times} times an update"
-    factors = side.lr / at(side.steps)
-    return f"{said}: {factors[0]:.4g} times that all along" if np.ptp(factors) < 1e-6 * factors[0] else said
+
+    def scheduled(steps: np.ndarray) -> np.ndarray:
+        return np.array([run.scheduled_lr(min(max(1, step), run.total_steps)) for step in steps.tolist()])
+
+    right = scheduled(run.steps)
+    wrong = np.flatnonzero(~np.isclose(run.lr, right, rtol=1e-6, atol=0))
+    if not len(wrong):
+        return None
+    first = wrong[0]
+    text = f"at step {run.steps[first]} it is {run.lr[first]:.4g}, but the settings give {right[first]:.4g}"
+    for times in range(2, _MOST_STEPS_PER_UPDATE + 1):
+        if np.allclose(run.lr, scheduled(run.steps * times), rtol=1e-6, atol=0):
+            return f"{text}, as if the scheduler is stepped {times} times per update"
+    factors = run.lr / right
+    return f"{text}: {factors[0]:.4g} times that in all steps" if np.ptp(factors) < 1e-6 * factors[0] else text
 
 
-def _batch(a: Side, b: Side) -> Iterator[Difference]:
+def _batch(a: Run, b: Run) -> Iterator[Difference]:
     if a.batch_tokens != b.batch_tokens:
         sizes = " and ".join(
-            f"{each.config.batch.global_batch_size} x {each.config.data.sequence_length} = {each.batch_tokens:,}"
-            for each in (a, b)
+            f"{run.setting('batch.global_batch_size')} x {run.sequence_length} = {run.batch_tokens:,}" for run in (a, b)
         )
-        yield Difference("batch", f"the tokens of a step are {sizes}", True)
-    elif a.config.data.sequence_length != b.config.data.sequence_length:
-        lengths = f"{a.config.data.sequence_length} and {b.config.data.sequence_length}"
-        yield Difference("sequence-length", f"samples have {lengths} tokens, with equally many tokens a step", True)
-    per_step = [each.tokens[-1] / each.steps[-1] / each.batch_tokens for each in (a, b)]
-    if abs(per_step[0] - per_step[1]) > 1e-9:
-        shares = " and ".join(f"{share:.2%}" for share in per_step)
-        yield Difference("valid-tokens", f"{shares} of the tokens count as labels", True)
+        yield Difference("batch", f"the tokens per step are {sizes}", True)
+    elif a.sequence_length != b.sequence_length:
+        text = f"samples have {a.sequence_length} and {b.sequence_length} tokens, with equal tokens per step"
+        yield Difference("sequence-length", text, True)
+    shares = [run.tokens[-1] / run.steps[-1] / run.batch_tokens for run in (a, b)]
+    if abs(shares[0] - shares[1]) > 1e-9:
+        yield Difference("valid-tokens", f"{shares[0]:.2%} and {shares[1]:.2%} of the tokens count as labels", True)
     if a.skipped_positions != b.skipped_positions:
-        text = f"samples left out after rollbacks: {a.skipped_positions or 'none'} and {b.skipped_positions or 'none'}"
+        text = f"positions skipped after rollbacks: {a.skipped_positions or 'none'} and {b.skipped_positions or 'none'}"
         yield Difference("rollbacks", text, True)
 
 
-def _data(a: Side, b: Side) -> Iterator[Difference]:
-    """Order hash first; if it differs, why: seals, then the files."""
-    mine, theirs = (each.environment.get("data", {}) for each in (a, b))
-    if mine.get("quarantine") != theirs.get("quarantine"):
-        counts = " and ".join(
-            str(sum(end - first for _, first, end in each.get("quarantine") or [])) for each in (mine, theirs)
-        )
-        yield Difference("quarantine", f"{counts} samples are in quarantine", True)
-    # The seed stands in the order, too: it is named by itself.
-    orders = [str(each.get("order")).replace(f"seed {side.config.run.seed},", "") for each, side in ((mine, a), (theirs, b))]
-    if orders[0] == orders[1]:
-        return
-    if (kinds := [_kind(side) for side in (a, b)]) != ["", ""] or not a.config.data.train:
+def _data(a: Run, b: Run) -> Iterator[Difference]:
+    """Compares the fingerprints of the order; if they differ, finds out why."""
+    data = [run.environment.get("data", {}) for run in (a, b)]
+    if data[0].get("quarantine") != data[1].get("quarantine"):
+        counts = [sum(end - first for _, first, end in each.get("quarantine") or []) for each in data]
+        yield Difference("quarantine", f"{counts[0]} and {counts[1]} samples are in quarantine", True)
+    # The order contains the seed, which is a difference of its own.
+    orders = [
+        str(each.get("order")).replace(f"seed {run.setting('run.seed')},", "") for each, run in zip(data, (a, b), strict=True)
+    ]
+    if orders[0] != orders[1]:
+        yield from _other_samples(a, b, orders)
+
+
+def _other_samples(a: Run, b: Run, orders: list[str]) -> Iterator[Difference]:
+    """Why two runs with different fingerprints of their order read different samples."""
+    sources = [run.setting("data.train") or [] for run in (a, b)]
+    kinds = [_generated(run) for run in (a, b)]
+    if any(kinds) or not sources[0]:
         yield Difference("data", f"generated data: {kinds[0] or 'none'} and {kinds[1] or 'none'}", True)
         return
-    if len(a.config.data.train) != len(b.config.data.train):
-        yield Difference("sources", f"{len(a.config.data.train)} and {len(b.config.data.train)} sources", True)
+    if len(sources[0]) != len(sources[1]):
+        yield Difference("sources", f"{len(sources[0])} and {len(sources[1])} sources", True)
         return
-    weights = [[each.weight for each in side.config.data.train] for side in (a, b)]
+    weights = [[each.get("weight") for each in entries] for entries in sources]
     if weights[0] != weights[1]:
-        yield Difference("weights", f"sources are blended {weights[0]} and {weights[1]}", True)
-    files = [_about_files(side) for side in (a, b)]
-    changed = [list(_why_other_tokens(*each)) for each in zip(*files, strict=True) if each[0] != each[1]]
-    if sorted(map(str, files[0])) == sorted(map(str, files[1])) and files[0] != files[1]:
-        yield Difference("order", "the same sources stand in another order, so samples come in another", True)
+        yield Difference("weights", f"the weights of the sources are {weights[0]} and {weights[1]}", True)
+    changed = [pair for pair in zip(a.sources, b.sources, strict=True) if pair[0] != pair[1]]
+    if changed and sorted(map(str, a.sources)) == sorted(map(str, b.sources)):
+        yield Difference("order", "the same sources are listed in a different order, and so samples are read in one", True)
     else:
-        yield from (difference for each in changed for difference in each)
-    if weights[0] == weights[1] and not changed and a.config.data.sequence_length == b.config.data.sequence_length:
+        for mine, theirs in changed:
+            yield _why_other_tokens(mine, theirs)
+    if weights[0] == weights[1] and not changed and a.sequence_length == b.sequence_length:
         yield Difference("order", f"the samples or their order differ: {orders[0]} and {orders[1]}", True)
 
 
-def _kind(side: Side) -> str:
-    synthetic = side.config.data.synthetic
-    return f"{synthetic.kind}, {synthetic.num_samples} samples" if synthetic else ""
+def _generated(run: Run) -> str:
+    synthetic = run.setting("data.synthetic")
+    return f"{synthetic.get('kind')}, {synthetic.get('num_samples')} samples" if synthetic else ""
 
 
-def _about_files(side: Side) -> list[dict]:
-    """What seals and heads of files say about each source."""
-    seals = list(side.environment.get("data", {}).get("seals", {}).values())
-    about = []
-    for i, source in enumerate(side.config.data.train):
-        facts = dict(seals[i]) if i < len(seals) else {}
-        try:
-            file = TokenFile(source.path)
-            if file.fingerprint() == facts.get("fingerprint"):  # not if it has been made anew since
-                end = facts.get("end_of_document_id", _end_of_document(side))
-                facts |= {"num_tokens": file.num_tokens, "num_documents": file.num_documents, "dtype": file.dtype.name}
-                if end is not None:
-                    facts["ends"] = float(np.mean(file.sample() == end))
-        except (DataError, OSError):
-            pass  # the files are gone: the seals have to do
-        about.append(facts)
-    return about
-
-
-def _end_of_document(side: Side) -> int | None:
-    try:
-        return Tokenizer.load(side.config.tokenizer.path).end_of_document_id if side.config.tokenizer.path else None
-    except DataError:
-        return None
-
-
-def _why_other_tokens(mine: dict, theirs: dict) -> Iterator[Difference]:
-    """Two sources that are not the same tokens: the most telling reason."""
+def _why_other_tokens(mine: dict, theirs: dict) -> Difference:
+    """The most telling reason why two sources do not hold the same tokens."""
     ends = [each.get("ends") for each in (mine, theirs)]
-    pair = {key: (mine.get(key), theirs.get(key)) for key in ("tokenizer_fingerprint", "vocab_size", "corpus", "shuffled")}
+    pair = {key: (mine.get(key), theirs.get(key)) for key in ("tokenizer_fingerprint", "corpus", "shuffled")}
     tokenizers, corpora = pair["tokenizer_fingerprint"], [(each or {}).get("sha256") for each in pair["corpus"]]
+    sizes = f"{mine.get('num_tokens', 0):,} and {theirs.get('num_tokens', 0):,} tokens"
     if None not in ends and (0 in ends) and ends[0] != ends[1]:
         rates = " and ".join("never" if not rate else f"once in {1 / rate:,.0f} tokens" for rate in ends)
-        yield Difference("end-of-document", f"the end-of-document id stands {rates}", True)
-    elif tokenizers[0] != tokenizers[1] and None not in tokenizers:
-        text = " and ".join(f"{each['tokenizer_path']} ({each['vocab_size']} ids)" for each in (mine, theirs))
-        text = f"the tokens were made by {text}: losses of a token do not compare, bits per byte do"
-        yield Difference("tokenizer", text, True)
-    elif corpora[0] != corpora[1]:
-        sizes = f"{mine.get('num_tokens', 0):,} and {theirs.get('num_tokens', 0):,} tokens"
-        yield Difference("corpus", f"the text is another one ({sizes})", True)
-    elif pair["shuffled"][0] != pair["shuffled"][1]:
-        yield Difference("shuffled", "the same text, with documents shuffled in one run and not in the other", True)
-    else:
-        sizes = f"{mine.get('num_tokens', 0):,} and {theirs.get('num_tokens', 0):,} tokens"
-        yield Difference("tokens", f"the same text as other tokens, or in another order ({sizes})", True)
+        return Difference("end-of-document", f"the end-of-document id occurs {rates}", True)
+    if tokenizers[0] != tokenizers[1] and None not in tokenizers:
+        names = " and ".join(f"{each['tokenizer_path']} ({each['vocab_size']} ids)" for each in (mine, theirs))
+        text = f"the tokenizers are {names}: compare bits per byte, as losses per token are not comparable"
+        return Difference("tokenizer", text, True)
+    if corpora[0] != corpora[1]:
+        return Difference("corpus", f"the texts are different ({sizes})", True)
+    if pair["shuffled"][0] != pair["shuffled"][1]:
+        return Difference("shuffled", "the same text, with documents shuffled in one run and not in the other", True)
+    return Difference("tokens", f"the same text as different tokens, or in a different order ({sizes})", True)
 
 
-def _seeds(a: Side, b: Side) -> Iterator[Difference]:
-    if a.config.run.seed != b.config.run.seed:
-        seeds = f"{a.config.run.seed} and {b.config.run.seed}"
-        yield Difference("seed", f"run.seed is {seeds}: other initial weights, other order of samples", True)
+def _seeds(a: Run, b: Run) -> Iterator[Difference]:
+    seeds = [run.setting("run.seed") for run in (a, b)]
+    if seeds[0] != seeds[1]:
+        text = f"run.seed is {seeds[0]} and {seeds[1]}: different initial weights, different order of samples"
+        yield Difference("seed", text, True)
 
 
-def _settings(a: Side, b: Side) -> Iterator[Difference]:
-    """Keys that differ and have not been compared in meaning."""
-    mine, theirs = (schema.flatten(schema.to_dict(side.config)) for side in (a, b))
-    for side, flat in ((a, mine), (b, theirs)):
-        resolved = side.environment.get("model", {}).get("settings", {})
-        flat |= {f"model.{key}": value for key, value in schema.flatten(resolved).items()}
-    for key in sorted(mine.keys() | theirs.keys()):
-        values = mine.get(key), theirs.get(key)
-        if values[0] == values[1] or key in _SEEN_OTHERWISE:
+def _settings(a: Run, b: Run) -> Iterator[Difference]:
+    """Keys that differ and that the other checks do not compare."""
+    flat = []
+    for run in (a, b):
+        resolved = run.environment.get("model", {}).get("settings", {})
+        flat.append(_flatten(run.settings) | _flatten(resolved, "model."))
+    for key in sorted(flat[0].keys() | flat[1].keys()):
+        values = [each.get(key) for each in flat]
+        if values[0] == values[1] or key in _COMPARED_BY_EFFECT:
             continue
-        text = f"{key} is {schema.shown(values[0])} and {schema.shown(values[1])}"
-        if any(key == each or key.startswith(f"{each}.") for each in _SETTINGS_THAT_BEND):
+        text = f"{key} is {_as_yaml(values[0])} and {_as_yaml(values[1])}"
+        if any(key == each or key.startswith(f"{each}.") for each in _CHANGES_THE_CURVE):
             yield Difference(key, text, True)
-        elif key.startswith(("engine.", "batch.micro")):
+        elif key.startswith(_ROUNDS):
             yield Difference(key, text, False)
 
 
-def _made_with(a: Side, b: Side) -> Iterator[Difference]:
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _as_yaml(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _program(a: Run, b: Run) -> Iterator[Difference]:
     """Processes, devices, versions and code."""
     mine, theirs = a.start, b.start
     for what, key, bends in (("world-size", "world_size", False), ("device", "device", False), ("precision", "precision", True),
@@ -311,102 +326,98 @@ def _made_with(a: Side, b: Side) -> Iterator[Difference]:
     if mine.get("git") != theirs.get("git"):
         yield Difference("code", f"the program is {_code(mine)} and {_code(theirs)}", False)
     elif (mine.get("git") or {}).get("dirty"):
-        yield Difference("code", f"both run {_code(mine)}: what was changed is not known", False)
+        yield Difference("code", f"both run {_code(mine)}; these changes are unknown", False)
 
 
 def _code(start: dict) -> str:
     git = start.get("git")
-    return (
-        f"commit {git['commit'][:12]}{' with changes that are not committed' * git['dirty']}" if git else "of no known commit"
-    )
+    return f"commit {git['commit'][:12]}{' with uncommitted changes' * git['dirty']}" if git else "an unknown commit"
 
 
 # ---------------------------------------------------------------- the curves
 
 
 class Parting(NamedTuple):
-    """Where two curves part."""
+    """The place where two curves part."""
 
     common: int
-    """Places compared: steps, or token counts where the batches differ."""
+    """Places compared: steps, or token counts if the batches differ."""
     equal_to: int | None
-    """Last step up to which all losses are equal to the last bit; null: not even the first."""
+    """Last step up to which all losses are equal to the last bit; None: not even the first."""
     step: int | None
-    """The first step from which the difference exceeds the noise and goes on to do so; null: there is none."""
+    """The first step from which most differences exceed the noise; None: there is none."""
     losses: tuple[float, float]
-    """There."""
+    """Losses at `step`, or at the last common step."""
     allowed: float
     """The noise there, nats."""
     noise: str
-    """What was taken for the noise."""
+    """The origin of the noise, in words."""
 
 
-def parting(a: Side, b: Side, found: list[Difference], twin: Side | None = None) -> Parting:
-    """The first step whose difference is more than noise.
+def parting(a: Run, b: Run, found: list[Difference], twin: Run | None = None) -> Parting:
+    """The first step whose difference exceeds the noise. Raises CompareError if the runs have no step in common.
 
-    The noise is that of `twin`, a repetition of `a`, where there is one: three times the largest difference so far. Runs that
-    read the same samples from the same weights differ by rounding; others by the scatter of their lines around their own trend.
+    The noise is three times the largest difference so far between `a` and its repetition `twin`, if there is one. Otherwise it
+    is rounding, for runs that read the same samples from the same weights; for others it is the scatter of their lines.
     """
-    if a.batch_tokens == b.batch_tokens:
-        steps = np.intersect1d(a.steps, b.steps)
-        mine, theirs = (side.loss[np.searchsorted(side.steps, steps)] for side in (a, b))
-    else:
-        places = a.tokens[(a.tokens >= b.tokens[0]) & (a.tokens <= b.tokens[-1])]
-        steps = a.steps[np.isin(a.tokens, places)]
-        mine, theirs = a.loss[np.isin(a.tokens, places)], np.interp(places, b.tokens, b.loss)
+    steps, loss_a, loss_b = _common_lines(a, b)
     if not len(steps):
         raise CompareError(f"{a.name} and {b.name} have no logging step in common")
-    gap = np.abs(mine - theirs)
-    gap[~np.isfinite(mine) & ~np.isfinite(theirs)] = 0
+    gap = np.abs(loss_a - loss_b)
+    gap[~np.isfinite(loss_a) & ~np.isfinite(loss_b)] = 0
     gap[~np.isfinite(gap)] = np.inf
-    order_differs = {"batch", "sequence-length", "seed", "quarantine", "data", "sources", "weights", "order", "end-of-document",
-                     "tokenizer", "corpus", "shuffled", "tokens", "rollbacks"} & {each.what for each in found}  # fmt: skip
     if twin is not None:
-        shared = np.intersect1d(a.steps, twin.steps)
-        twins = np.abs(a.loss[np.searchsorted(a.steps, shared)] - twin.loss[np.searchsorted(twin.steps, shared)])
-        largest = np.maximum.accumulate(twins)[np.clip(np.searchsorted(shared, steps, side="right") - 1, 0, None)]
-        allowed, noise = 3 * largest, f"three times what {a.name} and its twin {twin.name} differ by"
-    elif order_differs:
-        scatter = math.hypot(line_scatter(mine), line_scatter(theirs))
-        allowed, noise = np.full(len(steps), SIGMAS * scatter), f"{SIGMAS:.0f} sigma of how lines scatter around their trend"
+        allowed, noise = _twin_noise(a, twin, steps), f"three times the difference of {a.name} and its twin {twin.name}"
+    elif OTHER_SAMPLES & {each.what for each in found}:
+        scatter = math.hypot(*(line_noise(loss, math.inf) for loss in (loss_a, loss_b)))
+        allowed, noise = np.full(len(steps), SIGMAS * scatter), f"{SIGMAS:.0f} sigma of the scatter of lines around their trend"
     else:
-        share = max(ROUNDING[side.precision] for side in (a, b))
-        rounding = share * np.abs(mine) * (1 + (steps / ROUNDING_GROWS_OVER_STEPS) ** 2)
-        allowed = np.minimum(rounding, SIGMAS * max(line_scatter(mine), share))
-        noise = "what rounding alone does: same samples, same weights"
+        share = max(ROUNDING[run.precision] for run in (a, b))
+        rounding = share * np.abs(loss_a) * (1 + (steps / ROUNDING_GROWS_OVER_STEPS) ** 2)
+        allowed = np.minimum(rounding, SIGMAS * max(line_noise(loss_a, math.inf), share))
+        noise = "rounding: same samples, same weights"
     beyond = gap > allowed
     different = np.flatnonzero(gap > 0)
     first = next((int(i) for i in np.flatnonzero(beyond) if np.mean(beyond[i:]) > 0.5), None)
     unequal = int(different[0]) if len(different) else len(steps)
     equal_to = int(steps[unequal - 1]) if unequal else None
     at = len(steps) - 1 if first is None else first
-    losses = float(mine[at]), float(theirs[at])
+    losses = float(loss_a[at]), float(loss_b[at])
     return Parting(len(steps), equal_to, None if first is None else int(steps[first]), losses, float(allowed[at]), noise)
 
 
-def line_scatter(loss: np.ndarray) -> float:
-    """Standard deviation of lines around their neighbours, nats; robust, blind to any smooth trend."""
-    finite = loss[np.isfinite(loss)]
-    if len(finite) < 4:
-        return math.inf
-    second = finite[:-2] - 2 * finite[1:-1] + finite[2:]
-    return float(1.4826 * np.median(np.abs(second)) / math.sqrt(6))
+def _common_lines(a: Run, b: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """((N,) steps of a, (N,) losses of a, (N,) losses of b at equal steps, or at equal tokens if the batches differ)."""
+    if a.batch_tokens == b.batch_tokens:
+        steps = np.intersect1d(a.steps, b.steps)
+        return steps, *(run.loss[np.searchsorted(run.steps, steps)] for run in (a, b))
+    inside = (a.tokens >= b.tokens[0]) & (a.tokens <= b.tokens[-1])
+    return a.steps[inside], a.loss[inside], np.interp(a.tokens[inside], b.tokens, b.loss)
 
 
-def verdict(a: Side, b: Side, found: list[Difference], where: Parting) -> str:
-    """One sentence or two."""
+def _twin_noise(a: Run, twin: Run, steps: np.ndarray) -> np.ndarray:
+    """(N,) three times the largest difference between a run and its repetition up to each of `steps`."""
+    shared = np.intersect1d(a.steps, twin.steps)
+    apart = np.abs(a.loss[np.searchsorted(a.steps, shared)] - twin.loss[np.searchsorted(twin.steps, shared)])
+    return 3 * np.maximum.accumulate(apart)[np.clip(np.searchsorted(shared, steps, side="right") - 1, 0, None)]
+
+
+def verdict(a: Run, b: Run, found: list[Difference], where: Parting) -> str:
+    """The result in one sentence or two."""
     bending, other = [each for each in found if each.bends], [each for each in found if not each.bends]
     if where.step is None:
         same = f"{a.name} and {b.name} agree over {where.common} common lines, to {where.allowed:.2g} nats"
         if bending:
             return f"{same}, although they differ in {_listed(bending)}"
-        return f"{same}" + (f"; they differ in {_listed(other)}, which changes no more than rounding" if other else "")
+        return f"{same}" + (f"; they differ in {_listed(other)}, which changes only rounding" if other else "")
     parted = f"{a.name} and {b.name} part at step {where.step}"
     if bending:
-        return f"{parted}. What can explain it: {_listed(bending)}"
+        return f"{parted}. Possible causes: {_listed(bending)}"
     if other:
         return f"{parted}, and no setting explains it. Suspect {_listed(other)}"
-    return f"{parted}, and nothing that is recorded differs: repeat {a.name} to see its noise (--twin), or suspect the hardware"
+    return (
+        f"{parted}, and no recorded difference explains it: repeat {a.name} to see its noise (--twin), or suspect the hardware"
+    )
 
 
 def _listed(found: list[Difference]) -> str:

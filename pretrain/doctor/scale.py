@@ -1,9 +1,9 @@
-"""Is the shown loss the mean loss in nats, or that times a factor, and which one?
+"""Detects the factor between the loss that a log shows and the true mean loss in nats per token.
 
 An untrained model's loss is ln V; a healthy one never stays above it and falls at a rate that many curves share. So the first
-line of a log, at whatever step, bounds the factor between what is shown and what is true. The settings of the run name the
+line of a log, at whatever step, bounds the factor between the shown and the true loss. The settings of the run suggest the
 factors that scripts apply by mistake; the end of the curve, and a validation loss or a perplexity in the same log, rule some
-out. Where several remain, all are named. Knows curves and settings, not files.
+out. If several remain, all are named. Knows curves and settings, not files.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain.doctor.log_formats import TrainingLog
+from pretrain.doctor.noise import line_noise
+from pretrain.doctor.training_log import TrainingLog
 
 KNOWN_VOCABULARIES = {
     6400: "MiniMind",
@@ -29,25 +30,25 @@ KNOWN_VOCABULARIES = {
 }
 LARGEST_LN_V = math.log(300_000)
 MOST = 1.12
-"""An untrained model whose head is large stands a few percent above ln V; more than this share of it is wrong."""
+"""The largest healthy first loss, as a share of ln V: large initial weights of the head add a few percent."""
 LEAST_EVER = 0.06
-"""No language model of real text ends below this share of ln V."""
+"""No language model ends below this share of ln V on real text."""
 
-# loss / ln V of a healthy run from scratch, by the step of its first line: the least that fast recipes reach there, what is
-# usual, and the spread of its logarithm. After public logs with vocabularies of 65 to 152,000 ids.
+# loss / ln V of a healthy run from scratch, by the step of its first line: the lowest that fast recipes reach, the usual one,
+# and the standard deviation of its logarithm. From public logs with vocabularies of 65 to 152,000 ids.
 _LOG_STEP = np.log([1, 10, 100, 1000, 10_000])
 _LEAST = [0.90, 0.60, 0.33, 0.20, 0.12]
 _USUAL = [1.01, 0.93, 0.75, 0.50, 0.38]
 _SPREAD = [0.05, 0.10, 0.30, 0.40, 0.45]
 _LATE = (0.12, 0.35, 0.50)
-_CONTENDER = 3.0  # in log-likelihood: explanations this much worse than the best are not named
-GUESS = 2.0  # in log-likelihood: explanations so unusual that any other number is as likely
-_FITS = 2.5  # standard deviations: what lies further from the evidence is not named at all
+_CONTENDER = 3.0  # log-likelihood: explanations that are worse than the best by this much are not named
+GUESS = 2.0  # log-likelihood: an explanation with such a penalty is no more likely than any other number
+_FITS = 2.5  # standard deviations: factors further from the evidence are not named
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the user knows about the run; None: unknown."""
+    """The facts about a run that its user gives; None: unknown."""
 
     vocab_size: int | None = None
     accumulation: int | None = None
@@ -57,66 +58,58 @@ class Setup:
 
     @property
     def ln_v(self) -> float | None:
-        """Loss in nats of a model that knows nothing; None as well where one id leaves nothing to know."""
+        """Loss of an untrained model, nats; None if the vocabulary is unknown or has a single id."""
         return math.log(self.vocab_size) if self.vocab_size and self.vocab_size > 1 else None
 
     @property
     def micro_batches(self) -> int:
-        """Of a step, over all ranks; unknown counts as one."""
+        """Micro-batches per step on all ranks; unknown values count as 1."""
         return (self.accumulation or 1) * (self.world_size or 1)
 
 
 @dataclass(frozen=True)
-class Curve:
-    """The finite losses above 0 of a log, as shown, and what their shape says."""
+class ShownCurve:
+    """The finite losses above 0 of a log as it shows them (they may be off by a factor), and statistics of their shape."""
 
     steps: np.ndarray  # (N,)
     loss: np.ndarray  # (N,)
     first: float
     last: float  # median of the last tenth
-    low: float  # the least median of a tenth
-    noise: float  # standard deviation of a line around its neighbours; 0 when there are too few
-    has_steps: bool  # `steps` counts steps
-    from_start: bool  # the first line is the first that the run printed, as far as its steps say
+    low: float  # the lowest median of a tenth
+    noise: float  # standard deviation of a line around the trend; 0 for too few lines
+    has_steps: bool  # the unit of `steps` is the step
+    from_start: bool  # the log begins with the first line of its run, judging by its steps
     age: float  # updates before the first line, at most
-    early_fall: float  # how much the loss falls, relative to the first line, in as many steps as lie before that line
-    is_slow: float  # from 0 to 1: how far the fall to ten times the first line's step lags behind what is usual
+    early_fall: float  # fall of the loss, as a share of the first line, over as many steps as lie before that line
+    slowness: float  # 0 to 1: how far the fall up to ten times the step of the first line lags behind the usual one
 
     @staticmethod
-    def of(log: TrainingLog) -> Curve | None:
-        """None when no loss is finite and above 0."""
+    def of(log: TrainingLog) -> ShownCurve | None:
+        """The curve of `log`; None if no loss is finite and above 0."""
         usable = np.isfinite(log.loss) & (log.loss > 0)
         steps, loss = log.steps[usable], log.loss[usable]
         if not len(loss):
             return None
         tenth = max(min(3, len(loss)), len(loss) // 10)
         medians = [np.median(loss[i : i + tenth]) for i in range(0, len(loss) - tenth + 1, tenth)]
-        noise = line_noise(loss)
-        from_start, age, early_fall, is_slow = log.steps[0] <= 1000, 300.0, 0.0, 0.0
+        has_steps, noise = log.unit == "step", line_noise(loss, 0.0)
+        from_start, age = log.steps[0] <= 1000, float(steps[0]) if has_steps else 300.0
         if len(log.steps) > 1:
             from_start = log.steps[0] <= max(1, 2 * np.median(np.diff(log.steps)))
-        if log.unit == "step":
-            age = float(steps[0])
-        if log.unit == "step" and len(steps) > 1 and age > 0:
-            later = min(int(np.searchsorted(steps, 2 * age)), len(steps) - 1)
-            fall = (loss[0] - loss[later] - 2 * noise) / loss[0] * age / (steps[later] - steps[0])
-            early_fall = float(np.clip(fall, 0, 1))
-            tenfold = int(np.searchsorted(steps, 10 * age))
-            if tenfold < len(steps) and 1 <= age <= 100:
-                usual = 1 - share_of_ln_v(10 * age)[1] / share_of_ln_v(age)[1]
-                is_slow = float(np.clip(1 - (1 - np.median(loss[tenfold : tenfold + 3]) / loss[0]) / usual, 0, 1))
-        last = float(np.median(loss[-tenth:]))
-        low = float(min(medians))
-        first, has_steps = float(loss[0]), log.unit == "step"
-        return Curve(steps, loss, first, last, low, noise, has_steps, bool(from_start), age, early_fall, is_slow)
+        early_fall, slowness = _early_shape(steps, loss, age, noise) if has_steps and len(steps) > 1 and age > 0 else (0.0, 0.0)
+        first, last, low = float(loss[0]), float(np.median(loss[-tenth:])), float(min(medians))
+        return ShownCurve(steps, loss, first, last, low, noise, has_steps, bool(from_start), age, early_fall, slowness)
 
 
-def line_noise(loss: np.ndarray) -> float:
-    """Standard deviation of a line around its neighbours: second differences are blind to the trend, their median to spikes."""
-    if len(loss) < 5:
-        return 0.0
-    around = loss[1:-1] - (loss[:-2] + loss[2:]) / 2
-    return 1.4826 * float(np.median(np.abs(around))) / math.sqrt(1.5)
+def _early_shape(steps: np.ndarray, loss: np.ndarray, age: float, noise: float) -> tuple[float, float]:
+    """(early_fall, slowness) of a ShownCurve; `steps` begin at `age`."""
+    later = min(int(np.searchsorted(steps, 2 * age)), len(steps) - 1)
+    fall = (loss[0] - loss[later] - 2 * noise) / loss[0] * age / (steps[later] - steps[0])
+    tenfold, slowness = int(np.searchsorted(steps, 10 * age)), 0.0
+    if tenfold < len(steps) and 1 <= age <= 100:
+        usual = 1 - share_of_ln_v(10 * age)[1] / share_of_ln_v(age)[1]
+        slowness = float(np.clip(1 - (1 - np.median(loss[tenfold : tenfold + 3]) / loss[0]) / usual, 0, 1))
+    return float(np.clip(fall, 0, 1)), slowness
 
 
 # ---------------------------------------------------------------- explanations
@@ -130,14 +123,14 @@ class Factor:
     cause: str
     words: str
     doubt: float = 0.0
-    """How much less usual this mistake is, in log-likelihood."""
+    """Prior penalty of this explanation: a negative log-likelihood."""
 
     def true(self, shown: np.ndarray | float) -> np.ndarray | float:
-        """Nats per token. A perplexity is no factor of the loss, only its `value` at the first line is."""
+        """Nats per token. For a perplexity, `value` holds at the first line only, so this takes the logarithm."""
         return np.log(shown) if self.cause == "perplexity" else shown / self.value
 
     def arithmetic(self, shown: float) -> str:
-        """As `213.8 / 25 = 8.55`."""
+        """The step from the shown to the true loss, as `213.8 / 25 = 8.55`."""
         number = f"{shown:,.0f}" if 1e4 < shown < 1e9 else f"{shown:.4g}"
         if self.cause == "perplexity":
             return f"ln({number}) = {math.log(shown):.3g}"
@@ -148,20 +141,20 @@ class Factor:
         return f"{number} x {1 / self.value:,.6g} = {shown / self.value:.3g}"
 
     def claim(self) -> str:
-        """As `is multiplied by 25`."""
+        """The rest of a sentence about the shown loss, as `is multiplied by 25`."""
         if self.is_unit:
             return f"is {self.words}"
         return f"is multiplied by {self.value:,.6g}" if self.value > 1 else f"is divided by {1 / self.value:,.6g}"
 
     @property
     def is_unit(self) -> bool:
-        """Another unit rather than a count of things."""
+        """True if the factor is a change of unit rather than a count."""
         return self.cause in ("bits", "log10", "perplexity")
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What bounds the factor: it lies in [least, most], most likely near `best`; `spread` is that of its logarithm."""
+    """Bounds of the factor: it is in [least, most], probably near `best`; `spread`: standard deviation of its logarithm."""
 
     least: float
     most: float
@@ -169,12 +162,12 @@ class Evidence:
     spread: float
 
     def deviations(self, factor: Factor) -> float:
-        """How far `factor` lies from the best, in standard deviations."""
+        """Distance between `factor` and `best`, in standard deviations."""
         return abs(math.log(factor.value / self.best)) / self.spread
 
 
-def factors(setup: Setup, curve: Curve, near: float) -> Iterator[Factor]:
-    """What scripts show by mistake in such a run; `near`: about how large the factor is."""
+def factors(setup: Setup, curve: ShownCurve, near: float) -> Iterator[Factor]:
+    """The factors that scripts show by mistake in such a run; `near`: about how large the factor is."""
     a, w, t, b = (n or 1 for n in (setup.accumulation, setup.world_size, setup.sequence_length, setup.micro_batch_size))
     counts = [
         (a, "accumulation", "the accumulation steps"),
@@ -201,8 +194,8 @@ def factors(setup: Setup, curve: Curve, near: float) -> Iterator[Factor]:
     yield Factor(2.0**16, "loss scale", "the loss scale of fp16", GUESS)
     yield Factor(1 / math.log(2), "bits", "in bits instead of nats", 0.3)
     yield Factor(1 / math.log(10), "log10", "in powers of ten instead of nats", 1.5)
-    # Few print a perplexity as the loss: it needs support, a start near V whose logarithm falls as losses do, or a fall that no
-    # factor times a loss can show.
+    # Few scripts print a perplexity as the loss. Support for it: a start near V with a logarithm that falls as losses do, or a
+    # fall that is too deep for any multiple of a loss.
     if curve.first > 20:
         falls = math.log(max(1, curve.last)) / math.log(curve.first) <= usual_fall(curve) ** 0.3
         supported = (curve.age <= 1 and falls) or curve.low < 0.15 * curve.first
@@ -210,8 +203,8 @@ def factors(setup: Setup, curve: Curve, near: float) -> Iterator[Factor]:
         yield Factor(value, "perplexity", "the perplexity, exp(loss)", 1.0 if supported else 2 * GUESS)
 
 
-def contenders(evidence: Evidence, setup: Setup, curve: Curve, ln_v: float | None) -> list[Factor]:
-    """The explanations that the evidence and the end of the curve allow, the likeliest first."""
+def contenders(evidence: Evidence, setup: Setup, curve: ShownCurve, ln_v: float | None) -> list[Factor]:
+    """The explanations that fit the evidence and the end of the curve, the most likely first."""
     scored = []
     for factor in factors(setup, curve, evidence.best):
         fits = evidence.least <= factor.value <= evidence.most and evidence.deviations(factor) < _FITS
@@ -219,7 +212,7 @@ def contenders(evidence: Evidence, setup: Setup, curve: Curve, ln_v: float | Non
             score = factor.doubt + evidence.deviations(factor) ** 2 / 2
             end = factor.true(curve.low) / ln_v if ln_v else 1.0
             if end >= LEAST_EVER or factor.value < 1:
-                scored.append((score + 8 * math.log(max(1, 0.15 / end)) ** 2, factor))  # so low an end is rare
+                scored.append((score + 8 * math.log(max(1, 0.15 / end)) ** 2, factor))  # few runs end so low
     scored.sort(key=lambda pair: pair[0])
     return [factor for score, factor in scored if score - scored[0][0] < _CONTENDER]
 
@@ -228,49 +221,49 @@ def contenders(evidence: Evidence, setup: Setup, curve: Curve, ln_v: float | Non
 
 
 def share_of_ln_v(age: float) -> tuple[float, float, float]:
-    """(least, usual, spread of the logarithm) of loss / ln V for a healthy run whose first line is at update `age`."""
+    """(least, usual, spread of the logarithm) of loss / ln V in a healthy run whose first line is at update `age`."""
     x = math.log(max(age, 1.0))
     return tuple(float(np.interp(x, _LOG_STEP, row)) for row in (_LEAST, _USUAL, _SPREAD))
 
 
-def usual_fall(curve: Curve) -> float:
-    """Last over first loss of untrained models over these steps; as over a thousand where the log has none."""
+def usual_fall(curve: ShownCurve) -> float:
+    """Usual ratio of the last to the first loss of a run from scratch over these steps; a log without steps counts as 1,000."""
     if not curve.has_steps:
         return 0.45
     return share_of_ln_v(curve.age + curve.steps[-1] - curve.steps[0])[1] / share_of_ln_v(curve.age)[1]
 
 
-def falls_as_untrained(curve: Curve) -> bool | None:
-    """Whether the logarithm of the curve falls at least half as far as for untrained models over these steps; it falls less for
-    trained ones. None: too few lines or steps to tell."""
+def falls_as_untrained(curve: ShownCurve) -> bool | None:
+    """True if the logarithm of the loss falls at least half as far as in runs from scratch; trained models fall less. None: too
+    few lines or steps to tell."""
     usual = usual_fall(curve)
     if not curve.from_start or len(curve.loss) < 5 or usual > 0.86:
         return None
     return curve.last <= math.sqrt(usual) * curve.first
 
 
-def from_start(curve: Curve, ln_v: float) -> Evidence:
-    """The first line against ln V. Of a log that begins late (a resumed run) little is known but that it is below ln V."""
+def from_start(curve: ShownCurve, ln_v: float) -> Evidence:
+    """The first line compared with ln V. For a log that begins late (a resumed run), only an upper bound is known."""
     least, usual, spread = share_of_ln_v(curve.age) if curve.from_start else _LATE
-    if curve.from_start:  # what falls fast after the first line fell at least as fast before it
+    if curve.from_start:  # a loss that falls fast after the first line fell at least as fast before it
         least, usual = least / (1 + 1.5 * curve.early_fall), min(usual, 1 / (1 + curve.early_fall))
         spread = math.hypot(spread, curve.early_fall / 2)
-        # What hardly falls for long after its first lines had not fallen far before. Past them a plateau looks the same.
-        slow = curve.is_slow * float(np.interp(math.log(max(curve.age, 1)), _LOG_STEP[1:3], [1, 0]))
+        # A loss that hardly falls for long had not fallen far before either. At later steps a plateau looks the same.
+        slow = curve.slowness * float(np.interp(math.log(max(curve.age, 1)), _LOG_STEP[1:3], [1, 0]))
         least, usual, spread = least + slow * (1 - least) * 0.8, usual + slow * max(0, 1 - usual) * 0.8, spread * (1 - slow / 2)
     ratio, noise = curve.first / ln_v, min(0.2, curve.noise / curve.first)
     return Evidence(ratio / MOST * (1 - 3 * noise), ratio / least * (1 + 3 * noise), ratio / usual, math.hypot(spread, noise))
 
 
-def from_some_vocabulary(curve: Curve) -> Evidence:
-    """The first line against ln V of all vocabularies from 256 to 300,000 ids, most likely 30,000."""
+def from_some_vocabulary(curve: ShownCurve) -> Evidence:
+    """The first line compared with ln V of all vocabularies from 256 to 300,000 ids, most likely 30,000."""
     evidence, ratio = from_start(curve, math.log(30_000)), math.log(30_000)
     least, most = evidence.least * ratio / LARGEST_LN_V, evidence.most * ratio / math.log(256)
     return Evidence(least, most, evidence.best, math.hypot(evidence.spread, 0.15))
 
 
 def from_perplexity(log: TrainingLog) -> Evidence | None:
-    """A perplexity beside the loss is exp(true loss): where they disagree, their ratio is the factor. None: they agree."""
+    """The factor between the loss and the logarithm of the perplexity on the same lines; None if they agree."""
     if "perplexity" not in log.columns:
         return None
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -283,9 +276,9 @@ def from_perplexity(log: TrainingLog) -> Evidence | None:
     return Evidence(0.97 * mean, 1.03 * mean, mean, 0.01)
 
 
-def over_validation(log: TrainingLog, curve: Curve) -> tuple[np.ndarray, np.ndarray]:
-    """((M,) shown loss over that of each evaluation between its lines, (M,) the latter); evaluations of training data where the
-    log has such."""
+def over_validation(log: TrainingLog, curve: ShownCurve) -> tuple[np.ndarray, np.ndarray]:
+    """((M,) shown loss / evaluated loss, (M,) evaluated loss) of every evaluation between the lines; evaluations of training
+    data if the log has them, else validations."""
     evaluated = len(log.evaluated_loss) > 0
     steps, losses = (log.evaluated_steps, log.evaluated_loss) if evaluated else (log.val_steps, log.val_loss)
     inside = (steps >= curve.steps[0]) & (steps <= curve.steps[-1]) & (losses > 0)
@@ -294,9 +287,9 @@ def over_validation(log: TrainingLog, curve: Curve) -> tuple[np.ndarray, np.ndar
     return np.array([np.median(curve.loss[lines]) for lines in nearest]) / losses[inside], losses[inside]
 
 
-def from_validation(log: TrainingLog, curve: Curve, ln_v: float | None) -> Evidence | None:
-    """Training loss over the loss that an evaluation in the same log shows. A ratio that stays is a factor; one that drifts is
-    learning: memorising makes it small, late, and ever smaller. None: no factor follows."""
+def from_validation(log: TrainingLog, curve: ShownCurve, ln_v: float | None) -> Evidence | None:
+    """The factor between training and evaluated losses of one log; None if there is none. A constant ratio is a factor, a
+    drifting one is learning: memorising makes it small, late in the run, and ever smaller."""
     evaluated = len(log.evaluated_loss) > 0
     ratio, losses = over_validation(log, curve)
     if not len(ratio):
@@ -309,20 +302,22 @@ def from_validation(log: TrainingLog, curve: Curve, ln_v: float | None) -> Evide
         return None
     if evaluated:
         return Evidence(0.87 * middle, 1.15 * middle, middle, 0.04)
-    return Evidence(0.85 * middle, 1.5 * middle, 1.06 * middle, 0.12)  # unseen text costs more, or is another kind
+    return Evidence(
+        0.85 * middle, 1.5 * middle, 1.06 * middle, 0.12
+    )  # unseen text has a higher loss, or is of a different kind
 
 
 def vocabularies_of(loss: float, age: float) -> str:
-    """The known vocabularies that a healthy run with this loss at that update may have, in words; the nearest ln V first."""
+    """The known vocabularies that fit a healthy run with this loss at that update, as text; the nearest ln V first."""
     least, _, _ = share_of_ln_v(age)
     fits = [size for size in KNOWN_VOCABULARIES if least * math.log(size) <= loss <= 1.05 * math.log(size)]
     fits.sort(key=lambda size: abs(loss - math.log(size)))
     return " or ".join(f"{size} ({KNOWN_VOCABULARIES[size]}, ln = {math.log(size):.2f})" for size in fits[:3])
 
 
-def running(log: TrainingLog, curve: Curve) -> tuple[float, float] | None:
-    """(b, L) where the first lines rise from 0 as L (1 - b^n) with n updates or lines: a running mean that began at 0; or where
-    all lines rise by no more than the first, L: a sum that is never set back, b = 1. None: they do not."""
+def running(log: TrainingLog, curve: ShownCurve) -> tuple[float, float] | None:
+    """(b, L) if the first lines rise from 0 like L (1 - b^n) after n updates or lines, as a running mean that starts at 0 does;
+    (1, L) if all lines rise by at most the first, L, as a sum that is never reset does. Else None."""
     count = min(len(curve.loss), 6)
     shown, lines, rises = curve.loss[:count], np.arange(1.0, count + 1), np.diff(curve.loss)
     if count < 4 or not curve.from_start or np.any(rises[: count - 1] <= 0) or shown[0] <= 0 or shown[-1] < 1.5 * shown[0]:

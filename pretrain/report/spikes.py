@@ -1,13 +1,12 @@
-"""Loss spikes: a step whose loss stands far above those of the steps before it. Knows numbers, not the run.
+"""Loss spikes: steps whose loss is far above the losses before them. Knows numbers, not the run.
 
-A loss is a spike when it is more than 8 sigma, and more than 10 %, above the median of the last 128 accepted losses. Sigma is
-the standard deviation, or 1.4826 times the median distance from the median where that is larger. While the loss still falls
-steeply, or after lesser jumps, that sigma is wide; so a loss that is twice the median of the last 16, and a nat above it, is a
-spike in any case. Spikes and losses that are not finite are not accepted, so they do not move the yardstick; the finite loss
-after them is judged as if they had not been. Five spikes in a row are no spike but a new level, and the window begins again
-there.
+A loss is a spike if it is more than 8 sigma, and more than 10 %, above the median of the last 128 accepted losses. Sigma is
+the standard deviation, or the robust one (from the median distance to the median) where that is larger. While the loss still
+falls steeply, or after smaller jumps, sigma is wide; so a loss that is more than twice the median of the last 16, and a nat
+above it, is always a spike. Spikes and losses that are not finite are not accepted, so they do not affect how later losses are
+judged. Five spikes in a row are not spikes but a new level, and the window restarts from them.
 
-Tested: every threefold spike after the first 16 steps is seen, and none of 10,000 clean noisy losses is called one.
+Tested: every threefold spike after the first 16 steps is found, and none of 10,000 clean noisy losses is called a spike.
 """
 
 from __future__ import annotations
@@ -17,41 +16,44 @@ import statistics
 from collections import deque
 from typing import NamedTuple
 
+import numpy as np
+
+from pretrain.doctor.noise import robust_sigma
+
 WINDOW, ACTIVE_FROM = 128, 16
 SIGMAS, LEAST_RISE = 8.0, 0.1
 NEW_LEVEL = 5
-_SIGMA_OF_MEDIAN_DISTANCE = 1.4826  # of a normal distribution
 
 
 class Spike(NamedTuple):
-    """What stood out."""
+    """One spike and what it was compared with."""
 
     loss: float
     """Nats per token of the step."""
     median: float
-    """Of the accepted losses before it."""
+    """Median of the accepted losses before it."""
     sigmas: float
-    """How far above the median, in sigma."""
+    """Height above the median, in sigma."""
     stays: bool
-    """The losses before it were spikes too: the level has changed."""
+    """True for the last of NEW_LEVEL spikes in a row: the level of the loss has changed."""
 
 
 class SpikeWatch:
-    """Fed with the loss of every step, in order."""
+    """Judges the loss of every step, in order."""
 
     def __init__(self, state: dict | None = None):
-        """`state`: of a checkpoint."""
+        """`state`: from a checkpoint, as `state()` returned it."""
         state = state or {"accepted": [], "high": []}
         self.accepted = deque(state["accepted"], maxlen=WINDOW)
         self.high: list[float] = state["high"]
-        """Spikes in a row, up to now."""
+        """The spikes in a row up to now."""
 
     def state(self) -> dict:
-        """For a checkpoint."""
+        """The state to put into a checkpoint."""
         return {"accepted": list(self.accepted), "high": list(self.high)}
 
     def judge(self, loss: float) -> Spike | None:
-        """The spike that this step is, if it is one. A loss that is not finite is none: such steps are skipped and counted."""
+        """The spike at this step, or None. A loss that is not finite is not a spike: such steps are skipped and counted."""
         if not math.isfinite(loss):
             return None
         spike = self._spike(loss)
@@ -72,18 +74,17 @@ class SpikeWatch:
         median = statistics.median(self.accepted)
         rise = loss - median
         if rise <= LEAST_RISE * abs(median):
-            return None  # as nearly always
+            return None  # nearly every step ends here
         mean = math.fsum(self.accepted) / len(self.accepted)
         deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in self.accepted) / len(self.accepted))
-        distance = statistics.median(abs(x - median) for x in self.accepted)
-        sigma = max(deviation, _SIGMA_OF_MEDIAN_DISTANCE * distance)
+        sigma = max(deviation, robust_sigma(np.array(self.accepted) - median))
         recent = statistics.median(list(self.accepted)[-ACTIVE_FROM:])
         if rise <= SIGMAS * sigma and loss <= max(2 * recent, recent + 1):
             return None
         return Spike(loss, median, rise / sigma if sigma else math.inf, stays=False)
 
 
-def in_words(step: int, spike: Spike) -> str:
-    """One line for people."""
+def describe(step: int, spike: Spike) -> str:
+    """One line about a spike for the user."""
     line = f"loss spike at step {step:,}: {spike.loss:.4f}, {spike.sigmas:.0f} sigma above the median of {spike.median:.4f}"
     return line + ("; it has stayed there for 5 steps and counts as the new level" if spike.stays else "")

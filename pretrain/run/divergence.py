@@ -32,7 +32,7 @@ def report_spike(run: Run, loss: float) -> None:
     run.sinks.log({"step": progress.step + 1, "spike": {"step": progress.step, **spike._asdict()}, "samples": ids})
     shown = ", ".join(f"{run.data.sources[source].name}:{epoch}:{sample}" for source, epoch, sample in ids[:_SAMPLES_SHOWN])
     more = f" and {count - _SAMPLES_SHOWN} more in metrics.jsonl" if count > _SAMPLES_SHOWN else ""
-    run.sinks.info(f"{spikes.in_words(progress.step, spike)}. Its samples, as source:epoch:sample: {shown}{more}")
+    run.sinks.info(f"{spikes.describe(progress.step, spike)}. Its samples, as source:epoch:sample: {shown}{more}")
 
 
 def describe(run: Run) -> str:

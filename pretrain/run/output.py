@@ -10,17 +10,24 @@ from collections.abc import Sequence
 import torch
 
 from pretrain.config import accumulation
+from pretrain.doctor import untrained, verdict
 from pretrain.engines.compile import compile_report
 from pretrain.engines.update_check import UpdateCheck
 from pretrain.generate import GenerationError, generate_batch, stream_text
 from pretrain.model import flops
 from pretrain.optim.schedule import lr_at
-from pretrain.report import verdict
 from pretrain.report.metrics import Clock, perplexity
 from pretrain.report.plot import plot_runs, read_curves
 from pretrain.report.records import RecordsError
 from pretrain.run.resume import Start
 from pretrain.run.state import Run
+
+LEGEND = """Columns (details: docs/understanding_the_loss.md)
+  loss       nats per token of the training text since the last line, over all ranks and micro-batches; it is minimised
+  grad norm  length of the gradient before clipping; sudden jumps are an early sign of trouble
+  lr         learning rate of this step
+  tok/s      tokens trained on per second by all ranks together; validation and saving do not count
+  val loss   the same loss on text that is never trained on: the number to judge a model by"""
 
 
 def announce(run: Run, start: Start, warnings: Sequence[object]) -> None:
@@ -47,7 +54,7 @@ def announce(run: Run, start: Start, warnings: Sequence[object]) -> None:
         *(f"data       {line}" for line in run.data.description()),
         "reference losses of this data, in nats per token:",
         *verdict.reference_lines(run.data.reference_lines),
-        verdict.LEGEND,
+        LEGEND,
         *(f"warning    {warning}" for warning in warnings),
     ]
     if engine.precision == "bf16" and engine.device.type == "cpu":
@@ -94,7 +101,7 @@ def log_step(run: Run, clock: Clock, lr: float, update_check: UpdateCheck | None
         if run.config.engine.compile != "none":
             run.sinks.info(f"compile    step 1 took {seconds:.1f} s, {compile_report()}")
         run.sinks.info(
-            verdict.first_step(figures["loss"], run.model.vocab_size, trained=bool(run.config.model.from_pretrained))
+            untrained.first_step(figures["loss"], run.model.vocab_size, trained=bool(run.config.model.from_pretrained))
         )
     clock.restart()
 

@@ -27,12 +27,12 @@ from pretrain.data.batches import MASKED, Batch, FileSource, TrainData
 from pretrain.data.checks import Finding
 from pretrain.data.indexed import DataError, DataMissing, TokenFile
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.doctor.untrained import label_problem
 from pretrain.engines.base import Engine
 from pretrain.interop.load import tokenizer_of
 from pretrain.model import flops
 from pretrain.model.config import ModelConfig, vocabulary
 from pretrain.optim.schedule import lr_at
-from pretrain.report.verdict import label_problem
 from pretrain.run import resume
 from pretrain.run.directory import NO_LOCKS
 from pretrain.run.parts import Parts, count_steps, open_parts, open_tokenizer

@@ -1,0 +1,258 @@
+"""Checks of a log that look for a factor between the shown and the true loss. scale.py holds the evidence for one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from pretrain.doctor.diagnosis import Diagnosis, LogFinding
+from pretrain.doctor.scale import (
+    GUESS,
+    LARGEST_LN_V,
+    LEAST_EVER,
+    MOST,
+    Evidence,
+    Factor,
+    ShownCurve,
+    contenders,
+    factors,
+    falls_as_untrained,
+    from_perplexity,
+    from_some_vocabulary,
+    from_start,
+    from_validation,
+    over_validation,
+    running,
+    share_of_ln_v,
+    vocabularies_of,
+)
+
+_ONE_STEP = "Print the first step twice, with accumulation 1 and 2 and the same global batch: a true loss does not change."
+
+
+def check_running(result: Diagnosis) -> Iterator[LogFinding]:
+    """A curve that rises from 0 accumulates losses instead of showing them."""
+    if found := running(result.log, result.curve):
+        (b, level), begins = found, f"the curve begins at {result.curve.first:.4g} and rises like"
+        if b == 1:
+            text, cure = (
+                f"{begins} a sum that is never reset, at first by {level:.3g} per line or step",
+                "Reset the sum per line",
+            )
+        else:
+            text = f"{begins} a running mean that starts at 0, by {1 - b:.2g} of each new loss, about {level:.3g} at first"
+            cure = f"Divide by 1 - {b:.4g}^n after n losses, or show the losses"
+        yield LogFinding("running", "very likely", text, f"{cure}. Nothing else in this log can be judged.")
+
+
+def check_change(result: Diagnosis) -> Iterator[LogFinding]:
+    """A factor that changes from one line to the next, as after a restart with another accumulation; one side is above ln V."""
+    curve, setup, width = result.curve, result.setup, 4
+    if setup.ln_v is None or len(curve.loss) < 3 * width:
+        return
+    windows = np.lib.stride_tricks.sliding_window_view(curve.loss, width)
+    level, steady = np.median(windows, axis=1), np.ptp(windows, axis=1) < 0.15 * windows.min(axis=1)
+    jump = np.where(steady[:-width] & steady[width:], level[:-width] / level[width:], 1.0)
+    at = int(np.abs(np.log(jump)).argmax())
+    before, after = level[at], level[at + width]
+    times = max(before, after) / min(before, after)
+    names = [f.words for f in factors(setup, curve, times) if abs(math.log(f.value / times)) < 0.1 and not f.is_unit]
+    impossible = max(before, after) > MOST * setup.ln_v >= min(before, after)
+    if not impossible or times < 1.7 or (before < after and not names):
+        return
+    place = f"between {result.log.unit} {curve.steps[at + width - 1]:g} and {curve.steps[at + width]:g}"
+    text = f"{place} the loss goes from {before:.4g} to {after:.4g}, {times:.3g} times {'less' if after < before else 'more'}"
+    why = f" at once: the meaning of the number has changed{', probably by ' + ' or '.join(names) if names else ''}"
+    yield LogFinding("scale", "likely", text + why, "Judge the parts before and after as separate logs.", ("change",))
+
+
+def check_scale(result: Diagnosis) -> Iterator[LogFinding]:
+    """A factor between the shown and the true loss, from other figures in the log if possible, else from the first line."""
+    log, curve, setup = result.log, result.curve, result.setup
+    if evidence := from_perplexity(log):
+        why = f"The perplexity on the same lines is exp(loss / {evidence.best:.4g}). "
+        yield _factor(result, evidence, contenders(evidence, setup, curve, setup.ln_v), why)
+    elif evidence := from_validation(log, curve, setup.ln_v):
+        # The ratio is constant, and that of a perplexity to a loss is not.
+        named = [each for each in contenders(evidence, setup, curve, setup.ln_v) if each.cause != "perplexity"]
+        yield _factor(
+            result, evidence, named, f"The same log's evaluation shows {1 / evidence.best:.3g} times this loss, all along. "
+        )
+    elif setup.ln_v is None:
+        yield from _without_vocabulary(result)
+    else:
+        evidence = from_start(curve, setup.ln_v)
+        if evidence.least > 1:
+            yield _too_high(result, evidence)
+        elif evidence.most < 1:
+            yield from _too_low(result, evidence)
+        else:
+            result.notes += _notes_on_a_plausible_start(result, evidence)
+
+
+def _too_high(result: Diagnosis, evidence: Evidence) -> LogFinding:
+    """The first line exceeds that of any healthy run."""
+    curve, setup = result.curve, result.setup
+    named = contenders(evidence, setup, curve, setup.ln_v)
+    ratio = curve.first / setup.ln_v
+    start = f"the first loss, {curve.first:.4g}, is {ratio:.3g} times {result.expected}"
+    if not named and ratio < 1.5:
+        text = f"{start}: the head's initial weights are too large, an auxiliary loss is added, or the vocabulary is larger"
+        advice = "Print the cross-entropy alone, and the standard deviation s of the logits: they add about s^2 / 2."
+        return LogFinding("start", "likely", text, advice, ("initialisation", "auxiliary", "vocabulary"))
+    if not named and curve.low < LEAST_EVER * curve.first:
+        text = f"{start}, but the curve falls to {curve.low:.4g}: not a factor, which would stay, but initial weights too large"
+        advice = "With smaller initial weights of embedding and head the loss starts near ln V."
+        return LogFinding("start", "likely", text, advice, ("initialisation",))
+    return _factor(result, evidence, named)
+
+
+def _too_low(result: Diagnosis, evidence: Evidence) -> Iterator[LogFinding]:
+    """The first line is below that of any healthy run from scratch; a run from trained weights may begin there."""
+    curve, setup = result.curve, result.setup
+    ratios, _ = over_validation(result.log, curve)  # a factor applies there too; memorising makes the ratio drift
+    named = [
+        each
+        for each in contenders(evidence, setup, curve, setup.ln_v)
+        if all(abs(math.log(ratio / each.value)) < 0.4 for ratio in ratios)
+    ]
+    start = f"the first loss, {curve.first:.4g} at {result.start}, is {curve.first / setup.ln_v:.2g} times {result.expected}"
+    falls = falls_as_untrained(curve)
+    exact = bool(named) and curve.age <= 1 and evidence.deviations(named[0]) < 1.3 and not named[0].doubt
+    too_good = bool(named) and curve.last < LEAST_EVER * setup.ln_v and not named[0].is_unit
+    untrained = bool(falls) and (bool(named) or (curve.last < 0.65 * curve.first and not len(ratios)))
+    if named and ((exact and falls is None) or untrained or too_good):
+        yield _factor(result, evidence, named)
+    elif untrained and curve.first > 0.6 * setup.ln_v:
+        text = f"{start}, as for {math.exp(curve.first):,.0f} ids: a different vocabulary, or padding that counts with loss 0"
+        yield LogFinding(
+            "start", "likely", text, "Compare the model's vocabulary with the tokenizer's.", ("vocabulary", "mask")
+        )
+    elif untrained:
+        text = f"{start}, and it falls like an untrained model's: the shown loss is divided by about {1 / evidence.best:.2g}"
+        result.explanation = Factor(evidence.best, "divided", "")
+        advice = f"If the run started from trained weights, this is right. {_ONE_STEP}"
+        yield LogFinding("scale", "possible", text, advice, ("divided",))
+    elif curve.from_start:
+        would = "".join(f"; there {each.arithmetic(curve.first)} ({each.words}) would explain it" for each in named[:2])
+        result.notes.append(f"{start}: right for a run from trained weights, too low for one from scratch{would}")
+    else:
+        result.notes += _notes_on_a_plausible_start(result, evidence)
+
+
+def _without_vocabulary(result: Diagnosis) -> Iterator[LogFinding]:
+    """Only a loss that no vocabulary explains is a finding; hypotheses become notes."""
+    curve, setup = result.curve, result.setup
+    evidence, ids = from_some_vocabulary(curve), math.exp(min(curve.first, 700))
+    if curve.first > MOST * LARGEST_LN_V:
+        why = f"No vocabulary starts at {curve.first:.4g} nats: 300,000 ids start at {LARGEST_LN_V:.1f}. "
+        yield _factor(result, evidence, contenders(evidence, setup, curve, None), why)
+    elif curve.from_start:
+        fits = vocabularies_of(curve.first, curve.age)
+        hypotheses = [f"unscaled it fits {fits}"] if fits else []
+        for factor in factors(setup, curve, evidence.best):
+            if curve.age <= 1 and not factor.is_unit and (fits := vocabularies_of(curve.first / factor.value, curve.age)):
+                hypotheses.append(f"if it {factor.claim()} ({factor.words}), {fits}")
+        of = f"ln of {ids:,.0f}, or log2 of {2**curve.first:,.0f}"
+        note = f"the vocabulary is unknown, so the first loss is not judged: {curve.first:.4g} is {of}"
+        if curve.first < math.log(16):
+            note += ", right for a run from trained weights; in one from scratch the shown loss is divided by something"
+        result.notes.append("; ".join([note, *hypotheses]) + ". Give --vocab-size")
+    else:
+        result.notes.append(f"the vocabulary is unknown and the log begins at {result.start}: the scale cannot be judged")
+
+
+def _notes_on_a_plausible_start(result: Diagnosis, evidence: Evidence) -> Iterator[str]:
+    """What a first line in the right range shows, and what it leaves open."""
+    curve, setup = result.curve, result.setup
+    ratio = curve.first / setup.ln_v
+    if not curve.from_start:
+        yield (
+            f"the log begins at {result.start}, not at the start of a run: its first loss is not compared with "
+            f"{result.expected}, and a loss divided by something cannot be told from a good one"
+        )
+    elif curve.age <= 1:
+        high = ": a little high; the head's initial weights are large, or an auxiliary loss is added"
+        yield f"the first loss is {ratio:.3f} times {result.expected}{high if ratio > 1.04 else ', as expected'}"
+    else:
+        hidden = [f for f in factors(setup, curve, 1.0) if evidence.least <= f.value <= evidence.most and not f.is_unit]
+        values = " or ".join(f"{factor.value:.3g}" for factor in hidden)
+        yield f"the first line, {result.start}, is {ratio:.2f} times {result.expected}: right for a run from scratch" + (
+            f". A factor of {values} could hide in that; a log from the first step on would tell" if hidden else ""
+        )
+
+
+# ---------------------------------------------------------------- the finding about a factor
+
+
+def _factor(result: Diagnosis, evidence: Evidence, named: list[Factor], why: str = "") -> LogFinding:
+    """The finding for a factor with one name, several or none; sets the explanation. `why`: evidence beside the first line."""
+    if all(factor.doubt >= GUESS for factor in named):
+        return _factor_without_name(result, evidence, named, why)
+    curve, first = result.curve, named[0]
+    result.explanation = first
+    alternatives = _other_explanations(curve, evidence, first, why)
+    if len(named) > 1 or alternatives or (first.cause == "log10" and why):
+        certainty = "possible"
+    else:
+        certainty = "likely" if evidence.deviations(first) > 1.3 or not (curve.from_start or why) else "very likely"
+    text = f"{why}{first.arithmetic(curve.first)}{_target(result, first)}: the shown loss {first.claim()}"
+    same = [factor for factor in named if factor.value == first.value]
+    others = [factor for factor in named if factor.value != first.value]
+    if len(same) > 1:
+        count = f"{max(first.value, 1 / first.value):g}"
+        text += f", {' or '.join(factor.words for factor in same)}; both are {count}, and no log can tell them apart"
+    elif not first.is_unit:
+        text += f", {'possibly' if certainty == 'possible' else certainty} {first.words}"
+    if others:
+        text += ". Also possible: " + "; ".join(f"{each.arithmetic(curve.first)} ({each.words})" for each in others)
+    text += "".join(f". Or {each}" for each in alternatives)
+    return LogFinding("scale", certainty, text, _ONE_STEP, tuple(factor.cause for factor in named))
+
+
+def _other_explanations(curve: ShownCurve, evidence: Evidence, factor: Factor, why: str) -> list[str]:
+    """Reasons for such a first line that are not a factor, if nothing else in the log speaks for the factor."""
+    if why:
+        return []
+    found = []
+    if factor.value < 1 and not curve.from_start:
+        found.append("the model has memorised its data: no unseen text gets so low")
+    elif factor.value < 1 and not (curve.has_steps and falls_as_untrained(curve)):
+        found.append("the run started from trained weights")
+    exact = curve.age <= 1 and evidence.deviations(factor) < 0.5
+    if factor.cause in ("bits", "log10") and not exact and curve.first < LARGEST_LN_V:
+        found.append(f"the vocabulary is a different one, of about {_ids(curve)} ids")
+    return found
+
+
+def _target(result: Diagnosis, factor: Factor) -> str:
+    """The loss that an untrained model has, as a part of a sentence; may be empty."""
+    if result.setup.ln_v:
+        return f", and {result.expected}"
+    fits = "" if factor.is_unit else vocabularies_of(result.curve.first / factor.value, result.curve.age)
+    return f", as with a vocabulary of {fits}" if fits else ""
+
+
+def _factor_without_name(result: Diagnosis, evidence: Evidence, guesses: list[Factor], why: str) -> LogFinding:
+    curve, setup = result.curve, result.setup
+    up, values = evidence.best > 1, (evidence.least, evidence.best, evidence.most)
+    least, by, most = values if up else (1 / value for value in reversed(values))
+    causes = ("multiplied" if up else "divided",)
+    text = f"{why}{curve.first:.4g} at {result.start}" + (f", and {result.expected}" if setup.ln_v else "")
+    text += f": the shown loss is {causes[0]} by about {by:.3g} ({least:.3g} to {most:.3g})"
+    text += ", as a sum over so many tokens would be" if by > 100 else ""
+    if up and setup.ln_v and curve.low < setup.ln_v and not why:
+        text, causes = f"{text}, or the initial weights are far too large", (*causes, "initialisation")
+    if up and setup.ln_v and curve.from_start and curve.first < LARGEST_LN_V and not why:
+        text, causes = f"{text}, or the vocabulary is a different one, of about {_ids(curve)} ids", (*causes, "vocabulary")
+    text += "".join(f". It may be {each.words}: {each.arithmetic(curve.first)}" for each in guesses[:2])
+    result.explanation = Factor(evidence.best, causes[0], "")
+    advice = f"Give --accumulation, --world-size and --sequence-length to have their products tried. {_ONE_STEP}"
+    return LogFinding("scale", "likely", text, advice, causes)
+
+
+def _ids(curve: ShownCurve) -> str:
+    """The size of a vocabulary for which such a first line would be right."""
+    return f"{float(f'{math.exp(curve.first / share_of_ln_v(curve.age)[1]):.2g}'):,.0f}"
