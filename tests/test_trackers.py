@@ -49,8 +49,10 @@ def python(code: str, directory: Path, **options) -> subprocess.Popen:
 
 def wandb_rows(directory: Path) -> dict[int, dict]:
     """What `wandb sync` would send, by step: LevelDB's log format around protobuf records."""
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # ends the process that writes these files
     rows: dict[int, dict] = {}
     for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
         data, offset, parts = path.read_bytes(), 7, b""
