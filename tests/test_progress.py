@@ -1,24 +1,41 @@
-"""Progress is a bar on a terminal and plain lines elsewhere."""
+"""Progress is a bar on a terminal and a few plain lines elsewhere."""
 
+from __future__ import annotations
+
+import contextlib
 import fcntl
 import os
-import pty
 import struct
-import subprocess
 import sys
 import termios
+import threading
 
 from pretrain.report import progress
 from pretrain.report.progress import Progress
 
-SCRIPT = """
-import time
-from pretrain.report.progress import Progress
-with Progress("encoding", 10_000_000) as progress:
-    for i in range(1, 11):
-        time.sleep(0.06)
-        progress.update(i * 1_000_000, i * 300_000)
-"""
+
+class Terminal:
+    """A terminal of 24 lines with 100 characters; `file` writes to it."""
+
+    def __init__(self) -> None:
+        self._leader, follower = os.openpty()
+        fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+        self.file = os.fdopen(follower, "w")
+        self._shown = b""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):  # Linux: nobody can write any more
+            while data := os.read(self._leader, 65536):
+                self._shown += data
+
+    def close(self) -> str:
+        """All that was written, after waiting until no process can write any more."""
+        self.file.close()
+        self._reader.join(120)
+        os.close(self._leader)
+        return self._shown.decode()
 
 
 def test_a_log_gets_plain_lines_with_rate_and_time_left(monkeypatch, capsys):
@@ -42,20 +59,13 @@ def test_lines_in_a_log_are_rare(capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_a_terminal_gets_a_bar_that_reaches_its_end():
-    terminal, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 120, 0, 0))
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT], stderr=slave, close_fds=True)
-    os.close(slave)
-    shown = b""
-    while True:
-        try:
-            data = os.read(terminal, 4096)
-        except OSError:  # Linux says so at the end
-            break
-        if not data:
-            break
-        shown += data
-    os.close(terminal)
-    assert process.wait() == 0
-    assert b"encoding: " in shown and b"100%|" in shown and b"tokens/s" in shown and b"10.0M/10.0M" in shown
+def test_a_terminal_gets_a_bar_that_reaches_its_end(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal.file)
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_REDRAWS", 0.0)
+    with Progress("encoding", 10_000_000) as bar:
+        for million in range(1, 11):
+            bar.update(million * 1_000_000, million * 300_000)
+    monkeypatch.undo()
+    shown = terminal.close()
+    assert all(part in shown for part in ("encoding: ", "100%|", "tokens/s", "10.0M/10.0M"))

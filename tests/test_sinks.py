@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import math
 import os
 import random
 import re
-import struct
 import sys
-import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +21,7 @@ from pretrain.report import sinks as sinks_module
 from pretrain.report.records import read_records
 from pretrain.report.sinks import Sinks, open_sinks
 from pretrain.report.units import human_count, human_seconds
+from tests.test_progress import Terminal
 from tests.test_records import ROOT, disk  # noqa: F401 (used by test_trackers; a fixture)
 
 
@@ -207,30 +205,17 @@ def test_an_ascii_terminal_shows_question_marks_for_other_characters(tmp_path, m
 
 
 def test_on_a_terminal_the_bar_is_below_complete_lines(tmp_path, monkeypatch):
-    leader, follower = os.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    shown: list[bytes] = []
-
-    def read() -> None:
-        with contextlib.suppress(OSError):  # Linux: the other end is closed
-            while data := os.read(leader, 65536):
-                shown.append(data)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    with os.fdopen(follower, "w") as stdout:
-        monkeypatch.setattr(sys, "stdout", stdout)
-        with outputs(tmp_path, "console") as sinks:
-            for step in range(1, 501):
-                sinks.progress(step)
-                if step % 100 == 0:
-                    sinks.log({"step": step, "loss": 1.0, "lr": 1e-3, "eta_seconds": 3725.0})
-                    time.sleep(0.15)  # the bar is redrawn every 0.1 s at most
-        print("end")
-        monkeypatch.undo()
-    reader.join(10)
-    os.close(leader)
-    output = b"".join(shown).decode()
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal.file)
+    with outputs(tmp_path, "console") as sinks:
+        for step in range(1, 501):
+            sinks.progress(step)
+            if step % 100 == 0:
+                sinks.log({"step": step, "loss": 1.0, "lr": 1e-3, "eta_seconds": 3725.0})
+                time.sleep(0.15)  # the bar is redrawn every 0.1 s at most
+    print("end")
+    monkeypatch.undo()
+    output = terminal.close()
     assert re.search(r"% \|.*\| step \d+/1000, 1h0[12]m left", output)
     screen = [line.split("\r")[-1] for line in output.replace("\r\n", "\n").splitlines()]  # what remains of each line
     lines = [line for line in screen if "/1,000" in line]

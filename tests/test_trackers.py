@@ -24,6 +24,7 @@ import pytest
 
 from pretrain.report import trackers
 from pretrain.report.records import read_records
+from tests.test_progress import Terminal
 from tests.test_sinks import ROOT, outputs, step_record
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.plugin_event_accumulator")
@@ -48,8 +49,10 @@ def python(code: str, directory: Path, **options) -> subprocess.Popen:
 
 def wandb_rows(directory: Path) -> dict[int, dict]:
     """What `wandb sync` would send, by step: LevelDB's log format around protobuf records."""
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # ends the process that writes these files
     rows: dict[int, dict] = {}
     for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
         data, offset, parts = path.read_bytes(), 7, b""
@@ -239,19 +242,15 @@ def test_wandb_without_a_key_goes_offline_and_asks_nothing_on_a_terminal(tmp_pat
 with outputs(Path(sys.argv[1]), "jsonl", "wandb", "console", mode="online") as sinks:
     sinks.log({"step": 1, "loss": 1.5})
 """
-    leader, follower = os.openpty()
-    process = python(code, tmp_path, stdin=follower, stdout=follower, stderr=follower, variables={"WANDB_MODE": "online"})
-    os.close(follower)
-    killer = threading.Timer(60, process.kill)
-    killer.start()
-    output = b""
-    with contextlib.suppress(OSError):  # Linux: the other end is closed
-        while data := os.read(leader, 65536):
-            output += data
-    killer.cancel()
-    os.close(leader)
-    assert process.wait(10) == 0
-    assert output.count(b"no API key") == 1 and b"Enter your choice" not in output
+    terminal = Terminal()
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal.file)
+    process = python(code, tmp_path, variables={"WANDB_MODE": "online"}, **streams)
+    try:
+        assert process.wait(90) == 0
+    finally:
+        process.kill()
+        output = terminal.close()
+    assert output.count("no API key") == 1 and "Enter your choice" not in output
     assert [row["loss"] for row in wandb_rows(tmp_path).values()] == [1.5]
 
 

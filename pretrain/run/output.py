@@ -124,7 +124,7 @@ def log_validation(run: Run, figures: dict[str, float]) -> None:
     run.sinks.log({"step": progress.step, "tokens": progress.tokens, **figures})
     if config.evaluate.sample_prompts:
         run.sinks.log({"step": progress.step, "generated": _continue_prompts(run)})
-    if run.engine.rank == 0 and "jsonl" in config.log.sinks:
+    if run.sinks.keeps_metrics:
         found = _verdict(run)
         if found.is_alarm and found.kind != run.verdict:
             run.sinks.info(f"step {progress.step}: {found.text}")
@@ -154,14 +154,14 @@ def _continue_prompts(run: Run) -> list[dict[str, str]]:
 
 def finish(run: Run) -> None:
     """Draws the loss curve and prints the verdict on it."""
-    if run.engine.rank != 0 or "jsonl" not in run.config.log.sinks:
+    if not run.sinks.keeps_metrics:
         return
     picture = run.directory.path / "plots" / "loss.png"
     try:
         plot_runs([run.directory.path], picture)
         run.sinks.image("loss", picture)
         run.sinks.info(f"curve      {picture}")
-    except (RecordsError, OSError) as error:  # metrics.jsonl was removed, or the disk is full: the run is done all the same
+    except (RecordsError, OSError) as error:  # metrics.jsonl was removed, or the disk is full; the run is done
         run.sinks.info(f"curve      none: {error}")
     run.sinks.info(f"result     {_verdict(run).text}")
 
