@@ -1,16 +1,17 @@
-"""What experts cost: training steps of mixtures of experts against a dense model of as many FLOPs per token.
+"""Measures the cost of experts: training steps of mixtures of experts against a dense model with equal FLOPs per token.
 
     python benchmarks/moe.py [--device cpu|cuda] [--rounds 5] [--steps 1] [--compile] [--output FILE]
 
-Each mixture has the dense model's attention, head and data; the experts that a token meets are together as wide as the dense
-feed-forward. They take turns in one process after a warm-up. The figure is tokens per second times FLOPs per token (the router
-counts) over the dense model's, the median of the rounds: for whole steps, and without the optimizer's update, since a mixture
-has more parameters to update, however many tokens a step has. The target is 0.9.
+Each mixture has the dense model's attention, head and data; the experts of a token are together as wide as the dense
+feed-forward network. The models take turns in one process after a warm-up. The figure is FLOPs per second (including the
+router) relative to the dense model, the median over the rounds: for full steps, and without the optimizer's update, because a
+mixture has more parameters to update, however many tokens a step has.
+
+Exit status: 0 if 8 experts, 2 chosen, reach 0.9 without the update; 1 otherwise.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import statistics
@@ -30,6 +31,7 @@ from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
 from pretrain.model.flops import flops_per_token, num_parameters
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
+from pretrain.run import command_line
 from pretrain.train import train_step
 
 VOCABULARY, LR = 8192, 3e-4
@@ -44,15 +46,16 @@ KINDS = {  # name: (experts, chosen, shared)
 }
 
 
-def main() -> int:
-    """-> exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=SIZES, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=1)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--output", type=Path, default=Path("moe.json"))
-    options = parser.parse_args()
+def main(argv: list[str]) -> int:
+    """Returns the exit status."""
+    parser = command_line.make_parser(__doc__)
+    default, positive = "cuda" if torch.cuda.is_available() else "cpu", command_line.at_least(1)
+    parser.add_argument("--device", choices=SIZES, default=default, help="default here: %(default)s")
+    parser.add_argument("--rounds", type=positive, default=5, help="measurements per model (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=1, help="steps per measurement (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks, as engine.compile: blocks does")
+    parser.add_argument("--output", type=Path, default=Path("moe.json"), help="JSON file (default: %(default)s)")
+    options = parser.parse_args(argv)
     size, length, sequences, accumulation = SIZES[options.device]
     models = {
         name: resolve_model(model, vocab_size=VOCABULARY, sequence_length=length) for name, model in _models(size).items()
@@ -70,18 +73,19 @@ def main() -> int:
     for number in range(options.rounds):
         for name in sorted(models, reverse=number % 2 == 1):
             seconds[name].append(_seconds(engines[name], window, options.steps))
-    print(f"{engines['dense'].device_name}, {tokens[..., 1:].numel()} tokens a step, {options.rounds} rounds")
+        print(f"round {number + 1} of {options.rounds} done", file=sys.stderr)
+    print(f"{engines['dense'].device_name}, {tokens[..., 1:].numel()} tokens per step, {options.rounds} rounds")
     result = {}
     for name, model in models.items():
         work = flops_per_token(model, length) / flops_per_token(models["dense"], length)
         ratios = [
             [work * dense[i] / mine[i] for dense, mine in zip(seconds["dense"], seconds[name], strict=True)] for i in (0, 1)
         ]
-        whole, gradient = (statistics.median(ratio) for ratio in ratios)
+        step, gradient = (statistics.median(ratio) for ratio in ratios)
         counts = num_parameters(model)
         print(f"{name:30} {counts.total / 1e6:6.1f} M parameters, {counts.active / 1e6:5.1f} M active: "
-              f"step {whole:.3f}, without the update {gradient:.3f}")  # fmt: skip
-        result[name] = {"seconds": seconds[name], "step": whole, "gradient": gradient, "parameters": counts.total}
+              f"step {step:.3f}, without the update {gradient:.3f}")  # fmt: skip
+        result[name] = {"seconds": seconds[name], "step": step, "gradient": gradient, "parameters": counts.total}
     options.output.write_text(json.dumps({"torch": torch.__version__, "device": str(device), **result}, indent=1) + "\n")
     return 0 if result["8 experts, 2 chosen"]["gradient"] >= 0.9 else 1
 
@@ -108,7 +112,7 @@ def _engine(settings: EngineConfig, model: ModelConfig) -> Engine:
 
 
 def _seconds(engine: Engine, window: list[Batch], steps: int) -> tuple[float, float]:
-    """Of one step: all of it, and all but the update. Of the CPU where that is the device, which others may use as well."""
+    """Returns the seconds of one step, with and without the update; of processor time on a CPU, which other programs share."""
     clock, update, updating = time.process_time if engine.device.type == "cpu" else time.perf_counter, engine.update, []
 
     def timed(lr: float):
@@ -124,9 +128,9 @@ def _seconds(engine: Engine, window: list[Batch], steps: int) -> tuple[float, fl
     for _ in range(steps):
         train_step(engine, window, LR)
     _wait(engine)
-    whole = clock() - began
+    total = clock() - began
     engine.update = update
-    return whole / steps, (whole - sum(updating)) / steps
+    return total / steps, (total - sum(updating)) / steps
 
 
 def _wait(engine: Engine) -> None:
@@ -135,4 +139,4 @@ def _wait(engine: Engine) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main))

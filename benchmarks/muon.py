@@ -1,15 +1,14 @@
-"""What Muon costs: Newton-Schulz on the matrices of a model, batched by shape against one by one, and whole optimizer steps.
+"""Measures the cost of Muon: Newton-Schulz on a model's matrices, batched by shape or one by one, and full optimizer steps.
 
     python benchmarks/muon.py [--device cpu|cuda] [--models quickstart 124M ...] [--repeats 5] [--output FILE]
 
 Prints two tables and writes their rows as JSON. Inputs are random numbers, never zeros; variants take turns (A B, B A, ...) and
-each figure is the median over the rounds. `share` is Newton-Schulz in the FLOPs of one training step of `tokens_per_step`. A
-figure of several ranks is not made here: processes on one machine say nothing about a network.
+each figure is the median over the rounds. `share` is the fraction of the FLOPs of a training step with `tokens_per_step` that
+Newton-Schulz takes. It measures one rank only, because several processes on one machine say nothing about a network.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -29,6 +28,7 @@ from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.model.transformer import Transformer, build
 from pretrain.optim.muon import newton_schulz
 from pretrain.optim.optimizer import build_optimizer
+from pretrain.run import command_line
 
 MODELS = {  # name: (model, vocabulary, tokens in a step)
     "quickstart": (
@@ -53,7 +53,7 @@ MODELS = {  # name: (model, vocabulary, tokens in a step)
 
 
 def seconds(variants: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
-    """Median seconds of each variant, after one round that is not counted."""
+    """Returns the median seconds of each variant, after a warm-up round that does not count."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
         for name in list(variants)[:: 1 if turn % 2 else -1]:
@@ -71,23 +71,23 @@ def _wait(device: torch.device) -> None:
 
 
 def one_by_one(matrices: Tensor) -> list[Tensor]:
-    """What a loop over parameters does."""
+    """Newton-Schulz in a loop over parameters."""
     return [newton_schulz(matrix[None]) for matrix in matrices]
 
 
 def flops_of_newton_schulz(shape: tuple[int, int]) -> int:
-    """Five rounds of two products with the matrix and one of Gram matrices; a multiplication and an addition count as two."""
+    """FLOPs of five rounds of two products with the matrix and one of Gram matrices."""
     small, large = sorted(shape)
     return 5 * 2 * small * small * (2 * large + small)
 
 
 def shapes_of_blocks(model: nn.Module) -> Counter:
-    """{(rows, columns): how many}"""
+    """Counts the matrices of the blocks by (rows, columns)."""
     return Counter(tuple(p.shape) for name, p in model.named_parameters() if name.startswith("model.layers.") and p.ndim == 2)
 
 
 def iteration_rows(name: str, device: torch.device, rounds: int) -> list[dict]:
-    """One row for each shape of a model: all its matrices at once, and one by one."""
+    """One row per shape of matrix: all matrices at once against one by one."""
     config, vocabulary, _ = MODELS[name]
     with torch.device("meta"):
         model = Transformer(resolve_model(config, vocab_size=vocabulary, sequence_length=1024))
@@ -106,7 +106,7 @@ def iteration_rows(name: str, device: torch.device, rounds: int) -> list[dict]:
 
 
 def step_row(name: str, device: torch.device, rounds: int) -> dict:
-    """One whole optimizer step, and Muon's FLOPs as a share of a training step's."""
+    """One full optimizer step, and Muon's fraction of the FLOPs of a training step."""
     config, vocabulary, tokens = MODELS[name]
     resolved = resolve_model(config, vocab_size=vocabulary, sequence_length=1024)
     variants, shapes = {}, Counter()
@@ -124,7 +124,7 @@ def step_row(name: str, device: torch.device, rounds: int) -> dict:
 
 
 def show(rows: list[dict]) -> None:
-    """A table of `rows`; columns are their keys."""
+    """Prints a table of `rows`, whose keys are the columns."""
     text = [list(rows[0])] + [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*text, strict=True)]
     for line in text:
@@ -132,14 +132,16 @@ def show(rows: list[dict]) -> None:
     print(flush=True)
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
+    """Measures, prints and writes the tables."""
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["124M", "1.1B"] if cuda else ["quickstart", "8.6M"])
-    parser.add_argument("--repeats", type=int, default=5, help="rounds that are counted")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/muon.json"), help="JSON of the rows")
-    arguments = parser.parse_args()
+    models = ["124M", "1.1B"] if cuda else ["quickstart", "8.6M"]
+    parser = command_line.make_parser(__doc__)
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda (default here: %(default)s)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=models, help=f"default here: {' '.join(models)}")
+    parser.add_argument("--repeats", type=command_line.at_least(1), default=5, help="rounds (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/muon.json"), help="JSON (default: %(default)s)")
+    arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     print(f"{where}, torch {torch.__version__}\n")
@@ -154,4 +156,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.run(main))

@@ -20,22 +20,9 @@ class GenerationError(UserError):
     """The prompt or the settings are not usable, or the model's logits are not finite."""
 
 
-def generate(
-    model: Transformer,
-    prompt_ids: list[int],
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop_ids: Collection[int] = (),
-) -> Iterator[int]:
-    """Yields new ids for one prompt until max_new_tokens, or one of stop_ids, which is not yielded. See `generate_batch`."""
-    steps = generate_batch(
-        model, [prompt_ids], max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop_ids=stop_ids
-    )
-    return (token for (token,) in steps)
+def generate(model: Transformer, prompt_ids: list[int], max_new_tokens: int, **options) -> Iterator[int]:
+    """Yields the new ids of one prompt. Options and errors are those of `generate_batch`."""
+    return (token for (token,) in generate_batch(model, [prompt_ids], max_new_tokens, **options))
 
 
 def generate_batch(

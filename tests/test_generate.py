@@ -1,4 +1,4 @@
-"""Generation equals the plain loop and transformers, draws from the distribution it says, and streams whole characters."""
+"""Generation equals a loop without a cache and transformers, draws from the right distribution, and streams full characters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from pretrain.generate import choose, generate, generate_batch, stream_text
+from pretrain.generate import GenerationError, choose, generate, generate_batch, stream_text
 from pretrain.interop.weights import write_hf_folder
 from pretrain.model import hf_mapping
 from pretrain.model.config import ModelConfig, resolve_model
@@ -31,12 +31,12 @@ def small_model(**settings) -> Transformer:
     model = build(resolve_model(config, vocab_size=97, sequence_length=16), "cpu", seed=5)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(3.0)  # far from uniform, so that a wrong position or mask changes the choice
+            parameter.mul_(3.0)  # far from uniform, so that a wrong position or mask changes the ids
     return model
 
 
 @pytest.mark.parametrize("settings", [{}, {"qk_norm": True, "tie_word_embeddings": True}], ids=["llama", "qwen3"])
-def test_greedy_equals_the_loop_without_a_cache_and_transformers(settings):
+def test_greedy_generation_equals_a_loop_without_a_cache_and_transformers(settings):
     model = small_model(**settings)
     got = list(generate(model, PROMPT, 40, temperature=0))  # three times the sequence length
     ids = list(PROMPT)
@@ -53,7 +53,7 @@ PROMPTS = [PROMPT, [7], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8, 4, 5, 9], [31, 41, 59]]
 
 
 @pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen3", "qwen3_moe", "dots1"])
-def test_prompts_of_any_length_at_once_equal_each_alone_and_transformers(family, tmp_path):
+def test_a_batch_of_prompts_of_any_length_equals_each_alone_and_transformers(family, tmp_path):
     model = build(model_of(family), "cpu", seed=5)
     stir(model)
     steps = list(generate_batch(model, PROMPTS, 24, temperature=0))
@@ -70,7 +70,7 @@ def test_prompts_of_any_length_at_once_equal_each_alone_and_transformers(family,
 
 
 def theirs_of(model: Transformer, folder):
-    """transformers' model with the same weights."""
+    """The model of transformers with the same weights."""
 
     class Source:
         def __init__(self):
@@ -84,19 +84,19 @@ def theirs_of(model: Transformer, folder):
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_texts_of_a_batch_end_on_their_own_and_draw_as_if_alone():
+def test_each_text_of_a_batch_ends_and_draws_as_if_alone():
     model = small_model()
     alone = [list(generate(model, prompt, 20, temperature=2.0, seed=3 + i)) for i, prompt in enumerate(PROMPTS)]
     steps = list(generate_batch(model, PROMPTS, 20, temperature=2.0, seed=3))
     assert [list(got) for got in zip(*steps, strict=True)] == alone
     stop_id = alone[0][4]
     steps = list(generate_batch(model, PROMPTS, 20, temperature=2.0, seed=3, stop_ids={stop_id}))
-    for got, whole in zip(zip(*steps, strict=True), alone, strict=True):
-        kept = whole[: whole.index(stop_id)] if stop_id in whole else whole
+    for got, full in zip(zip(*steps, strict=True), alone, strict=True):
+        kept = full[: full.index(stop_id)] if stop_id in full else full
         assert list(got) == (kept + [None] * 20)[: len(steps)]
 
 
-def test_same_seed_same_ids_and_the_global_generator_is_left_alone():
+def test_the_same_seed_gives_the_same_ids_and_leaves_the_global_generator_alone():
     model = small_model()
     state = torch.get_rng_state()
     runs = [list(generate(model, PROMPT, 20, temperature=2.0, seed=seed)) for seed in (1, 1, 2)]
@@ -104,7 +104,7 @@ def test_same_seed_same_ids_and_the_global_generator_is_left_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_generation_ends_before_the_first_of_the_stop_ids():
+def test_generation_ends_before_the_first_stop_id():
     model = small_model()
     ids = list(generate(model, PROMPT, 20, temperature=0))
     for stop_ids in ({ids[7]}, {ids[12], ids[7]}):
@@ -113,9 +113,9 @@ def test_generation_ends_before_the_first_of_the_stop_ids():
     assert list(generate(model, PROMPT, 0)) == []
 
 
-def test_caller_is_outside_inference_mode_between_tokens():
+def test_the_caller_runs_with_gradients_between_tokens():
     for _ in generate(small_model(), PROMPT, 2):
-        assert not torch.is_inference_mode_enabled()
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 @pytest.mark.parametrize(
@@ -130,17 +130,18 @@ def test_caller_is_outside_inference_mode_between_tokens():
         ([1], {"top_k": -1}),
     ],
 )
-def test_bad_requests_are_refused_on_the_call(prompt_ids, settings):
-    with pytest.raises(ValueError):
+def test_bad_prompts_and_settings_are_refused_on_the_call(prompt_ids, settings):
+    with pytest.raises(GenerationError):
         generate(small_model(), prompt_ids, 5, **settings)
 
 
-def test_damaged_weights_are_reported():
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_reported(temperature):
     model = small_model()
     with torch.no_grad():
         model.lm_head.weight[3, 3] = math.nan
-    with pytest.raises(ValueError, match="not finite"):
-        list(generate(model, PROMPT, 5))
+    with pytest.raises(GenerationError, match="not finite"):
+        list(generate(model, PROMPT, 5, temperature=temperature))
 
 
 def drawn(logits: list[float], temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, times: int = 300) -> Counter:
@@ -172,12 +173,12 @@ def test_top_k_and_top_p_cut_the_tail_and_keep_the_order():
 
 
 def decode_bytes(ids: list[int]) -> str:
-    """A tokenizer of bytes: the hardest case, every character outside ASCII takes several ids."""
+    """Decodes bytes: the hardest case, because every character outside ASCII takes several ids."""
     return bytes(ids).decode("utf-8", errors="replace")
 
 
 @given(prompt=st.text(max_size=8), text=st.text(max_size=30))
-def test_streamed_pieces_join_to_the_text_and_are_whole_characters(prompt, text):
+def test_streamed_pieces_join_to_the_text_and_are_full_characters(prompt, text):
     pieces = list(stream_text(decode_bytes, list(prompt.encode()), iter(text.encode())))
     assert "".join(pieces) == text
     assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text

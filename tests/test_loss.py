@@ -1,4 +1,4 @@
-"""The chunked loss equals the plain one: value, both gradients, any chunk; and what it must never do, it does not."""
+"""The chunked loss equals PyTorch's cross-entropy, value and gradients, for any chunk size, and never holds all logits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 50, 1000])
-@pytest.mark.parametrize("vocab_size", [97, 128], ids=["padded", "whole"])
+@pytest.mark.parametrize("vocab_size", [97, 128], ids=["padded", "no padding"])
 def test_value_and_gradients_equal_plain_cross_entropy(chunk, vocab_size):
     hidden_ND, weight_VD, labels_N, _ = inputs(vocab_size=vocab_size)
     expected = plain(hidden_ND, weight_VD, labels_N, vocab_size)
@@ -51,7 +51,7 @@ def test_value_and_gradients_equal_plain_cross_entropy(chunk, vocab_size):
 )  # fmt: skip
 def test_any_shape_equals_plain_cross_entropy(positions, chunk, vocab_size, padding, ignored, size, seed):
     hidden_ND, weight_VD, labels_N, _ = inputs(positions, vocab_size + padding, 8, vocab_size, ignored, seed)
-    hidden_ND = (hidden_ND * size).detach().double().requires_grad_()  # fp64 truth for logits up to hundreds of nats
+    hidden_ND = (hidden_ND * size).detach().double().requires_grad_()  # an fp64 reference for logits up to hundreds of nats
     expected = plain(hidden_ND, weight_VD.double(), labels_N, vocab_size)
     hidden32_ND = hidden_ND.detach().float().requires_grad_()
     got = cross_entropy_sum(hidden32_ND, weight_VD, labels_N, vocab_size, chunk)
@@ -60,7 +60,7 @@ def test_any_shape_equals_plain_cross_entropy(positions, chunk, vocab_size, padd
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * max(1.0, size))
 
 
-def test_leading_dimensions_do_not_matter():
+def test_the_leading_dimensions_do_not_matter():
     hidden_ND, weight_VD, labels_N, vocab_size = inputs()
     flat = cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size, 16)
     shaped = cross_entropy_sum(hidden_ND.view(5, 10, -1), weight_VD, labels_N.view(5, 10), vocab_size, 16)
@@ -75,23 +75,23 @@ def test_backward_scales_with_the_incoming_gradient():
         torch.testing.assert_close(other, one * 2 / 37)
 
 
-def test_all_labels_ignored_gives_zero_and_zero_gradients():
+def test_without_valid_labels_loss_and_gradients_are_zero():
     hidden_ND, weight_VD, labels_N, vocab_size = inputs(ignored=1.1)
     loss_sum = cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size, 16)
     assert loss_sum.item() == 0.0
     assert not any(gradient.any() for gradient in gradients(loss_sum, hidden_ND, weight_VD))
 
 
-def test_one_ignored_position_changes_no_other():
+def test_ignoring_one_position_changes_no_other():
     hidden_ND, weight_VD, labels_N, vocab_size = inputs(ignored=0.0)
-    all_of_them = gradients(cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size, 16), hidden_ND)[0]
+    everywhere = gradients(cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size, 16), hidden_ND)[0]
     labels_N[20] = -100
     without = gradients(cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size, 16), hidden_ND)[0]
     assert not without[20].any()
-    assert torch.equal(without[torch.arange(50) != 20], all_of_them[torch.arange(50) != 20])
+    assert torch.equal(without[torch.arange(50) != 20], everywhere[torch.arange(50) != 20])
 
 
-def test_not_a_number_is_shown_not_hidden():
+def test_nan_reaches_loss_and_gradients():
     hidden_ND, weight_VD, labels_N, vocab_size = inputs(ignored=0.0)
     with torch.no_grad():
         hidden_ND[3] = torch.nan
@@ -99,32 +99,32 @@ def test_not_a_number_is_shown_not_hidden():
     assert loss_sum.isnan() and gradients(loss_sum, weight_VD)[0].isnan().any()
 
 
-def test_loss_beyond_the_range_of_exp_stays_exact():
+def test_logits_beyond_the_range_of_exp_give_an_exact_loss():
     hidden_ND, weight_VD, labels_N, vocab_size = inputs(ignored=0.0)
     hidden_ND = (hidden_ND * 300).detach()
     expected = plain(hidden_ND.double(), weight_VD.double(), labels_N, vocab_size)
     assert expected > 50 * 200
-    assert cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size).item() == pytest.approx(expected.item(), rel=1e-6)
-    hidden_ND.requires_grad_()
-    assert cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size).item() == pytest.approx(expected.item(), rel=1e-6)
+    for with_gradient in (False, True):
+        loss_sum = cross_entropy_sum(hidden_ND.requires_grad_(with_gradient), weight_VD, labels_N, vocab_size)
+        assert loss_sum.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_evaluation_gives_the_same_value_and_builds_no_gradient():
+def test_evaluation_gives_the_same_value_and_computes_no_gradient():
     hidden_ND, weight_VD, labels_N, vocab_size = inputs()
     training = cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size, 16)
-    asked = []
+    with_gradient = []
 
     def step(*arguments):
-        asked.append(arguments[-1])
+        with_gradient.append(arguments[-1])
         return chunk_step(*arguments)
 
     with torch.no_grad():
         evaluation = cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size, 16, step)
     assert evaluation.item() == pytest.approx(training.item(), rel=1e-6)
-    assert not evaluation.requires_grad and asked == [False] * 4
+    assert not evaluation.requires_grad and with_gradient == [False] * 4
 
 
-def test_never_more_than_a_chunk_of_logits_at_once():
+def test_no_more_than_one_chunk_of_logits_exists_at_a_time():
     hidden_ND, weight_VD, labels_N, vocab_size = inputs()
     sizes = []
 
@@ -137,7 +137,7 @@ def test_never_more_than_a_chunk_of_logits_at_once():
     assert chunk_positions("cuda", 50304) * 50304 * 4 < 1.5 * 2**30 and chunk_positions("cpu", 8192) == 512
 
 
-def test_a_second_backward_pass_raises_instead_of_scaling_twice():
+def test_a_second_backward_pass_raises_an_error_instead_of_scaling_twice():
     hidden_ND, weight_VD, labels_N, vocab_size = inputs()
     loss_sum = cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size)
     (loss_sum * 2).backward(retain_graph=True)

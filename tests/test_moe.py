@@ -1,4 +1,4 @@
-"""Mixtures of experts: results of transformers, no token lost, routers' losses that no split changes and no loss shows."""
+"""Mixtures of experts give the results of transformers, drop no token, and their router losses do not depend on the split."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from pretrain.data.batches import Batch
 from pretrain.engines.base import Engine
 from pretrain.engines.compile import checkpoint_activations
 from pretrain.engines.start import start_engine
-from pretrain.invariance import Case, prove, shrink
+from pretrain.invariance import Case, check_invariance, small_model
 from pretrain.model.attention import KeyValueCache
 from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
 from pretrain.model.flops import num_parameters
 from pretrain.model.moe import Experts, grouped_product
-from pretrain.model.transformer import Transformer, build
+from pretrain.model.transformer import LossOutput, Transformer, build
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.report.metrics import Meter, routing_figures
 from pretrain.train import train_step
@@ -53,15 +53,21 @@ def some_tokens(*shape: int, seed: int = 1) -> torch.Tensor:
 
 
 def some_labels(*shape: int) -> torch.Tensor:
-    """The first sequence has few valid labels, the last one none."""
+    """The first sequence has few valid labels, the last one has none."""
     labels_BT = some_tokens(*shape, seed=2)
     labels_BT[0, 3:] = -100
     labels_BT[-1] = -100
     return labels_BT
 
 
+def window_of(sequences: int, micro_batch: int | None = None) -> list[Batch]:
+    size = micro_batch or sequences
+    parts = zip(some_tokens(sequences, T).split(size), some_labels(sequences, T).split(size), strict=True)
+    return [Batch(tokens_BT, labels_BT, None) for tokens_BT, labels_BT in parts]
+
+
 def reference(model: Transformer) -> torch.nn.Module:
-    """transformers' model with the same weights; all of them must fit."""
+    """The model of transformers with the same weights; their names and shapes must match exactly."""
     config, moe = model.config, model.config.moe
     names = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim rms_norm_eps vocab_size"
     given = {name: getattr(config, name) for name in names.split()}
@@ -86,12 +92,19 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+def run(model: Transformer, tokens_BT: torch.Tensor, labels_BT: torch.Tensor) -> tuple[LossOutput, dict[str, torch.Tensor]]:
+    """The output, and the gradients of loss_sum."""
+    out = model(tokens_BT, labels_BT)
+    out.loss_sum.backward()
+    return out, gradients(model)
+
+
 def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float = 1e-5) -> None:
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], atol=atol, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
 
 
-# ---------------------------------------------------------------- results of transformers
+# ---------------------------------------------------------------- the results of transformers
 
 
 @pytest.mark.parametrize(
@@ -101,7 +114,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 )
 def test_logits_and_gradients_equal_transformers(qk_norm, moe):
     model = build(resolved(qk_norm=qk_norm, **moe | dict(aux_loss_weight=0, z_loss_weight=0)), "cpu", seed=0)
-    for name, buffer in model.named_buffers():  # an uneven bias changes the choice of many tokens, and no weight
+    for name, buffer in model.named_buffers():  # an uneven bias changes the choices of many tokens, but no weight
         assert name.endswith("e_score_correction_bias")
         buffer.copy_(torch.linspace(-0.2, 0.2, len(buffer)))
     theirs, tokens_BT, labels_BT = reference(model), some_tokens(3, T), some_labels(3, T)
@@ -113,8 +126,8 @@ def test_logits_and_gradients_equal_transformers(qk_norm, moe):
 
 
 @pytest.mark.parametrize("qk_norm", [True, False], ids=["qwen3_moe", "mixtral"])
-def test_the_balance_loss_and_its_gradient_are_those_of_transformers_where_the_settings_can_be_compared(qk_norm):
-    """One sequence and one layer: theirs is over the whole batch and all layers at once. And it is k times as large."""
+def test_for_one_sequence_and_layer_the_balance_loss_and_its_gradient_equal_those_of_transformers(qk_norm):
+    """Theirs is computed over the entire batch and all layers at once, and is k times as large."""
     weight, chosen = 0.7, 2
     config = resolved(layers=1, qk_norm=qk_norm, aux_loss_weight=weight * chosen, z_loss_weight=0)
     model, tokens_BT, labels_BT = build(config, "cpu", seed=0), some_tokens(1, T), some_tokens(1, T, seed=2)
@@ -127,8 +140,8 @@ def test_the_balance_loss_and_its_gradient_are_those_of_transformers_where_the_s
     assert_equal(gradients(model), gradients(theirs))
 
 
-def test_the_losses_of_routers_are_the_formulas_on_transformers_logits():
-    """Balance in each sequence over its valid tokens, z-loss over valid tokens: weighed by tokens, mean over layers."""
+def test_router_losses_equal_their_formulas_on_the_logits_of_transformers():
+    """Balance loss of each sequence over its valid tokens, z-loss over valid tokens: weighted by tokens, mean over layers."""
     config = resolved(aux_loss_weight=0.7, z_loss_weight=0.3)
     model, tokens_BT, labels_BT = build(config, "cpu", seed=0), some_tokens(4, T), some_labels(4, T)
     theirs = reference(model)
@@ -143,19 +156,18 @@ def test_the_losses_of_routers_are_the_formulas_on_transformers_logits():
         z.append((logits_BTE.logsumexp(-1)[valid_BT] ** 2).sum())
     nats = F.cross_entropy(out.logits.flatten(0, 1), labels_BT.flatten(), reduction="sum")
     (nats + 0.7 * (aux[0] + aux[1]) / 2 + 0.3 * (z[0] + z[1]) / 2).backward()
-    loss_sum, routing_LX = model(tokens_BT, labels_BT)
-    loss_sum.backward()
+    (loss_sum, routing_LX), found = run(model, tokens_BT, labels_BT)
     assert loss_sum.item() == pytest.approx(nats.item(), rel=1e-6)
     expected_L2 = torch.tensor([[a.item(), b.item()] for a, b in zip(aux, z, strict=True)], dtype=torch.float64)
     torch.testing.assert_close(routing_LX[:, :2], expected_L2, rtol=1e-5, atol=0)
     assert routing_LX[:, 2:].sum(1).tolist() == [2 * valid_BT.sum()] * 2
-    assert_equal(gradients(model), gradients(theirs), atol=2e-4)  # sums over 35 tokens
+    assert_equal(found, gradients(theirs), atol=2e-4)  # sums over 35 tokens
 
 
-def test_an_even_router_has_a_balance_loss_of_one():
+def test_a_router_with_equal_scores_has_a_balance_loss_of_one():
     model = build(resolved(num_experts=4), "cpu", seed=0)
     for block in model.model.layers:
-        block.mlp.gate.weight.data.zero_()  # equal scores
+        block.mlp.gate.weight.data.zero_()
     labels_BT = some_tokens(2, T, seed=2)
     routing_LX = model(some_tokens(2, T), labels_BT).routing_LX
     torch.testing.assert_close(routing_LX[:, 0] / labels_BT.numel(), torch.ones(2, dtype=torch.float64))
@@ -165,7 +177,7 @@ def test_an_even_router_has_a_balance_loss_of_one():
 
 
 @pytest.mark.parametrize("balance", ["sequence", "global_batch"])
-def test_no_split_of_a_batch_changes_its_gradient_or_its_routing(balance):
+def test_no_split_of_a_batch_changes_its_gradient_or_its_routing_figures(balance):
     moe = dict(balance=balance, aux_loss_weight=1.0, z_loss_weight=0.1)
     model, tokens_BT, labels_BT = build(resolved(**moe), "cpu", seed=0), some_tokens(4, T), some_labels(4, T)
     if balance == "global_batch":
@@ -176,7 +188,7 @@ def test_no_split_of_a_batch_changes_its_gradient_or_its_routing(balance):
         routing_LX = torch.zeros(2, 8, dtype=torch.float64)
         for tokens, labels in zip(tokens_BT.split(parts), labels_BT.split(parts), strict=True):
             out = model(tokens, labels)
-            out.loss_sum.backward()
+            out.loss_sum.backward()  # gradients add up
             routing_LX += out.routing_LX
         found.append((gradients(model), routing_LX))
     for gradient, routing_LX in found[1:]:
@@ -184,50 +196,40 @@ def test_no_split_of_a_batch_changes_its_gradient_or_its_routing(balance):
         torch.testing.assert_close(routing_LX, found[0][1], rtol=1e-6, atol=0)
 
 
-def test_a_step_adds_up_the_routing_of_its_micro_batches():
-    tokens_BT, labels_BT = some_tokens(4, T), some_labels(4, T)
-    found = []
-    for size in (4, 1):
-        engine = engine_of(resolved())
-        window = [Batch(*parts, None) for parts in zip(tokens_BT.split(size), labels_BT.split(size), strict=True)]
-        found.append(train_step(engine, window, 1e-2).routing_LX)
+def test_a_step_adds_up_the_routing_figures_of_its_micro_batches():
+    found = [train_step(engine_of(resolved()), window_of(4, size), 1e-2).routing_LX for size in (4, 1)]
     torch.testing.assert_close(*found, rtol=1e-6, atol=0)
-    assert found[0][:, 2:].sum(1).tolist() == [2 * (labels_BT != -100).sum()] * 2
+    assert found[0][:, 2:].sum(1).tolist() == [2 * (some_labels(4, T) != -100).sum()] * 2
 
 
-def test_router_losses_move_the_gradient_and_not_the_loss():
-    tokens_BT, labels_BT = some_tokens(2, T), some_labels(2, T)
-    losses, grads = [], []
-    for weight in (0.0, 10.0):
-        model = build(resolved(aux_loss_weight=weight, z_loss_weight=weight), "cpu", seed=0)
-        loss_sum = model(tokens_BT, labels_BT).loss_sum
-        loss_sum.backward()
-        losses.append(loss_sum.item())
-        grads.append(model.model.layers[0].mlp.gate.weight.grad)
-    assert losses[0] == losses[1]
-    assert (grads[0] - grads[1]).abs().max() > 1e-3
+def test_router_losses_change_the_gradient_but_not_the_loss():
+    models = [build(resolved(aux_loss_weight=weight, z_loss_weight=weight), "cpu", seed=0) for weight in (0.0, 10.0)]
+    (without, plain), (added, changed) = (run(model, some_tokens(2, T), some_labels(2, T)) for model in models)
+    assert without.loss_sum == added.loss_sum
+    gate = "model.layers.0.mlp.gate.weight"
+    assert (plain[gate] - changed[gate]).abs().max() > 1e-3
 
 
 ENGINES = ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2", "zero3", "fsdp2"))]
-KINDS = [{}, SIGMOID | dict(balance="global_batch")]
+KINDS, KIND_NAMES = [{}, SIGMOID | dict(balance="global_batch")], ["softmax", "sigmoid with bias, over the global batch"]
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("kind", KINDS, ids=["softmax", "sigmoid with bias, over the global batch"])
-def test_two_ranks_of_every_engine_train_as_one_process(engine, kind):
-    """Loss, norm, weights and the routers' biases and shares, after five steps."""
-    model = shrink(resolved(**kind | dict(aux_loss_weight=0.1, z_loss_weight=0.01)))
+@pytest.mark.parametrize("kind", KINDS, ids=KIND_NAMES)
+def test_two_ranks_of_every_engine_train_like_one_process(engine, kind):
+    """Compares loss, norm, weights, biases and shares after five steps."""
+    model = small_model(resolved(**kind | dict(aux_loss_weight=0.1, z_loss_weight=0.01)))
     case = Case(EngineConfig(name=engine, precision="fp32", keep_whole_below=100), ranks=2, micro_batch=2, sequences=8)
-    (outcome,) = prove(model, [case], 1.0, 0)
-    assert outcome.proved, outcome
+    (outcome,) = check_invariance(model, [case], 1.0, 0)
+    assert outcome.passed, outcome
 
 
 # ---------------------------------------------------------------- experts
 
 
 @pytest.mark.parametrize("ends", [[3, 3, 10, 12], [0, 0, 0, 12], [12, 12, 12, 12]], ids=str)
-def test_a_grouped_product_is_one_product_for_each_group_and_so_is_its_gradient(ends):
+def test_a_grouped_product_and_its_gradient_equal_one_product_per_group(ends):
     generator = torch.Generator().manual_seed(0)
     rows_PD, weight_EFD = torch.randn(12, 8, generator=generator), torch.randn(4, 16, 8, generator=generator)
     results = []
@@ -238,13 +240,13 @@ def test_a_grouped_product_is_one_product_for_each_group_and_so_is_its_gradient(
         else:
             starts = [0, *ends]
             out_PF = torch.cat([rows[starts[e] : ends[e]] @ weight[e].T for e in range(4)])
-        out_PF.sum().backward()  # a gradient of stride 0
+        out_PF.sum().backward()  # a gradient with stride 0
         results.append((out_PF, rows.grad, weight.grad))
     torch.testing.assert_close(*results)
 
 
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
-def test_the_looped_product_and_its_gradients_are_those_of_the_kernel():
+def test_the_looped_product_and_its_gradients_equal_those_of_the_kernel():
     generator = torch.Generator()
     ends_E = torch.tensor([4, 4, 32, 64], dtype=torch.int32)
     results = []
@@ -258,7 +260,7 @@ def test_the_looped_product_and_its_gradients_are_those_of_the_kernel():
     torch.testing.assert_close(*results)
 
 
-def test_no_token_is_dropped_even_if_all_go_to_one_expert():
+def test_no_token_is_dropped_even_if_all_choose_one_expert():
     config = resolved(num_experts_per_tok=1, norm_topk_prob=False)
     experts = Experts(config)
     for parameter in experts.parameters():
@@ -271,19 +273,18 @@ def test_no_token_is_dropped_even_if_all_go_to_one_expert():
 
 @pytest.mark.parametrize("how", ["full", "selective"])
 def test_recomputation_changes_no_bit_and_counts_no_token_twice(how):
-    window = [Batch(some_tokens(2, T, seed=seed), some_labels(2, T), None) for seed in range(2)]
     seen = []
     for what in ("none", how):
         engine = engine_of(resolved(**SIGMOID, balance="global_batch"), activation_checkpointing=what)
-        result = train_step(engine, window, 1e-2)
+        result = train_step(engine, window_of(4, 2), 1e-2)
         seen.append((result.routing_LX, [tensor.clone() for tensor in engine.model.state_dict().values()]))
     assert torch.equal(seen[0][0], seen[1][0])
     assert all(torch.equal(a, b) for a, b in zip(seen[0][1], seen[1][1], strict=True))
 
 
 @pytest.mark.parametrize("how", ["none", "full", "selective"])
-def test_a_compiled_block_is_one_graph_with_the_same_bits_also_when_it_is_recomputed(how):
-    """Traced, not yet turned into machine code: that takes minutes, and the slow test below does it."""
+def test_a_compiled_block_is_one_graph_with_the_same_bits_even_if_it_is_recomputed(how):
+    """Only traced: compiling to machine code takes minutes, which is left to the slow test below."""
     found = []
     for compiled in (False, True):
         model = build(resolved(layers=1, **KINDS[1]), "cpu", seed=0)
@@ -291,27 +292,24 @@ def test_a_compiled_block_is_one_graph_with_the_same_bits_also_when_it_is_recomp
             checkpoint_activations(model, how)
         for block in model.model.layers if compiled else []:
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend="aot_eager")
-        loss_sum, routing_LX = model(some_tokens(2, T), some_labels(2, T))
-        loss_sum.backward()
-        found.append((gradients(model), routing_LX))
-    assert_equal(found[1][0], found[0][0], atol=0)
-    assert torch.equal(found[1][1], found[0][1])
+        found.append(run(model, some_tokens(2, T), some_labels(2, T)))
+    (eager, expected), (graph, got) = found
+    assert_equal(got, expected, atol=0)
+    assert torch.equal(graph.routing_LX, eager.routing_LX)
 
 
 @pytest.mark.slow
-def test_compiled_blocks_have_no_graph_break_and_the_same_gradients():
-    tokens_BT, labels_BT = some_tokens(2, T), some_labels(2, T)
-    for kind in KINDS:
-        found = []
-        for compiled in (False, True):
-            model = build(resolved(layers=1, **kind), "cpu", seed=0)
-            for block in model.model.layers if compiled else []:
-                block.compile(fullgraph=True, dynamic=False)
-            loss_sum, routing_LX = model(tokens_BT, labels_BT)
-            loss_sum.backward()
-            found.append((gradients(model), routing_LX))
-        assert_equal(found[1][0], found[0][0], atol=1e-4)
-        torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-5, atol=0)
+@pytest.mark.parametrize("kind", KINDS, ids=KIND_NAMES)
+def test_compiled_blocks_have_no_graph_break_and_the_same_gradients(kind):
+    found = []
+    for compiled in (False, True):
+        model = build(resolved(layers=1, **kind), "cpu", seed=0)
+        for block in model.model.layers if compiled else []:
+            block.compile(fullgraph=True, dynamic=False)
+        found.append(run(model, some_tokens(2, T), some_labels(2, T)))
+    (eager, expected), (graph, got) = found
+    assert_equal(got, expected, atol=1e-4)
+    torch.testing.assert_close(graph.routing_LX, eager.routing_LX, rtol=1e-5, atol=0)
 
 
 def test_bf16_keeps_the_router_in_fp32():
@@ -326,13 +324,13 @@ def test_bf16_keeps_the_router_in_fp32():
     assert found.item() == pytest.approx(exact.item(), rel=2e-2) and found.item() != exact.item()
 
 
-def test_a_cache_gives_the_logits_of_the_whole_text():
+def test_a_cache_gives_the_logits_of_the_full_text():
     config = dataclasses.replace(resolved(), sliding_window=5)
     model, tokens_BT = build(config, "cpu", seed=0).eval(), some_tokens(2, 12)
-    whole_BTV, cache = model(tokens_BT), KeyValueCache(2, 12)
+    full_BTV, cache = model(tokens_BT), KeyValueCache(2, 12)
     for start, end in [(0, 4), (4, 9), (9, 10), (10, 11), (11, 12)]:
         logits_BV = model(tokens_BT[:, start:end], cache=cache)[:, -1]
-        torch.testing.assert_close(logits_BV, whole_BTV[:, end - 1], atol=1e-5, rtol=0)
+        torch.testing.assert_close(logits_BV, full_BTV[:, end - 1], atol=1e-5, rtol=0)
 
 
 # ---------------------------------------------------------------- balance
@@ -344,15 +342,6 @@ def engine_of(model: ModelConfig, optimizer: str = "adamw", engine: str = "ddp",
     return engine
 
 
-def most_loaded(engine: Engine, window: list[Batch], lr: float, steps: int) -> list[float]:
-    """Load of the expert with most tokens, in multiples of an even load, at each step."""
-    loads = []
-    for _ in range(steps):
-        routing_LX = train_step(engine, window, lr).routing_LX
-        loads.append(routing_figures(routing_LX, 1)["expert_load_max"])
-    return loads
-
-
 @pytest.mark.parametrize(
     ("kind", "lr"),
     [
@@ -362,18 +351,19 @@ def most_loaded(engine: Engine, window: list[Batch], lr: float, steps: int) -> l
     ],
     ids=["bias alone", "each sequence", "global batch"],
 )
-def test_every_way_of_balancing_evens_the_load(kind, lr):
+def test_every_balancing_method_evens_the_load(kind, lr):
     engine = engine_of(resolved(layers=1, **kind))
     gate = engine.model.model.layers[0].mlp.gate
-    with torch.no_grad():  # hidden states get a mean, which expert 0 likes
+    with torch.no_grad():  # give hidden states a mean that expert 0 prefers
         engine.model.model.embed_tokens.weight += 0.3
         gate.weight[0] += 0.05
     window = [Batch(some_tokens(8, T), some_tokens(8, T, seed=2), None)]
-    loads = most_loaded(engine, window, lr, 60)
+    steps = [train_step(engine, window, lr) for _ in range(60)]
+    loads = [routing_figures(step.routing_LX, 1)["expert_load_max"] for step in steps]  # in multiples of an even load
     assert loads[0] > 1.5 and loads[-1] < 1.25, loads
 
 
-def test_biases_move_by_their_rate_towards_experts_with_too_few_tokens_and_nothing_moves_in_a_skipped_step():
+def test_biases_move_by_their_rate_towards_experts_with_too_few_tokens_but_not_after_a_skipped_step():
     model = build(resolved(**SIGMOID, balance="global_batch"), "cpu", seed=0)
     routing_LX = torch.tensor([[0.0, 0.0, 9, 1, 5, 5, 5, 5], [0.0, 0.0, 1, 1, 1, 1, 1, 7]], dtype=torch.float64)
     gates = [block.mlp.gate for block in model.model.layers]
@@ -386,7 +376,7 @@ def test_biases_move_by_their_rate_towards_experts_with_too_few_tokens_and_nothi
     assert gates[0].expert_share.tolist() == pytest.approx([0.3, 1 / 30, *[1 / 6] * 4])
 
 
-def test_over_the_global_batch_the_choices_are_those_of_the_step_before():
+def test_over_the_global_batch_the_shares_of_the_choices_are_those_of_the_previous_step():
     model = build(resolved(balance="global_batch"), "cpu", seed=0)
     labels_BT = some_tokens(2, T, seed=2)
     first_LX = model(some_tokens(2, T), labels_BT).routing_LX
@@ -398,7 +388,7 @@ def test_over_the_global_batch_the_choices_are_those_of_the_step_before():
     assert (second_LX[:, 0] / (2 * T)).min() > 1.001  # the chosen have the larger scores
 
 
-def test_figures_of_the_load_say_what_they_mean():
+def test_load_figures_are_as_documented():
     routing_LX = torch.tensor([[20.0, 80, 10, 10, 10, 10], [30.0, 40, 40, 0, 0, 0]], dtype=torch.float64)
     figures = routing_figures(routing_LX, 20)
     assert figures == pytest.approx(
@@ -407,7 +397,7 @@ def test_figures_of_the_load_say_what_they_mean():
     assert routing_figures(routing_LX[:1], 20)["expert_load_entropy"] == pytest.approx(1)
 
 
-def test_the_meter_adds_up_ranks_and_applied_steps_and_goes_on_from_a_checkpoint():
+def test_the_meter_adds_up_the_routing_of_applied_steps_and_resumes_from_a_checkpoint():
     one, yes, no = torch.tensor(1.0), torch.tensor(True), torch.tensor(False)
     routing_LX = torch.tensor([[2.0, 4, 3, 1]], dtype=torch.float64)
     meter = Meter(torch.device("cpu"), 0, 1)
@@ -428,9 +418,8 @@ def test_the_meter_adds_up_ranks_and_applied_steps_and_goes_on_from_a_checkpoint
 # ---------------------------------------------------------------- the state
 
 
-def test_biases_and_shares_are_saved_and_come_back(tmp_path):
-    config = resolved(**SIGMOID, balance="global_batch")
-    window = [Batch(some_tokens(4, T), some_labels(4, T), None)]
+def test_biases_and_shares_are_saved_and_restored(tmp_path):
+    config, window = resolved(**SIGMOID, balance="global_batch"), window_of(4)
     engine = engine_of(config)
     train_step(engine, window, 1e-2)
     buffers = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
@@ -450,13 +439,12 @@ def test_biases_and_shares_are_saved_and_come_back(tmp_path):
 
 
 def steps_after_a_save(folder: str) -> dict[str, tuple]:
-    """On a rank: two steps under fsdp2 and a save, then for each engine that goes on from it, what a third step did."""
+    """On a rank: two steps under fsdp2 and a save, which each engine loads. Returns the figures of each engine's next step."""
     config, done, saved = resolved(**SIGMOID, balance="global_batch"), {}, None
     for name in ("fsdp2", "zero3", "zero1", "ddp"):
         AcceleratorState._reset_state(reset_partial_state=True)
         engine = engine_of(config, engine=name)
-        mine = slice(2 * engine.rank, 2 * engine.rank + 2)
-        window = [Batch(some_tokens(4, T)[mine], some_labels(4, T)[mine], None)]
+        window = [window_of(4, 2)[engine.rank]]
         if saved is None:
             for _ in range(2):
                 train_step(engine, window, 1e-2)
@@ -470,7 +458,7 @@ def steps_after_a_save(folder: str) -> dict[str, tuple]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_every_engine_goes_on_with_the_experts_of_another(tmp_path):
+def test_every_engine_resumes_with_the_experts_of_another(tmp_path):
     for done in run_ranks(2, steps_after_a_save, str(tmp_path), timeout=240):
         loss_sum, norm, routing = done.pop("fsdp2")
         for name, found in done.items():
@@ -507,7 +495,7 @@ def test_parameters_and_active_parameters_are_counted(kind):
     assert counts.matmul == sum(matrices) - config.num_hidden_layers * 4 * expert
 
 
-def test_muon_takes_each_expert_for_a_matrix_of_its_own():
+def test_muon_treats_each_expert_as_a_separate_matrix():
     engine = engine_of(resolved(layers=1), optimizer="muon")
     experts = engine.model.model.layers[0].mlp.experts
     assert any(parameter is experts.down_proj for parameter in engine.optimizer.param_groups[0]["params"])

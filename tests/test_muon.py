@@ -1,4 +1,4 @@
-"""Muon is the published rule, whoever does the work: one rank, several that hold the same, or several that hold parts."""
+"""Muon follows the published rule on one rank, on replicas, on shards, and on replicas of shards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pretrain.config import Config, ConfigError, EngineConfig, OptimizerConfig, 
 from pretrain.data.batches import Batch
 from pretrain.engines.start import start_engine
 from pretrain.model.config import ModelConfig, resolve_model
-from pretrain.model.transformer import Transformer, build
+from pretrain.model.transformer import Transformer
 from pretrain.optim import partition
 from pretrain.optim.muon import Muon, newton_schulz
 from pretrain.optim.optimizer import build_optimizer
@@ -33,8 +33,11 @@ MATRICES = [(16, 48), (48, 16), (24, 24), (16, 48), (7, 20), (2, 8), (1, 6), (5,
 OTHERS = [(37, 8), (19,), (1,)]
 RATES, DECAY, MOMENTUM, BETAS, EPS = (0.02, 0.03, 0.01, 0.02, 0.005), 0.3, 0.9, (0.8, 0.95), 1e-8
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
-# Ranks: how they hold the parameters; None: each holds all; else the grid of ranks, whose last dimension are the shards.
-WAYS = {2: {"2 replicas": None, "2 shards": (2,)}, 4: {"4 replicas": None, "4 shards": (4,), "2 replicas of 2 shards": (2, 2)}}
+# Number of ranks: {name: device mesh, whose last dimension shards the parameters; None: plain tensors, each rank holds all}.
+MESHES = {
+    2: {"2 replicas": None, "2 shards": (2,)},
+    4: {"4 replicas": None, "4 shards": (4,), "2 replicas of 2 shards": (2, 2)},
+}
 
 
 def initial(shape: tuple, number: int) -> torch.Tensor:
@@ -76,19 +79,19 @@ def expected_weights() -> list[torch.Tensor]:
     return weights
 
 
-# ---------------------------------------------------------------- the same by Muon, on ranks
+# ---------------------------------------------------------------- the same with Muon, on ranks
 
 
-def spread(grid: tuple | None):
-    """-> a function that gives this rank its part of a tensor."""
-    if grid is None:
+def distributor(shape: tuple | None):
+    """Returns a function that distributes a tensor over a device mesh of that shape."""
+    if shape is None:
         return torch.clone
-    mesh, placements = init_device_mesh("cpu", grid), [Replicate(), Shard(0)][-len(grid) :]
+    mesh, placements = init_device_mesh("cpu", shape), [Replicate(), Shard(0)][-len(shape) :]
     return lambda tensor: distribute_tensor(tensor, mesh, placements)
 
 
-def make(part) -> tuple[list[nn.Parameter], Muon]:
-    parameters = [nn.Parameter(part(initial(shape, number))) for number, shape in enumerate([*MATRICES, *OTHERS])]
+def make(distribute=torch.clone) -> tuple[list[nn.Parameter], Muon]:
+    parameters = [nn.Parameter(distribute(initial(shape, number))) for number, shape in enumerate([*MATRICES, *OTHERS])]
     muon, other = parameters[: len(MATRICES)], parameters[len(MATRICES) :]
     groups = [
         {"params": muon, "weight_decay": DECAY, "momentum": MOMENTUM},
@@ -97,81 +100,79 @@ def make(part) -> tuple[list[nn.Parameter], Muon]:
     return parameters, Muon(groups, lr=1.0)
 
 
-def set_gradients(parameters: list[nn.Parameter], step: int, part, optimizer: Muon) -> None:
+def set_gradients(parameters: list[nn.Parameter], step: int, optimizer: Muon, distribute=torch.clone) -> None:
     for group in optimizer.param_groups:
         group["lr"] = RATES[step - 1]
     for number, parameter in enumerate(parameters):
-        parameter.grad = part(gradient(tuple(parameter.shape), number, step))
+        parameter.grad = distribute(gradient(tuple(parameter.shape), number, step))
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def memory(optimizer: Muon, parameters: list[nn.Parameter]) -> list[torch.Tensor]:
+def state_of(optimizer: Muon, parameters: list[nn.Parameter]) -> list[torch.Tensor]:
     states = [tensor for parameter in parameters for _, tensor in sorted(optimizer.state[parameter].items())]
-    return [whole(tensor) for tensor in [*parameters, *states]]
+    return [full(tensor) for tensor in [*parameters, *states]]
 
 
-def five_steps(part=torch.clone) -> tuple[list, bool, set[float]]:
-    """-> weights after all steps; whether a poisoned step in their midst left everything as it was; step counts."""
-    parameters, optimizer = make(part)
+def five_steps(distribute=torch.clone) -> tuple[list, bool, set[float]]:
+    """Returns the final weights, whether a poisoned step in the middle left everything untouched, and the step counts."""
+    parameters, optimizer = make(distribute)
     untouched = True
     for step in range(1, len(RATES) + 1):
-        set_gradients(parameters, step, part, optimizer)
         if step == 3:
-            before, kept = memory(optimizer, parameters), [parameter.grad for parameter in parameters]
+            before = state_of(optimizer, parameters)
             for number, parameter in enumerate(parameters):
-                parameter.grad = part(torch.full(parameter.shape, math.nan if number % 2 else math.inf))
+                parameter.grad = distribute(torch.full(parameter.shape, math.nan if number % 2 else math.inf))
             optimizer.found_inf = torch.ones(())
             optimizer.step()
-            untouched = all(map(torch.equal, before, memory(optimizer, parameters)))
-            for parameter, given in zip(parameters, kept, strict=True):
-                parameter.grad = given
+            untouched = all(map(torch.equal, before, state_of(optimizer, parameters)))
+        set_gradients(parameters, step, optimizer, distribute)
         optimizer.found_inf = torch.zeros(())
         optimizer.step()
     counts = {optimizer.state[parameter]["step"].item() for parameter in parameters}
-    return [whole(parameter).numpy() for parameter in parameters], untouched, counts
+    return [full(parameter).numpy() for parameter in parameters], untouched, counts
 
 
-def five_steps_in_each_way(ranks: int) -> dict[str, tuple]:
+def five_steps_on_each_mesh(ranks: int) -> dict[str, tuple]:
     dist.init_process_group("gloo")
-    results = {way: five_steps(spread(grid)) for way, grid in WAYS[ranks].items()}
+    results = {name: five_steps(distributor(shape)) for name, shape in MESHES[ranks].items()}
     gc.collect()
     dist.destroy_process_group()
     return results
 
 
-def check(way: str, weights: list, untouched: bool, counts: set[float]) -> None:
-    difference = max((torch.as_tensor(w) - e).abs().max().item() for w, e in zip(weights, expected_weights(), strict=True))
-    print(f"{way}: {difference:.1e}")
-    assert difference < 1e-6, way
-    assert untouched and counts == {len(RATES)}, way
+def check(name: str, weights: list, untouched: bool, counts: set[float]) -> None:
+    largest = max((torch.as_tensor(w) - e).abs().max().item() for w, e in zip(weights, expected_weights(), strict=True))
+    print(f"{name}: {largest:.1e}")
+    assert largest < 1e-6, name
+    assert untouched and counts == {len(RATES)}, name
 
 
-def test_five_steps_equal_the_published_rule_and_a_poisoned_one_between_them_changes_nothing():
-    check("alone", *five_steps())
+def test_five_steps_equal_the_published_rule_and_a_poisoned_step_changes_nothing():
+    check("one rank", *five_steps())
 
 
-def test_many_small_passes_give_the_same_as_one(monkeypatch):
+def test_many_small_passes_give_the_same_result_as_one(monkeypatch):
     monkeypatch.setattr(partition, "MAX_ELEMENTS_PER_RANK", 1000)
     sizes = [sum(rows.length for rows in plan.rows) for plan in Partition.of([torch.empty(shape) for shape in MATRICES])]
     assert len(sizes) > 3 and max(sizes) < 1000 + max(map(math.prod, MATRICES))
     check("many passes", *five_steps())
 
 
-@pytest.mark.parametrize("ranks", WAYS)
-def test_ranks_equal_the_published_rule_however_they_hold_the_parameters(ranks):
-    for results in run_ranks(ranks, five_steps_in_each_way, ranks):
-        for way, result in results.items():
-            check(way, *result)
+@pytest.mark.parametrize("ranks", MESHES)
+def test_replicas_and_shards_follow_the_published_rule(ranks):
+    for results in run_ranks(ranks, five_steps_on_each_mesh, ranks):
+        for name, result in results.items():
+            check(name, *result)
 
 
 # ---------------------------------------------------------------- the iteration
 
 
 @pytest.mark.parametrize("shape", [(3, 12, 40), (3, 40, 12), (2, 24, 24), (1, 1, 9), (4, 9, 1)], ids=str)
-def test_newton_schulz_maps_singular_values_by_the_polynomial_and_keeps_directions(shape):
+def test_newton_schulz_applies_the_polynomial_to_the_singular_values_and_keeps_directions(shape):
     draw = torch.Generator().manual_seed(0)
     u, _, v = torch.linalg.svd(torch.randn(shape, generator=draw, dtype=torch.float64), full_matrices=False)
     s = torch.logspace(0, -2, min(shape[1:]), dtype=torch.float64).repeat(shape[0], 1)
@@ -198,7 +199,7 @@ def test_a_zero_matrix_stays_zero():
 
 
 @pytest.mark.parametrize("shape", [(32, 96), (96, 32), (64, 64), (3, 64, 32)], ids=str)
-def test_updates_have_the_size_of_adamws_for_every_shape(shape):
+def test_updates_of_every_shape_are_as_large_as_those_of_adamw(shape):
     weight = nn.Parameter(torch.zeros(shape))
     optimizer = Muon([{"params": [weight], "momentum": 0.95}], lr=0.01)
     weight.grad = 1e-3 * gradient(shape, 0, 1)
@@ -209,21 +210,21 @@ def test_updates_have_the_size_of_adamws_for_every_shape(shape):
 # ---------------------------------------------------------------- the division of work
 
 
-def work_of_ranks(shapes: list[tuple]) -> list[tuple]:
-    """The matrices that this rank worked on, by shape."""
+def shapes_worked_on(shapes: list[tuple]) -> list[tuple]:
+    """The shapes of the matrices that this rank worked on."""
     dist.init_process_group("gloo")
     seen = []
     for plan in Partition.of([torch.zeros(shape) for shape in shapes]):
-        sent = torch.cat([torch.zeros(0), *(torch.zeros(rows.length) for rows in plan.rows)])
-        for _ in plan.map(lambda batch: seen.extend([tuple(batch.shape[1:])] * len(batch)) or batch, sent):
+        values = torch.zeros(sum(rows.length for rows in plan.rows))
+        for _ in plan.map(lambda batch: seen.extend([tuple(batch.shape[1:])] * len(batch)) or batch, values):
             pass
     dist.destroy_process_group()
     return seen
 
 
-def test_each_matrix_is_worked_on_once_and_ranks_have_equal_work():
+def test_each_matrix_is_worked_on_once_and_the_work_of_ranks_is_balanced():
     layer = [(64, 64), (32, 64), (32, 64), (64, 64), (176, 64), (176, 64), (64, 176), (8, 32, 64)]
-    seen = run_ranks(4, work_of_ranks, layer * 6)
+    seen = run_ranks(4, shapes_worked_on, layer * 6)
     everything = [shape[-2:] for shape in layer * 6 for _ in range(shape[0] if len(shape) == 3 else 1)]
     assert sorted(shape for shapes in seen for shape in shapes) == sorted(everything)
     cost = [sum(min(s) ** 2 * (2 * max(s) + min(s)) for s in shapes) for shapes in seen]
@@ -241,8 +242,8 @@ SETTINGS = OptimizerConfig(name="muon", lr=0.01)
 
 
 def train_model(engine_settings: dict, first: int, last: int, folder: Path | None = None) -> dict:
-    """Weights after steps first to last of 8 sequences, split over the ranks. With a folder: goes on from its checkpoint of
-    step first - 1, if first > 1, and leaves one of the last step."""
+    """Returns the weights after steps `first` to `last` of 8 sequences, split over the ranks. With a folder: resumes from its
+    checkpoint of step first - 1, if first > 1, and saves one of the last step."""
     engine = start_engine(EngineConfig(**engine_settings))
     engine.prepare(lambda: Transformer(MODEL), lambda model: build_optimizer(model, SETTINGS), 0.5, 0)
     if first > 1:
@@ -253,7 +254,7 @@ def train_model(engine_settings: dict, first: int, last: int, folder: Path | Non
     if folder:
         storage.save(folder, last, engine, {})
     assert engine.updates == last
-    weights = {name: whole(parameter).numpy() for name, parameter in engine.model.named_parameters()}
+    weights = {name: full(parameter).numpy() for name, parameter in engine.model.named_parameters()}
     engine.close()
     return weights
 
@@ -273,7 +274,7 @@ def difference(found: dict, expected: dict) -> float:
     ],
     ids=["2 ddp", "2 fsdp2", "4 ddp", "4 fsdp2 in 2 replicas"],
 )
-def test_a_run_goes_from_one_process_to_any_engine_and_back(ranks, settings, tmp_path):
+def test_a_run_moves_from_one_process_to_any_engine_and_back(ranks, settings, tmp_path):
     expected = [train_model({}, 1, last) for last in (5, 6)]
     train_model({}, 1, 2, tmp_path)
     for weights in run_ranks(ranks, train_model, settings, 3, 5, tmp_path):
@@ -282,7 +283,7 @@ def test_a_run_goes_from_one_process_to_any_engine_and_back(ranks, settings, tmp
     assert difference(train_model({}, 6, 6, tmp_path), expected[1]) < 2e-6
 
 
-def test_alone_a_checkpoint_goes_on_to_the_bit(tmp_path):
+def test_one_process_resumes_from_a_checkpoint_bit_for_bit(tmp_path):
     train_model({}, 1, 2, tmp_path)
     assert difference(train_model({}, 3, 5, tmp_path), train_model({}, 1, 5)) == 0
 
@@ -290,13 +291,13 @@ def test_alone_a_checkpoint_goes_on_to_the_bit(tmp_path):
 # ---------------------------------------------------------------- state, and what is refused
 
 
-def test_resuming_from_a_state_dict_goes_on_to_the_bit():
+def test_resuming_from_a_state_dict_is_exact():
     def two_steps(first: int, parameters, optimizer) -> None:
         for step in range(first, first + 2):
-            set_gradients(parameters, step, torch.clone, optimizer)
+            set_gradients(parameters, step, optimizer)
             optimizer.step()
 
-    straight, optimizer = make(torch.clone)
+    straight, optimizer = make()
     two_steps(1, straight, optimizer)
     file = io.BytesIO()
     torch.save({"optimizer": optimizer.state_dict(), "weights": [w.detach() for w in straight]}, file)
@@ -304,7 +305,7 @@ def test_resuming_from_a_state_dict_goes_on_to_the_bit():
 
     file.seek(0)
     saved = torch.load(file, weights_only=True)
-    resumed, optimizer = make(torch.clone)
+    resumed, optimizer = make()
     for parameter, weight in zip(resumed, saved["weights"], strict=True):
         parameter.data.copy_(weight)
     optimizer.load_state_dict(saved["optimizer"])
@@ -312,8 +313,8 @@ def test_resuming_from_a_state_dict_goes_on_to_the_bit():
     assert all(map(torch.equal, straight, resumed))
 
 
-def test_state_has_the_documented_names_and_is_there_from_the_beginning():
-    parameters, optimizer = make(torch.clone)
+def test_the_constructor_creates_the_documented_state():
+    parameters, optimizer = make()
     for number, parameter in enumerate(parameters):
         names = {"momentum_buffer"} if number < len(MATRICES) else {"exp_avg", "exp_avg_sq"}
         assert optimizer.state[parameter].keys() == names | {"step"}
@@ -323,10 +324,10 @@ def test_state_has_the_documented_names_and_is_there_from_the_beginning():
 def test_a_vector_and_a_missing_gradient_are_refused():
     with pytest.raises(ValueError, match=r"\(5,\)"):
         Muon([{"params": [nn.Parameter(torch.zeros(5))], "momentum": 0.9}], lr=0.1)
-    parameters, optimizer = make(torch.clone)
-    set_gradients(parameters, 1, torch.clone, optimizer)
+    parameters, optimizer = make()
+    set_gradients(parameters, 1, optimizer)
     parameters[2].grad = None
-    with pytest.raises(ValueError, match=r"1 parameters have no gradient.*\(24, 24\)"):
+    with pytest.raises(ValueError, match=r"\(24, 24\)"):
         optimizer.step()
 
 
@@ -334,33 +335,20 @@ def test_shards_of_columns_are_refused():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         columns = distribute_tensor(torch.zeros(4, 4), init_device_mesh("cpu", (1,)), [Shard(1)])
-        with pytest.raises(ValueError, match="sharded on dimension 0"):
+        with pytest.raises(ValueError, match=r"Shard\(dim=1\)"):
             Muon([{"params": [nn.Parameter(columns)], "momentum": 0.9}], lr=0.1)
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3", "ddp", "fsdp2"])
-def test_zero_refuses_muon_and_says_why(engine):
+def test_zero_refuses_muon(engine):
     config = Config(optimizer=OptimizerConfig(name="muon"), engine=EngineConfig(name=engine))
     problems = [str(problem) for problem in validate(config, None) if problem.key == "optimizer.name"]
     assert bool(problems) == engine.startswith("zero")
-    for problem in problems:
-        assert engine in problem and "fsdp2" in problem
+    assert all("fsdp2" in problem for problem in problems)  # the alternative
 
 
 def test_a_momentum_of_one_is_refused():
     with pytest.raises(ConfigError, match=r"optimizer\.momentum"):
         load(["--optimizer.name", "muon", "--optimizer.momentum", "1.0", "--train.max_steps", "1"])
-
-
-def test_a_small_model_learns_a_text_by_heart():
-    model = build(MODEL, "cpu", seed=0)
-    optimizer = build_optimizer(model, OptimizerConfig(name="muon", lr=1e-2, weight_decay=0.0))
-    tokens_BT = torch.randint(0, 97, (2, 17), generator=torch.Generator().manual_seed(0))
-    for _ in range(60):
-        loss = model(tokens_BT[:, :-1], tokens_BT[:, 1:]).loss_sum / 32
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss.item() < 0.1

@@ -1,4 +1,4 @@
-"""Each parameter is updated once, by the rule that it should be, and the update is AdamW's."""
+"""Each parameter is updated once and by the right rule, and AdamW's update equals its formula."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def small_model(**settings):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_matrices_decay_and_norms_and_embeddings_do_not(tied):
+def test_matrices_decay_but_norms_and_embeddings_do_not(tied):
     model = small_model(tie_word_embeddings=tied)
     optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.3))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -33,7 +33,7 @@ def test_settings_reach_the_optimizer():
         assert (group["lr"], tuple(group["betas"]), group["eps"], group["fused"]) == (1e-3, (0.8, 0.9), 1e-6, True)
 
 
-def test_update_is_adamw_by_its_formula():
+def test_updates_equal_the_formula_of_adamw():
     model, config = small_model(), OptimizerConfig(lr=1e-2, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.5)
     optimizer = build_optimizer(model, config)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -55,21 +55,22 @@ def test_update_is_adamw_by_its_formula():
         torch.testing.assert_close(parameter.detach().double(), expected[name], atol=1e-6, rtol=1e-5)
 
 
-def test_training_a_tied_and_an_untied_model_learns_a_short_text_by_heart():
-    for tied in (False, True):
-        model = small_model(tie_word_embeddings=tied)
-        optimizer = build_optimizer(model, OptimizerConfig(lr=1e-2, weight_decay=0.0))
-        tokens_BT = torch.randint(0, 97, (2, 17), generator=torch.Generator().manual_seed(0))
-        for _ in range(60):
-            loss = model(tokens_BT[:, :-1], tokens_BT[:, 1:]).loss_sum / 32
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        assert loss.item() < 0.1
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_small_model_memorizes_a_text(tied, name):
+    model = small_model(tie_word_embeddings=tied)
+    optimizer = build_optimizer(model, OptimizerConfig(name=name, lr=1e-2, weight_decay=0.0))
+    tokens_BT = torch.randint(0, 97, (2, 17), generator=torch.Generator().manual_seed(0))
+    for _ in range(60):
+        loss = model(tokens_BT[:, :-1], tokens_BT[:, 1:]).loss_sum / 32
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.1
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else(tied):
+def test_muon_updates_the_matrices_of_the_blocks_and_nothing_else(tied):
     model = small_model(tie_word_embeddings=tied)
     optimizer = build_optimizer(model, OptimizerConfig(name="muon", weight_decay=0.3, momentum=0.9, betas=(0.8, 0.9), eps=1e-6))
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}

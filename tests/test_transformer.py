@@ -1,4 +1,5 @@
-"""The model is transformers' Llama and Qwen3 to rounding, starts at ln V, and depends on its settings and its seed alone."""
+"""The model equals Llama, Mistral and Qwen3 of transformers up to rounding, starts at a loss of ln V, and depends on its
+settings and seed alone."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from pretrain.engines.compile import compile_model
 from pretrain.model.config import ModelConfig, RopeScalingConfig, resolve_model
 from pretrain.model.transformer import Transformer, build
 
@@ -32,7 +34,7 @@ def some_tokens(*shape: int, vocab_size: int = V) -> torch.Tensor:
 
 
 def reference(config: ModelConfig, model: Transformer) -> torch.nn.Module:
-    """transformers' model with the same weights."""
+    """The model of transformers with the same weights."""
     kind, settings = (Qwen3ForCausalLM, Qwen3Config) if config.qk_norm else (LlamaForCausalLM, LlamaConfig)
     rope, extra = {"rope_type": "default", "rope_theta": config.rope_theta}, {}
     if config.rope_scaling:
@@ -56,7 +58,7 @@ def reference(config: ModelConfig, model: Transformer) -> torch.nn.Module:
 def test_logits_and_gradients_equal_transformers(qk_norm, tied, shape):
     config = resolved(qk_norm=qk_norm, tie_word_embeddings=tied, **shape)
     model = build(config, "cpu", seed=0)
-    with torch.no_grad():  # norms away from one, so that their place and their axis show
+    with torch.no_grad():  # norm weights other than one, so that a misplaced norm or a wrong axis is noticed
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.mul_(torch.linspace(0.5, 1.5, parameter.numel()))
@@ -90,13 +92,13 @@ LLAMA_3_1 = dict(kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_facto
     ],
     ids=["mistral", "qwen3 with a window", "llama 3.1", "linear"],
 )
-def test_windows_and_scaled_places_give_the_logits_and_gradients_of_transformers(settings):
+def test_sliding_windows_and_rope_scaling_give_the_logits_and_gradients_of_transformers(settings):
     config, plain = resolved(**settings), resolved(qk_norm=settings.get("qk_norm", False))
     model, tokens_BT = build(config, "cpu", seed=0), some_tokens(2, 32)
     theirs = reference(config, model)
     logits_BTV = theirs(tokens_BT).logits[..., :V]
     torch.testing.assert_close(model(tokens_BT), logits_BTV, atol=1e-5, rtol=0)
-    assert (build(plain, "cpu", seed=0)(tokens_BT) - logits_BTV).abs().max() > 1e-2  # the setting matters
+    assert (build(plain, "cpu", seed=0)(tokens_BT) - logits_BTV).abs().max() > 1e-2  # the setting has an effect
     logits_BTV.logsumexp(-1).mean().backward()
     model(tokens_BT).logsumexp(-1).mean().backward()
     expected = dict(theirs.named_parameters())
@@ -106,25 +108,24 @@ def test_windows_and_scaled_places_give_the_logits_and_gradients_of_transformers
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_tied_model_has_no_head_of_its_own(tied):
+def test_only_an_untied_model_has_its_own_head(tied):
     model = build(resolved(tie_word_embeddings=tied), "cpu", seed=0)
     assert ("lm_head.weight" in model.state_dict()) is not tied
     assert ("lm_head.weight" in dict(model.named_parameters())) is not tied
 
 
-def test_padding_rows_reach_neither_logits_nor_loss_nor_gradients():
-    for tied in (False, True):
-        model = build(resolved(tie_word_embeddings=tied), "cpu", seed=0)
-        tokens_BT = some_tokens(2, 16)
-        before = model(tokens_BT, tokens_BT).loss_sum.item()
-        head = (model.model.embed_tokens if tied else model.lm_head).weight
-        assert head.shape[0] == 128 and model(tokens_BT).shape == (2, 16, V)
-        with torch.no_grad():
-            head[V:] = 100.0
-        loss_sum = model(tokens_BT, tokens_BT).loss_sum
-        loss_sum.backward()
-        assert loss_sum.item() == before
-        assert not head.grad[V:].any() and head.grad[:V].any()
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_padding_rows_affect_neither_logits_nor_loss_nor_gradients(tied):
+    model, tokens_BT = build(resolved(tie_word_embeddings=tied), "cpu", seed=0), some_tokens(2, 16)
+    before = model(tokens_BT, tokens_BT).loss_sum.item()
+    head = (model.model.embed_tokens if tied else model.lm_head).weight
+    assert head.shape[0] == 128 and model(tokens_BT).shape == (2, 16, V)
+    with torch.no_grad():
+        head[V:] = 100.0
+    loss_sum = model(tokens_BT, tokens_BT).loss_sum
+    loss_sum.backward()
+    assert loss_sum.item() == before
+    assert not head.grad[V:].any() and head.grad[:V].any()
 
 
 @pytest.mark.parametrize("vocab_size", [97, 1000, 50304])
@@ -151,14 +152,14 @@ def test_initial_weights_depend_on_the_seed_alone():
     other = build(resolved(), "cpu", seed=8).state_dict()
     for name, weight in first.items():
         assert weight.dtype == torch.float32
-        if not name.endswith(("norm.weight", "o_proj.weight", "down_proj.weight")):  # those scale with the depth
+        if not name.endswith(("norm.weight", "o_proj.weight", "down_proj.weight")):  # the projections scale with the depth
             torch.testing.assert_close(second[name].float(), weight, atol=0, rtol=0)
             assert (other[name] != weight).float().mean() > 0.99
     names = [name for name in first if "q_proj" in name]
-    assert (first[names[0]] != first[names[1]]).any(), "two layers must not start equal"
+    assert (first[names[0]] != first[names[1]]).any(), "layers must not start equal"
 
 
-def test_every_parameter_is_initialised_after_to_empty():
+def test_init_weights_fills_every_parameter_after_to_empty():
     with torch.device("meta"):
         model = Transformer(resolved(qk_norm=True))
     model.to_empty(device="cpu")
@@ -169,7 +170,7 @@ def test_every_parameter_is_initialised_after_to_empty():
     expected = build(resolved(qk_norm=True), "cpu", seed=7).state_dict()
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(weight, expected[name], atol=0, rtol=0)
-    assert not list(model.buffers()), "a buffer would need filling too, and engines would cast it"
+    assert not list(model.buffers()), "a buffer would have to be filled too, and engines would cast it"
 
 
 def test_building_and_training_draw_no_global_random_numbers():
@@ -225,7 +226,7 @@ def test_bf16_autocast_stays_close_with_fp32_weights_and_gradients():
     assert F.cosine_similarity(*gradients, dim=0) > 0.998
 
 
-def test_residual_stream_is_bf16_under_autocast():
+def test_the_residual_stream_is_bf16_under_autocast():
     model = build(resolved(), "cpu", seed=0)
     seen = []
     model.model.layers[1].register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].dtype))
@@ -235,21 +236,19 @@ def test_residual_stream_is_bf16_under_autocast():
 
 
 @pytest.mark.slow
-def test_compiled_parts_give_the_same_loss_and_gradients():
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
+def test_compiled_parts_give_the_same_loss_and_gradients(documents):
     tokens_BT, labels_BT = some_tokens(2, 32), some_tokens(2, 32).flip(1)
-    documents_BT = torch.arange(32).div(10, rounding_mode="floor").expand(2, 32)
-    for arguments in [(tokens_BT, labels_BT), (tokens_BT, labels_BT, documents_BT)]:
-        results = []
-        for compiled in (False, True):
-            model = build(resolved(), "cpu", seed=0)
-            names = list(model.state_dict())
-            if compiled:
-                for block in model.model.layers:
-                    block.compile(fullgraph=True, dynamic=False)
-                model.lm_head.chunk_step = torch.compile(model.lm_head.chunk_step, fullgraph=True, dynamic=False)
-            assert list(model.state_dict()) == names
-            loss_sum = model(*arguments).loss_sum
-            loss_sum.backward()
-            results.append((loss_sum.item(), torch.cat([p.grad.flatten() for p in model.parameters()])))
-        assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
-        torch.testing.assert_close(results[0][1], results[1][1], atol=1e-3, rtol=1e-3)
+    documents_BT = torch.arange(32).div(10, rounding_mode="floor").expand(2, 32) if documents else None
+    results = []
+    for compiled in (False, True):
+        model = build(resolved(), "cpu", seed=0)
+        names = list(model.state_dict())
+        if compiled:
+            compile_model(model, "blocks")
+        assert list(model.state_dict()) == names
+        loss_sum = model(tokens_BT, labels_BT, documents_BT).loss_sum
+        loss_sum.backward()
+        results.append((loss_sum.item(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-3, rtol=1e-3)

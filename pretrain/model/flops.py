@@ -26,15 +26,6 @@ class ParameterCount:
     """The input embedding as built, including padding rows, even if it is also the head."""
 
 
-@dataclass(frozen=True)
-class ByteCount:
-    """fp32 bytes of a model that is entirely on one device, without activations."""
-
-    parameters: int
-    gradients: int
-    moments: int
-
-
 def vocabulary_rows(config: ModelConfig) -> int:
     """Number of rows of embedding and head: vocab_size rounded up to a multiple of vocab_multiple."""
     return -(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple
@@ -76,10 +67,9 @@ def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = Fa
     return 6 * num_parameters(config).matmul + attention
 
 
-def bytes_estimate(config: ModelConfig) -> ByteCount:
-    """Bytes of fp32 parameters, gradients and AdamW's two moments: 16 per parameter."""
-    total = num_parameters(config).total
-    return ByteCount(parameters=4 * total, gradients=4 * total, moments=8 * total)
+def state_bytes(config: ModelConfig) -> int:
+    """Bytes of the training state in fp32, weights and AdamW's two moments: 12 per parameter."""
+    return 12 * num_parameters(config).total
 
 
 # Dense bf16 TFLOP/s with fp32 accumulation, from the vendors' data sheets (half of the figure if they give the sparse one).

@@ -26,7 +26,7 @@ from pretrain.model.config import ModelConfig, MoeConfig
 from pretrain.model.loss import product_dtype
 
 
-class Routed(NamedTuple):
+class Routing(NamedTuple):
     """Routing figures of one layer over the valid tokens of a micro-batch. Sums, so that every split of a batch adds up to the
     same values."""
 
@@ -58,7 +58,7 @@ class Router(nn.Module):
             share_E = torch.full((experts,), 1 / experts, dtype=torch.float32, device="cpu")
             self.register_buffer("expert_share", share_E, persistent=False)
 
-    def forward(self, hidden_BTD: Tensor, valid_BT: Tensor | None) -> tuple[Tensor, Tensor, Routed | None]:
+    def forward(self, hidden_BTD: Tensor, valid_BT: Tensor | None) -> tuple[Tensor, Tensor, Routing | None]:
         """Returns chosen_Nk (int64), weights_Nk (fp32) and, with valid_BT, the figures over the positions it marks."""
         with torch.autocast(hidden_BTD.device.type, enabled=False):
             logits_NE = F.linear(hidden_BTD.flatten(0, 1).float(), self.weight.float())
@@ -71,10 +71,10 @@ class Router(nn.Module):
             if self.config.norm_topk_prob:
                 weights_Nk = weights_Nk / (weights_Nk.sum(1, keepdim=True) + 1e-20)
             weights_Nk = weights_Nk * self.config.routed_scaling_factor
-            routed = None if valid_BT is None else self._count(logits_NE, score_NE, chosen_Nk, valid_BT)
-        return chosen_Nk, weights_Nk, routed
+            routing = None if valid_BT is None else self._count(logits_NE, score_NE, chosen_Nk, valid_BT)
+        return chosen_Nk, weights_Nk, routing
 
-    def _count(self, logits_NE: Tensor, score_NE: Tensor, chosen_Nk: Tensor, valid_BT: Tensor) -> Routed:
+    def _count(self, logits_NE: Tensor, score_NE: Tensor, chosen_Nk: Tensor, valid_BT: Tensor) -> Routing:
         """The balance loss of a sequence is E * sum over experts of (share of the choices) * (mean share of the score): 1 if
         both are even. It is multiplied by the sequence's number of valid tokens, so that all tokens have the same weight.
 
@@ -94,7 +94,7 @@ class Router(nn.Module):
             tokens_B1 = valid_BT.sum(1, keepdim=True).clamp(min=1)
             aux_sum = experts / chosen * (share_BE * tokens_BE / tokens_B1).sum()
         z_sum = (logits_NE.logsumexp(1, keepdim=True).square() * valid_N1).sum()
-        return Routed(aux_sum, z_sum, tokens_BE.sum(0))
+        return Routing(aux_sum, z_sum, tokens_BE.sum(0))
 
     @torch.no_grad()
     def update(self, tokens_E: Tensor, applied: Tensor) -> None:
@@ -143,11 +143,11 @@ class MixtureOfExperts(nn.Module):
         self.experts = Experts(config)
         self.shared_experts = shared_experts
 
-    def forward(self, hidden_BTD: Tensor, valid_BT: Tensor | None) -> tuple[Tensor, Routed | None]:
+    def forward(self, hidden_BTD: Tensor, valid_BT: Tensor | None) -> tuple[Tensor, Routing | None]:
         """Returns hidden_BTD and, with valid_BT, the routing figures over the positions it marks."""
-        chosen_Nk, weights_Nk, routed = self.gate(hidden_BTD, valid_BT)
+        chosen_Nk, weights_Nk, routing = self.gate(hidden_BTD, valid_BT)
         out_BTD = self.experts(hidden_BTD.flatten(0, 1), chosen_Nk, weights_Nk).view_as(hidden_BTD)
-        return out_BTD if self.shared_experts is None else out_BTD + self.shared_experts(hidden_BTD), routed
+        return out_BTD if self.shared_experts is None else out_BTD + self.shared_experts(hidden_BTD), routing
 
 
 # ---------------------------------------------------------------- tokens to experts and back

@@ -21,7 +21,7 @@ from pretrain.model.attention import AttentionContext, KeyValueCache, attend, at
 from pretrain.model.config import ModelConfig
 from pretrain.model.flops import vocabulary_rows
 from pretrain.model.loss import IGNORED, chunk_step, cross_entropy_sum, product_dtype
-from pretrain.model.moe import MixtureOfExperts, Routed
+from pretrain.model.moe import MixtureOfExperts, Routing
 
 
 class RMSNorm(nn.Module):
@@ -85,13 +85,13 @@ class Block(nn.Module):
 
     def forward(
         self, hidden_BTD: Tensor, context: AttentionContext, cache: KeyValueCache | None = None
-    ) -> tuple[Tensor, Routed | None]:
+    ) -> tuple[Tensor, Routing | None]:
         """Returns hidden_BTD, and the routing figures if the block has a router and there are labels."""
         hidden_BTD = hidden_BTD + self.self_attn(self.input_layernorm(hidden_BTD), context, cache)
         normed_BTD = self.post_attention_layernorm(hidden_BTD)
         if isinstance(self.mlp, MixtureOfExperts):
-            out_BTD, routed = self.mlp(normed_BTD, context.valid_BT)
-            return hidden_BTD + out_BTD, routed
+            out_BTD, routing = self.mlp(normed_BTD, context.valid_BT)
+            return hidden_BTD + out_BTD, routing
         return hidden_BTD + self.mlp(normed_BTD), None
 
 
@@ -116,7 +116,7 @@ class Decoder(nn.Module):
         documents_BT: Tensor | None = None,
         cache: KeyValueCache | None = None,
         valid_BT: Tensor | None = None,
-    ) -> tuple[Tensor, list[Routed]]:
+    ) -> tuple[Tensor, list[Routing]]:
         """Returns hidden_BTD and, with experts and valid_BT, the routing figures of each layer over the positions it marks."""
         config = self.config
         embedded_BTD = self.embed_tokens(tokens_BT)
@@ -134,14 +134,14 @@ class Decoder(nn.Module):
             valid_BT=valid_BT,
             padding_B=None if cache is None else cache.padding_B,
         )
-        routed = []
+        routing = []
         for block in self.layers:
             hidden_BTD, figures = block(hidden_BTD, context, cache)
             if figures is not None:
-                routed.append(figures)
+                routing.append(figures)
         if cache is not None:
             cache.length += tokens_BT.shape[1]
-        return self.norm(hidden_BTD), routed
+        return self.norm(hidden_BTD), routing
 
 
 class Head(nn.Module):
@@ -204,16 +204,16 @@ class Transformer(nn.Module):
         """
         moe = self.config.moe
         valid_BT = None if labels_BT is None or moe is None else labels_BT != IGNORED
-        hidden_BTD, routed = self.model(tokens_BT, documents_BT, cache, valid_BT)
+        hidden_BTD, routing = self.model(tokens_BT, documents_BT, cache, valid_BT)
         tied_weight_VD = self.model.embed_tokens.weight if self.config.tie_word_embeddings else None
         out = self.lm_head(hidden_BTD if cache is None else hidden_BTD[:, -1:], labels_BT, tied_weight_VD)
         if labels_BT is None:
             return out
-        if not routed:
+        if not routing:
             return LossOutput(out, None)
-        penalties = (moe.aux_loss_weight * layer.aux_sum + moe.z_loss_weight * layer.z_sum for layer in routed)
-        penalty = sum(penalties) / len(routed)
-        rows = [torch.cat([layer.aux_sum[None], layer.z_sum[None], layer.tokens_E]) for layer in routed]
+        penalties = (moe.aux_loss_weight * layer.aux_sum + moe.z_loss_weight * layer.z_sum for layer in routing)
+        penalty = sum(penalties) / len(routing)
+        rows = [torch.cat([layer.aux_sum[None], layer.z_sum[None], layer.tokens_E]) for layer in routing]
         return LossOutput(out + (penalty - penalty.detach()), torch.stack(rows).detach().double())
 
     def update_routers(self, routing_LX: Tensor, applied: Tensor) -> None:

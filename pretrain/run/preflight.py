@@ -388,8 +388,7 @@ def storage_findings(config: Config, model: ModelConfig, folder: Path, steps: in
 
 def checkpoint_bytes(config: Config, model: ModelConfig, steps: int) -> tuple[int, int]:
     """(bytes of one, bytes of all that exist at a time): fp32 weights and moments, and one more while it is being written."""
-    estimate, every = flops.bytes_estimate(model), config.checkpoint.every_steps
-    each = estimate.parameters + estimate.moments
+    each, every = flops.state_bytes(model), config.checkpoint.every_steps
     made = 1 + (steps - 1) // every if every else 2**31 if config.checkpoint.every_minutes else 1
     return each, each * min(made, config.checkpoint.keep_last + config.checkpoint.keep_best + 1)
 
