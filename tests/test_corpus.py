@@ -1,7 +1,8 @@
-"""Documents come out as they went in, and every bad line is named."""
+"""Documents come out as they went in, and every bad line is reported."""
 
 import gzip
 import hashlib
+import io
 import json
 
 import pyarrow
@@ -43,33 +44,33 @@ def test_parquet_rows_are_documents(tmp_path):
     corpus = Corpus([str(tmp_path / "a.parquet")], text_key="content")
     assert texts(corpus) == TEXTS
     assert corpus.read_bytes == corpus.total_bytes
-    with pytest.raises(DataError, match=r"a\.parquet: no column 'text' among 'id', 'content'; name it with --text-key"):
+    with pytest.raises(DataError, match=r"a\.parquet.* 'id', 'content'.*--text-key"):
         texts(Corpus([str(tmp_path / "a.parquet")]))
     (tmp_path / "b.parquet").write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(DataError, match=r"b\.parquet: not a readable parquet file"):
+    with pytest.raises(DataError, match=r"b\.parquet"):
         texts(Corpus([str(tmp_path / "b.parquet")]))
 
 
 def test_hub_data_are_streamed(tmp_path):
-    """The `datasets` library reads a local folder as it reads the hub."""
+    """From a local folder, which the `datasets` library reads in the same way."""
     (tmp_path / "train.jsonl").write_bytes(jsonl({"text": text} for text in TEXTS))
     corpus = Corpus.from_hub(str(tmp_path))
     assert texts(corpus) == TEXTS
     assert corpus.description()["inputs"] == [f"hf:{tmp_path}:train"]
-    with pytest.raises(DataError, match=r"hf:.*:train:1: no key 'body' among 'text'"):
+    with pytest.raises(DataError, match=r"hf:.*:train:1: "):
         texts(Corpus.from_hub(str(tmp_path), text_key="body"))
     with pytest.raises(DataError, match="--hf "):
         texts(Corpus.from_hub(str(tmp_path / "nowhere")))
 
 
-def test_counts_and_checksum_describe_what_was_read(tmp_path):
+def test_counts_and_checksum_describe_the_documents(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl({"text": text} for text in [*TEXTS, "", "\n \t"]))
     corpus = Corpus([str(tmp_path / "a.jsonl")])
     assert texts(corpus) == TEXTS
     assert (corpus.num_documents, corpus.empty_documents, corpus.bad_lines) == (4, 2, 0)
     assert corpus.utf8_bytes == sum(len(text.encode()) for text in TEXTS)
     assert corpus.sha256 == hashlib.sha256(b"".join(text.encode() + b"\0" for text in TEXTS)).hexdigest()
-    assert corpus.problems() == ["2 documents without any text were left out"]
+    assert len(corpus.problems()) == 1 and "2 documents" in corpus.problems()[0]
 
 
 def test_folders_are_read_in_sorted_order(tmp_path):
@@ -77,6 +78,13 @@ def test_folders_are_read_in_sorted_order(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"text": name}) if name.endswith("jsonl") else name)
     assert texts(Corpus([str(tmp_path)])) == ["a/1.txt", "b/2.txt", "c.jsonl"]
+
+
+@pytest.mark.parametrize(("stdin_format", "data"), [("jsonl", jsonl({"text": text} for text in TEXTS)), ("txt", b"a\nb\n")])
+def test_standard_input_is_read_in_its_format(monkeypatch, stdin_format, data):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    corpus = Corpus(["-"], split="line", stdin_format=stdin_format)
+    assert texts(corpus) == (TEXTS if stdin_format == "jsonl" else ["a", "b"]) and corpus.total_bytes is None
 
 
 @pytest.mark.parametrize(
@@ -92,18 +100,18 @@ def test_folders_are_read_in_sorted_order(tmp_path):
         ),
     ],
 )
-def test_text_files_are_split_as_asked(tmp_path, split, data, expected):
+def test_text_files_are_split_into_documents(tmp_path, split, data, expected):
     (tmp_path / "a.txt").write_bytes(data.encode())
     assert texts(Corpus([str(tmp_path / "a.txt")], split=split)) == expected
 
 
-def test_separators_across_read_borders_are_found(tmp_path):
+def test_separators_across_read_blocks_are_found(tmp_path):
     parts = ["a" * ((1 << 20) - 3), "b" * 100, "c" * (3 << 20), "d"]
     (tmp_path / "a.txt").write_text("<SEP>".join(parts))
     assert texts(Corpus([str(tmp_path / "a.txt")], split="<SEP>")) == parts
 
 
-def test_bytes_that_are_not_utf8_are_replaced_and_counted_and_byte_order_marks_dropped(tmp_path):
+def test_invalid_bytes_are_replaced_and_counted_and_byte_order_marks_dropped(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfab\xe9 \xff\xef\xbf\xbd")
     corpus = Corpus([str(tmp_path / "a.txt")])
     assert texts(corpus) == ["ab\ufffd \ufffd\ufffd"]
@@ -113,11 +121,11 @@ def test_bytes_that_are_not_utf8_are_replaced_and_counted_and_byte_order_marks_d
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "gbk", "utf-16", "utf-16-le", "shift_jis"])
-def test_a_file_of_another_encoding_is_bad_and_not_a_document_of_replacement_characters(tmp_path, encoding):
+def test_a_file_in_another_encoding_is_bad(tmp_path, encoding):
     text = "ein schöner Käse für früh und spät\n\n" if encoding.startswith(("l", "utf")) else "公園里有一只小猫\n\n"
     (tmp_path / "a.txt").write_bytes((text * 200).encode(encoding))
     for split in ("file", "blank-line"):
-        with pytest.raises(DataError, match=r"a\.txt.*: not UTF-8: .* characters cannot be decoded.*iconv.*--on-bad-line skip"):
+        with pytest.raises(DataError, match=r"a\.txt.*UTF-8.*--on-bad-line skip"):
             texts(Corpus([str(tmp_path / "a.txt")], split=split))
     corpus = Corpus([str(tmp_path / "a.txt")], on_bad_line="skip")
     assert texts(corpus) == [] and corpus.bad_lines == 1 and corpus.replaced_bytes == 0
@@ -126,68 +134,66 @@ def test_a_file_of_another_encoding_is_bad_and_not_a_document_of_replacement_cha
     assert len(texts(corpus)) == 1 and corpus.replaced_bytes == 100
 
 
-def test_what_was_not_read_or_not_split_is_said(tmp_path):
+def test_files_that_were_not_read_or_not_split_are_reported(tmp_path):
     for name in ("a.txt", "b.TXT", "c.json", "d.md", ".hidden"):
         (tmp_path / name).write_text("some\n<SEP>\ntext" if name == "a.txt" else "some text")
     (tmp_path / "linked").symlink_to(tmp_path)
     corpus = Corpus([str(tmp_path)], split="<SEP>")
     assert texts(corpus) == ["some", "text", "some text"]
-    assert corpus.problems() == [
-        "1 files do not hold what --text-split '<SEP>' asks for: each is one document",
-        "3 files of the folders are not .txt, .jsonl, .parquet and were left out",
-    ]
-    with pytest.raises(DataError, match="--text-split is empty"):
+    assert (corpus.unsplit_files, corpus.other_files) == (1, 3)
+    assert [problem.partition(" ")[0] for problem in corpus.problems()] == ["1", "3"]
+    with pytest.raises(DataError, match="--text-split"):
         Corpus([str(tmp_path)], split="")
 
 
-def test_a_dump_of_many_documents_is_not_taken_for_one_until_memory_ends(tmp_path, monkeypatch):
+def test_a_document_too_large_for_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("pretrain.data.corpus._LARGEST_DOCUMENT", 1000)
     (tmp_path / "a.txt").write_text("one story\n" * 100)
     assert len(texts(Corpus([str(tmp_path / "a.txt")]))) == 1
     (tmp_path / "a.txt").write_text("one story\n" * 101)
     for split in ("file", "<SEP>"):
-        with pytest.raises(DataError, match=r"a\.txt: a document of more than .*--text-split says where each document begins"):
+        with pytest.raises(DataError, match=r"a\.txt.*--text-split"):
             texts(Corpus([str(tmp_path / "a.txt")], split=split))
     assert len(texts(Corpus([str(tmp_path / "a.txt")], split="line"))) == 101
 
 
-BAD_LINES = [
-    (b'{"text": "cut', "not JSON"),
-    (b"[1, 2]", "not an object with the key 'text'"),
-    (b'{"body": "x", "id": 1}', "no key 'text' among 'body', 'id'"),
-    (b'{"text": null}', "'text' is NoneType, not text"),
-    (b'{"text": 3}', "'text' is int, not text"),
-    (b'{"text": "ab\xe9"}', "not JSON"),
-    (b'{"text": "\\ud800"}', "surrogates not allowed"),
-    (b"[" * 100_000, "not JSON"),
-]
+BAD_LINES = {
+    "cut": b'{"text": "cut',
+    "not an object": b"[1, 2]",
+    "other key": b'{"body": "x", "id": 1}',
+    "null": b'{"text": null}',
+    "number": b'{"text": 3}',
+    "not UTF-8": b'{"text": "ab\xe9"}',
+    "surrogate": b'{"text": "\\ud800"}',
+    "deep": b"[" * 100_000,
+}
 
 
-@pytest.mark.parametrize(("line", "what"), BAD_LINES, ids=[what for _, what in BAD_LINES])
-def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path, line, what):
+@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES.keys())
+def test_a_bad_line_is_reported_with_its_place_or_skipped_and_counted(tmp_path, line):
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl([{"text": "good"}]) + line + b"\n" + jsonl([{"text": "also good"}]))
-    with pytest.raises(DataError, match=rf"a\.jsonl:2: .*{what}.*--on-bad-line skip"):
+    with pytest.raises(DataError, match=r"a\.jsonl:2: .*--on-bad-line skip"):
         texts(Corpus([str(path)]))
     corpus = Corpus([str(path)], on_bad_line="skip")
     assert texts(corpus) == ["good", "also good"]
-    assert corpus.bad_lines == 1 and "1 lines without usable text were skipped" in corpus.problems()
+    assert corpus.bad_lines == 1 and len(corpus.problems()) == 1
 
 
-def test_inputs_that_cannot_be_read_are_refused_before_anything_is(tmp_path):
+def test_unusable_inputs_are_refused_before_reading_starts(tmp_path):
     (tmp_path / "a.md").write_text("x")
     (tmp_path / "empty").mkdir()
-    for name, what in (("a.md", "unknown format"), ("none.txt", "no such file"), ("empty", "no .txt")):
+    for name, what in (("a.md", r"a\.md.*format"), ("none.txt", r"none\.txt"), ("empty", "empty.*folder")):
         with pytest.raises(DataError, match=what):
             Corpus([str(tmp_path / name)])
 
 
 @pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".zst", zstd)])
-def test_a_cut_compressed_file_is_an_error_and_not_the_end_of_the_text(tmp_path, suffix, pack):
+def test_a_truncated_compressed_file_is_refused(tmp_path, suffix, pack):
     packed = pack(jsonl({"text": f"document number {i}"} for i in range(1000)))
     (tmp_path / f"a.jsonl{suffix}").write_bytes(packed[: len(packed) // 2])
-    with pytest.raises(DataError, match="cannot be read to its end"):
-        texts(Corpus([str(tmp_path / f"a.jsonl{suffix}")]))
+    with pytest.raises(DataError, match=rf"a\.jsonl{suffix}"):
+        texts(Corpus([str(tmp_path / f"a.jsonl{suffix}")], on_bad_line="skip"))  # not a bad line but a damaged file
 
 
 def test_the_standard_library_is_real_text_and_the_same_each_time():

@@ -1,4 +1,4 @@
-"""Reference lines are what real models without context, or with one token of it, can reach."""
+"""Reference losses are what real models without context, or with one token of it, can reach."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_bigram_entropy_of_a_chain_approaches_its_entropy_rate_from_above():
 
 
 @pytest.mark.parametrize("count", [500, 5_000, 50_000])
-def test_bigram_entropy_of_random_tokens_never_pretends_that_they_can_be_predicted(count):
+def test_bigram_entropy_of_random_tokens_is_not_below_the_uniform_loss(count):
     tokens = np.random.default_rng(1).integers(0, 512, count)
     loss = bigram_entropy([tokens], 512)
     assert math.log(512) * 0.995 < loss < math.log(512) * 1.05  # the plug-in entropy of 500 such tokens is below 0.01

@@ -1,11 +1,10 @@
-"""Token files are byte for byte Megatron's, appear whole or not at all, and are refused when damaged."""
+"""Token files are byte for byte Megatron's, appear complete or not at all, and are refused when damaged."""
 
 import dataclasses
 import errno
 import json
 import os
 import struct
-import time
 
 import numpy as np
 import pytest
@@ -31,7 +30,7 @@ def write(prefix, docs=None, *, vocab_size=100, fingerprint="made-of-tests", tex
 
 
 def write_megatron(prefix, sequences, starts=None, dtype="<u2", code=8) -> None:
-    """The format, written a second time and as plainly as possible."""
+    """A second writer of the format, as simple as possible."""
     lengths = [len(sequence) for sequence in sequences]
     pointers = [sum(lengths[:i]) * np.dtype(dtype).itemsize for i in range(len(lengths))]
     starts = range(len(sequences) + 1) if starts is None else starts
@@ -58,7 +57,7 @@ def test_bytes_equal_those_of_an_independent_writer(tmp_path, vocab_size, dtype,
     assert (tmp_path / "ours.idx").stat().st_size == 34 + 12 * 7 + 8 * 8 == 182
 
 
-def test_an_index_written_in_several_blocks_is_the_same(tmp_path, monkeypatch):
+def test_an_index_does_not_depend_on_the_blocks_in_which_it_is_written(tmp_path, monkeypatch):
     write(tmp_path / "one")
     monkeypatch.setattr("pretrain.data.indexed._INDEX_BLOCK", 3)
     write(tmp_path / "several")
@@ -92,14 +91,14 @@ def test_adding_one_by_one_or_all_at_once_gives_the_same_files(tmp_path):
         assert (tmp_path / f"one{end}").read_bytes() == (tmp_path / f"all{end}").read_bytes()
 
 
-def test_files_of_others_are_read_without_a_seal_and_with_several_sequences_per_document(tmp_path):
+def test_foreign_files_are_read_without_a_sidecar_and_with_several_sequences_per_document(tmp_path):
     docs = documents()
     write_megatron(tmp_path / "theirs", docs, starts=[0, 2, 3, 7])
     file = TokenFile(tmp_path / "theirs")
     assert file.sidecar is None and file.num_documents == 3
     assert np.array_equal(file.document(0), np.concatenate(docs[:2]))
     assert np.array_equal(file.document(2), np.concatenate(docs[3:]))
-    with pytest.raises(DataError, match="no sidecar"):
+    with pytest.raises(DataError, match=r"theirs\.json"):
         file.check_checksums()
 
 
@@ -118,22 +117,23 @@ def test_reads_of_many_ranges_equal_slices(tmp_path):
     assert np.array_equal(file.read(starts, lengths), expected)
     assert file.read([], []).size == 0
     for start, length in ((-1, 3), (68, 3), (3, -1)):
-        with pytest.raises(IndexError, match="outside"):
+        with pytest.raises(IndexError):
             file.read([start], [length])
 
 
-def test_a_file_cut_short_while_in_use_is_an_error_and_not_the_end_of_the_process(tmp_path):
+def test_a_file_truncated_while_in_use_raises_and_does_not_kill_the_process(tmp_path):
     write(tmp_path / "a")
     file = TokenFile(tmp_path / "a")
     os.truncate(tmp_path / "a.bin", 21)
-    with pytest.raises(OSError, match="cut short"):
+    with pytest.raises(OSError, match="truncated") as error:
         file.read([0], [70])
+    assert error.value.errno == errno.EIO and error.value.filename == str(tmp_path / "a.bin")
 
 
 # ---------------------------------------------------------------- the sidecar
 
 
-def test_seal_says_what_the_files_hold(tmp_path):
+def test_the_sidecar_describes_the_files(tmp_path):
     docs = documents()
     sidecar = write(tmp_path / "a", docs, text_bytes=3)
     assert sidecar == TokenFile(tmp_path / "a").sidecar == Sidecar.read(tmp_path / "a.json")
@@ -147,7 +147,7 @@ def test_seal_says_what_the_files_hold(tmp_path):
 
 
 def test_blocks_and_bigram_runs_of_a_larger_file(tmp_path, monkeypatch):
-    """Several checksum blocks, and more tokens than the bigram entropy is measured on."""
+    """Several checksum blocks, and more tokens than the bigram entropy uses."""
     monkeypatch.setattr("pretrain.data.indexed._BLOCK_BYTES", 1000)
     monkeypatch.setattr("pretrain.data.indexed._BIGRAM_RUN_TOKENS", 50)
     docs = documents([40] * 200, vocab_size=20)
@@ -160,49 +160,46 @@ def test_blocks_and_bigram_runs_of_a_larger_file(tmp_path, monkeypatch):
         file.write(b"\xff")
     damaged = TokenFile(tmp_path / "a")
     damaged.check_block(6)
-    with pytest.raises(DataError, match=r"a\.bin: damaged between bytes 7,000 and 8,000"):
+    with pytest.raises(DataError, match=r"a\.bin.*7,000.*8,000"):
         damaged.check_checksums()
 
 
-def test_a_flipped_bit_in_either_file_is_found_by_verify(tmp_path):
+def test_checksums_find_a_flipped_bit_in_either_file(tmp_path):
     for name in ("a.bin", "a.idx"):
         write(tmp_path / "a", overwrite=True)
         data = bytearray((tmp_path / name).read_bytes())
         data[45] ^= 1
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(DataError, match=name.replace(".", r"\.") + ".*damaged"):
+        with pytest.raises(DataError, match=name.replace(".", r"\.")):
             TokenFile(tmp_path / "a").check_checksums()
 
 
-def test_a_seal_of_other_files_is_refused(tmp_path):
+def test_a_sidecar_of_other_files_is_refused(tmp_path):
     write(tmp_path / "a")
     write(tmp_path / "longer", documents([5, 1, 12, 3, 40, 7, 3]))
     write(tmp_path / "fewer", documents([70]))
-    for other, what in (
-        ("longer", "num_tokens is 71 in the sidecar and 70"),
-        ("fewer", "num_documents is 1 in the sidecar and 7"),
-    ):
+    for other, what in (("longer", "num_tokens.* 71 .* 70 "), ("fewer", "num_documents.* 1 .* 7 ")):
         (tmp_path / "a.json").write_bytes((tmp_path / f"{other}.json").read_bytes())
         with pytest.raises(DataError, match=what):
             TokenFile(tmp_path / "a")
     sidecar = write(tmp_path / "a", overwrite=True)
     (tmp_path / "a.json").write_text(dataclasses.replace(sidecar, dtype="int32").to_json())
-    with pytest.raises(DataError, match="dtype is int32 in the sidecar and uint16"):
+    with pytest.raises(DataError, match=r"dtype.* int32 .* uint16 "):
         TokenFile(tmp_path / "a")
 
 
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (lambda values: "{", "not a sidecar"),
-        (lambda values: "[1]", "sidecar of format None"),
-        (lambda values: values | {"format_version": 2}, "sidecar of format 2"),
-        (lambda values: {k: v for k, v in values.items() if k != "max_id"}, "max_id missing or wrong"),
-        (lambda values: values | {"max_id": "7"}, "max_id missing or wrong"),
-        (lambda values: values | {"shuffled": None, "corpus": 3}, "shuffled, corpus missing or wrong"),
+        (lambda values: "{", "a.json"),
+        (lambda values: "[1]", "format_version None"),
+        (lambda values: values | {"format_version": 2}, "format_version 2"),
+        (lambda values: {k: v for k, v in values.items() if k != "max_id"}, "max_id"),
+        (lambda values: values | {"max_id": "7"}, "max_id"),
+        (lambda values: values | {"shuffled": None, "corpus": 3}, "shuffled, corpus"),
     ],
 )
-def test_a_damaged_seal_is_refused(tmp_path, change, what):
+def test_a_damaged_sidecar_is_refused(tmp_path, change, what):
     write(tmp_path / "a")
     path = tmp_path / "a.json"
     changed = change(json.loads(path.read_text()))
@@ -211,7 +208,7 @@ def test_a_damaged_seal_is_refused(tmp_path, change, what):
         TokenFile(tmp_path / "a")
 
 
-def test_fingerprint_follows_the_content_and_not_the_place(tmp_path):
+def test_the_fingerprint_depends_on_the_content_and_not_on_the_path(tmp_path):
     docs = documents()
     write(tmp_path / "a", docs)
     write(tmp_path / "b", docs)
@@ -219,7 +216,7 @@ def test_fingerprint_follows_the_content_and_not_the_place(tmp_path):
     write(tmp_path / "d", documents(seed=1))
     prints = [TokenFile(tmp_path / name).fingerprint() for name in "abcd"]
     assert prints[0] == prints[1] and len(set(prints)) == 3
-    with open(tmp_path / "b.bin", "r+b") as file:  # behind the back of the sidecar
+    with open(tmp_path / "b.bin", "r+b") as file:  # unknown to the sidecar
         file.write(b"\x09")
     assert TokenFile(tmp_path / "b").fingerprint() != prints[0]
 
@@ -229,20 +226,18 @@ def test_fingerprint_follows_the_content_and_not_the_place(tmp_path):
 
 def test_an_index_cut_at_any_length_is_refused_with_both_sizes(tmp_path):
     write(tmp_path / "a")
-    whole = (tmp_path / "a.idx").read_bytes()
-    began = time.perf_counter()
-    for length in range(len(whole)):
-        (tmp_path / "a.idx").write_bytes(whole[:length])
-        with pytest.raises(DataError, match=rf"a\.idx: {length} bytes found, (at least 34|182) expected"):
+    complete = (tmp_path / "a.idx").read_bytes()
+    for length in range(len(complete)):
+        (tmp_path / "a.idx").write_bytes(complete[:length])
+        with pytest.raises(DataError, match=rf"a\.idx: {length} bytes.* (34|182) "):
             TokenFile(tmp_path / "a")
-    assert time.perf_counter() - began < 5
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 70, 138, 139, 141, 142, 280])
 def test_a_bin_of_another_length_is_refused_with_both_sizes(tmp_path, size):
     write(tmp_path / "a")
     os.truncate(tmp_path / "a.bin", size)
-    with pytest.raises(DataError, match=rf"a\.bin: {size} bytes found, 140 expected"):
+    with pytest.raises(DataError, match=rf"a\.bin: {size} bytes.* 140 "):
         TokenFile(tmp_path / "a")
 
 
@@ -250,13 +245,13 @@ def test_a_bin_of_another_length_is_refused_with_both_sizes(tmp_path, size):
     ("offset", "data", "what"),
     [
         (0, b"PK", "not a Megatron index"),
-        (9, struct.pack("<Q", 2), "version 2 found, 1 expected"),
-        (17, b"\x06", "dtype code 6 found"),
-        (17, b"\x00", "dtype code 0 found"),
-        (17, b"\x04", "140 bytes found, 272 expected|contradict"),
-        (18, struct.pack("<Q", 2**31), "182 bytes found, 25,769,803,874 expected"),
-        (18, struct.pack("<Q", 2**64 - 1), "182 bytes found"),
-        (26, struct.pack("<Q", 2**63), "182 bytes found"),
+        (9, struct.pack("<Q", 2), "version 2"),
+        (17, b"\x06", "dtype code 6"),
+        (17, b"\x00", "dtype code 0"),
+        (17, b"\x04", "140 bytes|contradict"),
+        (18, struct.pack("<Q", 2**31), "182 bytes.* 25,769,803,874"),
+        (18, struct.pack("<Q", 2**64 - 1), "182 bytes"),
+        (26, struct.pack("<Q", 2**63), "182 bytes"),
         (34 + 28, struct.pack("<q", 2), "contradict"),
         (34 + 84, struct.pack("<q", 1), "contradict"),
         (34 + 84 + 56, struct.pack("<q", 6), "contradict"),
@@ -264,7 +259,7 @@ def test_a_bin_of_another_length_is_refused_with_both_sizes(tmp_path, size):
         (34 + 28 + 48, struct.pack("<q", -8), "bytes found"),
     ],
 )
-def test_a_contradicting_index_is_refused(tmp_path, offset, data, what):
+def test_an_index_that_contradicts_itself_or_the_tokens_is_refused(tmp_path, offset, data, what):
     write(tmp_path / "a")
     with open(tmp_path / "a.idx", "r+b") as file:
         file.seek(offset)
@@ -278,16 +273,16 @@ def test_a_damaged_pointer_in_the_middle_is_refused_when_it_is_used(tmp_path):
     with open(tmp_path / "a.idx", "r+b") as file:
         file.seek(34 + 28 + 16)
         file.write(struct.pack("<q", 10**9))
-    with pytest.raises(DataError, match=r"a\.idx: document 1 .* damaged"):
+    with pytest.raises(DataError, match=r"a\.idx: document 1 "):
         TokenFile(tmp_path / "a").document(1)
 
 
 def test_sets_without_documents_or_tokens_and_multimodal_sets_are_refused(tmp_path):
     write_megatron(tmp_path / "none", [])
-    with pytest.raises(DataError, match="holds no documents"):
+    with pytest.raises(DataError, match="no documents"):
         TokenFile(tmp_path / "none")
     write_megatron(tmp_path / "empty", [[], []])
-    with pytest.raises(DataError, match="holds no tokens"):
+    with pytest.raises(DataError, match="no tokens"):
         TokenFile(tmp_path / "empty")
     write_megatron(tmp_path / "modes", documents())
     with open(tmp_path / "modes.idx", "ab") as file:
@@ -296,15 +291,15 @@ def test_sets_without_documents_or_tokens_and_multimodal_sets_are_refused(tmp_pa
         TokenFile(tmp_path / "modes")
 
 
-def test_missing_files_are_named_with_what_is_there_instead(tmp_path):
-    with pytest.raises(DataError, match=r"nothing\.bin and .*nothing\.idx not found.*tools/tokenize_corpus\.py"):
+def test_missing_files_are_reported_with_the_names_that_exist(tmp_path):
+    with pytest.raises(DataError, match=r"nothing\.bin.*nothing\.idx.*tools/tokenize_corpus\.py"):
         TokenFile(tmp_path / "nothing")
     write(tmp_path / "text_train")
-    with pytest.raises(DataError, match=r"there is .*text_train"):
+    with pytest.raises(DataError, match="text_train"):
         TokenFile(tmp_path / "text")
-    os.remove(tmp_path / "text_train.idx")  # what an interrupted replacement leaves is not a flat file
+    os.remove(tmp_path / "text_train.idx")  # left by an interrupted replacement: not a flat file
     for name in ("text_train", "text_train.bin"):
-        with pytest.raises(DataError, match=r"text_train\.idx not found"):
+        with pytest.raises(DataError, match=r"text_train\.idx"):
             TokenFile(tmp_path / name)
 
 
@@ -321,7 +316,7 @@ def test_flat_files_are_read(tmp_path):
         file.document(0)
 
 
-def test_flat_files_with_the_header_of_llm_c_are_read_behind_it(tmp_path):
+def test_flat_files_of_llm_c_are_read_after_their_header(tmp_path):
     header, tokens = np.zeros(256, dtype="<i4"), np.arange(1000, dtype="<u2")
     header[:3] = 20240520, 1, 1000
     (tmp_path / "shard.bin").write_bytes(header.tobytes() + tokens.tobytes())
@@ -329,11 +324,11 @@ def test_flat_files_with_the_header_of_llm_c_are_read_behind_it(tmp_path):
     assert np.array_equal(file.tokens, tokens) and np.array_equal(file.read([0, 990], [3, 10]), [0, 1, 2, *range(990, 1000)])
     with open(tmp_path / "shard.bin", "ab") as shard:
         shard.write(bytes(2))
-    with pytest.raises(DataError, match="3,026 bytes found, 3,024 expected"):
+    with pytest.raises(DataError, match=r"3,026 .*3,024"):
         TokenFile(tmp_path / "shard.bin")
 
 
-def test_flat_files_of_32_bits_are_not_read_as_16_bits_with_a_zero_after_each_token(tmp_path):
+def test_flat_files_of_32_bits_are_told_from_those_of_16_bits(tmp_path):
     header, rng = np.zeros(256, dtype="<i4"), np.random.default_rng(0)
     for vocab_size in (300, 65536, 128_256, 262_144):
         tokens = rng.integers(0, vocab_size, 50_000).astype("<u4")
@@ -344,7 +339,7 @@ def test_flat_files_of_32_bits_are_not_read_as_16_bits_with_a_zero_after_each_to
             assert np.array_equal(
                 TokenFile(tmp_path / name).read([7, 49_000], [5, 1000]), tokens[[*range(7, 12), *range(49_000, 50_000)]]
             )
-    few = np.tile(np.array([1, 0, 2, 0], dtype="<u2"), 100)  # a vocabulary of three, and a file that was never written
+    few = np.tile(np.array([1, 0, 2, 0], dtype="<u2"), 100)  # 16 bits: a tiny vocabulary, and a file that is mostly a hole
     hole = np.zeros(1000, "<u2")
     hole[100] = 7
     for tokens in (few, hole, rng.integers(0, 50, 1000).astype("<u2")):
@@ -352,13 +347,11 @@ def test_flat_files_of_32_bits_are_not_read_as_16_bits_with_a_zero_after_each_to
         assert TokenFile(tmp_path / "flat.bin").dtype == np.uint16
     with open(tmp_path / "saved.bin", "wb") as file:
         np.save(file, tokens)
-    with pytest.raises(DataError, match=r"saved\.bin: a file of numpy\.save"):
+    with pytest.raises(DataError, match=r"saved\.bin.*numpy\.save"):
         TokenFile(tmp_path / "saved.bin")
 
 
-@pytest.mark.parametrize(
-    ("size", "what"), [(0, "holds no tokens"), (1, "1 bytes found, 0 expected"), (2001, "2,001 bytes found")]
-)
+@pytest.mark.parametrize(("size", "what"), [(0, "no tokens"), (1, "1 bytes"), (2001, "2,001 bytes")])
 def test_impossible_flat_files_are_refused(tmp_path, size, what):
     (tmp_path / "flat.bin").write_bytes(bytes(size))
     with pytest.raises(DataError, match=what):
@@ -373,7 +366,7 @@ def open_writer(prefix, **options) -> TokenWriter:
     return TokenWriter(prefix, vocab_size=100, end_of_document_id=END, **about)
 
 
-def test_nothing_bears_the_final_name_before_the_end(tmp_path):
+def test_no_file_has_its_final_name_before_the_end(tmp_path):
     with open_writer(tmp_path / "a") as writer:
         writer.add([5, END], [2], 1)
         assert {path.suffix for path in tmp_path.iterdir()} <= {".tmp"} | {""}
@@ -383,7 +376,7 @@ def test_nothing_bears_the_final_name_before_the_end(tmp_path):
 
 
 @pytest.mark.parametrize("fails", [True, False])
-def test_leaving_without_finishing_leaves_nothing(tmp_path, fails):
+def test_a_writer_that_is_not_finished_leaves_nothing(tmp_path, fails):
     with pytest.raises(KeyboardInterrupt) if fails else open_writer(tmp_path / "b"), open_writer(tmp_path / "a") as writer:
         writer.add([5, END], [2], 1)
         if fails:
@@ -391,10 +384,10 @@ def test_leaving_without_finishing_leaves_nothing(tmp_path, fails):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_output_is_kept_unless_it_is_to_be_replaced(tmp_path):
+def test_existing_output_is_replaced_only_with_overwrite(tmp_path):
     write(tmp_path / "a")
     before = (tmp_path / "a.bin").read_bytes()
-    with pytest.raises(DataError, match=r"a\.json.*exists; choose another output, or overwrite it"):
+    with pytest.raises(DataError, match=r"a\.json.*--overwrite"):
         write(tmp_path / "a", documents(seed=1))
     assert (tmp_path / "a.bin").read_bytes() == before
     write(tmp_path / "a", documents(seed=1), overwrite=True)
@@ -402,27 +395,27 @@ def test_an_existing_output_is_kept_unless_it_is_to_be_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("survivors", [0, 1, 2])
-def test_a_replacement_that_dies_between_two_files_never_leaves_a_mixed_pair(tmp_path, monkeypatch, survivors):
-    """Same sizes before and after, so only the missing index can tell."""
+def test_a_replacement_that_fails_between_two_files_never_leaves_a_mixed_pair(tmp_path, monkeypatch, survivors):
+    """The sizes do not change, so only the missing index tells."""
     write(tmp_path / "a")
     replace, calls = os.replace, iter(range(10))
 
-    def dies(*paths):
+    def fail(*paths):
         if next(calls) == survivors:
-            raise OSError(errno.EIO, "the disk is gone")
+            raise OSError(errno.EIO, "planted")
         replace(*paths)
 
-    monkeypatch.setattr(os, "replace", dies)
-    with pytest.raises(OSError, match="the disk is gone"):
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="planted"):
         write(tmp_path / "a", documents(seed=1), overwrite=True)
-    with pytest.raises(DataError, match=r"a\.idx not found"):
+    with pytest.raises(DataError, match=r"a\.idx"):
         TokenFile(tmp_path / "a")
 
 
 def test_a_second_writer_of_the_same_output_is_refused(tmp_path):
     with open_writer(tmp_path / "a") as writer:
         writer.add([5, END], [2], 1)
-        with pytest.raises(DataError, match="another process is writing"):
+        with pytest.raises(DataError, match="another process"):
             open_writer(tmp_path / "a")
         writer.finish({})
     assert TokenFile(tmp_path / "a").num_tokens == 2
@@ -431,20 +424,20 @@ def test_a_second_writer_of_the_same_output_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("tokens", "lengths", "what"),
     [
-        ([5, 6], [2], "must end every document"),
-        ([5, END, 6, END], [4], "must end every document"),
-        ([5, END], [3], "must end every document"),
-        ([5, END, END], [2], "must end every document"),
-        ([100, END], [2], "ids 2 to 100 given, the vocabulary has 100"),
-        ([-1, END], [2], "ids -1 to 2 given"),
+        ([5, 6], [2], "every document"),
+        ([5, END, 6, END], [4], "every document"),
+        ([5, END], [3], "every document"),
+        ([5, END, END], [2], "every document"),
+        ([100, END], [2], "2 to 100"),
+        ([-1, END], [2], "-1 to 2"),
     ],
 )
-def test_documents_that_break_the_invariants_are_refused(tmp_path, tokens, lengths, what):
+def test_invalid_documents_are_refused(tmp_path, tokens, lengths, what):
     with open_writer(tmp_path / "a") as writer, pytest.raises(DataError, match=what):
         writer.add(tokens, lengths, 1)
 
 
-def test_no_documents_at_all_are_refused(tmp_path):
-    with open_writer(tmp_path / "a") as writer, pytest.raises(DataError, match="0 documents given"):
+def test_a_corpus_without_documents_is_refused(tmp_path):
+    with open_writer(tmp_path / "a") as writer, pytest.raises(DataError, match="0 documents"):
         writer.finish({})
     assert list(tmp_path.iterdir()) == []

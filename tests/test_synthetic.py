@@ -1,4 +1,4 @@
-"""Synthetic tokens are pure functions of their number, and their losses are what `reference_lines` says."""
+"""Synthetic tokens are pure functions of the sample number, and `reference_lines` gives their losses."""
 
 import math
 
@@ -35,7 +35,7 @@ def test_ids_are_in_the_vocabulary(kind, vocab_size, sequence_length):
 
 
 @pytest.mark.parametrize("kind", ["uniform", "unigram", "markov"])
-def test_measured_entropies_are_the_promised_ones(kind):
+def test_measured_entropies_equal_the_reference_lines(kind):
     data = source(kind, sequence_length=499)
     tokens = data.read(np.arange(2000))
     lines = data.reference_lines
@@ -45,14 +45,14 @@ def test_measured_entropies_are_the_promised_ones(kind):
 
 
 @pytest.mark.parametrize("sequence_length", [1, 2, 63, 64])
-def test_copy_repeats_its_first_half_and_its_floor_counts_the_free_tokens(sequence_length):
+def test_copy_repeats_its_first_half_and_its_floor_counts_only_new_tokens(sequence_length):
     data = source("copy", sequence_length=sequence_length)
     tokens, half = data.read(np.arange(20)), (sequence_length + 1) // 2
     assert np.array_equal(tokens[:, half:], tokens[:, : sequence_length + 1 - half])
     assert data.reference_lines["floor"] == pytest.approx((half - 1) / sequence_length * math.log(97))
 
 
-def test_repeat_has_eight_texts_told_apart_by_their_first_token_and_others_for_validation():
+def test_repeat_has_eight_texts_with_distinct_first_tokens_and_others_for_validation():
     texts = {tuple(text) for text in source("repeat").read(np.arange(1000)).tolist()}
     assert len(texts) == 8 == len({text[0] for text in texts})
     assert not texts & {tuple(text) for text in source("repeat", "valid").read(np.arange(200)).tolist()}

@@ -1,4 +1,4 @@
-"""Our tokenizers lose nothing, cannot be tricked by text, and mean the same to transformers."""
+"""Our tokenizers are lossless, no text becomes a special id, and transformers gives the same ids."""
 
 import json
 import shutil
@@ -61,7 +61,7 @@ def converted(folder, tmp_path_factory):
 
 
 def test_an_id_of_a_larger_model_has_no_text(tokenizer, converted):
-    """Models may have more ids than their tokenizer, and may write them."""
+    """A model may have more ids than its tokenizer, and may generate them."""
     ids = tokenizer.encode("a text")
     for each in (tokenizer, converted):
         assert each.decode([*ids, VOCABULARY + 3, *ids]) == "a texta text"
@@ -74,7 +74,7 @@ def test_ids_of_special_tokens_are_fixed(tokenizer):
 
 
 @pytest.mark.parametrize("text", TRICKY)
-def test_tricky_text_survives_and_never_becomes_a_special_id(tokenizer, text):
+def test_tricky_text_survives_without_special_ids(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert min(ids, default=6) >= 6 and max(ids, default=0) < VOCABULARY
@@ -87,7 +87,7 @@ def test_any_text_survives(tokenizer, text):
 
 
 def test_a_space_survives_a_tokenizer_that_was_trained_on_text_without_one(tmp_path):
-    """As Chinese, Japanese and Thai are."""
+    """Such as Chinese, Japanese or Thai."""
     train(["今天天气很好，我们去公园玩。" * 50] * 20, tmp_path / "t", vocab_size=290, describe=dict)
     converted = tmp_path / "converted"
     converted.mkdir()
@@ -99,7 +99,7 @@ def test_a_space_survives_a_tokenizer_that_was_trained_on_text_without_one(tmp_p
 
 
 def test_more_characters_than_ids_leave_room_for_longer_pieces(tmp_path):
-    """As Chinese has: frequent ones become pieces, the others bytes."""
+    """As in Chinese: frequent characters become pieces, the others bytes."""
     rng = np.random.default_rng(0)
     words = ["".join(map(chr, 0x4E00 + (2500 ** (rng.random(2) ** 2)).astype(int))) for _ in range(4000)]
     written = ["".join(words[int(i)] for i in 4000 ** (rng.random(1000) ** 0.7)) for _ in range(40)]
@@ -107,14 +107,14 @@ def test_more_characters_than_ids_leave_room_for_longer_pieces(tmp_path):
     tokenizer = train(written, tmp_path / "t", vocab_size=1200, describe=dict)
     text = written[0] + " \U00020000"
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert len(tokenizer.encode(text)) < len(text)  # longer pieces save more than the bytes of rare characters cost
+    assert len(tokenizer.encode(text)) < len(text)  # longer pieces save more than rare characters cost
 
 
-def test_real_documents_survive_in_batches_as_alone(tokenizer, texts):
+def test_real_documents_survive_in_batches_and_alone(tokenizer, texts):
     batch = tokenizer.encode_batch(texts)
     assert [tokenizer.decode(ids) for ids in batch] == texts
     assert batch[7] == tokenizer.encode(texts[7])
-    assert sum(map(len, texts)) / sum(map(len, batch)) > 2.5  # characters per token: it has learned something
+    assert sum(map(len, texts)) / sum(map(len, batch)) > 2.5  # characters per token: the pieces fit the text
 
 
 @pytest.mark.parametrize("length", [1, 50, 333, 2000])
@@ -127,7 +127,7 @@ def test_cutting_long_texts_changes_no_id(tokenizer, texts, length):
 
 def test_text_that_is_not_unicode_is_refused(tokenizer, converted):
     for one in (tokenizer, converted):
-        with pytest.raises(DataError, match=r"not valid Unicode.*position 1"):
+        with pytest.raises(DataError, match="position 1"):
             one.encode("a\ud800")
 
 
@@ -150,23 +150,23 @@ def test_training_text_is_cut_at_lines_without_losing_any(texts):
 @pytest.mark.parametrize(
     ("vocab_size", "text", "what"),
     [
-        (100, "some text", "need 2\\d\\d; give a larger"),
-        (5000, "some text " * 50, "allows \\d+ at most"),
-        (300, "", "there is no text"),
+        (100, "some text", r" 2\d\d;.*--vocab-size"),
+        (5000, "some text " * 50, r" \d+;.*--vocab-size"),
+        (300, "", "no text"),
     ],
 )
 def test_impossible_vocabularies_are_refused_with_the_limit(tmp_path, vocab_size, text, what):
-    with pytest.raises(DataError, match=f"vocabulary of {vocab_size}: .*{what}"):
+    with pytest.raises(DataError, match=f"{vocab_size}: .*{what}"):
         train([text], tmp_path / "t", vocab_size=vocab_size, describe=dict)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_in_use_is_not_overwritten(folder, texts):
-    with pytest.raises(DataError, match="exists already"):
+    with pytest.raises(DataError, match=str(folder)):
         train(texts[:1], folder, vocab_size=300, describe=dict)
 
 
-def test_fingerprint_is_of_the_content_and_not_of_the_path(folder, tokenizer, converted, tmp_path):
+def test_the_fingerprint_depends_on_the_content_and_not_on_the_path(folder, tokenizer, converted, tmp_path):
     shutil.copytree(folder, tmp_path / "moved")
     assert Tokenizer.load(tmp_path / "moved").fingerprint == tokenizer.fingerprint
     shutil.copytree(folder, tmp_path / "other", ignore=shutil.ignore_patterns("tokenizer_info.json"))
@@ -179,25 +179,25 @@ def test_fingerprint_is_of_the_content_and_not_of_the_path(folder, tokenizer, co
 
 
 def test_damaged_and_foreign_folders_are_refused(folder, tmp_path):
-    with pytest.raises(DataError, match=r"no tokenizer here.*tools/train_tokenizer\.py"):
+    with pytest.raises(DataError, match=r"tools/train_tokenizer\.py"):
         Tokenizer.load(tmp_path)
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     data = (folder / "tokenizer.model").read_bytes()
     (copy / "tokenizer.model").write_bytes(data[: len(data) // 2])
-    with pytest.raises(DataError, match=r"damaged tokenizer|is not the one"):
+    with pytest.raises(DataError, match="copy"):
         Tokenizer.load(copy)
     (copy / "tokenizer_info.json").write_text("{}")
-    with pytest.raises(DataError, match="damaged tokenizer"):
+    with pytest.raises(DataError, match="damaged"):
         Tokenizer.load(copy)
     (copy / "tokenizer_info.json").unlink()
     config = json.loads((copy / "tokenizer_config.json").read_text())
     del config["eos_token"]
     (copy / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(DataError, match="names no eos_token"):
+    with pytest.raises(DataError, match="no eos_token"):
         Tokenizer.load(copy)
     (copy / "tokenizer.json").write_text("{}")
-    with pytest.raises(DataError, match=r"tokenizer\.json: not a tokenizer"):
+    with pytest.raises(DataError, match=r"tokenizer\.json"):
         Tokenizer.load(copy)
 
 
@@ -232,8 +232,8 @@ def test_transformers_gives_the_same_ids(tokenizer, folder, texts, tmp_path):
         assert theirs.encode("<|im_start|>") == [4]
 
 
-def test_any_hugging_face_tokenizer_is_loaded(tmp_path):
-    """A byte-level one, with truncation set and an eos_token written as an object."""
+def test_a_byte_level_hugging_face_tokenizer_is_loaded(tmp_path):
+    """With truncation enabled, and with an eos_token written as an object."""
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -252,8 +252,8 @@ def test_any_hugging_face_tokenizer_is_loaded(tmp_path):
     assert 0 not in ids and tokenizer.decode(ids) == text and tokenizer.vocab_size == library.get_vocab_size()
 
 
-def test_no_text_becomes_a_special_id_of_a_hugging_face_tokenizer_that_holds_it_as_a_piece(tmp_path):
-    """Of a unigram model, "</s>" is a piece like others, and a token that is added without being special is found in text."""
+def test_no_text_becomes_a_special_id_even_if_a_hugging_face_tokenizer_has_it_as_a_piece(tmp_path):
+    """In a unigram model "</s>" is a piece like others, and an added token that is not special is matched in text."""
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -269,35 +269,35 @@ def test_no_text_becomes_a_special_id_of_a_hugging_face_tokenizer_that_holds_it_
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": name, "bos_token": "<s>"}))
         tokenizer = Tokenizer.load(tmp_path)
         special = {tokenizer.end_of_document_id, tokenizer.bos_id, library.token_to_id("</s>")}
-        assert tokenizer.encode("some \u4e2d")[-1] == library.token_to_id("<unk>")  # which is special, and right here
+        assert tokenizer.encode("some \u4e2d")[-1] == library.token_to_id("<unk>")  # which is special, but correct here
         for text in ("a </s> b", "</s>", "some<s>more</s>text", "some <|end|>"):
             ids = tokenizer.encode(text)
             assert special.isdisjoint(ids) and tokenizer.decode(tokenizer.encode("some text")) == "some text"
             assert "|" in text or tokenizer.decode(ids) == text
 
 
-def test_a_tokenizer_that_has_no_id_for_a_character_says_so(tmp_path):
+def test_a_character_without_an_id_is_refused(tmp_path):
     from tokenizers import Tokenizer as Library
     from tokenizers import models
 
     library = Library(models.WordLevel({"word": 0, "<eos>": 1}, unk_token="<unk>"))
     library.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
-    with pytest.raises(DataError, match=r"cannot encode a text .*take a tokenizer with an unknown token"):
+    with pytest.raises(DataError, match=str(tmp_path)):
         Tokenizer.load(tmp_path).encode("other")
 
 
 @pytest.mark.parametrize(
     ("files", "what"),
     [
-        ({"tokenizer_config.json": "{oops"}, "tokenizer_config.json: damaged"),
-        ({"tokenizer_config.json": "[]"}, "tokenizer_config.json: damaged"),
-        ({"tokenizer_config.json": "{}"}, "names no eos_token"),
-        ({"tokenizer_config.json": '{"eos_token": "</s>"}'}, "names the eos_token '</s>', which tokenizer.json lacks"),
+        ({"tokenizer_config.json": "{oops"}, "tokenizer_config.json"),
+        ({"tokenizer_config.json": "[]"}, "tokenizer_config.json"),
+        ({"tokenizer_config.json": "{}"}, "no eos_token"),
+        ({"tokenizer_config.json": '{"eos_token": "</s>"}'}, "'</s>'.*tokenizer.json"),
         ({"special_tokens_map.json": '{"eos_token": "<|endoftext|>"}', "tokenizer_config.json": "{}"}, None),
     ],
 )
-def test_a_hugging_face_folder_is_refused_with_what_is_wrong_in_it(folder, tmp_path, files, what):
+def test_a_wrong_eos_token_of_a_hugging_face_folder_is_refused(folder, tmp_path, files, what):
     shutil.copy(folder / "tokenizer.json", tmp_path)
     for name, text in files.items():
         (tmp_path / name).write_text(text)

@@ -94,12 +94,10 @@ class FileSource:
             starts[:, 1:] = tokens[:, :-2] == self.sidecar.end_of_document_id
         else:
             for row, first in enumerate((samples * self.sequence_length).tolist()):
-                number = self.file.document_at(first) + 1
-                while (
-                    number < self.file.num_documents and (start := self.file.document_start(number) - first) < starts.shape[1]
-                ):
+                for number in range(self.file.document_at(first) + 1, self.file.num_documents):
+                    if (start := self.file.document_start(number) - first) >= self.sequence_length:
+                        break
                     starts[row, start] = True
-                    number += 1
         return np.cumsum(starts, axis=1)
 
 
@@ -132,17 +130,12 @@ class TrainData:
     def take(self, position: int, count: int) -> Batch:
         """The samples at positions [position, position + count). Raises DataError, OSError."""
         numbers, _, samples = self._locate(position, count)
-        shape = (count, self._data.sequence_length)
-        tokens_BT, labels_BT = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
-        documents_BT = np.empty(shape, dtype=np.int64) if self._data.document_mask else None
+        batch = _masked_batch(count, self._data)
         for number in np.unique(numbers).tolist():
             rows = np.flatnonzero(numbers == number)
             source = self.sources[number]
-            windows = source.read(samples[rows])
-            tokens_BT[rows], labels_BT[rows] = windows[:, :-1], windows[:, 1:]
-            if documents_BT is not None:
-                documents_BT[rows] = source.documents(samples[rows], windows)
-        return _batch(tokens_BT, labels_BT, documents_BT)
+            _fill(batch, rows, source, samples[rows], source.read(samples[rows]))
+        return batch
 
     def sample_ids(self, position: int, count: int) -> list[tuple[int, int, int]]:
         """(source number, epoch, sample) of the positions [position, position + count)."""
@@ -206,20 +199,15 @@ class ValidData:
     def take(self, indices: list[int | None]) -> Batch:
         """The samples with these numbers. None, or a number past the end, gives a sample with all labels masked."""
         numbers = np.array([-1 if index is None else index for index in indices], dtype=np.int64)
-        shape = (len(numbers), self._data.sequence_length)
-        tokens_BT, labels_BT = np.zeros(shape, dtype=np.int64), np.full(shape, MASKED, dtype=np.int64)
-        documents_BT = np.zeros(shape, dtype=np.int64) if self._data.document_mask else None
+        batch = _masked_batch(len(numbers), self._data)
         complete = np.flatnonzero((numbers >= 0) & (numbers < self.source.num_samples))
         partial = np.flatnonzero((numbers >= self.source.num_samples) & (numbers < self.num_samples))
         for rows, read in (complete, self.source.read), (partial, self._read_partial):
             if rows.size:
-                windows = read(numbers[rows])
-                tokens_BT[rows], labels_BT[rows] = windows[:, :-1], windows[:, 1:]
-                if documents_BT is not None:
-                    documents_BT[rows] = self.source.documents(numbers[rows], windows)
+                _fill(batch, rows, self.source, numbers[rows], read(numbers[rows]))
         last = self.num_labels - (self.num_samples - 1) * self._data.sequence_length
-        labels_BT[partial, last:] = MASKED
-        return _batch(tokens_BT, labels_BT, documents_BT)
+        batch.labels_BT[partial, last:] = MASKED
+        return batch
 
     def _read_partial(self, numbers: np.ndarray) -> np.ndarray:
         """The last window of the file, padded with id 0, repeated for each of `numbers` (n,): (n, T + 1)."""
@@ -316,5 +304,14 @@ def _make_names_unique(sources: list[FileSource]) -> None:
         taken.add(source.name)
 
 
-def _batch(tokens_BT: np.ndarray, labels_BT: np.ndarray, documents_BT: np.ndarray | None) -> Batch:
-    return Batch(*(None if array is None else torch.from_numpy(array) for array in (tokens_BT, labels_BT, documents_BT)))
+def _masked_batch(count: int, data: DataConfig) -> Batch:
+    """`count` samples of zeros whose labels are all masked."""
+    tokens_BT = torch.zeros(count, data.sequence_length, dtype=torch.int64)
+    return Batch(tokens_BT, torch.full_like(tokens_BT, MASKED), torch.zeros_like(tokens_BT) if data.document_mask else None)
+
+
+def _fill(batch: Batch, rows: np.ndarray, source, samples: np.ndarray, windows: np.ndarray) -> None:
+    """Writes the `windows` (n, T + 1) of the `samples` (n,) of `source` into the `rows` (n,) of the batch."""
+    batch.tokens_BT.numpy()[rows], batch.labels_BT.numpy()[rows] = windows[:, :-1], windows[:, 1:]
+    if batch.documents_BT is not None:
+        batch.documents_BT.numpy()[rows] = source.documents(samples, windows)

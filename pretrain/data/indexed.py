@@ -256,11 +256,7 @@ class TokenFile:
 
     def sample(self) -> np.ndarray:
         """At most 64 evenly spaced runs of 8192 tokens, the first and the last tokens included: O(1) for any file."""
-        if self.num_tokens <= _SAMPLE_RUNS * _SAMPLE_RUN_TOKENS:
-            return self.read([0], [self.num_tokens])
-        last = self.num_tokens - _SAMPLE_RUN_TOKENS
-        starts = [last * i // (_SAMPLE_RUNS - 1) for i in range(_SAMPLE_RUNS)]
-        return self.read(starts, [_SAMPLE_RUN_TOKENS] * _SAMPLE_RUNS)
+        return self.read(*_spaced_runs(self.num_tokens, _SAMPLE_RUNS, _SAMPLE_RUN_TOKENS))
 
     def fingerprint(self) -> str:
         """Hash of type, length, checksums in the sidecar and `sample()`, but not of the path.
@@ -326,6 +322,13 @@ def read_ranges(file, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
                 raise OSError(errno.EIO, f"ends at byte {offset:,}: truncated while in use", str(file.name))
             filled, offset = filled + got, offset + got
     return data
+
+
+def _spaced_runs(num_tokens: int, count: int, length: int) -> tuple[list[int], list[int]]:
+    """(starts, lengths) of `count` evenly spaced runs of tokens, the first and the last included; or all in one run."""
+    if num_tokens <= count * length:
+        return [0], [num_tokens]
+    return [(num_tokens - length) * i // (count - 1) for i in range(count)], [length] * count
 
 
 def _resolve(path: str) -> tuple[str, Path, Path | None]:
@@ -463,11 +466,8 @@ class TokenWriter:
 
     def _bigram_runs(self, num_tokens: int) -> list[np.ndarray]:
         tokens = np.asarray(np.memmap(self._temporary[1], self._dtype, "r", shape=(num_tokens,)))
-        if num_tokens <= _BIGRAM_RUNS * _BIGRAM_RUN_TOKENS:
-            return [tokens]
-        last = num_tokens - _BIGRAM_RUN_TOKENS
-        starts = [last * i // (_BIGRAM_RUNS - 1) for i in range(_BIGRAM_RUNS)]
-        return [tokens[start : start + _BIGRAM_RUN_TOKENS] for start in starts]
+        runs = zip(*_spaced_runs(num_tokens, _BIGRAM_RUNS, _BIGRAM_RUN_TOKENS), strict=True)
+        return [tokens[start : start + length] for start, length in runs]
 
     def _write_index(self) -> str:
         """Writes the temporary .idx in blocks, one sequence per document, and returns its checksum."""
