@@ -1,4 +1,4 @@
-"""What was tampered with is refused, with status 77, before any of it runs or is loaded; the folder stays as it is."""
+"""A checkpoint that was tampered with is refused before anything in it runs or is loaded; the folder is left unchanged."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import pytest
 import torch
 import xxhash
 
-from pretrain.checkpoint import manifest
-from pretrain.checkpoint.manifest import Checkpoint, UnsafeCheckpoint, checkpoints, digest_json
-from pretrain.train import UNSAFE
+from pretrain.checkpoint import manifest, storage
+from pretrain.checkpoint.manifest import UnsafeCheckpoint, checkpoints, digest_json
+from tests.test_checkpoint import make_engine, save_some
 from tests.test_train import TINY, train_here
 
 TENSORS = "tensors-00000-of-00001-000.safetensors"
 
 
 class Touch:
-    """Unpickling it makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -33,7 +33,7 @@ class Touch:
 
 
 def reseal(folder: Path, **named: Path) -> None:
-    """A manifest that agrees with the files, as an attacker would write it. named: files from elsewhere, by their names."""
+    """Writes a manifest that matches the files, as an attacker would. named: files in other places, by their names in it."""
     files = {}
     for name, path in {**{each: folder / each for each in ("state.json", TENSORS)}, **named}.items():
         data = path.read_bytes()
@@ -65,7 +65,7 @@ def zip_bomb(marker: Path) -> bytes:
 
 
 def header(change: Callable[[dict], None]) -> Callable[[Path, Path], None]:
-    """The header of the tensors changed, and the manifest made to agree."""
+    """Changes the header of the tensors and makes the manifest match."""
 
     def spoil(folder: Path, marker: Path) -> None:
         data = (folder / TENSORS).read_bytes()
@@ -80,7 +80,7 @@ def header(change: Callable[[dict], None]) -> Callable[[Path, Path], None]:
 
 
 def first_of(content: dict) -> dict:
-    return next(place for name, place in content.items() if name != "__metadata__")
+    return next(entry for name, entry in content.items() if name != "__metadata__")
 
 
 def beyond_the_file(content: dict) -> None:
@@ -146,15 +146,15 @@ ATTACKS = {
     "pickle in ASCII": (replaced("state.json", lambda marker: pickle.dumps(Touch(marker), protocol=0)), "is not what this"),
     "torch archive": (replaced(TENSORS, torch_archive), "is a zip archive"),
     "zip bomb": (replaced(TENSORS, zip_bomb), "is a zip archive"),
-    "deep JSON": (replaced("state.json", lambda marker: b'{"a":' + b"[" * 1_000_000), "is nested too deeply"),
+    "deep JSON": (replaced("state.json", lambda marker: b'{"a":' + b"[" * 1_000_000), "nested too deeply"),
     "link": (link_outside, "is a link"),
-    "name with ..": (named_outside(lambda folder, path: os.path.relpath(path, folder)), "which is no file of a checkpoint"),
-    "absolute name": (named_outside(lambda folder, path: str(path)), "which is no file of a checkpoint"),
-    "pipe": (pipe, "is no plain file"),
-    "script": (script("zero_to_fp32.py"), "holds zero_to_fp32.py, which its manifest does not name"),
-    "folder": (script("__pycache__/os.py"), "holds __pycache__, which its manifest does not name"),
-    "folder for all": (lambda folder, marker: folder.chmod(0o777), "everybody may write to it"),
-    "file for all": (lambda folder, marker: (folder / TENSORS).chmod(0o666), "everybody may write to it"),
+    "name with ..": (named_outside(lambda folder, path: os.path.relpath(path, folder)), "is not a file of a checkpoint"),
+    "absolute name": (named_outside(lambda folder, path: str(path)), "is not a file of a checkpoint"),
+    "pipe": (pipe, "is not a regular file"),
+    "script": (script("zero_to_fp32.py"), "contains zero_to_fp32.py"),
+    "folder": (script("__pycache__/os.py"), "contains __pycache__"),
+    "folder for all": (lambda folder, marker: folder.chmod(0o777), "everyone may write"),
+    "file for all": (lambda folder, marker: (folder / TENSORS).chmod(0o666), "everyone may write"),
     "foreign owner": (foreign_owner, "belongs to user 12345"),
     "huge header": (replaced(TENSORS, lambda marker: (1 << 60).to_bytes(8, "little")), "claims 1152921504606846976 bytes"),
     "beyond the file": (header(beyond_the_file), "does not lie where"),
@@ -165,87 +165,88 @@ ATTACKS = {
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """A run of four steps, saved at 2 and 4."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "tiny.yaml").write_text(TINY)
-    assert train_here(flags_of(folder, "--train.max_steps", "4", "--checkpoint.every_steps", "2")) == 0
+def saved(tmp_path_factory) -> Path:
+    """Checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    save_some(folder, [2, 4])
     return folder
 
 
-def flags_of(folder: Path, *more: str) -> list[str]:
-    return ["--config", str(folder / "tiny.yaml"), "--run.directory", str(folder / "runs"), *more]
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    """A copy to tamper with."""
+    return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
 
 
-def resume_flags(folder: Path) -> list[str]:
-    return flags_of(folder, "--train.max_steps", "6", "--checkpoint.allow_changes", "[train.max_steps]")
+def load_newest(folder: Path) -> int:
+    """Loads the newest checkpoint as a run does. Returns its step."""
+    engine = make_engine(seed=1)
+    found = storage.newest_valid(folder, engine)
+    return storage.load(found, engine)["step"]
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_checkpoint_that_was_tampered_with_is_refused_before_anything_of_it_runs(trained, tmp_path, capfd, attack):
-    folder, marker = Path(shutil.copytree(trained, tmp_path / "copy")), tmp_path / "marker"
-    saved = folder / "runs" / "tiny" / "checkpoints"
-    spoil, said = ATTACKS[attack]
-    spoil(saved / "step_00000004", marker)
-    before = sorted(path.name for path in saved.rglob("*"))
-    assert train_here(resume_flags(folder)) == UNSAFE == 77
-    assert not marker.exists()
-    assert sorted(path.name for path in saved.rglob("*")) == before  # nothing is put aside: somebody should look at it
+def test_a_tampered_checkpoint_is_refused_before_anything_in_it_runs(folder, tmp_path, attack):
+    spoil, reason = ATTACKS[attack]
+    spoil(folder / "step_00000004", tmp_path / "marker")
+    before = sorted(path.name for path in folder.rglob("*"))
+    with pytest.raises(UnsafeCheckpoint, match=reason):  # the reason: each attack must fail for its own
+        load_newest(folder)
+    assert not (tmp_path / "marker").exists()
+    assert sorted(path.name for path in folder.rglob("*")) == before  # nothing is put aside: someone should look at it
+
+
+def test_a_checkpoint_with_a_manifest_written_anew_is_loaded(folder):
+    reseal(folder / "step_00000004")  # so the attacks above do not fail because of the new manifest
+    assert load_newest(folder) == 4
+
+
+@pytest.mark.parametrize("attack", ["pickle as tensors", "overlap"])  # found by the check of the files; found while loading
+def test_a_run_refuses_a_tampered_checkpoint_with_status_77(tmp_path, capfd, attack):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    flags = ["--config", str(tmp_path / "tiny.yaml"), "--run.directory", str(tmp_path / "runs"), "--train.max_steps", "4"]
+    assert train_here(flags) == 0
+    spoil, _ = ATTACKS[attack]
+    spoil(tmp_path / "runs" / "tiny" / "checkpoints" / "step_00000004", tmp_path / "marker")
+    assert train_here(flags) == 77
     error = capfd.readouterr().err
-    assert any(part in error for part in said.split("|")) and "Traceback" not in error
-    state = json.loads((folder / "runs" / "tiny" / "run_state.json").read_text())
-    assert state["exit_status"] == 77 and state["reason"] in error
-
-
-def test_the_same_checkpoint_left_alone_goes_on(trained, tmp_path):
-    folder = Path(shutil.copytree(trained, tmp_path / "copy"))
-    reseal(folder / "runs" / "tiny" / "checkpoints" / "step_00000004")  # so the samples above fail for their own reasons
-    assert train_here(resume_flags(folder)) == 0
-
-
-def test_no_hint_decides_which_checkpoint_is_the_newest(trained, tmp_path):
-    saved = Path(shutil.copytree(trained / "runs" / "tiny" / "checkpoints", tmp_path / "checkpoints"))
-    for text in ("step_00000002", "", "garbage", "step_99999999"):
-        (saved / "latest").write_text(text)
-        assert [found.step for found in checkpoints(saved)] == [4, 2]
-    (saved / "latest").unlink()
-    (saved / "latest").symlink_to("nowhere")
-    assert [found.step for found in checkpoints(saved)] == [4, 2]
-
-
-def test_weights_for_generation_are_refused_too(trained, tmp_path):
-    saved = Path(shutil.copytree(trained / "runs" / "tiny" / "checkpoints", tmp_path / "checkpoints"))
-    replaced(TENSORS, lambda marker: pickle.dumps(Touch(marker)))(saved / "step_00000004", tmp_path / "marker")
-    with pytest.raises(UnsafeCheckpoint, match="is a pickle"):
-        Checkpoint(saved / "step_00000004").damage()
+    state = json.loads((tmp_path / "runs" / "tiny" / "run_state.json").read_text())
+    assert state["exit_status"] == 77 and state["reason"] in error and "Traceback" not in error
     assert not (tmp_path / "marker").exists()
 
 
-def test_a_large_claim_allocates_nothing(tmp_path, monkeypatch):
+def test_no_file_decides_which_checkpoint_is_the_newest(folder):
+    for text in ("step_00000002", "", "garbage", "step_99999999"):
+        (folder / "latest").write_text(text)
+        assert [found.step for found in checkpoints(folder)] == [4, 2]
+    (folder / "latest").unlink()
+    (folder / "latest").symlink_to("nowhere")
+    assert [found.step for found in checkpoints(folder)] == [4, 2]
+
+
+def test_json_of_excessive_size_is_not_parsed(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "MAX_JSON_BYTES", 1000)
     (tmp_path / "state.json").write_text('{"a": "' + "x" * 2000 + '"}')
-    with pytest.raises(ValueError, match="more than 1000 bytes"):
+    with pytest.raises(ValueError, match="1000 bytes"):
         manifest._read_json(tmp_path / "state.json")
 
 
-def test_a_file_system_that_renames_root_is_no_stranger(trained, tmp_path, monkeypatch):
-    """There all files, those of this process too, belong to another user."""
-    saved = Path(shutil.copytree(trained / "runs" / "tiny" / "checkpoints", tmp_path / "checkpoints"))
-    newest = checkpoints(saved)[0]
+def test_files_of_another_owner_are_accepted_on_a_file_system_that_maps_all_owners(folder, tmp_path, monkeypatch):
+    """There, new files of this process belong to another user, too."""
+    newest = checkpoints(folder)[0]
     foreign_owner(newest.path, tmp_path)
-    with pytest.raises(UnsafeCheckpoint, match="belongs to user 12345"):
+    with pytest.raises(UnsafeCheckpoint):
         newest.damage()
     monkeypatch.setattr(manifest, "_new_file", lambda folder: (newest.path / TENSORS).stat())
     assert newest.damage() is None
 
 
-def test_a_mount_that_shows_every_file_as_everybodys_is_no_danger(trained, tmp_path, monkeypatch):
-    """There a file that only its owner may read shows 0777, and chmod changes nothing."""
-    saved = Path(shutil.copytree(trained / "runs" / "tiny" / "checkpoints", tmp_path / "checkpoints"))
-    newest = checkpoints(saved)[0]
+def test_files_that_everyone_may_write_are_accepted_on_a_mount_that_shows_all_files_so(folder, monkeypatch):
+    """There, a new private file has mode 0777, and chmod changes nothing."""
+    newest = checkpoints(folder)[0]
     for path in (newest.path, *newest.path.iterdir()):
         path.chmod(0o777)
-    with pytest.raises(UnsafeCheckpoint, match="everybody may write"):
+    with pytest.raises(UnsafeCheckpoint):
         newest.damage()
     monkeypatch.setattr(manifest, "_new_file", lambda folder: newest.path.stat())
     assert newest.damage() is None
