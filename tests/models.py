@@ -1,7 +1,9 @@
-"""Models for tests of conversion: one of each family, far from untrained, and folders of runs that hold them."""
+"""Models for tests of conversion: one per family, with weights unlike initial ones; runs and Hugging Face folders."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,11 +15,13 @@ from pretrain.checkpoint import storage
 from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.data import tokenizer
 from pretrain.engines.start import start_engine
+from pretrain.interop.weights import DTYPES, Weights, write_hf_folder
+from pretrain.model import hf_mapping
 from pretrain.model.config import ModelConfig, MoeConfig, RopeScalingConfig, resolve_model
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
 
-V = 320  # what the tokenizer below has; not a multiple of 128: there are padding rows
+V = 320  # ids of the tokenizer below; not a multiple of 128, so there are padding rows
 LLAMA3 = RopeScalingConfig(
     kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
 )
@@ -46,7 +50,7 @@ FAMILIES = {
     "glm4_moe_qk": dict(qk_norm=True, moe=moe(score="sigmoid")),
     "dots1": dict(qk_norm=True, sliding_window=8, moe=moe(score="sigmoid", num_shared_experts=1)),
 }
-"""What each differs in from the smallest model."""
+"""Family -> settings that differ from those in `model_of`."""
 
 
 def model_of(family: str, **changes) -> ModelConfig:
@@ -55,14 +59,14 @@ def model_of(family: str, **changes) -> ModelConfig:
 
 
 def stir(model: Transformer, seed: int = 0) -> None:
-    """Norms and correction biases away from their constants, so that their place shows; no two rows alike."""
+    """Moves norms and correction biases away from their constants, so that swapping two of them changes the results."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if tensor.dim() == 1:
                 tensor += 0.3 * torch.rand(tensor.shape, generator=generator)
             elif "q_proj" in name or "k_proj" in name or "gate.weight" in name:
-                tensor *= 3.0  # attention and routing that choose
+                tensor *= 3.0  # attention and routing far from uniform
 
 
 def make_tokenizer(folder: Path) -> Path:
@@ -72,7 +76,7 @@ def make_tokenizer(folder: Path) -> Path:
 
 
 def make_run(folder: Path, model: ModelConfig, tokenizer_folder: Path | None, steps: tuple[int, ...] = (1,)) -> Path:
-    """The folder of a run with a checkpoint of each step, each with weights of its own."""
+    """A run with a checkpoint per step, all with different weights."""
     flags = ["--run.name", folder.name, "--run.directory", str(folder.parent), "--model.vocab_size", str(V)]
     flags += ["--data.synthetic.kind", "uniform", "--train.max_steps", str(max(steps))]
     flags += ["--tokenizer.path", str(tokenizer_folder) if tokenizer_folder else "null"]
@@ -86,4 +90,15 @@ def make_run(folder: Path, model: ModelConfig, tokenizer_folder: Path | None, st
         storage.save(
             folder / "checkpoints", step, engine, {"model": asdict(model), "val_loss": 1.0 / step, "tokenizer": fingerprint}
         )
+    return folder
+
+
+def make_hf_folder(folder: Path, weights: Weights, dtype: str = "fp32", tokenizer_folder: Path | None = None) -> Path:
+    """A Hugging Face folder written without any verification."""
+    if tokenizer_folder:
+        shutil.copytree(tokenizer_folder, folder)
+    folder.mkdir(exist_ok=True)
+    write_hf_folder(folder, weights, dtype, 10**9)
+    config = hf_mapping.to_config(weights.model, str(DTYPES[dtype]).removeprefix("torch."), {})
+    (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -1,4 +1,4 @@
-"""One validation loss for one set: on any number of ranks, with any micro-batch, the last partial batch included."""
+"""A set has one validation loss, for any number of ranks and any micro-batch size; partial batches count."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pretrain.optim.optimizer import build_optimizer
 from tests.ranks import run_ranks
 
 LENGTH, VOCAB = 8, 40
-SIZES = {"a": 8 * 11 + 4, "b": 8 * 3 + 1}  # tokens: `a` ends in a window of 3 labels, `b` in a whole one
+SIZES = {"a": 8 * 11 + 4, "b": 8 * 3 + 1}  # tokens: `a` ends in a window of 3 labels, `b` in a full one
 MODEL = resolve_model(
     ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2), vocab_size=VOCAB, sequence_length=LENGTH
 )
@@ -48,7 +48,7 @@ def evaluate_here(folder: Path, micro_batch_size: int, max_samples: int | None) 
 
 
 def plain_losses(folder: Path) -> dict[str, tuple[float, int]]:
-    """(nats, labels) of each set, window by window, without a batch, a mask or an engine."""
+    """(nats, labels) per set, window by window, without batches, masks or an engine."""
     model, sums = build(MODEL, "cpu", seed=0), {}
     for name in SIZES:
         tokens = torch.from_numpy(np.fromfile(folder / f"{name}.bin", np.uint16).astype(np.int64))
@@ -71,10 +71,10 @@ def test_every_label_of_every_set_counts_once(folder, ranks, micro_batch_size):
         assert figures["val_perplexity"] == pytest.approx(math.exp(total), rel=1e-5)
         for name, (nats, labels) in plain.items():
             assert figures[f"val_loss/{name}.bin"] == pytest.approx(nats / labels, rel=1e-6)
-        assert "val_bits_per_byte" not in figures  # nobody knows how many bytes of text these ids were
+        assert "val_bits_per_byte" not in figures  # flat .bin files do not say how long the text was
 
 
-def test_a_limit_chooses_the_same_samples_whatever_the_split(folder):
+def test_a_limit_selects_the_same_samples_for_any_micro_batch(folder):
     few = {size: evaluate_here(folder, size, 4)["val_loss"] for size in (1, 2, 4, 7)}
     assert max(few.values()) == pytest.approx(min(few.values()), rel=1e-6)
     assert few[1] != pytest.approx(evaluate_here(folder, 4, None)["val_loss"], rel=1e-6)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections import Counter
 
@@ -14,11 +13,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from pretrain.generate import GenerationError, choose, generate, generate_batch, stream_text
-from pretrain.interop.weights import write_hf_folder
-from pretrain.model import hf_mapping
 from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.model.transformer import Transformer, build
-from tests.models import model_of, stir
+from tests.models import make_hf_folder, model_of, stir
 from tests.test_transformer import reference
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -79,9 +76,7 @@ def theirs_of(model: Transformer, folder):
         def read(self, name, start, into):
             into.copy_(model.state_dict()[name].flatten()[start : start + len(into)])
 
-    write_hf_folder(folder, Source(), "fp32", 10**9)
-    (folder / "config.json").write_text(json.dumps(hf_mapping.to_config(model.config, "float32", {})))
-    return AutoModelForCausalLM.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(make_hf_folder(folder, Source()))
 
 
 def test_each_text_of_a_batch_ends_and_draws_as_if_alone():

@@ -1,11 +1,6 @@
-"""The folder of a run: one job at a time, its state on disk, and its model read back without a process group."""
+"""Trained models are opened by the step, kind and place that the user names, and a damaged checkpoint never is."""
 
 from __future__ import annotations
-
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,12 +10,13 @@ from pretrain.checkpoint import storage
 from pretrain.checkpoint.storage import CheckpointError
 from pretrain.config import Config, EngineConfig, OptimizerConfig
 from pretrain.engines.start import start_engine
-from pretrain.interop.load import open_run
-from pretrain.interop.weights import load_transformer
+from pretrain.interop.load import open_run, open_weights, tokenizer_of
+from pretrain.interop.weights import CheckpointWeights, HFWeights, load_transformer
 from pretrain.model.config import ModelConfig, resolve_model
+from pretrain.model.hf_mapping import UnsupportedModel, architecture, folder_kind
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
-from pretrain.run.directory import Locked, RunDirectory
+from tests.models import make_hf_folder, make_run, make_tokenizer, model_of
 
 MODEL = resolve_model(ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2), vocab_size=50, sequence_length=8)
 
@@ -40,46 +36,49 @@ def run(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(("wish", "step"), [(None, 3), ("best", 2), (1, 1), ("3", 3)])
-def test_the_wished_checkpoint_is_read(run, wish, step):
-    trained = open_run(run, wish)
-    model = load_transformer(trained.weights)
+@pytest.mark.parametrize(("wanted", "step"), [(None, 3), ("best", 2), (1, 1), ("3", 3)])
+def test_the_requested_checkpoint_is_read(run, wanted, step):
+    trained = open_run(run, wanted)
     assert isinstance(trained.config, Config) and trained.origin["step"] == step
+    model = load_transformer(trained.weights)
     assert all(bool((parameter[: MODEL.vocab_size] == step).all()) for parameter in model.parameters())
     assert model(torch.tensor([[1, 2]])).isfinite().all()
 
 
-def test_a_missing_step_names_those_that_exist(run):
-    with pytest.raises(CheckpointError, match="has no checkpoint of step 7; it has: 3, 2, 1"):
+def test_a_missing_step_is_reported_with_the_steps_that_exist(run):
+    with pytest.raises(CheckpointError, match="step 7; it has: 3, 2, 1"):
         open_run(run, 7)
 
 
 def test_a_damaged_checkpoint_is_not_read(run):
     file = next((run / "checkpoints" / "step_00000003").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    with pytest.raises(CheckpointError, match="its content has changed"):
-        open_run(run)
+    for read in (open_run, open_weights):
+        with pytest.raises(CheckpointError, match=file.name):
+            read(run)
 
 
-def test_one_folder_one_job_and_a_dead_job_holds_nothing(tmp_path):
-    first = RunDirectory(tmp_path / "r")
-    with pytest.raises(Locked, match=f"in use by process {os.getpid()} on"):
-        RunDirectory(tmp_path / "r")
-    del first
-    code = f"""
-import os, pathlib
-from pretrain.run.directory import RunDirectory
-RunDirectory(pathlib.Path({str(tmp_path / "r")!r}))
-os._exit(9)
-"""
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
-    RunDirectory(tmp_path / "r")
+def test_every_kind_of_folder_gives_the_same_model_and_tokenizer(tmp_path):
+    model, tokenizer = model_of("llama"), make_tokenizer(tmp_path / "tokenizer")
+    run = make_run(tmp_path / "run", model, tokenizer)
+    folders = {"run": run, "checkpoint": run / "checkpoints" / "step_00000001", "hugging_face": tmp_path / "hf"}
+    make_hf_folder(folders["hugging_face"], open_run(run).weights, tokenizer_folder=tokenizer)
+    fingerprint = open_run(run).load_tokenizer().fingerprint
+    expected = load_transformer(open_run(run).weights)(torch.arange(8)[None])
+    for kind, path in folders.items():
+        assert (folder_kind(path), tokenizer_of(path)) == (kind, fingerprint)
+        weights = open_weights(path)
+        assert isinstance(weights, HFWeights if kind == "hugging_face" else CheckpointWeights)
+        assert architecture(path)["hidden_size"] == weights.model.hidden_size == model.hidden_size
+        torch.testing.assert_close(load_transformer(weights)(torch.arange(8)[None]), expected, rtol=0, atol=1e-6)
 
 
-def test_the_state_is_replaced_as_a_whole(tmp_path):
-    directory = RunDirectory(tmp_path)
-    directory.write_state("running")
-    directory.write_state("stopped", exit_status=75, step=7, reason="why")
-    state = json.loads((tmp_path / "run_state.json").read_text())
-    assert (state["status"], state["exit_status"], state["step"], state["reason"]) == ("stopped", 75, 7, "why")
-    assert {path.name for path in tmp_path.iterdir()} == {"run_state.json", "run.lock"}
+def test_a_folder_of_no_kind_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "missing"):
+        for read in (folder_kind, architecture, open_weights):
+            with pytest.raises(UnsupportedModel, match=str(path)):
+                read(path)
+        assert tokenizer_of(path) is None
+    (tmp_path / "checkpoints" / "step_unfinished").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="checkpoints"):
+        open_weights(tmp_path)

@@ -1,4 +1,4 @@
-"""Weights move as they are: any stretch of any parameter, from checkpoints and folders, to any engine on any ranks."""
+"""Weights move unchanged: any range of any parameter, from checkpoints and folders, to any engine on any number of ranks."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.data.indexed import DataError
 from pretrain.engines.base import Shard
 from pretrain.engines.start import start_engine
-from pretrain.interop.convert import ConversionError, export_model, import_model
+from pretrain.interop.convert import ConversionError, import_model
 from pretrain.interop.load import open_hf_folder, open_run, open_weights
-from pretrain.interop.weights import DTYPES, HFWeights, MeanWeights, load_transformer, weight_loader, write_hf_folder
-from pretrain.model import hf_mapping
+from pretrain.interop.weights import HFWeights, MeanWeights, load_transformer, weight_loader, write_hf_folder
 from pretrain.model.hf_mapping import UnsupportedModel
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
-from tests.models import FAMILIES, V, make_run, model_of, moe
+from tests.models import FAMILIES, V, make_hf_folder, make_run, model_of, moe
 from tests.ranks import run_ranks
 
 
@@ -41,25 +40,18 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(run) -> Path:
-    export_model(open_run(run), run.parent / "hf")
-    return run.parent / "hf"
+    return make_hf_folder(run.parent / "hf", open_run(run).weights)
 
 
 @pytest.mark.parametrize(
     ("family", "dtype"), [(family, "bf16") for family in FAMILIES] + [("llama", "fp32"), ("dots1", "fp32"), ("dots1", "fp16")]
 )
-def test_a_model_of_transformers_comes_in_and_goes_out_bit_by_bit(family, dtype, tmp_path):
-    """What save_pretrained wrote, through a checkpoint of ours, and out again: the same tensors under the same names."""
-    run = make_run(tmp_path / "run", model_of(family), None)
-    (tmp_path / "hf").mkdir()
-    trained = open_run(run)
-    config = hf_mapping.to_config(trained.model, str(DTYPES[dtype]).removeprefix("torch."), {})
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
-    write_hf_folder(tmp_path / "hf", trained.weights, dtype, 10**9)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
+def test_a_model_saved_by_transformers_survives_import_and_export_bit_for_bit(family, dtype, tmp_path):
+    source = make_hf_folder(tmp_path / "hf", open_run(make_run(tmp_path / "run", model_of(family), None)).weights, dtype)
+    theirs = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
     import_model(tmp_path / "theirs", tmp_path / "back")
-    written = write_folder_of(tmp_path / "back", tmp_path / "again", dtype)
+    written = load_file(make_hf_folder(tmp_path / "again", open_run(tmp_path / "back").weights, dtype) / "model.safetensors")
     saved = {}
     for path in sorted((tmp_path / "theirs").glob("*.safetensors")):
         saved |= load_file(path)
@@ -68,17 +60,10 @@ def test_a_model_of_transformers_comes_in_and_goes_out_bit_by_bit(family, dtype,
         assert tensor.dtype == written[name].dtype and torch.equal(tensor, written[name]), name
 
 
-def write_folder_of(run: Path, output: Path, dtype: str) -> dict[str, torch.Tensor]:
-    output.mkdir()
-    write_hf_folder(output, open_run(run).weights, dtype, 10**9)
-    return load_file(output / "model.safetensors")
-
-
 @pytest.mark.parametrize("max_file_bytes", [1, 40_000, 10**9])
-def test_files_are_cut_and_indexed_as_transformers_expects(run, tmp_path, max_file_bytes):
+def test_files_respect_the_size_limit_and_are_indexed(run, tmp_path, max_file_bytes):
     (tmp_path / "hf").mkdir()
-    trained = open_run(run)
-    files = write_hf_folder(tmp_path / "hf", trained.weights, "bf16", max_file_bytes)
+    files = write_hf_folder(tmp_path / "hf", open_run(run).weights, "bf16", max_file_bytes)
     assert {path.name: path.stat().st_size for path in (tmp_path / "hf").iterdir()} == {k: v["bytes"] for k, v in files.items()}
     tensors = {}
     for path in sorted((tmp_path / "hf").glob("*.safetensors")):
@@ -92,11 +77,10 @@ def test_files_are_cut_and_indexed_as_transformers_expects(run, tmp_path, max_fi
         assert content["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
 
 
-def test_values_lie_where_their_size_divides(tmp_path):
-    """A bf16 tensor of an odd number of values would put the fp32 ones behind it across words."""
-    run = make_run(
-        tmp_path / "run", model_of("glm4_moe", hidden_size=45, head_dim=30, moe=moe(score="sigmoid", num_experts=5)), None
-    )
+def test_values_are_aligned_in_the_file(tmp_path):
+    """A bf16 tensor with an odd number of values would misalign the fp32 tensors after it."""
+    odd = model_of("glm4_moe", hidden_size=45, head_dim=30, moe=moe(score="sigmoid", num_experts=5))
+    run = make_run(tmp_path / "run", odd, None)
     write_hf_folder(tmp_path, open_run(run).weights, "bf16", 10**9)
     data = (tmp_path / "model.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -105,7 +89,7 @@ def test_values_lie_where_their_size_divides(tmp_path):
     assert all(each["data_offsets"][0] % 4 == 0 for each in places if each["dtype"] == "F32")
 
 
-def test_any_stretch_reads_what_the_whole_holds(run, folder):
+def test_any_range_reads_the_same_values_as_the_full_parameter(run, folder):
     whole = dict(load_transformer(open_run(run).weights).named_parameters())
     sources = [open_run(run).weights, HFWeights(folder), MeanWeights([open_run(run, 3).weights])]
     generator = torch.Generator().manual_seed(0)
@@ -136,7 +120,7 @@ def loaded_by(paths: list[Path], engine_name: str, target) -> list[tuple[str, in
 @pytest.mark.parametrize(
     ("engine", "ranks"), [("fsdp2", 3), *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("ddp", "zero1", "zero3"))]
 )
-def test_every_engine_takes_its_share_of_a_folder_and_of_a_run(engine, ranks, run, folder):
+def test_every_engine_loads_a_folder_and_a_run(engine, ranks, run, folder):
     target = dataclasses.replace(model_of("qwen3_moe"), vocab_size=V + 70)  # more ids, and padding rows
     whole = {name: parameter.detach() for name, parameter in load_transformer(open_run(run).weights).named_parameters()}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -156,7 +140,7 @@ def test_every_engine_takes_its_share_of_a_folder_and_of_a_run(engine, ranks, ru
     assert max(losses) == pytest.approx(min(losses), rel=1e-6)
 
 
-def test_more_ids_change_no_other_ids_logits(run):
+def test_more_ids_leave_the_logits_of_the_old_ones_unchanged(run):
     source = open_run(run).weights
     target = dataclasses.replace(source.model, vocab_size=V + 10)
     with torch.device("meta"):
@@ -181,14 +165,14 @@ def test_the_mean_of_checkpoints_is_the_mean_of_their_weights(run):
         wanted = ((each[0][name].double() + each[1][name].double()) / 2).float()
         assert torch.equal(parameter, wanted)
     assert open_run(run, 2, average=2).origin["mean_of_steps"] == [1, 2]
-    with pytest.raises(CheckpointError, match="has fewer than 4 checkpoints up to step 3; it has: 3, 2, 1"):
+    with pytest.raises(CheckpointError, match=r"4 checkpoints .*: 3, 2, 1"):
         open_run(run, average=4)
 
 
 # ---------------------------------------------------------------- refusals
 
 
-def strange(path: Path, change) -> None:
+def change_tensors(path: Path, change) -> None:
     tensors = load_file(path / "model.safetensors")
     change(tensors)
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
@@ -205,46 +189,53 @@ def indexed(path: Path, index: str) -> None:
 
 
 def tie(path: Path) -> None:
-    """A head of its own under a config.json that has none, as programs write that forget to say so."""
+    """A separate head although config.json ties it to the embedding; some programs write such folders by mistake."""
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
 
 
 def as_int8(path: Path) -> None:
-    strange(path, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.int8)}))
+    change_tensors(path, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.int8)}))
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"), "pickled weights .* never opened"),
-        (cut, "does not lie where the header says"),
-        (lambda path: (path / "model.safetensors").write_bytes(b"\xff" * 100), "its header claims"),
-        (as_int8, "has dtype I8; allowed: F32, BF16, F16"),
-        (lambda path: strange(path, lambda t: t.pop("lm_head.weight")), r"lm_head.weight must have shape .* it is missing"),
-        (
-            lambda path: strange(path, lambda t: t.update(extra=torch.zeros(1))),
-            "1 tensors that .* does not have, such as extra",
-        ),
-        (lambda path: indexed(path, '{"weight_map": {"a": "../x.safetensors"}}'), "'../x.safetensors', which is not a file of"),
-        (lambda path: indexed(path, '{"weight_map": {"a": "model-2.safetensors"}}'), "'model-2.safetensors', .* in full"),
-        (lambda path: indexed(path, "{}"), "cannot be read"),
-        (lambda path: (path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
-        (tie, "lm_head.weight is not the embedding; set tie_word_embeddings to false"),
-    ],
-)
-def test_a_folder_that_cannot_be_the_model_is_refused_in_words(damage, message, folder, tmp_path):
+def as_pickle(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+
+
+def as_pointer(path: Path) -> None:
+    (path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
+REFUSED = {
+    "pickle": (as_pickle, r"pytorch_model\.bin"),
+    "truncated": (cut, r"model\.safetensors"),
+    "header": (lambda path: (path / "model.safetensors").write_bytes(b"\xff" * 100), r"model\.safetensors"),
+    "dtype": (as_int8, r"model\.norm\.weight .* I8.*F32, BF16, F16"),
+    "missing tensor": (lambda path: change_tensors(path, lambda t: t.pop("lm_head.weight")), r"lm_head\.weight"),
+    "extra tensor": (lambda path: change_tensors(path, lambda t: t.update(extra=torch.zeros(1))), "extra"),
+    "path outside": (lambda path: indexed(path, '{"weight_map": {"a": "../x.safetensors"}}'), r"'\.\./x\.safetensors'"),
+    "missing file": (lambda path: indexed(path, '{"weight_map": {"a": "model-2.safetensors"}}'), r"'model-2\.safetensors'"),
+    "index": (lambda path: indexed(path, "{}"), r"model\.safetensors\.index\.json"),
+    "git lfs": (as_pointer, "git lfs pull"),
+    "tied head": (tie, r"lm_head\.weight .*tie_word_embeddings"),
+}
+"""Damage to a folder, and what the message must name."""
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_folder_that_does_not_match_its_config_is_refused(name, folder, tmp_path):
+    damage, named = REFUSED[name]
     shutil.copytree(folder, copy := tmp_path / "hf")
     open_hf_folder(copy)
     damage(copy)
-    with pytest.raises(UnsupportedModel, match=message):
+    with pytest.raises(UnsupportedModel, match=named):
         open_hf_folder(copy)
 
 
-def test_what_transformers_takes_of_a_folder_with_leftovers_is_taken_here(folder, tmp_path):
-    """A tied head that is written out as well, and the index of an earlier save."""
+def test_leftovers_that_transformers_ignores_are_ignored(folder, tmp_path):
+    """A tied head that is stored as well, and the index of an earlier save."""
     shutil.copytree(folder, copy := tmp_path / "hf")
-    strange(copy, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    change_tensors(copy, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
     tie(copy)
     (copy / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}')
     tokens_BT = torch.arange(20)[None]
@@ -253,36 +244,35 @@ def test_what_transformers_takes_of_a_folder_with_leftovers_is_taken_here(folder
         torch.testing.assert_close(load_transformer(open_hf_folder(copy).weights)(tokens_BT), theirs(tokens_BT).logits)
 
 
-def test_a_tokenizer_that_cannot_be_read_is_not_passed_over(folder, tmp_path, capsys):
+def test_an_unreadable_tokenizer_is_refused_but_a_missing_one_is_not(folder, tmp_path, capsys):
     shutil.copytree(folder, copy := tmp_path / "hf")
     (copy / "tokenizer.json").write_text("{")
-    with pytest.raises(DataError, match=r"tokenizer\.json: not a tokenizer"):
+    with pytest.raises(DataError, match=r"tokenizer\.json"):
         import_model(copy, tmp_path / "out")
     (copy / "tokenizer.json").unlink()
     assert import_model(copy, tmp_path / "out")["compared"]["tokenizer"] is None
-    assert "has no tokenizer.json, so the model comes without a tokenizer" in capsys.readouterr().err
+    assert "tokenizer.json" in capsys.readouterr().err
 
 
-def test_weights_that_are_not_finite_do_not_come_in(folder, tmp_path):
+def test_weights_that_are_not_finite_are_not_imported(folder, tmp_path):
     shutil.copytree(folder, copy := tmp_path / "hf")
-    strange(copy, lambda tensors: tensors["model.norm.weight"].fill_(math.nan))
-    with pytest.raises(ConversionError, match=r"model\.norm\.weight is not finite: its model had diverged"):
+    change_tensors(copy, lambda tensors: tensors["model.norm.weight"].fill_(math.nan))
+    with pytest.raises(ConversionError, match=r"model\.norm\.weight"):
         import_model(copy, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def test_a_gate_that_is_open_is_refused(tmp_path):
-    run = make_run(tmp_path / "run", model_of("qwen2_moe"), None)
-    export_model(open_run(run), tmp_path / "hf")
-    strange(tmp_path / "hf", lambda tensors: tensors["model.layers.1.mlp.shared_expert_gate.weight"].fill_(0.1))
-    with pytest.raises(UnsupportedModel, match=r"shared_expert_gate\.weight is not 0 everywhere"):
-        open_hf_folder(tmp_path / "hf")
+def test_a_shared_expert_gate_other_than_zero_is_refused(tmp_path):
+    folder = make_hf_folder(tmp_path / "hf", open_run(make_run(tmp_path / "run", model_of("qwen2_moe"), None)).weights)
+    change_tensors(folder, lambda tensors: tensors["model.layers.1.mlp.shared_expert_gate.weight"].fill_(0.1))
+    with pytest.raises(UnsupportedModel, match=r"model\.layers\.1\.mlp\.shared_expert_gate\.weight"):
+        open_hf_folder(folder)
 
 
-def test_weights_of_another_model_are_refused(run):
+def test_weights_of_a_different_model_are_refused(run):
     source = open_run(run).weights
     for change in (dict(rope_theta=5e5), dict(hidden_size=96), dict(vocab_size=V - 1), dict(qk_norm=False)):
-        with pytest.raises(UnsupportedModel, match=f"of another model: .*{next(iter(change))} is"):
+        with pytest.raises(UnsupportedModel, match=next(iter(change))):
             weight_loader(source, dataclasses.replace(source.model, **change))
 
 
@@ -290,14 +280,14 @@ def test_weights_of_another_model_are_refused(run):
 
 
 @pytest.mark.slow
-def test_writing_holds_a_few_megabytes_whatever_the_model(tmp_path):
-    """1.5 GiB of weights in each direction, under a peak that lies 0.5 GiB above that of a tiny model."""
+def test_conversion_needs_little_memory_for_a_model_of_any_size(tmp_path):
+    """1.5 GiB of weights in each direction raise the peak by less than 0.5 GiB over that of a tiny model."""
     peaks = [peak_of_conversion(tmp_path / str(width), width) for width in (64, 2048)]
     assert peaks[1] - peaks[0] < 0.5 * 2**30, peaks
 
 
 def peak_of_conversion(folder: Path, width: int) -> int:
-    """Bytes at the peak of a process that writes a folder and reads it back into a checkpoint; nothing is compared."""
+    """Peak memory in bytes of a process that exports a model and imports it again, without the verification."""
     code = f"""
 import resource, sys, torch
 from pathlib import Path
@@ -312,7 +302,7 @@ class Ones:
     def read(self, name, start, into):
         into.fill_(0.25)
 
-convert.compare_with_transformers = lambda *rest: {{}}  # what compares may hold a model
+convert.compare_with_transformers = lambda *rest: {{}}  # the comparison may load a model
 out = Path({str(folder)!r})
 convert.export_model(TrainedModel(Ones(), None, None, False, None, {{}}), out / "hf", "bf16", 10**9)
 convert.import_model(out / "hf", out / "back")

@@ -5,8 +5,8 @@
 
 The first writes a folder that transformers, its pipelines and compatible servers load (safetensors, config.json, tokenizer),
 and a verification report, certificate.json: transformers has loaded the folder, and its weights, logits, loss and generation
-equal those of the model. If anything differs, the output is removed. The second writes a folder that --run and model.from_pretrained
-accept, verified in the same way.
+equal those of the model. If anything differs, the output is removed. The second writes a folder for --run and for
+model.from_pretrained, verified in the same way.
 
 Exit status: 0 done, 2 refused, 130 interrupted.
 """

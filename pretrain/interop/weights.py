@@ -95,11 +95,11 @@ class HFWeights:
         self.folder = Path(folder)
         settings = hf_mapping.from_config(hf_mapping.read_config(self.folder), self.folder / "config.json")
         self.model = model_from_dict(settings | {"vocab_multiple": vocab_multiple})
-        self._places = _places(self.folder)
+        self._stored = _stored_tensors(self.folder)
         self._tensors: dict[str, list[HFTensor]] = {}
         expected = list(hf_mapping.tensors(self.model))
         for tensor in sorted(expected, key=lambda tensor: tensor.offset):
-            found = self._places.get(tensor.name)
+            found = self._stored.get(tensor.name)
             if found is None or found.shape != tensor.shape:
                 what = f"has shape {found.shape}" if found else "is missing"
                 raise UnsupportedModel(f"{self.folder}: {tensor.name} {what}; config.json implies shape {tensor.shape}")
@@ -108,10 +108,10 @@ class HFWeights:
             else:
                 self._tensors.setdefault(tensor.parameter, []).append(tensor)
         known = {tensor.name for tensor in expected}
-        if self.model.tie_word_embeddings and "lm_head.weight" in self._places:
+        if self.model.tie_word_embeddings and "lm_head.weight" in self._stored:
             known.add("lm_head.weight")
             self._require_the_embedding("lm_head.weight")
-        if extra := sorted(name for name in self._places.keys() - known if not name.endswith("rotary_emb.inv_freq")):
+        if extra := sorted(name for name in self._stored.keys() - known if not name.endswith("rotary_emb.inv_freq")):
             raise UnsupportedModel(
                 f"{self.folder}: holds {len(extra)} tensors that a model of its type does not have, such as {extra[0]}; "
                 "ignoring them would change the model"
@@ -119,12 +119,12 @@ class HFWeights:
 
     def _require_the_embedding(self, name: str) -> None:
         """Some folders repeat the tied matrix. If the two differ, versions of transformers differ in which one they use."""
-        head, embedding = self._places[name], self._places["model.embed_tokens.weight"]
+        head, embedding = self._stored[name], self._stored["model.embed_tokens.weight"]
         count = math.prod(embedding.shape)
 
-        def block(place: StoredTensor, first: int) -> Tensor:
+        def block(stored: StoredTensor, first: int) -> Tensor:
             values = torch.empty(min(BLOCK, count - first))
-            read_values(place, first, values)
+            read_values(stored, first, values)
             return values
 
         firsts = range(0, count, BLOCK)
@@ -136,7 +136,7 @@ class HFWeights:
 
     def _require_zeros(self, tensor: HFTensor) -> None:
         values = torch.empty(tensor.count)
-        read_values(self._places[tensor.name], 0, values)
+        read_values(self._stored[tensor.name], 0, values)
         if values.any():
             raise UnsupportedModel(f"{self.folder}: {tensor.name} must be all zeros, as this program's models do not have it")
 
@@ -147,15 +147,15 @@ class HFWeights:
             low, high = max(start, tensor.offset), min(stop, tensor.offset + tensor.count)
             if low < high:
                 values = into[low - start : high - start]
-                read_values(self._places[tensor.name], low - tensor.offset, values)
+                read_values(self._stored[tensor.name], low - tensor.offset, values)
                 if tensor.factor != 1:
                     values /= tensor.factor
 
 
-def _places(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a folder, by the headers of its files alone. Raises UnsupportedModel, OSError."""
+def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of a folder, from the headers of its files. Raises UnsupportedModel, OSError."""
     index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():  # first, as for transformers: an index beside it is a leftover
+    if (folder / "model.safetensors").is_file():  # takes precedence, as in transformers: an index beside it is a leftover
         files = ["model.safetensors"]
     elif index.is_file():
         try:
@@ -164,18 +164,18 @@ def _places(folder: Path) -> dict[str, StoredTensor]:
             raise UnsupportedModel(f"{index}: cannot be read ({error})") from None
     else:
         raise UnsupportedModel(
-            f"{folder}: has no model.safetensors and no model.safetensors.index.json; pickled weights (pytorch_model.bin) are "
-            "never opened: let transformers load them where you trust them, and save_pretrained"
+            f"{folder}: has no model.safetensors and no model.safetensors.index.json; this program never opens pickled weights "
+            "(pytorch_model.bin): if you trust them, load them with transformers and call save_pretrained"
         )
-    places: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for name in files:
         if Path(name).name != name or not (folder / name).is_file():
             raise UnsupportedModel(f"{index}: names {name!r}, which is not in this folder; is the copy or download complete?")
         try:
-            places |= read_header(folder / name).tensors
+            tensors |= read_header(folder / name).tensors
         except HeaderError as error:
-            raise UnsupportedModel(f"{folder / name}: is not a safetensors file that can be used ({error})") from None
-    return places
+            raise UnsupportedModel(f"{folder / name}: is not a usable safetensors file ({error})") from None
+    return tensors
 
 
 # ---------------------------------------------------------------- into a model
@@ -196,24 +196,24 @@ def weight_loader(source: Weights, target: ModelConfig) -> Callable[[Shard], Non
     means: dict[str, Tensor] = {}
 
     def fill(shard: Shard) -> None:
-        name, start, piece = shard.name.removeprefix("model/"), shard.offset, shard.values
+        name, start, values = shard.name.removeprefix("model/"), shard.offset, shard.values
         if name.endswith(".expert_share"):
-            piece.fill_(1 / shard.shape[0])
+            values.fill_(1 / shard.shape[0])
             return
         if name not in _VOCABULARY:
-            source.read(name, start, piece)
+            source.read(name, start, values)
             return
-        stop = start + piece.numel()
+        stop = start + values.numel()
         known = min(stop, old * width)
         if start < known:
-            source.read(name, start, piece[: known - start])
+            source.read(name, start, values[: known - start])
         fresh = max(start, old * width)
         if fresh < min(stop, new * width):
             if name not in means:
                 means[name] = _mean_row(source, name)
-            rows = torch.arange(fresh, min(stop, new * width), device=piece.device) % width
-            piece[fresh - start : min(stop, new * width) - start] = means[name].to(piece.device)[rows]
-        piece[max(0, new * width - start) :] = 0
+            rows = torch.arange(fresh, min(stop, new * width), device=values.device) % width
+            values[fresh - start : min(stop, new * width) - start] = means[name].to(values.device)[rows]
+        values[max(0, new * width - start) :] = 0
 
     return fill
 
@@ -258,7 +258,7 @@ def write_hf_folder(
     files, weight_map, done = {}, {}, 0
     for number, tensors in enumerate(plan, start=1):
         name = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-        blocks = _tensors(source, tensors, DTYPES[dtype], lambda n, before=done: on_progress(before + n))
+        blocks = _hf_file(source, tensors, DTYPES[dtype], lambda n, before=done: on_progress(before + n))
         files[name] = write_file(folder / name, blocks)
         done += files[name]["bytes"]
         weight_map |= {tensor.name: name for tensor in tensors}
@@ -290,21 +290,22 @@ def _plan(tensors: list[HFTensor], dtype: torch.dtype, max_file_bytes: int) -> l
     return [sorted(file, key=lambda tensor: not tensor.keep_fp32) for file in files]
 
 
-def _tensors(
-    source: Weights, parts: list[HFTensor], dtype: torch.dtype, on_progress: Callable[[int], None]
+def _hf_file(
+    source: Weights, tensors: list[HFTensor], dtype: torch.dtype, on_progress: Callable[[int], None]
 ) -> Iterator[bytes | memoryview]:
-    """A safetensors file, block by block."""
-    yield make_header([(part.name, _NAMES[_dtype_of(part, dtype)], part.shape) for part in parts], metadata={"format": "pt"})
+    """The bytes of a safetensors file, block by block."""
+    header = [(tensor.name, _NAMES[_dtype_of(tensor, dtype)], tensor.shape) for tensor in tensors]
+    yield make_header(header, metadata={"format": "pt"})
     done, buffer = 0, torch.empty(BLOCK)
-    for part in parts:
-        for begin in range(0, part.count, BLOCK):
-            block = buffer[: min(BLOCK, part.count - begin)]
-            read_tensor(source, part, begin, block)
-            cast = block.to(_dtype_of(part, dtype))
+    for tensor in tensors:
+        for first in range(0, tensor.count, BLOCK):
+            block = buffer[: min(BLOCK, tensor.count - first)]
+            read_tensor(source, tensor, first, block)
+            cast = block.to(_dtype_of(tensor, dtype))
             low, high = torch.aminmax(cast)
             if not (math.isfinite(low) and math.isfinite(high)):
                 largest = f"its largest value is {block.abs().max().item():.3g}"
-                raise ConversionError(f"{part.name} is not finite as {cast.dtype} ({largest}); use bf16 or fp32")
+                raise ConversionError(f"{tensor.name} is not finite as {cast.dtype} ({largest}); use bf16 or fp32")
             yield memoryview(cast.view(torch.uint8).numpy())
             done += cast.nbytes
             on_progress(done)
@@ -329,7 +330,7 @@ def write_checkpoint(
     temporary = folder / ".tmp-step_00000000"
     temporary.mkdir(mode=0o700, parents=True)
     try:
-        write_part(temporary, 0, 1, _files(source, on_progress))
+        write_part(temporary, 0, 1, _checkpoint_files(source, on_progress))
         text = json.dumps({**state, "step": 0, "optimizer_updates": 0}, indent=1).encode()
         return commit(temporary, text, 1)
     except BaseException:
@@ -337,7 +338,7 @@ def write_checkpoint(
         raise
 
 
-def _files(source: Weights, on_progress: Callable[[int], None]) -> Iterator[list[Shard]]:
+def _checkpoint_files(source: Weights, on_progress: Callable[[int], None]) -> Iterator[list[Shard]]:
     """The parameters, file by file; files are at most 128 MiB, which bounds the memory in use."""
     with torch.device("meta"):
         parameters = Transformer(source.model).state_dict()
