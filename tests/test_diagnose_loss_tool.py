@@ -17,10 +17,10 @@ import torch
 from pretrain.checkpoint import storage
 from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.data.batches import Batch
+from pretrain.doctor.untrained import initial_problem, label_problem, uneven_problems
 from pretrain.engines.start import start_engine
 from pretrain.model.transformer import LossOutput, Transformer
 from pretrain.optim.optimizer import build_optimizer
-from pretrain.doctor.untrained import initial_problem, label_problem, uneven_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 STORY = "Epoch:[1/2](100/442) loss:213.776 lr:0.000500000000 epoch_Time:12.0min:\n"
