@@ -1,6 +1,6 @@
 """Text generation: one token at a time, each drawn from the model's distribution given all tokens before it.
 
-It knows the model and token ids; `stream_text` turns ids into text. It knows no files and no process groups.
+It knows the model and token ids; `stream_text` turns ids into text, `continue_prompts` uses the model of an engine in training.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from pretrain import UserError
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.engines.base import Engine
 from pretrain.model.attention import KeyValueCache
 from pretrain.model.transformer import Transformer
 
@@ -139,3 +141,25 @@ def stream_text(decode: Callable[[list[int]], str], prompt_ids: list[int], new_i
             start, shown = shown, len(ids)
     if rest := decode(ids[start:])[len(decode(ids[start:shown])) :]:
         yield rest
+
+
+def continue_prompts(engine: Engine, tokenizer: Tokenizer, prompts: list[str], most_tokens: int) -> list[dict[str, str]]:
+    """Continues each prompt with the likeliest tokens, with the model that the engine trains. -> [{"prompt", "text"}].
+
+    A collective: engines that shard weights gather them for each token, so all ranks generate equally many.
+    """
+    model, end = engine.model, tokenizer.end_of_document_id
+    ids = [[end, *tokenizer.encode(prompt)] for prompt in prompts]
+    model.eval()
+    try:
+        with engine.autocast(), torch.compiler.set_stance("force_eager"):  # each length of a text would be compiled anew
+            steps = list(generate_batch(model, ids, most_tokens, temperature=0))
+    except GenerationError as error:
+        return [{"prompt": "", "text": f"nothing: {error}"}]
+    finally:
+        model.train()
+    texts = []
+    for prompt, prompt_ids, generated in zip(prompts, ids, zip(*steps, strict=True), strict=True):
+        until_end = itertools.takewhile(lambda token: token != end, generated)
+        texts.append({"prompt": prompt, "text": "".join(stream_text(tokenizer.decode, prompt_ids, until_end))})
+    return texts

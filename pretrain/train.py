@@ -23,6 +23,7 @@ from pretrain.engines.base import Engine
 from pretrain.engines.start import start_engine
 from pretrain.engines.update_check import UpdateCheck
 from pretrain.evaluate import Stopped, evaluate
+from pretrain.generate import continue_prompts
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.optim.schedule import lr_at
@@ -254,7 +255,9 @@ def _evaluate(run: Run, stop: StopRequest) -> tuple[float | None, list[int]]:
     except Stopped as stopped:
         return None, stopped.flags
     run.progress.val_loss, run.progress.evaluation_due = figures["val_loss"], False
-    output.log_validation(run, figures)
+    prompts, most_tokens = run.config.evaluate.sample_prompts, run.config.evaluate.sample_tokens
+    generated = continue_prompts(run.engine, run.tokenizer, prompts, most_tokens) if prompts else []
+    output.log_validation(run, figures, generated)
     return figures["val_loss"], []
 
 

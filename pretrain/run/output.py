@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Sequence
-
-import torch
 
 from pretrain.config import accumulation
 from pretrain.doctor import untrained, verdict
 from pretrain.engines.compile import compile_report
 from pretrain.engines.update_check import UpdateCheck
-from pretrain.generate import GenerationError, generate_batch, stream_text
 from pretrain.model import flops
 from pretrain.optim.schedule import lr_at
 from pretrain.report.metrics import Clock, perplexity
@@ -118,38 +114,17 @@ def _model_flops_utilization(run: Run, tokens_per_second: float) -> dict[str, fl
     }
 
 
-def log_validation(run: Run, figures: dict[str, float]) -> None:
-    """Logs a validation, continues the sample prompts, and warns once of an alarming curve. A collective."""
-    progress, config = run.progress, run.config
+def log_validation(run: Run, figures: dict[str, float], generated: list[dict[str, str]]) -> None:
+    """Logs a validation and the texts generated after it, and warns once of an alarming curve."""
+    progress = run.progress
     run.sinks.log({"step": progress.step, "tokens": progress.tokens, **figures})
-    if config.evaluate.sample_prompts:
-        run.sinks.log({"step": progress.step, "generated": _continue_prompts(run)})
+    if generated:
+        run.sinks.log({"step": progress.step, "generated": generated})
     if run.sinks.keeps_metrics:
         found = _verdict(run)
         if found.is_alarm and found.kind != run.verdict:
             run.sinks.info(f"step {progress.step}: {found.text}")
         run.verdict = found.kind
-
-
-@torch.compiler.set_stance("force_eager")  # each length of a text would be compiled anew
-def _continue_prompts(run: Run) -> list[dict[str, str]]:
-    """Continues each of evaluate.sample_prompts with the likeliest tokens. A collective: engines that shard weights gather them
-    for each token, so all ranks generate equally many."""
-    config, model, tokenizer = run.config.evaluate, run.engine.model, run.tokenizer
-    prompts = [[tokenizer.end_of_document_id, *tokenizer.encode(prompt)] for prompt in config.sample_prompts]
-    model.eval()
-    try:
-        with run.engine.autocast():
-            steps = list(generate_batch(model, prompts, config.sample_tokens, temperature=0))
-    except GenerationError as error:
-        return [{"prompt": "", "text": f"nothing: {error}"}]
-    finally:
-        model.train()
-    texts = []
-    for prompt, ids, generated in zip(config.sample_prompts, prompts, zip(*steps, strict=True), strict=True):
-        until_end = itertools.takewhile(lambda token: token != tokenizer.end_of_document_id, generated)
-        texts.append({"prompt": prompt, "text": "".join(stream_text(tokenizer.decode, ids, until_end))})
-    return texts
 
 
 def finish(run: Run) -> None:
