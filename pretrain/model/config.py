@@ -108,7 +108,7 @@ class ModelConfig:
 # ---------------------------------------------------------------- combinations that cannot work
 
 
-def check_heads(model: ModelConfig) -> Iterator[Problem]:
+def _check_heads(model: ModelConfig) -> Iterator[Problem]:
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads or model.num_attention_heads
     if heads % kv_heads:
         yield Problem("model.num_key_value_heads", f"got {kv_heads}, must divide num_attention_heads = {heads}")
@@ -119,7 +119,7 @@ def check_heads(model: ModelConfig) -> Iterator[Problem]:
         yield Problem("model.head_dim", f"is {size}, must be even: rotary embedding turns pairs")
 
 
-def check_rope_scaling(model: ModelConfig) -> Iterator[Problem]:
+def _check_rope_scaling(model: ModelConfig) -> Iterator[Problem]:
     if (scaling := model.rope_scaling) is None:
         return
     for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
@@ -132,7 +132,7 @@ def check_rope_scaling(model: ModelConfig) -> Iterator[Problem]:
         yield Problem("model.rope_scaling.high_freq_factor", f"got {high}, must be greater than low_freq_factor = {low}")
 
 
-def check_experts(model: ModelConfig) -> Iterator[Problem]:
+def _check_experts(model: ModelConfig) -> Iterator[Problem]:
     if (moe := model.moe) is None:
         return
     if (chosen := moe.num_experts_per_tok) > moe.num_experts:
@@ -148,7 +148,8 @@ def check_experts(model: ModelConfig) -> Iterator[Problem]:
         yield Problem("model.moe.bias_update_rate", message)
 
 
-CHECKS = (check_heads, check_rope_scaling, check_experts)
+CHECKS = (_check_heads, _check_rope_scaling, _check_experts)
+"""Each yields the problems of a `ModelConfig`."""
 
 
 # ---------------------------------------------------------------- derived values
