@@ -217,7 +217,7 @@ class Unread(Exception):
 
 
 class Partial:
-    """Settings of which some have a problem: reading one of those raises `Unread`, so that no check reports what follows."""
+    """Settings of which some have a problem. Reading one of those raises `Unread`: no check reports what merely follows."""
 
     def __init__(self, settings: Any, wrong: set[str], prefix: str = ""):
         self._settings, self._wrong, self._prefix = settings, wrong, prefix
@@ -268,8 +268,10 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _core(hint: Any, docs: bool = False) -> CoreSchema:
-    """pydantic's schema of a type, with the docstrings of fields if `docs`. (TypeAdapter would make it, too, but to import and
-    build that takes twice as long as all the rest of `load`.)"""
+    """pydantic's schema of a type, with the docstrings of fields if `docs`.
+
+    pydantic's TypeAdapter derives the same, but importing and running it takes longer than everything else in `load`.
+    """
     kind, args = typing.get_origin(hint), typing.get_args(hint)
     if type(None) in args:
         return core.no_info_before_validator_function(_read_null, core.nullable_schema(_core(args[0], docs)))
@@ -306,9 +308,9 @@ def _read_null(value: Any) -> Any:
 
 
 def _read(kind: type, value: Any) -> Any:
-    """A text as `kind` if it is one; pydantic refuses what stays as it was."""
+    """A text as `kind` if possible, else unchanged, for pydantic to refuse."""
     if not isinstance(value, str):  # from a model's folder
-        return kind(value) if isinstance(value, float) and value.is_integer() else value
+        return int(value) if kind is int and isinstance(value, float) and value.is_integer() else value
     if kind is str:
         return str(value)
     if kind is bool:

@@ -1,4 +1,4 @@
-"""Published shapes: each loads under a run's own settings, and has as many parameters as was published and as transformers'."""
+"""Published shapes: each loads together with a run's own settings, and has the published number of parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pretrain.model.transformer import Transformer
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "configs" / "models"
-PUBLISHED = {  # exact: the sum over the published files (a tied matrix once); with a tolerance: as the authors round it
+PUBLISHED = {  # exact: the sum over the published files (a tied matrix once); with a tolerance: rounded as by the authors
     "gpt2_small": (124_439_808, 0.01),
     "gpt2_medium": (354_823_168, 0.01),
     "gpt2_large": (774_030_080, 0.01),
@@ -39,7 +39,7 @@ PUBLISHED = {  # exact: the sum over the published files (a tied matrix once); w
     "qwen3_30b_a3b": (30_532_122_624, 0),
     "tinyllama_1b": (1_100_048_384, 0),
 }
-ACTIVE = {"mixtral_8x7b": 12.9e9, "qwen3_30b_a3b": 3.35e9}  # as the authors round it
+ACTIVE = {"mixtral_8x7b": 12.9e9, "qwen3_30b_a3b": 3.35e9}  # rounded as by the authors
 
 
 def model_of(name: str, *flags: str) -> ModelConfig:
@@ -48,15 +48,15 @@ def model_of(name: str, *flags: str) -> ModelConfig:
     return resolve_model(model, vocab_size=model.vocab_size, sequence_length=1024)
 
 
-def test_a_later_file_and_flags_change_what_they_name_and_no_more(tmp_path):
+def test_a_later_file_and_flags_change_only_the_keys_they_name(tmp_path):
     (tmp_path / "mine.yaml").write_text("model: {num_hidden_layers: 4, moe: {num_experts: 16}}\n")
     model = model_of("qwen3_30b_a3b", "--config", str(tmp_path / "mine.yaml"), "--model.moe.balance", "sequence")
-    whole = model_of("qwen3_30b_a3b")
-    moe = dataclasses.replace(whole.moe, num_experts=16, balance="sequence")
-    assert model == dataclasses.replace(whole, num_hidden_layers=4, moe=moe)
+    original = model_of("qwen3_30b_a3b")
+    moe = dataclasses.replace(original.moe, num_experts=16, balance="sequence")
+    assert model == dataclasses.replace(original, num_hidden_layers=4, moe=moe)
 
 
-def test_every_preset_is_counted_here():
+def test_every_preset_has_a_published_number_of_parameters_here():
     assert {path.stem for path in FOLDER.glob("*.yaml")} == set(PUBLISHED)
 
 
@@ -71,9 +71,11 @@ def test_a_preset_has_the_published_number_of_parameters(name):
         assert sum(parameter.numel() for parameter in Transformer(model).parameters()) == counts.total
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "minimind2_moe"])  # its family is none of transformers'
+@pytest.mark.parametrize(
+    "name", [name for name in PUBLISHED if name != "minimind2_moe"]
+)  # no class of transformers has its architecture
 def test_a_preset_has_the_parameters_of_transformers(name):
-    """By name and shape, rows of padding apart."""
+    """By name and shape, except for padding rows."""
     model = model_of(name)
     settings = to_config(model, "float32", {})
     with torch.device("meta"):

@@ -252,7 +252,7 @@ OURS = [*TEXT, "--tokenizer.path", "{d}/text_tokenizer", "--data.train", "[{path
     ("flags", "said"),
     [
         (["--optimizr.lr", "3"], "optimizr: unknown key; did you mean optimizer?"),
-        (["--optimizer.lr", "fast"], "optimizer.lr: got 'fast', must be a number"),
+        (["--optimizer.lr", "fast"], "optimizer.lr: got 'fast'"),
         (["--batch.micro_batch_size", "3"], "must be a multiple of micro_batch_size x ranks = 3 x 1 = 3"),
         ([*OURS, "--data.train", "[{path: {d}/missing}]"], "missing"),
         ([*OURS, "--tokenizer.path", "{d}/other_tokenizer"], "was made with the tokenizer"),
