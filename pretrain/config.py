@@ -289,7 +289,7 @@ USAGE = """usage: {program} --config FILE [--config FILE ...] [--section.key val
   --config FILE        YAML settings; a later file overrides an earlier one, flags override files
   --section.key value  one setting, e.g. --optimizer.lr 3e-4 --data.train '[{{path: data/wiki_train}}]'
   --print_config       print all settings and exit
-  --print_schema       print a JSON Schema of the settings, for editors, and exit
+  --print_schema       print a JSON Schema for editors (head of a file: # yaml-language-server: $schema=PATH) and exit
   --help               print this and exit
 
 settings, with default, bounds, and whether a resumed run may change them (free), may after confirmation by
