@@ -100,9 +100,7 @@ def check_sample(file: TokenFile, where: str, *, vocab_size: int, end_of_documen
         text = f"its type, {file.dtype.name}, ends at {largest:,}, the vocabulary has {vocab_size:,} ids: larger ids wrapped"
         found.append(("dtype-too-narrow", f"{text} around when the file was written; tokenize again", True))
     if sidecar and tokens.max() > sidecar.max_id:
-        text = (
-            f"holds id {tokens.max()}, and its sidecar says that {sidecar.max_id} is the largest: changed since; tokenize again"
-        )
+        text = f"contains id {tokens.max()}, but the largest in its sidecar is {sidecar.max_id}: it was changed; tokenize again"
         found.append(("seal-contradicted", text, True))
     edges = np.flatnonzero(np.diff(tokens, prepend=-1, append=-1))
     longest = int(np.diff(edges).argmax())
