@@ -99,7 +99,7 @@ def test_a_space_survives_a_tokenizer_that_was_trained_on_text_without_one(tmp_p
 
 
 def test_more_characters_than_ids_leave_room_for_longer_pieces(tmp_path):
-    """As in Chinese: frequent characters become pieces, the others bytes."""
+    """Chinese has many: frequent characters become pieces, the others bytes."""
     rng = np.random.default_rng(0)
     words = ["".join(map(chr, 0x4E00 + (2500 ** (rng.random(2) ** 2)).astype(int))) for _ in range(4000)]
     written = ["".join(words[int(i)] for i in 4000 ** (rng.random(1000) ** 0.7)) for _ in range(40)]

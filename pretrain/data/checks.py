@@ -193,12 +193,12 @@ def length_quantiles(file: TokenFile) -> str:
 
 
 class Duplicates(NamedTuple):
-    """Fractions of tokens."""
+    """Fractions of the training and of the validation tokens."""
 
     train: float
-    """Of the training tokens: in repetitions of a training document."""
+    """Training tokens in repetitions of a training document."""
     valid: float
-    """Of the validation tokens: in documents that are also training documents."""
+    """Validation tokens in documents that are also training documents."""
     documents: int
     """Number of documents compared."""
     complete: bool
@@ -206,7 +206,7 @@ class Duplicates(NamedTuple):
 
 
 def duplicates(train: list[TokenFile], valid: list[TokenFile], end_of_document_id: int | None) -> Duplicates | None:
-    """How much text occurs more than once. None: no training file has document ends.
+    """Fractions of the text that occur more than once. None: no training file has document ends.
 
     Documents are selected by a hash of their length until the budget is used up. Duplicates have equal lengths, so all or
     none of them are selected, and the fractions are unbiased although only a part of a large file is read.
