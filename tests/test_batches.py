@@ -66,14 +66,14 @@ def test_the_global_batch_does_not_depend_on_ranks_and_micro_batches(data, world
     global_batch = 48
     share = global_batch // world_size
     for step in (0, 1, 7, 1000):
-        whole = data.take(step * global_batch, global_batch)
+        expected = data.take(step * global_batch, global_batch)
         for micro_batch in (m for m in range(1, share + 1) if share % m == 0):
             parts = [
                 data.take(step * global_batch + rank * share + start, micro_batch)
                 for rank in range(world_size)
                 for start in range(0, share, micro_batch)
             ]
-            for mine, theirs in zip(zip(*parts, strict=True), whole, strict=True):
+            for mine, theirs in zip(zip(*parts, strict=True), expected, strict=True):
                 assert torch.equal(torch.cat(mine), theirs)
 
 

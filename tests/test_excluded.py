@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import re
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +21,7 @@ from pretrain.data.order import Order
 from pretrain.train import train
 from tests.ranks import run_ranks
 from tests.test_indexed import write
-
-ROOT = Path(__file__).resolve().parents[1]
-
+from tests.test_tools_data import tool
 
 # ---------------------------------------------------------------- the stream without the quarantine
 
@@ -184,15 +178,8 @@ def train_here(flags: list[str]) -> int:
 
 
 def inspect(*words: object, status: int = 0) -> str:
-    """The output of tools/inspect_data.py, run in this process, which has imported torch already."""
-    output = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        patch.setattr(sys, "argv", ["tools/inspect_data.py", *map(str, words)])
-        patch.setattr(sys, "path", ["", *sys.path])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / "tools" / "inspect_data.py"), run_name="__main__")
-    assert end.value.code == status, output.getvalue()
-    return output.getvalue()
+    """The output of tools/inspect_data.py."""
+    return "".join(tool("inspect_data", *words, status=status))
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -19,11 +19,11 @@ def source(kind: str, split: str = "train", *, seed: int = 1, vocab_size: int = 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sample_depends_on_seed_split_and_number_only(kind):
-    whole = source(kind).read(np.arange(100))
-    assert np.array_equal(source(kind).read(np.array([70, 3]))[1], whole[3])
-    assert whole.shape == (100, 65) and whole.dtype == np.int64
+    expected = source(kind).read(np.arange(100))
+    assert np.array_equal(source(kind).read(np.array([70, 3]))[1], expected[3])
+    assert expected.shape == (100, 65) and expected.dtype == np.int64
     for other in (source(kind, seed=2), source(kind, "valid")):
-        assert not (other.read(np.arange(100)) == whole).all(axis=1).any()
+        assert not (other.read(np.arange(100)) == expected).all(axis=1).any()
 
 
 @pytest.mark.parametrize("kind", KINDS)

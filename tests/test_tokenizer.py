@@ -3,6 +3,7 @@
 import json
 import shutil
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,8 +53,11 @@ def tokenizer(folder):
 
 @pytest.fixture(scope="module")
 def converted(folder, tmp_path_factory):
-    """The same tokenizer as a Hugging Face folder alone."""
-    copy = tmp_path_factory.mktemp("tokenizers") / "converted"
+    return load_hugging_face(folder, tmp_path_factory.mktemp("tokenizers") / "converted")
+
+
+def load_hugging_face(folder: Path, copy: Path) -> Tokenizer:
+    """The same tokenizer, from a copy of its Hugging Face files alone."""
     copy.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(folder / name, copy)
@@ -89,17 +93,13 @@ def test_any_text_survives(tokenizer, text):
 def test_a_space_survives_a_tokenizer_that_was_trained_on_text_without_one(tmp_path):
     """Such as Chinese, Japanese or Thai."""
     train(["今天天气很好，我们去公园玩。" * 50] * 20, tmp_path / "t", vocab_size=290, describe=dict)
-    converted = tmp_path / "converted"
-    converted.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tmp_path / "t" / name, converted)
-    for tokenizer in (Tokenizer.load(tmp_path / "t"), Tokenizer.load(converted)):
+    for tokenizer in (Tokenizer.load(tmp_path / "t"), load_hugging_face(tmp_path / "t", tmp_path / "converted")):
         for text in ("def f(): return '好 天'", " ", "  "):
             assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_more_characters_than_ids_leave_room_for_longer_pieces(tmp_path):
-    """As in Chinese: frequent characters become pieces, the others bytes."""
+    """Chinese has many: frequent characters become pieces, the others bytes."""
     rng = np.random.default_rng(0)
     words = ["".join(map(chr, 0x4E00 + (2500 ** (rng.random(2) ** 2)).astype(int))) for _ in range(4000)]
     written = ["".join(words[int(i)] for i in 4000 ** (rng.random(1000) ** 0.7)) for _ in range(40)]

@@ -304,7 +304,7 @@ def test_inspect_data_refuses_impossible_steps_and_documents(run, flags):
 
 
 def test_inspect_data_skips_what_the_run_skipped_although_the_last_line_of_its_metrics_is_torn(run):
-    """As left by a kill, or seen while the run writes."""
+    """A kill leaves such a line; so does reading while the run writes."""
     (run / "metrics.jsonl").write_text(
         '{"step": 2, "loss": 5.0}\n{"step": 2, "rollbacks": 1, "skipped_positions": [16, 32]}\n'
         '{"step": 4, "rollbacks": 2, "skipped_positions": [4'

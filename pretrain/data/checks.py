@@ -100,9 +100,7 @@ def check_sample(file: TokenFile, where: str, *, vocab_size: int, end_of_documen
         text = f"its type, {file.dtype.name}, ends at {largest:,}, the vocabulary has {vocab_size:,} ids: larger ids wrapped"
         found.append(("dtype-too-narrow", f"{text} around when the file was written; tokenize again", True))
     if sidecar and tokens.max() > sidecar.max_id:
-        text = (
-            f"holds id {tokens.max()}, and its sidecar says that {sidecar.max_id} is the largest: changed since; tokenize again"
-        )
+        text = f"contains id {tokens.max()}, but the largest in its sidecar is {sidecar.max_id}: it was changed; tokenize again"
         found.append(("seal-contradicted", text, True))
     edges = np.flatnonzero(np.diff(tokens, prepend=-1, append=-1))
     longest = int(np.diff(edges).argmax())
@@ -195,12 +193,12 @@ def length_quantiles(file: TokenFile) -> str:
 
 
 class Duplicates(NamedTuple):
-    """Fractions of tokens."""
+    """Fractions of the training and of the validation tokens."""
 
     train: float
-    """Of the training tokens: in repetitions of a training document."""
+    """Training tokens in repetitions of a training document."""
     valid: float
-    """Of the validation tokens: in documents that are also training documents."""
+    """Validation tokens in documents that are also training documents."""
     documents: int
     """Number of documents compared."""
     complete: bool
@@ -208,7 +206,7 @@ class Duplicates(NamedTuple):
 
 
 def duplicates(train: list[TokenFile], valid: list[TokenFile], end_of_document_id: int | None) -> Duplicates | None:
-    """How much text occurs more than once. None: no training file has document ends.
+    """Fractions of the text that occur more than once. None: no training file has document ends.
 
     Documents are selected by a hash of their length until the budget is used up. Duplicates have equal lengths, so all or
     none of them are selected, and the fractions are unbiased although only a part of a large file is read.

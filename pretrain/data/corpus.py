@@ -136,9 +136,7 @@ class Corpus:
             self.other_files += sum(not file.name.startswith(".") for file in files) - len(found)
             return found
         if not path.is_file():
-            raise DataError(
-                f"{path}: no such file; --input accepts files, folders, {STDIN} (standard input) and the word {STDLIB}"
-            )
+            raise DataError(f"{path}: no such file; --input accepts files, folders, {STDIN} (standard input) and {STDLIB}")
         if _format(path) not in FORMATS:
             raise DataError(f"{path}: unknown format; allowed: {', '.join(FORMATS)}, the first two also as .gz or .zst")
         return [path]
