@@ -19,6 +19,7 @@ import pytest
 from pretrain import schema
 from pretrain.config import load
 from pretrain.data.batches import open_train
+from pretrain.run import command_line
 from pretrain.run.directory import RunDirectory
 from pretrain.train import train
 from tests.ranks import run_ranks
@@ -241,7 +242,7 @@ def main_of_launch_script(argv: list[str], monkeypatch) -> int:
     monkeypatch.setattr(sys, "path", [str(ROOT / "launch"), *sys.path])
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main()
+    return command_line.run(module.main)
 
 
 TEXT = ["--data.synthetic", "null", "--model.vocab_size", "null"]
