@@ -1,4 +1,4 @@
-"""The loss doctor finds planted faults in every format by name, and nothing in clean logs."""
+"""The loss doctor names planted faults in every format, and finds nothing in clean logs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -28,13 +29,13 @@ A, W, T = 16, 6, 512
 
 
 def curve(vocab_size: int, steps: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A healthy training loss (nats) from scratch: a power law from ln V to 1.6 to 3.2 nats."""
+    """A healthy training loss (nats) from scratch: a power law from ln V down to 1.6 to 3.2 nats."""
     start, end = math.log(vocab_size), rng.uniform(1.6, 3.2)
     return end + (start - end) * (1 + steps / rng.uniform(80, 300)) ** -rng.uniform(0.4, 0.7)
 
 
 def planted(fault: str, vocab_size: int, steps: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(loss, auxiliary loss) as a script with that fault shows them; one sequence alone scatters by 0.4 nats."""
+    """(loss, auxiliary loss) as a script with that fault shows them; single sequences scatter by 0.4 nats."""
     rng = np.random.default_rng(seed)
     loss = curve(vocab_size, steps, rng)
     if fault == "stall":
@@ -90,12 +91,12 @@ LINES = {
     "| tok/sec: 1,024,000 | mfu: 41.20 | total time: 1.20m",
     "torchtitan": "\x1b[31mstep: {s:2d}  \x1b[32mloss: {x:7.4f}  \x1b[33mgrad_norm:  1.21  aux_loss: {a:.4f}  tps: 300\x1b[0m",
 }
-AROUND = {  # what else stands in such logs
+AROUND = {  # other lines of such logs
     "nanogpt": "tokens per iteration will be: 491,520\nnumber of parameters: 123.59M\n",
     "hugging_face": "{'train_runtime': 99.5, 'train_samples_per_second': 12.0, 'train_loss': 4.2, 'epoch': 1.0}\n",
     "torchtitan": "[rank0]:2026-05-01 10:00:00,123 - root - INFO - Starting job: 8 GPUs\r\n",
 }
-FIRST_STEP = {"minimind": 10, "hugging_face": 10, "megatron": 10}  # the others begin at step 0
+FIRST_STEP = {"minimind": 10, "hugging_face": 10, "megatron": 10}  # the others start at step 0
 FORMATS = ["jsonl", "csv", "tensorboard", *LINES]
 FAULTS = [
     *("clean", "accumulation", "divided by accumulation", "world size", "divided by world size", "both", "divided by both"),
@@ -112,7 +113,7 @@ def write(kind: str, steps: np.ndarray, loss: np.ndarray, aux: np.ndarray, path:
 
 
 def name_of(result: Diagnosis) -> str:
-    """The fault that the doctor names, in the words of FAULTS; several are joined."""
+    """The fault that the doctor finds, as FAULTS names it; several are joined."""
     names = [(f.causes[0] if f.fault in ("scale", "noise") else f.fault) for f in result.findings]
     return " + ".join(names) or "clean"
 
@@ -177,7 +178,7 @@ def test_a_resumed_log_is_not_judged_by_ln_v():
     for level in (3.1, 1.2):
         result = diagnose(log_of(steps, level + 0.02 * np.sin(steps)), Setup(50257, 8, 2, 1024))
         assert result.findings == []
-        assert any("not at a run's start" in note for note in result.notes)
+        assert any("begins at step 5000" in note for note in result.notes)
 
 
 def test_a_resumed_log_above_ln_v_is_still_impossible():
@@ -185,39 +186,39 @@ def test_a_resumed_log_above_ln_v_is_still_impossible():
     assert result.findings[0].causes[0] == "accumulation" and "80 / 25 = 3.2" in result.findings[0].text
 
 
-def test_a_log_resumed_after_few_steps_is_not_taken_for_a_start():
+def test_a_log_resumed_after_few_steps_is_not_mistaken_for_a_start():
     result = diagnose(log_of(range(40, 90), np.linspace(81, 79, 50)), Setup(6400, 25))
-    assert result.findings[0].causes[0] == "accumulation"  # 3.2 nats at step 40 would be no start from scratch
+    assert result.findings[0].causes[0] == "accumulation"  # from scratch, 3.2 nats at step 40 would be impossible
 
 
-def test_a_noisy_first_line_is_not_held_against_a_run():
+def test_a_noisy_first_line_raises_no_alarm():
     steps, noise = np.arange(0, 2000, 10), np.random.default_rng(0).normal(size=200) * 0.5
     noise[0] = -1.3
     assert diagnose(log_of(steps, 3 + 5.76 * (1 + steps / 50) ** -0.6 + noise), Setup(6400)).findings == []
 
 
-def test_a_model_that_begins_with_trained_weights_is_no_fault():
+def test_a_run_that_starts_from_trained_weights_raises_no_alarm():
     steps = np.arange(0, 1000, 10)
     result = diagnose(log_of(steps, 2.6 - 0.3 * steps / 1000), Setup(151936, 4, 8, 2048))
     assert result.findings == [] and any("trained weights" in note for note in result.notes)
 
 
-def test_one_low_line_may_be_either_and_the_finding_says_so():
+def test_a_single_low_line_is_called_possibly_divided():
     (finding,) = diagnose(log_of([0], [2.7]), Setup(50257, accumulation=4)).findings
-    assert finding.certainty == "possible" and "2.7 x 4 = 10.8" in finding.text and "trained weights" in finding.text
+    assert finding.certainty == "possible" and "2.7 x 4 = 10.8" in finding.text
 
 
-def test_a_fast_recipe_that_halves_its_loss_in_a_hundred_steps_is_no_fault():
+def test_a_fast_recipe_that_halves_its_loss_in_a_hundred_steps_raises_no_alarm():
     assert diagnose(log_of([100, 200, 300, 400, 500], [5.0, 4.4, 4.15, 4.0, 3.9]), Setup(50304, 8, 8, 1024)).findings == []
 
 
-def test_a_few_flat_lines_of_a_warm_up_are_no_stall():
+def test_a_few_flat_lines_of_a_warm_up_are_a_note_and_not_a_stall():
     result = diagnose(log_of(range(60), [9.21] * 60), Setup(10000))
-    assert result.findings == [] and any("so far" in note for note in result.notes)
+    assert result.findings == [] and any("warm-up" in note for note in result.notes)
 
 
 def another_curve(vocab_size: int, steps: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Nats of a healthy run: a power law, two exponentials, a plateau and then a drop, a slow warm-up or a fast recipe."""
+    """Nats of a healthy run: a power law, two exponentials, a plateau before a drop, a slow warm-up or a fast recipe."""
     start, low = math.log(vocab_size) * rng.uniform(1, 1.02), min(0.55 * math.log(vocab_size), rng.uniform(1.3, 3.4))
     kind, tau = rng.integers(5), rng.uniform(60, 400)
     if kind == 0:
@@ -233,8 +234,8 @@ def another_curve(vocab_size: int, steps: np.ndarray, rng: np.random.Generator) 
     return low + (start - low) * (1 + done / 150) ** -rng.uniform(0.4, 0.6)
 
 
-def test_other_curves_settings_and_noises_get_the_right_name_or_several_or_none():
-    """A wrong name alone is the worst answer, and must not come; a factor that is not seen must be rare."""
+def test_no_curve_setting_or_noise_leads_to_a_wrong_name_and_few_to_none():
+    """A wrong name is the worst answer and must not occur; a missed factor must be rare."""
     answers = Counter()
     for seed in range(400):
         rng = np.random.default_rng(seed)
@@ -271,9 +272,8 @@ def doctor(tmp_path: Path, text: str, name: str = "train.log", **setup) -> Diagn
 
 def test_first_story_213_at_vocabulary_6400_and_accumulation_25(tmp_path):
     (finding,) = doctor(tmp_path, STORY, vocab_size=6400, accumulation=25).findings
-    assert finding.text == (
-        "213.8 / 25 = 8.55, and ln(6400) = 8.76: the shown loss is multiplied by 25, very likely the accumulation steps"
-    )
+    words = "213.8 / 25 = 8.55, and ln(6400) = 8.76: the shown loss is multiplied by 25, very likely the accumulation steps"
+    assert finding.text == words  # the one test of the wording
     assert finding.causes == ("accumulation",)
 
 
@@ -281,10 +281,10 @@ def test_first_story_213_at_vocabulary_6400_and_accumulation_25(tmp_path):
     ("setup", "words"),
     [
         ({"accumulation": 25}, "213.8 / 25 = 8.55, as with a vocabulary of 6400 (MiniMind, ln = 8.76)"),
-        ({"vocab_size": 6400}, "multiplied by about 32.5 (21.8 to 73.9)"),
-        ({}, "No vocabulary starts at 213.8 nats"),
-        ({"vocab_size": 6400, "accumulation": 25, "world_size": 25}, "both are 25, and no log can tell them apart"),
-        ({"vocab_size": 6400, "accumulation": 25, "world_size": 2}, "Also possible: 213.8 / 50 = 4.28"),
+        ({"vocab_size": 6400}, "about 32.5 (21.8 to 73.9)"),
+        ({}, "300,000 ids start at 12.6"),
+        ({"vocab_size": 6400, "accumulation": 25, "world_size": 25}, "both are 25"),
+        ({"vocab_size": 6400, "accumulation": 25, "world_size": 2}, "213.8 / 50 = 4.28"),
     ],
 )
 def test_first_story_with_less_or_more_known(tmp_path, setup, words):
@@ -296,18 +296,16 @@ def test_second_story_stall_at_9_2_on_random_data_with_vocabulary_10000(tmp_path
     rng = np.random.default_rng(0)
     text = "".join(f"iter {i}: loss {9.2103 + 0.01 * rng.normal():.4f}, time 12.1ms, mfu 3.0%\n" for i in range(0, 500, 10))
     (finding,) = doctor(tmp_path, text, vocab_size=10000).findings
-    assert (
-        finding.fault == "stall" and "ln(10000) = 9.21: nothing is learned" in finding.text and "random data" in finding.advice
-    )
+    assert finding.fault == "stall" and "ln(10000) = 9.21" in finding.text and "random data" in finding.advice
     (finding,) = doctor(tmp_path, text).findings
     assert finding.fault == "stall" and "ln of 10,022" in finding.text
     lines = [{"step": 0, "reference_lines": {"uniform": math.log(10000), "floor": math.log(10000)}}]
     lines += [{"step": step, "loss": 9.21} for step in range(10, 300, 10)]
     (finding,) = doctor(tmp_path, "\n".join(map(json.dumps, lines)), "metrics.jsonl").findings
-    assert "there it is right" in finding.text
+    assert finding.fault == "stall" and "this data is random" in finding.text
 
 
-def test_a_stall_whose_scale_is_wrong_is_both(tmp_path):
+def test_a_stall_with_a_wrong_scale_has_both_findings(tmp_path):
     text = "".join(f"iter {i}: loss {8 * 9.2103:.4f}, time 12.1ms\n" for i in range(0, 500, 10))
     assert [f.fault for f in doctor(tmp_path, text, vocab_size=10000, accumulation=8).findings] == ["scale", "stall"]
 
@@ -315,7 +313,7 @@ def test_a_stall_whose_scale_is_wrong_is_both(tmp_path):
 # ---------------------------------------------------------------- evidence beside the first line
 
 
-def test_equal_accumulation_and_ranks_are_told_as_ambiguous():
+def test_equal_accumulation_and_ranks_are_called_ambiguous():
     (finding,) = diagnose(log_of([0, 10, 20], [83, 80, 77]), Setup(32000, 8, 8, 1024)).findings
     assert set(finding.causes) == {"accumulation", "world size"} and finding.certainty == "possible"
 
@@ -328,21 +326,21 @@ def test_a_perplexity_beside_the_loss_gives_the_factor_on_any_log():
     assert diagnose(agreeing, Setup(32000, 8)).findings == []
 
 
-def test_a_validation_loss_in_the_log_gives_the_factor_and_memorising_gives_none_but_is_told():
+def test_a_validation_loss_in_the_log_gives_the_factor_and_memorising_is_not_one():
     steps = np.arange(5000, 6000, 10)
     val = {"val_steps": np.array([5200.0, 5500.0, 5900.0])}
     scaled = log_of(steps, 8 * np.linspace(3.3, 3.0, 100), val_loss=np.array([3.3, 3.2, 3.1]), **val)
     assert diagnose(scaled, Setup(None, 8)).findings[0].causes[0] == "accumulation"
     memorising = log_of(steps, np.linspace(2.0, 0.6, 100), val_loss=np.array([3.0, 3.3, 3.9]), **val)
     (finding,) = diagnose(memorising, Setup(50257, 4)).findings
-    assert finding.fault == "memorising" and finding.advice == "Use the checkpoint from around step 5200."
+    assert finding.fault == "memorising" and "step 5200" in finding.advice
     other_text = log_of(steps, np.linspace(2.0, 1.6, 100), val_loss=np.array([3.0, 2.99, 3.0]), **val)
     assert diagnose(other_text, Setup(50257, 4)).findings == []
 
 
 @pytest.mark.parametrize("setup", [Setup(50257, 4, 2, 1024, 4), Setup()])
 @pytest.mark.parametrize("evaluations", [2, 5])
-def test_what_learns_a_small_text_by_heart_is_not_called_divided(setup, evaluations):
+def test_a_run_that_memorises_a_small_text_is_not_called_divided(setup, evaluations):
     """2.7 x 4 = 10.8 = ln 50257, and it falls far: but the evaluations begin where the training loss does."""
     steps = np.arange(10, 1000, 10)
     at = np.linspace(9, 98, evaluations).astype(int)
@@ -353,7 +351,7 @@ def test_what_learns_a_small_text_by_heart_is_not_called_divided(setup, evaluati
 
 def test_a_fall_from_a_low_start_says_nothing_where_the_vocabulary_is_unknown():
     result = diagnose(log_of(np.arange(1, 500, 10), 2.2 * (1 + np.arange(50) / 10) ** -0.7), Setup(None, 8))
-    assert result.findings == [] and any("shows its loss divided by something" in note for note in result.notes)
+    assert result.findings == [] and any("--vocab-size" in note for note in result.notes)
 
 
 @pytest.mark.parametrize("noise", [0.003, 0.03])
@@ -361,20 +359,20 @@ def test_a_curve_that_falls_to_the_unigram_entropy_and_stays_ignores_its_context
     steps, lines = np.arange(0, 2000, 10), {"uniform": 8.3, "unigram": 6.5, "bigram": 4.2}
     blur = np.random.default_rng(0).normal(0, noise, len(steps))
     (finding,) = diagnose(log_of(steps, 6.5 + 1.8 * np.exp(-steps / 60) + blur, reference_lines=lines), Setup()).findings
-    assert finding.fault == "stall" and "at the unigram entropy, 6.500" in finding.text
+    assert finding.fault == "stall" and "unigram entropy, 6.500" in finding.text
     falling = log_of(steps, 5.0 + 3.3 * np.exp(-steps / 1000) + blur, reference_lines=lines)
     assert diagnose(falling, Setup()).findings == []
 
 
-def test_an_evaluated_training_loss_beside_the_shown_one_gives_the_factor(tmp_path):
+def test_an_evaluated_training_loss_in_the_log_gives_the_factor(tmp_path):
     text = "step 0: train loss 10.9897, val loss 10.9867\n" + "".join(
         f"iter {i}: loss {40 * (10.98 - i / 50):.3f}, time 9ms\n" for i in range(0, 30, 10)
     )
     finding = doctor(tmp_path, text, accumulation=40).findings[0]
-    assert finding.causes == ("accumulation",) and "evaluation shows 0.025 times" in finding.text
+    assert finding.causes == ("accumulation",) and "0.025 times" in finding.text
 
 
-def test_a_total_beside_its_cross_entropy_shows_the_auxiliary_loss(tmp_path):
+def test_a_total_loss_above_its_cross_entropy_contains_an_auxiliary_loss(tmp_path):
     text = "".join(
         f"Epoch:[1/1]({i}/900), loss: {8.8 - i / 500 + 0.06:.4f}, logits_loss: {8.8 - i / 500:.4f}, lr: 0.0005\n"
         for i in range(0, 300, 10)
@@ -385,7 +383,7 @@ def test_a_total_beside_its_cross_entropy_shows_the_auxiliary_loss(tmp_path):
     assert doctor(tmp_path, clean, vocab_size=6400).findings == []
 
 
-def test_one_rank_of_six_cannot_be_told_from_all_and_the_note_says_so():
+def test_one_rank_of_six_cannot_be_told_from_all_and_a_note_says_so():
     steps = np.arange(0, 2000, 10)
     rng = np.random.default_rng(1)
     result = diagnose(
@@ -394,7 +392,7 @@ def test_one_rank_of_six_cannot_be_told_from_all_and_the_note_says_so():
     assert result.findings == [] and any("no proof" in note for note in result.notes)
 
 
-def test_initial_weights_far_too_large_are_no_factor():
+def test_far_too_large_initial_weights_are_not_called_a_factor():
     steps = np.arange(0, 2000, 10)
     for setup in (Setup(6400), Setup(6400, accumulation=25)):
         result = diagnose(log_of(steps, 3.0 + 210 * np.exp(-steps / 40)), setup)
@@ -402,14 +400,14 @@ def test_initial_weights_far_too_large_are_no_factor():
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_what_falls_as_little_as_a_trained_model_is_not_called_divided(trained):
-    """1.47 x 8 = 11.8 = ln 128256: the same first line of a fine-tuning and of a divided loss."""
+def test_a_loss_that_falls_as_little_as_a_trained_models_is_not_called_divided(trained):
+    """1.47 x 8 = 11.8 = ln 128256: the first line of a fine-tuning equals that of a divided loss."""
     steps = np.arange(1, 2000, 10)
     loss = 1.47 - 0.25 * (1 - np.exp(-steps / 300)) if trained else 1.47 * (0.3 + 0.7 * (1 + steps / 100) ** -0.5)
     result = diagnose(log_of(steps, loss), Setup(128256, accumulation=8))
     if trained:
         assert result.findings == []
-        assert any("x 8 = 11.8 (the accumulation steps) would explain it" in note for note in result.notes)
+        assert any("x 8 = 11.8" in note for note in result.notes)
     else:
         assert [f.causes for f in result.findings] == [("divided by accumulation",)]
 
@@ -433,7 +431,7 @@ def test_trained_models_raise_no_alarm_whatever_factors_the_run_has():
     assert alarms == []
 
 
-def test_a_flat_curve_was_as_flat_before_its_first_line():
+def test_a_flat_curve_was_not_steeper_before_its_first_line():
     """22.1 = 2 x ln 50304 at step 10, and 9 % less 300 steps later: three ranks would need a fall by a third in 10 steps."""
     log = log_of(np.arange(10, 310, 10), np.linspace(22.08, 20.03, 30))
     (finding,) = diagnose(log, Setup(50304, 7, 3)).findings
@@ -442,55 +440,55 @@ def test_a_flat_curve_was_as_flat_before_its_first_line():
     assert finding.causes == ("batch size",) and "22.08 / 2 = 11" in finding.text
 
 
-def test_a_factor_that_fits_badly_is_not_very_likely():
+def test_a_factor_that_fits_badly_is_not_called_very_likely():
     steps = np.arange(5, 505, 5)
-    loss = 3 + 9.2 * (1 + steps / 60) ** -0.5  # 12 nats for 10.4: an auxiliary loss of 1.6 nats
+    loss = 3 + 9.2 * (1 + steps / 60) ** -0.5  # starts at 12 nats, not 10.4: an auxiliary loss of 1.6 nats
     (finding,) = diagnose(log_of(steps, loss), Setup(32000, 16, 4, 256, 4)).findings
     assert finding.certainty != "very likely" and {"vocabulary", "auxiliary", "bits"} & set(finding.causes)
 
 
-def test_another_vocabulary_than_the_one_given_is_thought_of():
+def test_a_vocabulary_other_than_the_given_one_is_considered():
     log = log_of(np.arange(1, 1000, 20), 3 + 9.4 * (1 + np.arange(0, 999, 20) / 60) ** -0.5)  # ln 256000 = 12.45
     for setup in (Setup(512), Setup(10000)):
         (finding,) = diagnose(log, setup).findings
-        assert "the vocabulary is another one, of about 2" in finding.text
+        assert re.search(r"vocabulary is a different one, of about 2\d0,000 ids", finding.text)
 
 
 @pytest.mark.parametrize("every", [1, 10])
 @pytest.mark.parametrize("weight", [0.1, 0.02])
-def test_a_running_mean_that_began_at_0_is_no_divergence(every, weight):
+def test_a_running_mean_that_starts_at_0_is_not_called_divergence(every, weight):
     steps = np.arange(0, 200 * every, every)
     true = 3 + 5.8 * (1 + steps / 400) ** -0.5
     shown = [weight * (1 - weight) ** np.arange(i, -1, -1) @ true[: i + 1] for i in range(len(true))]
     (finding,) = diagnose(log_of(steps, shown), Setup(6400, 4)).findings
-    assert finding.fault == "running" and "a running mean that began at 0" in finding.text
+    assert finding.fault == "running" and "a running mean" in finding.text
 
 
-def test_a_sum_that_is_never_set_back_is_no_divergence():
+def test_a_sum_that_is_never_reset_is_not_called_divergence():
     steps = np.arange(0, 2000, 10)
     (finding,) = diagnose(log_of(steps, np.cumsum(3 + 5.8 * (1 + steps / 40) ** -0.5)), Setup(6400, 4)).findings
-    assert finding.fault == "running" and "a sum that is never set back" in finding.text
+    assert finding.fault == "running" and "a sum" in finding.text
 
 
-def test_what_falls_to_ln_v_and_stays_there_has_stalled_too():
+def test_a_loss_that_falls_to_ln_v_and_stays_there_has_stalled():
     steps = np.arange(0, 1000, 10)
     (finding,) = diagnose(log_of(steps, 9.21 + 0.7 * np.exp(-steps / 100)), Setup(10000)).findings
     assert finding.fault == "stall" and "from step 330 to 990" in finding.text
 
 
-def test_what_stays_where_frequencies_leave_it_may_ignore_its_context():
+def test_a_loss_that_stays_near_the_usual_unigram_entropy_has_possibly_stalled():
     steps, blur = np.arange(0, 2000, 10), np.random.default_rng(0).normal(0, 0.02, 200)
     (finding,) = diagnose(log_of(steps, 7.6 + 2.8 * np.exp(-steps / 60) + blur), Setup(32000)).findings
-    assert (finding.fault, finding.certainty) == ("stall", "possible") and "context is ignored" in finding.text
+    assert (finding.fault, finding.certainty) == ("stall", "possible")
 
 
 @pytest.mark.parametrize("parts", [(8, 1), (1, 8)])
-def test_a_scale_that_changes_in_the_middle_is_told_with_its_place(parts):
+def test_a_scale_that_changes_in_the_middle_is_found_with_its_place_and_cause(parts):
     steps = np.arange(0, 400, 10)
     loss = (3 + 7.8 * (1 + steps / 100) ** -0.5) * np.repeat(parts, 20)
     (finding,) = diagnose(log_of(steps, loss), Setup(50304, 8)).findings
     assert finding.causes == ("change",) and "between step 190 and 200" in finding.text
-    assert "likely by the accumulation steps" in finding.text
+    assert "the accumulation steps" in finding.text
 
 
 def test_five_lines_that_end_far_above_ln_v_have_diverged():
@@ -505,7 +503,7 @@ def test_a_rise_of_half_a_nat_at_the_end_is_a_divergence():
 
 
 @pytest.mark.filterwarnings("error")
-def test_no_figures_crash_it():
+def test_no_figures_crash_the_doctor():
     rng = np.random.default_rng(5)
     for _ in range(600):
         lines = int(rng.choice([1, 2, 3, 5, 8, 9, 24, 60]))
@@ -524,10 +522,10 @@ def test_no_figures_crash_it():
         summary(diagnose(log, Setup(*known)))
 
 
-# ---------------------------------------------------------------- what logs look like
+# ---------------------------------------------------------------- forms of logs
 
 
-def test_null_losses_of_our_metrics_are_the_nan_that_they_were(tmp_path):
+def test_null_losses_in_metrics_jsonl_are_read_as_nan(tmp_path):
     lines = [{"step": 0, "reference_lines": {"uniform": math.log(6400), "unigram": 6.0}, "world_size": 2}]
     lines += [
         {"step": 1, "loss": 8.8, "skipped_steps": 0},
@@ -537,24 +535,24 @@ def test_null_losses_of_our_metrics_are_the_nan_that_they_were(tmp_path):
     result = doctor(tmp_path, "\n".join(map(json.dumps, lines)) + '\n{"step": 20, "lo', "metrics.jsonl")
     assert [f.fault for f in result.findings] == ["nan"] and "the first at step 10" in result.findings[0].text
     assert result.log.steps.tolist() == [1, 10] and result.log.val_loss.tolist() == [8.5] and result.setup.vocab_size == 6400
-    assert any("9 steps were skipped" in note for note in result.notes)
+    assert any("9 steps" in note for note in result.notes)
 
 
-def test_an_integer_too_long_for_a_number_is_infinite(tmp_path):
+def test_an_integer_too_long_for_a_float_is_read_as_infinity(tmp_path):
     text = '{"step": 1, "loss": %s}\n{"step": 2, "loss": 8}\n' % ("9" * 400)
     assert doctor(tmp_path, text, vocab_size=6400).log.loss.tolist() == [math.inf, 8.0]
 
 
-def test_zeros_of_a_logger_that_filters_nan_are_found(tmp_path):
+def test_zeros_written_in_place_of_nan_are_found(tmp_path):
     text = "".join(
         str({"loss": x, "grad_norm": g, "epoch": e / 10}) + "\n"
         for e, (x, g) in enumerate([(8.7, 1.0), (8.1, 1.1), (0.0, math.nan)], 1)
     )
     (finding,) = doctor(tmp_path, text, vocab_size=6400).findings
-    assert finding.fault == "nan" and "gradient norm of NaN" in finding.text
+    assert finding.fault == "nan" and "norm of NaN" in finding.text
 
 
-def test_lines_of_every_rank_are_found_and_their_mean_is_judged(tmp_path):
+def test_lines_printed_by_every_rank_are_found_and_averaged(tmp_path):
     rng = np.random.default_rng(0)
     text = "".join(
         f"rank {r} step {s} loss {8.7 - s / 500 + 0.1 * rng.normal():.4f}\n" for s in range(0, 200, 10) for r in range(4)
@@ -563,21 +561,21 @@ def test_lines_of_every_rank_are_found_and_their_mean_is_judged(tmp_path):
     assert [f.fault for f in result.findings] == ["ranks"] and len(result.log.loss) == 20 and result.log.lines_per_step == 4
 
 
-def test_lines_of_micro_batches_are_no_ranks(tmp_path):
+def test_lines_of_micro_batches_are_not_mistaken_for_ranks(tmp_path):
     text = "".join(
         f"iter {4 * s + m} step {s} loss train: {8.7 - s / 50 + m / 100:.4f}, val: n/a\n" for s in range(20) for m in range(4)
     )
     result = doctor(tmp_path, text, vocab_size=6400)
-    assert result.findings == [] and any("one for each micro-batch" in note for note in result.notes)
+    assert result.findings == [] and any("4 lines" in note for note in result.notes)
 
 
 def test_a_restart_in_the_log_keeps_the_newer_lines(tmp_path):
     text = "".join(f"step {s} loss {x}\n" for s, x in [(0, 8.8), (10, 8.0), (20, 7.5), (10, 8.1), (20, 7.6), (30, 7.0)])
     log = doctor(tmp_path, text).log
-    assert log.loss.tolist() == [8.8, 8.1, 7.6, 7.0] and "goes back from step 20 to 10" in log.notes[0]
+    assert log.loss.tolist() == [8.8, 8.1, 7.6, 7.0] and "from step 20 to 10" in log.notes[0]
 
 
-def test_steps_that_begin_again_with_each_epoch_count_on(tmp_path):
+def test_steps_that_restart_with_each_epoch_are_continued(tmp_path):
     text = "".join(f"Epoch {e} | step {s} | loss {8.8 - e - s / 100:.3f}\n" for e in range(2) for s in (10, 20, 30))
     assert doctor(tmp_path, text).log.steps.tolist() == [10, 20, 30, 40, 50, 60]
 
@@ -604,7 +602,7 @@ def test_other_shapes_of_text_and_documents_are_read(tmp_path):
         assert log.unit == "step" and 8 < log.loss[-1] < 13, text
 
 
-FIRST_LINES = {  # what other programs write, with the steps and losses 9.1, 8.8 that stand in it
+FIRST_LINES = {  # lines of other programs with losses 9.1, 8.8: their steps
     "Progress on:train 10.0it/18.0kit rate:1.5s/it remaining:4:01 elapsed:17:46 postfix:loss=9.1\r"
     "Progress on:train 1.02kit/18.0kit rate:1.5s/it remaining:4:01 elapsed:17:46 postfix:loss=8.8\r": [10, 1020],
     "Epoch 1/3\n\r 10/1000 [>....] - ETA: 12s - loss: 9.1\r 1000/1000 [====] - 12s - loss: 9 - val_loss: 9\n"
@@ -641,21 +639,21 @@ FIRST_LINES = {  # what other programs write, with the steps and losses 9.1, 8.8
 
 
 @pytest.mark.parametrize("text", FIRST_LINES, ids=range(len(FIRST_LINES)))
-def test_what_other_programs_write_is_read_whole(text, tmp_path):
+def test_lines_of_other_programs_are_read_completely(text, tmp_path):
     log = doctor(tmp_path, text).log
     assert log.unit == "step" and log.steps.tolist() == FIRST_LINES[text]
     assert log.loss[0] == 9.1 and np.all(np.abs(log.loss[1:] - 8.5) < 0.6)
 
 
 def test_an_epoch_that_is_rounded_keeps_all_lines(tmp_path):
-    """Many lines of a long epoch stand at 0.01: they are neither ranks nor restarts."""
+    """Many lines of a long epoch have the epoch 0.01; they are neither ranks nor restarts."""
     text = "".join(f"{{'loss': {8.7 - s / 500:.3f}, 'learning_rate': 1e-4, 'epoch': {s / 9000:.2f}}}\n" for s in range(500))
     result = doctor(tmp_path, text + "{'eval_loss': 8.0, 'epoch': 0.06}\n", vocab_size=6400)
     assert result.findings == [] and len(result.log.loss) == 500 and result.log.unit == "line"
     assert result.log.val_steps.tolist() == [500]
 
 
-def test_ranks_that_write_when_they_like_are_no_restarts(tmp_path):
+def test_ranks_that_write_out_of_order_are_not_mistaken_for_restarts(tmp_path):
     rng = np.random.default_rng(0)
     times = sorted((s + rng.uniform(0, 14), s) for s in range(0, 900, 10) for _ in range(4))
     text = "".join(f"step {s} loss {8.7 - s / 500 + 0.1 * rng.normal():.4f}\n" for _, s in times)
@@ -663,27 +661,31 @@ def test_ranks_that_write_when_they_like_are_no_restarts(tmp_path):
     assert [f.fault for f in result.findings] == ["ranks"] and len(result.log.loss) == 90 and result.notes[:1] == result.notes
 
 
-def test_several_runs_in_one_file_are_said_to_be_several(tmp_path):
+def test_several_runs_in_one_file_are_noted(tmp_path):
     text = "step,a - loss,a - loss__MIN,b - loss,b - loss__MIN\n10,8.7,8.7,9,9\n20,8.6,8.6,8,8\n"
-    assert any("2 columns hold losses, 'a - loss', 'b - loss'" in note for note in doctor(tmp_path, text).notes)
+    assert any("'a - loss', 'b - loss'" in note for note in doctor(tmp_path, text).notes)
 
 
-def test_long_logs_are_read_and_judged_in_seconds(tmp_path):
+def test_the_time_to_read_and_judge_a_log_is_linear_in_its_length(tmp_path):
     line = " iteration {s:8d}/ 500000 | consumed samples: 25600 | lm loss: {x:.6E} | loss scale: 1.0 | grad norm: 1.203 |\n"
-    text = "".join(line.format(s=s, x=3 + 5.7 * math.exp(-s / 9000)) for s in range(50_000))
-    begin = time.process_time()
-    result = doctor(tmp_path, text, vocab_size=6400)
-    assert result.findings == [] and len(result.log.loss) == 50_000
-    assert time.process_time() - begin < 15
+
+    def seconds(lines: int) -> float:
+        text = "".join(line.format(s=s, x=3 + 5.7 * math.exp(-s / 9000)) for s in range(lines))
+        begin = time.process_time()
+        result = doctor(tmp_path, text, vocab_size=6400)
+        assert result.findings == [] and len(result.log.loss) == lines
+        return time.process_time() - begin
+
+    assert seconds(20_000) < 10 * min(seconds(5_000) for _ in range(2))  # 4 times as long; quadratic: 16 times
 
 
-def test_losses_of_0_and_below_are_found_and_crash_nothing(tmp_path):
+def test_losses_of_0_and_below_are_found(tmp_path):
     for text, fault in (("step {s} loss 0.0\n", "nan"), ("step {s} loss -{s}\n", "negative")):
         result = doctor(tmp_path, "".join(text.format(s=s) for s in range(1, 50)), vocab_size=6400)
-        assert [f.fault for f in result.findings] == [fault] and "none of them finite and above 0" in summary(result)[0]
+        assert [f.fault for f in result.findings] == [fault] and result.curve is None and len(summary(result)) == 1
 
 
-def test_utf_16_as_windows_shells_write_it_is_read(tmp_path):
+def test_utf_16_of_windows_shells_and_gb_18030_are_read(tmp_path):
     for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
         (tmp_path / "log").write_bytes("step 1 loss 8.5\nstep 2 loss 8.4\n".encode(encoding))
         assert read_log(tmp_path / "log").loss.tolist() == [8.5, 8.4]
@@ -691,50 +693,49 @@ def test_utf_16_as_windows_shells_write_it_is_read(tmp_path):
     assert read_log(tmp_path / "log").loss.tolist() == [8.5, 8.4]
 
 
-@pytest.mark.parametrize(
-    ("name", "word"),
-    [
-        ("loss", "loss"),
-        ("train/loss", "loss"),
-        ("run - train/loss", "loss"),
-        ("trainLoss", "loss"),
-        ("run - loss__MIN", None),
-        ("loss scale", None),
-        ("lm loss", "lm_loss"),
-        ("validation/loss", "val_loss"),
-        ("eval_loss", "val_loss"),
-        ("load_balancing_loss", "aux_loss"),
-        ("mtp_1 loss", "other_loss"),
-        ("number of skipped iterations", "skipped"),
-        ("elapsed time per iteration", None),
-        ("train/global_step", "step"),
-        ("max_steps", None),
-        ("learning rate", "lr"),
-        ("total grad norm", "grad_norm"),
-        ("closs", None),
-    ],
-)
-def test_names_mean_what_they_say(name, word):
-    assert meaning(name) == word
+NAMES = {
+    "loss": "loss",
+    "train/loss": "loss",
+    "run - train/loss": "loss",
+    "trainLoss": "loss",
+    "run - loss__MIN": None,
+    "loss scale": None,
+    "lm loss": "lm_loss",
+    "validation/loss": "val_loss",
+    "eval_loss": "val_loss",
+    "load_balancing_loss": "aux_loss",
+    "mtp_1 loss": "other_loss",
+    "number of skipped iterations": "skipped",
+    "elapsed time per iteration": None,
+    "train/global_step": "step",
+    "max_steps": None,
+    "learning rate": "lr",
+    "total grad norm": "grad_norm",
+    "closs": None,
+}
+
+
+def test_names_get_their_usual_meaning():
+    assert {name: meaning(name) for name in NAMES} == NAMES
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "is empty"),
-        (b"\x7fELF\0\0\0", "is a binary file"),
-        (b"\x1f\x8b\x08\0\0", "is compressed; unpack it with gunzip first"),
-        (b"train:\n  loss_chunk: 1024\n", "no training loss in it, only 'loss_chunk'"),
-        (b"hello 3 world\n", "no training loss in it"),
-        (b"{" + b"1, " * 100_000, "no training loss in it"),
-        (b"[" * 100_000, "no training loss in it"),
-        (b'{"step": 1, "accuracy": 0.5}\n', "no training loss in it (found: 'step', 'accuracy')"),
-        (b"step,val_loss\n1,2\n", "no training loss"),
+        (b"", "empty"),
+        (b"\x7fELF\0\0\0", "binary"),
+        (b"\x1f\x8b\x08\0\0", "gunzip"),
+        (b"train:\n  loss_chunk: 1024\n", "'loss_chunk'"),
+        (b"hello 3 world\n", "'hello'"),
+        (b"{" + b"1, " * 100_000, "no numbers"),
+        (b"[" * 100_000, "no numbers"),
+        (b'{"step": 1, "accuracy": 0.5}\n', "'step', 'accuracy'"),
+        (b"step,val_loss\n1,2\n", "'step', 'val_loss'"),
     ],
 )
-def test_what_is_no_log_is_refused_in_words(tmp_path, content, words):
+def test_files_that_are_not_logs_are_refused_with_the_reason(tmp_path, content, words):
     (tmp_path / "log").write_bytes(content)
-    with pytest.raises(LogError, match=words.replace("(", r"\(").replace(")", r"\)")):
+    with pytest.raises(LogError, match=words):
         read_log(tmp_path / "log")
 
 
@@ -745,7 +746,7 @@ def test_the_summary_shows_the_figures(tmp_path):
     )
 
 
-def test_clean_logs_with_validations_and_the_levels_of_their_data_raise_no_alarm():
+def test_clean_logs_with_validations_and_reference_losses_raise_no_alarm():
     alarms = []
     for seed in range(300):
         log, setup = clean_log(seed)

@@ -1,4 +1,4 @@
-"""Every real spike, and nothing else, is called one."""
+"""Every real spike is found, and nothing else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pretrain.report.spikes import ACTIVE_FROM, NEW_LEVEL, SpikeWatch, describe
 
 
 def curve(seed: int, noise: float, steps: int = 10_000, descent: float = 300) -> list[float]:
-    """A loss that falls from 10.5 to 2.5, each step with noise in proportion."""
+    """A loss that falls from 10.5 to 2.5, with proportional noise in each step."""
     draw = random.Random(seed)
     return [(2.5 + 8 * math.exp(-step / descent)) * (1 + draw.gauss(0, noise)) for step in range(steps)]
 
@@ -26,20 +26,20 @@ def test_no_loss_of_ten_thousand_clean_noisy_steps_is_called_a_spike(noise, desc
 
 @pytest.mark.parametrize("descent", [20, 300])
 @pytest.mark.parametrize("factor", [3, 10])
-def test_every_spike_is_seen_in_its_step_also_in_the_first_descent_and_after_lesser_jumps(factor, descent):
+def test_every_spike_is_found_in_its_step_even_in_the_first_descent_and_after_smaller_jumps(factor, descent):
     seen = 0
     for seed in range(200):
         losses, watch, draw = curve(seed, 0.03, 400, descent), SpikeWatch(), random.Random(seed)
         at = draw.randrange(ACTIVE_FROM, 399)
         if at > 60:
-            losses[draw.randrange(20, at - 20)] *= 1.8  # may be called one, and widens sigma where it is not
+            losses[draw.randrange(20, at - 20)] *= 1.8  # may be called a spike; if not, it widens sigma
         losses[at] *= factor
         spikes = [step for step, loss in enumerate(losses) if watch.judge(loss)]
         seen += at in spikes and len(spikes) <= 2
     assert seen == 200
 
 
-def test_what_is_not_finite_never_enters_and_the_next_finite_loss_is_accepted():
+def test_losses_that_are_not_finite_are_ignored_and_the_next_finite_one_is_accepted():
     watch = SpikeWatch()
     for loss in (*curve(0, 0.01, 100), math.nan, math.inf, -math.inf):
         assert watch.judge(loss) is None
@@ -47,7 +47,7 @@ def test_what_is_not_finite_never_enters_and_the_next_finite_loss_is_accepted():
     assert watch.judge(curve(0, 0.01, 101)[-1]) is None and len(watch.accepted) == accepted + 1
 
 
-def test_a_slow_drift_is_no_spike_and_a_jump_that_stays_is_said_five_times_and_then_accepted():
+def test_a_slow_drift_is_not_a_spike_and_a_jump_that_stays_is_reported_five_times_and_then_accepted():
     drift = SpikeWatch()
     assert not any(drift.judge(2.5 + step / 1000 + 0.02 * math.sin(step)) for step in range(3000))
     watch = SpikeWatch()
@@ -59,7 +59,7 @@ def test_a_slow_drift_is_no_spike_and_a_jump_that_stays_is_said_five_times_and_t
     assert describe(1234, spikes[0]).startswith("loss spike at step 1,234: 20.0000, ")
 
 
-def test_a_watch_goes_on_from_its_state_as_if_nothing_had_happened():
+def test_a_restored_watch_judges_like_one_that_never_stopped():
     losses = curve(5, 0.05, 300)
     losses[150:152] = [30.0, 31.0]
     straight, first = SpikeWatch(), SpikeWatch()

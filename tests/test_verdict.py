@@ -1,4 +1,4 @@
-"""The right word for each kind of curve: made-up ones with every amount of noise, and those of real short trainings."""
+"""Each kind of curve gets the right verdict: synthetic ones with every amount of noise, and those of short real runs."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ MARKOV = {"uniform": 4.16, "unigram": 4.16, "bigram": 1.21, "floor": 1.21}
 
 
 def test_the_first_loss_is_compared_with_ln_of_the_vocabulary():
-    assert first_step(8.77, 6400).endswith("gives ln(6400) = 8.764: as it should be")
-    assert first_step(4.288, 64).endswith("as it should be"), "few ids: what chance adds is a larger share of ln V"
+    assert first_step(8.77, 6400).endswith("ln(6400) = 8.764; OK")
+    assert first_step(4.288, 64).endswith("OK"), "for few ids chance adds a larger share of ln V"
     assert "24.39 times that" in first_step(213.776, 6400)
     assert "0.95 times that" in first_step(8.31, 6400)
 
 
-def test_lines_that_say_the_same_are_shown_once():
+def test_equal_reference_losses_are_shown_once():
     assert len(reference_lines(RANDOM)) == 2
     assert [line.split()[0] for line in reference_lines(TEXT)] == ["8.300", "6.500", "4.200"]
 
 
-def test_a_curve_is_judged_where_the_levels_of_its_data_are_not_known():
+def test_a_curve_is_judged_even_if_only_ln_v_is_known():
     steps = 10 * np.arange(1, 61)
     for low in (3.0, 0.0, -0.1):  # loggers write 0 for NaN
         nothing = np.zeros(0)
         assert judge(Curve(steps, np.linspace(8.3, low, 60), nothing, nothing), {"uniform": 8.3}).kind == "falling"
 
 
-# ---------------------------------------------------------------- made-up curves
+# ---------------------------------------------------------------- synthetic curves
 
 
 def curve(begin: float, end: float, *, tau: float = 0.1, noise: float = 0.01, n: int = 60, val=(), passes=0.5, seed=0) -> Curve:
-    """From `begin` exponentially to `end`, with time constant tau of the run."""
+    """Exponential from `begin` to `end`; tau: time constant as a share of the run."""
     step = 10 * np.arange(1, n + 1)
     loss = end + (begin - end) * np.exp(-np.arange(n) / n / tau) + np.random.default_rng(seed).normal(0, noise, n)
     val_step = np.linspace(0, step[-1], len(val) + 1)[1:]
@@ -57,10 +57,10 @@ def curve(begin: float, end: float, *, tau: float = 0.1, noise: float = 0.01, n:
 CASES = {
     "random data": (curve(9.29, 9.21), RANDOM, "random"),
     "random data in a file": (curve(9.29, 9.21), RANDOM_FILE, "random"),
-    "random data learned by heart": (curve(9.29, 4.0, val=(9.3, 9.5, 9.9, 10.4), passes=20), RANDOM_FILE, "memorising"),
+    "random data, memorised": (curve(9.29, 4.0, val=(9.3, 9.5, 9.9, 10.4), passes=20), RANDOM_FILE, "memorising"),
     "shuffled tokens": (curve(8.3, 6.5), SHUFFLED, "random"),
-    "shuffled tokens, some by heart": (curve(6.6, 6.3, tau=1, val=(6.56, 6.54, 6.53, 6.53)), SHUFFLED, "random"),
-    "random tokens, some by heart": (curve(9.3, 8.9, tau=1, val=(9.3, 9.25, 9.26, 9.28)), RANDOM_FILE, "random"),
+    "shuffled tokens, some memorised": (curve(6.6, 6.3, tau=1, val=(6.56, 6.54, 6.53, 6.53)), SHUFFLED, "random"),
+    "random tokens, some memorised": (curve(9.3, 8.9, tau=1, val=(9.3, 9.25, 9.26, 9.28)), RANDOM_FILE, "random"),
     "labels of another sample": (curve(8.3, 6.5), TEXT, "unigram"),
     "labels of another sample, with validation": (curve(8.3, 6.5, noise=0.1, val=(6.62, 6.61, 6.62, 6.615)), TEXT, "unigram"),
     "random labels": (curve(8.4, 8.3), TEXT, "nothing"),
@@ -87,7 +87,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_verdict_names_what_happened(name):
+def test_each_curve_gets_its_verdict(name):
     made, lines, kind = CASES[name]
     found = judge(made, lines)
     assert found.kind == kind, found
@@ -95,8 +95,8 @@ def test_the_verdict_names_what_happened(name):
 
 
 @pytest.mark.parametrize("noise", [0.001, 0.01, 0.03, 0.1, 0.3])
-def test_a_run_that_falls_is_never_told_that_it_stays(noise):
-    """1,200 curves that pass every level of the data on their way."""
+def test_a_falling_curve_is_never_called_stalled(noise):
+    """240 curves per noise, which pass every reference loss on their way."""
     for seed in range(40):
         generator = np.random.default_rng(seed)
         for end in np.linspace(2.5, 7.5, 6):
@@ -105,21 +105,21 @@ def test_a_run_that_falls_is_never_told_that_it_stays(noise):
 
 
 @pytest.mark.parametrize("noise", [0.001, 0.01, 0.03])
-def test_a_run_that_stays_is_told_so(noise):
+def test_a_curve_that_stays_at_a_reference_loss_is_called_stalled(noise):
     for seed in range(40):
         for end, kind in ((8.3, "nothing"), (6.5, "unigram"), (4.2, "bigram")):
             n = int(np.random.default_rng(seed).integers(120, 400))
             assert judge(curve(8.35, end, tau=0.05, noise=noise, n=n, seed=seed), TEXT).kind == kind, (seed, end)
 
 
-def test_the_sentences_carry_their_figures():
-    said = judge(curve(8.3, 1.0, tau=0.3, val=(5.0, 4.6, 4.8, 5.2, 5.8), passes=9), TEXT).text
-    assert "validation was lowest at step 240, 4.600" in said and "memorising (9 passes over the data)" in said
-    assert "at the unigram entropy, 6.500" in judge(curve(8.3, 6.5), TEXT).text
-    assert "below the bigram level 4.200: more than one token of context" in judge(curve(8.3, 3.5), TEXT).text
+def test_verdicts_state_their_figures():
+    text = judge(curve(8.3, 1.0, tau=0.3, val=(5.0, 4.6, 4.8, 5.2, 5.8), passes=9), TEXT).text
+    assert "step 240, 4.600" in text and "(9 passes" in text
+    assert "unigram entropy, 6.500" in judge(curve(8.3, 6.5), TEXT).text
+    assert "bigram level 4.200" in judge(curve(8.3, 3.5), TEXT).text
 
 
-# ---------------------------------------------------------------- real ones
+# ---------------------------------------------------------------- curves of real runs
 
 TINY = [
     *("--model.hidden_size", "64", "--model.num_hidden_layers", "2", "--model.num_attention_heads", "2"),
@@ -140,7 +140,7 @@ TINY = [
 
 
 def result(tmp_path: Path, capsys, *flags: str) -> tuple[str, list[str]]:
-    """(the last word, the alarms before it) of a run."""
+    """(the result line of a run, the alarms before it)."""
     assert training.train(load([*TINY, "--run.directory", str(tmp_path), *flags])) == 0
     lines = capsys.readouterr().out.splitlines()
     alarms = [line for line in lines if line.startswith("step ") and "nats per token" in line]
@@ -158,15 +158,15 @@ def result(tmp_path: Path, capsys, *flags: str) -> tuple[str, list[str]]:
         ("copy", "has learned all there is to learn", None),
     ],
 )
-def test_each_generated_source_gets_its_word(tmp_path, capsys, kind, word, alarm):
+def test_each_kind_of_generated_data_gets_its_verdict(tmp_path, capsys, kind, word, alarm):
     steps = {"markov": "600", "copy": "600"}.get(kind, "200")
-    said, alarms = result(tmp_path, capsys, "--data.synthetic.kind", kind, "--train.max_steps", steps)
-    assert word in said, said
+    text, alarms = result(tmp_path, capsys, "--data.synthetic.kind", kind, "--train.max_steps", steps)
+    assert word in text, text
     assert len(alarms) == (alarm is not None) and all(alarm in each for each in alarms), alarms
 
 
 def chain(count: int, seed: int) -> list[np.ndarray]:
-    """Documents whose tokens have unequal frequencies and follow from the one before."""
+    """Documents whose tokens have unequal frequencies and depend on the one before."""
     generator, follow = np.random.default_rng(seed), np.random.default_rng(0).zipf(1.6, (61, 4)) % 61 + 3
     made = []
     for _ in range(count):
@@ -195,7 +195,7 @@ def drawn(batch: Batch, generator: torch.Generator) -> torch.Tensor:
         (drawn, "It stays at ln(vocabulary): the labels carry no information"),
     ],
 )
-def test_real_data_with_right_shuffled_and_random_labels(tmp_path, capsys, monkeypatch, spoil, word):
+def test_real_runs_with_right_shuffled_and_random_labels_get_their_verdicts(tmp_path, capsys, monkeypatch, spoil, word):
     write(tmp_path / "text", chain(3000, 1), vocab_size=64)
     write(tmp_path / "valid", chain(60, 2), vocab_size=64)
     take = TrainData.take
@@ -207,19 +207,19 @@ def test_real_data_with_right_shuffled_and_random_labels(tmp_path, capsys, monke
     if spoil:
         monkeypatch.setattr(TrainData, "take", spoiled)
     flags = ["--data.train", f"[{{path: {tmp_path / 'text'}}}]", "--data.valid", f"[{{path: {tmp_path / 'valid'}}}]"]
-    said, alarms = result(tmp_path, capsys, *flags)
-    assert word in said, said
+    text, alarms = result(tmp_path, capsys, *flags)
+    assert word in text, text
     assert (len(alarms) > 0) == (spoil is not None), alarms
 
 
 @pytest.mark.slow
-def test_random_tokens_in_a_file_and_few_texts_read_often(tmp_path, capsys):
+def test_random_tokens_and_few_texts_that_are_read_often_get_their_verdicts(tmp_path, capsys):
     generator = np.random.default_rng(0)
     write(tmp_path / "random", [np.append(generator.integers(3, 64, 200), 2) for _ in range(900)], vocab_size=64)
-    said, alarms = result(tmp_path, capsys, "--data.train", f"[{{path: {tmp_path / 'random'}}}]")
-    assert "The data is random" in said and not alarms, said
+    text, alarms = result(tmp_path, capsys, "--data.train", f"[{{path: {tmp_path / 'random'}}}]")
+    assert "The data is random" in text and not alarms, text
     write(tmp_path / "few", chain(12, 1), vocab_size=64)
     write(tmp_path / "valid", chain(60, 2), vocab_size=64)
     flags = ["--data.train", f"[{{path: {tmp_path / 'few'}}}]", "--data.valid", f"[{{path: {tmp_path / 'valid'}}}]"]
-    said, alarms = result(tmp_path, capsys, *flags, "--run.name", "few")
-    assert "it is memorising (" in said and len(alarms) == 1, said
+    text, alarms = result(tmp_path, capsys, *flags, "--run.name", "few")
+    assert "it is memorising (" in text and len(alarms) == 1, text

@@ -120,7 +120,10 @@ def draw(result: Diagnosis, output: Path) -> None:
     if result.explanation:
         with np.errstate(invalid="ignore", divide="ignore"):
             panels[f"in nats per token (shown {result.explanation.claim()})"] = result.explanation.true(log.loss)
-    lines, unknown = {"uniform": result.setup.ln_v} if result.setup.ln_v else {}, np.full(len(log.steps), np.nan)
+    lines, unknown = (
+        {f"ln({result.setup.vocab_size})": result.setup.ln_v} if result.setup.ln_v else {},
+        np.full(len(log.steps), np.nan),
+    )
     curves = [Curves(name, log.steps, unknown, unknown, loss, reference_lines=lines) for name, loss in panels.items()]
     figure = draw_panels(curves, log.unit)
     figure.suptitle(log.name, fontweight="bold")
