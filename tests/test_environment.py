@@ -1,4 +1,4 @@
-"""What a run was made with is kept, starts of abandoned branches go, and no secret gets in."""
+"""environment.json holds the environment of every start that made steps of the run, and no secrets."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from pretrain.generate import generate, stream_text
 from pretrain.interop.load import open_run
 from pretrain.interop.weights import load_transformer
 from pretrain.report import environment
+from pretrain.report.records import read_records
 from pretrain.train import train
 from tests.ranks import run_ranks
 from tests.test_preflight import World, made  # noqa: F401 (a fixture)
 
 
-def test_only_variables_of_the_list_are_kept(monkeypatch):
+def test_only_allowed_variables_are_kept(monkeypatch):
     for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD", "HOME"):
         monkeypatch.setenv(name, "canary-canary")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
@@ -31,7 +32,7 @@ def test_only_variables_of_the_list_are_kept(monkeypatch):
     assert found["versions"]["torch"] and found["python"] == ".".join(map(str, sys.version_info[:3]))
 
 
-def test_the_commit_and_whether_something_is_not_committed(tmp_path):
+def test_the_git_state_is_the_commit_and_whether_files_changed_since(tmp_path):
     assert environment.git_state(tmp_path) is None
     alone = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
 
@@ -50,7 +51,7 @@ def test_the_commit_and_whether_something_is_not_committed(tmp_path):
     assert environment.git_state(tmp_path)["dirty"] is True
 
 
-def test_the_start_that_made_a_step_is_found_and_abandoned_ones_go():
+def test_the_start_that_made_a_step_is_found_and_abandoned_starts_are_dropped():
     content: dict = {}
     for step, ranks in ((0, 1), (20, 2), (40, 4), (30, 8)):
         content = environment.with_start(content, {"model": {}}, {"step": step, "world_size": ranks})
@@ -65,12 +66,12 @@ def train_here(flags: list[str]) -> int:
     return train(load(flags, world_size=int(os.environ.get("WORLD_SIZE", 1))))
 
 
-def test_a_run_keeps_what_it_was_made_with(made, tmp_path):  # noqa: F811
+def test_a_run_writes_its_environment(made, tmp_path):  # noqa: F811
     world = World(made, tmp_path)
     world.flags |= {"train.max_steps": 4, "schedule.warmup_steps": 0}
-    assert set(run_ranks(2, train_here, world.argv())) == {0}
+    assert train_here(world.argv()) == 0
     kept = environment.read(tmp_path / "runs" / "run")
-    assert kept["starts"][0]["world_size"] == 2 and kept["starts"][0]["precision"] == "fp32"
+    assert kept["starts"][0]["world_size"] == 1 and kept["starts"][0]["precision"] == "fp32"
     assert kept["data"]["seals"]["train"]["num_documents"] == 500 and "block_checksums" not in kept["data"]["seals"]["train"]
     assert kept["model"]["total"] > 0 and kept["model"]["settings"]["vocab_size"] == 320 and kept["total_steps"] == 4
 
@@ -80,7 +81,7 @@ WRITERS = [("fsdp2", False), *(pytest.param(*case, marks=pytest.mark.slow) for c
 
 
 @pytest.mark.parametrize("engine,tied", WRITERS)
-def test_at_validations_the_model_writes_what_its_checkpoint_writes(made, tmp_path, engine, tied):  # noqa: F811
+def test_samples_at_validations_equal_those_of_the_checkpoint_and_change_no_weight(made, tmp_path, engine, tied):  # noqa: F811
     world, prompts = World(made, tmp_path), ["the of", "is"]
     world.flags |= {"train.max_steps": 6, "schedule.warmup_steps": 0, "optimizer.lr": 0.01, "engine.name": engine}
     world.flags |= {"evaluate.every_steps": 3, "checkpoint.every_steps": 3, "model.tie_word_embeddings": tied}
@@ -89,15 +90,15 @@ def test_at_validations_the_model_writes_what_its_checkpoint_writes(made, tmp_pa
     assert set(run_ranks(2, train_here, world.argv())) == {0}
     assert set(run_ranks(2, train_here, [*silent, "--run.name", "silent"])) == {0}
     runs = tmp_path / "runs"
-    records = [json.loads(line) for line in (runs / "run" / "metrics.jsonl").read_text().splitlines()]
-    written = {record["step"]: record["generated"] for record in records if "generated" in record}
+    assert environment.read(runs / "run")["starts"][0]["world_size"] == 2
+    written = {record["step"]: record["generated"] for record in read_records(runs / "run") if "generated" in record}
     assert list(written) == [3, 6] and all(each["text"] for each in written[6])
     tokenizer = Tokenizer.load(world.tokenizer)
-    for step, made_then in written.items():
+    for step, samples in written.items():
         model = load_transformer(open_run(runs / "run", step).weights)
-        for prompt, each in zip(prompts, made_then, strict=True):
+        for prompt, each in zip(prompts, samples, strict=True):
             ids = [tokenizer.end_of_document_id, *tokenizer.encode(prompt)]
             new = generate(model, ids, 12, temperature=0, stop_ids={tokenizer.end_of_document_id})
             assert each == {"prompt": prompt, "text": "".join(stream_text(tokenizer.decode, ids, new))}
     loud, silent = (load_transformer(open_run(runs / name, 6).weights).state_dict() for name in ("run", "silent"))
-    assert all(torch.equal(loud[name], silent[name]) for name in silent)  # what it writes changes nothing that it learns
+    assert all(torch.equal(loud[name], silent[name]) for name in silent)

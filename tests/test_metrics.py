@@ -1,4 +1,4 @@
-"""Figures of an interval against arithmetic done by hand."""
+"""Figures of a logging interval, compared with arithmetic by hand."""
 
 from __future__ import annotations
 
@@ -30,17 +30,13 @@ def test_the_loss_is_weighted_by_tokens_over_all_steps_of_the_interval():
     assert meter.read(alone)["loss"] == 2.0
 
 
-def test_skipped_steps_are_counted_and_leave_the_loss_alone():
+def test_skipped_steps_are_counted_and_do_not_change_the_loss():
     meter = Meter(torch.device("cpu"), 0, 1)
     add(meter, 20.0, 10)
     add(meter, math.nan, 10, applied=False)
     figures = meter.read(alone)
-    assert (figures["loss"], figures["interval_tokens"], figures["skipped_steps"], figures["skipped_in_a_row"]) == (
-        2.0,
-        20,
-        1,
-        1,
-    )
+    keys = ("loss", "interval_tokens", "skipped_steps", "skipped_in_a_row")
+    assert [figures[key] for key in keys] == [2.0, 20, 1, 1]
     add(meter, math.inf, 10, applied=False)
     figures = meter.read(alone)
     assert math.isnan(figures["loss"]) and (figures["skipped_steps"], figures["skipped_in_a_row"]) == (1, 2)
@@ -49,7 +45,7 @@ def test_skipped_steps_are_counted_and_leave_the_loss_alone():
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_an_interval_goes_on_from_its_state_on_the_same_ranks_or_others(ranks):
+def test_an_interval_resumes_from_its_state_on_any_number_of_ranks(ranks):
     meters = [Meter(torch.device("cpu"), rank, 2) for rank in range(2)]
     for rank, meter in enumerate(meters):
         add(meter, 10.0 + rank, 10)

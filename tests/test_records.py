@@ -143,3 +143,14 @@ def test_syncing_or_closing_with_lines_that_never_reached_the_disk_is_an_error(t
         with pytest.raises(OSError):
             finish()
     file.close()  # a second time: nothing
+
+
+def test_syncing_waits_for_the_disk(tmp_path, monkeypatch):
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    file = LineFile(tmp_path / "lines")
+    file.append("a line")
+    assert not synced
+    file.sync()
+    assert len(synced) == 1
+    file.close()

@@ -102,10 +102,12 @@ class Sinks:
                 waited = f"{TRACKER_CLOSE_SECONDS:.0f} s"
                 self.info(f"{tracker.name} did not finish in {waited} and was abandoned; {FILE_NAME} is complete.")
         self.trackers.clear()
-        if self.console is not None:
-            self.console.close()
-        if self.metrics is not None:
-            self.metrics.close()
+        try:
+            if self.console is not None:
+                self.console.close()
+        finally:
+            if self.metrics is not None:
+                self.metrics.close()
 
 
 def open_sinks(
