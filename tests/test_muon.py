@@ -38,6 +38,7 @@ MESHES = {
     2: {"2 replicas": None, "2 shards": (2,)},
     4: {"4 replicas": None, "4 shards": (4,), "2 replicas of 2 shards": (2, 2)},
 }
+LAYERS = 6 * [(64, 64), (32, 64), (32, 64), (64, 64), (176, 64), (176, 64), (64, 176), (8, 32, 64)]
 
 
 def initial(shape: tuple, number: int) -> torch.Tensor:
@@ -135,9 +136,19 @@ def five_steps(distribute=torch.clone) -> tuple[list, bool, set[float]]:
     return [full(parameter).numpy() for parameter in parameters], untouched, counts
 
 
-def five_steps_on_each_mesh(ranks: int) -> dict[str, tuple]:
+def shapes_worked_on() -> list[tuple]:
+    """The shapes of the matrices of LAYERS that this rank worked on."""
+    seen = []
+    for plan in Partition.of([torch.zeros(shape) for shape in LAYERS]):
+        values = torch.zeros(sum(rows.length for rows in plan.rows))
+        for _ in plan.map(lambda batch: seen.extend([tuple(batch.shape[1:])] * len(batch)) or batch, values):
+            pass
+    return seen
+
+
+def on_ranks(ranks: int) -> tuple[dict[str, tuple], list[tuple]]:
     dist.init_process_group("gloo")
-    results = {name: five_steps(distributor(shape)) for name, shape in MESHES[ranks].items()}
+    results = {name: five_steps(distributor(shape)) for name, shape in MESHES[ranks].items()}, shapes_worked_on()
     gc.collect()
     dist.destroy_process_group()
     return results
@@ -162,10 +173,15 @@ def test_many_small_passes_give_the_same_result_as_one(monkeypatch):
 
 
 @pytest.mark.parametrize("ranks", MESHES)
-def test_replicas_and_shards_follow_the_published_rule(ranks):
-    for results in run_ranks(ranks, five_steps_on_each_mesh, ranks):
-        for name, result in results.items():
-            check(name, *result)
+def test_ranks_follow_the_published_rule_and_divide_the_matrices_evenly(ranks):
+    results, seen = zip(*run_ranks(ranks, on_ranks, ranks), strict=True)
+    for name in MESHES[ranks]:
+        for each in results:
+            check(name, *each[name])
+    every_matrix = [shape[-2:] for shape in LAYERS for _ in range(shape[0] if len(shape) == 3 else 1)]
+    assert sorted(shape for shapes in seen for shape in shapes) == sorted(every_matrix)
+    cost = [sum(min(s) ** 2 * (2 * max(s) + min(s)) for s in shapes) for shapes in seen]
+    assert max(cost) < 1.1 * sum(cost) / ranks
 
 
 # ---------------------------------------------------------------- the iteration
@@ -205,30 +221,6 @@ def test_updates_of_every_shape_are_as_large_as_those_of_adamw(shape):
     weight.grad = 1e-3 * gradient(shape, 0, 1)
     optimizer.step()
     assert 0.2 * 0.68 < weight.detach().square().mean().sqrt().item() / 0.01 < 0.2 * 1.21
-
-
-# ---------------------------------------------------------------- the division of work
-
-
-def shapes_worked_on(shapes: list[tuple]) -> list[tuple]:
-    """The shapes of the matrices that this rank worked on."""
-    dist.init_process_group("gloo")
-    seen = []
-    for plan in Partition.of([torch.zeros(shape) for shape in shapes]):
-        values = torch.zeros(sum(rows.length for rows in plan.rows))
-        for _ in plan.map(lambda batch: seen.extend([tuple(batch.shape[1:])] * len(batch)) or batch, values):
-            pass
-    dist.destroy_process_group()
-    return seen
-
-
-def test_each_matrix_is_worked_on_once_and_the_work_of_ranks_is_balanced():
-    layer = [(64, 64), (32, 64), (32, 64), (64, 64), (176, 64), (176, 64), (64, 176), (8, 32, 64)]
-    seen = run_ranks(4, shapes_worked_on, layer * 6)
-    everything = [shape[-2:] for shape in layer * 6 for _ in range(shape[0] if len(shape) == 3 else 1)]
-    assert sorted(shape for shapes in seen for shape in shapes) == sorted(everything)
-    cost = [sum(min(s) ** 2 * (2 * max(s) + min(s)) for s in shapes) for shapes in seen]
-    assert max(cost) < 1.1 * sum(cost) / 4
 
 
 # ---------------------------------------------------------------- a model under an engine
