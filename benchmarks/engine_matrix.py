@@ -1,11 +1,11 @@
-"""Engines x (processes, micro-batch, accumulation) x precision: do all compute the same, and hold what arithmetic says?
+"""Checks that all engines compute the same, for every split of a batch and precision, and hold the bytes that they should.
 
     python benchmarks/engine_matrix.py [--engines ddp zero1 ...] [--processes 1 2] [--precision fp32 bf16] [--output FILE]
 
-Prints one row for each combination: loss and gradient norm of the last of five steps, the largest differences from one process
-that takes the whole batch (relative for loss and norm, absolute for weights), and the bytes that a rank holds of weights,
-gradients and optimizer state, with `=` where they are exactly those of the arithmetic below. Writes the same as JSON. Runs on
-CPUs, so that anyone can; exit status 1 when a difference is too large or a byte is not accounted for.
+Prints one row per combination: loss and gradient norm of the last of five steps, the largest differences from one process that
+takes the full batch (relative for loss and norm, absolute for weights), and the bytes that a rank holds of weights, gradients
+and optimizer state, marked `=` if `expected_bytes` gives exactly the same. Writes the same as JSON. Runs on CPUs. Exit status 1
+if a difference is too large or a byte is not accounted for.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from pretrain.config import EngineConfig
 from pretrain.invariance import Case, Outcome, prove, shrink
 from pretrain.model.config import ModelConfig
 from pretrain.model.transformer import Transformer
+from pretrain.run import command_line
 
 SEQUENCES, GRAD_CLIP, SEED = 16, 0.5, 0
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 
 
 def expected_bytes(case: Case, shapes: list[tuple[int, ...]]) -> dict[str, int]:
-    """On the rank that holds most, with momentum as the only moment.
+    """Bytes on the rank that holds most, with momentum as the only moment.
 
-    ddp: everything. zero1, zero2: all weights flattened and padded to a multiple of 2 elements for each rank, of which a rank
-    owns a part; zero1 in bf16 sums all gradients on every rank. zero3: a part of each parameter, rounded up. fsdp2: rows of
-    each parameter, rounded up, which are their own master weights.
+    ddp: everything. zero1, zero2: a rank owns one part of all weights, flattened and padded to a multiple of 2 elements per
+    rank; zero1 in bf16 sums all gradients on every rank. zero3: a part of each parameter, rounded up. fsdp2: rows of each
+    parameter, rounded up, which are also the master weights.
     """
     ranks, name = case.ranks, case.engine.name
     total = sum(map(math.prod, shapes))
@@ -52,14 +53,15 @@ def expected_bytes(case: Case, shapes: list[tuple[int, ...]]) -> dict[str, int]:
     return {"weights": compute * share * ranks, "gradients": 4 * summed, "state": 8 * share}
 
 
-def main() -> int:
-    """-> exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
-    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    parser.add_argument("--output", type=Path, default=Path("engine_matrix.json"))
-    options = parser.parse_args()
+def main(argv: list[str]) -> int:
+    """Returns the exit status."""
+    parser = command_line.make_parser(__doc__)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, help="default: all")
+    parser.add_argument("--processes", nargs="+", type=command_line.at_least(1), default=[1, 2], metavar="N",
+                        help="numbers of processes (default: 1 2)")  # fmt: skip
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="default: both")
+    parser.add_argument("--output", type=Path, default=Path("engine_matrix.json"), help="JSON file to write (%(default)s)")
+    options = parser.parse_args(argv)
     model = shrink(ModelConfig(qk_norm=True))
     with torch.device("meta"):
         shapes = [tuple(parameter.shape) for parameter in Transformer(model).parameters()]
@@ -98,4 +100,4 @@ def _row(outcome: Outcome, expected: dict[str, int]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main))
