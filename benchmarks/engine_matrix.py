@@ -21,7 +21,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 
 from pretrain.config import EngineConfig
-from pretrain.invariance import Case, Outcome, prove, shrink
+from pretrain.invariance import Case, Outcome, check_invariance, small_model
 from pretrain.model.config import ModelConfig
 from pretrain.model.transformer import Transformer
 from pretrain.run import command_line
@@ -62,18 +62,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="default: both")
     parser.add_argument("--output", type=Path, default=Path("engine_matrix.json"), help="JSON file to write (%(default)s)")
     options = parser.parse_args(argv)
-    model = shrink(ModelConfig(qk_norm=True))
+    model = small_model(ModelConfig(qk_norm=True))
     with torch.device("meta"):
         shapes = [tuple(parameter.shape) for parameter in Transformer(model).parameters()]
     print("engine  precision  ranks x micro x accumulation     loss     norm | differences: loss     norm  weights | bytes: "
           "  weights gradients     state")  # fmt: skip
     rows = []
-    for outcome in prove(model, list(_cases(options)), GRAD_CLIP, SEED):
+    for outcome in check_invariance(model, list(_cases(options)), GRAD_CLIP, SEED):
         expected = expected_bytes(outcome.case, shapes)
-        rows.append(dataclasses.asdict(outcome) | {"proved": outcome.proved, "expected_bytes": expected})
+        rows.append(dataclasses.asdict(outcome) | {"passed": outcome.passed, "expected_bytes": expected})
         print(_row(outcome, expected), flush=True)
     options.output.write_text(json.dumps(rows, indent=1) + "\n")
-    good = all(row["proved"] and row["bytes_per_rank"] == row["expected_bytes"] for row in rows)
+    good = all(row["passed"] and row["bytes_per_rank"] == row["expected_bytes"] for row in rows)
     print(f"{'all equal' if good else 'NOT ALL EQUAL'}; written to {options.output}")
     return 0 if good else 1
 
@@ -95,7 +95,7 @@ def _row(outcome: Outcome, expected: dict[str, int]) -> str:
     return (
         f"{case.engine.name:7} {case.engine.precision:9}  {split:28} {outcome.losses[-1]:8.5f} {outcome.norms[-1]:8.5f} | "
         f"           {outcome.loss_difference:8.1e} {outcome.norm_difference:8.1e} {outcome.weight_difference:8.1e} | "
-        f"      {sizes}{'' if outcome.proved else '  DIFFERENT'}"
+        f"      {sizes}{'' if outcome.passed else '  DIFFERENT'}"
     )
 
 

@@ -124,10 +124,10 @@ DAMAGES = ["truncated", "flipped", "missing"]
 @pytest.mark.parametrize("file", FILES)
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_used(folder, file, how):
     spoil(folder / "step_00000003" / file, how)
-    said: list[str] = []
+    messages: list[str] = []
     engine = make_engine()
-    assert newest_valid(folder, engine, said.append).step == 2
-    assert len(said) == 1 and "step_00000003" in said[0] and "put aside" in said[0]
+    assert newest_valid(folder, engine, messages.append).step == 2
+    assert len(messages) == 1 and "step_00000003" in messages[0] and "put aside" in messages[0]
     assert (folder / "damaged-step_00000003").is_dir()
 
 

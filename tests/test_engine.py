@@ -232,8 +232,8 @@ def peaks_of_start(config: EngineConfig) -> tuple[float, float, float]:
     made = peak() - before
     engine.prepare(lambda: Transformer(LARGE), lambda model: make_optimizer(model, "adamw"), 1.0, seed=0)
     with torch.device("meta"):
-        whole = sum(parameter.nbytes for parameter in Transformer(LARGE).parameters()) / 2**20
-    return made, peak() - before, whole
+        full = sum(parameter.nbytes for parameter in Transformer(LARGE).parameters()) / 2**20
+    return made, peak() - before, full
 
 
 @pytest.mark.slow
@@ -241,9 +241,9 @@ def peaks_of_start(config: EngineConfig) -> tuple[float, float, float]:
 def test_no_rank_holds_the_full_model_while_it_is_built(engine):
     """On 4 ranks: a quarter of the weights, and one parameter being drawn. DeepSpeed holds several quarters while it starts:
     weights, the buffer in which they are gathered, master weights, gradients."""
-    for made, started, whole in run_ranks(4, peaks_of_start, EngineConfig(**engine)):
-        print(f"{engine['name']}: {made:.0f}, then {started:.0f} MiB at most; the model has {whole:.0f} MiB")
-        assert made < 0.35 * whole and started < (0.9 if engine["name"] == "zero3" else 0.35) * whole
+    for made, started, full in run_ranks(4, peaks_of_start, EngineConfig(**engine)):
+        print(f"{engine['name']}: {made:.0f}, then {started:.0f} MiB at most; the model has {full:.0f} MiB")
+        assert made < 0.35 * full and started < (0.9 if engine["name"] == "zero3" else 0.35) * full
 
 
 def test_every_engine_setting_is_documented():

@@ -20,10 +20,10 @@ from tests.ranks import run_ranks
 from tests.test_checkpoint import make_engine, take_steps
 
 
-def make_saver(folder: Path, engine: Engine, said: list[str] | None = None, **settings) -> Saver:
-    said = [] if said is None else said
+def make_saver(folder: Path, engine: Engine, messages: list[str] | None = None, **settings) -> Saver:
+    messages = [] if messages is None else messages
     config = CheckpointConfig(**settings)
-    return Saver(folder, engine, config, lambda saved: said.append(f"saved {saved.step}"), said.append)
+    return Saver(folder, engine, config, lambda saved: messages.append(f"saved {saved.step}"), messages.append)
 
 
 def step_boundary(saver: Saver) -> None:
@@ -73,28 +73,28 @@ def test_a_background_save_equals_a_foreground_save_to_the_byte_even_if_training
 
 
 def test_nothing_is_acknowledged_before_it_is_durable_and_agreed(tmp_path, monkeypatch):
-    gate, said, engine = Gate(monkeypatch), [], make_engine()
-    with make_saver(tmp_path, engine, said) as saver:
+    gate, messages, engine = Gate(monkeypatch), [], make_engine()
+    with make_saver(tmp_path, engine, messages) as saver:
         saver.save(1, {}, last=False)
         assert gate.entered.wait(30)
         step_boundary(saver)
-        assert saver.votes() == [0, 0, 0, 0] and not said and not checkpoints(tmp_path)
+        assert saver.votes() == [0, 0, 0, 0] and not messages and not checkpoints(tmp_path)
         gate.opened.set()
         saver._save.wait(30)
-        assert not said and not checkpoints(tmp_path)  # written, but not agreed on
+        assert not messages and not checkpoints(tmp_path)  # written, but not agreed on
         step_boundary(saver)
-        assert said == ["saved 1"] and saver.saved.step == 1 and saver.saved.damage() is None
+        assert messages == ["saved 1"] and saver.saved.step == 1 and saver.saved.damage() is None
 
 
 def test_saves_run_one_at_a_time_and_equal_those_without_a_thread(tmp_path):
     engine = make_engine()
     for name, asynchronous in (("background", True), ("foreground", False)):
-        said: list[str] = []
-        with make_saver(tmp_path / name, engine, said, asynchronous=asynchronous, keep_last=3) as saver:
+        messages: list[str] = []
+        with make_saver(tmp_path / name, engine, messages, asynchronous=asynchronous, keep_last=3) as saver:
             for step in range(1, 8):
                 saver.save(step, {"val_loss": None}, last=step == 7)
                 assert [path.name for path in (tmp_path / name).glob(".tmp-*")] in ([], [f".tmp-step_{step:08d}"])
-        assert said == [f"saved {step}" for step in range(1, 8)]
+        assert messages == [f"saved {step}" for step in range(1, 8)]
     assert content(tmp_path / "background") == content(tmp_path / "foreground")
     assert [found.step for found in checkpoints(tmp_path / "background")] == [7, 6, 5]
 
@@ -114,8 +114,8 @@ def full_disk(times: int) -> Callable:
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_failed_save_is_reported_and_three_in_a_row_stop_the_run(tmp_path, monkeypatch, asynchronous):
-    said: list[str] = []
-    saver = make_saver(tmp_path, make_engine(), said, asynchronous=asynchronous)
+    messages: list[str] = []
+    saver = make_saver(tmp_path, make_engine(), messages, asynchronous=asynchronous)
     saver.save(1, {}, last=True)
     for rounds in range(2):  # two failures, then a success, which resets the count
         monkeypatch.setattr(storage, "write_part", full_disk(2))
@@ -124,9 +124,9 @@ def test_a_failed_save_is_reported_and_three_in_a_row_stop_the_run(tmp_path, mon
             saver.wait()
             step_boundary(saver)
         monkeypatch.undo()
-    failures = [line.split(" (")[0] for line in said if "saved" not in line]
+    failures = [line.split(" (")[0] for line in messages if "saved" not in line]
     assert failures == [f"checkpoint of step {step} failed" for step in (2, 3, 12, 13)]
-    assert "No space left" in said[1] and "1 in a row; 3 stop the run" in said[1]
+    assert "No space left" in messages[1] and "1 in a row; 3 stop the run" in messages[1]
     saver._wait_for_pruning()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000004", "step_00000014"]
     monkeypatch.setattr(storage, "write_part", full_disk(3))
@@ -148,12 +148,12 @@ def test_the_last_save_must_succeed(tmp_path, monkeypatch):
 
 
 def test_a_disk_without_room_is_found_before_a_byte_is_written(tmp_path, monkeypatch):
-    said: list[str] = []
-    saver = make_saver(tmp_path, make_engine(), said)
+    messages: list[str] = []
+    saver = make_saver(tmp_path, make_engine(), messages)
     usage = type("Usage", (), {"total": 10**9, "free": 1000})
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
     saver.save(1, {}, last=False)
-    assert len(said) == 1 and "0.000 GiB free" in said[0] and not list(tmp_path.iterdir())
+    assert len(messages) == 1 and "0.000 GiB free" in messages[0] and not list(tmp_path.iterdir())
 
 
 def test_a_disk_that_makes_no_progress_ends_the_run(tmp_path, monkeypatch):
@@ -199,10 +199,10 @@ def test_a_run_that_ends_in_an_error_leaves_no_thread_behind(tmp_path, monkeypat
 
 def some_rank_fails(folder: Path) -> tuple[list[str], list[int], list[int]]:
     """On each rank: saves steps 1 to 3, where rank 1 fails in step 2. Returns messages, steps found, and the votes."""
-    engine, said = make_engine(), []
+    engine, messages = make_engine(), []
     write = storage.write_part
     seen = []
-    with make_saver(folder, engine, said) as saver:
+    with make_saver(folder, engine, messages) as saver:
         for step in (1, 2, 3):
             storage.write_part = full_disk(1) if step == 2 and engine.rank == 1 else write
             saver.save(step, {"val_loss": None}, last=False)
@@ -213,12 +213,12 @@ def some_rank_fails(folder: Path) -> tuple[list[str], list[int], list[int]]:
     engine.barrier()
     found = [each.step for each in checkpoints(folder)]
     engine.close()
-    return said, found, [sums.index(max(sums)) if max(sums) == 2 else sums[FAILED] for sums in seen]
+    return messages, found, [sums.index(max(sums)) if max(sums) == 2 else sums[FAILED] for sums in seen]
 
 
 def test_all_ranks_commit_or_none_and_the_run_continues(tmp_path):
-    (said, found, seen), (said_1, found_1, seen_1) = run_ranks(2, some_rank_fails, tmp_path)
+    (messages, found, seen), (messages_1, found_1, seen_1) = run_ranks(2, some_rank_fails, tmp_path)
     assert found == found_1 == [3, 1] and seen == seen_1 == [WRITTEN, 1, WRITTEN]
-    assert said[0] == "saved 1" and said[2] == "saved 3" and not said_1
-    assert "checkpoint of step 2 failed" in said[1]
+    assert messages[0] == "saved 1" and messages[2] == "saved 3" and not messages_1
+    assert "checkpoint of step 2 failed" in messages[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000003"]

@@ -328,9 +328,9 @@ def look_at_dtypes(configs: dict[str, EngineConfig]) -> dict:
         row = [str(dtype).removeprefix("torch.") for dtype in (kept["model"], used["weights"], used["products"])]
         row += [wire.floats("_allgather_base_", "allgather_"), wire.floats("allreduce_", "reduce_", "_reduce_scatter_base_")]
         window = window_of(engine, 1, 1)
-        whole, parts = gradient(engine, window), [gradient(engine, [batch]) for batch in window]
-        error = sum((total - sum(pieces)).square().sum() for total, *pieces in zip(whole, *parts, strict=True))
-        relative = (error / sum(total.square().sum() for total in whole)).sqrt().item()
+        total_gradient, parts = gradient(engine, window), [gradient(engine, [batch]) for batch in window]
+        error = sum((total - sum(pieces)).square().sum() for total, *pieces in zip(total_gradient, *parts, strict=True))
+        relative = (error / sum(total.square().sum() for total in total_gradient)).sqrt().item()
         results[name] = [*row, str(kept["exp_avg"]).removeprefix("torch.")], relative
     return results
 

@@ -169,13 +169,13 @@ def run(folder: Path, trials: int, seed: int) -> dict[str, int]:
         counts["trials"] += 1
         counts["acknowledged"] += len(acknowledged)
         last_acknowledged = acknowledged[-1] if acknowledged else last_acknowledged
-        said: list[str] = []
+        messages: list[str] = []
         storage.clean(folder)
         try:
-            found = storage.newest_valid(folder, alone, said.append)
+            found = storage.newest_valid(folder, alone, messages.append)
         except CheckpointError:
             found = None
-        counts["damaged"] += len(said)
+        counts["damaged"] += len(messages)
         counts["lost"] += last_acknowledged > (found.step if found else -1)
         counts["left_over"] += any(path.name.startswith(".") for path in folder.glob("*"))
         if found:

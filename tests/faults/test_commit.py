@@ -222,14 +222,14 @@ def lost_in_power_off(events: list[Event], folder: Path, every: int) -> Iterator
         for mode in ("lost", "names", "random"):
             path = folder / f"{count}-{mode}"
             power_off(tree, path, mode, randomly)
-            said: list[str] = []
+            messages: list[str] = []
             storage.clean(path)
             try:
-                found = storage.newest_valid(path, alone, said.append)
+                found = storage.newest_valid(path, alone, messages.append)
             except CheckpointError:
                 found = None
-            if said:
-                yield f"{count} {mode}: {said}"
+            if messages:
+                yield f"{count} {mode}: {messages}"
             if (found.step if found else -1) < acknowledged:
                 yield f"{count} {mode}: {acknowledged} was acknowledged, {found} is there"
             if found:
@@ -274,9 +274,9 @@ def test_the_power_loss_test_finds_every_missing_sync(recorded, tmp_path, missin
 @pytest.mark.parametrize("asynchronous", [True, False])
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
 def test_a_failed_write_leaves_earlier_checkpoints_and_no_partial_one(tmp_path, fraction, asynchronous):
-    rank, said = Rank(), []
+    rank, messages = Rank(), []
     config = CheckpointConfig(asynchronous=asynchronous)
-    saver = Saver(tmp_path, rank, config, lambda saved: said.append(f"saved {saved.step}"), said.append)
+    saver = Saver(tmp_path, rank, config, lambda saved: messages.append(f"saved {saved.step}"), messages.append)
     rank.become(1)
     saver.save(1, {}, last=True)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -287,10 +287,10 @@ def test_a_failed_write_leaves_earlier_checkpoints_and_no_partial_one(tmp_path, 
         saver.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"] and "File too large" in said[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"] and "File too large" in messages[1]
     rank.become(3)
     saver.save(3, {}, last=True)
-    assert said[2] == "saved 3" and [found.step for found in checkpoints(tmp_path)] == [3, 1]
+    assert messages[2] == "saved 3" and [found.step for found in checkpoints(tmp_path)] == [3, 1]
     storage.load(checkpoints(tmp_path)[1], rank)
     assert all(torch.equal(tensor, expected(name, 1)) for name, tensor in rank.tensors.items())
 
