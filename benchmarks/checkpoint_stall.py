@@ -1,19 +1,18 @@
-"""How long a run stands still for a checkpoint, written in the background and in the foreground, and what memory that takes.
+"""Measures how long a run waits for a checkpoint in the background and in the foreground, and the memory that saving takes.
 
     python benchmarks/checkpoint_stall.py [--hidden-size 640] [--layers 8] [--rounds 3] [--folder DIR] [--output FILE]
-    python benchmarks/checkpoint_stall.py --rounds 0 --hidden-size 1280 --layers 12        the memory of a larger state alone
+    python benchmarks/checkpoint_stall.py --rounds 0 --hidden-size 1280 --layers 12        memory only, for a larger state
 
-Trains a model on random tokens on one process and saves in the foreground and in the background in turn. `stall` is the time
-inside the calls of the saver, `durable` that from the start of a save to its acknowledgement, `step` the median of the steps
-between the two, beside the same without a save. Figures are medians over the rounds.
+Trains a model on random tokens on one process and saves in the foreground and in the background by turns. `stall` is the time
+inside calls of the saver, `durable` the time from the start of a save to its acknowledgement, `step` the median of the steps in
+between, or of steps without a save. All are medians over the rounds.
 
-Memory is what the resident set grows by at its highest over a save or a load, in a process of its own for each, beside the size
-of the state (12 bytes per parameter: weights and two moments in fp32). Prints two tables and writes JSON.
+Memory is the peak growth of the resident set during a save or a load, each in its own process, relative to the state's size
+(12 bytes per parameter: weights and two moments in fp32). Prints two tables and writes JSON.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import statistics
@@ -35,12 +34,13 @@ from pretrain.engines.start import start_engine
 from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
+from pretrain.run import command_line
 
-VOCAB_SIZE, SEQUENCE_LENGTH, STEPS_BESIDE = 32_000, 64, 3
+VOCAB_SIZE, SEQUENCE_LENGTH, STEPS_PER_SAVE = 32_000, 64, 3
 
 
 def make_engine(hidden_size: int, layers: int) -> Engine:
-    """One process with a model and its moments."""
+    """An engine of one process with a model and its moments."""
     config = ModelConfig(hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=hidden_size // 64)
     model = resolve_model(config, vocab_size=VOCAB_SIZE, sequence_length=SEQUENCE_LENGTH)
     engine = start_engine(EngineConfig(name="ddp"))
@@ -49,12 +49,12 @@ def make_engine(hidden_size: int, layers: int) -> Engine:
 
 
 def state_bytes(engine: Engine) -> int:
-    """Of all that a checkpoint holds."""
+    """Bytes of all tensors of a checkpoint."""
     return sum(shard.values.nbytes for shard in engine.shards(saving=True))
 
 
 def take_step(engine: Engine) -> float:
-    """-> its seconds."""
+    """Returns the seconds of one step."""
     tokens_BT = torch.randint(VOCAB_SIZE, (1, SEQUENCE_LENGTH), device=engine.device)
     began = time.perf_counter()
     with engine.micro_batch(last=True):
@@ -66,12 +66,12 @@ def take_step(engine: Engine) -> float:
 
 
 def save_once(engine: Engine, saver: Saver, step: int) -> dict[str, float]:
-    """One save, and steps beside it until it is durable."""
+    """Saves once and takes steps until the checkpoint is durable."""
     stall, steps, began = 0.0, [], time.perf_counter()
     saver.save(step, {"val_loss": None}, last=False)
     stall = time.perf_counter() - began
     durable = stall if saver.saved and saver.saved.step == step else None
-    while durable is None or len(steps) < STEPS_BESIDE:
+    while durable is None or len(steps) < STEPS_PER_SAVE:
         steps.append(take_step(engine))
         settled = time.perf_counter()
         saver.settle(saver.votes())
@@ -82,7 +82,7 @@ def save_once(engine: Engine, saver: Saver, step: int) -> dict[str, float]:
 
 
 def stalls(engine: Engine, folder: Path, rounds: int) -> list[dict]:
-    """A row for no save, for the foreground and for the background."""
+    """Rows for no save, for the foreground and for the background."""
     savers = {}
     for name in ("foreground", "background"):
         config = CheckpointConfig(keep_last=1, keep_best=0, asynchronous=name == "background")
@@ -92,10 +92,10 @@ def stalls(engine: Engine, folder: Path, rounds: int) -> list[dict]:
         for name in list(found)[:: 1 if number % 2 else -1]:
             if name == "no save":
                 figures = {"stall_seconds": 0.0, "durable_seconds": 0.0}
-                figures["step_seconds"] = statistics.median(take_step(engine) for _ in range(2 * STEPS_BESIDE))
+                figures["step_seconds"] = statistics.median(take_step(engine) for _ in range(2 * STEPS_PER_SAVE))
             else:
                 figures = save_once(engine, savers[name], number)
-            if number:  # the first round touches new memory
+            if number:  # the first round allocates memory
                 found[name].append(figures)
     for saver in savers.values():
         saver.wait()
@@ -108,18 +108,18 @@ def stalls(engine: Engine, folder: Path, rounds: int) -> list[dict]:
 
 
 def resident(peak: bool) -> int:
-    """Bytes of this process in memory now, or at the highest since `forget_peak`."""
+    """Resident bytes of this process now, or their peak since `forget_peak`."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:" if peak else "VmRSS:")[1].split()[0])
 
 
 def forget_peak() -> None:
-    """From here on, the peak is counted anew (Linux)."""
+    """Resets the peak of the resident set (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def grown(what: str, folder: Path, hidden_size: int, layers: int, results) -> None:
-    """In a process of its own: state, and growth of the resident set over `what`."""
+    """Puts bytes of the state and peak growth of the resident set during `what` into `results`. Runs in its own process."""
     engine = make_engine(hidden_size, layers)
     size = state_bytes(engine)
     forget_peak()
@@ -135,7 +135,7 @@ def grown(what: str, folder: Path, hidden_size: int, layers: int, results) -> No
 
 
 def memory(folder: Path, hidden_size: int, layers: int) -> list[dict]:
-    """A row for each of the two saves and for a load."""
+    """Rows for a save in the foreground, a save in the background, and a load."""
     context, rows = multiprocessing.get_context("spawn"), []
     for what in ("save in the foreground", "save in the background", "load"):
         results = context.SimpleQueue()
@@ -148,14 +148,16 @@ def memory(folder: Path, hidden_size: int, layers: int) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden-size", type=int, default=640)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3, help="0: memory only")
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: that of temporary files")
-    parser.add_argument("--output", type=Path, help="JSON file; default: none")
-    arguments = parser.parse_args()
+def main(argv: list[str]) -> None:
+    """Runs the benchmark."""
+    parser = command_line.make_parser(__doc__)
+    least = command_line.at_least
+    parser.add_argument("--hidden-size", type=least(64), default=640, help="of the model, a multiple of 64 (%(default)s)")
+    parser.add_argument("--layers", type=least(1), default=8, help="of the model (%(default)s)")
+    parser.add_argument("--rounds", type=least(0), default=3, help="timed saves of each kind; 0: memory only (%(default)s)")
+    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: that of temporary files)")
+    parser.add_argument("--output", type=Path, help="JSON file to write (default: none)")
+    arguments = parser.parse_args(argv)
     report: dict = {"hidden_size": arguments.hidden_size, "layers": arguments.layers}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
@@ -179,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.run(main))

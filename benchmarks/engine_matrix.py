@@ -1,11 +1,11 @@
-"""Engines x (processes, micro-batch, accumulation) x precision: do all compute the same, and hold what arithmetic says?
+"""Checks that all engines compute the same, for every split of a batch and precision, and hold the bytes that they should.
 
     python benchmarks/engine_matrix.py [--engines ddp zero1 ...] [--processes 1 2] [--precision fp32 bf16] [--output FILE]
 
-Prints one row for each combination: loss and gradient norm of the last of five steps, the largest differences from one process
-that takes the whole batch (relative for loss and norm, absolute for weights), and the bytes that a rank holds of weights,
-gradients and optimizer state, with `=` where they are exactly those of the arithmetic below. Writes the same as JSON. Runs on
-CPUs, so that anyone can; exit status 1 when a difference is too large or a byte is not accounted for.
+Prints one row per combination: loss and gradient norm of the last of five steps, the largest differences from one process that
+takes the full batch (relative for loss and norm, absolute for weights), and the bytes that a rank holds of weights, gradients
+and optimizer state, marked `=` if `expected_bytes` gives exactly the same. Writes the same as JSON. Runs on CPUs. Exit status 1
+if a difference is too large or a byte is not accounted for.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 
 from pretrain.config import EngineConfig
-from pretrain.invariance import Case, Outcome, prove, shrink
+from pretrain.invariance import Case, Outcome, check_invariance, small_model
 from pretrain.model.config import ModelConfig
 from pretrain.model.transformer import Transformer
+from pretrain.run import command_line
 
 SEQUENCES, GRAD_CLIP, SEED = 16, 0.5, 0
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 
 
 def expected_bytes(case: Case, shapes: list[tuple[int, ...]]) -> dict[str, int]:
-    """On the rank that holds most, with momentum as the only moment.
+    """Bytes on the rank that holds most, with momentum as the only moment.
 
-    ddp: everything. zero1, zero2: all weights flattened and padded to a multiple of 2 elements for each rank, of which a rank
-    owns a part; zero1 in bf16 sums all gradients on every rank. zero3: a part of each parameter, rounded up. fsdp2: rows of
-    each parameter, rounded up, which are their own master weights.
+    ddp: everything. zero1, zero2: a rank owns one part of all weights, flattened and padded to a multiple of 2 elements per
+    rank; zero1 in bf16 sums all gradients on every rank. zero3: a part of each parameter, rounded up. fsdp2: rows of each
+    parameter, rounded up, which are also the master weights.
     """
     ranks, name = case.ranks, case.engine.name
     total = sum(map(math.prod, shapes))
@@ -52,26 +53,27 @@ def expected_bytes(case: Case, shapes: list[tuple[int, ...]]) -> dict[str, int]:
     return {"weights": compute * share * ranks, "gradients": 4 * summed, "state": 8 * share}
 
 
-def main() -> int:
-    """-> exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
-    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    parser.add_argument("--output", type=Path, default=Path("engine_matrix.json"))
-    options = parser.parse_args()
-    model = shrink(ModelConfig(qk_norm=True))
+def main(argv: list[str]) -> int:
+    """Returns the exit status."""
+    parser = command_line.make_parser(__doc__)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, help="default: all")
+    parser.add_argument("--processes", nargs="+", type=command_line.at_least(1), default=[1, 2], metavar="N",
+                        help="numbers of processes (default: 1 2)")  # fmt: skip
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="default: both")
+    parser.add_argument("--output", type=Path, default=Path("engine_matrix.json"), help="JSON file to write (%(default)s)")
+    options = parser.parse_args(argv)
+    model = small_model(ModelConfig(qk_norm=True))
     with torch.device("meta"):
         shapes = [tuple(parameter.shape) for parameter in Transformer(model).parameters()]
     print("engine  precision  ranks x micro x accumulation     loss     norm | differences: loss     norm  weights | bytes: "
           "  weights gradients     state")  # fmt: skip
     rows = []
-    for outcome in prove(model, list(_cases(options)), GRAD_CLIP, SEED):
+    for outcome in check_invariance(model, list(_cases(options)), GRAD_CLIP, SEED):
         expected = expected_bytes(outcome.case, shapes)
-        rows.append(dataclasses.asdict(outcome) | {"proved": outcome.proved, "expected_bytes": expected})
+        rows.append(dataclasses.asdict(outcome) | {"passed": outcome.passed, "expected_bytes": expected})
         print(_row(outcome, expected), flush=True)
     options.output.write_text(json.dumps(rows, indent=1) + "\n")
-    good = all(row["proved"] and row["bytes_per_rank"] == row["expected_bytes"] for row in rows)
+    good = all(row["passed"] and row["bytes_per_rank"] == row["expected_bytes"] for row in rows)
     print(f"{'all equal' if good else 'NOT ALL EQUAL'}; written to {options.output}")
     return 0 if good else 1
 
@@ -93,9 +95,9 @@ def _row(outcome: Outcome, expected: dict[str, int]) -> str:
     return (
         f"{case.engine.name:7} {case.engine.precision:9}  {split:28} {outcome.losses[-1]:8.5f} {outcome.norms[-1]:8.5f} | "
         f"           {outcome.loss_difference:8.1e} {outcome.norm_difference:8.1e} {outcome.weight_difference:8.1e} | "
-        f"      {sizes}{'' if outcome.proved else '  DIFFERENT'}"
+        f"      {sizes}{'' if outcome.passed else '  DIFFERENT'}"
     )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main))

@@ -1,16 +1,15 @@
-"""What the seam costs: steps of `train_step` under the engine `ddp` in one process against a bare PyTorch loop.
+"""Cost of the engine interface: steps of `train_step` under the engine `ddp` in one process against a bare PyTorch loop.
 
     python benchmarks/seam_cost.py [--device cpu|cuda] [--steps 60] [--output FILE]
 
 Both loops train the same model from the same weights on the same tokens with the same fused AdamW, clipping, accumulation and
-precision, and must end with the same loss. The bare loop is the least one can write: no valid-token count, no guard against
-steps that are not finite, no meter. They take turns step by step (A B, B A, ...) in one process after a warm-up; the figure is
-the median of the ratios of neighbours. The target is less than 2 % lost.
+precision, and must reach the same loss. The bare loop is minimal: no valid-token count, no guard against steps that are not
+finite, no meter. The loops alternate step by step (A B, B A, ...) in one process after a warm-up; the result is the median of
+the ratios of adjacent steps. The target is a loss of less than 2 %; exit status 1 if it is missed.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -30,24 +29,26 @@ from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.model.transformer import Transformer, build
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.report.metrics import Meter
+from pretrain.run import command_line
 from pretrain.train import train_step
 
 LENGTH, VOCABULARY, ACCUMULATION, LR, WARM_UP = 256, 8192, 2, 3e-4, 5
 Loop = Generator[float | None, int | None, None]
-"""Is sent the number of a window and trains on it; at last None, and answers with the mean loss."""
+"""Receives the number of a window and trains on it; on None, yields the mean loss."""
 SIZES = {  # device: (model, micro-batch)
     "cpu": (ModelConfig(hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2), 2),
     "cuda": (ModelConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=6, head_dim=128), 32),
 }
 
 
-def main() -> int:
-    """-> exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=SIZES, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--output", type=Path, default=Path("seam_cost.json"))
-    options = parser.parse_args()
+def main(argv: list[str]) -> int:
+    """Returns the exit status."""
+    parser = command_line.make_parser(__doc__)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=SIZES, default=default, help="default: cuda if there is one")
+    parser.add_argument("--steps", type=command_line.at_least(1), default=60, help="timed steps of each loop (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("seam_cost.json"), help="JSON file to write (%(default)s)")
+    options = parser.parse_args(argv)
     sizes, micro_batch = SIZES[options.device]
     model = resolve_model(sizes, vocab_size=VOCABULARY, sequence_length=LENGTH)
     engine = start_engine(EngineConfig(precision="fp32" if options.device == "cpu" else "bf16"))
@@ -55,7 +56,7 @@ def main() -> int:
     loops = {"bare": _bare(model, windows, engine.device), "engine": _engine(engine, model, windows)}
     for loop in loops.values():
         next(loop)
-    clock = time.process_time if options.device == "cpu" else time.perf_counter  # others may use the same CPUs
+    clock = time.process_time if options.device == "cpu" else time.perf_counter  # other programs may use the same CPUs
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for number in range(WARM_UP + options.steps):
         for name in sorted(loops, reverse=number % 2 == 1):
@@ -70,7 +71,7 @@ def main() -> int:
     lost = statistics.median(a / b - 1 for a, b in zip(seconds["engine"], seconds["bare"], strict=True))
     for name, values in seconds.items():
         middle, least, most = (1000 * of(values) for of in (statistics.median, min, max))
-        print(f"{name:8} {middle:8.2f} ms a step (least {least:.2f}, most {most:.2f})")
+        print(f"{name:8} {middle:8.2f} ms per step (min {least:.2f}, max {most:.2f})")
     steps = f"{options.steps} steps of each"
     print(f"lost     {100 * lost:8.2f} % (target: less than 2), {engine.device_name}, {steps}")
     result = {"device": engine.device_name, "seconds_per_step": seconds, "lost_fraction": lost, "torch": torch.__version__}
@@ -108,9 +109,8 @@ def _engine(engine, config: ModelConfig, windows: list[list[Batch]]) -> Loop:
     while (number := (yield)) is not None:
         result = train_step(engine, windows[number], LR)
         meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
-        result.requests()
     yield meter.read(engine.all_reduce)["loss"]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main))

@@ -1,4 +1,4 @@
-"""Checkpoints appear whole or not at all, any ranks read what others wrote, and damage is seen before it is loaded."""
+"""A checkpoint is complete or absent, can be read on any number of ranks, and is never loaded if damaged."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def state_of(engine: Engine) -> dict[str, bytes]:
 
 
 def save_some(folder: Path, steps: list[int]) -> dict:
-    """On each rank: trains a little and saves at `steps`. -> the state at the last one."""
+    """On each rank: trains and saves at `steps`. Returns the state at the last one."""
     engine = make_engine()
     for step in steps:
         take_steps(engine, 1)
@@ -65,7 +65,7 @@ def load_newest(folder: Path) -> dict:
     engine = make_engine(seed=1)
     loaded = storage.load(newest_valid(folder, engine), engine)
     state = state_of(engine)
-    take_steps(engine, 1)  # the optimizer goes on
+    take_steps(engine, 1)  # the optimizer works
     engine.close()
     return state | {"step": loaded["step"]}
 
@@ -79,12 +79,12 @@ def saved(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(saved, tmp_path) -> Path:
-    """A copy to damage: steps 1, 2 and 3."""
+    """A copy to damage; it has steps 1, 2 and 3."""
     return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
 
 
 @pytest.mark.parametrize(("writers", "readers"), [(1, 2), (2, 1), (2, 4)])
-def test_any_number_of_ranks_reads_what_any_other_wrote(tmp_path, writers, readers):
+def test_any_number_of_ranks_reads_what_any_other_number_wrote(tmp_path, writers, readers):
     written = run_ranks(writers, save_some, tmp_path, [3])[0]
     for read in run_ranks(readers, load_newest, tmp_path):
         assert read.pop("step") == 3 and read == written
@@ -98,7 +98,7 @@ def test_large_states_are_split_into_files_of_bounded_size(tmp_path, monkeypatch
     largest_piece = max(len(data) for data in written.values())
     headers = [read_header(file).begin for file in files]
     assert [file.stat().st_size - head for file, head in zip(files, headers, strict=True)][:-1] == [2048] * (len(files) - 1)
-    assert largest_piece > 2048  # a tensor too large for one file is cut
+    assert largest_piece > 2048  # a tensor that is too large for one file is split
     read = load_newest(tmp_path)
     assert read.pop("step") == 1 and read == written
 
@@ -124,10 +124,10 @@ DAMAGES = ["truncated", "flipped", "missing"]
 @pytest.mark.parametrize("file", FILES)
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_used(folder, file, how):
     spoil(folder / "step_00000003" / file, how)
-    said: list[str] = []
+    messages: list[str] = []
     engine = make_engine()
-    assert newest_valid(folder, engine, said.append).step == 2
-    assert len(said) == 1 and "step_00000003" in said[0] and "put aside" in said[0]
+    assert newest_valid(folder, engine, messages.append).step == 2
+    assert len(messages) == 1 and "step_00000003" in messages[0] and "put aside" in messages[0]
     assert (folder / "damaged-step_00000003").is_dir()
 
 
@@ -150,8 +150,8 @@ def test_a_thousand_flipped_bits_are_all_seen(folder):
 def test_no_valid_checkpoint_is_an_error_and_never_a_fresh_start(folder):
     for found in checkpoints(folder):
         spoil(found.path / "state.json", "flipped")
-    for _ in range(2):  # also the next time, when they are all put aside
-        with pytest.raises(CheckpointError, match="none of its checkpoints is valid"):
+    for _ in range(2):  # also the second time, when all of them are put aside
+        with pytest.raises(CheckpointError):
             newest_valid(folder, make_engine(), lambda text: None)
 
 
@@ -159,23 +159,21 @@ def test_an_empty_folder_is_a_fresh_start(tmp_path):
     assert newest_valid(tmp_path / "none", make_engine()) is None
 
 
-def test_a_checkpoint_of_another_format_is_refused_not_put_aside(folder):
+def test_a_checkpoint_of_another_format_version_is_refused_and_stays(folder):
     path = folder / "step_00000003" / "manifest.json"
     manifest = {"format_version": 99}
     path.write_text(json.dumps(manifest | {"xxh3": digest_json(manifest)}))
-    with pytest.raises(CheckpointError, match="has format 99, this program reads format 1"):
+    with pytest.raises(CheckpointError, match="99"):
         newest_valid(folder, make_engine())
 
 
-def test_another_architecture_is_named(folder):
+def test_a_checkpoint_of_another_architecture_is_refused_with_both_shapes(folder):
     engine = start_engine(EngineConfig(name="ddp"))
     other = resolve_model(
         ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2), vocab_size=50, sequence_length=8
     )
     engine.prepare(lambda: Transformer(other), lambda model: build_optimizer(model, OptimizerConfig()), 1.0, seed=0)
-    with pytest.raises(
-        CheckpointError, match=r"model/model.embed_tokens.weight must be \(64, 32\), the checkpoint has \(64, 16\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"model/model.embed_tokens.weight .*\(64, 32\).*\(64, 16\)"):
         storage.load(checkpoints(folder)[0], engine)
 
 
@@ -193,20 +191,20 @@ def fail_on_one_rank(folder: Path) -> tuple[str, list[int], list[str]]:
     return failure, [found.step for found in checkpoints(folder)], [path.name for path in folder.iterdir()]
 
 
-def test_when_one_rank_cannot_write_all_ranks_know_and_what_was_there_stays(tmp_path):
+def test_if_one_rank_cannot_write_all_ranks_raise_and_earlier_checkpoints_stay(tmp_path):
     (first, *listing), (second, *_) = run_ranks(2, fail_on_one_rank, tmp_path)
     assert "another rank failed" in first and "No space left" in second
     assert listing == [[1], ["step_00000001"]]
 
 
-def test_pruning_keeps_what_it_must_and_never_touches_foreign_names(folder):
+def test_pruning_and_cleaning_never_touch_names_of_others(folder):
     (folder / "my-notes-step-5").mkdir()
     (folder / "step_00000009").symlink_to(folder / "step_00000001")
     (folder / ".tmp-step_00000007").mkdir()
     (folder / ".del-step_00000006").mkdir()
     (folder / ".tmp-my-experiment").mkdir()
     (folder / ".tmp-step_00000008").symlink_to(folder / "my-notes-step-5")
-    (folder / "step_00000004").mkdir()  # somebody is copying one
+    (folder / "step_00000004").mkdir()  # someone is copying one
     storage.clean(folder)
     storage.prune(folder, keep_last=1, keep_best=0, trusted=set())
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -219,8 +217,8 @@ def test_pruning_keeps_what_it_must_and_never_touches_foreign_names(folder):
     ]
 
 
-def test_pruning_never_leaves_fewer_whole_ones_than_it_should_keep(tmp_path):
-    """Whatever is damaged, and whatever has the lowest loss."""
+def test_pruning_keeps_exactly_the_newest_and_best_intact_checkpoints(tmp_path):
+    """Whichever are damaged, and whichever have the lowest loss."""
     losses = {1: 2.5, 2: 2.0, 3: 3.0, 4: None, 5: 2.4, 6: 2.6}
     engine = make_engine()
     for step, loss in losses.items():
@@ -233,20 +231,20 @@ def test_pruning_never_leaves_fewer_whole_ones_than_it_should_keep(tmp_path):
             spoil(folder / f"step_{step:08d}" / randomly.choice(FILES), randomly.choice(DAMAGES))
         keep_last, keep_best = randomly.randrange(1, 4), randomly.randrange(3)
         storage.prune(folder, keep_last, keep_best, trusted=set())
-        whole = {found.step for found in checkpoints(folder) if storage._is_intact(found)}
+        intact = {found.step for found in checkpoints(folder) if storage._is_intact(found)}
         good = [step for step in sorted(losses, reverse=True) if step not in bad]
         best = sorted((step for step in good if losses[step]), key=lambda step: losses[step])
-        assert whole == {*good[:keep_last], *best[:keep_best]}, (bad, keep_last, keep_best)
+        assert intact == {*good[:keep_last], *best[:keep_best]}, (bad, keep_last, keep_best)
         shutil.rmtree(folder)
 
 
-def test_a_kill_while_a_step_is_saved_again_loses_neither(folder):
-    """Between the two renames the old checkpoint has no name of its own."""
+def test_a_kill_while_a_step_is_saved_again_loses_no_checkpoint(folder):
+    """Between the two renames, no folder has the name of the step."""
     (folder / "step_00000003").rename(folder / ".old-step_00000003")
     (folder / ".tmp-step_00000003").mkdir()
     storage.clean(folder)
     assert newest_valid(folder, make_engine()).step == 3
-    shutil.copytree(folder / "step_00000002", folder / ".old-step_00000003")  # both renames were made
+    shutil.copytree(folder / "step_00000002", folder / ".old-step_00000003")  # killed after both renames
     storage.clean(folder)
     assert [found.step for found in checkpoints(folder)] == [3, 2, 1] and checkpoints(folder)[0].damage() is None
     assert sorted(path.name for path in folder.iterdir()) == [f"step_0000000{step}" for step in (1, 2, 3)]

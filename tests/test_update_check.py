@@ -1,4 +1,4 @@
-"""The canary is quiet in a healthy run under every engine, and speaks when a step does not train what it should."""
+"""The update check is silent in a healthy run under every engine, and warns if a step does not train all weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONFIGS = ENGINES | {
     "zero1 bf16": EngineConfig(name="zero1", precision="bf16"),
     "fsdp2 hybrid": EngineConfig(name="fsdp2", replicas=2),
 }
-HAVE_COPIES = ("ddp", "zero1", "zero2", "zero3", "zero1 bf16", "fsdp2 hybrid")
+HAVE_REPLICAS = ("ddp", "zero1", "zero2", "zero3", "zero1 bf16", "fsdp2 hybrid")
 
 
 def watched_step(engine: Engine, step: int, lr: float) -> tuple[dict, list[str]]:
@@ -26,8 +26,8 @@ def watched_step(engine: Engine, step: int, lr: float) -> tuple[dict, list[str]]
     return update_check.figures(lr)
 
 
-def canaries(configs: dict[str, EngineConfig]) -> dict:
-    """For each engine: a healthy step, one at learning rate 0, and one after the last rank's copy of a norm has drifted."""
+def check_steps(configs: dict[str, EngineConfig]) -> dict:
+    """For each engine: a healthy step, a step with learning rate 0, and a check after a replica on the last rank drifted."""
     results = {}
     for name, config in configs.items():
         engine = engine_of(config)
@@ -41,22 +41,22 @@ def canaries(configs: dict[str, EngineConfig]) -> dict:
     return results
 
 
-def test_healthy_steps_are_quiet_and_a_zero_rate_and_a_drifted_copy_are_reported_under_every_engine(subtests):
-    for results in run_ranks(2, canaries, CONFIGS, timeout=300):
+def test_every_engine_reports_a_zero_rate_and_a_drifted_replica_but_not_a_healthy_step(subtests):
+    for results in run_ranks(2, check_steps, CONFIGS, timeout=300):
         for name, ((figures, warnings), (still, still_warnings), (drifted, drift_warnings)) in results.items():
             with subtests.test(name):
                 assert not warnings and figures["stuck_parameters"] == figures["diverged_ranks"] == 0
                 assert 1e-4 < figures["update_fraction"] < 0.1  # AdamW's first step: each weight moves by about the rate
-                assert still["update_fraction"] == 0 and "its learning rate is 0" in still_warnings[0]
-                if name in HAVE_COPIES:
-                    assert drifted["diverged_ranks"] == 1 and "weights of rank 1 differ" in drift_warnings[-1]
+                assert still["update_fraction"] == 0 and len(still_warnings) == 1
+                if name in HAVE_REPLICAS:
+                    assert drifted["diverged_ranks"] == 1 and "rank 1" in drift_warnings[-1]
                 else:
                     assert drifted["diverged_ranks"] == 0
 
 
 def forgetful(config: EngineConfig) -> tuple[dict, list[str]]:
     def optimizer_of_most(model):
-        model.model.norm.requires_grad_(False)  # as a parameter of which the optimizer does not know
+        model.model.norm.requires_grad_(False)  # so the optimizer does not get this parameter
         optimizer = make_optimizer(model, "adamw")
         model.model.norm.requires_grad_(True)
         for group in optimizer.param_groups:
@@ -68,12 +68,12 @@ def forgetful(config: EngineConfig) -> tuple[dict, list[str]]:
     return watched_step(engine, 0, LR)
 
 
-def test_a_parameter_that_the_optimizer_does_not_have_is_named():
+def test_a_parameter_that_is_missing_from_the_optimizer_is_named():
     for figures, warnings in run_ranks(2, forgetful, EngineConfig()):
-        assert figures["stuck_parameters"] == 1 and "(model.norm.weight): does the optimizer have them?" in warnings[0]
+        assert figures["stuck_parameters"] == 1 and "model.norm.weight" in warnings[0]
 
 
-def test_a_rate_too_small_for_fp32_is_no_alarm():
+def test_a_rate_that_is_too_small_for_fp32_gives_no_warning():
     [(figures, warnings)] = run_ranks(1, tiny_rate)
     assert figures["stuck_parameters"] == 0 and not warnings
 

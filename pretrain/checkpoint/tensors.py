@@ -40,7 +40,7 @@ class StoredTensor(NamedTuple):
     """A key of ITEM_BYTES."""
     shape: tuple[int, ...]
     position: int
-    """Of its first byte in the file."""
+    """Byte in the file at which its values begin."""
 
 
 class StoredShard(NamedTuple):
@@ -48,7 +48,7 @@ class StoredShard(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    """Of the full tensor."""
+    """Shape of the full tensor."""
     offset: int
     """Index of the first value in the flattened full tensor."""
     values: StoredTensor
@@ -67,7 +67,7 @@ class Header(NamedTuple):
     tensors: dict[str, StoredTensor]
     """In the order of the header."""
     begin: int
-    """Where values begin, in bytes."""
+    """Byte at which the values of all tensors begin."""
     file_bytes: int
 
 

@@ -34,7 +34,7 @@ class Shard(NamedTuple):
     name: str
     """`model/<parameter>`, `exp_avg/<parameter>`, ..."""
     shape: tuple[int, ...]
-    """Of the full tensor."""
+    """Shape of the full tensor."""
     offset: int
     """Index of the first value in the flattened full tensor."""
     values: Tensor

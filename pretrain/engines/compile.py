@@ -11,7 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 
 def compile_model(model: nn.Module, what: str) -> None:
-    """Compiles each block and the loss of a chunk (`blocks`), or the whole `model`, in place, so that parameter names stay.
+    """Compiles each block and the loss of a chunk (`blocks`), or the entire `model`, in place, so that parameter names stay.
 
     Only a block's `forward` is compiled: the hooks by which an engine gathers weights run around it and break no graph.
     """

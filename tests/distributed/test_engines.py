@@ -1,6 +1,6 @@
-"""Every engine computes what one process computes, skips what is not finite, and reads what any other engine wrote.
+"""Every engine computes what one process computes, skips steps that are not finite, and reads what any other engine wrote.
 
-One start of the ranks serves all engines: starting costs more than the few tiny steps that each claim needs.
+Each test starts the ranks once for all engines: a start costs more than the few tiny steps that each claim needs.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ ENGINES = {
     "ddp": EngineConfig(name="ddp"),
     "zero1": EngineConfig(name="zero1"),
     "zero2": EngineConfig(name="zero2"),
-    "zero3": EngineConfig(name="zero3", keep_whole_below=100),  # norms stay whole, matrices are cut
+    "zero3": EngineConfig(name="zero3", keep_whole_below=100),  # matrices are sharded, norms are not
     "fsdp2": EngineConfig(name="fsdp2"),
 }
 VARIANTS = {
-    "zero3 cut everywhere": EngineConfig(name="zero3", keep_whole_below=0),
+    "zero3 sharded everywhere": EngineConfig(name="zero3", keep_whole_below=0),
     "zero3 offload": EngineConfig(name="zero3", keep_whole_below=0, offload="all"),
     "zero2 offload": EngineConfig(name="zero2", offload="optimizer"),
     "fsdp2 step": EngineConfig(name="fsdp2", reduce_gradients="step"),
@@ -67,7 +67,8 @@ VARIANTS = {
 
 
 def run_engines(ranks: int, function: Callable, configs: dict[str, EngineConfig], *args) -> list[dict]:
-    """`function(configs, *args)` on each rank: one start for all engines, or, without a common process group, one for each."""
+    """`function(configs, *args)` on each rank, with one start for all engines; on one rank, which has no process group that
+    they could share, with one start each."""
     if ranks > 1:
         return run_ranks(ranks, function, configs, *args, timeout=600)
     starts = [run_ranks(1, function, {name: config}, *args)[0] for name, config in configs.items()]
@@ -75,13 +76,13 @@ def run_engines(ranks: int, function: Callable, configs: dict[str, EngineConfig]
 
 
 def engine_of(config: EngineConfig) -> Engine:
-    """Another engine on the process group that is there already."""
+    """Starts another engine on the existing process group."""
     AcceleratorState._reset_state(reset_partial_state=True)
     return start_engine(config)
 
 
-def prove(configs: dict[str, EngineConfig], micro_batch: int, optimizer_name: str, mutants: list[str]) -> dict:
-    """On each rank, for each engine: initial weights, and what `run_steps` returns for the true code and each mutant."""
+def train_with(configs: dict[str, EngineConfig], micro_batch: int, optimizer_name: str, mutants: list[str]) -> dict:
+    """On each rank, for each engine: initial weights, and the result of `run_steps` for the true code and for each mutant."""
     results = {}
     for name, config in configs.items():
         engine = engine_of(config)
@@ -91,36 +92,36 @@ def prove(configs: dict[str, EngineConfig], micro_batch: int, optimizer_name: st
     return results
 
 
-def check_proof(subtests, ranks: int, configs: dict, micro_batch: int, optimizer_name: str, mutants: list[str]) -> None:
-    results = run_engines(ranks, prove, configs, micro_batch, optimizer_name, mutants)
+def check_equality(subtests, ranks: int, configs: dict, micro_batch: int, optimizer_name: str, mutants: list[str]) -> None:
+    results = run_engines(ranks, train_with, configs, micro_batch, optimizer_name, mutants)
     expected = plain_run(optimizer_name)
     true_initial = dict(build(MODEL, "cpu", seed=0).named_parameters())
     for name in configs:
-        proofs = [rank[name][1] for rank in results]
+        runs = [rank[name][1] for rank in results]
         with subtests.test(name):
             initial = assemble([piece for rank in results for piece in rank[name][0]])
             assert all(torch.equal(initial[f"model/{key}"], weight) for key, weight in true_initial.items())
-            loss, norm, weight = differences(proofs, expected)
+            loss, norm, weight = differences(runs, expected)
             print(f"{name} on {ranks}, {optimizer_name}: loss {loss:.1e}, norm {norm:.1e}, weights {weight:.1e}")
-            # AdamW divides a gradient by its own size, so where that is near zero it shows rounding errors at full length.
-            assert loss < 1e-6 and norm < 1e-6 and weight < (1e-6 if optimizer_name == "sgd" else 3e-5)
+            # AdamW divides a gradient by its own size: where that is near zero, rounding errors move a weight by up to LR.
+            assert loss < 1e-6 and norm < 1e-6 and weight < (1e-6 if optimizer_name == "sgd" else 0.1 * LR)
             for mutant in mutants:
-                assert max(differences(proofs, expected, mutant)) > 1e-2, mutant
+                assert max(differences(runs, expected, mutant)) > 1e-2, mutant
 
 
-def test_every_engine_equals_one_process_and_shows_every_planted_bug(subtests):
-    check_proof(subtests, 2, ENGINES, 2, "sgd", list(MUTANTS))
-
-
-@pytest.mark.slow
-def test_levers_change_no_number(subtests):
-    check_proof(subtests, 2, VARIANTS, 2, "sgd", [])
+def test_every_engine_equals_one_process_and_the_comparison_finds_every_planted_bug(subtests):
+    check_equality(subtests, 2, ENGINES, 2, "sgd", list(MUTANTS))
 
 
 @pytest.mark.slow
-def test_bf16_stays_near_one_process_in_fp32(subtests):
+def test_options_change_no_number(subtests):
+    check_equality(subtests, 2, VARIANTS, 2, "sgd", [])
+
+
+@pytest.mark.slow
+def test_bf16_stays_close_to_one_process_in_fp32(subtests):
     configs = {name: dataclasses.replace(config, precision="bf16") for name, config in ENGINES.items()}
-    results, expected = run_ranks(2, prove, configs, 2, "sgd", [], timeout=600), plain_run("sgd")
+    results, expected = run_ranks(2, train_with, configs, 2, "sgd", [], timeout=600), plain_run("sgd")
     for name in configs:
         with subtests.test(name):
             found = differences([rank[name][1] for rank in results], expected)
@@ -133,7 +134,7 @@ def test_bf16_stays_near_one_process_in_fp32(subtests):
 def test_every_engine_equals_one_process_on_any_ranks(subtests, ranks, micro_batch):
     hybrid = {"fsdp2 hybrid": EngineConfig(name="fsdp2", replicas=2)} if ranks == 4 else {}
     for optimizer_name in ("sgd", "adamw"):
-        check_proof(subtests, ranks, ENGINES | hybrid, micro_batch, optimizer_name, [])
+        check_equality(subtests, ranks, ENGINES | hybrid, micro_batch, optimizer_name, [])
 
 
 # ---------------------------------------------------------------- steps that are not finite
@@ -144,7 +145,7 @@ def scaled(out: LossOutput, factor: float) -> LossOutput:
 
 
 def poisoned(configs: dict[str, EngineConfig]) -> dict:
-    """Three steps; in the second, the last rank's gradient is not finite. -> what there was after each."""
+    """Takes three steps; in the second, the last rank's gradient is not finite. Returns state and metrics after each."""
     results = {}
     for name, config in configs.items():
         engine = engine_of(config)
@@ -164,7 +165,7 @@ def poisoned(configs: dict[str, EngineConfig]) -> dict:
 
 
 def local_parameters(engine: Engine) -> list[torch.Tensor]:
-    """What this rank's forward pass reads, in the dtype it reads it in."""
+    """The weights that this rank's forward pass reads, in their dtype."""
     local = [getattr(p, "ds_tensor", p) for p in engine.model.parameters()]
     return [p.to_local() if hasattr(p, "to_local") else p for p in local]
 
@@ -186,7 +187,7 @@ def test_a_step_that_is_not_finite_leaves_weights_and_moments_of_all_ranks_untou
 
 
 def two_steps(engine: Engine, first: int) -> list[tuple[float, float]]:
-    """[(loss, norm)] of two steps of AdamW."""
+    """Takes two steps of AdamW. Returns [(loss, norm)]."""
     meter, shown = metrics.Meter(engine.device, engine.rank, engine.world_size), []
     for step in range(first, first + 2):
         result = train.train_step(engine, window_of(engine, step, 1), 10 * LR)
@@ -197,7 +198,7 @@ def two_steps(engine: Engine, first: int) -> list[tuple[float, float]]:
 
 
 def save_with(configs: dict[str, EngineConfig], folder: Path) -> dict:
-    """Each engine trains two steps, saves, and goes on. -> its pieces when it saved, and the steps after."""
+    """Each engine takes two steps, saves, and continues. Returns its state when it saved, and the steps after."""
     results = {}
     for name, config in configs.items():
         engine = engine_of(config)
@@ -208,13 +209,13 @@ def save_with(configs: dict[str, EngineConfig], folder: Path) -> dict:
     return results
 
 
-def load_with(configs: dict[str, EngineConfig], folder: Path, saved: list[str]) -> dict:
-    """Each engine loads what each other saved, and goes on."""
+def load_with(configs: dict[str, EngineConfig], folder: Path, saved: dict[str, list[str]]) -> dict:
+    """Each engine loads what the engines in `saved[name]` saved, and continues."""
     results = {}
     for name, config in configs.items():
         engine = engine_of(config)
         engine.prepare(make_model, lambda model: make_optimizer(model, "adamw"), CLIP, seed=1)  # other weights
-        for other in saved:
+        for other in saved[name]:
             [found] = storage.checkpoints(folder / other)
             storage.load(found, engine)
             results[name, other] = pieces_of(engine), engine.updates, two_steps(engine, 2)
@@ -226,13 +227,20 @@ def make_model() -> Transformer:
 
 
 def check_checkpoints(
-    subtests, folder: Path, writers: tuple[int, dict], readers: list[tuple[int, dict]], tolerance: float
+    subtests,
+    folder: Path,
+    writers: tuple[int, dict],
+    readers: list[tuple[int, dict]],
+    tolerance: float,
+    pairs: dict[str, list[str]] | None = None,
 ) -> None:
-    """writers, readers: (ranks, engines by name). What is read is what was written, to the bit, and the run goes on alike."""
+    """Checks that state is restored to the bit and that the run continues equally.
+
+    writers, readers: (ranks, engines by name). pairs: which writers each reader loads; None: all."""
     (wrote, configs) = writers
     written = run_engines(wrote, save_with, configs, folder)
     for ranks, reading in readers:
-        read = run_engines(ranks, load_with, reading, folder, list(configs))
+        read = run_engines(ranks, load_with, reading, folder, pairs or {name: list(configs) for name in reading})
         for name, other in read[0]:
             with subtests.test(f"{other} on {wrote} -> {name} on {ranks}"):
                 truth = assemble([piece for rank in written for piece in rank[other][0]])
@@ -247,13 +255,16 @@ def check_checkpoints(
                     assert shown == written[0][other][1]  # to the bit
 
 
-def test_every_engine_goes_on_from_what_any_other_saved(subtests, tmp_path):
+def test_every_engine_resumes_what_it_and_another_engine_saved(subtests, tmp_path):
+    """In a ring; all pairs are in the slow test below. And ddp resumes the state of a sharded engine on fewer ranks."""
+    names = list(ENGINES)
+    pairs = {name: [name, names[number - 1]] for number, name in enumerate(names)}
     one = {"ddp": ENGINES["ddp"]}
-    check_checkpoints(subtests, tmp_path, (2, ENGINES), [(2, ENGINES), (1, one)], tolerance=2e-6)
+    check_checkpoints(subtests, tmp_path, (2, ENGINES), [(2, ENGINES), (1, one)], tolerance=2e-6, pairs=pairs)
 
 
 @pytest.mark.slow
-def test_checkpoints_move_between_any_ranks(subtests, tmp_path):
+def test_every_engine_resumes_what_any_engine_saved_on_any_ranks(subtests, tmp_path):
     hybrid = ENGINES | {"fsdp2 hybrid": EngineConfig(name="fsdp2", replicas=2)}
     check_checkpoints(subtests, tmp_path, (4, hybrid), [(4, hybrid), (2, ENGINES), (1, ENGINES)], tolerance=2e-6)
 
@@ -268,7 +279,7 @@ def test_bf16_checkpoints_hold_the_fp32_master_weights(subtests, tmp_path):
 
 
 class Wire(TorchDispatchMode):
-    """Notes the dtypes of what collectives send."""
+    """Records the dtypes that collectives send."""
 
     def __init__(self):
         super().__init__()
@@ -287,7 +298,7 @@ class Wire(TorchDispatchMode):
 
 
 def gradient(engine: Engine, batches: list[Batch]) -> list[torch.Tensor]:
-    """Pieces of the summed gradient: a cleared first moment of AdamW becomes a tenth of it; a rate of 0 moves nothing."""
+    """This rank's shards of the summed gradient: the first moment of AdamW, when 0, becomes a tenth of it; the rate is 0."""
     engine.restore(lambda shard: shard.values.zero_() if shard.name.startswith("exp_avg/") else None)
     for i, batch in enumerate(batches):
         with engine.micro_batch(last=i == len(batches) - 1):
@@ -297,7 +308,7 @@ def gradient(engine: Engine, batches: list[Batch]) -> list[torch.Tensor]:
 
 
 def look_at_dtypes(configs: dict[str, EngineConfig]) -> dict:
-    """For each engine: its row of the table, and the error of a sum of gradients relative to the sum of each alone."""
+    """For each engine: its row of the table, and the relative error of a sum of gradients over micro-batches."""
     results = {}
     for name, config in configs.items():
         engine = engine_of(config)
@@ -317,14 +328,14 @@ def look_at_dtypes(configs: dict[str, EngineConfig]) -> dict:
         row = [str(dtype).removeprefix("torch.") for dtype in (kept["model"], used["weights"], used["products"])]
         row += [wire.floats("_allgather_base_", "allgather_"), wire.floats("allreduce_", "reduce_", "_reduce_scatter_base_")]
         window = window_of(engine, 1, 1)
-        whole, parts = gradient(engine, window), [gradient(engine, [batch]) for batch in window]
-        error = sum((total - sum(pieces)).square().sum() for total, *pieces in zip(whole, *parts, strict=True))
-        relative = (error / sum(total.square().sum() for total in whole)).sqrt().item()
+        total_gradient, parts = gradient(engine, window), [gradient(engine, [batch]) for batch in window]
+        error = sum((total - sum(pieces)).square().sum() for total, *pieces in zip(total_gradient, *parts, strict=True))
+        relative = (error / sum(total.square().sum() for total in total_gradient)).sqrt().item()
         results[name] = [*row, str(kept["exp_avg"]).removeprefix("torch.")], relative
     return results
 
 
-def test_the_documented_dtypes_are_those_that_run_and_gradients_are_summed_in_fp32(subtests):
+def test_the_documented_dtypes_are_used_and_gradients_are_summed_in_fp32(subtests):
     configs = {name: dataclasses.replace(config, precision="bf16") for name, config in ENGINES.items()}
     found = run_ranks(2, look_at_dtypes, configs, timeout=300)[0]
     text = (Path(__file__).parents[2] / "docs" / "engines.md").read_text()

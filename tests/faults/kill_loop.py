@@ -1,9 +1,9 @@
-"""Two processes save and prune for ever and are killed at a random instant, again and again: is what was acknowledged there?
+"""Repeatedly kills two processes that save and prune, at random instants, and checks that acknowledged checkpoints exist.
 
     python -m tests.faults.kill_loop FOLDER [--trials 1000] [--seed 0] [--mutant NAME]        prints one line of JSON
 
-The processes run the real Saver on a state of a few tensors; only the collectives are a pair of sockets, so that a trial takes
-some tens of milliseconds. They are forked from this process, which has imported torch and has no threads.
+The processes run the real Saver on a state of a few tensors; only the collectives are replaced, by a pair of sockets, so that a
+trial takes some tens of milliseconds. They are forked from this process, which has imported torch and has no threads.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LONGEST_SYNC_SECONDS = 0.002
 
 
 class Rank:
-    """What checkpoints ask of an engine, for a state that is a function of the step."""
+    """The part of an engine that checkpoints use, for a state that is a function of the step."""
 
     device = torch.device("cpu")
     config = EngineConfig()
@@ -47,7 +47,7 @@ class Rank:
         self.updates = 0
 
     def become(self, step: int) -> None:
-        """The state after `step`."""
+        """Sets the state after `step`."""
         self.updates = step
         for name, tensor in self.tensors.items():
             tensor.copy_(expected(name, step))
@@ -70,7 +70,7 @@ class Rank:
             while len(received) < 64:
                 received += (part := self.peer.recv(64 - len(received)))
                 if not part:
-                    signal.pause()  # the peer is dead: this rank would hang in the collective until it is killed, too
+                    signal.pause()  # the peer was killed: a real rank would hang in the collective until it is killed, too
             values += torch.tensor(json.loads(received))
         return values
 
@@ -87,7 +87,7 @@ def expected(name: str, step: int) -> Tensor:
 
 
 def slow_disk(seed: str) -> None:
-    """Syncs and renames take a while, as on a disk: kills then fall between any two of them, also where the disk is memory."""
+    """Slows down syncs and renames as a disk would, so that kills hit between any two of them, even on a RAM disk."""
     randomly, fsync, rename = random.Random(seed), os.fsync, os.rename
 
     def sleep() -> None:
@@ -97,8 +97,8 @@ def slow_disk(seed: str) -> None:
     os.rename = lambda source, target: (sleep(), rename(source, target), sleep())
 
 
-def save_for_ever(folder: Path, rank: Rank, acknowledged: int, first_step: int, asynchronous: bool) -> None:
-    """The life of one process: steps, and a save at every second one."""
+def save_forever(folder: Path, rank: Rank, acknowledged: int, first_step: int, asynchronous: bool) -> None:
+    """Runs steps and saves at every second one, until the process is killed."""
     torch.set_num_threads(1)
     config = CheckpointConfig(keep_last=2, keep_best=1, asynchronous=asynchronous)
     saver = Saver(folder, rank, config, lambda saved: os.write(acknowledged, saved.step.to_bytes(8, "little")))
@@ -110,13 +110,13 @@ def save_for_ever(folder: Path, rank: Rank, acknowledged: int, first_step: int, 
 
 
 class Pace:
-    """How long a save takes on this machine just now: instants are drawn over the length of one."""
+    """Estimates how long a save takes on this machine now; kills are spread over that time."""
 
     def __init__(self) -> None:
         self.seconds = 0.02
 
     def wait(self, reader: int, saves: int, randomly: random.Random) -> bytes:
-        """Until so many saves were acknowledged, and then a random while. -> the acknowledgements."""
+        """Waits for `saves` acknowledgements, then a random time. Returns the acknowledgements."""
         data = b""
         for number in range(saves):
             began = time.monotonic()
@@ -128,7 +128,7 @@ class Pace:
 
 
 def trial(folder: Path, randomly: random.Random, pace: Pace, first_step: int) -> list[int]:
-    """Starts two processes, kills them. -> the steps that were acknowledged."""
+    """Starts two processes and kills them. Returns the steps that were acknowledged."""
     pair, (reader, writer) = socket.socketpair(), os.pipe()
     asynchronous, seed = randomly.random() < 0.7, randomly.random()
     processes = []
@@ -136,7 +136,7 @@ def trial(folder: Path, randomly: random.Random, pace: Pace, first_step: int) ->
         if not (process := os.fork()):
             try:
                 slow_disk(f"{seed} {number}")
-                save_for_ever(folder, Rank(number, 2, pair[number]), writer, first_step, asynchronous)
+                save_forever(folder, Rank(number, 2, pair[number]), writer, first_step, asynchronous)
             except BaseException as error:
                 print(f"rank {number}: {error!r}", file=sys.stderr, flush=True)
             finally:
@@ -153,14 +153,14 @@ def trial(folder: Path, randomly: random.Random, pace: Pace, first_step: int) ->
         time.sleep(gap)
     for process in processes:
         _, status = os.waitpid(process, 0)
-        assert os.WIFSIGNALED(status), "a process ended by itself"
+        assert os.WIFSIGNALED(status), "a process exited by itself"
     with os.fdopen(reader, "rb") as pipe:
         data += pipe.read()
     return [int.from_bytes(data[i : i + 8], "little") for i in range(0, len(data), 8)]
 
 
 def run(folder: Path, trials: int, seed: int) -> dict[str, int]:
-    """Counts of what was done and of what went wrong."""
+    """Runs trials. Returns counts of trials, acknowledgements and violations."""
     randomly, pace, alone = random.Random(seed), Pace(), Rank()
     counts = dict.fromkeys(["trials", "acknowledged", "lost", "damaged", "wrong", "left_over", "fewer_than_kept"], 0)
     last_acknowledged, first_step = -1, 2
@@ -169,32 +169,32 @@ def run(folder: Path, trials: int, seed: int) -> dict[str, int]:
         counts["trials"] += 1
         counts["acknowledged"] += len(acknowledged)
         last_acknowledged = acknowledged[-1] if acknowledged else last_acknowledged
-        said: list[str] = []
+        messages: list[str] = []
         storage.clean(folder)
         try:
-            found = storage.newest_valid(folder, alone, said.append)
+            found = storage.newest_valid(folder, alone, messages.append)
         except CheckpointError:
             found = None
-        counts["damaged"] += len(said)
+        counts["damaged"] += len(messages)
         counts["lost"] += last_acknowledged > (found.step if found else -1)
         counts["left_over"] += any(path.name.startswith(".") for path in folder.glob("*"))
         if found:
             storage.load(found, alone)
             right = all(torch.equal(tensor, expected(name, found.step)) for name, tensor in alone.tensors.items())
             counts["wrong"] += not right or alone.updates != found.step
-        whole = [each for each in checkpoints(folder) if each.damage() is None]
-        counts["fewer_than_kept"] += len(whole) < min(2, counts["acknowledged"])
-        last_acknowledged = found.step if found else -1  # from here on this is what must stay
-        # Every other time go back, so that a step is saved that is there already.
+        intact = [each for each in checkpoints(folder) if each.damage() is None]
+        counts["fewer_than_kept"] += len(intact) < min(2, counts["acknowledged"])
+        last_acknowledged = found.step if found else -1  # the next trial must not lose it
+        # Go back every other time, so that a step is saved again.
         first_step = max(2, last_acknowledged + 1 - randomly.choice([0, 2]))
     return counts
 
 
-# ---------------------------------------------------------------- bugs that the loop must see
+# ---------------------------------------------------------------- bugs that the loop must find
 
 
 def manifest_first() -> None:
-    """Rank 0's tensors reach the disk after the checkpoint has its manifest and its name."""
+    """Writes rank 0's tensors after the manifest and the rename."""
     write, commit, later = storage.write_file, storage.commit, []
 
     def write_later(path: Path, blocks, *on_progress) -> dict:
@@ -215,7 +215,7 @@ def manifest_first() -> None:
 
 
 def acknowledged_first() -> None:
-    """A save is acknowledged when its bytes are written, before it has its name."""
+    """Acknowledges a save when its bytes are written, before the rename."""
     commit = storage.commit
 
     def late(temporary: Path, state: bytes, world_size: int) -> Checkpoint:
@@ -232,7 +232,7 @@ def acknowledged_first() -> None:
 
 
 def pruned_first() -> None:
-    """Old checkpoints make room before the new one is there."""
+    """Removes old checkpoints before the new one exists."""
     begin = storage.begin
 
     def prune_and_begin(folder: Path, step: int, rank: Rank) -> Path:
@@ -244,7 +244,7 @@ def pruned_first() -> None:
 
 
 def replaced_in_place() -> None:
-    """A step that is saved again takes the place of the old one by deleting it first."""
+    """Deletes the old checkpoint of a step before renaming the new one."""
     commit = storage.commit
 
     def delete_and_commit(temporary: Path, state: bytes, world_size: int) -> Checkpoint:

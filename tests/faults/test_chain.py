@@ -1,4 +1,4 @@
-"""One run, killed three times, each time continued by another engine on another number of ranks: which samples does it see?"""
+"""A run that is killed three times and resumed by other engines on other numbers of ranks sees every sample once, in order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import pretrain.train
+from pretrain.run import parts
 from tests.faults.test_resume import ENGINES
 from tests.ranks import run_ranks
 from tests.test_batches import random_lengths
@@ -18,11 +18,11 @@ from tests.test_train import TINY, records, train_here
 
 STEPS, SEQUENCES = 24, 12
 CHAIN = [("zero2", 4, 7), ("fsdp2", 2, 13), ("zero3", 3, 18), ("ddp", 1, None)]
-"""(engine, ranks, step in which all ranks are killed)."""
+"""(engine, ranks, step in which all ranks are killed; None: the run completes)."""
 
 
 class Witness:
-    """Training data that write down what they hand out, and end the process where they are told to."""
+    """Training data that logs every sample taken, and kills the process at `last_position`."""
 
     def __init__(self, data, folder: Path, last_position: float):
         self.data, self.last_position = data, last_position
@@ -41,13 +41,13 @@ class Witness:
 
 
 def train_witnessed(argv: list[str], folder: Path, killed_in: int | None) -> int:
-    last_position, opened = SEQUENCES * (killed_in or STEPS + 2), pretrain.train.open_train  # a step is read ahead
-    pretrain.train.open_train = lambda *args, **options: Witness(opened(*args, **options), folder, last_position)
+    last_position, opened = SEQUENCES * (killed_in or STEPS + 2), parts.open_train  # one step is read ahead
+    parts.open_train = lambda *args, **options: Witness(opened(*args, **options), folder, last_position)
     return train_here(argv)
 
 
 def seen(folder: Path) -> dict[int, tuple]:
-    """What an attempt's ranks read: position -> (sample, tokens)."""
+    """The samples that all ranks of an attempt read: position -> (sample, tokens)."""
     lines = [json.loads(line) for file in folder.iterdir() for line in file.read_text().splitlines()]
     assert len(lines) == len({position for position, *_ in lines}), "two ranks took the same sample"
     return {position: tuple(sample) for position, *sample in lines}
@@ -68,7 +68,7 @@ def attempt(folder: Path, run: str, number: int, engine: str, ranks: int, killed
 @pytest.mark.faults
 @pytest.mark.timeout(400)
 def test_a_run_killed_on_4_2_and_3_ranks_of_other_engines_sees_every_sample_once_and_in_order(tmp_path):
-    """Two sources of which the smaller one begins again several times; a checkpoint every 4 steps."""
+    """With two sources, of which the smaller one has several epochs, and a checkpoint every 4 steps."""
     for name, seed, count in (("small", 1, 3), ("large", 2, 60)):
         write(tmp_path / name, documents(random_lengths(seed, count), seed=seed))
     sources = ", ".join(f"{{path: {tmp_path / name}, weight: {weight}}}" for name, weight in (("small", 1), ("large", 2)))
@@ -91,8 +91,8 @@ def test_a_run_killed_on_4_2_and_3_ranks_of_other_engines_sees_every_sample_once
         begin = int(saved[-1].name.removeprefix("step_")) if saved else 0
         assert (begin > 0) == (number > 0)
         read = attempt(tmp_path, "chain", number, engine, ranks, killed_in)
-        assert min(read) == SEQUENCES * begin, "it did not go on at the checkpoint"
-        del consumed[SEQUENCES * begin :]  # the steps after the checkpoint are made again
+        assert min(read) == SEQUENCES * begin, "it did not resume at the checkpoint"
+        del consumed[SEQUENCES * begin :]  # the steps after the checkpoint are repeated
         consumed += [read[position] for position in sorted(read)]
     assert consumed[: SEQUENCES * STEPS] == [expected[position] for position in range(SEQUENCES * STEPS)]
 

@@ -1,4 +1,4 @@
-"""What was acknowledged survives kill -9, power loss and full disks."""
+"""Acknowledged checkpoints survive kill -9, power loss and full disks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def kill_loop(trials: int, *flags: str) -> dict[str, int]:
-    """kill -9 spares what the system has in memory, so the folder may be there, where a trial is fast."""
+    """Runs kill_loop.py. kill -9 keeps the page cache, so the folder may be in memory, where a trial is fast."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         command = [sys.executable, "-m", "tests.faults.kill_loop", f"{folder}/checkpoints", "--trials", str(trials), *flags]
@@ -52,7 +52,7 @@ def violations(counts: dict[str, int]) -> dict[str, int]:
         pytest.param(10_000, marks=[pytest.mark.soak, pytest.mark.timeout(9000)]),
     ],
 )
-def test_kill_9_at_any_instant_loses_nothing_that_was_acknowledged(trials):
+def test_kill_9_at_any_instant_loses_no_acknowledged_checkpoint(trials):
     counts = kill_loop(trials, "--seed", "1")
     print(counts)
     assert counts["trials"] == trials and counts["acknowledged"] > trials
@@ -61,7 +61,7 @@ def test_kill_9_at_any_instant_loses_nothing_that_was_acknowledged(trials):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_the_kill_loop_sees_a_wrong_order(mutant):
+def test_the_kill_loop_finds_every_planted_bug(mutant):
     counts = kill_loop(150, "--mutant", mutant)
     print(mutant, counts)
     assert violations(counts)
@@ -71,7 +71,7 @@ def test_the_kill_loop_sees_a_wrong_order(mutant):
 
 
 class Event(NamedTuple):
-    """One call that changed a file or folder, or an acknowledgement."""
+    """A call that changed a file or folder, or an acknowledgement."""
 
     kind: str
     path: str = ""
@@ -81,7 +81,7 @@ class Event(NamedTuple):
 
 
 def record(monkeypatch, folder: Path, work: Callable[[Callable[[int], None]], None]) -> list[Event]:
-    """What `work` did below `folder`; it gets a function that acknowledges a step."""
+    """Records what `work` does below `folder`; `work` receives a function that acknowledges a step."""
     events: list[Event] = []
     names: dict[int, str] = {}
     real = {name: getattr(os, name) for name in ("open", "write", "fsync", "rename", "mkdir", "unlink", "rmdir")}
@@ -132,7 +132,7 @@ def record(monkeypatch, folder: Path, work: Callable[[Callable[[int], None]], No
 
 
 class Folder:
-    """Names in the order in which they were changed; those up to the last sync are durable."""
+    """Changes of names, in order; those up to the last sync are durable."""
 
     def __init__(self) -> None:
         self.changes: list[tuple[str, object]] = []
@@ -141,7 +141,7 @@ class Folder:
     def entries(self, changes: int | None = None) -> dict[str, object]:
         found: dict[str, object] = {}
         for name, node in self.changes[:changes]:
-            if isinstance(node, str):  # renamed: one change, never half of it
+            if isinstance(node, str):  # a rename is atomic
                 found[node] = found.pop(name)
             elif node is None:
                 found.pop(name, None)
@@ -151,14 +151,14 @@ class Folder:
 
 
 class File:
-    """Bytes; those that were there at the last sync are durable."""
+    """Bytes of a file; those at the last sync are durable."""
 
     def __init__(self) -> None:
         self.data, self.durable = b"", b""
 
 
 def replay(events: list[Event]) -> Folder:
-    """The tree after `events`, which knows what of it is durable."""
+    """Returns the tree after `events`; it knows which parts are durable."""
     root = Folder()
 
     def find(path: str) -> Folder | File:
@@ -185,8 +185,8 @@ def replay(events: list[Event]) -> Folder:
 
 
 def power_off(node: Folder, path: Path, mode: str, randomly: random.Random) -> None:
-    """Writes what the disk holds after a power loss. lost: only what was synced; names: all names, but only synced bytes;
-    random: each folder some changes and each file some bytes more than what was synced."""
+    """Writes the content of the disk after a power loss. lost: only what was synced; names: all names, but only synced bytes;
+    random: in each folder some more changes and in each file some more bytes than what was synced."""
     path.mkdir(mode=0o700)
     most = len(node.changes)
     changes = {"lost": node.durable, "names": most, "random": randomly.randint(node.durable, most)}[mode]
@@ -199,7 +199,7 @@ def power_off(node: Folder, path: Path, mode: str, randomly: random.Random) -> N
 
 
 def twenty_saves(folder: Path) -> Callable[[Callable[[int], None]], None]:
-    """Saves with pruning; every fifth one is of a step that is saved already."""
+    """Saves with pruning; every fifth save is of a step that was saved before."""
 
     def work(acknowledge: Callable[[int], None]) -> None:
         rank = Rank()
@@ -214,7 +214,7 @@ def twenty_saves(folder: Path) -> Callable[[Callable[[int], None]], None]:
 
 
 def lost_in_power_off(events: list[Event], folder: Path, every: int) -> Iterator[str]:
-    """Power off after each event. -> what went wrong, in words."""
+    """Simulates a power loss after every `every`-th event. Yields a description of each violation."""
     randomly, alone = random.Random(0), Rank()
     for count in range(0, len(events) + 1, every):
         acknowledged = max((event.step for event in events[:count]), default=-1)
@@ -222,14 +222,14 @@ def lost_in_power_off(events: list[Event], folder: Path, every: int) -> Iterator
         for mode in ("lost", "names", "random"):
             path = folder / f"{count}-{mode}"
             power_off(tree, path, mode, randomly)
-            said: list[str] = []
+            messages: list[str] = []
             storage.clean(path)
             try:
-                found = storage.newest_valid(path, alone, said.append)
+                found = storage.newest_valid(path, alone, messages.append)
             except CheckpointError:
                 found = None
-            if said:
-                yield f"{count} {mode}: {said}"
+            if messages:
+                yield f"{count} {mode}: {messages}"
             if (found.step if found else -1) < acknowledged:
                 yield f"{count} {mode}: {acknowledged} was acknowledged, {found} is there"
             if found:
@@ -245,14 +245,14 @@ def recorded(monkeypatch, tmp_path) -> list[Event]:
 
 
 @pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.faults)])
-def test_power_loss_at_any_instant_loses_nothing_that_was_acknowledged(recorded, tmp_path, every):
+def test_power_loss_at_any_instant_loses_no_acknowledged_checkpoint(recorded, tmp_path, every):
     assert sum(event.kind == "acknowledge" for event in recorded) == 20
     assert {"create", "write", "sync", "rename", "remove", "mkdir"} <= {event.kind for event in recorded}
     (tmp_path / "off").mkdir()
     assert not list(lost_in_power_off(recorded, tmp_path / "off", every))
 
 
-FORGOTTEN = {
+MISSING_SYNC = {
     "the tensors": lambda event: event.path.endswith(".safetensors"),
     "the manifest": lambda event: event.path.endswith("manifest.json"),
     "the names in the folder": lambda event: "/" not in event.path and event.path.startswith(".tmp-"),
@@ -260,9 +260,9 @@ FORGOTTEN = {
 }
 
 
-@pytest.mark.parametrize("forgotten", FORGOTTEN)
-def test_power_loss_shows_every_forgotten_sync(recorded, tmp_path, forgotten):
-    events = [event for event in recorded if not (event.kind == "sync" and FORGOTTEN[forgotten](event))]
+@pytest.mark.parametrize("missing", MISSING_SYNC)
+def test_the_power_loss_test_finds_every_missing_sync(recorded, tmp_path, missing):
+    events = [event for event in recorded if not (event.kind == "sync" and MISSING_SYNC[missing](event))]
     assert len(events) <= len(recorded) - 20
     (tmp_path / "off").mkdir()
     assert list(lost_in_power_off(events, tmp_path / "off", 5))
@@ -273,10 +273,10 @@ def test_power_loss_shows_every_forgotten_sync(recorded, tmp_path, forgotten):
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
-def test_a_file_that_cannot_grow_leaves_what_was_there_and_no_stump(tmp_path, fraction, asynchronous):
-    rank, said = Rank(), []
+def test_a_failed_write_leaves_earlier_checkpoints_and_no_partial_one(tmp_path, fraction, asynchronous):
+    rank, messages = Rank(), []
     config = CheckpointConfig(asynchronous=asynchronous)
-    saver = Saver(tmp_path, rank, config, lambda saved: said.append(f"saved {saved.step}"), said.append)
+    saver = Saver(tmp_path, rank, config, lambda saved: messages.append(f"saved {saved.step}"), messages.append)
     rank.become(1)
     saver.save(1, {}, last=True)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -287,16 +287,16 @@ def test_a_file_that_cannot_grow_leaves_what_was_there_and_no_stump(tmp_path, fr
         saver.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"] and "File too large" in said[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"] and "File too large" in messages[1]
     rank.become(3)
     saver.save(3, {}, last=True)
-    assert said[2] == "saved 3" and [found.step for found in checkpoints(tmp_path)] == [3, 1]
+    assert messages[2] == "saved 3" and [found.step for found in checkpoints(tmp_path)] == [3, 1]
     storage.load(checkpoints(tmp_path)[1], rank)
     assert all(torch.equal(tensor, expected(name, 1)) for name, tensor in rank.tensors.items())
 
 
 def train_on_a_full_disk(argv: list[str]) -> int:
-    """Rank 1 can write no file of tensors."""
+    """Trains; rank 1 cannot write its tensors."""
     if int(os.environ["RANK"]) == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
     return train_here(argv)

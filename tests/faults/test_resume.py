@@ -1,4 +1,4 @@
-"""Whole runs go on where they were cut: to the bit on the same engine and ranks, within rounding on any others."""
+"""Runs resume after a kill: to the bit on the same engine and ranks, within rounding on any others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import pretrain.train
+from pretrain.run import parts
 from tests.ranks import run_ranks
 from tests.test_train import TINY, curve, final_bytes, records, train_here
 
@@ -26,7 +26,7 @@ SAME_SAMPLES = ("step", "tokens", "lr", "epoch")
 
 
 def flags_of(folder: Path, name: str, *more: str, saved_every: int = CUT) -> list[str]:
-    """Twelve steps of twelve sequences, which 1, 2, 3 and 4 ranks can share."""
+    """Flags of twelve steps of twelve sequences, which 1, 2, 3 or 4 ranks can share."""
     folder.mkdir(exist_ok=True)
     (folder / "tiny.yaml").write_text(TINY)
     flags = {"run.name": name, "train.max_steps": STEPS, "evaluate.every_steps": CUT, "checkpoint.every_steps": saved_every}
@@ -36,7 +36,7 @@ def flags_of(folder: Path, name: str, *more: str, saved_every: int = CUT) -> lis
 
 
 def cut(folder: Path, source: str, name: str) -> Path:
-    """A copy of a run as if it had been killed in its last steps."""
+    """Copies a run and removes its last checkpoint, as if it had been killed before."""
     run = Path(shutil.copytree(folder / "runs" / source, folder / "runs" / name))
     shutil.rmtree(run / "checkpoints" / f"step_{STEPS:08d}")
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{CUT:08d}"]
@@ -47,8 +47,8 @@ def last_progress(run: Path) -> dict:
     return json.loads((run / "checkpoints" / f"step_{STEPS:08d}" / "state.json").read_text())["progress"]
 
 
-def goes_on_elsewhere(folder: Path, writer: tuple[str, int], readers: list[tuple[str, int]]) -> None:
-    """A run of one engine and number of ranks, cut, and finished by each of the others."""
+def check_resume(folder: Path, writer: tuple[str, int], readers: list[tuple[str, int]]) -> None:
+    """Trains with one (engine, ranks), cuts the run, and completes it with each of the others."""
     engine, ranks = writer
     assert set(run_ranks(ranks, train_here, flags_of(folder, "straight", *ENGINES[engine]))) == {0}
     expected = records(folder / "runs" / "straight")
@@ -66,26 +66,26 @@ def goes_on_elsewhere(folder: Path, writer: tuple[str, int], readers: list[tuple
         assert last_progress(run)["position"] == last_progress(folder / "runs" / "straight")["position"] == SEQUENCES * STEPS
 
 
-def test_another_engine_on_fewer_ranks_goes_on_with_the_run(tmp_path):
-    goes_on_elsewhere(tmp_path, ("zero2", 2), [("fsdp2", 1)])
+def test_another_engine_on_fewer_ranks_resumes_the_run(tmp_path):
+    check_resume(tmp_path, ("zero2", 2), [("fsdp2", 1)])
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(600)
-def test_every_engine_on_any_ranks_goes_on_with_the_run_of_any_other(tmp_path):
-    goes_on_elsewhere(tmp_path / "a", ("zero2", 4), [("fsdp2", 1), ("ddp", 2), ("zero3", 3)])
+def test_sharded_and_replicated_engines_on_1_2_and_3_ranks_resume_the_run_of_zero2_on_4(tmp_path):
+    check_resume(tmp_path / "a", ("zero2", 4), [("fsdp2", 1), ("ddp", 2), ("zero3", 3)])
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(600)
-def test_what_sharded_engines_save_goes_on_under_zero_1_and_2(tmp_path):
-    goes_on_elsewhere(tmp_path / "a", ("fsdp2", 3), [("zero2", 2), ("zero1", 4)])
-    goes_on_elsewhere(tmp_path / "b", ("zero3", 2), [("zero1", 3), ("fsdp2", 2)])
+def test_zero1_and_zero2_resume_the_runs_of_fsdp2_and_zero3(tmp_path):
+    check_resume(tmp_path / "a", ("fsdp2", 3), [("zero2", 2), ("zero1", 4)])
+    check_resume(tmp_path / "b", ("zero3", 2), [("zero1", 3), ("fsdp2", 2)])
 
 
 def train_and_die(argv: list[str], step: int) -> None:
-    """Trains; kill -9 while `step` is computed, when the data of the next one are read."""
-    opened = pretrain.train.open_train
+    """Trains, and kills itself while `step` is computed, when the data of the next step is read."""
+    opened = parts.open_train
 
     def open_deadly(*args, **options):
         data = opened(*args, **options)
@@ -99,7 +99,7 @@ def train_and_die(argv: list[str], step: int) -> None:
         data.take = take_or_die
         return data
 
-    pretrain.train.open_train = open_deadly
+    parts.open_train = open_deadly
     train_here(argv)
 
 
@@ -107,8 +107,8 @@ def train_and_die(argv: list[str], step: int) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_killed_three_times_the_same_engine_goes_on_to_the_bit(tmp_path, engine, precision):
-    """Saved after every third step, killed in steps 2 (nothing is saved yet), 5 and 10 (the save may be under way)."""
+def test_a_run_killed_three_times_equals_an_uninterrupted_one_to_the_bit(tmp_path, engine, precision):
+    """It saves after every third step and is killed in steps 2 (nothing saved yet), 5 and 10 (perhaps during a save)."""
     flags = [*ENGINES[engine], "--engine.precision", precision]
     assert run_ranks(2, train_here, flags_of(tmp_path, "straight", *flags, saved_every=3)) == [0, 0]
     for step in (2, 5, 10):

@@ -1,4 +1,4 @@
-"""A supervised run under fire for as long as `SOAK_MINUTES` says (30): ranks killed, stopped, asked to leave; launchers killed.
+"""A supervised run with random faults for `SOAK_MINUTES` (30): signals that kill, stop or end ranks and launchers.
 
 make test-soak [SOAK_MINUTES=5]
 """
@@ -21,7 +21,7 @@ from tests.test_train import TINY, curve, final_bytes, run_of, train_here
 SECONDS, MEAN_SECONDS_TO_FAULT = 60 * float(os.environ.get("SOAK_MINUTES", 30)), 15
 FAULTS = {
     "a rank is killed": ("rank", signal.SIGKILL),
-    "a rank stands still": ("rank", signal.SIGSTOP),
+    "a rank is stopped": ("rank", signal.SIGSTOP),
     "a rank gets SIGTERM": ("rank", signal.SIGTERM),
     "the launcher is killed": ("launcher", signal.SIGKILL),
     "the launcher gets SIGTERM": ("launcher", signal.SIGTERM),
@@ -35,7 +35,7 @@ def last_step(job: Job) -> int:
 
 @pytest.mark.soak
 @pytest.mark.timeout(4 * SECONDS + 600)
-def test_a_run_under_fire_ends_as_the_run_in_peace(tmp_path, capsys):
+def test_a_run_with_faults_equals_a_run_without_faults(tmp_path, capsys):
     (tmp_path / "tiny.yaml").write_text(TINY)
     tiny = ["--train.max_steps", "1000000", "--schedule.name", "constant"]
     tiny += ["--checkpoint.every_steps", "50", "--evaluate.every_steps", "100"]
@@ -51,7 +51,7 @@ def test_a_run_under_fire_ends_as_the_run_in_peace(tmp_path, capsys):
         (draw.choice(job.workers()) if who == "rank" else job.launcher()).send_signal(number)
         counts[fault] += 1
     job.wait_for(reached + 60, 600)
-    (job.run / "STOP").touch()  # saved at whatever step it is
+    (job.run / "STOP").touch()  # it saves at its current step
     assert job.end() == 130, job.said()
     (job.run / "STOP").unlink()
     steps = job.state()["saved_step"]
@@ -64,5 +64,5 @@ def test_a_run_under_fire_ends_as_the_run_in_peace(tmp_path, capsys):
     made = STEP_LINE.findall((job.run / "console.log").read_text())
     unique = len(set(made)) / len(made)
     with capsys.disabled():
-        print(f"\n{SECONDS / 60:.0f} minutes, {steps} steps, {unique:.3f} of them made once; {counts}")
+        print(f"\n{SECONDS / 60:.0f} minutes, {steps} steps, {unique:.3f} of them taken once; {counts}")
     assert unique >= 0.9
