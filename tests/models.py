@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pretrain import config as settings
 from pretrain import schema
 from pretrain.checkpoint import storage
-from pretrain.config import EngineConfig, OptimizerConfig
+from pretrain.config import DataConfig, EngineConfig, OptimizerConfig, SourceConfig
 from pretrain.data import tokenizer
 from pretrain.engines.start import start_engine
-from pretrain.interop.weights import DTYPES, Weights, write_hf_folder
+from pretrain.evaluate import score
+from pretrain.interop.load import open_hf_folder, open_run, open_weights
+from pretrain.interop.weights import DTYPES, Weights, weight_loader, write_hf_folder
 from pretrain.model import hf_mapping
 from pretrain.model.config import ModelConfig, MoeConfig, RopeScalingConfig, resolve_model
+from pretrain.model.hf_mapping import folder_kind
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
+from pretrain.train import train
 
 V = 320  # ids of the tokenizer below; not a multiple of 128, so there are padding rows
 LLAMA3 = RopeScalingConfig(
@@ -102,3 +108,34 @@ def make_hf_folder(folder: Path, weights: Weights, dtype: str = "fp32", tokenize
     config = hf_mapping.to_config(weights.model, str(DTYPES[dtype]).removeprefix("torch."), {})
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+# ---------------------------------------------------------------- for ranks: importing this file does not import transformers
+
+
+def train_here(argv: list[str]) -> int:
+    return train(settings.load(argv, world_size=int(os.environ.get("WORLD_SIZE", 1))))
+
+
+def score_here(folder: Path, token_files: list[str], sequence_length: int, engine_name: str) -> list[dict]:
+    """The rows of `score` for a run or a Hugging Face folder."""
+    trained = open_run(folder) if folder_kind(folder) == "run" else open_hf_folder(folder)
+    data = DataConfig(valid=[SourceConfig(path=path) for path in token_files], sequence_length=sequence_length)
+    engine = start_engine(EngineConfig(name=engine_name))
+    rows = score(engine, trained, data, 8)
+    engine.close()
+    return rows
+
+
+def loaded_by(paths: list[Path], engine_name: str, target) -> list[tuple[str, int, np.ndarray]]:
+    engine = start_engine(EngineConfig(name=engine_name))
+    engine.prepare(lambda: Transformer(target), lambda model: build_optimizer(model, OptimizerConfig()), 1.0, seed=0)
+    tokens_BT, found = torch.arange(16).view(1, 16) % V, []
+    for path in paths:
+        engine.restore(weight_loader(open_weights(path), target), moments=False)
+        found += [
+            (name, offset, pieces["model"].numpy().copy()) for name, _, offset, pieces in engine.local_states(saving=False)
+        ]
+        found.append(("loss", 0, engine.forward(tokens_BT, tokens_BT, None).loss_sum.detach().view(1).numpy()))
+    engine.close()
+    return found

@@ -36,8 +36,7 @@ from pretrain.interop.convert import export_model, import_model
 from pretrain.interop.load import open_hf_folder, open_run
 from pretrain.interop.weights import load_transformer
 from pretrain.optim.schedule import lr_at
-from pretrain.train import train
-from tests.models import V, make_tokenizer
+from tests.models import V, make_tokenizer, score_here, train_here
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +72,10 @@ def write_tokens(folder: Path) -> Path:
     return folder
 
 
+def token_files(text: Path) -> list[str]:
+    return [str(text / name) for name in ("valid", "train")]
+
+
 def flags(text: Path, runs: Path, name: str, steps: int, *more: str) -> list[str]:
     given = {
         "run.name": name,
@@ -94,10 +97,6 @@ def flags(text: Path, runs: Path, name: str, steps: int, *more: str) -> list[str
 
 SMALL = ["--model.hidden_size", "48", "--model.num_hidden_layers", "2", "--model.num_attention_heads", "4"]
 SMALL += ["--model.num_key_value_heads", "2", "--model.qk_norm", "true"]
-
-
-def train_here(argv: list[str]) -> int:
-    return train(settings.load(argv, world_size=int(os.environ.get("WORLD_SIZE", 1))))
 
 
 def losses(run: Path) -> list[float]:
@@ -212,7 +211,7 @@ def test_a_published_model_with_more_ids_than_its_tokenizer_trains_and_converts(
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert back.get_input_embeddings().weight.shape[0] == V + 30
     assert not list((tmp_path / "out").glob("model-*")) and (tmp_path / "out" / "tokenizer.json").exists()
-    rows = score_here(tmp_path / "out", tmp_path, "ddp")
+    rows = score_here(tmp_path / "out", token_files(tmp_path), LENGTH, "ddp")
     assert rows[-1]["loss"] == pytest.approx(math.log(V + 30), rel=0.1)
 
 
@@ -256,18 +255,10 @@ def test_the_pipeline_of_transformers_serves_a_trained_model(folder, text):
     assert copied.bos_token_id == copied.eos_token_id == tokenizer.end_of_document_id
 
 
-def score_here(base: Path, text: Path, engine: str) -> list[dict]:
-    trained = open_run(base) if (base / "checkpoints").exists() else open_hf_folder(base)
-    valid = [SourceConfig(path=str(text / name)) for name in ("valid", "train")]
-    engine = start_engine(EngineConfig(name=engine))
-    rows = score(engine, trained, DataConfig(valid=valid, sequence_length=LENGTH), 8)
-    engine.close()
-    return rows
-
-
 def test_run_and_folder_have_the_loss_that_transformers_computes_on_any_number_of_ranks(base, folder, text):
-    one = score_here(base, text, "ddp")
-    for rows in (*run_ranks(2, score_here, folder, text, "fsdp2"), score_here(folder, text, "ddp")):
+    files = token_files(text)
+    one = score_here(base, files, LENGTH, "ddp")
+    for rows in (*run_ranks(2, score_here, folder, files, LENGTH, "fsdp2"), score_here(folder, files, LENGTH, "ddp")):
         for row, expected in zip(rows, one, strict=True):
             assert row.pop("source") == expected["source"]
             assert row == pytest.approx({key: value for key, value in expected.items() if key != "source"}, rel=1e-6)

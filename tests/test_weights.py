@@ -12,24 +12,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pretrain.checkpoint.manifest import CheckpointError
-from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.data.indexed import DataError
 from pretrain.engines.base import Shard
-from pretrain.engines.start import start_engine
 from pretrain.interop.convert import ConversionError, import_model
-from pretrain.interop.load import open_hf_folder, open_run, open_weights
+from pretrain.interop.load import open_hf_folder, open_run
 from pretrain.interop.weights import HFWeights, MeanWeights, load_transformer, weight_loader, write_hf_folder
 from pretrain.model.hf_mapping import UnsupportedModel
 from pretrain.model.transformer import Transformer
-from pretrain.optim.optimizer import build_optimizer
-from tests.models import FAMILIES, V, make_hf_folder, make_run, model_of, moe
+from tests.models import FAMILIES, V, loaded_by, make_hf_folder, make_run, model_of, moe
 from tests.ranks import run_ranks
 
 
@@ -101,20 +97,6 @@ def test_any_range_reads_the_same_values_as_the_full_parameter(run, folder):
                 into = torch.full((stop - start,), torch.nan)
                 source.read(name, start, into)
                 assert torch.equal(into, values[start:stop]), (name, start, stop)
-
-
-def loaded_by(paths: list[Path], engine_name: str, target) -> list[tuple[str, int, np.ndarray]]:
-    engine = start_engine(EngineConfig(name=engine_name))
-    engine.prepare(lambda: Transformer(target), lambda model: build_optimizer(model, OptimizerConfig()), 1.0, seed=0)
-    tokens_BT, found = torch.arange(16).view(1, 16) % V, []
-    for path in paths:
-        engine.restore(weight_loader(open_weights(path), target), moments=False)
-        found += [
-            (name, offset, pieces["model"].numpy().copy()) for name, _, offset, pieces in engine.local_states(saving=False)
-        ]
-        found.append(("loss", 0, engine.forward(tokens_BT, tokens_BT, None).loss_sum.detach().view(1).numpy()))
-    engine.close()
-    return found
 
 
 @pytest.mark.parametrize(
