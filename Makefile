@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard pretrain launch tools tests benchmarks)
 QUICK := data/quickstart
 # One thread for each test process: threads of parallel tests would fight for the cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 LAUNCH := $(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml launch/pretrain.py
 
 .DEFAULT_GOAL := help

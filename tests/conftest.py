@@ -1,6 +1,18 @@
-"""One thread in every test process: two test processes share two cores, and sums are then made in one order."""
+"""One thread in every test process: test processes share the cores, and sums are then added up in one order."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> list[str]:
+    """Flags of a run of 20 steps that takes a second; the last one is the folder of its run directory."""
+    from tests.test_train import TINY
+
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    return ["--config", str(tmp_path / "tiny.yaml"), "--run.directory", str(tmp_path / "runs")]

@@ -1,7 +1,7 @@
 """Runs a function on several real gloo ranks: `run_ranks(2, function, *args)`.
 
-The ranks come from a fork server that has imported torch already, so a start takes about a second. `function` must be
-importable (a module's own function) and its result picklable. An exception on any rank is raised here.
+The ranks come from a fork server, one per test process, that has imported tests/preloaded.py, so a start takes a fraction of
+a second. `function` must be importable (a module's own function) and its result picklable.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from collections.abc import Callable
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "accelerate", "torch.distributed.tensor", "pretrain.train"])
+_CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 
 def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 120) -> list[Any]:
-    """`function(*args)` on `world_size` processes with the variables that torchrun sets; results in the order of ranks."""
+    """`function(*args)` on `world_size` processes with the variables that torchrun sets; results in the order of ranks.
+
+    Raises RuntimeError if a rank fails or dies, TimeoutError after `timeout` seconds without a result; the others are killed.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    pipes, processes = [], []
+    pipes, processes, patience = [], [], 1
     for rank in range(world_size):
         receiver, sender = _CONTEXT.Pipe(duplex=False)
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
@@ -36,16 +39,17 @@ def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 
         processes.append(process)
     try:
         results = [_receive(pipe, rank, timeout) for rank, pipe in enumerate(pipes)]
+        patience = 10
     finally:
         for process in processes:
-            process.join(timeout=10)
+            process.join(patience)
             process.kill()
     return results
 
 
 def _receive(pipe, rank: int, timeout: float) -> Any:
     if not pipe.poll(timeout):
-        raise TimeoutError(f"rank {rank} said nothing for {timeout} s")
+        raise TimeoutError(f"rank {rank} gave no result in {timeout} s")
     try:
         failure, result = pipe.recv()
     except EOFError:

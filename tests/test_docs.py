@@ -1,4 +1,4 @@
-"""What the documents say exists and happens: links, commands, flags, outputs, and that both languages say the same."""
+"""Links, commands, flags and outputs in the documents are real, and both languages have the same content."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def name(path: Path) -> str:
 
 
 def fences(document: Path, *languages: str) -> list[str]:
-    """The fenced blocks in these languages, in their order."""
+    """The fenced blocks in these languages, in order."""
     found = re.findall(r"^```(\w*)\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL)
     return [text for language, text in found if language in languages]
 
@@ -44,7 +44,7 @@ def prose(document: Path) -> str:
 
 
 def spans(document: Path) -> list[str]:
-    """What stands between backticks."""
+    """The texts between backticks."""
     return re.findall(r"`([^`\n]+)`", prose(document))
 
 
@@ -54,11 +54,11 @@ def commands(document: Path) -> list[str]:
     return [line for line in (re.sub(r"\s+#.*", "", line).strip() for line in text.splitlines()) if line]
 
 
-# ---------------------------------------------------------------- what is named exists
+# ---------------------------------------------------------------- names
 
 
 def anchors(document: Path) -> set[str]:
-    """The headings, as links name them."""
+    """The headings, as links spell them."""
     titles = re.findall(r"^#+ (.+)$", prose(document), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
@@ -75,7 +75,7 @@ def test_every_link_leads_to_a_file_and_to_a_heading_in_it(document):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
-def test_every_make_target_and_every_file_of_ours_that_is_named_exists(document):
+def test_every_make_target_and_every_file_of_the_project_exists(document):
     targets = set(re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split())
     named = "\n".join([*spans(document), *commands(document)])
     for target in re.findall(r"^make (?:PYTHON=\S+ )?([a-z][a-z-]*)", named, re.MULTILINE):
@@ -86,7 +86,7 @@ def test_every_make_target_and_every_file_of_ours_that_is_named_exists(document)
 
 @cache
 def helps(script: str) -> str:
-    """All that a script and its commands say about their flags."""
+    """The --help of a script and of its subcommands."""
     shown = ""
     for command in ((), *((each,) for each in HELP_OF_ITS_COMMANDS.get(script, ()))):
         arguments = [sys.executable, script, *command, "--help"]
@@ -97,7 +97,7 @@ def helps(script: str) -> str:
 
 
 def is_setting(key: str) -> bool:
-    """Whether a dotted key stands in `Config`, also in a section that is null by default."""
+    """True if a dotted key is in `Config`, even in a section that is None by default."""
     sections = [Config]
     for part in key.split("."):
         kinds = [get_type_hints(section).get(part) for section in sections if dataclasses.is_dataclass(section)]
@@ -120,7 +120,7 @@ def test_every_flag_of_a_command_is_one_that_its_script_or_the_settings_know():
     assert {"launch/pretrain.py", "launch/supervise.py", "tools/diagnose_loss.py", "tools/inspect_data.py"} <= seen
 
 
-# ---------------------------------------------------------------- what is shown happens
+# ---------------------------------------------------------------- outputs
 
 
 def test_the_loss_doctor_answers_the_story_of_213_as_the_documents_say(tmp_path):
@@ -135,7 +135,7 @@ def test_the_loss_doctor_answers_the_story_of_213_as_the_documents_say(tmp_path)
     assert done.stdout in fences(LOSS, "console"), f"{command} says now:\n{done.stdout}"
 
 
-def test_what_the_documents_show_about_a_first_loss_is_what_a_run_says():
+def test_the_first_losses_in_the_documents_are_what_a_run_prints():
     lines = [line for path in DOCUMENTS for each in fences(path, "console") for line in each.splitlines()]
     shown = [line for line in lines if line.startswith("first loss")]
     assert len(shown) >= 4
@@ -151,7 +151,7 @@ def test_the_findings_of_the_loss_doctor_and_the_generated_data_are_all_explaine
     assert set(get_args(get_type_hints(SyntheticConfig)["kind"])) <= rows
 
 
-# ---------------------------------------------------------------- two languages, one content
+# ---------------------------------------------------------------- translations
 
 
 @pytest.mark.parametrize(("english", "chinese"), TRANSLATED, ids=lambda path: name(path))
@@ -167,7 +167,7 @@ def test_the_chinese_page_has_the_sections_and_tables_of_the_english_one(english
     """Apart from the README's tree of files, which is in English only."""
 
     def outline(document: Path) -> list[str]:
-        lines = re.sub(r"^## The tree\n", "", prose(document), flags=re.MULTILINE).splitlines()
+        lines = re.sub(r"^#+ Source tree\n", "", prose(document), flags=re.MULTILINE).splitlines()
         return [match[0] for line in lines if (match := re.match(r"#+ |\|( (`[^`]*`|\d+) \|)?", line))]
 
     assert outline(chinese) == outline(english)

@@ -14,7 +14,7 @@ from pretrain.config import load
 from pretrain.run.directory import read_state
 from pretrain.run.parts import open_parts
 from pretrain.run.preflight import resume_findings
-from tests.test_train import curve, records, run_of, tiny, train_here  # noqa: F401
+from tests.test_train import curve, records, run_of, train_here
 
 FEWER = "[train.max_steps]"
 
@@ -28,7 +28,7 @@ def begins(run: Path) -> list[str]:
     return [line.partition("/tiny")[2] for line in (run / "console.log").read_text().splitlines() if "  run        " in line]
 
 
-def test_going_back_leaves_the_later_checkpoints_aside_and_the_same_command_goes_on(tiny):  # noqa: F811
+def test_going_back_leaves_the_later_checkpoints_aside_and_the_same_command_goes_on(tiny):
     run = run_of(tiny)
     assert train_here(["--checkpoint.keep_last", "3", *tiny]) == 0
     straight = curve(run)
@@ -44,7 +44,7 @@ def test_going_back_leaves_the_later_checkpoints_aside_and_the_same_command_goes
     assert begins(run) == ["", ", resuming after step 12", ", resuming after step 20"]
 
 
-def test_a_checkpoint_of_another_run_is_a_beginning_and_the_same_command_goes_on(tiny, capsys):  # noqa: F811
+def test_a_checkpoint_of_another_run_is_a_beginning_and_the_same_command_goes_on(tiny, capsys):
     assert train_here(tiny) == 0
     parent, child = run_of(tiny), run_of(tiny, "tiny_child")
     there = ["--checkpoint.resume", str(parent / "checkpoints" / "step_00000016"), "--run.name", "tiny_child", *tiny]
@@ -57,7 +57,7 @@ def test_a_checkpoint_of_another_run_is_a_beginning_and_the_same_command_goes_on
     assert train_here(other) == 2 and "has checkpoints of its own" in capsys.readouterr().err
 
 
-def test_a_run_from_the_checkpoint_of_another_is_another_run_at_wandb(tiny, monkeypatch):  # noqa: F811
+def test_a_run_from_the_checkpoint_of_another_is_another_run_at_wandb(tiny, monkeypatch):
     known = []
 
     def no_wandb(run):
@@ -72,20 +72,20 @@ def test_a_run_from_the_checkpoint_of_another_is_another_run_at_wandb(tiny, monk
     assert known[0] == known[1] == known[2] != known[3]
 
 
-def test_fewer_steps_than_the_checkpoint_has_are_refused(tiny, capsys):  # noqa: F811
+def test_fewer_steps_than_the_checkpoint_has_are_refused(tiny, capsys):
     assert train_here(tiny) == 0
     assert train_here(["--train.max_steps", "8", "--checkpoint.allow_changes", FEWER, *tiny]) == 2
     assert "asks for 8 steps, but the checkpoint is already at step 20" in capsys.readouterr().err
 
 
-def test_a_finished_run_whose_metrics_were_removed_is_still_done(tiny):  # noqa: F811
+def test_a_finished_run_whose_metrics_were_removed_is_still_done(tiny):
     assert train_here(tiny) == 0
     (run_of(tiny) / "metrics.jsonl").unlink()
     assert train_here(tiny) == 0
     assert read_state(run_of(tiny))["status"] == "done" and records(run_of(tiny))[0]["reference_lines"]
 
 
-def test_the_state_tells_where_this_start_goes_on_and_not_where_an_earlier_one_was(tiny, monkeypatch):  # noqa: F811
+def test_the_state_tells_where_this_start_goes_on_and_not_where_an_earlier_one_was(tiny, monkeypatch):
     assert train_here(tiny) == 0
     for path in (run_of(tiny) / "checkpoints").iterdir():
         path.rename(run_of(tiny) / path.name)
@@ -95,7 +95,7 @@ def test_the_state_tells_where_this_start_goes_on_and_not_where_an_earlier_one_w
     assert (seen[0]["status"], seen[0]["step"], seen[0]["saved_step"]) == ("running", 0, None)
 
 
-def test_tokens_per_second_of_a_line_that_a_stop_cut_in_two_count_the_time_before_it(tiny, monkeypatch):  # noqa: F811
+def test_tokens_per_second_of_a_line_that_a_stop_cut_in_two_count_the_time_before_it(tiny, monkeypatch):
     """A step takes at least 20 ms here, whatever the machine: 128 tokens a step are at most 6,400 a second."""
     from pretrain import train
 
@@ -116,7 +116,7 @@ def test_tokens_per_second_of_a_line_that_a_stop_cut_in_two_count_the_time_befor
 
 
 def test_a_file_system_without_locks_and_without_syncing_of_folders_is_said_and_is_no_reason_not_to_train(
-    tiny,  # noqa: F811
+    tiny,
     monkeypatch,
     capsys,
 ):
@@ -135,7 +135,7 @@ def test_a_file_system_without_locks_and_without_syncing_of_folders_is_said_and_
     assert "has no locks (Function not implemented)" in capsys.readouterr().err
 
 
-def test_the_preflight_looks_at_the_checkpoint_that_the_run_would_go_on_from(tiny):  # noqa: F811
+def test_the_preflight_looks_at_the_checkpoint_that_the_run_would_go_on_from(tiny):
     assert train_here(tiny) == 0
     saved = run_of(tiny) / "checkpoints"
 

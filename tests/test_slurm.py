@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_train import ROOT, TINY, records, run_of
+from tests.test_train import ROOT, records, run_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 SRUN = """#!/usr/bin/env bash
@@ -23,12 +23,6 @@ wait $!
 SCONTROL = """#!/usr/bin/env bash
 if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "$SLURM_TEST/requests"; fi
 """
-
-
-@pytest.fixture
-def tiny(tmp_path) -> list[str]:
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    return ["--config", str(tmp_path / "tiny.yaml"), "--run.directory", str(tmp_path / "runs")]
 
 
 def start(folder: Path, settings: list[str]) -> subprocess.Popen:

@@ -1,4 +1,4 @@
-"""Stopping at awkward moments: in the middle of a validation, by a file, with a peer that is gone."""
+"""Stopping at awkward moments: in the middle of a validation, by a file, after a peer is lost."""
 
 from __future__ import annotations
 
@@ -12,17 +12,11 @@ from pathlib import Path
 
 import pytest
 
-import pretrain.train
+import pretrain.run.output
 from tests.ranks import run_ranks
 from tests.test_batches import random_lengths
 from tests.test_indexed import documents, write
-from tests.test_train import TINY, curve, final_bytes, records, run_of, train_here
-
-
-@pytest.fixture
-def tiny(tmp_path) -> list[str]:
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    return ["--config", str(tmp_path / "tiny.yaml"), "--run.directory", str(tmp_path / "runs")]
+from tests.test_train import curve, final_bytes, records, run_of, train_here
 
 
 def state_of(run: Path) -> dict:
@@ -48,7 +42,7 @@ def signal_self(number: int) -> None:
 
 
 def signal_in_validation(argv: list[str]) -> int:
-    """Goes on with a run whose validation is due; rank 0 gets SIGTERM in the middle of it."""
+    """Resumes a run whose validation is due; rank 0 gets SIGTERM in the middle of it."""
     console = run_of(argv) / "console.log"
 
     def wait_and_signal() -> None:
@@ -62,8 +56,8 @@ def signal_in_validation(argv: list[str]) -> int:
     return train_here(argv)
 
 
-def test_a_validation_is_given_up_for_sigterm_and_made_first_when_the_run_goes_on(tiny):
-    slow = ["--evaluate.max_batches", "400", *tiny]  # about two seconds
+def test_sigterm_breaks_off_a_validation_and_the_resumed_run_begins_with_it(tiny):
+    slow = ["--evaluate.max_batches", "200", *tiny]  # about a second
     assert run_ranks(2, train_here, [*slow, "--run.name", "straight"]) == [0, 0]
     began = time.monotonic()
     assert run_ranks(2, train_and, slow, 1, 10, signal_self, signal.SIGTERM) == [75, 75]
@@ -71,7 +65,7 @@ def test_a_validation_is_given_up_for_sigterm_and_made_first_when_the_run_goes_o
     assert (state["step"], state["saved_step"]) == (10, 10) and not [r for r in records(run_of(tiny)) if "val_loss" in r]
     saved = json.loads((run_of(tiny) / "checkpoints" / "step_00000010" / "state.json").read_text())
     assert saved["progress"]["evaluation_due"] and saved["val_loss"] is None and seconds < 60
-    # Once more in the middle of the validation that was made up for: nothing new to save, and still none is recorded.
+    # Once more, in the middle of the repeated validation: there is nothing new to save, and still none is recorded.
     assert run_ranks(2, signal_in_validation, slow) == [75, 75]
     assert not [record for record in records(run_of(tiny)) if "val_loss" in record]
     assert run_ranks(2, train_here, slow) == [0, 0]
@@ -79,14 +73,14 @@ def test_a_validation_is_given_up_for_sigterm_and_made_first_when_the_run_goes_o
     assert final_bytes(run_of(tiny)) == final_bytes(run_of(tiny, "straight"))
 
 
-def test_a_run_that_owes_a_validation_ends_without_it_where_there_is_no_validation_data_any_more(tiny, tmp_path, monkeypatch):
+def test_a_validation_that_is_due_is_dropped_if_the_validation_data_were_removed(tiny, tmp_path, monkeypatch):
     def log_and_signal(run, *figures) -> None:
         log_step(run, *figures)
         if run.progress.step == 10:
-            signal_self(signal.SIGTERM)  # heard by the validation, which comes next
+            signal_self(signal.SIGTERM)  # the validation, which comes next, receives it
 
-    log_step = pretrain.train._log_step
-    monkeypatch.setattr(pretrain.train, "_log_step", log_and_signal)
+    log_step = pretrain.run.output.log_step
+    monkeypatch.setattr(pretrain.run.output, "log_step", log_and_signal)
     for name in ("train", "valid"):
         write(tmp_path / name, documents(random_lengths(1, 60), seed=1))
     files = [word for name in ("train", "valid") for word in (f"--data.{name}", f"[{{path: {tmp_path / name}}}]")]
@@ -99,8 +93,8 @@ def test_a_run_that_owes_a_validation_ends_without_it_where_there_is_no_validati
 
 
 @pytest.mark.slow
-def test_a_validation_made_again_after_a_crash_is_recorded_once_and_enters_the_checkpoint(tiny):
-    """The job that made up for it died before its next checkpoint."""
+def test_a_validation_repeated_after_a_crash_is_recorded_once_and_enters_the_checkpoint(tiny):
+    """The job that repeated it died before its next checkpoint."""
     assert run_ranks(2, train_here, [*tiny, "--run.name", "straight"]) == [0, 0]
     slow = ["--evaluate.max_batches", "400", *tiny]
     assert run_ranks(2, train_and, slow, 1, 10, signal_self, signal.SIGTERM) == [75, 75]
@@ -120,23 +114,23 @@ def test_a_validation_made_again_after_a_crash_is_recorded_once_and_enters_the_c
 
 
 def test_the_file_stop_ends_a_run_within_two_steps_and_holds_it_until_it_is_removed(tiny):
-    tiny = ["--train.max_steps", "200", *tiny]
+    tiny = ["--train.max_steps", "60", *tiny]
     stop = run_of(tiny) / "STOP"
     assert run_ranks(2, train_and, tiny, 1, 6, stop.touch) == [130, 130]
     state, at = state_of(run_of(tiny)), records(run_of(tiny))[-1]["step"]
     assert (state["exit_status"], state["step"], state["saved_step"]) == (130, at, at) and "the file STOP" in state["reason"]
     written = stop.stat().st_mtime
     saved = (run_of(tiny) / "checkpoints" / f"step_{at:08d}").stat().st_mtime
-    assert saved - written < 5 and at < 100
+    assert saved - written < 5 and at < 40
     assert run_ranks(2, train_here, tiny) == [130, 130] and records(run_of(tiny))[-1]["step"] == at
-    assert "remove it to go on" in state_of(run_of(tiny))["reason"]
+    assert str(stop) in state_of(run_of(tiny))["reason"]
     stop.unlink()
     assert run_ranks(2, train_here, tiny) == [0, 0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_whose_peer_is_gone_leaves_with_75_and_the_checkpoint_before_stays(tiny, number):
-    """Killed: the collective fails at once. Stopped: it never ends, and a SIGTERM meant as `a peer is gone` has a deadline."""
+def test_a_rank_that_loses_its_peer_exits_with_75_and_keeps_the_last_checkpoint(tiny, number):
+    """Killed: the collective fails at once. Stopped: it never ends, and the launcher's SIGTERM has a deadline."""
     tiny = ["--train.max_steps", "5000", "--checkpoint.deadline_seconds", "2", *tiny]
     began = time.monotonic()
     with pytest.raises(RuntimeError, match="rank 0 died"):

@@ -16,15 +16,9 @@ import pytest
 
 from pretrain.run.directory import RunDirectory
 from tests.ranks import run_ranks
-from tests.test_train import ROOT, TINY, curve, run_of, train_here
+from tests.test_train import ROOT, curve, run_of, train_here
 
 LAUNCH = ["--config_file", "launch/accelerate/cpu.yaml", "--main_process_port", "0"]
-
-
-@pytest.fixture
-def tiny(tmp_path) -> list[str]:
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    return ["--config", str(tmp_path / "tiny.yaml"), "--run.directory", str(tmp_path / "runs")]
 
 
 def tail(path: Path) -> bytes:
