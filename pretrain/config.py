@@ -25,7 +25,6 @@ from typing import Any, Literal, NoReturn
 
 from pretrain import schema
 from pretrain.model import config as model_settings
-from pretrain.model import hf_mapping
 from pretrain.model.config import ModelConfig, differences, model_from_dict, resolve_model
 from pretrain.schema import (
     ConfigError,
@@ -341,6 +340,8 @@ def _read_pretrained(tree: dict[str, Any], origins: schema.Origins, problems: li
     path = given.get("from_pretrained") if isinstance(given, dict) else None
     if not isinstance(path, str) or path in ("", "null", "~"):
         return None
+    from pretrain.model import hf_mapping  # most runs start from new weights
+
     try:
         found = hf_mapping.architecture(Path(path))
     except hf_mapping.UnsupportedModel as error:

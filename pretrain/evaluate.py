@@ -8,16 +8,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from pretrain.config import DataConfig
 from pretrain.data.batches import ValidData, open_valid
 from pretrain.engines.base import Engine
-from pretrain.interop.load import TrainedModel
-from pretrain.interop.weights import weight_loader
 from pretrain.model.transformer import Transformer
 from pretrain.report.metrics import bits_per_byte, perplexity
+
+if TYPE_CHECKING:
+    from pretrain.interop.load import TrainedModel
 
 
 class Stopped(Exception):
@@ -69,6 +71,8 @@ def score(
     A collective; the engine distributes the model over the ranks. on_progress: called with the number of micro-batches done and
     in total. Raises DataError, and what reading the weights raises.
     """
+    from pretrain.interop.weights import weight_loader  # training needs none of this
+
     ids = trained.model.vocab_size
     if tokenizer := trained.load_tokenizer():
         ids = min(ids, tokenizer.vocab_size)  # published models often have more ids than their tokenizer

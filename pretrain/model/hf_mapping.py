@@ -20,12 +20,10 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pretrain import UserError
-
-if TYPE_CHECKING:
-    from pretrain.model.config import ModelConfig
+from pretrain.model.config import ModelConfig
 
 CLASSES = {
     "llama": "LlamaForCausalLM",

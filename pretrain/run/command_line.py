@@ -45,9 +45,8 @@ def run(main: Callable[[list[str]], int | None]) -> int:
 
 
 def make_parser(description: str | None, **options) -> argparse.ArgumentParser:
-    """A parser that shows `description`, a module's docstring, as it is written, and accepts no abbreviated flags."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False, **options)
+    """A parser that shows `description`, a module's docstring, as it is written."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -84,6 +83,7 @@ def writing(output: str) -> Iterator[None]:
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """`--config FILE`, and in the help that any setting may follow; `parse_with_settings` reads both."""
+    parser.allow_abbrev = False  # settings are flags too
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML settings; repeat to override")
     parser.add_argument_group(
         "settings", "--section.key value sets one key, as for launch/pretrain.py (its --help lists all keys)"

@@ -13,7 +13,6 @@ from pretrain.engines.update_check import UpdateCheck
 from pretrain.model import flops
 from pretrain.optim.schedule import lr_at
 from pretrain.report.metrics import Clock, perplexity
-from pretrain.report.plot import plot_runs, read_curves
 from pretrain.report.records import RecordsError
 from pretrain.run.resume import Start
 from pretrain.run.state import Run
@@ -131,6 +130,8 @@ def finish(run: Run) -> None:
     """Draws the loss curve and prints the verdict on it."""
     if not run.sinks.keeps_metrics:
         return
+    from pretrain.report.plot import plot_runs  # rank 0 alone draws, at the end
+
     picture = run.directory.path / "plots" / "loss.png"
     try:
         plot_runs([run.directory.path], picture)
@@ -143,6 +144,8 @@ def finish(run: Run) -> None:
 
 def _verdict(run: Run) -> verdict.Verdict:
     """The verdict on the curve in metrics.jsonl."""
+    from pretrain.report.plot import read_curves
+
     try:
         curves = read_curves(run.directory.path)
     except (RecordsError, OSError) as error:

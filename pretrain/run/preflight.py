@@ -29,7 +29,6 @@ from pretrain.data.indexed import DataError, DataMissing, TokenFile
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.doctor.untrained import label_problem
 from pretrain.engines.base import Engine
-from pretrain.interop.load import tokenizer_of
 from pretrain.model import flops
 from pretrain.model.config import ModelConfig, vocabulary
 from pretrain.optim.schedule import lr_at
@@ -318,7 +317,11 @@ def schedule_findings(config: Config, steps: int) -> list[Finding]:
 def weights_findings(config: Config, data: TrainData) -> list[Finding]:
     """Finds token files whose ids mean other texts to the pretrained weights."""
     path = config.model.from_pretrained
-    theirs = tokenizer_of(Path(path)) if path else None
+    if not path:
+        return []
+    from pretrain.interop.load import tokenizer_of  # most runs need none of this
+
+    theirs = tokenizer_of(Path(path))
     text = f"was not made with the tokenizer that {path} was trained with; correct only if it extends that tokenizer's ids"
     return [
         Finding("weights-of-another-tokenizer", f"data.train[{i}].path", text)

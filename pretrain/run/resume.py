@@ -16,10 +16,7 @@ from pretrain.checkpoint import storage
 from pretrain.checkpoint.manifest import Checkpoint, CheckpointError, checkpoints
 from pretrain.config import Config, ConfigError, Problem, check_resume
 from pretrain.engines.base import Engine, Shard
-from pretrain.interop.load import open_weights
-from pretrain.interop.weights import weight_loader
 from pretrain.model.config import ModelConfig
-from pretrain.model.hf_mapping import UnsupportedModel
 from pretrain.run.parts import Parts, count_steps
 from pretrain.schema import to_dict
 
@@ -146,6 +143,10 @@ def initial_weights(start: Start, config: Config, engine: Engine, model: ModelCo
         return lambda shard: None
     if not config.model.from_pretrained:
         return None
+    from pretrain.interop.load import open_weights  # most runs draw their weights and need none of this
+    from pretrain.interop.weights import weight_loader
+    from pretrain.model.hf_mapping import UnsupportedModel
+
     try:
         source = open_weights(Path(config.model.from_pretrained), lambda checkpoint: storage.check_files(checkpoint, engine))
         return weight_loader(source, model)
