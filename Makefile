@@ -1,11 +1,11 @@
-# Each target makes .venv first when there is none. `make PYTHON=python3.12 install` chooses the interpreter.
+# Each target creates .venv first if it is missing. `make PYTHON=python3.12 install` selects the interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard pretrain launch tools tests benchmarks)
 QUICK := data/quickstart
-# One thread for each test process: threads of parallel tests would fight for the cores.
+# One thread per test process: threads of parallel tests would compete for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 LAUNCH := $(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml launch/pretrain.py
 
@@ -16,44 +16,44 @@ LAUNCH := $(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml laun
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
-install: $(INSTALLED)  ## .venv with the project and all it needs
+install: $(INSTALLED)  ## create .venv with the project and its dependencies
 
-quickstart: $(QUICK)/stdlib_train.idx  ## train on real text on two CPU processes, then let the model write (minutes; goes on where it stopped)
+quickstart: $(QUICK)/stdlib_train.idx  ## train on real text on two CPU processes, then generate text (minutes; resumes after an interruption)
 	$(LAUNCH) --config configs/quickstart.yaml
 	$(BIN)/python launch/generate.py --run runs/quickstart --prompt "def main(" --max-new-tokens 100
 
-dummy: $(INSTALLED)  ## train on random tokens: half a minute that shows what no learning looks like
+dummy: $(INSTALLED)  ## train on random tokens: half a minute that shows a loss without learning
 	$(LAUNCH) --config configs/dummy.yaml
 
-test: $(INSTALLED)  ## all fast tests
+test: $(INSTALLED)  ## run the fast tests
 	$(PYTEST) -m "not slow and not faults and not soak"
 
-test-slow: $(INSTALLED)  ## the slow tests, also those of `launch/evaluate.py --tasks`, whose libraries it installs
+test-slow: $(INSTALLED)  ## run the slow tests, including `launch/evaluate.py --tasks`, whose libraries it installs
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[all,dev,eval]'
 	$(PYTEST) -m slow
 
-test-faults: $(INSTALLED)  ## kills, power loss, full disks, other engines on other ranks: about eight minutes
+test-faults: $(INSTALLED)  ## run the fault tests: kills, power loss, full disks, other engines on other ranks
 	$(PYTEST) -m faults
 
-test-soak: $(INSTALLED)  ## a run under fire for half an hour (SOAK_MINUTES), and ten thousand kills: for a night
+test-soak: $(INSTALLED)  ## faults for half an hour (SOAK_MINUTES), and ten thousand kills: overnight
 	$(PYTEST) -m soak -s
 
-check: $(INSTALLED)  ## lint, format, spelling, and the rules of the house
+check: $(INSTALLED)  ## lint, format, spelling and architecture rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/python -m compileall -q $(SOURCES)
 	$(BIN)/python -m pytest -q tests/test_house.py
 
-clean:  ## remove caches and build files; runs/, data/ and .venv stay
+clean:  ## remove caches and build files; keep runs/, data/ and .venv
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# pip reads the user's own settings (mirrors, proxies, caches) as always.
+# pip uses the user's own settings (mirrors, proxies, caches).
 $(INSTALLED): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed and $(PYTHON) is " + sys.version.split()[0] + ". Choose one: make PYTHON=python3.12 install")'
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
-	  echo "$(PYTHON) cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv; then run make again." >&2; exit 2; }
+	  echo "$(PYTHON) cannot create virtual environments. On Debian and Ubuntu: apt install python3-venv; then run make again." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[all,dev]'
 	@touch $@
