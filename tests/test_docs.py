@@ -164,10 +164,19 @@ def test_the_chinese_page_shows_the_commands_and_outputs_of_the_english_one(engl
 
 @pytest.mark.parametrize(("english", "chinese"), TRANSLATED, ids=lambda path: name(path))
 def test_the_chinese_page_has_the_sections_and_tables_of_the_english_one(english, chinese):
-    """Apart from the README's tree of files, which is in English only."""
-
     def outline(document: Path) -> list[str]:
-        lines = re.sub(r"^#+ Source tree\n", "", prose(document), flags=re.MULTILINE).splitlines()
-        return [match[0] for line in lines if (match := re.match(r"#+ |\|( (`[^`]*`|\d+) \|)?", line))]
+        return [match[0] for line in prose(document).splitlines() if (match := re.match(r"#+ |\|( (`[^`]*`|\d+) \|)?", line))]
 
     assert outline(chinese) == outline(english)
+
+
+def test_both_readmes_list_the_same_files_and_the_same_lines_of_python():
+    english, chinese = TRANSLATED[0]
+
+    def tree(document: Path) -> list[str]:
+        (text,) = fences(document, "text")
+        return [re.match(r" *\S+", line)[0] for line in text.splitlines()]
+
+    assert tree(chinese) == tree(english)
+    code, translated = (re.sub(r"  #.*", "", "".join(fences(each, "python"))) for each in (english, chinese))
+    assert translated == code
