@@ -167,7 +167,7 @@ def test_the_chinese_page_has_the_sections_and_tables_of_the_english_one(english
     """Apart from the README's tree of files, which is in English only."""
 
     def outline(document: Path) -> list[str]:
-        lines = re.sub(r"^#+ Source tree\n", "", prose(document), flags=re.MULTILINE).splitlines()
+        lines = re.sub(r"^## Source tree\n.*?(?=^## |\Z)", "", prose(document), flags=re.MULTILINE | re.DOTALL).splitlines()
         return [match[0] for line in lines if (match := re.match(r"#+ |\|( (`[^`]*`|\d+) \|)?", line))]
 
     assert outline(chinese) == outline(english)
