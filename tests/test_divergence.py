@@ -1,4 +1,4 @@
-"""Whole runs whose loss goes wrong on chosen samples: reported, gone back from, the same when they are killed on the way."""
+"""Complete runs whose loss goes wrong on chosen samples: reported, rolled back, and the same if they are killed on the way."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.ranks import run_ranks
 from tests.test_train import TINY, curve, records, run_of, signal_itself_at, train_here
 
 SIZE = 8  # global batch: step s takes positions [8 (s - 1), 8 s)
-POISON = 63  # a sample of nothing but this token
+POISON = 63  # a bad sample consists of this token only
+ROLLBACK = ["--train.max_skipped_steps", "3", "--train.on_divergence", "rollback"]
 
 
 @pytest.fixture
 def tiny(tmp_path) -> list[str]:
     (tmp_path / "tiny.yaml").write_text(TINY)
-    flags = ["--train.max_skipped_steps", "3", "--train.on_divergence", "rollback"]
-    return ["--config", str(tmp_path / "tiny.yaml"), *flags, "--run.directory", str(tmp_path / "runs")]
+    return ["--config", str(tmp_path / "tiny.yaml"), *ROLLBACK, "--run.directory", str(tmp_path / "runs")]
 
 
 def train_poisoned(argv: list[str], first_step: int, last_step: int, factor: float, how=train_here, *more) -> int:
@@ -57,28 +57,35 @@ def losses(run: Path) -> list[tuple]:
     return [(r["step"], r["loss"], r["grad_norm"], r["lr"], r["tokens"]) for r in records(run) if "grad_norm" in r]
 
 
-def test_a_rolled_back_run_is_the_run_that_never_saw_the_samples(tiny):
-    """Steps 7 to 9 are bad; step 8 is saved within them; the run goes back to step 4 and takes the samples after them."""
+@pytest.fixture(scope="module")
+def rolled_back(tmp_path_factory) -> Path:
+    """A run whose steps 7 to 9 are bad; step 8 is saved within them, so it rolls back to step 4."""
+    folder = tmp_path_factory.mktemp("rolled_back")
+    (folder / "tiny.yaml").write_text(TINY)
+    settings = ["--config", str(folder / "tiny.yaml"), *ROLLBACK, "--run.directory", str(folder)]
+    assert run_ranks(2, train_poisoned, settings, 7, 9, math.nan) == [0, 0]
+    return run_of(settings)
+
+
+def test_a_rolled_back_run_equals_a_run_that_never_saw_the_samples(tiny, rolled_back):
     assert run_ranks(2, train_without, [*tiny, "--run.name", "without"], 7, 9) == [0, 0]
-    assert run_ranks(2, train_poisoned, tiny, 7, 9, math.nan) == [0, 0]
-    assert losses(run_of(tiny)) == losses(run_of(tiny, "without"))
-    (left_out,) = [record for record in records(run_of(tiny)) if "skipped_positions" in record]
+    assert losses(rolled_back) == losses(run_of(tiny, "without"))
+    (left_out,) = [record for record in records(rolled_back) if "skipped_positions" in record]
     assert left_out == {"step": 7, "rollbacks": 1, "skipped_positions": [48, 72]}
-    said = (run_of(tiny) / "console.log").read_text()
+    said = (rolled_back / "console.log").read_text()
     assert "not finite in the last 3 steps up to step 9 (samples 48 to 71). Rolling back to" in said and "step_00000004" in said
 
 
-def test_a_rolled_back_run_goes_on_after_a_signal_as_if_there_had_been_none(tiny):
-    assert run_ranks(2, train_poisoned, [*tiny, "--run.name", "straight"], 7, 9, math.nan) == [0, 0]
+def test_a_signal_changes_nothing_in_a_rolled_back_run(tiny, rolled_back):
     assert run_ranks(2, train_poisoned, tiny, 7, 9, math.nan, signal_itself_at, 1, 13, signal.SIGTERM) == [75, 75]
     assert run_ranks(2, train_poisoned, tiny, 7, 9, math.nan) == [0, 0]
-    assert curve(run_of(tiny)) == curve(run_of(tiny, "straight"))
-    mine, other = ([r for r in records(run_of(tiny, name)) if "rollbacks" in r] for name in ("tiny", "straight"))
+    assert curve(run_of(tiny)) == curve(rolled_back)
+    mine, other = ([r for r in records(run) if "rollbacks" in r] for run in (run_of(tiny), rolled_back))
     assert mine == other and len(mine) == 1
 
 
 def die_after_rollback(argv: list[str]) -> int:
-    """Killed at the first step that does without the samples, before anything of the rollback is saved."""
+    """Killed at the first step that skips the samples, before anything of the rollback is saved."""
     take = TrainData.take
 
     def dying_take(self, position: int, count: int):
@@ -111,13 +118,13 @@ def test_a_run_that_diverges_again_and_again_stops_with_70_after_two_rollbacks(t
     assert (run_of(tiny) / "checkpoints" / f"step_{state['saved_step']:08d}").is_dir()
 
 
-def test_without_a_checkpoint_from_before_there_is_nothing_to_go_back_to(tiny):
+def test_a_run_that_diverges_before_its_first_checkpoint_ends_with_70(tiny):
     assert run_ranks(1, train_poisoned, tiny, 2, 4, math.nan) == [70]
 
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_spike_is_reported_once_with_its_step_and_samples(tiny, stopped):
-    """Also when the run is stopped between the step and its verdict, which comes one step later."""
+    """Even when the run is stopped between the step and its verdict, which comes one step later."""
     tiny = ["--train.max_steps", "30", "--optimizer.lr", "1e-4", "--log.every_steps", "5", *tiny]
     if stopped:  # every checkpoint is followed by its own start
         for steps in (20, 25):
@@ -131,5 +138,5 @@ def test_a_spike_is_reported_once_with_its_step_and_samples(tiny, stopped):
     assert len(record["samples"]) == SIZE and all(source == 0 for source, _, _ in record["samples"])
     said = [line for line in (run_of(tiny) / "console.log").read_text().splitlines() if "loss spike" in line]
     first = ":".join(map(str, record["samples"][0][1:]))
-    assert len(said) == 1 + stopped  # by the run that ended with this step, and by the one that went on
+    assert len(said) == 1 + stopped  # by the run that ended with this step, and by the one that resumed
     assert "at step 25: " in said[0] and f"synthetic-markov:{first}" in said[0]

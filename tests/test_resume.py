@@ -28,7 +28,7 @@ def begins(run: Path) -> list[str]:
     return [line.partition("/tiny")[2] for line in (run / "console.log").read_text().splitlines() if "  run        " in line]
 
 
-def test_going_back_leaves_the_later_checkpoints_aside_and_the_same_command_goes_on(tiny):
+def test_resuming_from_an_earlier_checkpoint_puts_later_ones_aside_and_the_same_command_resumes(tiny):
     run = run_of(tiny)
     assert train_here(["--checkpoint.keep_last", "3", *tiny]) == 0
     straight = curve(run)
@@ -44,7 +44,7 @@ def test_going_back_leaves_the_later_checkpoints_aside_and_the_same_command_goes
     assert begins(run) == ["", ", resuming after step 12", ", resuming after step 20"]
 
 
-def test_a_checkpoint_of_another_run_is_a_beginning_and_the_same_command_goes_on(tiny, capsys):
+def test_a_run_may_start_from_a_checkpoint_of_another_and_the_same_command_resumes(tiny, capsys):
     assert train_here(tiny) == 0
     parent, child = run_of(tiny), run_of(tiny, "tiny_child")
     there = ["--checkpoint.resume", str(parent / "checkpoints" / "step_00000016"), "--run.name", "tiny_child", *tiny]
@@ -57,7 +57,7 @@ def test_a_checkpoint_of_another_run_is_a_beginning_and_the_same_command_goes_on
     assert train_here(other) == 2 and "has checkpoints of its own" in capsys.readouterr().err
 
 
-def test_a_run_from_the_checkpoint_of_another_is_another_run_at_wandb(tiny, monkeypatch):
+def test_a_run_that_starts_from_the_checkpoint_of_another_is_a_new_run_at_wandb(tiny, monkeypatch):
     known = []
 
     def no_wandb(run):
@@ -85,7 +85,7 @@ def test_a_finished_run_whose_metrics_were_removed_is_still_done(tiny):
     assert read_state(run_of(tiny))["status"] == "done" and records(run_of(tiny))[0]["reference_lines"]
 
 
-def test_the_state_tells_where_this_start_goes_on_and_not_where_an_earlier_one_was(tiny, monkeypatch):
+def test_the_state_is_that_of_this_start_and_not_of_an_earlier_one(tiny, monkeypatch):
     assert train_here(tiny) == 0
     for path in (run_of(tiny) / "checkpoints").iterdir():
         path.rename(run_of(tiny) / path.name)
@@ -95,7 +95,7 @@ def test_the_state_tells_where_this_start_goes_on_and_not_where_an_earlier_one_w
     assert (seen[0]["status"], seen[0]["step"], seen[0]["saved_step"]) == ("running", 0, None)
 
 
-def test_tokens_per_second_of_a_line_that_a_stop_cut_in_two_count_the_time_before_it(tiny, monkeypatch):
+def test_tokens_per_second_of_an_interval_with_a_stop_count_the_time_before_it(tiny, monkeypatch):
     """A step takes at least 20 ms here, whatever the machine: 128 tokens a step are at most 6,400 a second."""
     from pretrain import train
 
@@ -115,7 +115,7 @@ def test_tokens_per_second_of_a_line_that_a_stop_cut_in_two_count_the_time_befor
     assert line["tokens_per_second"] < 6400 and line["train_hours"] * 3600 > 0.4
 
 
-def test_a_file_system_without_locks_and_without_syncing_of_folders_is_said_and_is_no_reason_not_to_train(
+def test_a_run_trains_with_a_warning_on_a_file_system_without_locks_and_folder_syncs(
     tiny,
     monkeypatch,
     capsys,
@@ -135,7 +135,7 @@ def test_a_file_system_without_locks_and_without_syncing_of_folders_is_said_and_
     assert "has no locks (Function not implemented)" in capsys.readouterr().err
 
 
-def test_the_preflight_looks_at_the_checkpoint_that_the_run_would_go_on_from(tiny):
+def test_the_preflight_checks_the_checkpoint_that_the_run_would_resume(tiny):
     assert train_here(tiny) == 0
     saved = run_of(tiny) / "checkpoints"
 

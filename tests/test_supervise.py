@@ -1,4 +1,4 @@
-"""The supervisor with the real launcher, two ranks: what it starts again, what it does not, and that nothing stays behind."""
+"""The supervisor with the real launcher and two ranks: what it restarts, what it does not, and that no process is left."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAUNCH = ["--config_file", "launch/accelerate/cpu.yaml", "--main_process_port", 
 
 
 def tail(path: Path) -> bytes:
-    """The last lines: a run of hours has megabytes of them, and who waits for it must not take the time that it needs."""
+    """The last lines: the file of a long run has megabytes, and waiting for it must not slow the run down."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 2**16))
         return file.read()
@@ -36,7 +36,7 @@ class Job:
         self.run.parent.mkdir(exist_ok=True)
         self.output = open(self.run.parent.with_suffix(".log"), "w+")
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True)
-        atexit.register(self.process.terminate)  # a test that fails leaves no job at work
+        atexit.register(self.process.terminate)  # a failed test leaves no job running
         self.family: set[psutil.Process] = set()
 
     def wait_for(self, step: int, seconds: float = 90) -> None:
@@ -58,7 +58,7 @@ class Job:
         return next(process for process in self.family if process.ppid() == self.process.pid)
 
     def end(self, timeout: float = 120) -> int:
-        """-> exit status, once it is sure that nothing stayed behind."""
+        """-> exit status; no process is left."""
         status = self.process.wait(timeout)
         assert not [process for process in self.family if process.is_running()]
         return status
@@ -72,7 +72,7 @@ class Job:
 
 
 @pytest.mark.slow
-def test_a_killed_rank_and_a_killed_launcher_are_started_again_and_no_step_differs(tiny):
+def test_a_killed_rank_and_a_killed_launcher_are_restarted_and_no_step_differs(tiny):
     tiny = ["--train.max_steps", "160", "--checkpoint.every_steps", "8", *tiny]
     job = Job(tiny)
     job.wait_for(20)
@@ -130,7 +130,7 @@ def test_a_crash_loop_ends_with_70_and_stays_refused_until_forced(tiny):
         pytest.param(["--batch.global_batch_size", "2"], "the nearest is 4", marks=pytest.mark.slow),  # only by the ranks
     ],
 )
-def test_refused_settings_end_with_2_and_are_not_tried_again(tiny, settings, said):
+def test_refused_settings_end_with_2_without_a_retry(tiny, settings, said):
     job = Job([*settings, *tiny])
     assert job.end() == 2
     assert said in job.said() and "starting again" not in job.said()

@@ -179,6 +179,7 @@ def test_stopping_between_two_logging_lines_changes_no_line(tiny):
     shutil.copytree(run_of(tiny, "straight"), run_of(tiny))
     shutil.rmtree(run_of(tiny) / "checkpoints" / "step_00000020")  # as if it had been killed after step 15
     assert run_ranks(2, train_here, tiny) == [0, 0]
+    assert (run_of(tiny) / "checkpoints" / "step_00000020").is_dir()
     assert curve(run_of(tiny)) == curve(run_of(tiny, "straight"))
 
 
