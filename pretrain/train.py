@@ -29,15 +29,13 @@ from pretrain.optim.optimizer import build_optimizer
 from pretrain.optim.schedule import lr_at
 from pretrain.report.metrics import Clock
 from pretrain.run import divergence, output, preflight, resume
-from pretrain.run.directory import Locked, RunDirectory, take_directory
+from pretrain.run.directory import Locked, take_directory
+from pretrain.run.outcome import DIVERGED, DONE, Outcome
 from pretrain.run.parts import open_parts
 from pretrain.run.resume import Start
 from pretrain.run.state import Run, open_run
-from pretrain.run.stop import PEER_LOST, STOPPED_BY_PERSON, StopRequest, exit_status, is_peer_lost, who_asked
+from pretrain.run.stop import STOPPED_BY_PERSON, StopRequest, exit_status, who_asked
 from pretrain.schema import to_yaml
-
-DONE, FAILED, DIVERGED, STORAGE_FAILED = 0, 1, 70, 74
-"""Exit statuses; those of errors that a user can fix are the errors' own (`UserError.status`)."""
 
 # ================================================================ the step
 
@@ -96,60 +94,33 @@ def train(config: Config, stop: StopRequest | None = None) -> int:
     stop = stop or StopRequest()
     stop.deadline_seconds = config.checkpoint.deadline_seconds
     directory, refusal = take_directory(Path(config.run.directory) / config.run.name, int(os.environ.get("RANK", 0)))
-    stop.last_words = lambda status, reason: directory.write_state("stopped", exit_status=status, reason=reason)
-    engine, agreed = None, False
-    try:
-        engine = start_engine(config.engine)
+    stop.last_words = directory.write_end
+    with Outcome(directory, stop) as outcome:
+        engine = outcome.engine = start_engine(config.engine)
         if engine.broadcast(int(refusal is not None)):
             raise refusal or Locked("rank 0 cannot use the run's directory")
         engine.watchdog.start(directory.path / "stacks")
-        status, reason = _train(config, engine, directory, stop)
-        agreed = True
-    except UserError as error:
-        status, reason = error.status, str(error)
-        directory.write_end(status, reason)
-    except OSError as error:
-        status, reason = STORAGE_FAILED, str(error)
-        directory.write_end(status, reason)
-    except BaseException as error:
-        cause = f"{type(error).__name__}: {error}"
-        if is_peer_lost(error):
-            stop.leave(PEER_LOST, f"peer_lost: another rank exited ({cause.splitlines()[0]})")
-        directory.write_state("failed", exit_status=FAILED, reason=cause)
-        stop.close()
-        raise
-    if reason and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(f"pretrain: {reason}", file=sys.stderr, flush=True)
-    if engine and (agreed or engine.world_size == 1):  # after an error of one rank alone, the others may never join the barrier
-        engine.close()
-    stop.close()
-    return status
-
-
-def _train(config: Config, engine: Engine, directory: RunDirectory, stop: StopRequest) -> tuple[int, str]:
-    """-> (exit status, reason), already in run_state.json."""
-    if engine.broadcast(int(directory.stop_file.exists())):
-        reason = f"{directory.stop_file} exists, so nothing is trained; remove it to continue"
-        directory.write_end(STOPPED_BY_PERSON, reason)
-        return STOPPED_BY_PERSON, reason
-    if engine.rank == 0:
-        stop.stop_file = directory.stop_file
-    parts = open_parts(config)
-    warnings = preflight.at_start(config, engine, parts)
-    start = resume.decide(config, engine, parts, directory.checkpoints)
-    engine.prepare(
-        lambda: Transformer(parts.model),
-        lambda model: build_optimizer(model, config.optimizer),
-        config.optimizer.grad_clip,
-        config.run.seed,
-        resume.initial_weights(start, config, engine, parts.model),
-    )
-    directory.write_text("config.yaml", to_yaml(config))
-    while True:
-        status, reason, rollback = _train_from(start, open_run(config, engine, parts, directory, start), stop, warnings)
-        if rollback is None:
-            return status, reason
-        start = rollback
+        if engine.broadcast(int(directory.stop_file.exists())):
+            reason = f"{directory.stop_file} exists, so nothing is trained; remove it to continue"
+            directory.write_end(STOPPED_BY_PERSON, reason)
+            return outcome.end(STOPPED_BY_PERSON, reason)
+        stop.stop_file = directory.stop_file if engine.rank == 0 else None
+        parts = open_parts(config)
+        warnings = preflight.at_start(config, engine, parts)
+        start = resume.decide(config, engine, parts, directory.checkpoints)
+        engine.prepare(
+            lambda: Transformer(parts.model),
+            lambda model: build_optimizer(model, config.optimizer),
+            config.optimizer.grad_clip,
+            config.run.seed,
+            resume.initial_weights(start, config, engine, parts.model),
+        )
+        directory.write_text("config.yaml", to_yaml(config))
+        while start:
+            run = open_run(config, engine, parts, directory, start)
+            status, reason, start = _train_from(start, run, stop, warnings)
+        outcome.end(status, reason)
+    return outcome.status
 
 
 def _train_from(start: Start, run: Run, stop: StopRequest, warnings: list) -> tuple[int, str, Start | None]:

@@ -1,0 +1,53 @@
+"""How a job ends: an exit status and a reason, in run_state.json and on standard error, whatever ended it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import TracebackType
+
+from pretrain import UserError
+from pretrain.engines.base import Engine
+from pretrain.run.directory import RunDirectory
+from pretrain.run.stop import PEER_LOST, StopRequest, is_peer_lost
+
+DONE, FAILED, DIVERGED, STORAGE_FAILED = 0, 1, 70, 74
+"""Exit statuses; those of errors that a user can fix are the errors' own (`UserError.status`)."""
+
+
+class Outcome:
+    """A context manager around a job: an error that a user can fix becomes a status and a reason, a bug is recorded and raised.
+
+    engine: set once it has started; it is closed at the end, unless the other ranks may never join.
+    """
+
+    def __init__(self, directory: RunDirectory, stop: StopRequest):
+        self.status, self.reason = FAILED, ""
+        self.engine: Engine | None = None
+        self._directory, self._stop, self._agreed = directory, stop, False
+
+    def end(self, status: int, reason: str) -> int:
+        """Notes the end on which all ranks agree. -> status."""
+        self.status, self.reason, self._agreed = status, reason, True
+        return status
+
+    def __enter__(self) -> Outcome:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+        if isinstance(error, UserError | OSError):
+            self.status, self.reason = getattr(error, "status", STORAGE_FAILED), str(error)
+            self._directory.write_end(self.status, self.reason)
+        elif error is not None:
+            cause = f"{type(error).__name__}: {error}"
+            if is_peer_lost(error):
+                self._stop.leave(PEER_LOST, f"peer_lost: another rank exited ({cause.splitlines()[0]})")
+            self._directory.write_state("failed", exit_status=FAILED, reason=cause)
+            self._stop.close()
+            return False
+        if self.reason and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"pretrain: {self.reason}", file=sys.stderr, flush=True)
+        if self.engine and (self._agreed or self.engine.world_size == 1):  # after an error of one rank, the others may not join
+            self.engine.close()
+        self._stop.close()
+        return True
