@@ -1,4 +1,4 @@
-"""tools/check_run.py --invariance passes what is right, fails anything else, and refuses wrong settings."""
+"""tools/check_run.py --invariance accepts equal results, fails on any difference, and refuses wrong settings."""
 
 from __future__ import annotations
 

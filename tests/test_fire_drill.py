@@ -1,4 +1,4 @@
-"""The drill is green on this build and red on builds that break a promise."""
+"""The fire drill passes on this version and fails on versions with a planted bug."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.test_train import ROOT, TINY
 
 DRILL = ["tools/fire_drill.py", "--model.vocab_size", "64", "--data.synthetic.kind", "markov", "--train.max_steps", "9"]
 
-VISIBLE_FIRST = {  # a checkpoint has its name before it has its files
+VISIBLE_FIRST = {  # a checkpoint gets its final name before its files are complete
     "pretrain/checkpoint/storage.py": [
         ('temporary = folder / f".tmp-step_{step:08d}"', 'temporary = folder / f"step_{step:08d}"'),
         ("    if final.exists():", "    if False:"),
@@ -28,7 +28,7 @@ RESUMES_WRONG = {
 
 
 def build_with(mutant: dict[str, list[tuple[str, str]]], folder: Path) -> Path:
-    """A copy of the project with a planted bug."""
+    """Makes a copy of the project with a planted bug."""
     for part in ("pretrain", "launch", "tools"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     for name, changes in mutant.items():
@@ -41,7 +41,7 @@ def build_with(mutant: dict[str, list[tuple[str, str]]], folder: Path) -> Path:
 
 
 def inject(build: Path, fault: str, keep: Path) -> subprocess.CompletedProcess:
-    """From a folder that is not the project's, where relative paths are the user's."""
+    """Runs the drill with one fault, in another folder than the project's, to which relative paths then refer."""
     command = [sys.executable, str(build / DRILL[0]), *DRILL[1:], "--only", fault, "--processes", "1", "--keep", keep.name]
     return subprocess.run(command, cwd=keep.parent, capture_output=True, text=True, timeout=600)
 
@@ -49,7 +49,7 @@ def inject(build: Path, fault: str, keep: Path) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("fault", "mutant", "said"),
+    ("fault", "mutant", "message"),
     [
         ("kill_in_save", {}, "no incomplete checkpoint was used; curve bit-identical"),
         ("kill_in_save", VISIBLE_FIRST, "a checkpoint is not complete"),
@@ -57,10 +57,10 @@ def inject(build: Path, fault: str, keep: Path) -> subprocess.CompletedProcess:
     ],
     ids=["sound", "visible_first", "resumes_wrong"],
 )
-def test_the_drill_is_red_on_a_build_that_breaks_a_promise_and_green_on_a_sound_one(fault, mutant, said, tmp_path):
+def test_the_drill_passes_without_a_bug_and_fails_with_one(fault, mutant, message, tmp_path):
     done = inject(build_with(mutant, tmp_path / "build"), fault, tmp_path / "runs")
     assert done.returncode == int(bool(mutant)), done.stdout + done.stderr
-    assert said in done.stdout and ("BROKEN" in done.stdout) == bool(mutant)
+    assert message in done.stdout and ("BROKEN" in done.stdout) == bool(mutant)
 
 
 def test_a_refused_configuration_ends_with_2():
@@ -69,14 +69,14 @@ def test_a_refused_configuration_ends_with_2():
     assert done.returncode == 2 and "did you mean optimizer" in done.stderr
 
 
-def test_the_shrunken_run_keeps_what_is_under_test(tmp_path, monkeypatch):
+def test_the_shrunken_run_keeps_the_settings_under_test(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("fire_drill", ROOT / "tools" / "fire_drill.py")
     fire_drill = importlib.util.module_from_spec(spec)
-    monkeypatch.setattr(sys, "path", ["tools", *sys.path])  # the script replaces the first
+    monkeypatch.setattr(sys, "path", ["tools", *sys.path])  # the script replaces the first entry
     spec.loader.exec_module(fire_drill)
     (tmp_path / "tiny.yaml").write_text(TINY)
     flags = ["--engine.name", "zero3", "--model.num_key_value_heads", "1", "--optimizer.weight_decay", "0.3"]
-    flags += ["--data.quarantine", "of_other_samples.txt"]  # another sequence length has others
+    flags += ["--data.quarantine", "of_other_samples.txt"]  # sample numbers depend on the sequence length
     small = fire_drill.shrink_run(load(["--config", str(tmp_path / "tiny.yaml"), *flags]), 2, tmp_path)
     assert (small.engine.name, small.optimizer.weight_decay) == ("zero3", 0.3)
     assert small.model.num_key_value_heads < small.model.num_attention_heads and small.data.quarantine is None

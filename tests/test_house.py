@@ -1,4 +1,4 @@
-"""The rules of the house, held by reading the code: arrows, sizes, names, safety, and documents that tell the truth."""
+"""The rules of CONTRIBUTING.md, checked by reading the code: imports, sizes, names, safety, documents, and the image."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SETTINGS = {
     "pretrain.model.config",
     "pretrain.model.hf_mapping",
 }
-"""The leaves, the settings and what they are made of: every room but the doctor may import its own section from them."""
+"""The leaf modules and the settings: every room but the doctor may import them, and takes only its own section."""
 ROOMS_BELOW = {
     "doctor": set(),
     "data": set(),
@@ -45,7 +45,7 @@ ROOMS_BELOW = {
     "run": {"doctor", "data", "model", "optim", "engines", "checkpoint", "report", "interop"},
 }
 """Room -> the rooms that it may import."""
-TAKES_THE_WHOLE_CONFIG = {"interop", "run"}
+TAKES_ALL_SETTINGS = {"interop", "run"}
 WITHOUT_TORCH = [
     "pretrain.config",
     "pretrain.model.hf_mapping",
@@ -99,7 +99,7 @@ def imports(path: Path) -> Iterator[tuple[str, list[str]]]:
                 yield module, [each for each in names if each not in submodules]
 
 
-# ---------------------------------------------------------------- arrows
+# ---------------------------------------------------------------- imports
 
 
 @pytest.mark.parametrize("path", [path for path in PACKAGE if path.parent.name in ROOMS], ids=name)
@@ -110,7 +110,7 @@ def test_a_room_imports_only_rooms_below_it_and_its_own_section_of_the_settings(
         if module.split(".")[0] == "pretrain":
             settings = {"pretrain", "pretrain.files"} if room == "doctor" else SETTINGS
             assert module in settings or module.startswith(allowed), f"{name(path)} imports {module}"
-            if room not in TAKES_THE_WHOLE_CONFIG:
+            if room not in TAKES_ALL_SETTINGS:
                 assert "Config" not in names, f"{name(path)} takes the whole Config; let it take its own section"
         if room == "data":
             assert not module.startswith("torch.distributed"), f"{name(path)} imports {module}"
@@ -124,18 +124,18 @@ def test_settings_import_no_room_and_nothing_imports_scripts():
                 assert module in SETTINGS, f"{name(path)} imports {module}"
 
 
-def test_no_modules_import_each_other_in_a_circle():
+def test_there_are_no_import_cycles():
     known = {module_of(path): path for path in PACKAGE}
     below = {module: {each for each, _ in imports(path) if each in known} for module, path in known.items()}
     while leaves := {module for module, imported in below.items() if not imported & below.keys()}:
         below = {module: imported for module, imported in below.items() if module not in leaves}
-    assert not below, f"in circles, or above them: {sorted(below)}"
+    assert not below, f"in cycles, or above them: {sorted(below)}"
 
 
-def test_what_should_cost_no_torch_imports_none_even_indirectly():
+def test_modules_that_need_no_torch_do_not_import_it_even_indirectly():
     code = "import sys\nfor each in sys.argv[1:]:\n    __import__(each)\n    if 'torch' in sys.modules: sys.exit(each)"
     done = subprocess.run([sys.executable, "-c", code, *WITHOUT_TORCH], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, f"torch came in with {done.stderr}"
+    assert done.returncode == 0, f"torch is imported by {done.stderr}"
 
 
 def test_a_wrong_setting_is_refused_before_torch_is_imported():
@@ -150,7 +150,7 @@ def test_a_wrong_setting_is_refused_before_torch_is_imported():
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name)
-def test_scripts_bear_no_library_name_and_find_the_package_from_anywhere(path):
+def test_no_script_has_the_name_of_a_library_and_each_imports_the_package_from_any_folder(path):
     libraries = sys.stdlib_module_names | {canonicalize_name(each.name) for each in requirements()}
     assert path.stem not in libraries, f"{name(path)} would hide the library {path.stem} from every script beside it"
     source = path.read_text()
@@ -158,7 +158,7 @@ def test_scripts_bear_no_library_name_and_find_the_package_from_anywhere(path):
     if first:
         before = source[: first.start()]
         assert "sys.path[0] = str(Path(__file__).resolve().parents[1])" in before, (
-            f"{name(path)}: import pretrain finds the wrong one"
+            f"{name(path)} must set sys.path[0] before it imports pretrain"
         )
 
 
@@ -170,7 +170,7 @@ def test_files_and_functions_are_short_and_public_names_are_documented(path):
     lines = path.read_text().count("\n")
     assert lines <= MAX_FILE_LINES, f"{name(path)} has {lines} lines"
     module = tree(path)
-    assert not module.body or ast.get_docstring(module), f"{name(path)} does not say what it is"
+    assert not module.body or ast.get_docstring(module), f"{name(path)} has no docstring"
     for node in ast.walk(module):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = node.end_lineno - node.lineno + 1
@@ -182,7 +182,7 @@ def test_files_and_functions_are_short_and_public_names_are_documented(path):
 
 
 def dangers(source: ast.Module) -> Iterator[tuple[int, str]]:
-    """Ways to run code that came with data, each with its line."""
+    """(line, construct) for everything that could execute code from a data file."""
     for node in ast.walk(source):
         if isinstance(node, ast.Import | ast.ImportFrom):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
@@ -206,7 +206,7 @@ def dangers(source: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("path", PACKAGE + SCRIPTS, ids=name)
-def test_nothing_runs_code_that_came_with_data_and_no_work_is_left_for_later(path):
+def test_nothing_executes_code_from_data_files_and_no_todo_is_left(path):
     assert not list(dangers(tree(path))), name(path)
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", line), f"{name(path)}:{number}"
@@ -225,7 +225,7 @@ def test_nothing_runs_code_that_came_with_data_and_no_work_is_left_for_later(pat
         "subprocess.run(text, shell=True)",
     ],
 )
-def test_each_danger_is_recognised(code):
+def test_each_danger_is_recognized(code):
     assert list(dangers(ast.parse(code)))
     assert not list(dangers(ast.parse("model.eval(); torch.load(path, weights_only=True); subprocess.run(words)")))
 
@@ -234,7 +234,7 @@ def test_each_danger_is_recognised(code):
 
 
 def requirements() -> list[Requirement]:
-    """What setup.py asks for, all extras included."""
+    """The requirements in setup.py, including all extras."""
     given: dict = {}
     real, setuptools.setup = setuptools.setup, lambda **settings: given.update(settings)
     folder = os.getcwd()
@@ -257,14 +257,14 @@ def constraints() -> list[Requirement]:
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
 def test_every_direct_dependency_is_pinned_once_for_every_python(python):
-    asked = {canonicalize_name(each.name): each for each in requirements()}
+    required = {canonicalize_name(each.name): each for each in requirements()}
     pinned = [each for each in constraints() if not each.marker or each.marker.evaluate({"python_version": python})]
     names = [canonicalize_name(each.name) for each in pinned]
-    assert sorted(names) == sorted(asked)
+    assert sorted(names) == sorted(required)
     for each in pinned:
         (version,) = each.specifier
         assert version.operator == "=="
-        assert asked[canonicalize_name(each.name)].specifier.contains(version.version), (
+        assert required[canonicalize_name(each.name)].specifier.contains(version.version), (
             f"{each} is outside what setup.py allows"
         )
 
@@ -273,14 +273,14 @@ def test_the_installed_versions_are_the_pinned_ones():
     for each in constraints():
         if not each.marker or each.marker.evaluate():
             if each.name == "lm-eval" and not importlib.util.find_spec("lm_eval"):
-                continue  # the extra `eval` is no part of `all`: three dozen libraries for one flag
+                continue  # the extra `all` does not include `eval`: three dozen libraries for one flag
             installed = metadata.version(each.name)
             assert each.specifier.contains(installed), f"{each.name} {installed} is installed, {each} is pinned: make install"
 
 
-def test_every_library_that_is_imported_is_asked_for():
+def test_every_imported_library_is_a_requirement():
     distributions = metadata.packages_distributions()
-    asked = {canonicalize_name(each.name) for each in requirements()} | {"setuptools", "packaging"}
+    required = {canonicalize_name(each.name) for each in requirements()} | {"setuptools", "packaging"}
     ours = {"pretrain", "tests", "launch", "tools", "benchmarks"}
     for path in [*PACKAGE, *SCRIPTS, *(ROOT / "tests").rglob("*.py")]:
         for module, _ in imports(path):
@@ -288,7 +288,7 @@ def test_every_library_that_is_imported_is_asked_for():
             if top in sys.stdlib_module_names or top in ours or not top:
                 continue
             providers = {canonicalize_name(each) for each in distributions.get(top, [top])}
-            assert providers & asked, f"{name(path)} imports {top}, which setup.py does not ask for"
+            assert providers & required, f"{name(path)} imports {top}, which setup.py does not list"
 
 
 # ---------------------------------------------------------------- configurations
@@ -329,7 +329,7 @@ def blocks(language: str) -> list[str]:
 
 
 def listed_files() -> set[str]:
-    """The paths of the README's tree, one a line: two spaces a level, folders end in a slash, a comment after two spaces."""
+    """The paths of the README's tree: one per line, indented by two spaces per level; folders end in a slash; then a comment."""
     paths, folders = set(), []
     for line in blocks("text")[0].splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
@@ -344,17 +344,17 @@ def listed_files() -> set[str]:
 
 def test_the_tree_in_the_readme_is_the_tree_on_disk():
     if not (ROOT / ".git").exists():
-        pytest.skip("git knows which files belong to the project")
+        pytest.skip("needs git to list the files of the project")
     known = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-    described_as_a_whole = ("tests/", "benchmarks/", "docs/", "configs/models/")
+    described_as_one_entry = ("tests/", "benchmarks/", "docs/", "configs/models/")
     files = {each for each in known if each and (ROOT / each).exists() and not each.endswith("__init__.py")}
-    files = {each for each in files if not each.startswith(described_as_a_whole)}
+    files = {each for each in files if not each.startswith(described_as_one_entry)}
     listed = listed_files()
     assert sorted(files - listed) == [], "not in the README's tree"
     assert [each for each in sorted(listed) if not (ROOT / each).exists()] == [], "in the README's tree, not on disk"
 
 
-def test_every_make_target_of_the_readme_exists_and_every_target_is_explained_by_make():
+def test_every_make_target_in_the_readme_exists_and_make_help_explains_every_target():
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split())
     named = set(
@@ -381,7 +381,7 @@ def test_shell_scripts_parse():
     for path in scripts:
         assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0, name(path)
         assert os.access(path, os.X_OK), f"{name(path)} is not executable"
-        assert "set -eu" in path.read_text(), f"{name(path)} would go on after an error"
+        assert "set -eu" in path.read_text(), f"{name(path)} would continue after an error"
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -400,18 +400,18 @@ def test_the_image_is_pinned_installs_like_the_readme_and_runs_without_root():
         )
         assert ":latest" not in base
     runs = " && ".join(rest for instruction, rest in instructions() if instruction == "RUN")
-    assert not re.search(r"(curl|wget)[^&|;]*\|\s*(ba|z)?sh", runs), "a script from the network is run unseen"
+    assert not re.search(r"(curl|wget)[^&|;]*\|\s*(ba|z)?sh", runs), "a downloaded script is run without inspection"
     assert "sudo" not in runs and "sshd" not in runs and "openssh-server" not in runs
     install = "pip install -c constraints.txt -e "
     assert install in runs and install in README.read_text() and install in (ROOT / "Makefile").read_text()
     users = [rest for instruction, rest in instructions() if instruction == "USER"]
     assert users and users[-1].split(":")[0] == "10001"
     for instruction, rest in instructions():
-        assert instruction != "ADD", "ADD unpacks and downloads; COPY does what it says"
+        assert instruction != "ADD", "ADD unpacks and downloads; use COPY"
         assert not re.search(r"(?i)(api_key|token|password|secret)\s*=", rest), "a secret in an image is public"
 
 
-def test_what_is_private_or_large_never_enters_the_image():
+def test_private_and_large_files_are_excluded_from_the_image():
     ignored = (ROOT / ".dockerignore").read_text().split()
     for each in (".git", ".venv", "runs", "data", "wandb"):
         assert each in ignored or f"/{each}" in ignored

@@ -1,4 +1,4 @@
-"""Every planted fault is caught by its name, and nothing is found where nothing is wrong."""
+"""The preflight names every planted fault, and finds nothing in a correct configuration."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CODE = "def return self import for in range len print if else None True lambda x
 
 
 def texts(kind: str, count: int = 600) -> list[str]:
-    """Documents in which the next word depends on the last one, as in any text."""
+    """Documents in which each word depends on the one before it."""
     generator, made = random.Random(kind), []
     words = {"english": ENGLISH.split(), "chinese": list(CHINESE), "code": CODE.split()}[kind]
     follow = {word: generator.sample(words, 4) for word in words}
@@ -51,7 +51,7 @@ def texts(kind: str, count: int = 600) -> list[str]:
 
 
 def encode(folder: Path, made: list[str], prefix: Path, **options) -> None:
-    """Sealed tokens of the documents."""
+    """Writes token files of the documents, with a sidecar."""
     tool = tokenizer.Tokenizer.load(folder)
     about = dict(vocab_size=tool.vocab_size, end_of_document_id=tool.end_of_document_id)
     about |= dict(tokenizer_fingerprint=tool.fingerprint, tokenizer_path=str(folder), shuffled=True, overwrite=True)
@@ -64,7 +64,7 @@ def encode(folder: Path, made: list[str], prefix: Path, **options) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A tokenizer for each kind of text, and sealed training and validation data."""
+    """A tokenizer for each kind of text, and training and validation data with sidecars."""
     folder = tmp_path_factory.mktemp("made")
     for kind in ("english", "chinese", "code"):
         written = texts(kind)
@@ -76,7 +76,7 @@ def made(tmp_path_factory) -> Path:
 
 
 class World:
-    """A configuration and its files, copied, so that a fault can be planted."""
+    """A configuration with its own copy of the files, into which a test plants a fault."""
 
     def __init__(self, made: Path, folder: Path, kind: str = "english"):
         for path in made.glob(f"{kind}_*"):
@@ -111,11 +111,11 @@ class World:
         return [file.document(i) for i in range(file.num_documents)]
 
     def foreign(self, documents: list[np.ndarray], **options) -> None:
-        """The training data as another program writes them: without a seal."""
+        """Replaces the training data by files as another program writes them: without a sidecar."""
         Path(f"{self.train}.json").unlink(missing_ok=True)
         write_megatron(self.train, documents, **options)
 
-    def seal(self, **changes) -> None:
+    def change_sidecar(self, **changes) -> None:
         path = Path(f"{self.train}.json")
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -138,7 +138,7 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize("kind", ["english", "chinese", "code"])
-def test_clean_data_in_any_language_have_no_finding(made, tmp_path, world, kind):
+def test_correct_data_in_any_language_have_no_finding(made, tmp_path, world, kind):
     (tmp_path / kind).mkdir()
     clean = World(made, tmp_path / kind, kind)
     report = clean.check()
@@ -154,7 +154,7 @@ def test_generated_data_have_no_finding(world, kind):
     assert preflight(load([*world.argv(), "--data.synthetic.kind", kind], world_size=None)).findings == []
 
 
-def test_data_of_other_programs_are_judged_without_a_seal_and_a_flat_file_too(world):
+def test_files_of_other_programs_need_no_sidecar(world):
     documents = world.tokens()
     world.foreign(documents)
     assert names(world) == ["no-seal"]
@@ -164,7 +164,7 @@ def test_data_of_other_programs_are_judged_without_a_seal_and_a_flat_file_too(wo
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_the_shipped_configurations_find_at_most_that_their_data_are_not_there(config, world):
+def test_the_shipped_configurations_lack_at_most_their_data(config, world):
     flags = ["--config", str(config), "--run.directory", str(world.folder / "runs")]
     missing = {"data-missing", "tokenizer-missing"}
     assert {each.name for each in preflight(load(flags, world_size=None)).findings} - {"wandb-no-key"} <= missing
@@ -174,19 +174,19 @@ def names(world: World) -> list[str]:
     return sorted(finding.name for finding in world.check().findings)
 
 
-# ---------------------------------------------------------------- planted faults: those that stop a run
+# ---------------------------------------------------------------- planted faults that stop a run
 
 
 def id_beyond_the_vocabulary(world):
     world.flags |= {"model.vocab_size": 300, "tokenizer.path": "null"}
 
 
-def id_beyond_the_vocabulary_without_a_seal(world):
+def id_beyond_the_vocabulary_without_a_sidecar(world):
     world.foreign([*world.tokens(), np.array([319, 320, 2])])
 
 
-def a_seal_that_understates_the_largest_id(world):
-    world.seal(max_id=50)
+def a_sidecar_that_understates_the_largest_id(world):
+    world.change_sidecar(max_id=50)
 
 
 def dtype_too_narrow_for_the_tokenizer(world):
@@ -262,7 +262,7 @@ def disk_too_small(world):
     world.flags |= {"model.hidden_size": 2**19, "model.num_hidden_layers": 64}
 
 
-def another_job_in_the_folder(world):
+def another_job_in_the_directory(world):
     world.held = RunDirectory(world.folder / "runs" / "run")
 
 
@@ -279,7 +279,7 @@ def stale_build_lock(world):
     world.flags["engine.name"] = "zero2"
 
 
-def checkpoints_that_are_not_to_be_continued(world):
+def checkpoints_that_must_not_be_resumed(world):
     (world.folder / "runs" / "run" / "checkpoints" / "step_00000010").mkdir(parents=True)
     world.flags["checkpoint.resume"] = "never"
 
@@ -288,8 +288,8 @@ def checkpoints_that_are_not_to_be_continued(world):
     ("plant", "name"),
     [
         (id_beyond_the_vocabulary, "id-outside-vocabulary"),
-        (id_beyond_the_vocabulary_without_a_seal, "id-outside-vocabulary"),
-        (a_seal_that_understates_the_largest_id, "seal-contradicted"),
+        (id_beyond_the_vocabulary_without_a_sidecar, "id-outside-vocabulary"),
+        (a_sidecar_that_understates_the_largest_id, "seal-contradicted"),
         (dtype_too_narrow_for_the_tokenizer, "dtype-too-narrow"),
         (another_tokenizer, "tokenizer-mismatch"),
         (another_vocabulary, "vocabulary-mismatch"),
@@ -306,20 +306,20 @@ def checkpoints_that_are_not_to_be_continued(world):
         (schedule_beyond_the_run, "schedule-too-long"),
         (directory_that_is_a_file, "directory-not-writable"),
         (disk_too_small, "disk-too-small"),
-        (another_job_in_the_folder, "run-locked"),
+        (another_job_in_the_directory, "run-locked"),
         (a_stop_file, "stop-file"),
         (stale_build_lock, "build-lock"),
-        (checkpoints_that_are_not_to_be_continued, "resume-refused"),
+        (checkpoints_that_must_not_be_resumed, "resume-refused"),
     ],
 )
-def test_what_stops_a_run_is_caught_by_its_name(world, plant, name):
+def test_a_fault_that_stops_a_run_is_named(world, plant, name):
     plant(world)
     found = world.check().findings
     assert {each.name for each in found if each.stops} == {name}, found
     assert {each.name for each in found} - {"no-seal"} == {name}, found
 
 
-# ---------------------------------------------------------------- planted faults: those that warn
+# ---------------------------------------------------------------- planted faults that cause warnings
 
 
 def no_end_of_document(world):
@@ -348,23 +348,23 @@ def random_tokens(world):
     world.foreign([np.append(np.random.default_rng(i).integers(3, 320, 200), 2) for i in range(400)])
 
 
-def copies_of_documents(world):
+def duplicate_documents(world):
     encode(world.tokenizer, texts("english")[:300] * 2, world.train)
 
 
-def copies_in_validation(world):
+def training_documents_in_validation(world):
     encode(world.tokenizer, texts("english")[450:600], world.valid)
 
 
 def a_flat_file_as_its_own_validation(world):
-    """Without a tokenizer nothing says where documents end."""
+    """Without a tokenizer, the ends of documents are unknown."""
     np.concatenate(world.tokens()).astype("<u2").tofile(world.folder / "flat.bin")
     both = f"[{{path: {world.folder / 'flat.bin'}}}]"
     world.flags |= {"data.train": both, "data.valid": both, "tokenizer.path": "null", "model.vocab_size": 400}
 
 
 def a_tokenizer_of_another_language(world):
-    """Bytes for Chinese, from a tokenizer that has seen code alone and has a thousand ids to spare."""
+    """Chinese becomes bytes under a tokenizer trained on code alone, although it has a thousand ids to spare."""
     many = [" ".join(f"{a}{b}" for b in range(40)) for a in ("def", "return", "self", "import") for _ in range(40)]
     many += ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz ", k=400)) for i in range(400)]
     tokenizer.train(many, world.folder / "code", vocab_size=1200, describe=dict)
@@ -374,7 +374,7 @@ def a_tokenizer_of_another_language(world):
 
 
 def ids_of_another_tokenizer(world):
-    """Without a seal only the decoded text tells."""
+    """Without a sidecar, only the decoded text shows the mistake."""
     documents = [np.append(np.random.default_rng(i).integers(131, 255, 60).repeat(2), 2) for i in range(400)]
     world.foreign(documents)
 
@@ -401,7 +401,7 @@ def weights_of_another_tokenizer(world):
 
 
 def weights_of_this_tokenizer(world):
-    """A folder of Hugging Face, with the tokenizer of the data unless another one is there."""
+    """A Hugging Face folder; it gets the tokenizer of the data unless it has one already."""
     if not (folder := world.folder / "hf").exists():
         shutil.copytree(world.tokenizer, folder)
     shape = ModelConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
@@ -442,8 +442,8 @@ def young_build_lock(world):
         (empty_documents, "documents-empty"),
         (shuffled_tokens, "tokens-shuffled"),
         (random_tokens, "tokens-random"),
-        (copies_of_documents, "duplicate-documents"),
-        (copies_in_validation, "validation-overlap"),
+        (duplicate_documents, "duplicate-documents"),
+        (training_documents_in_validation, "validation-overlap"),
         (a_flat_file_as_its_own_validation, "validation-overlap"),
         (a_tokenizer_of_another_language, "tokens-are-bytes"),
         (ids_of_another_tokenizer, "text-garbled"),
@@ -458,7 +458,7 @@ def young_build_lock(world):
         (young_build_lock, "build-lock"),
     ],
 )
-def test_what_is_doubtful_is_warned_of_by_its_name(world, monkeypatch, plant, name):
+def test_a_doubtful_setting_or_file_causes_a_warning_with_its_name(world, monkeypatch, plant, name):
     monkeypatch.setattr(os, "environ", os.environ.copy())
     plant(world)
     found = world.check().findings
@@ -466,7 +466,7 @@ def test_what_is_doubtful_is_warned_of_by_its_name(world, monkeypatch, plant, na
     assert {each.name for each in found if each.stops} <= {"port-in-use"}, found
 
 
-def test_trained_weights_of_the_same_tokenizer_are_no_doubt(world):
+def test_trained_weights_of_the_same_tokenizer_cause_no_warning(world):
     weights_of_this_tokenizer(world)
     assert world.check().findings == []
 
@@ -484,26 +484,26 @@ def test_labels_that_are_not_the_next_token_stop_a_run():
     assert masked.name == "labels-all-masked" and masked.stops
 
 
-def test_copies_are_found_wherever_they_lie_and_a_part_of_the_documents_gives_the_same_shares(world, monkeypatch):
+def test_duplicates_are_found_anywhere_and_a_part_of_the_documents_gives_the_same_fractions(world, monkeypatch):
     """A third of the training documents twice, far apart; half of the validation documents from the training data."""
     written = texts("english")
     encode(world.tokenizer, written[:300] + written[:100], world.train)
     encode(world.tokenizer, written[250:350], world.valid)
     files = [TokenFile(world.train)], [TokenFile(world.valid)]
-    whole = checks.duplicates(*files, None)
-    assert whole.complete and whole.documents == 500
-    assert whole.train == pytest.approx(0.25, abs=0.05) and whole.valid == pytest.approx(0.5, abs=0.1)
+    full = checks.duplicates(*files, None)
+    assert full.complete and full.documents == 500
+    assert full.train == pytest.approx(0.25, abs=0.05) and full.valid == pytest.approx(0.5, abs=0.1)
     monkeypatch.setattr(checks, "_HASHED_TOKENS", TokenFile(world.train).num_tokens // 2)
     part = checks.duplicates(*files, None)
     assert not part.complete and 100 < part.documents < 400
-    assert part.train == pytest.approx(whole.train, abs=0.1) and part.valid == pytest.approx(whole.valid, abs=0.15)
+    assert part.train == pytest.approx(full.train, abs=0.1) and part.valid == pytest.approx(full.valid, abs=0.15)
 
 
 def train_here(flags: list[str]) -> int:
     return train(load(flags, world_size=int(os.environ.get("WORLD_SIZE", 1))))
 
 
-def test_a_run_refuses_at_its_start_what_the_quick_part_finds_on_all_ranks(world):
+def test_a_run_repeats_the_quick_checks_at_its_start_and_all_ranks_refuse(world):
     hole_in_a_file(world)
     assert run_ranks(2, train_here, world.argv()) == [2, 2]
     state = json.loads((world.folder / "runs" / "run" / "run_state.json").read_text())
@@ -511,15 +511,15 @@ def test_a_run_refuses_at_its_start_what_the_quick_part_finds_on_all_ranks(world
     assert not (world.folder / "runs" / "run" / "checkpoints").exists()
 
 
-def test_a_run_says_its_warnings_and_trains(world, capsys):
+def test_a_run_prints_its_warnings_and_trains(world, capsys):
     world.flags |= {"train.max_steps": 3, "schedule.warmup_steps": 2, "data.valid": world.flags["data.train"]}
     assert train(load(world.argv())) == 0
-    said = capsys.readouterr().out
-    assert "warning    warmup-too-long: schedule.warmup_steps: 2 of 3 steps" in said
-    assert f"warning    validation-overlap: data.valid: {world.train} is also in data.train" in said
+    output = capsys.readouterr().out
+    assert "warning    warmup-too-long: schedule.warmup_steps: 2 of 3 steps" in output
+    assert f"warning    validation-overlap: data.valid: {world.train} is also in data.train" in output
 
 
-def test_a_run_that_would_not_go_on_is_known_before(world):
+def test_a_run_that_could_not_resume_is_refused(world):
     world.flags |= {"train.max_steps": 3, "schedule.warmup_steps": 0}
     assert train(load(world.argv())) == 0
     assert names(world) == []
@@ -528,8 +528,8 @@ def test_a_run_that_would_not_go_on_is_known_before(world):
     assert finding.name == "resume-refused" and finding.where == "optimizer.lr" and finding.stops
 
 
-def test_entropies_are_judged_by_the_vocabulary_that_the_data_were_made_with(world):
-    """Random ids over 330 are no frequencies, whatever vocabulary the model has."""
+def test_entropies_are_judged_by_the_vocabulary_of_the_data(world):
+    """Random ids over the vocabulary of the data are random, even if the model has a larger vocabulary."""
     documents = [np.append(np.random.default_rng(i).integers(3, 320, 200), 2) for i in range(400)]
     about = dict(tokenizer_fingerprint="f", tokenizer_path="t", shuffled=True, vocab_size=320, end_of_document_id=2)
     with TokenWriter(world.folder / "random", **about) as writer:
@@ -540,7 +540,7 @@ def test_entropies_are_judged_by_the_vocabulary_that_the_data_were_made_with(wor
         assert found.name == "tokens-random" and "unless longer contexts help" in found.text
 
 
-def test_the_command_takes_less_than_a_minute_and_its_exit_status_and_json_say_the_same(world):
+def test_the_exit_status_of_the_command_agrees_with_its_json(world):
     def command(*more: str) -> tuple[int, str, list[dict]]:
         done = subprocess.run(
             [sys.executable, "tools/check_run.py", *world.argv(), "--json", str(world.folder / "found.json"), *more],
@@ -558,7 +558,7 @@ def test_the_command_takes_less_than_a_minute_and_its_exit_status_and_json_say_t
     assert status == 2 and "STOP  settings-refused: optimizer.lr" in said and found[0]["name"] == "settings-refused"
 
 
-def test_every_finding_is_explained_in_the_documentation_and_nothing_else_is():
+def test_the_documentation_explains_every_finding_and_no_other_name():
     source = "".join(
         (ROOT / path).read_text() for path in ("pretrain/run/preflight.py", "pretrain/data/checks.py", "tools/check_run.py")
     )

@@ -1,4 +1,4 @@
-"""The SLURM script with stand-ins for SLURM's own commands: what it starts, and when it queues itself again."""
+"""The SLURM script, with stand-ins for SLURM's own commands, starts the run and requeues itself when it should."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "$SLURM_TEST/requests
 
 
 def start(folder: Path, settings: list[str]) -> subprocess.Popen:
-    """The script on one node with two processes."""
+    """Starts the script on one node with two processes."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
@@ -38,29 +38,29 @@ def start(folder: Path, settings: list[str]) -> subprocess.Popen:
 
 
 def requeued(folder: Path) -> bool:
-    return (folder / "requests").exists() and "requeue" in (folder / "asked").read_text()
+    return (folder / "requests").exists() and "requeue" in (folder / "requests").read_text()
 
 
-def test_a_finished_run_is_not_queued_again(tiny, tmp_path):
+def test_a_finished_run_is_not_requeued(tiny, tmp_path):
     job = start(tmp_path, tiny)
-    said, _ = job.communicate(timeout=180)
-    assert job.returncode == 0 and not requeued(tmp_path), said
-    assert "ranks 2 x" in said and records(run_of(tiny))[-1]["step"] == 20
+    output, _ = job.communicate(timeout=180)
+    assert job.returncode == 0 and not requeued(tmp_path), output
+    assert "ranks 2 x" in output and records(run_of(tiny))[-1]["step"] == 20
 
 
-def test_a_notice_saves_and_queues_the_run_again(tiny, tmp_path):
+def test_a_run_saves_and_requeues_itself_after_a_notice(tiny, tmp_path):
     job = start(tmp_path, ["--train.max_steps", "100000", *tiny])
     metrics, deadline = run_of(tiny) / "metrics.jsonl", time.monotonic() + 120
     while not (metrics.exists() and '"step": 9,' in metrics.read_text()):
         assert time.monotonic() < deadline and job.poll() is None
         time.sleep(0.01)
     os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGTERM)
-    said, _ = job.communicate(timeout=60)
-    assert job.returncode == 0 and requeued(tmp_path), said
-    assert "the run ended with status 75" in said
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 0 and requeued(tmp_path), output
+    assert "the run ended with status 75" in output
 
 
-def test_wrong_settings_are_refused_before_anything_is_started(tiny, tmp_path):
+def test_wrong_settings_are_refused_before_srun_starts(tiny, tmp_path):
     job = start(tmp_path, ["--optimizr.lr", "1", *tiny])
-    said, _ = job.communicate(timeout=60)
-    assert job.returncode == 2 and "did you mean optimizer" in said and not (tmp_path / "srun.pid").exists()
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 2 and "did you mean optimizer" in output and not (tmp_path / "srun.pid").exists()
