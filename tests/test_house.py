@@ -329,7 +329,7 @@ def blocks(language: str) -> list[str]:
 
 
 def listed_files() -> set[str]:
-    """The paths of the README's tree: one per line, indented by two spaces per level; folders end in a slash; then a comment."""
+    """The paths of the README's tree: one per line, two spaces of indent per level; folders end in a slash; then a comment."""
     paths, folders = set(), []
     for line in blocks("text")[0].splitlines():
         depth = (len(line) - len(line.lstrip())) // 2

@@ -1,4 +1,4 @@
-"""Says why two runs differ: their settings compared by effect, and the first step whose losses differ by more than the noise.
+"""Finds why two runs differ: compares their settings by effect, and finds the first step whose losses differ beyond the noise.
 
     python tools/compare_runs.py runs/a runs/b [--twin runs/a_again] [--json FILE]
 
@@ -28,12 +28,12 @@ from pretrain.run import command_line
 def main(argv: list[str]) -> None:
     """Compares two runs and prints what differs."""
     parser = command_line.make_parser(__doc__)
-    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="folder of a run, as runs/NAME")
+    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="folder of a run, e.g. runs/NAME")
     parser.add_argument(
         "--twin",
         type=Path,
         metavar="RUN",
-        help="a repetition of the first run: the difference of the two is the noise (default: rounding, for runs that read the "
+        help="a repetition of the first run, whose difference from it is the noise (default: rounding, for runs that read the "
         "same samples from the same weights; for others the scatter of their lines)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file, as JSON")
@@ -66,7 +66,7 @@ def read(folder: Path) -> Run:
 
 
 def facts_of_file(path: str, sidecar: dict, config: Config) -> dict:
-    """Sizes of a token file and the share of its tokens that end a document; {} if it is missing or was made anew since."""
+    """Sizes of a token file and the share of its tokens that end a document; {} if it is missing or was rewritten since."""
     try:
         file = TokenFile(path)
         if file.fingerprint() != sidecar.get("fingerprint"):
@@ -75,7 +75,7 @@ def facts_of_file(path: str, sidecar: dict, config: Config) -> dict:
         end = sidecar.get("end_of_document_id", end_of_document(config))
         return facts if end is None else facts | {"ends": float(np.mean(file.sample() == end))}
     except (DataError, OSError):
-        return {}  # the sidecar has to do
+        return {}  # the facts in the sidecar must suffice
 
 
 def end_of_document(config: Config) -> int | None:

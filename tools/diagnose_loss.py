@@ -1,4 +1,4 @@
-"""The loss doctor: judges a training log of any framework, or follows a configuration's own loss, and names what is wrong.
+"""The loss doctor: judges a training log of any framework, or traces the loss of a configuration, and names what is wrong.
 
     python tools/diagnose_loss.py log train.log --vocab-size 6400 --accumulation 25
     python tools/diagnose_loss.py initial --config FILE [--section.key value ...]
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     )
     chain.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="weights to use (default: the initial ones)")
     chain.add_argument("--ranks", type=count, metavar="W", help="ranks that share the batch (default: engine.world_size, or 1)")
-    chain.add_argument("--micro-batches", type=count, default=8, metavar="N", help="run at most so many (default: %(default)s)")
+    chain.add_argument("--micro-batches", type=count, default=8, metavar="N", help="run at most N (default: %(default)s)")
     for command in (initial, chain):
         command_line.add_settings(command)
     options, settings = command_line.parse_with_settings(parser, argv)
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
 
 
 def judge_log(options: argparse.Namespace) -> int:
-    """Reads a log, prints its figures and findings, and draws it if wanted."""
+    """Reads a log, prints its figures and findings, and draws it if requested."""
     names = ("vocab_size", "accumulation", "world_size", "sequence_length", "micro_batch_size")
     result = diagnose(read_log(options.file), Setup(**{name: getattr(options, name) for name in names}))
     print("\n".join(summary(result)))
@@ -120,10 +120,8 @@ def draw(result: Diagnosis, output: Path) -> None:
     if result.explanation:
         with np.errstate(invalid="ignore", divide="ignore"):
             panels[f"in nats per token (shown {result.explanation.claim()})"] = result.explanation.true(log.loss)
-    lines, unknown = (
-        {f"ln({result.setup.vocab_size})": result.setup.ln_v} if result.setup.ln_v else {},
-        np.full(len(log.steps), np.nan),
-    )
+    lines = {f"ln({result.setup.vocab_size})": result.setup.ln_v} if result.setup.ln_v else {}
+    unknown = np.full(len(log.steps), np.nan)
     curves = [Curves(name, log.steps, unknown, unknown, loss, reference_lines=lines) for name, loss in panels.items()]
     figure = draw_panels(curves, log.unit)
     figure.suptitle(log.name, fontweight="bold")
@@ -134,7 +132,7 @@ def draw(result: Diagnosis, output: Path) -> None:
 
 
 def open_settings(settings: list[str], ranks: int | None = None) -> tuple[Config, Parts]:
-    """A configuration and its parts. Raises ConfigError, DataError. `ranks`: that share the batch (engine.world_size, or 1)."""
+    """A configuration for so many ranks (None: engine.world_size, or 1), and its parts. Raises ConfigError, DataError."""
     from pretrain.run.parts import open_parts
 
     program = "tools/diagnose_loss.py"
@@ -157,7 +155,7 @@ def build_model(model: ModelConfig, seed: int, checkpoint: Path | None = None) -
     if needed > 0.6 * room:
         raise UserError(
             f"the model needs {needed / 2**30:.1f} GiB in fp32, but the {device} has {room / 2**30:.1f}; "
-            "use fewer layers (--model.num_hidden_layers 2), the loss of an untrained model hardly depends on them"
+            "use fewer layers (--model.num_hidden_layers 2): the loss of an untrained model hardly depends on them"
         )
     built = build(model, "cpu", seed)
     if checkpoint:
@@ -275,7 +273,7 @@ def split(batch: Batch, micro_batch_size: int) -> list[Batch]:
 
 
 def tokenizer_stage(path: str | None, parts: Parts, batch: Batch) -> Stage:
-    """Compares sizes; decodes and encodes text of the data, which lacks what the tokenizer drops from any text, as capitals."""
+    """Compares sizes; checks that decoded text of the data, which lacks all that the tokenizer drops, survives a round trip."""
     tokenizer, config = parts.tokenizer, parts.model
     rows = vocabulary_rows(config)
     lines = [
@@ -302,10 +300,8 @@ def label_stage(parts: Parts, batch: Batch) -> Stage:
     lines = [f"sample {_place(parts.data, 0)}; input -> label"]
     for token, label in zip(tokens_BT[0, :_SHOWN_TOKENS].tolist(), labels_BT[0, :_SHOWN_TOKENS].tolist(), strict=True):
         lines.append(f"  {token:>7} {_text(parts.tokenizer, token):14} -> {label:>7} {_text(parts.tokenizer, label)}")
-    low, high = (
-        int(min(tokens_BT.min(), labels_BT[labels_BT != -100].min(initial=0))),
-        int(max(tokens_BT.max(), labels_BT.max())),
-    )
+    low = int(min(tokens_BT.min(), labels_BT[labels_BT != -100].min(initial=0)))
+    high = int(max(tokens_BT.max(), labels_BT.max()))
     lines.append(f"ids {low} to {high:,} in {tokens_BT.size:,} inputs; allowed: 0 to {parts.model.vocab_size - 1:,}")
     problems = [untrained.label_problem(tokens_BT, labels_BT)]
     if low < 0 or high >= parts.model.vocab_size:
@@ -388,7 +384,7 @@ def mean_stage(run: list[Batch], sums: list[float], vocab_size: int, trained: bo
             f"the checkpoint's loss {loss:.3f} is not below ln({vocab_size}): it has learned nothing"
         ]
     return lines, [] if abs(loss / expected - 1) <= 0.03 else [
-        "the untrained loss is not ln V: the command `initial` looks for the cause"
+        "the untrained loss is not ln V; the command `initial` looks for the cause"
     ]
 
 

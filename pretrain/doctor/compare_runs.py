@@ -1,8 +1,8 @@
-"""Why two runs differ: their settings compared by effect, then the first step whose losses differ by more than the noise.
+"""Finds why two runs differ: compares their settings by effect, then finds the first step whose losses differ beyond the noise.
 
-Reads the folders of runs as plain data: config.yaml, metrics.jsonl, environment.json. `Run` has fields for what only the
-program that trained can add; tools/compare_runs.py fills them. Each difference is classed by what it can do: change the curve,
-or only the rounding of sums.
+Reads the folders of runs as plain data: config.yaml, metrics.jsonl, environment.json. `Run` has fields for facts that only the
+program that trained knows; tools/compare_runs.py fills them. Each difference is classified by its effect: it can change the
+curve, or only the rounding of sums.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pretrain import UserError
 from pretrain.doctor.noise import line_noise
 from pretrain.files import read_json_lines
 
-# The share of a loss by which rounding alone changes it grows with the square of the step, until the scatter of the lines hides
-# it. Measured in fp32, one process against two: 9e-7 at step 100, 7e-6 at 200, 7e-5 at 400; the bounds are ten times that.
+# Rounding alone changes a loss by a fraction that grows with the square of the step, until the scatter of the lines hides it.
+# Measured in fp32, one process against two: 9e-7 at step 100, 7e-6 at 200, 7e-5 at 400; the bounds are ten times that.
 ROUNDING = {"fp32": 1e-5, "bf16": 2e-3}
 ROUNDING_GROWS_OVER_STEPS = 50.0
 SIGMAS = 4.0
@@ -32,7 +32,7 @@ _ROUNDS = ("engine.", "batch.micro")
 _COMPARED_BY_EFFECT = ("optimizer.lr",)  # as the learning rate at equal tokens
 OTHER_SAMPLES = {"batch", "sequence-length", "seed", "quarantine", "data", "sources", "weights", "order", "end-of-document",
                  "tokenizer", "corpus", "shuffled", "tokens", "rollbacks"}  # fmt: skip
-"""Differences after which two runs read different samples."""
+"""Names of the differences that make two runs read different samples."""
 
 
 class CompareError(UserError):
@@ -43,10 +43,10 @@ class Difference(NamedTuple):
     """One thing in which two runs differ."""
 
     what: str
-    """A stable name, as learning-rate."""
+    """A stable name, e.g. learning-rate."""
     text: str
     bends: bool
-    """True if it can change the curve; else it only changes the rounding of sums, or nothing."""
+    """True if it can change the curve, False if it changes only the rounding of sums, or nothing."""
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Run:
     skipped_positions: list[list[int]]
     sources: list[dict]
     """Facts about each entry of data.train: its metadata sidecar, as environment.json keeps it. The program that trained may
-    add num_tokens, num_documents, dtype and `ends`, the share of tokens that end a document."""
+    add num_tokens, num_documents, dtype and `ends`, the fraction of tokens that end a document."""
     scheduled_lr: Callable[[int], float] | None = None
     """Learning rate of a step according to the settings; None: unknown, and only logged rates are compared."""
 
@@ -88,7 +88,7 @@ class Run:
 
     @property
     def start(self) -> dict:
-        """The start of the program that made most recent steps."""
+        """Environment of the start that made the newest steps."""
         return (self.environment.get("starts") or [{}])[-1]
 
     @property
@@ -145,7 +145,7 @@ def differences(a: Run, b: Run) -> list[Difference]:
 
 
 def _learning_rate(a: Run, b: Run) -> Iterator[Difference]:
-    """The logged rates at equal tokens; before that, whether each run follows its own schedule."""
+    """Compares the logged rates at equal tokens, if each run follows its own schedule; otherwise reports that it does not."""
     if deviating := [(run.name, deviation) for run in (a, b) if (deviation := _off_schedule(run))]:
         for name, deviation in deviating:
             yield Difference("learning-rate", f"{name} does not follow its own schedule: {deviation}", True)
@@ -177,7 +177,7 @@ def _scheduled(run: Run, tokens: float) -> float:
 
 
 def _off_schedule(run: Run) -> str | None:
-    """How the logged rates differ from those of the settings; None if they do not, or the latter are unknown."""
+    """Describes how the logged rates differ from the schedule; None if they do not, or if the schedule is unknown."""
     if run.scheduled_lr is None:
         return None
 
@@ -229,7 +229,7 @@ def _data(a: Run, b: Run) -> Iterator[Difference]:
 
 
 def _other_samples(a: Run, b: Run, orders: list[str]) -> Iterator[Difference]:
-    """Why two runs with different fingerprints of their order read different samples."""
+    """Finds why two runs with different fingerprints of their order read different samples."""
     sources = [run.setting("data.train") or [] for run in (a, b)]
     kinds = [_generated(run) for run in (a, b)]
     if any(kinds) or not sources[0]:
@@ -243,7 +243,9 @@ def _other_samples(a: Run, b: Run, orders: list[str]) -> Iterator[Difference]:
         yield Difference("weights", f"the weights of the sources are {weights[0]} and {weights[1]}", True)
     changed = [pair for pair in zip(a.sources, b.sources, strict=True) if pair[0] != pair[1]]
     if changed and sorted(map(str, a.sources)) == sorted(map(str, b.sources)):
-        yield Difference("order", "the same sources are listed in a different order, and so samples are read in one", True)
+        yield Difference(
+            "order", "the same sources are listed in a different order, so the samples are read in a different order", True
+        )
     else:
         for mine, theirs in changed:
             yield _why_other_tokens(mine, theirs)
@@ -257,7 +259,7 @@ def _generated(run: Run) -> str:
 
 
 def _why_other_tokens(mine: dict, theirs: dict) -> Difference:
-    """The most telling reason why two sources do not hold the same tokens."""
+    """The most specific reason why two sources do not hold the same tokens."""
     ends = [each.get("ends") for each in (mine, theirs)]
     pair = {key: (mine.get(key), theirs.get(key)) for key in ("tokenizer_fingerprint", "corpus", "shuffled")}
     tokenizers, corpora = pair["tokenizer_fingerprint"], [(each or {}).get("sha256") for each in pair["corpus"]]
@@ -338,7 +340,7 @@ def _code(start: dict) -> str:
 
 
 class Parting(NamedTuple):
-    """The place where two curves part."""
+    """The step at which two curves part."""
 
     common: int
     """Places compared: steps, or token counts if the batches differ."""
@@ -351,7 +353,7 @@ class Parting(NamedTuple):
     allowed: float
     """The noise there, nats."""
     noise: str
-    """The origin of the noise, in words."""
+    """The source of the noise, in words."""
 
 
 def parting(a: Run, b: Run, found: list[Difference], twin: Run | None = None) -> Parting:
@@ -403,7 +405,7 @@ def _twin_noise(a: Run, twin: Run, steps: np.ndarray) -> np.ndarray:
 
 
 def verdict(a: Run, b: Run, found: list[Difference], where: Parting) -> str:
-    """The result in one sentence or two."""
+    """The result in one or two sentences."""
     bending, other = [each for each in found if each.bends], [each for each in found if not each.bends]
     if where.step is None:
         same = f"{a.name} and {b.name} agree over {where.common} common lines, to {where.allowed:.2g} nats"

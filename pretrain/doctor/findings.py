@@ -1,9 +1,9 @@
-"""Finds what is wrong with the loss that a training log shows.
+"""Finds faults in the loss that a training log shows.
 
-Each check looks for one fault and yields a finding only if the figures support it; what they leave open becomes a note. Clean
-logs get no finding: a false alarm costs as much as a miss. To add a check, add a function to CHECKS and its fault to FAULTS
-(diagnosis.py). Knows logs (training_log.py) and the factor between shown and true loss (scale_checks.py). Knows no model and
-no data, and imports no torch.
+Each check looks for one fault and yields a finding only if the figures support it; doubts become notes. Clean logs get no
+finding: a false alarm costs as much as a miss. To add a check, add a function to CHECKS and its fault to FAULTS (diagnosis.py).
+Knows logs (training_log.py) and the factor between shown and true loss (scale_checks.py). Knows no model and no data, and
+imports no torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pretrain.doctor.scale_checks import check_change, check_running, check_scal
 from pretrain.doctor.training_log import TrainingLog
 
 _NOTHING_LEARNED = (
-    "labels that do not follow from the tokens (random data, labels of another sample) or weights that do not move"
+    "labels that do not follow from the tokens (random data, labels of another sample), or weights that do not move"
 )
 _BEFORE_THE_RISE = "Resume from a checkpoint before the rise, with a lower learning rate."
 _CONTEXT = "Shuffled labels look like this; so do attention that sees nothing, and a learning rate far too low or too high."
@@ -32,7 +32,7 @@ _CONTEXT = "Shuffled labels look like this; so do attention that sees nothing, a
 def diagnose(log: TrainingLog, setup: Setup) -> Diagnosis:
     """All faults of `log`, given the known facts about its run."""
     if setup.vocab_size is None and (uniform := log.reference_lines.get("uniform")):
-        setup = replace(setup, vocab_size=round(math.exp(uniform)))  # the log itself tells
+        setup = replace(setup, vocab_size=round(math.exp(uniform)))  # the log states it
     result = Diagnosis(log, setup, ShownCurve.of(log), notes=list(log.notes))
     result.findings += check_finite(result)
     if log.skipped_steps:
@@ -102,12 +102,8 @@ def check_auxiliary(result: Diagnosis) -> Iterator[LogFinding]:
         known = np.flatnonzero(np.isfinite(loss) & np.isfinite(pure))
         extra = loss[known] - pure[known]
         # A rank's own cross-entropy scatters to both sides of the mean over all ranks; an auxiliary loss adds on every line.
-        if (
-            len(known)
-            and np.median(extra) > 2e-4 * np.median(pure[known])
-            and np.mean(extra > 0) > 0.95
-            and not result.explanation
-        ):
+        always_added = len(known) and np.median(extra) > 2e-4 * np.median(pure[known]) and np.mean(extra > 0) > 0.95
+        if always_added and not result.explanation:
             text = f"the loss shows {loss[known[0]]:.4g}, its cross-entropy {pure[known[0]]:.4g}: an auxiliary loss is added"
             yield LogFinding("auxiliary", "very likely", text, "Judge the run by the cross-entropy alone.")
     elif aux is not None:
@@ -118,11 +114,11 @@ def check_auxiliary(result: Diagnosis) -> Iterator[LogFinding]:
             text = f"the loss moves with the auxiliary loss, by {weight:.2g} per unit: {part}"
             yield LogFinding("auxiliary", "likely", text, "Show the cross-entropy alone.")
         else:
-            result.notes.append("the log has an auxiliary loss too; their movements do not tell whether the loss contains it")
+            result.notes.append("the log has an auxiliary loss too; the curves do not show whether the loss contains it")
 
 
 def _moves_with(loss: np.ndarray, aux: np.ndarray) -> float:
-    """Slope of the changes of loss from line to line on those of aux; 0 if it may be chance, or explains little."""
+    """Regression slope of the changes of loss from line to line on those of aux; 0 if it may be chance, or explains little."""
     if len(loss) < 20 or np.ptp(aux) == 0:
         return 0.0
     x, y = np.diff(aux, 2), np.diff(loss, 2)
@@ -132,7 +128,7 @@ def _moves_with(loss: np.ndarray, aux: np.ndarray) -> float:
 
 
 def check_stall(result: Diagnosis) -> Iterator[LogFinding]:
-    """A loss that stays where nothing, or only the frequency of tokens, is learned."""
+    """A loss that stays at the level where nothing, or only the frequency of tokens, is learned."""
     log, curve, setup, true = result.log, result.curve, result.setup, result.true
     lines, ln_v = log.reference_lines, setup.ln_v
     if len(true) < 8:
@@ -144,9 +140,8 @@ def check_stall(result: Diagnosis) -> Iterator[LogFinding]:
     span_steps = curve.steps[-1] - curve.steps[0]
     level = float(np.median(true[(begin + len(true)) // 2 :]))
     frozen = "lr" in log.columns and np.nanmax(log.columns["lr"]) == 0
-    advice = (
-        f"Causes: {'the learning rate, 0 on every line' if frozen else _NOTHING_LEARNED}. One batch over and over must fall."
-    )
+    cause = "the learning rate, 0 on every line" if frozen else _NOTHING_LEARNED
+    advice = f"Causes: {cause}. If you train on one batch over and over, its loss must fall."
     settled = curve.from_start and log.unit == "step" and span_steps >= 200
     span = f"the loss stays at {level:.3f} from {log.unit} {curve.steps[begin]:g} to {curve.steps[-1]:g}"
     if ln_v and 0.985 <= level / ln_v <= 1.06:
@@ -173,7 +168,7 @@ def _is_warming_up(log: TrainingLog) -> bool:
 
 
 def _is_flat(loss: np.ndarray, share: float = 0.01) -> bool:
-    """True if the last fifth differs from the first by at most `share` of it, or chance; False if lines scatter too much."""
+    """True if the last fifth differs from the first by at most the fraction `share`, or chance; False if too noisy."""
     if len(loss) < 8:
         return False
     fifth = max(3, len(loss) // 5)
@@ -191,7 +186,7 @@ def check_level(result: Diagnosis) -> Iterator[LogFinding]:
     seen = verdict.Curve(curve.steps, result.true, steps, val_loss)
     if "uniform" in lines and (judged := verdict.judge(seen, lines)).kind == "unigram":
         yield LogFinding("stall", "likely", judged.text, _CONTEXT)
-    # It is unknown how often the data was read, so only a validation that rises is a sign.
+    # The log does not say how often the data was read, so only a validation that rises is evidence.
     if len(val_loss) and val_loss[-1] > 1.02 * val_loss.min() and (memorised := verdict.memorising(seen)):
         best = f"{log.unit} {log.val_steps[log.val_loss.argmin()]:g}"
         yield LogFinding("memorising", "likely", memorised, f"Use the checkpoint from around {best}.")
@@ -234,25 +229,22 @@ def check_noise(result: Diagnosis) -> Iterator[LogFinding]:
         return
     noise = line_noise(result.true[half:], 0.0)
     sequences = setup.micro_batches * (setup.micro_batch_size or 1)
-    # Means of single sequences of mixed web text and code scatter by 0.3 to 0.8 nats; data does not explain 50 % more.
+    # Losses of single sequences of mixed web text and code scatter by 0.3 to 0.8 nats; 50 % more is not due to the data.
     bound = 1.2 / math.sqrt(sequences)
-    figures = (
-        f"lines scatter by {noise:.2g} nats; the mean over {sequences} sequences{'' if setup.micro_batch_size else ' or more'}"
-    )
+    count = f"{sequences} sequences{'' if setup.micro_batch_size else ' or more'}"
+    figures = f"lines scatter by {noise:.2g} nats; the mean over {count}"
     if noise <= bound:
-        result.notes.append(
-            f"{figures} may scatter by up to {bound:.2g}: no sign that only a part of the step is shown, and no proof"
-        )
+        doubt = "no sign that only a part of the step is shown, and no proof"
+        result.notes.append(f"{figures} may scatter by up to {bound:.2g}: {doubt}")
         return
     causes = ["last micro-batch"] if (setup.accumulation or 1) > 1 else []
     causes += ["one rank"] if (setup.world_size or 1) > 1 else []
     shown = " or ".join(f"{'the ' * (cause == 'last micro-batch')}{cause} alone" for cause in causes)
+    text = f"{figures} would by less than {bound:.2g}: the loss is that of {shown}"
     advice = (
         "Print the mean over all micro-batches and ranks too: it must scatter far less. Unstable training scatters as well."
     )
-    yield LogFinding(
-        "noise", "possible", f"{figures} would by less than {bound:.2g}: the loss is that of {shown}", advice, tuple(causes)
-    )
+    yield LogFinding("noise", "possible", text, advice, tuple(causes))
 
 
 CHECKS = (
@@ -265,4 +257,4 @@ CHECKS = (
     check_divergence,
     check_noise,
 )
-"""The checks of a curve, in the order of their findings. Where the curve is distorted, only `check_ranks` applies."""
+"""The checks of a curve, in the order of their findings. If the curve is distorted, only `check_ranks` applies."""

@@ -1,7 +1,7 @@
 """Training logs of any framework as rows of numbers: JSON (lines), CSV, tables, TensorBoard events and lines of text.
 
-A row is {name as written: number}; names.py knows what a name means, training_log.py makes series of the rows. To add a format
-of text, add a line to TEXT_FORMATS; to add a kind of file, add a reader to `read_rows`.
+A row is {name as written: number}; names.py knows what a name means, training_log.py makes series of the rows. To add a text
+format, add a line to TEXT_FORMATS; to add a kind of file, add a reader to `read_rows`.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ _CHINESE = """损失值 loss 损失 loss 训练 train_ 验证 val_ 测试 val_ �
 
 
 def _in_known_words(text: str) -> str:
-    """`text` in words that names.py knows, where it has Chinese ones or the shorthand of two C trainers (`s:10 trl:3.1`)."""
+    """Translates Chinese words, and the shorthand of two C trainers (`s:10 trl:3.1`), into words that names.py knows."""
     if re.search("[\u4e00-\u9fff：]", text):
         text = re.sub(r"第\s*(\d+)\s*轮", r" epoch \1 ", text)
         text = re.sub(r"第\s*(\d+)\s*步|(?<![\w.])(\d+)\s*步(?!数|骤)", r" step \1\2 ", text)
@@ -164,7 +164,7 @@ def _number(value: object) -> float | None:
 
 
 def _table_rows(text: str) -> list[Row]:
-    """The rows below a header that names a loss, cells separated by , ; tab | or blanks; [] without such a header."""
+    """The rows below a header that names a loss, cells separated by , ; | tabs or blanks; [] without such a header."""
     text = re.sub("[│┃]", "|", text)
     lines = [line for line in text.splitlines() if line.strip() and not re.fullmatch(r"[\s|:+─-╿-]+", line)]
     for number, header in enumerate(lines[:20]):
@@ -197,7 +197,7 @@ def _is_header(names: list[str], line: str) -> bool:
 
 
 def _rows_under(names: list[str], lines: list[str], delimiter: str) -> list[Row]:
-    """The rows of a table. CSV exports of TensorBoard hold the tag in their file name only: `value` is taken for the loss."""
+    """The rows of a table. CSV exports of TensorBoard name the tag only in the file name, so `value` is taken for the loss."""
     names = ["loss" if name.lower() == "value" else name for name in names]
     # A comma that does not separate cells may be a decimal point: "9,1234" cannot be thousands.
     comma = delimiter != "," and any(re.search(r"(?<![\d,])\d+,(?!\d{3}(?!\d))\d+", line) for line in lines)
@@ -311,7 +311,7 @@ class _Pairs:
             if value and value.start(1) in index_of:
                 name = f"val {found[0]}" if found.start() > begins and is_loss(found[0]) else found[0]
                 places.setdefault(name, (name, index_of[value.start(1)], _TIMES[(value[2] or "").lower()]))
-        has_loss = any(map(is_loss, places))  # the names of other figures only matter for the error about a log without a loss
+        has_loss = any(map(is_loss, places))  # other names matter only to the error about a log without a loss
         return [place for name, place in places.items() if meaning(name) or not has_loss]
 
 
@@ -319,9 +319,8 @@ def _step_without_name(line: str) -> float | None:
     """The step in forms such as `Epoch:[1/2](100/442)` or `10/500 [00:10<08:00`; None if there is none."""
     if found := _EPOCH_AND_BATCH.search(line):
         epoch, of_epochs, batch, batches = found.groups()
-        return (int(epoch) - 1) * int(batches) * bool(of_epochs) + int(
-            batch
-        )  # [1/2] counts from 1; a lone number may count from 0
+        earlier = int(epoch) - 1 if of_epochs else 0  # [1/2] counts from 1; a lone number may count from 0
+        return earlier * int(batches) + int(batch)
     if not (found := _OUT_OF.search(line)):
         return None
     number, times = found.group(1, 2) if found[1] else found.group(5, 6)

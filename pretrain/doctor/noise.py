@@ -1,4 +1,4 @@
-"""Robust estimates of noise: a few outliers, such as loss spikes, do not move them."""
+"""Robust estimates of noise: a few outliers, such as loss spikes, hardly change them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def robust_sigma(deviations: np.ndarray) -> float:
 def line_noise(loss: np.ndarray, unknown: float) -> float:
     """Standard deviation of single values of a curve (N,) around its trend; `unknown` for fewer than LEAST_VALUES finite ones.
 
-    Second differences do not see a smooth trend. Those of independent values with variance 1 have variance 1 + 4 + 1.
+    Second differences remove a smooth trend. Those of independent values with variance 1 have variance 1 + 4 + 1.
     """
     finite = loss[np.isfinite(loss)]
     if len(finite) < LEAST_VALUES:

@@ -2,7 +2,7 @@
 
 An untrained model's loss is ln V; a healthy one never stays above it and falls at a rate that many curves share. So the first
 line of a log, at whatever step, bounds the factor between the shown and the true loss. The settings of the run suggest the
-factors that scripts apply by mistake; the end of the curve, and a validation loss or a perplexity in the same log, rule some
+factors that scripts apply by mistake; the end of the curve, and a validation loss or perplexity in the same log, rule some
 out. If several remain, all are named. Knows curves and settings, not files.
 """
 
@@ -48,7 +48,7 @@ _FITS = 2.5  # standard deviations: factors further from the evidence are not na
 
 @dataclass(frozen=True)
 class Setup:
-    """The facts about a run that its user gives; None: unknown."""
+    """Facts about a run that the user gives; None: unknown."""
 
     vocab_size: int | None = None
     accumulation: int | None = None
@@ -130,7 +130,7 @@ class Factor:
         return np.log(shown) if self.cause == "perplexity" else shown / self.value
 
     def arithmetic(self, shown: float) -> str:
-        """The step from the shown to the true loss, as `213.8 / 25 = 8.55`."""
+        """The calculation of the true loss from the shown one, e.g. `213.8 / 25 = 8.55`."""
         number = f"{shown:,.0f}" if 1e4 < shown < 1e9 else f"{shown:.4g}"
         if self.cause == "perplexity":
             return f"ln({number}) = {math.log(shown):.3g}"
@@ -141,7 +141,7 @@ class Factor:
         return f"{number} x {1 / self.value:,.6g} = {shown / self.value:.3g}"
 
     def claim(self) -> str:
-        """The rest of a sentence about the shown loss, as `is multiplied by 25`."""
+        """The rest of a sentence about the shown loss, e.g. `is multiplied by 25`."""
         if self.is_unit:
             return f"is {self.words}"
         return f"is multiplied by {self.value:,.6g}" if self.value > 1 else f"is divided by {1 / self.value:,.6g}"
@@ -167,7 +167,7 @@ class Evidence:
 
 
 def factors(setup: Setup, curve: ShownCurve, near: float) -> Iterator[Factor]:
-    """The factors that scripts show by mistake in such a run; `near`: about how large the factor is."""
+    """Yields the factors that scripts apply by mistake in such a run; `near`: the approximate size of the factor."""
     a, w, t, b = (n or 1 for n in (setup.accumulation, setup.world_size, setup.sequence_length, setup.micro_batch_size))
     counts = [
         (a, "accumulation", "the accumulation steps"),
@@ -194,7 +194,7 @@ def factors(setup: Setup, curve: ShownCurve, near: float) -> Iterator[Factor]:
     yield Factor(2.0**16, "loss scale", "the loss scale of fp16", GUESS)
     yield Factor(1 / math.log(2), "bits", "in bits instead of nats", 0.3)
     yield Factor(1 / math.log(10), "log10", "in powers of ten instead of nats", 1.5)
-    # Few scripts print a perplexity as the loss. Support for it: a start near V with a logarithm that falls as losses do, or a
+    # Few scripts print a perplexity as the loss. Support for it: a start near V with a logarithm that falls like a loss, or a
     # fall that is too deep for any multiple of a loss.
     if curve.first > 20:
         falls = math.log(max(1, curve.last)) / math.log(curve.first) <= usual_fall(curve) ** 0.3
@@ -302,9 +302,8 @@ def from_validation(log: TrainingLog, curve: ShownCurve, ln_v: float | None) -> 
         return None
     if evaluated:
         return Evidence(0.87 * middle, 1.15 * middle, middle, 0.04)
-    return Evidence(
-        0.85 * middle, 1.5 * middle, 1.06 * middle, 0.12
-    )  # unseen text has a higher loss, or is of a different kind
+    # Unseen text has a higher loss, or is of a different kind.
+    return Evidence(0.85 * middle, 1.5 * middle, 1.06 * middle, 0.12)
 
 
 def vocabularies_of(loss: float, age: float) -> str:

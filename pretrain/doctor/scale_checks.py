@@ -33,17 +33,16 @@ _ONE_STEP = "Print the first step twice, with accumulation 1 and 2 and the same 
 
 
 def check_running(result: Diagnosis) -> Iterator[LogFinding]:
-    """A curve that rises from 0 accumulates losses instead of showing them."""
+    """A curve that rises from 0: it accumulates losses instead of showing them."""
     if found := running(result.log, result.curve):
-        (b, level), begins = found, f"the curve begins at {result.curve.first:.4g} and rises like"
+        b, level = found
         if b == 1:
-            text, cure = (
-                f"{begins} a sum that is never reset, at first by {level:.3g} per line or step",
-                "Reset the sum per line",
-            )
+            shape = f"a sum that is never reset, at first by {level:.3g} per line or step"
+            cure = "Reset the sum for each line"
         else:
-            text = f"{begins} a running mean that starts at 0, by {1 - b:.2g} of each new loss, about {level:.3g} at first"
+            shape = f"a running mean that starts at 0, by {1 - b:.2g} of each new loss, about {level:.3g} at first"
             cure = f"Divide by 1 - {b:.4g}^n after n losses, or show the losses"
+        text = f"the curve begins at {result.curve.first:.4g} and rises like {shape}"
         yield LogFinding("running", "very likely", text, f"{cure}. Nothing else in this log can be judged.")
 
 
@@ -77,9 +76,8 @@ def check_scale(result: Diagnosis) -> Iterator[LogFinding]:
     elif evidence := from_validation(log, curve, setup.ln_v):
         # The ratio is constant, and that of a perplexity to a loss is not.
         named = [each for each in contenders(evidence, setup, curve, setup.ln_v) if each.cause != "perplexity"]
-        yield _factor(
-            result, evidence, named, f"The same log's evaluation shows {1 / evidence.best:.3g} times this loss, all along. "
-        )
+        why = f"The evaluation in this log shows {1 / evidence.best:.3g} times this loss throughout. "
+        yield _factor(result, evidence, named, why)
     elif setup.ln_v is None:
         yield from _without_vocabulary(result)
     else:
@@ -127,9 +125,8 @@ def _too_low(result: Diagnosis, evidence: Evidence) -> Iterator[LogFinding]:
         yield _factor(result, evidence, named)
     elif untrained and curve.first > 0.6 * setup.ln_v:
         text = f"{start}, as for {math.exp(curve.first):,.0f} ids: a different vocabulary, or padding that counts with loss 0"
-        yield LogFinding(
-            "start", "likely", text, "Compare the model's vocabulary with the tokenizer's.", ("vocabulary", "mask")
-        )
+        advice = "Compare the model's vocabulary with the tokenizer's."
+        yield LogFinding("start", "likely", text, advice, ("vocabulary", "mask"))
     elif untrained:
         text = f"{start}, and it falls like an untrained model's: the shown loss is divided by about {1 / evidence.best:.2g}"
         result.explanation = Factor(evidence.best, "divided", "")
@@ -165,7 +162,7 @@ def _without_vocabulary(result: Diagnosis) -> Iterator[LogFinding]:
 
 
 def _notes_on_a_plausible_start(result: Diagnosis, evidence: Evidence) -> Iterator[str]:
-    """What a first line in the right range shows, and what it leaves open."""
+    """Notes on a first line in the right range: what it shows, and what it leaves open."""
     curve, setup = result.curve, result.setup
     ratio = curve.first / setup.ln_v
     if not curve.from_start:

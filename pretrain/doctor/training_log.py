@@ -1,4 +1,4 @@
-"""A training log as arrays: one loss per step, oldest first, with its companions. Judges nothing (findings.py does).
+"""A training log as arrays: one loss per step, oldest first, and other columns. Judges nothing (findings.py does).
 
 file -> rows {name as written: number} (log_formats.py) -> a meaning for each name (names.py) -> TrainingLog
 """
@@ -51,13 +51,7 @@ class TrainingLog:
 
 def read_log(path: Path) -> TrainingLog:
     """The log in a file, in the folder of a run, or on standard input (`-`). Raises LogError, OSError."""
-    path = Path(path)
     kind, rows = read_rows(path)
-    return _assemble("standard input" if str(path) == "-" else path.name, path, kind, rows)
-
-
-def _assemble(name: str, path: Path, kind: str, rows: list[Row]) -> TrainingLog:
-    """The series in `rows`. Raises LogError if they hold no training loss."""
     counts = Counter(key for row in rows for key in row)
     names: dict[str | None, list[str]] = {}
     """The names of each meaning, the most frequent first."""
@@ -71,7 +65,7 @@ def _assemble(name: str, path: Path, kind: str, rows: list[Row]) -> TrainingLog:
     unit, x_of = _x_axis(rows, train, step_names, names.get("epoch", []))
     columns = {column: [key for key in names.get(column, []) if key != loss_name][:1] for column in COLUMNS}
     log = TrainingLog(
-        name=name,
+        name="standard input" if str(path) == "-" else path.name,
         format=kind,
         loss_name=loss_name,
         unit=unit,
@@ -110,7 +104,7 @@ def _name_of_loss(path: Path, counts: Counter, names: dict[str | None, list[str]
 
 
 def _continue_steps_over_epochs(rows: list[Row], step_names: list[str], epoch_names: list[str]) -> None:
-    """Makes steps that restart with each epoch continue to count, in place."""
+    """Adds an offset, in place, to steps that restart with each epoch, so that they continue."""
     offset, last_step, last_epoch = 0.0, -math.inf, math.inf
     for row in rows:
         name = next((name for name in step_names if name in row), None)
@@ -126,7 +120,7 @@ def _continue_steps_over_epochs(rows: list[Row], step_names: list[str], epoch_na
 def _x_axis(
     rows: list[Row], train: list[Row], step_names: list[str], epoch_names: list[str]
 ) -> tuple[str, Callable[[Row], float]]:
-    """(unit, function from a row to x): the first unit that nearly all rows have and that distinguishes them."""
+    """(unit, function from a row to x) of the first unit that nearly all rows have and that distinguishes them."""
     for unit, names in (("step", step_names), ("epoch", epoch_names)):
         known = [next((row[name] for name in names if name in row), math.nan) for row in train]
         distinct = len(set(known)) > 1 if unit == "step" else not np.any(np.diff(known) == 0)  # 50 lines may share epoch 0.01
@@ -147,13 +141,13 @@ def _series(rows: list[Row], name: str, x_of: Callable[[Row], float]) -> tuple[n
 
 
 def _skipped(rows: list[Row], names: list[str], kind: str) -> int:
-    """Skipped steps in all: Megatron counts them since the last line, this project and most others since the start."""
+    """Total of skipped steps: Megatron counts them since the last line, this project and most others since the start."""
     values = [row[name] for row in rows for name in names if name in row and math.isfinite(row[name])]
     return int(sum(values) if kind.startswith("Megatron") else max(values, default=0))
 
 
 def _average_lines_of_one_step(log: TrainingLog, by_micro_batch: bool) -> None:
-    """Replaces the lines of each step by their mean where nearly all steps have equally many. Adds notes."""
+    """Replaces the lines of each step by their mean, if nearly all steps have the same number of lines. Adds notes."""
     _keep(log, np.flatnonzero(np.isfinite(log.steps)))
     in_order = np.argsort(log.steps, kind="stable")
     starts, lengths, lines = _groups(log.steps)
@@ -174,7 +168,7 @@ def _average_lines_of_one_step(log: TrainingLog, by_micro_batch: bool) -> None:
 
 
 def _drop_lines_before_restarts(log: TrainingLog) -> None:
-    """Keeps the newest line of each step, and of steps that a restart went back over. Adds a note."""
+    """Keeps the newest line of each step, and drops lines of steps that a restart repeated. Adds a note."""
     kept: list[int] = []
     back = []
     for i, step in enumerate(log.steps):

@@ -1,4 +1,4 @@
-"""What is wrong when an untrained model's loss is not ln V: its labels, its head, or some of its tokens. Knows numbers only."""
+"""Finds why an untrained model's loss is not ln V: its labels, its head, or some of its tokens. Knows numbers only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def first_step(loss: float, vocab_size: int, trained: bool = False) -> str:
-    """One line on the loss of step 1 (nats per token) beside ln V. `trained`: the run started from trained weights."""
+    """One line that compares the loss of step 1 (nats per token) with ln V. `trained`: the run started from trained weights."""
     expected = math.log(vocab_size)
     line = f"first loss {loss:.3f}; expected for an untrained model: ln({vocab_size}) = {expected:.3f}"
     if trained:
@@ -26,7 +26,7 @@ def _is_untrained(loss: float, expected: float) -> bool:
 
 
 def label_problem(tokens_BT: np.ndarray, labels_BT: np.ndarray) -> str | None:
-    """The mistake in the shift of labels (B, T); None if each is the token after its input. Labels of -100 do not count."""
+    """The mistake in the shift of labels (B, T); None if each is the token after its input. Labels of -100 are ignored."""
     length = tokens_BT.shape[1]
     agree = {}
     for offset in (1, 0, 2, -1):
@@ -64,7 +64,7 @@ def initial_problem(loss: float, vocab_size: int, embedding_rows: int, logit_std
 def uneven_problems(what: str, nats: Mapping[str, float], errors: Mapping[str, float], vocab_size: int) -> list[str]:
     """One sentence per group of tokens whose untrained loss differs from the others' by more than chance and 2 % of ln V.
 
-    what: the kind of group, as `source`; nats: mean loss by group; errors: standard error of each mean.
+    what: the kind of group, e.g. `source`; nats: mean loss by group; errors: standard error of each mean.
     """
     middle = float(np.median(list(nats.values())))
     least = 0.02 * math.log(vocab_size)

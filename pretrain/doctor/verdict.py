@@ -1,4 +1,4 @@
-"""A loss curve judged in one sentence by the reference losses of its data: ln V, entropies, floor. Knows numbers, not runs."""
+"""Judges a loss curve in one sentence by the reference losses of its data: ln V, entropies, floor. Knows numbers, not runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ENOUGH_LINES = 24
 
 
 def reference_lines(lines: dict[str, float]) -> list[str]:
-    """One text line per reference loss: what a loss that stays there means. `lines`: nats by name, from the training data."""
+    """One line of text per reference loss: the meaning of a loss that stays there. `lines`: nats by name."""
     meaning = {
         "uniform": "ln(vocabulary): guessing. A loss that stays here: the labels carry no information",
         "unigram": "knowing only how frequent each token is. A loss that stays here: the model ignores context",
@@ -27,7 +27,7 @@ def reference_lines(lines: dict[str, float]) -> list[str]:
 
 
 def _repeats(name: str, nats: float, known: list[tuple[str, float]]) -> bool:
-    """True if an entropy equals another reference loss and so adds nothing (random data: all are ln V)."""
+    """True if an entropy equals another reference loss, so that it adds nothing (for random data, all are ln V)."""
     others = (value for other, value in known if other in ("uniform", "floor"))
     return name in ("unigram", "bigram") and any(abs(nats - value) < 0.001 for value in others)
 
@@ -36,7 +36,7 @@ def _repeats(name: str, nats: float, known: list[tuple[str, float]]) -> bool:
 
 
 class Verdict(NamedTuple):
-    """The judgement on a curve."""
+    """The judgment of a curve."""
 
     kind: str
     """random, learned, nothing, worse, unigram, bigram, memorising, other-text, falling, level, short."""
@@ -67,7 +67,7 @@ class _Trend(NamedTuple):
     drop: float
     """Median of the part before the last one, minus `level`."""
     blur: float
-    """The largest `drop` that chance explains."""
+    """The largest `drop` that may be chance."""
     scatter: float
     """Standard deviation of single lines around their trend."""
 
@@ -78,15 +78,15 @@ class _Trend(NamedTuple):
 
     @property
     def flat(self) -> bool:
-        """True if it surely falls by no more than about 1 %. Neither flat nor falling: the lines scatter too much to tell."""
+        """True if it certainly falls by at most about 1 %. Neither flat nor falling: the lines scatter too much to tell."""
         return not self.falling and self.drop + self.blur < 0.012 * self.level
 
 
 def judge(curve: Curve, lines: Mapping[str, float]) -> Verdict:
     """The verdict on a curve; `lines`: the reference losses of its data, nats by name, at least `uniform`.
 
-    A curve counts as stalled only if its second half is surely flat. A flat curve is right where the data is random, or where
-    the model has reached the floor of the data.
+    A curve counts as stalled only if its second half is certainly flat. A flat curve is right if the data is random, or if the
+    model has reached the floor of the data.
     """
     uniform, floor = lines["uniform"], lines.get("floor")
     loss = curve.loss[np.isfinite(curve.loss)]
@@ -102,9 +102,8 @@ def judge(curve: Curve, lines: Mapping[str, float]) -> Verdict:
     if floor is not None and judged < floor + 0.03 * max(1.0, floor):
         if floor > 0.99 * uniform:
             return Verdict("random", f"{share}. This data is random: no token can be predicted, so ln(vocabulary) is its floor")
-        return Verdict(
-            "learned", f"{share}. The floor of this data is {floor:.3f}: the model has learned all there is to learn"
-        )
+        text = f"The floor of this data is {floor:.3f}: the model has learned all there is to learn"
+        return Verdict("learned", f"{share}. {text}")
     if trend.level > 1.06 * uniform:
         text = (
             "That is worse than guessing: it has diverged, the learning rate is too high, or the vocabulary is a different one"
@@ -191,7 +190,7 @@ def _smooth(loss: np.ndarray) -> np.ndarray:
 
 
 def _stall(level: float, falling: bool, flat: bool, lines: Mapping[str, float]) -> tuple[str, str] | None:
-    """(kind, sentence) if the curve stays at a reference loss; else None. It may be falling, flat, or neither for sure."""
+    """(kind, sentence) if the curve stays at a reference loss; else None. `falling` and `flat` may both be False: uncertain."""
     uniform = lines["uniform"]
     unigram, bigram, floor = lines.get("unigram", uniform), lines.get("bigram", 0.0), lines.get("floor", uniform)
     if level > 0.985 * uniform:
@@ -223,7 +222,7 @@ def _stall(level: float, falling: bool, flat: bool, lines: Mapping[str, float]) 
 
 
 def _beyond(level: float, lines: Mapping[str, float]) -> str:
-    """The lowest reference loss that a loss has passed, or the floor of the data, as a part of a sentence; may be empty."""
+    """A clause about the lowest reference loss that a loss has passed, or about the floor of the data; may be empty."""
     if "floor" in lines:
         return f"; the floor of this data is {lines['floor']:.3f}"
     uniform = lines["uniform"]
