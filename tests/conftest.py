@@ -1,4 +1,4 @@
-"""One thread in every test process: test processes share the cores, and sums are then added up in one order."""
+"""Limits every test process to one thread: processes share the cores, and sums are then added in a fixed order."""
 
 import os
 from pathlib import Path

@@ -29,7 +29,7 @@ def heads(key_heads: int = 2, batch: int = 2) -> tuple[torch.Tensor, torch.Tenso
 
 
 def formula(query_BTHC, key_BSKC, value_BSKC, visible_BTS):
-    """One head at a time, by the textbook."""
+    """The textbook formula, one head at a time."""
     out_BTHC = torch.empty_like(query_BTHC)
     group = query_BTHC.shape[2] // key_BSKC.shape[2]
     for head in range(query_BTHC.shape[2]):

@@ -1,4 +1,4 @@
-"""Batches contain the right tokens in the right order however the work is split, and unfit data are refused on opening."""
+"""Batches contain the right tokens in the right order however the work is split, and unusable data are refused on opening."""
 
 import errno
 import math
@@ -50,7 +50,7 @@ def data(sources):
 # ---------------------------------------------------------------- training
 
 
-def test_a_batch_is_the_windows_that_sample_ids_name(data, sources):
+def test_a_batch_consists_of_the_windows_that_sample_ids_lists(data, sources):
     tokens = [TokenFile(path).tokens for path in sources]
     batch = data.take(777, 50)
     assert batch.tokens_BT.shape == batch.labels_BT.shape == batch.documents_BT.shape == (50, T)
@@ -77,7 +77,7 @@ def test_the_global_batch_does_not_depend_on_ranks_and_micro_batches(data, world
                 assert torch.equal(torch.cat(mine), theirs)
 
 
-def test_every_window_is_read_once_per_epoch_and_the_rest_is_shorter_than_a_window(sources):
+def test_every_window_is_read_once_per_epoch_and_fewer_tokens_than_a_window_are_left(sources):
     data = open_train(config(sources[2]), **OPEN)
     n = data.samples_per_epoch
     assert n == (data.sources[0].num_tokens - 1) // T
@@ -158,7 +158,7 @@ def test_the_fingerprint_changes_with_the_stream_and_with_nothing_else(tmp_path,
     assert len({same, *changed}) == 7
 
 
-def test_reference_lines_are_weighted_means_where_all_sources_know_them(tmp_path, data, sources):
+def test_a_reference_line_is_the_weighted_mean_if_all_sources_have_it(tmp_path, data, sources):
     sidecars = [TokenFile(path).sidecar for path in sources]
     expected = sum(sidecar.unigram_entropy_nats * share for sidecar, share in zip(sidecars, [1 / 6, 1 / 3, 1 / 2], strict=True))
     assert data.reference_lines["unigram"] == pytest.approx(expected)
@@ -261,7 +261,7 @@ def test_a_larger_model_vocabulary_without_a_tokenizer_is_allowed(sources):
 @pytest.mark.parametrize("where", [0, 500_000, 999_999])
 def test_too_large_ids_in_a_file_without_a_sidecar_are_found_anywhere(tmp_path, where):
     tokens = np.zeros(1_000_000, dtype="<u2")
-    tokens[where : where + 30_000] = 100  # a sample of a file sees runs, not every token
+    tokens[where : where + 30_000] = 100  # the sample of a file consists of runs, not of all tokens
     tokens[where] = 100
     tokens.tofile(tmp_path / "flat.bin")
     with pytest.raises(DataError, match=r"flat\.bin.* 0 to 100.* 0 to 99"):
@@ -345,5 +345,5 @@ def test_a_trillion_tokens_cost_no_time_to_open_and_no_memory(tmp_path):
     seconds, (_, peak) = time.process_time() - started, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert data.samples_per_epoch == (num_tokens - 1) // 2048 and batch.tokens_BT.shape == (64, 2048)
-    assert seconds < 10  # 0.1 on an idle machine; an index or a scan of all tokens would take minutes
+    assert seconds < 10  # 0.1 on an idle machine; building an index or scanning all tokens would take minutes
     assert peak < 16 << 20 and resident_bytes() - resident < 64 << 20

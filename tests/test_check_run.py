@@ -25,7 +25,7 @@ def check(*flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
 
 
-def test_a_configuration_passes_and_the_table_is_written(tmp_path):
+def test_a_correct_configuration_passes_and_the_table_is_written(tmp_path):
     done = check(
         "--config", "configs/dummy.yaml", "--invariance", "--engine.precision", "fp32", "--json", str(tmp_path / "t.json")
     )

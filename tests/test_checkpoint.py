@@ -131,7 +131,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_used(folder, fi
     assert (folder / "damaged-step_00000003").is_dir()
 
 
-def test_a_thousand_flipped_bits_are_all_seen(folder):
+def test_each_of_a_thousand_flipped_bits_is_detected(folder):
     randomly, target = random.Random(2), checkpoints(folder)[0]
     files = sorted(target.path.iterdir())
     seen = 0
@@ -150,7 +150,7 @@ def test_a_thousand_flipped_bits_are_all_seen(folder):
 def test_no_valid_checkpoint_is_an_error_and_never_a_fresh_start(folder):
     for found in checkpoints(folder):
         spoil(found.path / "state.json", "flipped")
-    for _ in range(2):  # also the second time, when all of them are put aside
+    for _ in range(2):  # even the second time, when all of them have been put aside
         with pytest.raises(CheckpointError):
             newest_valid(folder, make_engine(), lambda text: None)
 
@@ -197,14 +197,14 @@ def test_if_one_rank_cannot_write_all_ranks_raise_and_earlier_checkpoints_stay(t
     assert listing == [[1], ["step_00000001"]]
 
 
-def test_pruning_and_cleaning_never_touch_names_of_others(folder):
+def test_pruning_and_cleaning_leave_other_names_alone(folder):
     (folder / "my-notes-step-5").mkdir()
     (folder / "step_00000009").symlink_to(folder / "step_00000001")
     (folder / ".tmp-step_00000007").mkdir()
     (folder / ".del-step_00000006").mkdir()
     (folder / ".tmp-my-experiment").mkdir()
     (folder / ".tmp-step_00000008").symlink_to(folder / "my-notes-step-5")
-    (folder / "step_00000004").mkdir()  # someone is copying one
+    (folder / "step_00000004").mkdir()  # a user may be copying a checkpoint
     storage.clean(folder)
     storage.prune(folder, keep_last=1, keep_best=0, trusted=set())
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -218,7 +218,7 @@ def test_pruning_and_cleaning_never_touch_names_of_others(folder):
 
 
 def test_pruning_keeps_exactly_the_newest_and_best_intact_checkpoints(tmp_path):
-    """Whichever are damaged, and whichever have the lowest loss."""
+    """For any choice of damaged checkpoints and any order of losses."""
     losses = {1: 2.5, 2: 2.0, 3: 3.0, 4: None, 5: 2.4, 6: 2.6}
     engine = make_engine()
     for step, loss in losses.items():

@@ -1,4 +1,4 @@
-"""Comparing two runs: the one hidden difference is named, and equal runs are called equal."""
+"""Comparing two runs names the one hidden difference, and reports equal runs as equal."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ log: {every_steps: 1, sinks: [jsonl]}
 
 
 class Pairs:
-    """Runs of one tiny configuration, each trained once, named after what is different in it."""
+    """Runs of one tiny configuration, each trained once, named after the difference."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -70,7 +70,7 @@ def base(pairs):
 
 @pytest.fixture
 def again(base):
-    """A repetition of `base`, to be changed by a test."""
+    """A repetition of `base`, which a test may change."""
     run = copy.copy(base)
     run.name, run.environment = "again", json.loads(json.dumps(base.environment))
     return run
@@ -90,7 +90,7 @@ def bending(found: list[Difference]) -> list[str]:
 
 
 def test_a_learning_rate_that_is_stepped_twice_per_update_is_named(pairs, base):
-    """As a scheduler does that is stepped once for each of two processes."""
+    """A scheduler does this if each of two processes steps it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "lr_at", lambda step, *rest: lr_at(min(40, 2 * step), *rest))
         assert train_here(pairs.argv("stepped")) == 0
@@ -138,7 +138,7 @@ def test_the_hidden_difference_is_named(pairs, base, name, plant, named, figures
     found, where, words = compared(base, tool.read(pairs.run(name, *plant(pairs))))
     assert bending(found) == named, found
     assert figures in words, words
-    # Other samples of the same text: the curves agree but for their scatter.
+    # Other samples of the same text: the curves agree except for their scatter.
     assert (where.step is None) == (name in ("unshuffled", "other", "seed")), words
 
 
@@ -197,7 +197,7 @@ def test_curves_of_other_samples_part_only_beyond_their_scatter(base, again):
 
 
 def test_folders_are_read_as_plain_data_without_the_program_that_trained(pairs, base):
-    """As by a reader of other programs: no learning rates of the settings, and no look into token files."""
+    """As a program without these settings would: no learning rates from a schedule, and no look into token files."""
     folder = pairs.run("warmup", *HIDDEN[-1][1](pairs))
     a, b = read_run(pairs.run("base")), read_run(folder)
     assert bending(differences(a, b)) == ["learning-rate"] and parting(a, b, []).step is not None

@@ -1,4 +1,4 @@
-"""Settings: files, flags, and every mistake a user can make in them."""
+"""Settings come from files and flags, and every mistake in them is reported in words."""
 
 from __future__ import annotations
 
@@ -81,10 +81,10 @@ modle: {}
     lines = {"optimizer.lr": 2, "batch.global_batch_sise": 4, "engine.precision": 5, "modle": 6}
     assert {key: found[key].origin for key in lines} == {key: f"{tmp_path}/x.yaml:{line}" for key, line in lines.items()}
     assert found["run.name"].origin == "--run.name"
-    assert found.keys() == {*lines, "run.name", "train", "data.train"}  # the vocabulary may be in the misspelt section
+    assert found.keys() == {*lines, "run.name", "train", "data.train"}  # the misspelled section may hold the vocabulary
 
 
-def test_a_message_says_what_was_found_what_is_allowed_and_what_was_probably_meant():
+def test_a_message_names_the_value_what_is_allowed_and_the_closest_key():
     flags = ["--optimizer.lr", "fast", "--data.synthetic.kind", "unifrom", "--weight_decay", "3"]
     flags += ["--batch.micro_batch_size", "0"]
     text = str(ConfigError(problems_of([*GOOD, *flags])))
@@ -271,7 +271,7 @@ def test_help_lists_every_key_with_default_bounds_resume_class_and_docstring(cap
 
 
 @pytest.mark.parametrize("switch", ["--help", "--print_config", "--print_schema"])
-def test_a_reader_that_has_seen_enough_is_no_failure_and_any_locale_will_do(switch):
+def test_help_survives_a_closed_pipe_and_works_in_any_locale(switch):
     command = [sys.executable, ROOT / "launch" / "pretrain.py", *GOOD, "--run.name", "模型", switch]
     process = subprocess.Popen(command, env={"PYTHONIOENCODING": "ascii"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
@@ -349,7 +349,7 @@ def test_resolve_model_fills_every_null():
     assert (model.head_dim, model.intermediate_size, model.num_key_value_heads) == (64, 1408, 8)
 
 
-def test_a_model_comes_back_from_the_plain_values_that_a_checkpoint_keeps():
+def test_a_model_is_restored_from_the_plain_values_in_a_checkpoint():
     moe, scaling = MoeConfig(num_experts=4), RopeScalingConfig(kind="linear", factor=2.0)
     for model in (ModelConfig(), ModelConfig(moe=moe, rope_scaling=scaling, intermediate_size=96)):
         model = resolve_model(model, vocab_size=10, sequence_length=8)

@@ -1,4 +1,4 @@
-"""Documents come out as they went in, and every bad line is reported."""
+"""Documents are read exactly as they were written, and every bad line is reported."""
 
 import gzip
 import hashlib
@@ -28,7 +28,7 @@ def zstd(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".zst", zstd)])
-def test_texts_come_out_of_every_format_as_they_went_in(tmp_path, suffix, pack):
+def test_texts_are_read_from_every_format_exactly_as_written(tmp_path, suffix, pack):
     (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(jsonl({"id": i, "text": text} for i, text in enumerate(TEXTS))))
     corpus = Corpus([str(tmp_path / f"a.jsonl{suffix}")])
     assert list(corpus.documents()) == [(f"{tmp_path}/a.jsonl{suffix}:{i + 1}", text) for i, text in enumerate(TEXTS)]

@@ -60,7 +60,7 @@ def parts(config):
 # ---------------------------------------------------------------- log
 
 
-def test_the_first_story_is_solved_from_standard_input_without_torch():
+def test_a_loss_of_213_on_standard_input_is_explained_without_torch():
     code = """
 import runpy, sys
 sys.argv = sys.argv[1:]

@@ -105,7 +105,7 @@ def is_setting(key: str) -> bool:
     return key == "config" or bool(sections)
 
 
-def test_every_flag_of_a_command_is_one_that_its_script_or_the_settings_know():
+def test_every_flag_in_a_command_exists_in_its_script_or_in_the_settings():
     seen = set()
     for document in DOCUMENTS:
         whole = [span for span in spans(document) if re.match(r"(python )?(launch|tools)/\w+\.py ", span)]

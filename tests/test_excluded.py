@@ -222,7 +222,7 @@ def test_losses_come_from_any_checkpoint_and_samples_from_any_rank(explained):
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_the_batches_are_the_old_ones_minus_the_quarantine(poisoned, explained, world_size):
-    """Tokens, not messages: rank by rank, over three epochs."""
+    """Compares tokens, not messages: rank by rank, over three epochs."""
     settings = load(argv(poisoned, explained[0])).data
     opened = dict(seed=1234, vocab_size=64, tokenizer_fingerprint=None)
     old = open_train(settings, **opened)

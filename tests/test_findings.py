@@ -113,7 +113,7 @@ def write(kind: str, steps: np.ndarray, loss: np.ndarray, aux: np.ndarray, path:
 
 
 def name_of(result: Diagnosis) -> str:
-    """The fault that the doctor finds, as FAULTS names it; several are joined."""
+    """The fault that the doctor finds, with its name in FAULTS; several are joined."""
     names = [(f.causes[0] if f.fault in ("scale", "noise") else f.fault) for f in result.findings]
     return " + ".join(names) or "clean"
 
@@ -262,7 +262,7 @@ def test_no_curve_setting_or_noise_leads_to_a_wrong_name_and_few_to_none():
     assert sum(count for (_, kind, several), count in answers.items() if kind == "right" and not several) >= 330
 
 
-# ---------------------------------------------------------------- the two stories
+# ---------------------------------------------------------------- the two questions of the guide: 213 and 9.2
 
 
 def doctor(tmp_path: Path, text: str, name: str = "train.log", **setup) -> Diagnosis:
@@ -270,7 +270,7 @@ def doctor(tmp_path: Path, text: str, name: str = "train.log", **setup) -> Diagn
     return diagnose(read_log(tmp_path / name), Setup(**setup))
 
 
-def test_first_story_213_at_vocabulary_6400_and_accumulation_25(tmp_path):
+def test_a_loss_of_213_with_vocabulary_6400_and_accumulation_25_is_multiplied_by_25(tmp_path):
     (finding,) = doctor(tmp_path, STORY, vocab_size=6400, accumulation=25).findings
     words = "213.8 / 25 = 8.55, and ln(6400) = 8.76: the shown loss is multiplied by 25, very likely the accumulation steps"
     assert finding.text == words  # the one test of the wording
@@ -287,12 +287,12 @@ def test_first_story_213_at_vocabulary_6400_and_accumulation_25(tmp_path):
         ({"vocab_size": 6400, "accumulation": 25, "world_size": 2}, "213.8 / 50 = 4.28"),
     ],
 )
-def test_first_story_with_less_or_more_known(tmp_path, setup, words):
+def test_a_loss_of_213_with_fewer_or_more_known_settings(tmp_path, setup, words):
     (finding,) = doctor(tmp_path, STORY, **setup).findings
     assert finding.fault == "scale" and words in finding.text
 
 
-def test_second_story_stall_at_9_2_on_random_data_with_vocabulary_10000(tmp_path):
+def test_a_loss_that_stays_at_9_2_with_vocabulary_10000_has_stalled(tmp_path):
     rng = np.random.default_rng(0)
     text = "".join(f"iter {i}: loss {9.2103 + 0.01 * rng.normal():.4f}, time 12.1ms, mfu 3.0%\n" for i in range(0, 500, 10))
     (finding,) = doctor(tmp_path, text, vocab_size=10000).findings

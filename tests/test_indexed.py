@@ -396,7 +396,7 @@ def test_existing_output_is_replaced_only_with_overwrite(tmp_path):
 
 @pytest.mark.parametrize("survivors", [0, 1, 2])
 def test_a_replacement_that_fails_between_two_files_never_leaves_a_mixed_pair(tmp_path, monkeypatch, survivors):
-    """The sizes do not change, so only the missing index tells."""
+    """The sizes do not change, so only the missing index reveals it."""
     write(tmp_path / "a")
     replace, calls = os.replace, iter(range(10))
 

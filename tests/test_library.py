@@ -1,4 +1,4 @@
-"""The README's lines for people who start in Python train a model."""
+"""The README's Python example trains a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from tests.test_house import README, ROOT
 
 
-def test_the_lines_in_the_readme_train_and_the_first_loss_is_that_of_an_untrained_model(capsys, monkeypatch):
+def test_the_python_example_in_the_readme_trains_from_the_loss_of_an_untrained_model(capsys, monkeypatch):
     (code,) = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(ROOT)
     exec(compile(code, str(README), "exec"), {})

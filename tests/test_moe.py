@@ -1,4 +1,4 @@
-"""Mixtures of experts give the results of transformers, drop no token, and their router losses do not depend on the split."""
+"""Mixtures of experts equal those of transformers and drop no token, and their router losses do not depend on the split."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def test_blend_has_its_golden_values():
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1, 1], [3, 1], EIGHT, [1, 1e-5, 0.3, 7, 2], [1 / (i + 1) for i in range(100)]])
-def test_every_source_is_drawn_without_gap_in_the_ratio_of_its_weight(weights):
+def test_every_source_is_drawn_without_gaps_in_proportion_to_its_weight(weights):
     blend, count = Blend(weights), 100_000
     sources, indices = blend.locate(np.arange(count))
     share = np.array(weights) / sum(weights)
@@ -147,7 +147,7 @@ def test_a_slice_of_the_blend_continues_it_at_any_position():
 
 
 @pytest.mark.parametrize("weights", [[1, 1], [1, 1, 1, 1], [3, 1], [1, 3], [1e-9, 1], [0.2, 0.3, 0.5]])
-def test_position_is_the_inverse_of_locate_even_where_rounding_ties(weights):
+def test_position_is_the_inverse_of_locate_even_if_rounding_causes_ties(weights):
     blend = Blend(weights)
     for start in (0, 2**32 - 100, 2**50):
         sources, indices = blend.locate(np.arange(start, start + 500, dtype=np.uint64))

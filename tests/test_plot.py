@@ -1,4 +1,4 @@
-"""The picture shows what metrics.jsonl holds, and a run that cannot be drawn is refused."""
+"""The picture shows the values of metrics.jsonl, and a run that cannot be drawn is refused."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_run_without_any_finite_loss_is_drawn_and_labelled_so(tmp_path):
 
 
 @pytest.mark.parametrize(("second_tokens", "has_steps"), [(1000, True), (2000, False)])
-def test_an_axis_of_steps_is_drawn_only_if_it_is_right_for_all_runs(tmp_path, second_tokens, has_steps):
+def test_an_axis_of_steps_is_drawn_only_if_it_holds_for_all_runs(tmp_path, second_tokens, has_steps):
     runs = [write_run(tmp_path / "a", [8.0, 7.0]), write_run(tmp_path / "b", [8.0, 7.0], tokens_per_step=second_tokens)]
     axes = drawn(*runs)
     assert bool(axes.child_axes) == has_steps

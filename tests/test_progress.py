@@ -26,12 +26,12 @@ class Terminal:
         self._reader.start()
 
     def _read(self) -> None:
-        with contextlib.suppress(OSError):  # Linux: nobody can write any more
+        with contextlib.suppress(OSError):  # Linux: no process can write any more
             while data := os.read(self._leader, 65536):
                 self._shown += data
 
     def close(self) -> str:
-        """All that was written, after waiting until no process can write any more."""
+        """Returns all that was written, after no process can write any more."""
         self.file.close()
         self._reader.join(120)
         os.close(self._leader)

@@ -113,7 +113,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.fixture
 def disk():
-    """disk(n): from now on files of this process cannot grow beyond n bytes, as if the disk were full; disk(None): freed."""
+    """disk(n): limits the files of this process to n bytes from now on, like a full disk; disk(None): removes the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)  # Python ignores the signal SIGXFSZ
 
     def limit(size: int | None) -> None:

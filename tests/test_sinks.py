@@ -68,7 +68,7 @@ def test_a_full_disk_is_reported_once_and_costs_no_record(tmp_path, capsys, disk
         disk(10)
         for step in (1, 2):
             sinks.log({"step": step, "loss": 1.0})
-        sinks.sync()  # reports, does not raise: the checkpoint that follows matters more
+        sinks.sync()  # reports but does not raise: the checkpoint that follows matters more
         disk(None)
         sinks.sync()
     output = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Every real spike is found, and nothing else."""
+"""The spike detector finds every planted spike, and nothing else."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_a_killed_rank_and_a_killed_launcher_are_restarted_and_no_step_differs(t
     job.wait_for(60)
     job.launcher().kill()  # its workers notice, save, and are waited for
     assert job.end() == 0, job.said()
-    assert job.said().count("starting again in 1 s") == 2 and "peer_lost" in job.said()
+    assert job.said().count("restarting in 1 s") == 2 and "peer_lost" in job.said()
     assert (job.state()["status"], job.state()["attempt"], job.state()["saved_step"]) == ("done", 3, 160)
     assert run_ranks(2, train_here, [*tiny, "--run.name", "straight"]) == [0, 0]
     assert curve(job.run) == curve(run_of(tiny, "straight"))
@@ -95,7 +95,7 @@ def test_signals_reach_the_job_and_end_the_supervisor(tiny, numbers, status):
         job.process.send_signal(number)
         time.sleep(0.05)
     assert job.end() == status, job.said()
-    assert job.state()["exit_status"] == status and "starting again" not in job.said()
+    assert job.state()["exit_status"] == status and "restarting in" not in job.said()
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_a_crash_loop_ends_with_70_and_stays_refused_until_forced(tiny):
     never = ["--engine.timeout_seconds", "0.001", *tiny]
     job = Job(never)
     assert job.end(300) == 70, job.said()
-    assert "starting again in 4 s (1 of 3" in job.said() and "starting again in 16 s (2 of 3" in job.said()
+    assert "restarting in 4 s (1 of 3" in job.said() and "restarting in 16 s (2 of 3" in job.said()
     assert job.state()["reason"].startswith("crash_loop: 3 attempts in a row ended without a new checkpoint")
     again = Job(tiny)
     assert again.end() == 70 and "start with --force" in again.said()
@@ -133,7 +133,7 @@ def test_a_crash_loop_ends_with_70_and_stays_refused_until_forced(tiny):
 def test_refused_settings_end_with_2_without_a_retry(tiny, settings, said):
     job = Job([*settings, *tiny])
     assert job.end() == 2
-    assert said in job.said() and "starting again" not in job.said()
+    assert said in job.said() and "restarting in" not in job.said()
 
 
 def test_a_folder_in_use_ends_with_73(tiny):

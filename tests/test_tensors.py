@@ -1,4 +1,4 @@
-"""Headers of safetensors files: the same bytes as ever, and strict reading of the ones that checkpoints consist of."""
+"""Headers of safetensors files keep their bytes in every version, and malformed files are refused."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("damage", MALFORMED)
-def test_a_malformed_file_of_anyone_is_refused(tmp_path, damage):
+def test_a_malformed_file_of_any_program_is_refused(tmp_path, damage):
     path = tmp_path / "file"
     save_file({"a": torch.arange(4.0)}, path)
     data = path.read_bytes()
@@ -117,7 +117,7 @@ def test_a_malformed_file_of_anyone_is_refused(tmp_path, damage):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_any_range_of_any_dtype_is_read_as_fp32(tmp_path, dtype):
-    """Across the border of two blocks, too."""
+    """Even across the border of two blocks."""
     tensor = (torch.arange(BLOCK + 10) % 251).to(dtype)
     save_file({"a": tensor.view(2, -1)}, tmp_path / "file")
     into = torch.empty(BLOCK + 2)

@@ -1,4 +1,4 @@
-"""The data tools do what their flags say, and refuse what they cannot do with status 2 and one line."""
+"""The data tools do what their flags say, and refuse impossible requests with status 2 and one line."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.pl
 
 @pytest.fixture(autouse=True)
 def own_wandb(monkeypatch, tmp_path):
-    """W&B's state in this process, which is global, begins and ends with the test, and knows no key of the user."""
+    """Limits W&B's state in this process, which is global, to the test, and hides any key of the user."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     yield
@@ -41,7 +41,7 @@ def own_wandb(monkeypatch, tmp_path):
 
 
 def python(code: str, directory: Path, **options) -> subprocess.Popen:
-    """A process of its own that runs `code` with sys.argv[1] = directory."""
+    """Runs `code` in a separate process with sys.argv[1] = directory."""
     code = "import sys, time\nfrom pathlib import Path\nfrom tests.test_sinks import outputs\n" + code
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("variables", {})
     return subprocess.Popen([sys.executable, "-c", code, str(directory)], env=environment, text=True, **options)
@@ -121,7 +121,7 @@ class StubRun:
 
 @pytest.fixture
 def server(monkeypatch):
-    """A stub of the library, since no W&B server can be had here: its calls of init, and whether it refuses to rewind."""
+    """A stub of the library, since no W&B server is available: records calls of init, and refuses to rewind on request."""
     stub = types.ModuleType("wandb")
     stub.calls, stub.refuses, stub.run = [], False, StubRun()
 
@@ -153,7 +153,7 @@ def test_a_wandb_server_rewinds_to_the_checkpoint_and_a_refusal_is_reported(tmp_
     assert server.run.axes == ["step", "tokens", "train_hours", "*", "val_loss"]
 
 
-def test_a_run_that_is_new_to_a_wandb_server_is_not_rewound_and_brings_its_curve(tmp_path, server):
+def test_a_run_that_is_new_to_a_wandb_server_is_not_rewound_and_uploads_its_curve(tmp_path, server):
     (tmp_path / "metrics.jsonl").write_text('{"step": 50, "loss": 2.5}\n')
     with outputs(tmp_path, "jsonl", "wandb", mode="online", resume_step=50) as sinks:
         sinks.log({"step": 51, "loss": 1.5})
@@ -207,13 +207,13 @@ def test_a_wandb_outage_neither_stops_nor_delays_the_run_and_its_records_go_offl
             seconds = time.monotonic() - began
             early = capsys.readouterr().out
     assert seconds < 2.0 and (outage != "silent" or "W&B" not in early)  # nothing waited for the two seconds
-    assert time.monotonic() - began < 30  # what a preempted job has
+    assert time.monotonic() - began < 30  # the time that a preempted job has
     assert (early + capsys.readouterr().out).count("W&B cannot be reached") == 1
     assert {step: row["loss"] for step, row in wandb_rows(tmp_path).items()} == {step: 1 / step for step in range(1, 11)}
 
 
 def test_wandb_whose_service_dies_costs_no_step(tmp_path):
-    """The process that W&B starts beside ours is killed in mid-run."""
+    """The process that W&B starts beside ours is killed in the middle of the run."""
     code = """
 import psutil
 sinks = outputs(Path(sys.argv[1]), "jsonl", "wandb", "console")

@@ -1,4 +1,4 @@
-"""Each kind of curve gets the right verdict: synthetic ones with every amount of noise, and those of short real runs."""
+"""Each kind of curve gets the right verdict: synthetic curves with various amounts of noise, and curves of short real runs."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_each_curve_gets_its_verdict(name):
 
 @pytest.mark.parametrize("noise", [0.001, 0.01, 0.03, 0.1, 0.3])
 def test_a_falling_curve_is_never_called_stalled(noise):
-    """240 curves per noise, which pass every reference loss on their way."""
+    """240 curves per noise level, which pass every reference loss on their way."""
     for seed in range(40):
         generator = np.random.default_rng(seed)
         for end in np.linspace(2.5, 7.5, 6):
