@@ -1,4 +1,4 @@
-"""What the project needs; constraints.txt holds the versions it is tested with."""
+"""Package and dependencies; constraints.txt holds the tested versions."""
 
 from setuptools import find_packages, setup
 
@@ -23,7 +23,7 @@ setup(
         "sentencepiece",
         "tokenizers",
         "safetensors",
-        "wandb>=0.31",  # earlier ones cannot be told not to ask for a key on a terminal
+        "wandb>=0.31",  # earlier ones always ask for a key on a terminal
         "pyyaml",
         "pydantic>=2",
         "pydantic-core",

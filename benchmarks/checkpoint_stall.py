@@ -1,9 +1,9 @@
-"""Measures how long a run waits for a checkpoint in the background and in the foreground, and the memory that saving takes.
+"""Measures how long a run waits for a checkpoint, saved in the background or the foreground, and the memory that saving takes.
 
     python benchmarks/checkpoint_stall.py [--hidden-size 640] [--layers 8] [--rounds 3] [--folder DIR] [--output FILE]
     python benchmarks/checkpoint_stall.py --rounds 0 --hidden-size 1280 --layers 12        memory only, for a larger state
 
-Trains a model on random tokens on one process and saves in the foreground and in the background by turns. `stall` is the time
+Trains a model on random tokens in one process, saving in the foreground and in the background alternately. `stall` is the time
 inside calls of the saver, `durable` the time from the start of a save to its acknowledgement, `step` the median of the steps in
 between, or of steps without a save. All are medians over the rounds.
 
@@ -67,7 +67,7 @@ def take_step(engine: Engine) -> float:
 
 def save_once(engine: Engine, saver: Saver, step: int) -> dict[str, float]:
     """Saves once and takes steps until the checkpoint is durable."""
-    stall, steps, began = 0.0, [], time.perf_counter()
+    steps, began = [], time.perf_counter()
     saver.save(step, {"val_loss": None}, last=False)
     stall = time.perf_counter() - began
     durable = stall if saver.saved and saver.saved.step == step else None
@@ -143,7 +143,7 @@ def memory(folder: Path, hidden_size: int, layers: int) -> list[dict]:
         process.start()
         process.join()
         if process.exitcode:
-            raise SystemExit(f"{what}: ended with {process.exitcode}")
+            raise SystemExit(f"{what}: the process ended with {process.exitcode}")
         rows.append(results.get())
     return rows
 

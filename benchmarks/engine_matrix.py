@@ -1,4 +1,4 @@
-"""Checks that all engines compute the same, for every split of a batch and precision, and hold the bytes that they should.
+"""Checks that all engines compute the same for every split of a batch and precision, and hold the expected number of bytes.
 
     python benchmarks/engine_matrix.py [--engines ddp zero1 ...] [--processes 1 2] [--precision fp32 bf16] [--output FILE]
 
@@ -54,7 +54,7 @@ def expected_bytes(case: Case, shapes: list[tuple[int, ...]]) -> dict[str, int]:
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit status."""
+    """Runs the checks; returns the exit status."""
     parser = command_line.make_parser(__doc__)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, help="default: all")
     parser.add_argument("--processes", nargs="+", type=command_line.at_least(1), default=[1, 2], metavar="N",

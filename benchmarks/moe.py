@@ -2,7 +2,7 @@
 
     python benchmarks/moe.py [--device cpu|cuda] [--rounds 5] [--steps 1] [--compile] [--output FILE]
 
-Each mixture has the dense model's attention, head and data; the experts of a token are together as wide as the dense
+Each mixture has the dense model's attention, head and data; the experts of a token together are as wide as the dense
 feed-forward network. The models take turns in one process after a warm-up. The figure is FLOPs per second (including the
 router) relative to the dense model, the median over the rounds: for full steps, and without the optimizer's update, because a
 mixture has more parameters to update, however many tokens a step has.
@@ -47,7 +47,7 @@ KINDS = {  # name: (experts, chosen, shared)
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit status."""
+    """Runs the benchmark; returns the exit status."""
     parser = command_line.make_parser(__doc__)
     default, positive = "cuda" if torch.cuda.is_available() else "cpu", command_line.at_least(1)
     parser.add_argument("--device", choices=SIZES, default=default, help="default here: %(default)s")
@@ -112,7 +112,7 @@ def _engine(settings: EngineConfig, model: ModelConfig) -> Engine:
 
 
 def _seconds(engine: Engine, window: list[Batch], steps: int) -> tuple[float, float]:
-    """Returns the seconds of one step, with and without the update; of processor time on a CPU, which other programs share."""
+    """Returns the seconds of one step with and without the update: processor time on a CPU, which other programs share."""
     clock, update, updating = time.process_time if engine.device.type == "cpu" else time.perf_counter, engine.update, []
 
     def timed(lr: float):

@@ -2,7 +2,7 @@
 
     python benchmarks/muon.py [--device cpu|cuda] [--models quickstart 124M ...] [--repeats 5] [--output FILE]
 
-Prints two tables and writes their rows as JSON. Inputs are random numbers, never zeros; variants take turns (A B, B A, ...) and
+Prints two tables and writes their rows as JSON. Inputs are random numbers, never zeros; variants alternate (A B, B A, ...) and
 each figure is the median over the rounds. `share` is the fraction of the FLOPs of a training step with `tokens_per_step` that
 Newton-Schulz takes. It measures one rank only, because several processes on one machine say nothing about a network.
 """
@@ -30,7 +30,7 @@ from pretrain.optim.muon import newton_schulz
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.run import command_line
 
-MODELS = {  # name: (model, vocabulary, tokens in a step)
+MODELS = {  # name: (model, vocabulary, tokens per step)
     "quickstart": (
         ModelConfig(hidden_size=192, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, intermediate_size=512),
         4096,
@@ -140,7 +140,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda (default here: %(default)s)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=models, help=f"default here: {' '.join(models)}")
     parser.add_argument("--repeats", type=command_line.at_least(1), default=5, help="rounds (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/muon.json"), help="JSON (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/benchmarks/muon.json"), help="JSON file to write (default: %(default)s)"
+    )
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
