@@ -18,7 +18,7 @@ _CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 
 def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 120) -> list[Any]:
-    """`function(*args)` on `world_size` processes with the variables that torchrun sets; results in the order of ranks.
+    """Runs `function(*args)` on `world_size` processes with torchrun's variables; returns the results in the order of ranks.
 
     Raises RuntimeError if a rank fails or dies, TimeoutError after `timeout` seconds without a result; the others are killed.
     """

@@ -28,7 +28,7 @@ def tiny(tmp_path) -> list[str]:
 
 
 def train_poisoned(argv: list[str], first_step: int, last_step: int, factor: float, how=train_here, *more) -> int:
-    """Trains on data whose samples of some steps, as they stand in the order, multiply the loss by `factor`."""
+    """Trains on data in which the samples of some steps, in the original order, multiply the loss by `factor`."""
     take, forward = TrainData.take, DdpEngine.forward
 
     def poisoned_take(self, position: int, count: int):
@@ -46,7 +46,7 @@ def train_poisoned(argv: list[str], first_step: int, last_step: int, factor: flo
 
 
 def train_without(argv: list[str], first_step: int, last_step: int) -> int:
-    """Trains on data that never had the samples of these steps."""
+    """Trains on data without the samples of these steps."""
     take = TrainData.take
     skip = (last_step - first_step + 1) * SIZE
     TrainData.take = lambda self, position, count: take(self, position + skip * (position >= (first_step - 1) * SIZE), count)
@@ -85,7 +85,7 @@ def test_a_signal_changes_nothing_in_a_rolled_back_run(tiny, rolled_back):
 
 
 def die_after_rollback(argv: list[str]) -> int:
-    """Killed at the first step that skips the samples, before anything of the rollback is saved."""
+    """Trains, and kills itself at the first step that skips the samples, before the rollback is saved."""
     take = TrainData.take
 
     def dying_take(self, position: int, count: int):
@@ -110,7 +110,7 @@ def train_in_child(argv: list[str]) -> int:
     return run_ranks(1, train_poisoned, argv, 7, 9, math.nan)[0]
 
 
-def test_a_run_that_diverges_again_and_again_stops_with_70_after_two_rollbacks(tiny):
+def test_a_run_that_keeps_diverging_ends_with_70_after_two_rollbacks(tiny):
     assert run_ranks(2, train_poisoned, tiny, 7, 10**9, math.inf) == [70, 70]
     state = json.loads((run_of(tiny) / "run_state.json").read_text())
     assert state["exit_status"] == 70 and state["reason"].startswith("diverged after 2 rollbacks: ")

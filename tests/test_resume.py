@@ -1,4 +1,4 @@
-"""Where a run begins: from a checkpoint of its own or of another run, with fewer steps than it has, with files gone."""
+"""A run starts at the right step: from its own or another run's checkpoint, with fewer steps, or with files missing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def steps_saved(run: Path) -> list[str]:
 
 
 def begins(run: Path) -> list[str]:
-    """What the console says first at every start."""
+    """The first console line of every start, after the name of the run."""
     return [line.partition("/tiny")[2] for line in (run / "console.log").read_text().splitlines() if "  run        " in line]
 
 
@@ -50,7 +50,7 @@ def test_a_run_may_start_from_a_checkpoint_of_another_and_the_same_command_resum
     there = ["--checkpoint.resume", str(parent / "checkpoints" / "step_00000016"), "--run.name", "tiny_child", *tiny]
     assert train_here(there) == 0 and train_here(there) == 0
     assert begins(child) == ["_child, resuming after step 16", "_child, resuming after step 20"]
-    assert records(child)[0]["reference_lines"] == records(parent)[0]["reference_lines"]  # validations show the levels
+    assert records(child)[0]["reference_lines"] == records(parent)[0]["reference_lines"]  # validation lines show them
     assert curve(child) == [record for record in curve(parent) if record["step"] > 16]
     capsys.readouterr()
     other = ["--checkpoint.resume", str(parent / "checkpoints" / "step_00000020"), "--run.name", "tiny_child", *tiny]
@@ -96,7 +96,7 @@ def test_the_state_is_that_of_this_start_and_not_of_an_earlier_one(tiny, monkeyp
 
 
 def test_tokens_per_second_of_an_interval_with_a_stop_count_the_time_before_it(tiny, monkeypatch):
-    """A step takes at least 20 ms here, whatever the machine: 128 tokens a step are at most 6,400 a second."""
+    """A step takes at least 20 ms here, whatever the machine: 128 tokens per step are at most 6,400 per second."""
     from pretrain import train
 
     step = train.train_step
@@ -115,11 +115,7 @@ def test_tokens_per_second_of_an_interval_with_a_stop_count_the_time_before_it(t
     assert line["tokens_per_second"] < 6400 and line["train_hours"] * 3600 > 0.4
 
 
-def test_a_run_trains_with_a_warning_on_a_file_system_without_locks_and_folder_syncs(
-    tiny,
-    monkeypatch,
-    capsys,
-):
+def test_a_run_trains_with_a_warning_on_a_file_system_without_locks_and_folder_syncs(tiny, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
@@ -130,7 +126,7 @@ def test_a_run_trains_with_a_warning_on_a_file_system_without_locks_and_folder_s
     monkeypatch.setattr(fcntl, "flock", no_locks)
     monkeypatch.setattr(os, "fsync", files_only)
     (run_of(tiny)).mkdir(parents=True)
-    (run_of(tiny) / "metrics.jsonl").write_text("{}\n")  # to be cut
+    (run_of(tiny) / "metrics.jsonl").write_text("{}\n")  # must be removed
     assert train_here(tiny) == 0 and (run_of(tiny) / "checkpoints" / "step_00000020").is_dir()
     assert "has no locks (Function not implemented)" in capsys.readouterr().err
 

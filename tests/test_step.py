@@ -1,4 +1,4 @@
-"""The number shown is the number minimised, however a global batch is split over ranks and micro-batches."""
+"""The shown loss is the loss being minimized, however a global batch is split over ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPLITS = [(1, 8, 1), (1, 2, 4), (1, 1, 8), (2, 2, 2), (2, 1, 4), (4, 1, 2)]
 SCALE = "engine.world_size / tokens.clamp(min=1)"
 OWN_MEAN = "1 / (batch.labels_BT != -100).sum().clamp(min=1)"
 REDUCED = "all_reduce(torch.cat([self.loss_sum[None], memory, routing]))"
-# name: (function, what stands there, what the bug writes)
+# name: (function, its code, the code with the bug)
 MUTANTS = {
     "divided by accumulation twice": (train.train_step, SCALE, f"{SCALE} / len(window)"),
     "not divided by accumulation": (train.train_step, SCALE, OWN_MEAN),
@@ -52,7 +52,7 @@ def global_batch(step: int) -> Batch:
 
 
 def plain_run(optimizer_name: str):
-    """The reference: one process, the whole batch, PyTorch's own loss, no code of the step, the engine or the meter."""
+    """The reference: one process, the full batch, PyTorch's own loss, no code of the step, the engine or the meter."""
     model = build(MODEL, "cpu", seed=0)
     optimizer = make_optimizer(model, optimizer_name)
     shown = []
@@ -94,7 +94,7 @@ def optimizer_lr(name: str) -> float:
 
 
 def mutate(mutant: str | None):
-    """(train_step, Meter.read) with one bug planted into their source; without one, as they are."""
+    """(train_step, Meter.read) with this bug planted into their source; None: unchanged."""
     functions = {function: function for function in (train.train_step, metrics.Meter.read)}
     if mutant:
         function, old, new = MUTANTS[mutant]
@@ -132,7 +132,7 @@ def run_split(config: EngineConfig, micro_batch: int, optimizer_name: str, mutan
 
 
 def run_steps(engine: Engine, micro_batch: int, optimizer_name: str, mutants: list[str | None]):
-    """For every mutant (None: the true code) what was shown in each step, and this rank's pieces of the weights at the end."""
+    """For every mutant (None: the true code): the figures shown in each step, and this rank's pieces of the final weights."""
     results = {}
     for mutant in mutants:
         step_function, read = mutate(mutant)
@@ -148,21 +148,21 @@ def run_steps(engine: Engine, micro_batch: int, optimizer_name: str, mutants: li
 
 
 def pieces_of(engine: Engine, prefix: str = "") -> list[tuple]:
-    """(name, shape, offset, values) of what this rank would save."""
+    """(name, shape, offset, values) of each shard that this rank would save."""
     shards = [shard for shard in engine.shards(saving=True) if shard.name.startswith(prefix)]
     return [(shard.name, shard.shape, shard.offset, shard.values.numpy(force=True).copy()) for shard in shards]
 
 
 def assemble(pieces: list[tuple]) -> dict[str, torch.Tensor]:
-    """Whole tensors from the pieces of all ranks, which must tile each of them exactly once."""
-    whole, seen = {}, {}
+    """Full tensors from the pieces of all ranks, which must cover each tensor exactly once."""
+    full, seen = {}, {}
     for name, shape, offset, values in pieces:
-        flat = whole.setdefault(name, torch.full((math.prod(shape),), math.nan))
+        flat = full.setdefault(name, torch.full((math.prod(shape),), math.nan))
         flat[offset : offset + len(values)] = torch.as_tensor(values)
         seen[name] = seen.get(name, 0) + len(values)
-    assert all(seen[name] == flat.numel() and not flat.isnan().any() for name, flat in whole.items())
+    assert all(seen[name] == flat.numel() and not flat.isnan().any() for name, flat in full.items())
     shapes = {name: shape for name, shape, *_ in pieces}
-    return {name: flat.view(shapes[name]) for name, flat in whole.items()}
+    return {name: flat.view(shapes[name]) for name, flat in full.items()}
 
 
 def differences(results: list[dict], expected, mutant: str | None = None) -> tuple[float, float, float]:
@@ -176,7 +176,7 @@ def differences(results: list[dict], expected, mutant: str | None = None) -> tup
 
 @pytest.mark.parametrize("optimizer_name", ["sgd", "adamw"])
 @pytest.mark.parametrize(("ranks", "micro_batch", "accumulation"), SPLITS)
-def test_loss_norm_and_weights_equal_one_process_on_the_whole_batch(ranks, micro_batch, accumulation, optimizer_name):
+def test_loss_norm_and_weights_equal_one_process_on_the_full_batch(ranks, micro_batch, accumulation, optimizer_name):
     assert ranks * micro_batch * accumulation == SEQUENCES
     expected = plain_run(optimizer_name)
     results = run_ranks(ranks, run_split, EngineConfig(), micro_batch, optimizer_name, [None])
@@ -186,7 +186,7 @@ def test_loss_norm_and_weights_equal_one_process_on_the_whole_batch(ranks, micro
 
 
 @pytest.mark.parametrize("optimizer_name", ["sgd", "adamw"])
-def test_each_planted_bug_is_seen(optimizer_name):
+def test_each_planted_bug_is_found(optimizer_name):
     expected = plain_run(optimizer_name)
     results = run_ranks(2, run_split, EngineConfig(), 2, optimizer_name, [None, *MUTANTS])
     assert max(differences(results, expected)) < 1e-6
@@ -205,7 +205,7 @@ def test_the_step_draws_no_random_numbers():
 
 
 def poisoned_step(config: EngineConfig, poison: str):
-    """Three steps; in the second, rank 1's loss or one gradient is not finite. -> weights, moments and updates after each."""
+    """Takes three steps; in the second, the last rank's loss or gradient is not finite. Returns state and figures of each."""
     engine = make_engine(config, "adamw")
     forward, trace = engine.forward, []
     meter = metrics.Meter(engine.device, engine.rank, engine.world_size)

@@ -1,4 +1,4 @@
-"""Signals become flags, flags become an exit status; whatever the main thread does, the process can be ended."""
+"""Signals become flags, and flags an exit status; the process can be ended whatever its main thread does."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_closing_restores_the_handlers_and_may_be_repeated():
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_the_file_stop_is_a_request_of_a_person(stop, tmp_path):
+def test_the_file_stop_counts_as_a_request_of_a_person(stop, tmp_path):
     stop.stop_file = tmp_path / "STOP"
     assert stop.flags() == [0, 0, 0]
     stop.stop_file.touch()
@@ -108,12 +108,12 @@ def test_a_second_sigint_exits_at_once_even_if_the_main_thread_hangs_in_c():
     assert code == 130 and "second SIGINT" in said and seconds < 20
 
 
-@pytest.mark.parametrize("told_by", ["signal", "peers"])
-def test_a_rank_whose_peers_never_answer_exits_with_75_at_the_deadline(told_by):
-    agreed = "stop.agreed(75); " if told_by == "peers" else ""
+@pytest.mark.parametrize("notified_by", ["signal", "peers"])
+def test_a_rank_whose_peers_never_answer_exits_with_75_at_the_deadline(notified_by):
+    agreed = "stop.agreed(75); " if notified_by == "peers" else ""
     process = child("stop.deadline_seconds = 0.5; stop.training(); " + agreed + BLOCKED_IN_C)
     assert process.stdout.readline() == "ready\n"
-    if told_by == "signal":
+    if notified_by == "signal":
         process.send_signal(signal.SIGTERM)
     code, said, seconds = end_of(process)
     assert code == 75 and "75 peer_lost: no durable checkpoint 0.5 s" in said and seconds < 20
@@ -124,7 +124,7 @@ def test_a_saved_checkpoint_is_not_reported_as_lost_if_shutdown_takes_too_long()
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
     code, said, _ = end_of(process)
-    assert code == 75 and said == ""  # no last words: run_state.json already says what is true
+    assert code == 75 and said == ""  # no last words: run_state.json is already right
 
 
 def test_last_words_that_hang_do_not_keep_the_process_alive():
@@ -139,7 +139,7 @@ def test_last_words_that_hang_do_not_keep_the_process_alive():
     [
         ("TORCHELASTIC_RUN_ID", [], [1, 0, 0]),
         ("NONE", ["accelerate", "launch"], [1, 0, 0]),  # with one process
-        ("ACCELERATE_MIXED_PRECISION", [], [0, 0, 0]),  # a shell that exports it, and ends
+        ("ACCELERATE_MIXED_PRECISION", [], [0, 0, 0]),  # a shell that exports this variable, and exits
     ],
 )
 def test_a_worker_whose_launcher_is_killed_gets_a_request(variable, words, flags):

@@ -1,4 +1,4 @@
-"""Stopping at awkward moments: in the middle of a validation, by a file, after a peer is lost."""
+"""Runs stop cleanly in the middle of a validation, because of a file, and after the loss of a peer."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def signal_in_validation(argv: list[str]) -> int:
     return train_here(argv)
 
 
-def test_sigterm_breaks_off_a_validation_and_the_resumed_run_begins_with_it(tiny):
+def test_sigterm_interrupts_a_validation_and_the_resumed_run_starts_with_it(tiny):
     slow = ["--evaluate.max_batches", "200", *tiny]  # about a second
     assert run_ranks(2, train_here, [*slow, "--run.name", "straight"]) == [0, 0]
     began = time.monotonic()
@@ -65,7 +65,7 @@ def test_sigterm_breaks_off_a_validation_and_the_resumed_run_begins_with_it(tiny
     assert (state["step"], state["saved_step"]) == (10, 10) and not [r for r in records(run_of(tiny)) if "val_loss" in r]
     saved = json.loads((run_of(tiny) / "checkpoints" / "step_00000010" / "state.json").read_text())
     assert saved["progress"]["evaluation_due"] and saved["val_loss"] is None and seconds < 60
-    # Once more, in the middle of the repeated validation: there is nothing new to save, and still none is recorded.
+    # Again, in the middle of the repeated validation: there is nothing new to save, and no validation is recorded.
     assert run_ranks(2, signal_in_validation, slow) == [75, 75]
     assert not [record for record in records(run_of(tiny)) if "val_loss" in record]
     assert run_ranks(2, train_here, slow) == [0, 0]
@@ -113,7 +113,7 @@ def test_a_validation_repeated_after_a_crash_is_recorded_once_and_enters_the_che
     assert list(losses) == [10, 20]
 
 
-def test_the_file_stop_ends_a_run_within_two_steps_and_holds_it_until_it_is_removed(tiny):
+def test_the_file_stop_ends_a_run_with_130_and_blocks_it_until_it_is_removed(tiny):
     tiny = ["--train.max_steps", "60", *tiny]
     stop = run_of(tiny) / "STOP"
     assert run_ranks(2, train_and, tiny, 1, 6, stop.touch) == [130, 130]
@@ -143,7 +143,7 @@ def test_a_rank_that_loses_its_peer_exits_with_75_and_keeps_the_last_checkpoint(
 
 
 def lose_a_peer(argv: list[str], number: int) -> int:
-    """Rank 1 gets `number` after step 9; where that leaves rank 0 waiting, a launcher would send it SIGTERM."""
+    """Rank 1 gets `number` after step 9; if that leaves rank 0 waiting, rank 0 gets SIGTERM, as from a launcher."""
     struck = run_of(argv).parent / "struck"
 
     def act() -> None:
@@ -162,7 +162,7 @@ def lose_a_peer(argv: list[str], number: int) -> int:
 
 
 @pytest.mark.parametrize(("minutes", "several"), [("0.0005", True), ("60", False), ("0", False)])
-def test_a_checkpoint_comes_after_so_many_minutes(tiny, minutes, several):
+def test_checkpoints_are_saved_after_so_many_minutes(tiny, minutes, several):
     """0.0005 minutes are 30 ms; twenty steps take longer. The end of a run is always saved."""
     assert train_here(["--checkpoint.every_steps", "0", "--checkpoint.every_minutes", minutes, *tiny]) == 0
     saves = (run_of(tiny) / "console.log").read_text().count("  saved ")

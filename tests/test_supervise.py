@@ -1,4 +1,4 @@
-"""The supervisor with the real launcher and two ranks: what it restarts, what it does not, and that no process is left."""
+"""The supervisor, with the real launcher and two ranks, restarts what should be restarted and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Job:
         self.family: set[psutil.Process] = set()
 
     def wait_for(self, step: int, seconds: float = 90) -> None:
-        """Until metrics.jsonl holds `step`."""
+        """Waits until metrics.jsonl holds `step`."""
         metrics, deadline = self.run / "metrics.jsonl", time.monotonic() + seconds
         while not (metrics.exists() and f'"step": {step},'.encode() in tail(metrics)):
             assert time.monotonic() < deadline and self.process.poll() is None, self.said()
@@ -58,7 +58,7 @@ class Job:
         return next(process for process in self.family if process.ppid() == self.process.pid)
 
     def end(self, timeout: float = 120) -> int:
-        """-> exit status; no process is left."""
+        """Returns the exit status, and checks that no process is left."""
         status = self.process.wait(timeout)
         assert not [process for process in self.family if process.is_running()]
         return status
@@ -78,7 +78,7 @@ def test_a_killed_rank_and_a_killed_launcher_are_restarted_and_no_step_differs(t
     job.wait_for(20)
     job.workers()[1].kill()
     job.wait_for(60)
-    job.launcher().kill()  # its workers notice, save, and are waited for
+    job.launcher().kill()  # its workers notice and save; the supervisor waits for them
     assert job.end() == 0, job.said()
     assert job.said().count("restarting in 1 s") == 2 and "peer_lost" in job.said()
     assert (job.state()["status"], job.state()["attempt"], job.state()["saved_step"]) == ("done", 3, 160)
@@ -126,8 +126,8 @@ def test_a_crash_loop_ends_with_70_and_stays_refused_until_forced(tiny):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["--optimizr.lr", "1"], "did you mean optimizer"),  # seen by the supervisor itself
-        pytest.param(["--batch.global_batch_size", "2"], "the nearest is 4", marks=pytest.mark.slow),  # only by the ranks
+        (["--optimizr.lr", "1"], "did you mean optimizer"),  # detected by the supervisor itself
+        pytest.param(["--batch.global_batch_size", "2"], "the nearest is 4", marks=pytest.mark.slow),  # detected by the ranks
     ],
 )
 def test_refused_settings_end_with_2_without_a_retry(tiny, settings, said):
@@ -175,17 +175,21 @@ run = Scripted(supervise.load(sys.argv[1:]), [], [])
 @pytest.mark.parametrize(
     ("script", "status", "failures"),
     [
-        ("[(200, 75), (120, 75), (140, 75), (160, 75), (180, 0)]", 0, "0 1 0 0"),  # 200 was lost, and then it gets further
+        (
+            "[(200, 75), (120, 75), (140, 75), (160, 75), (180, 0)]",
+            0,
+            "0 1 0 0",
+        ),  # step 200 was lost, but each later attempt makes progress
         ("[(200, 75), (200, 1), (200, None), (200, None)]", 70, "0 1 2"),
     ],
 )
-def test_a_crash_loop_is_three_attempts_that_get_no_further_than_the_one_before(tiny, script, status, failures):
+def test_a_crash_loop_is_three_attempts_in_a_row_without_progress(tiny, script, status, failures):
     code = f"{SCRIPTED}\nscript = {script}\nsys.exit(run.run())"
     done = subprocess.run([sys.executable, "-c", code, *tiny], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.split()) == (status, failures.split()), done.stderr
 
 
-def test_without_settings_it_explains_itself():
+def test_without_settings_it_prints_its_help():
     done = subprocess.run([sys.executable, "launch/supervise.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "launch/supervise.py [--force] [accelerate flags] --" in done.stdout
     done = subprocess.run([sys.executable, "launch/supervise.py", "--help"], cwd=ROOT, capture_output=True, text=True)

@@ -75,7 +75,7 @@ def records(run: Path) -> list[dict]:
 
 
 def curve(run: Path) -> list[dict]:
-    """What must be equal, to the last bit, in two runs with the same settings."""
+    """The values that are equal to the last bit in two runs with the same settings."""
     exact = [{key: value.hex() if isinstance(value, float) else value for key, value in record.items() if key in EXACT}
              for record in records(run)[1:]]  # fmt: skip
     assert [record["step"] for record in exact] == sorted(record["step"] for record in exact)
@@ -101,7 +101,7 @@ def signal_itself_at(argv: list[str], rank: int, step: int, number: int) -> int:
     return train_here(argv)
 
 
-def test_a_run_killed_by_kill_9_resumes_to_the_bit(tiny, tmp_path):
+def test_a_run_killed_by_kill_9_resumes_bit_for_bit(tiny, tmp_path):
     """The real launcher, two ranks, SIGKILL to every process of the job; then the same command again."""
     tiny = ["--train.max_steps", "60", "--checkpoint.every_steps", "7", *tiny]
     assert run_ranks(2, train_here, [*tiny, "--run.name", "straight"]) == [0, 0]
@@ -114,7 +114,7 @@ def test_a_run_killed_by_kill_9_resumes_to_the_bit(tiny, tmp_path):
     while not (metrics.exists() and '"step": 10,' in metrics.read_text()):
         assert time.monotonic() < deadline and job.poll() is None, job.communicate()[0]
         time.sleep(0.005)
-    launcher = psutil.Process(job.pid)  # its workers are in sessions of their own
+    launcher = psutil.Process(job.pid)  # its workers are in their own sessions
     for process in [*launcher.children(recursive=True), launcher]:
         process.kill()
     job.communicate()
@@ -127,7 +127,7 @@ def test_a_run_killed_by_kill_9_resumes_to_the_bit(tiny, tmp_path):
 
 
 def train_with_errors_in_a_file(argv: list[str]) -> int:
-    """Standard error of rank N goes to the file errors_N beside the runs."""
+    """Trains; standard error of rank N goes to the file errors_N beside the runs."""
     with open(run_of(argv).parents[1] / f"errors_{os.environ['RANK']}", "w") as file, contextlib.redirect_stderr(file):
         return train_here(argv)
 
@@ -138,9 +138,9 @@ def test_a_rank_that_cannot_read_its_samples_reports_it(tiny, tmp_path):
     tokens.tofile(tmp_path / "flat.bin")
     tiny = ["--data.synthetic", "null", "--data.train", f"[{{path: {tmp_path / 'flat.bin'}}}]", *tiny]
     data = open_train(load(tiny).data, seed=1234, vocab_size=64, tokenizer_fingerprint=None)
-    looked_at = [(len(tokens) - 8192) * i // 63 for i in range(64)]
+    checked = [(len(tokens) - 8192) * i // 63 for i in range(64)]
     samples = {position: data.sample_ids(position, 1)[0][2] for position in range(16, 160) if position % 8 >= 4}
-    hidden = [n for n in samples.values() if not any(start - 16 <= 16 * n <= start + 8192 for start in looked_at)]
+    hidden = [n for n in samples.values() if not any(start - 16 <= 16 * n <= start + 8192 for start in checked)]
     tokens[16 * hidden[0] + 5] = 99
     tokens.tofile(tmp_path / "flat.bin")
     with pytest.raises(RuntimeError):
@@ -172,8 +172,8 @@ def test_the_second_half_may_run_on_other_ranks_with_another_accumulation(tiny, 
             assert record[key] == pytest.approx(expected[key], rel=1e-6)
 
 
-def test_stopping_between_two_logging_lines_changes_no_line(tiny):
-    """The sums of the unfinished interval travel in the checkpoint."""
+def test_resuming_between_two_logging_steps_changes_no_line(tiny):
+    """The checkpoint holds the sums of the unfinished interval."""
     tiny = ["--log.every_steps", "7", "--checkpoint.every_steps", "5", *tiny]
     assert run_ranks(2, train_here, [*tiny, "--run.name", "straight"]) == [0, 0]
     shutil.copytree(run_of(tiny, "straight"), run_of(tiny))
@@ -183,7 +183,7 @@ def test_stopping_between_two_logging_lines_changes_no_line(tiny):
     assert curve(run_of(tiny)) == curve(run_of(tiny, "straight"))
 
 
-def test_a_finished_run_trains_no_step_again_and_the_best_checkpoint_stays(tiny, capsys):
+def test_a_finished_run_trains_no_further_step_and_keeps_the_best_checkpoint(tiny, capsys):
     tiny = ["--evaluate.every_steps", "4", "--checkpoint.keep_last", "1", *tiny]
     assert train_here(tiny) == 0
     before = (run_of(tiny) / "metrics.jsonl").read_bytes()
@@ -230,24 +230,10 @@ def text_data(tmp_path_factory) -> Path:
     (folder / "text.txt").write_text("".join(words))
     (folder / "other.txt").write_text("".join(reversed(words)) + "zzz quite other words " * 50)
     for name in ("text", "other"):
-        run_tool(
-            "train_tokenizer.py",
-            "--input",
-            folder / f"{name}.txt",
-            "--output",
-            folder / f"{name}_tokenizer",
-            "--vocab-size",
-            300,
-        )
-    run_tool(
-        "tokenize_corpus.py",
-        "--input",
-        folder / "text.txt",
-        "--tokenizer",
-        folder / "text_tokenizer",
-        "--output",
-        folder / "text",
-    )
+        flags = ["--input", folder / f"{name}.txt", "--output", folder / f"{name}_tokenizer", "--vocab-size", 300]
+        run_tool("train_tokenizer.py", *flags)
+    flags = ["--input", folder / "text.txt", "--tokenizer", folder / "text_tokenizer", "--output", folder / "text"]
+    run_tool("tokenize_corpus.py", *flags)
     return folder
 
 
