@@ -111,7 +111,7 @@ def test_a_room_imports_only_rooms_below_it_and_its_own_section_of_the_settings(
             settings = {"pretrain", "pretrain.files"} if room == "doctor" else SETTINGS
             assert module in settings or module.startswith(allowed), f"{name(path)} imports {module}"
             if room not in TAKES_ALL_SETTINGS:
-                assert "Config" not in names, f"{name(path)} takes the whole Config; let it take its own section"
+                assert "Config" not in names, f"{name(path)} takes the entire Config; let it take its own section"
         if room == "data":
             assert not module.startswith("torch.distributed"), f"{name(path)} imports {module}"
 

@@ -32,7 +32,7 @@ class Touch:
         return os.system, (f"touch {self.marker}",)
 
 
-def reseal(folder: Path, **named: Path) -> None:
+def rewrite_manifest(folder: Path, **named: Path) -> None:
     """Writes a manifest that matches the files, as an attacker would. named: files in other places, by their names in it."""
     files = {}
     for name, path in {**{each: folder / each for each in ("state.json", TENSORS)}, **named}.items():
@@ -46,7 +46,7 @@ def replaced(name: str, data: Callable[[Path], bytes]) -> Callable[[Path, Path],
     def spoil(folder: Path, marker: Path) -> None:
         (folder / name).write_bytes(data(marker))
         if name != "manifest.json":
-            reseal(folder)
+            rewrite_manifest(folder)
 
     return spoil
 
@@ -74,7 +74,7 @@ def header(change: Callable[[dict], None]) -> Callable[[Path, Path], None]:
         change(content)
         text = json.dumps(content).encode()
         (folder / TENSORS).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-        reseal(folder)
+        rewrite_manifest(folder)
 
     return spoil
 
@@ -115,7 +115,7 @@ def named_outside(name: Callable[[Path, Path], str]) -> Callable[[Path, Path], N
     def spoil(folder: Path, marker: Path) -> None:
         path = marker.with_name("outside.safetensors")
         shutil.copy(folder / TENSORS, path)
-        reseal(folder, **{name(folder, path): path})
+        rewrite_manifest(folder, **{name(folder, path): path})
 
     return spoil
 
@@ -197,7 +197,7 @@ def test_a_tampered_checkpoint_is_refused_before_anything_in_it_runs(folder, tmp
 
 
 def test_a_checkpoint_with_a_manifest_written_anew_is_loaded(folder):
-    reseal(folder / "step_00000004")  # so the attacks above do not fail because of the new manifest
+    rewrite_manifest(folder / "step_00000004")  # so the attacks above do not fail because of the new manifest
     assert load_newest(folder) == 4
 
 

@@ -71,7 +71,7 @@ def make_optimizer(model, name: str):
     """SGD with momentum, or AdamW with an `eps` of the size of the gradients.
 
     AdamW divides a gradient by its own size. With the usual eps of 1e-8, a gradient that should be zero but is 1e-7 of rounding
-    moves its weight by a whole learning rate, so two correct programs differ by 1e-6 to 1e-5 depending on the CPU (8e-7 without
+    moves its weight by a full learning rate, so two correct programs differ by 1e-6 to 1e-5 depending on the CPU (8e-7 without
     vector instructions, 5e-6 with AVX2, 1.3e-5 with AVX-512). With eps = 1e-3 a step passes on at most lr / eps = 1 times the
     error of its gradient: 1.2e-7 on each of these, with any number of threads.
     """
