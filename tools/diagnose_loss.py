@@ -367,9 +367,8 @@ def sum_stage(model: Transformer, run: list[Batch], sums: list[float]) -> Stage:
         theirs = [float(model(*(part if part is None else part.to(device) for part in each)).loss_sum) for each in run]
     lines = [f"micro-batch 0: {theirs[0]:,.4f} nats from the model, {sums[0]:,.4f} from its logits in float64"]
     wrong = [i for i, (a, b) in enumerate(zip(theirs, sums, strict=True)) if not math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-2)]
-    return lines, [
-        f"micro-batch {i}: the model's sum {theirs[i]:,.3f} is not that from its logits, {sums[i]:,.3f}" for i in wrong
-    ]
+    problem = "micro-batch {}: the model's sum {:,.3f} is not that from its logits, {:,.3f}"
+    return lines, [problem.format(i, theirs[i], sums[i]) for i in wrong]
 
 
 def mean_stage(run: list[Batch], sums: list[float], vocab_size: int, trained: bool) -> Stage:
@@ -380,12 +379,10 @@ def mean_stage(run: list[Batch], sums: list[float], vocab_size: int, trained: bo
     loss, expected = sum(sums) / count, math.log(vocab_size)
     lines = [f"{sum(sums):,.2f} nats / {count:,} labels = {loss:.4f}; ln({vocab_size}) = {expected:.4f}"]
     if trained:
-        return lines, [] if loss < expected else [
-            f"the checkpoint's loss {loss:.3f} is not below ln({vocab_size}): it has learned nothing"
-        ]
-    return lines, [] if abs(loss / expected - 1) <= 0.03 else [
-        "the untrained loss is not ln V; the command `initial` looks for the cause"
-    ]
+        problem = f"the checkpoint's loss {loss:.3f} is not below ln({vocab_size}): it has learned nothing"
+        return lines, [] if loss < expected else [problem]  # NaN is a problem, too
+    problem = "the untrained loss is not ln V; the command `initial` looks for the cause"
+    return lines, [] if abs(loss / expected - 1) <= 0.03 else [problem]
 
 
 def rank_stage(run: list[Batch], sums: list[float], per_rank: int, ranks: int) -> Stage:

@@ -243,9 +243,7 @@ def _other_samples(a: Run, b: Run, orders: list[str]) -> Iterator[Difference]:
         yield Difference("weights", f"the weights of the sources are {weights[0]} and {weights[1]}", True)
     changed = [pair for pair in zip(a.sources, b.sources, strict=True) if pair[0] != pair[1]]
     if changed and sorted(map(str, a.sources)) == sorted(map(str, b.sources)):
-        yield Difference(
-            "order", "the same sources are listed in a different order, so the samples are read in a different order", True
-        )
+        yield Difference("order", "the same sources are listed, and so read, in a different order", True)
     else:
         for mine, theirs in changed:
             yield _why_other_tokens(mine, theirs)
@@ -417,9 +415,7 @@ def verdict(a: Run, b: Run, found: list[Difference], where: Parting) -> str:
         return f"{parted}. Possible causes: {_listed(bending)}"
     if other:
         return f"{parted}, and no setting explains it. Suspect {_listed(other)}"
-    return (
-        f"{parted}, and no recorded difference explains it: repeat {a.name} to see its noise (--twin), or suspect the hardware"
-    )
+    return f"{parted}, and no recorded difference explains it: repeat {a.name} to see its noise (--twin), or suspect hardware"
 
 
 def _listed(found: list[Difference]) -> str:

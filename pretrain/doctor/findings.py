@@ -22,9 +22,7 @@ from pretrain.doctor.scale import LARGEST_LN_V, Setup, ShownCurve
 from pretrain.doctor.scale_checks import check_change, check_running, check_scale
 from pretrain.doctor.training_log import TrainingLog
 
-_NOTHING_LEARNED = (
-    "labels that do not follow from the tokens (random data, labels of another sample), or weights that do not move"
-)
+_NOTHING_LEARNED = "labels that do not follow from the tokens (random data, another sample), or weights that do not move"
 _BEFORE_THE_RISE = "Resume from a checkpoint before the rise, with a lower learning rate."
 _CONTEXT = "Shuffled labels look like this; so do attention that sees nothing, and a learning rate far too low or too high."
 
@@ -241,9 +239,7 @@ def check_noise(result: Diagnosis) -> Iterator[LogFinding]:
     causes += ["one rank"] if (setup.world_size or 1) > 1 else []
     shown = " or ".join(f"{'the ' * (cause == 'last micro-batch')}{cause} alone" for cause in causes)
     text = f"{figures} would by less than {bound:.2g}: the loss is that of {shown}"
-    advice = (
-        "Print the mean over all micro-batches and ranks too: it must scatter far less. Unstable training scatters as well."
-    )
+    advice = "Print the mean over all micro-batches and ranks too: it must scatter far less. Unstable training also scatters."
     yield LogFinding("noise", "possible", text, advice, tuple(causes))
 
 

@@ -176,9 +176,8 @@ def _notes_on_a_plausible_start(result: Diagnosis, evidence: Evidence) -> Iterat
     else:
         hidden = [f for f in factors(setup, curve, 1.0) if evidence.least <= f.value <= evidence.most and not f.is_unit]
         values = " or ".join(f"{factor.value:.3g}" for factor in hidden)
-        yield f"the first line, {result.start}, is {ratio:.2f} times {result.expected}: right for a run from scratch" + (
-            f". A factor of {values} could hide in that; a log from the first step on would tell" if hidden else ""
-        )
+        doubt = f". A factor of {values} could hide in that; a log from the first step on would tell" if hidden else ""
+        yield f"the first line, {result.start}, is {ratio:.2f} times {result.expected}: right for a run from scratch{doubt}"
 
 
 # ---------------------------------------------------------------- the finding about a factor

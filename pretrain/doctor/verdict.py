@@ -105,9 +105,7 @@ def judge(curve: Curve, lines: Mapping[str, float]) -> Verdict:
         text = f"The floor of this data is {floor:.3f}: the model has learned all there is to learn"
         return Verdict("learned", f"{share}. {text}")
     if trend.level > 1.06 * uniform:
-        text = (
-            "That is worse than guessing: it has diverged, the learning rate is too high, or the vocabulary is a different one"
-        )
+        text = "That is worse than guessing: it has diverged, the learning rate is too high, or the vocabulary is different"
         return Verdict("worse", f"{share}. {text}")
     far, few = _beyond(judged, lines), len(loss) < _LEAST_LINES or curve.step[-1] < _LEAST_STEPS
     val_drop = _val_drop(curve)
