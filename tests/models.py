@@ -13,9 +13,9 @@ import torch
 
 from pretrain import config as settings
 from pretrain import schema
-from pretrain.checkpoint import storage
 from pretrain.config import DataConfig, EngineConfig, OptimizerConfig, SourceConfig
-from pretrain.data import tokenizer
+from pretrain.data import tokenizer_training
+from pretrain.data.tokenizer import Tokenizer
 from pretrain.engines.start import start_engine
 from pretrain.evaluate import score
 from pretrain.interop.load import open_hf_folder, open_run, open_weights
@@ -26,6 +26,7 @@ from pretrain.model.hf_mapping import folder_kind
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.train import train
+from tests.saving import save
 
 V = 320  # ids of the tokenizer below; not a multiple of 128, so there are padding rows
 LLAMA3 = RopeScalingConfig(
@@ -77,7 +78,7 @@ def stir(model: Transformer, seed: int = 0) -> None:
 
 def make_tokenizer(folder: Path) -> Path:
     texts = ["def area(radius):\n    return 3.14159 * radius ** 2\n" * 3, "the quick brown fox jumps over the lazy dog " * 20]
-    tokenizer.train(texts, folder, vocab_size=V, describe=dict)
+    tokenizer_training.train(texts, folder, vocab_size=V, describe=dict)
     return folder
 
 
@@ -88,14 +89,12 @@ def make_run(folder: Path, model: ModelConfig, tokenizer_folder: Path | None, st
     flags += ["--tokenizer.path", str(tokenizer_folder) if tokenizer_folder else "null"]
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(schema.to_yaml(settings.load(flags)))
-    fingerprint = tokenizer_folder and tokenizer.Tokenizer.load(tokenizer_folder).fingerprint
+    fingerprint = tokenizer_folder and Tokenizer.load(tokenizer_folder).fingerprint
     engine = start_engine(EngineConfig(name="ddp"))
     for step in steps:
         engine.prepare(lambda: Transformer(model), lambda built: build_optimizer(built, OptimizerConfig()), 1.0, seed=step)
         stir(engine.model, step)
-        storage.save(
-            folder / "checkpoints", step, engine, {"model": asdict(model), "val_loss": 1.0 / step, "tokenizer": fingerprint}
-        )
+        save(folder / "checkpoints", step, engine, {"model": asdict(model), "val_loss": 1.0 / step, "tokenizer": fingerprint})
     return folder
 
 

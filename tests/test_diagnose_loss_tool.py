@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.checkpoint import storage
 from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.data.batches import Batch
 from pretrain.doctor.untrained import initial_problem, label_problem, uneven_problems
@@ -21,6 +20,7 @@ from pretrain.engines.start import start_engine
 from pretrain.model.transformer import LossOutput, Transformer
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.run import command_line
+from tests.saving import save
 from tools import diagnose_loss as tool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -197,7 +197,7 @@ def test_the_chain_checks_every_stage_and_ends_at_the_trainers_number(config, ru
 def test_a_checkpoint_that_learned_nothing_is_found_and_a_folder_without_one_is_refused(config, parts, tmp_path, run):
     engine = start_engine(EngineConfig(precision="fp32"))
     engine.prepare(lambda: Transformer(parts.model), lambda model: build_optimizer(model, OptimizerConfig()), 0.0, 1)
-    saved = storage.save(tmp_path / "checkpoints", 1, engine, {"model": {}})
+    saved = save(tmp_path / "checkpoints", 1, engine, {"model": {}})
     engine.close()
     status, text = run("chain", "--config", config, "--checkpoint", saved.path)
     assert status == 1 and "FOUND: mean: the checkpoint's loss" in text

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from pretrain import config, schema
-from pretrain.checkpoint import storage
 from pretrain.checkpoint.storage import CheckpointError
 from pretrain.config import Config, EngineConfig, OptimizerConfig
 from pretrain.engines.start import start_engine
@@ -17,6 +16,7 @@ from pretrain.model.hf_mapping import UnsupportedModel, architecture, folder_kin
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
 from tests.models import make_hf_folder, make_run, make_tokenizer, model_of
+from tests.saving import save
 
 MODEL = resolve_model(ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2), vocab_size=50, sequence_length=8)
 
@@ -32,7 +32,7 @@ def run(tmp_path):
         for parameter in engine.model.parameters():
             parameter.data.fill_(step)
         state = {"model": vars(MODEL), "val_loss": val_loss}
-        storage.save(tmp_path / "checkpoints", step, engine, state)
+        save(tmp_path / "checkpoints", step, engine, state)
     return tmp_path
 
 

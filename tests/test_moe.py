@@ -36,6 +36,7 @@ from pretrain.optim.optimizer import build_optimizer
 from pretrain.report.metrics import Meter, routing_figures
 from pretrain.train import train_step
 from tests.ranks import run_ranks
+from tests.saving import save
 
 V, T = 61, 16
 SIGMOID = dict(score="sigmoid", num_shared_experts=2, routed_scaling_factor=1.7, bias_update_rate=0.01)
@@ -424,7 +425,7 @@ def test_biases_and_shares_are_saved_and_restored(tmp_path):
     train_step(engine, window, 1e-2)
     buffers = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
     assert len(buffers) == 4 and all(buffer.any() for buffer in buffers.values())
-    saved = storage.save(tmp_path, 1, engine, {})
+    saved = save(tmp_path, 1, engine, {})
     after = train_step(engine, window, 1e-2)
 
     resumed = engine_of(config)
@@ -448,7 +449,7 @@ def steps_after_a_save(folder: str) -> dict[str, tuple]:
         if saved is None:
             for _ in range(2):
                 train_step(engine, window, 1e-2)
-            saved = storage.save(Path(folder), 2, engine, {})
+            saved = save(Path(folder), 2, engine, {})
         else:
             storage.load(saved, engine)
         result = train_step(engine, window, 1e-2)

@@ -26,6 +26,7 @@ from pretrain.optim.optimizer import build_optimizer
 from pretrain.optim.partition import Partition
 from pretrain.train import train_step
 from tests.ranks import run_ranks
+from tests.saving import save
 from tests.test_step import global_batch
 
 # Wide, tall, square, several of one shape, rows that no number of ranks divides, fewer rows than ranks, stacks of matrices.
@@ -244,7 +245,7 @@ def train_model(engine_settings: dict, first: int, last: int, folder: Path | Non
         mine = [tensor.chunk(engine.world_size)[engine.rank] for tensor in global_batch(step)[:2]]
         train_step(engine, [Batch(*mine, None)], SETTINGS.lr)
     if folder:
-        storage.save(folder, last, engine, {})
+        save(folder, last, engine, {})
     assert engine.updates == last
     weights = {name: full(parameter).numpy() for name, parameter in engine.model.named_parameters()}
     engine.close()

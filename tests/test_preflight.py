@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from pretrain.config import load
-from pretrain.data import checks, tokenizer
+from pretrain.data import checks, tokenizer_training
 from pretrain.data.batches import MASKED, Batch
 from pretrain.data.indexed import TokenFile, TokenWriter
+from pretrain.data.tokenizer import Tokenizer
 from pretrain.model import hf_mapping
 from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.run.directory import RunDirectory
@@ -52,7 +53,7 @@ def texts(kind: str, count: int = 600) -> list[str]:
 
 def encode(folder: Path, made: list[str], prefix: Path, **options) -> None:
     """Writes token files of the documents, with a sidecar."""
-    tool = tokenizer.Tokenizer.load(folder)
+    tool = Tokenizer.load(folder)
     about = dict(vocab_size=tool.vocab_size, end_of_document_id=tool.end_of_document_id)
     about |= dict(tokenizer_fingerprint=tool.fingerprint, tokenizer_path=str(folder), shuffled=True, overwrite=True)
     with TokenWriter(prefix, **(about | options)) as writer:
@@ -69,7 +70,7 @@ def made(tmp_path_factory) -> Path:
     for kind in ("english", "chinese", "code"):
         written = texts(kind)
         sizes = {"english": 320, "chinese": 420, "code": 320}
-        tokenizer.train(written, folder / f"{kind}_tokenizer", vocab_size=sizes[kind], describe=dict)
+        tokenizer_training.train(written, folder / f"{kind}_tokenizer", vocab_size=sizes[kind], describe=dict)
         encode(folder / f"{kind}_tokenizer", written[:500], folder / f"{kind}_train")
         encode(folder / f"{kind}_tokenizer", written[500:], folder / f"{kind}_valid")
     return folder
@@ -195,7 +196,7 @@ def dtype_too_narrow_for_the_tokenizer(world):
 
 
 def another_tokenizer(world):
-    tokenizer.train(texts("code"), world.folder / "other", vocab_size=320, describe=dict)
+    tokenizer_training.train(texts("code"), world.folder / "other", vocab_size=320, describe=dict)
     world.flags["tokenizer.path"] = world.folder / "other"
 
 
@@ -367,7 +368,7 @@ def a_tokenizer_of_another_language(world):
     """Chinese becomes bytes under a tokenizer trained on code alone, although it has a thousand ids to spare."""
     many = [" ".join(f"{a}{b}" for b in range(40)) for a in ("def", "return", "self", "import") for _ in range(40)]
     many += ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz ", k=400)) for i in range(400)]
-    tokenizer.train(many, world.folder / "code", vocab_size=1200, describe=dict)
+    tokenizer_training.train(many, world.folder / "code", vocab_size=1200, describe=dict)
     for prefix, part in ((world.train, texts("chinese")[:500]), (world.valid, texts("chinese")[500:])):
         encode(world.folder / "code", part, prefix)
     world.flags["tokenizer.path"] = world.folder / "code"
@@ -405,7 +406,7 @@ def weights_of_this_tokenizer(world):
     if not (folder := world.folder / "hf").exists():
         shutil.copytree(world.tokenizer, folder)
     shape = ModelConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-    model = resolve_model(shape, vocab_size=tokenizer.Tokenizer.load(folder).vocab_size, sequence_length=64)
+    model = resolve_model(shape, vocab_size=Tokenizer.load(folder).vocab_size, sequence_length=64)
     (folder / "config.json").write_text(json.dumps(hf_mapping.to_config(model, "float32", {})))
     world.flags["model.from_pretrained"] = folder
 

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from pretrain import config as settings
 from pretrain.config import ConfigError, DataConfig, EngineConfig, SourceConfig
-from pretrain.data import tokenizer as tokenizers
+from pretrain.data import tokenizer_training
 from pretrain.data.batches import open_train
 from pretrain.data.indexed import TokenFile, TokenWriter
 from pretrain.data.tokenizer import Tokenizer
@@ -180,7 +180,7 @@ def test_a_run_from_a_folder_resumes_without_that_folder(folder, text, tmp_path)
 
 def test_a_larger_tokenizer_makes_the_model_larger(base, tmp_path):
     words = "this text adds twenty more pieces: numbers, letters, sentences, and other things " * 20
-    tokenizers.train([words, SENTENCE * 30], tmp_path / "t", vocab_size=V + 40, describe=dict)
+    tokenizer_training.train([words, SENTENCE * 30], tmp_path / "t", vocab_size=V + 40, describe=dict)
     argv = ["--model.from_pretrained", str(base), "--tokenizer.path", str(tmp_path / "t"), "--run.directory", str(tmp_path)]
     argv += ["--data.synthetic.kind", "uniform", "--data.sequence_length", "16", "--train.max_steps", "1"]
     argv += ["--batch.global_batch_size", "2", "--batch.micro_batch_size", "2", "--optimizer.lr", "1e-12"]

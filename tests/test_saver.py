@@ -17,6 +17,7 @@ from pretrain.checkpoint.storage import NotFinite
 from pretrain.config import CheckpointConfig, EngineConfig
 from pretrain.engines.base import Engine
 from tests.ranks import run_ranks
+from tests.saving import save
 from tests.test_checkpoint import make_engine, take_steps
 
 
@@ -56,7 +57,7 @@ def test_a_background_save_equals_a_foreground_save_to_the_byte_even_if_training
     with make_saver(tmp_path / "foreground", engine, asynchronous=False) as saver:
         saver.save(2, state, last=False)
     monkeypatch.setattr(storage, "MAX_FILE_BYTES", 2048)
-    storage.save(tmp_path / "small files", 2, engine, state)
+    save(tmp_path / "small files", 2, engine, state)
     gate = Gate(monkeypatch)
     for name, size in (("small files", 2048), ("foreground", 1 << 30)):
         monkeypatch.setattr(storage, "MAX_FILE_BYTES", size)
@@ -80,7 +81,7 @@ def test_nothing_is_acknowledged_before_it_is_durable_and_agreed(tmp_path, monke
         step_boundary(saver)
         assert saver.votes() == [0, 0, 0, 0] and not messages and not checkpoints(tmp_path)
         gate.opened.set()
-        saver._save.wait(30)
+        saver._save.done.wait(30)
         assert not messages and not checkpoints(tmp_path)  # written, but not agreed on
         step_boundary(saver)
         assert messages == ["saved 1"] and saver.saved.step == 1 and saver.saved.damage() is None

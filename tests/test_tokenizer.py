@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from pretrain.data.corpus import Corpus
 from pretrain.data.indexed import DataError
-from pretrain.data.tokenizer import Tokenizer, _cut, chunks, train
+from pretrain.data.tokenizer import Tokenizer, _cut
+from pretrain.data.tokenizer_training import chunks, train
 
 VOCABULARY = 1000
 TRICKY = [

@@ -13,7 +13,7 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
-from pretrain.data import tokenizer
+from pretrain.data import tokenizer_training
 from pretrain.data.indexed import DataError
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.interop import convert, verify
@@ -138,7 +138,7 @@ def change_one_weight(folder: Path) -> None:
 def other_tokenizer(folder: Path) -> None:
     shutil.rmtree(folder / "other", ignore_errors=True)
     texts = ["another text altogether, from which training makes other pieces: numbers, letters, sentences " * 20]
-    tokenizer.train(texts, folder / "other", vocab_size=V, describe=dict)
+    tokenizer_training.train(texts, folder / "other", vocab_size=V, describe=dict)
     for path in (folder / "other").iterdir():
         shutil.copy(path, folder / path.name)
     shutil.rmtree(folder / "other")

@@ -30,13 +30,7 @@ from pretrain.checkpoint.tensors import MAX_JSON_BYTES, HeaderError, StoredShard
 FORMAT_VERSION = 1
 _FOLDER = re.compile(r"step_([0-9]{8,})")
 _FILE = re.compile(r"state\.json|tensors-[0-9]{5,}-of-[0-9]{5,}-[0-9]{3,}\.safetensors")
-_FOREIGN = {
-    b"\x80\x02": "a pickle",
-    b"\x80\x03": "a pickle",
-    b"\x80\x04": "a pickle",
-    b"\x80\x05": "a pickle",
-    b"PK": "a zip archive",
-}
+_FOREIGN = {b"PK": "a zip archive", **dict.fromkeys((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), "a pickle")}
 
 
 class CheckpointError(UserError):
@@ -96,7 +90,12 @@ class Checkpoint:
             return f"{self.path}: manifest.json is missing or damaged ({error})"
         try:
             if part == 0:
-                self._require_only({"manifest.json", *expected_files})
+                _require_private(self.path, self.path.lstat())
+                if unlisted := sorted({*os.listdir(self.path)} - {"manifest.json", *expected_files}):
+                    raise UnsafeCheckpoint(
+                        f"{self.path}: contains {unlisted[0]}, which is not in its manifest; find out where it comes from, then"
+                        " remove it"
+                    )
             for name, expected in sorted(expected_files.items())[part::parts]:
                 if problem := _damage_of_file(self.path / name, expected):
                     return problem
@@ -109,14 +108,6 @@ class Checkpoint:
         for name in self.manifest()["files"]:
             if name.endswith(".safetensors"):
                 yield from _shards_of(self.path / name)
-
-    def _require_only(self, names: set[str]) -> None:
-        _require_private(self.path, self.path.lstat())
-        for entry in sorted(os.listdir(self.path)):
-            if entry not in names:
-                raise UnsafeCheckpoint(
-                    f"{self.path}: contains {entry}, which is not in its manifest; find out where it comes from, then remove it"
-                )
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:

@@ -86,8 +86,7 @@ class Saver:
             files = list(storage.files_of(self.engine.shards(saving=True)))  # views of live memory
             if background:
                 files = self._snapshot.take(files)
-            self._save = _Save(temporary, step, storage.state_text(state, step, self.engine), self.engine)
-            self._save.start(files)
+            self._save = _Save(temporary, step, storage.state_text(state, step, self.engine), self.engine, files)
         if not background:
             self.wait()
         if last and self.engine.broadcast(self.failures):
@@ -131,7 +130,7 @@ class Saver:
         """Waits until no save is in progress (a collective). Ranks that are done do not wait inside the collective, so its
         time-out does not limit disks: a disk may be slow as long as it makes progress."""
         while self._save:
-            self._save.wait(_POLL_SECONDS)
+            self._save.done.wait(_POLL_SECONDS)
             self.settle(self.engine.all_reduce(torch.tensor(self.votes(), device=self.engine.device)).tolist())
 
     def __enter__(self) -> Saver:
@@ -183,44 +182,37 @@ class Saver:
 
 
 class _Save:
-    """One save on this rank, from its first byte to its vote."""
+    """One save on this rank, from its first byte to its vote. A thread writes; `outcome` reports its errors."""
 
-    def __init__(self, temporary: Path, step: int, state: bytes, engine: Engine):
+    def __init__(self, temporary: Path, step: int, state: bytes, engine: Engine, files: list[list[Shard]]):
         self.temporary, self.step, self.state = temporary, step, state
         self.failure: Exception | None = None
         self._place = engine.rank, engine.world_size
-        self._done = threading.Event()
+        self.done = threading.Event()
         self._moved = time.monotonic()
         self._abandoned = False
-
-    def start(self, files: list[list[Shard]]) -> None:
-        """Writes in a thread; `outcome` reports its errors."""
         threading.Thread(target=self._write, args=(files,), name="checkpoint", daemon=True).start()
 
     def abandon(self) -> None:
         """Ends the thread at its next block. Exiting while a thread is inside PyTorch aborts the process (seen: status 134)."""
         self._abandoned = True
-        self.wait(_ABANDON_SECONDS)
+        self.done.wait(_ABANDON_SECONDS)
 
     def _write(self, files: list[list[Shard]]) -> None:
         try:
             storage.write_part(self.temporary, *self._place, files, self._on_progress)
         except Exception as error:
             self.failure = error
-        self._done.set()
+        self.done.set()
 
     def _on_progress(self) -> None:
         self._moved = time.monotonic()
         if self._abandoned:
             raise InterruptedError("the process is exiting")
 
-    def wait(self, seconds: float) -> None:
-        """Returns when this rank is done, or after `seconds`."""
-        self._done.wait(seconds)
-
     def outcome(self, patience_seconds: float) -> int | None:
         """This rank's vote; None: not yet. Re-raises an error that is neither the storage's nor the state's."""
-        if not self._done.is_set():
+        if not self.done.is_set():
             return GIVE_UP if time.monotonic() - self._moved > patience_seconds else None
         if self.failure is None:
             return WRITTEN
@@ -242,7 +234,10 @@ class _Snapshot:
         """Copies the shards; the copies are valid until the next call."""
         copied = []
         for number, file in enumerate(files):
-            buffer = self._buffer(number, sum(shard.values.numel() for shard in file))
+            if number == len(self.buffers):
+                count = sum(shard.values.numel() for shard in file)
+                self.buffers.append(torch.empty(count, pin_memory=self.device.type == "cuda"))
+            buffer = self.buffers[number]
             begin, copies = 0, []
             for shard in file:
                 end = begin + shard.values.numel()
@@ -252,8 +247,3 @@ class _Snapshot:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
         return copied
-
-    def _buffer(self, number: int, count: int) -> Tensor:
-        if number == len(self.buffers):
-            self.buffers.append(torch.empty(count, pin_memory=self.device.type == "cuda"))
-        return self.buffers[number]

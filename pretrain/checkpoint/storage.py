@@ -14,6 +14,7 @@ larger than a file.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -55,46 +56,24 @@ class NotFinite(UserError):
 # ---------------------------------------------------------------- saving
 
 
-def save(folder: Path, step: int, engine: Engine, state: dict) -> Checkpoint:
-    """Writes `folder`/step_<step> from all ranks (a collective) and returns it once it is durable.
-
-    Raises OSError on every rank if any rank could not write; earlier checkpoints stay.
-    """
-    text = state_text(state, step, engine)
-    temporary = begin(folder, step, engine)
-    try:
-        agree(engine, lambda: write_part(temporary, engine.rank, engine.world_size, files_of(engine.shards(saving=True))))
-        agree(engine, lambda: commit(temporary, text, engine.world_size) if engine.rank == 0 else None)
-    except OSError:
-        if engine.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return Checkpoint(_final(temporary))
-
-
 def state_text(state: dict, step: int, engine: Engine) -> bytes:
     """The content of state.json, as bytes, since the loop may change `state` before they are written."""
     return json.dumps({**state, "step": step, "optimizer_updates": engine.updates}, indent=1).encode()
 
 
-def agree(engine: Engine, work: Callable[[], object]) -> None:
-    """Does `work` on every rank (a collective). If it raises OSError on any, all ranks raise OSError: all commit or none."""
-    failure = None
-    try:
-        work()
-    except OSError as error:
-        failure = error
-    if engine.all_reduce(torch.tensor(int(failure is not None), device=engine.device)):
-        raise failure or OSError("the checkpoint could not be written: another rank failed")
-
-
 def begin(folder: Path, step: int, engine: Engine) -> Path:
     """Makes an empty folder for the files of all ranks (a collective). Raises OSError on every rank if that fails, or if the
     disk has no room for the checkpoint."""
-    temporary = folder / f".tmp-step_{step:08d}"
+    temporary, failure = folder / f".tmp-step_{step:08d}", None
     needed = torch.tensor(sum(shard.values.nbytes for shard in engine.shards(saving=True)), device=engine.device)
     needed = int(engine.all_reduce(needed))
-    agree(engine, lambda: _make_empty(temporary, needed) if engine.rank == 0 else None)
+    if engine.rank == 0:
+        try:
+            _make_empty(temporary, needed)
+        except OSError as error:
+            failure = error
+    if engine.broadcast(int(failure is not None)):
+        raise failure or OSError(f"{folder}: rank 0 could not make a folder for the checkpoint; see its message")
     return temporary
 
 
@@ -168,7 +147,8 @@ def commit(temporary: Path, state: bytes, world_size: int) -> Checkpoint:
     manifest["xxh3"] = digest_json(manifest)
     write_file(temporary / "manifest.json", [json.dumps(manifest, indent=1).encode()])
     sync_folder(temporary)
-    final, folder = _final(temporary), temporary.parent
+    folder = temporary.parent
+    final = folder / temporary.name.removeprefix(".tmp-")
     replaced = folder / f".old-{final.name}"
     if final.exists():  # this step again, after a rollback; `clean` undoes the rename if the process dies before the next one
         os.rename(final, replaced)
@@ -176,10 +156,6 @@ def commit(temporary: Path, state: bytes, world_size: int) -> Checkpoint:
     sync_folder(folder)
     shutil.rmtree(replaced, ignore_errors=True)
     return Checkpoint(final)
-
-
-def _final(temporary: Path) -> Path:
-    return temporary.with_name(temporary.name.removeprefix(".tmp-"))
 
 
 def clean(folder: Path) -> None:
@@ -231,10 +207,16 @@ def prune(folder: Path, keep_last: int, keep_best: int, trusted: set[int]) -> No
                 damaged.add(checkpoint)
         return checkpoint.step in trusted
 
-    newest_first = checkpoints(folder)
-    with_loss = [each for each in newest_first if _has_val_loss(each)]
-    best_first = sorted(with_loss, key=lambda each: best_key(each.state()))
-    keep = {*_first(keep_last, newest_first, intact), *_first(keep_best, best_first, intact)}
+    newest_first, keys = checkpoints(folder), {}
+    for checkpoint in newest_first:
+        with contextlib.suppress(CheckpointError):
+            if isinstance((state := checkpoint.state()).get("val_loss"), int | float):
+                keys[checkpoint] = best_key(state)
+    best_first = sorted(keys, key=keys.__getitem__)
+    keep = {
+        *itertools.islice(filter(intact, newest_first), keep_last),
+        *itertools.islice(filter(intact, best_first), keep_best),
+    }
     for checkpoint in newest_first:
         if checkpoint not in keep and checkpoint not in damaged and _has_manifest(checkpoint):
             remove(checkpoint)
@@ -255,25 +237,11 @@ def _has_manifest(checkpoint: Checkpoint) -> bool:
         return False
 
 
-def _first(count: int, candidates: list[Checkpoint], intact: Callable[[Checkpoint], bool]) -> list[Checkpoint]:
-    chosen: list[Checkpoint] = []
-    for candidate in candidates:
-        if len(chosen) < count and intact(candidate):
-            chosen.append(candidate)
-    return chosen
-
-
-def _has_val_loss(checkpoint: Checkpoint) -> bool:
-    try:
-        return isinstance(checkpoint.state().get("val_loss"), int | float)
-    except CheckpointError:
-        return False
-
-
-def best_key(state: dict) -> tuple[float, int]:
-    """Sort key of states: lowest validation loss first, then newest first; states without a validation loss last."""
+def best_key(state: dict) -> float:
+    """Sort key of states: their validation loss; states without one, and NaN, come last. Equal keys: newest first, if sorted
+    from the newest to the oldest."""
     loss = state.get("val_loss")
-    return (math.inf if loss is None or loss != loss else loss, -state["step"])
+    return math.inf if loss is None or loss != loss else loss
 
 
 # ---------------------------------------------------------------- loading

@@ -26,6 +26,7 @@ from pretrain.invariance import BOUNDS
 from pretrain.model.transformer import LossOutput, Transformer, build
 from pretrain.report import metrics
 from tests.ranks import run_ranks
+from tests.saving import save
 from tests.test_step import (
     CLIP,
     LR,
@@ -204,7 +205,7 @@ def save_with(configs: dict[str, EngineConfig], folder: Path) -> dict:
         engine = engine_of(config)
         prepare(engine, "adamw")
         two_steps(engine, 0)
-        storage.save(folder / name, 2, engine, {})
+        save(folder / name, 2, engine, {})
         results[name] = pieces_of(engine), two_steps(engine, 2)
     return results
 
