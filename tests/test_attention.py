@@ -10,14 +10,17 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pretrain.model.attention import AttentionContext, KeyValueCache, attend, attention_context, frequencies, rotate
-from pretrain.model.config import RopeScalingConfig
+from pretrain.model.config import ModelConfig, RopeScalingConfig
 
 CPU = torch.device("cpu")
 T, C = 9, 8
 
 
-def context(length: int = T, documents: list | None = None, **settings) -> AttentionContext:
-    return attention_context(length, C, 1e4, CPU, None if documents is None else torch.tensor(documents), **settings)
+def context(length: int = T, documents: list | None = None, start: int = 0, **settings) -> AttentionContext:
+    config = ModelConfig(**dict(head_dim=C, rope_theta=1e4) | settings)
+    cache = KeyValueCache(layers=1, capacity=0)
+    cache.length = start
+    return attention_context(config, length, CPU, None if documents is None else torch.tensor(documents), cache)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -118,7 +121,7 @@ def test_a_full_cache_refuses_more_tokens():
 
 def test_rotation_is_multiplication_by_a_unit_complex_number():
     x_BTHC = random(1, 50, 3, 8)
-    got = rotate(x_BTHC, attention_context(50, 8, 500.0, CPU))
+    got = rotate(x_BTHC, context(50, rope_theta=500.0))
     complex_BTHC = torch.complex(x_BTHC[..., :4].double(), x_BTHC[..., 4:].double())
     angle_TC = torch.arange(50)[:, None].double() * 500.0 ** (-torch.arange(4).double() / 4)
     turned = complex_BTHC * torch.polar(torch.ones_like(angle_TC), angle_TC)[:, None]

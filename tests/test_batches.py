@@ -51,7 +51,7 @@ def data(sources):
 
 
 def test_a_batch_consists_of_the_windows_that_sample_ids_lists(data, sources):
-    tokens = [TokenFile(path).tokens for path in sources]
+    tokens = [token_file.read([0], [token_file.num_tokens]) for token_file in map(TokenFile, sources)]
     batch = data.take(777, 50)
     assert batch.tokens_BT.shape == batch.labels_BT.shape == batch.documents_BT.shape == (50, T)
     assert {tensor.dtype for tensor in batch} == {torch.int64} and all(tensor.is_contiguous() for tensor in batch)
@@ -87,7 +87,7 @@ def test_every_window_is_read_once_per_epoch_and_fewer_tokens_than_a_window_are_
     first, second = data.sample_ids(0, n), data.sample_ids(n, n)
     assert [sample for _, _, sample in first] != [sample for _, _, sample in second]
     labels = sorted(data.take(0, n).labels_BT.flatten().tolist())
-    assert labels == sorted(TokenFile(sources[2]).tokens[1 : n * T + 1].tolist())
+    assert labels == sorted(TokenFile(sources[2]).read([1], [n * T]).tolist())
 
 
 def test_position_is_the_inverse_of_sample_ids(data):

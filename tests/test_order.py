@@ -179,7 +179,7 @@ def test_position_is_the_inverse_of_locate_for_samples():
     order = Order([5, 7000, 300], [0.001, 0.9, 0.099], seed=1)
     for start in (0, 29_000, 10**11):
         for offset, sample in enumerate(zip(*(ids.tolist() for ids in order.locate(start, 40)), strict=True)):
-            assert order.position(*sample) == start + offset
+            assert order.positions(*sample[:2], np.array(sample[2:])).tolist() == [start + offset]
 
 
 def test_any_split_of_the_positions_gives_the_same_samples():

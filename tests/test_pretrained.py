@@ -263,7 +263,8 @@ def test_run_and_folder_have_the_loss_that_transformers_computes_on_any_number_o
             assert row.pop("source") == expected["source"]
             assert row == pytest.approx({key: value for key, value in expected.items() if key != "source"}, rel=1e-6)
     model, nats, labels = AutoModelForCausalLM.from_pretrained(folder), 0.0, 0
-    tokens = torch.from_numpy(TokenFile(text / "valid").tokens.astype(np.int64))
+    file = TokenFile(text / "valid")
+    tokens = torch.from_numpy(file.read([0], [file.num_tokens]).astype(np.int64))
     with torch.inference_mode():
         for start in range(0, len(tokens) - 1, LENGTH):
             window = tokens[start : start + LENGTH + 1]

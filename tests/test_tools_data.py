@@ -284,7 +284,7 @@ def test_inspect_data_shows_the_samples_of_a_step_and_the_steps_of_a_document(fo
     assert place.startswith("16: source ")
     source, sample = "one_train" if "source 0 (one_train)" in place else "one_valid", int(place.split("sample ")[1])
     file = TokenFile(folder / source)
-    window = tokenizer.decode(file.tokens[sample * 64 : sample * 64 + 65].tolist())
+    window = tokenizer.decode(file.read([sample * 64], [65]).tolist())
     assert parts
     for number, part in enumerate(parts):
         document = int(part.split("document ")[1].split(",")[0])

@@ -159,15 +159,17 @@ def test_initial_weights_depend_on_the_seed_alone():
     assert (first[names[0]] != first[names[1]]).any(), "layers must not start equal"
 
 
-def test_init_weights_fills_every_parameter_after_to_empty():
-    with torch.device("meta"):
-        model = Transformer(resolved(qk_norm=True))
-    model.to_empty(device="cpu")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(math.nan)
-    model.init_weights(seed=7)
-    expected = build(resolved(qk_norm=True), "cpu", seed=7).state_dict()
+def test_building_fills_every_parameter_and_there_are_no_buffers(monkeypatch):
+    expected, allocate = build(resolved(qk_norm=True), "cpu", seed=7).state_dict(), Transformer.to_empty
+
+    def allocate_nan(model: Transformer, **options) -> None:
+        allocate(model, **options)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(math.nan)
+
+    monkeypatch.setattr(Transformer, "to_empty", allocate_nan)
+    model = build(resolved(qk_norm=True), "cpu", seed=7)
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(weight, expected[name], atol=0, rtol=0)
     assert not list(model.buffers()), "a buffer would have to be filled too, and engines would cast it"

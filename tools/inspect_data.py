@@ -221,12 +221,13 @@ def about_sample(
     first = sample.number * source.sequence_length
     end = first + len(tokens)
     for document in range(file.document_at(first), file.document_at(end - 1) + 1):
-        start, stop = max(first, file.document_start(document)), min(end, file.document_start(document + 1))
+        begin, after = file.document_range(document)
+        start, stop = max(first, begin), min(end, after)
         loss = ""
         if part_loss and stop - max(start, first + 1) > 0:  # the first token of a sample is not a label
             loss = f"loss {part_loss(sample, max(start, first + 1) - first, stop - first):.3f}  "
         text = shown(tokens[start - first : stop - first], tokenizer, characters)
-        yield f"  {loss}document {document}, from its token {start - file.document_start(document)}: {text}"
+        yield f"  {loss}document {document}, from its token {start - begin}: {text}"
 
 
 def open_part_loss(data: TrainData, run: Path, checkpoint: str | None) -> PartLoss:
@@ -262,10 +263,10 @@ def steps_of_document(
 ) -> Iterator[str]:
     """The steps, in the first epochs, that read each sample that contains a part of the document."""
     number, document, source = find_document(data, options.document)
-    first, last = source.file.document_start(document), source.file.document_start(document + 1) - 1
-    yield f"document {document} of source {number} ({source.name}): tokens {first:,} to {last:,}"
+    first, end = source.file.document_range(document)
+    yield f"document {document} of source {number} ({source.name}): tokens {first:,} to {end - 1:,}"
     length, size = source.sequence_length, config.batch.global_batch_size
-    samples = range(first // length, min(last // length, source.num_samples - 1) + 1)
+    samples = range(first // length, min((end - 1) // length, source.num_samples - 1) + 1)
     for sample in samples:
         positions = [data.position(number, epoch, sample) for epoch in range(_EPOCHS_SHOWN)]
         steps = [None if each is None else excluded.step_of_position(each, size, skipped) for each in positions]

@@ -63,41 +63,38 @@ class FileSource:
         return self.file.fingerprint()
 
     def read(self, samples: np.ndarray) -> np.ndarray:
-        """Tokens (n, T + 1) of the samples (n,), in the file's dtype. Raises DataError for an id outside the vocabulary."""
-        length = self.sequence_length + 1
-        tokens = self.file.read(samples * self.sequence_length, np.full(len(samples), length)).reshape(-1, length)
-        return self._checked(tokens, samples)
+        """Tokens (n, T + 1) of the samples (n,), in the file's dtype; id 0 after the end of the file.
 
-    def read_tail(self) -> np.ndarray:
-        """Tokens (at most T + 1) from the end of the last complete sample to the end of the file. Raises like `read`."""
-        first = self.num_samples * self.sequence_length
-        tokens = self.file.read([first], [self.num_tokens - first])
-        return self._checked(tokens[None], np.array([self.num_samples]))[0]
-
-    def _checked(self, tokens: np.ndarray, samples: np.ndarray) -> np.ndarray:
-        """`tokens` (n, T + 1) of `samples` (n,), unchanged. Checks files without a sidecar, which opening only samples."""
+        Raises DataError for an id outside the vocabulary. Opening checks all ids by the sidecar; without one, only a sample.
+        """
+        starts, length = samples * self.sequence_length, self.sequence_length + 1
+        lengths = np.minimum(length, self.num_tokens - starts)
+        tokens = self.file.read(starts, lengths)
+        if len(tokens) < len(samples) * length:
+            tokens, found = np.zeros((len(samples), length), dtype=tokens.dtype), tokens
+            tokens[np.arange(length) < lengths[:, None]] = found
+        tokens = tokens.reshape(-1, length)
         if not self.sidecar and tokens.size and (tokens.max() >= self.vocab_size or tokens.min() < 0):
             row, offset = np.argwhere((tokens < 0) | (tokens >= self.vocab_size))[0].tolist()
-            sample = int(samples[row])
-            place = f"{self.file.path}: token {sample * self.sequence_length + offset:,} is id {tokens[row, offset]}"
-            advice = f"tokenize again, or exclude sample {sample} of {self.name} (data.quarantine)"
+            place = f"{self.file.path}: token {starts[row] + offset:,} is id {tokens[row, offset]}"
+            advice = f"tokenize again, or exclude sample {samples[row]} of {self.name} (data.quarantine)"
             raise DataError(f"{place}, the model has ids 0 to {self.vocab_size - 1}; {advice}")
         return tokens
 
     def documents(self, samples: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Document numbers (n, T) within each sample; `tokens` (n, T + 1) come from `read`.
 
-        The end-of-document id tells with a sidecar, which guarantees that it occurs nowhere else; otherwise the index does.
+        With a sidecar, which guarantees that the end-of-document id occurs nowhere else, they follow from the tokens; without
+        one, from the index.
         """
         starts = np.zeros((len(samples), self.sequence_length), dtype=bool)
         if self.sidecar:
             starts[:, 1:] = tokens[:, :-2] == self.sidecar.end_of_document_id
         else:
             for row, first in enumerate((samples * self.sequence_length).tolist()):
-                for number in range(self.file.document_at(first) + 1, self.file.num_documents):
-                    if (start := self.file.document_start(number) - first) >= self.sequence_length:
-                        break
-                    starts[row, start] = True
+                last = first + self.sequence_length - 1
+                numbers = np.arange(self.file.document_at(first) + 1, self.file.document_at(last) + 1)
+                starts[row, self.file.document_starts(numbers) - first] = True
         return np.cumsum(starts, axis=1)
 
 
@@ -133,8 +130,7 @@ class TrainData:
         batch = _masked_batch(count, self._data)
         for number in np.unique(numbers).tolist():
             rows = np.flatnonzero(numbers == number)
-            source = self.sources[number]
-            _fill(batch, rows, source, samples[rows], source.read(samples[rows]))
+            _fill(batch, rows, self.sources[number], samples[rows])
         return batch
 
     def sample_ids(self, position: int, count: int) -> list[tuple[int, int, int]]:
@@ -148,7 +144,7 @@ class TrainData:
 
     def position(self, source: int, epoch: int, sample: int) -> int | None:
         """The position of a sample in an epoch of its source: the inverse of `sample_ids`. None: it is in quarantine."""
-        return self.quarantine.position(self._order.position(source, epoch, sample))
+        return self.quarantine.position(int(self._order.positions(source, epoch, np.array([sample]))[0]))
 
     def history_changed(self, old: excluded.SampleRanges, position: int) -> str | None:
         """A sample whose exclusion changes what a run with quarantine `old` read before `position`. None: nothing changes."""
@@ -200,20 +196,12 @@ class ValidData:
         """The samples with these numbers. None, or a number past the end, gives a sample with all labels masked."""
         numbers = np.array([-1 if index is None else index for index in indices], dtype=np.int64)
         batch = _masked_batch(len(numbers), self._data)
-        complete = np.flatnonzero((numbers >= 0) & (numbers < self.source.num_samples))
-        partial = np.flatnonzero((numbers >= self.source.num_samples) & (numbers < self.num_samples))
-        for rows, read in (complete, self.source.read), (partial, self._read_partial):
-            if rows.size:
-                _fill(batch, rows, self.source, numbers[rows], read(numbers[rows]))
+        rows = np.flatnonzero((numbers >= 0) & (numbers < self.num_samples))
+        if rows.size:
+            _fill(batch, rows, self.source, numbers[rows])
         last = self.num_labels - (self.num_samples - 1) * self._data.sequence_length
-        batch.labels_BT[partial, last:] = MASKED
+        batch.labels_BT[numbers == self.num_samples - 1, last:] = MASKED
         return batch
-
-    def _read_partial(self, numbers: np.ndarray) -> np.ndarray:
-        """The last window of the file, padded with id 0, repeated for each of `numbers` (n,): (n, T + 1)."""
-        tokens = self.source.read_tail()
-        padded = np.pad(tokens, (0, self._data.sequence_length + 1 - len(tokens)))
-        return np.broadcast_to(padded, (len(numbers), len(padded)))
 
 
 def open_train(data: DataConfig, *, seed: int, vocab_size: int, tokenizer_fingerprint: str | None) -> TrainData:
@@ -310,8 +298,9 @@ def _masked_batch(count: int, data: DataConfig) -> Batch:
     return Batch(tokens_BT, torch.full_like(tokens_BT, MASKED), torch.zeros_like(tokens_BT) if data.document_mask else None)
 
 
-def _fill(batch: Batch, rows: np.ndarray, source, samples: np.ndarray, windows: np.ndarray) -> None:
-    """Writes the `windows` (n, T + 1) of the `samples` (n,) of `source` into the `rows` (n,) of the batch."""
+def _fill(batch: Batch, rows: np.ndarray, source, samples: np.ndarray) -> None:
+    """Writes the `samples` (n,) of `source` into the `rows` (n,) of the batch."""
+    windows = source.read(samples)
     batch.tokens_BT.numpy()[rows], batch.labels_BT.numpy()[rows] = windows[:, :-1], windows[:, 1:]
     if batch.documents_BT is not None:
         batch.documents_BT.numpy()[rows] = source.documents(samples, windows)

@@ -14,7 +14,6 @@ are as fast, because the kernel is given all ranges of a batch before the first 
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import errno
 import fcntl
@@ -197,9 +196,9 @@ class TokenFile:
         if self._bin_bytes != self.num_tokens * self.dtype.itemsize:
             expected = self.num_tokens * self.dtype.itemsize
             raise DataError(f"{self.bin_path}: {self._bin_bytes:,} bytes found, {expected:,} expected (.idx); copy it again")
-        self._read_seal()
+        self._read_sidecar()
 
-    def _read_seal(self) -> None:
+    def _read_sidecar(self) -> None:
         path = Path(self.path + ".json")
         if not path.exists():
             return
@@ -211,11 +210,6 @@ class TokenFile:
                     f"{path}: {name} is {recorded} in the sidecar and {found} in the files; it describes other files"
                 )
 
-    @property
-    def tokens(self) -> np.ndarray:
-        """All tokens as a memory-mapped 1-D array, for inspection; training uses `read`."""
-        return np.asarray(np.memmap(self.bin_path, self.dtype, "r", self._offset, (self.num_tokens,)))
-
     def read(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Tokens [start, start + length) of all ranges, back to back. Raises OSError if the file was truncated meanwhile."""
         starts, lengths = np.asarray(starts, dtype=np.int64), np.asarray(lengths, dtype=np.int64)
@@ -224,15 +218,9 @@ class TokenFile:
         width = self.dtype.itemsize
         return read_ranges(self._file, starts * width + self._offset, lengths * width).view(self.dtype)
 
-    def document_start(self, i: int) -> int:
-        """Index of the first token of document `i`; `num_tokens` for i = num_documents. Only for pairs."""
-        sequence = int(self._documents[i])
-        if sequence == len(self._pointers):
-            return self.num_tokens
-        return int(self._pointers[sequence]) // self.dtype.itemsize
-
     def document_starts(self, numbers: np.ndarray) -> np.ndarray:
-        """`document_start` of many documents: (n,) -> (n,) int64. Only for pairs."""
+        """Index of the first token of each of these documents, (n,) -> (n,) int64; `num_tokens` for number num_documents. Only
+        for pairs."""
         sequences = self._documents[numbers]
         starts = np.full(len(sequences), self.num_tokens)
         inside = sequences < len(self._pointers)
@@ -241,7 +229,12 @@ class TokenFile:
 
     def document_at(self, token: int) -> int:
         """Number of the document that contains the token with index `token`. Only for pairs."""
-        return bisect.bisect_right(range(self.num_documents), token, key=self.document_start) - 1
+        sequence = np.searchsorted(self._pointers, token * self.dtype.itemsize, side="right") - 1
+        return int(np.searchsorted(self._documents, sequence, side="right")) - 1
+
+    def document_range(self, i: int) -> tuple[int, int]:
+        """(first, end): document `i` consists of the tokens [first, end). Only for pairs."""
+        return tuple(self.document_starts(np.array([i, i + 1])).tolist())
 
     def document(self, i: int) -> np.ndarray:
         """Tokens of document `i`. Raises DataError for a flat file and for damage, IndexError."""
@@ -249,7 +242,7 @@ class TokenFile:
             raise DataError(f"{self.path}: a flat .bin has no document index")
         if not 0 <= i < self.num_documents:
             raise IndexError(f"{self.path}: document {i} of {self.num_documents}")
-        start, end = self.document_start(i), self.document_start(i + 1)
+        start, end = self.document_range(i)
         if not 0 <= start <= end <= self.num_tokens:
             raise DataError(f"{self._idx_path}: document {i} would be tokens {start:,} to {end:,}; damaged, copy it again")
         return self.read([start], [end - start])

@@ -216,11 +216,7 @@ class Order:
                 samples[of_source[chosen]] = self._permutation(source, epoch)(ranks[chosen])
         return sources, epochs, samples
 
-    def position(self, source: int, epoch: int, sample: int) -> int:
-        """The position of `sample` of `source` in that source's `epoch`: the inverse of `locate`."""
-        return int(self.positions(source, epoch, np.array([sample]))[0])
-
     def positions(self, source: int, epoch: int, samples: np.ndarray) -> np.ndarray:
-        """`position` of many samples: (n,) -> (n,) int64."""
+        """Positions of samples of `source` in that source's `epoch`, (n,) -> (n,) int64: the inverse of `locate`."""
         ranks = self._permutation(source, epoch).inverse(samples) + epoch * self.num_samples[source]
         return np.array([self.blend.position(source, rank) for rank in ranks.tolist()], dtype=np.int64)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pretrain.model.config import RopeScalingConfig
+from pretrain.model.config import ModelConfig, RopeScalingConfig
 
 _CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -43,28 +43,25 @@ class AttentionContext:
 
 
 def attention_context(
+    config: ModelConfig,
     length: int,
-    head_dim: int,
-    rope_theta: float,
     device: torch.device,
     documents_BT: Tensor | None = None,
-    start: int = 0,
-    *,
-    rope_scaling: RopeScalingConfig | None = None,
-    sliding_window: int | None = None,
+    cache: KeyValueCache | None = None,
     valid_BT: Tensor | None = None,
-    padding_B: Tensor | None = None,
 ) -> AttentionContext:
-    """The context of `length` tokens that follow `start` cached ones. Source: Su et al. 2021 (RoFormer).
+    """Builds the context of `length` tokens that follow those in the cache. Source: Su et al. 2021 (RoFormer).
 
     Computed in fp32 on every call, so there is no table to outgrow and no buffer that an engine could cast or forget to fill.
-    documents_BT: document number of each token, int; tokens see only their own document. sliding_window: number of tokens that
-    a token sees, including itself (Beltagy et al. 2020; as in Mistral 7B). padding_B: number of padding tokens at the start of
-    each row; no other token sees them, and the row's positions count from the token after them.
+    documents_BT: document number of each token, int; tokens see only their own document. With `config.sliding_window`, a token
+    sees that many tokens, including itself (Beltagy et al. 2020; as in Mistral 7B). No token sees the padding at the start of
+    a row (`KeyValueCache.padding_B`), and the row's positions count from the token after it.
     """
+    start, padding_B = (0, None) if cache is None else (cache.length, cache.padding_B)
+    sliding_window = config.sliding_window
     index_T = torch.arange(start, start + length, dtype=torch.float32, device=device)
     position_T = index_T if padding_B is None else index_T - padding_B[:, None]
-    angle_TC = position_T[..., None] * frequencies(head_dim, rope_theta, rope_scaling, device)
+    angle_TC = position_T[..., None] * frequencies(config.head_dim, config.rope_theta, config.rope_scaling, device)
     visible_BTS = None
     if documents_BT is not None:
         same_document_BTS = documents_BT[:, :, None] == documents_BT[:, None, :]

@@ -118,22 +118,10 @@ class Decoder(nn.Module):
         valid_BT: Tensor | None = None,
     ) -> tuple[Tensor, list[Routing]]:
         """Returns hidden_BTD and, with experts and valid_BT, the routing figures of each layer over the positions it marks."""
-        config = self.config
         embedded_BTD = self.embed_tokens(tokens_BT)
-        # Autocast leaves the embedding in fp32, which would keep the whole residual stream in fp32: twice the memory traffic.
+        # Autocast leaves the embedding in fp32, which would keep the entire residual stream in fp32: twice the memory traffic.
         hidden_BTD = embedded_BTD.to(product_dtype(embedded_BTD))
-        context = attention_context(
-            tokens_BT.shape[1],
-            config.head_dim,
-            config.rope_theta,
-            tokens_BT.device,
-            documents_BT,
-            0 if cache is None else cache.length,
-            rope_scaling=config.rope_scaling,
-            sliding_window=config.sliding_window,
-            valid_BT=valid_BT,
-            padding_B=None if cache is None else cache.padding_B,
-        )
+        context = attention_context(self.config, tokens_BT.shape[1], tokens_BT.device, documents_BT, cache, valid_BT)
         routing = []
         for block in self.layers:
             hidden_BTD, figures = block(hidden_BTD, context, cache)
@@ -175,7 +163,7 @@ class LossOutput(NamedTuple):
 
 class Transformer(nn.Module):
     """A decoder language model from a resolved `ModelConfig` (no field is None). Create it with `build`, or on the meta device
-    followed by `load_state_dict(..., assign=True)`: the constructor leaves the weights uninitialised.
+    followed by `load_state_dict(..., assign=True)`: the constructor leaves the weights uninitialized.
 
     With tied embeddings there is no `lm_head.weight`, neither as a parameter nor in the state dict.
     """
@@ -231,10 +219,12 @@ class Transformer(nn.Module):
         moe = self.config.moe
         return moe is not None and (moe.bias_update_rate > 0 or moe.balance == "global_batch")
 
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Fills every parameter and buffer; works after any materialisation (`to_empty`). Values are normal with mean 0, except
-        in norms. A router's bias is 0, the shares of its experts are even.
+    def initial_weight(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+        """Returns the initial value of the parameter or buffer `name` with full shape `shape`: fp32, on the CPU.
+
+        Its generator is keyed by seed and name, so the value is the same on every rank, device and dtype, whatever was drawn
+        before. A rank that holds a shard of each parameter can draw one parameter at a time, keep its shard and free the rest.
+        Values are normal with mean 0, except in norms. A router's bias is 0, the shares of its experts are even.
 
         parameter                        standard deviation                  source
         norm weights                     1 (constant)                        Zhang and Sennrich 2019
@@ -252,17 +242,6 @@ class Transformer(nn.Module):
         The head reads a vector of length sqrt(D), so its logits have variance D * std^2 = 0.16, and the first loss exceeds
         ln V by half of that: under 2 % for any V >= 64. Tied, the input token's own logit is D * std^2 / rms, where rms is the
         size of the residual stream after the last block, which the scaled branches keep near 0.5: again less than one.
-
-        Each parameter has its own generator (see `initial_weight`).
-        """
-        for name, tensor in itertools.chain(self.named_parameters(), self.named_buffers()):
-            tensor.copy_(self.initial_weight(name, tuple(tensor.shape), seed))
-
-    def initial_weight(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-        """Returns the initial value of the parameter or buffer `name` with full shape `shape`: fp32, on the CPU.
-
-        Its generator is keyed by seed and name, so the value is the same on every rank, device and dtype, whatever was drawn
-        before. A rank that holds a shard of each parameter can draw one parameter at a time, keep its shard and free the rest.
         """
         if name.endswith("norm.weight"):
             return torch.ones(shape, device="cpu")
@@ -290,5 +269,7 @@ def build(config: ModelConfig, device: torch.device | str, seed: int) -> Transfo
     with torch.device("meta"):
         model = Transformer(config)
     model.to_empty(device=device)
-    model.init_weights(seed)
+    with torch.no_grad():
+        for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+            tensor.copy_(model.initial_weight(name, tuple(tensor.shape), seed))
     return model
