@@ -173,8 +173,8 @@ def _require_own_file(path: Path) -> int:
 def _require_private(path: Path, info: os.stat_result) -> None:
     """Raises UnsafeCheckpoint if others own the path or may write to it.
 
-    Some mounts (SMB, object stores, Windows disks) show one owner and 0777 for every file, or map root to another user. What a
-    new file of this process shows there as well is not held against the path."""
+    Some mounts (SMB, object stores, Windows disks) show one owner and 0777 for every file, or map root to another user. So an
+    owner or a mode that a new file of this process also has there is accepted."""
     for_all, foreign = bool(info.st_mode & stat.S_IWOTH), info.st_uid not in (os.geteuid(), 0)
     new = _new_file(path.parent) if for_all or foreign else None
     if for_all and not (new and new.st_mode & stat.S_IWOTH):

@@ -120,9 +120,9 @@ def _stored_tensor(path: Path, name: str, entry: dict, begin: int, file_bytes: i
     if dtype not in ITEM_BYTES:
         raise HeaderError(f"{name} has dtype {dtype}; allowed: {', '.join(ITEM_BYTES)}")
     if not all(_is_count(number) for number in (start, stop, *shape)):
-        raise HeaderError(f"the shape or place of {name} is not made of integers >= 0")
+        raise HeaderError(f"the shape or the offsets of {name} are not integers >= 0")
     if stop - start != math.prod(shape) * ITEM_BYTES[dtype] or begin + stop > file_bytes:
-        raise HeaderError(f"{name} does not lie where the header says; is the file truncated?")
+        raise HeaderError(f"the values of {name} have the wrong size or end outside the file; is it truncated?")
     return StoredTensor(path, dtype, shape, begin + start)
 
 
@@ -132,7 +132,7 @@ def read_shards(path: Path) -> list[StoredShard]:
     try:
         pieces = parse_json(header.metadata["pieces"].encode())
         if pieces.keys() != header.tensors.keys():
-            raise HeaderError("its pieces are not its tensors")
+            raise HeaderError("its pieces and its tensors have different names")
         shards = [
             StoredShard(name, tuple(pieces[name]["shape"]), pieces[name]["offset"], tensor)
             for name, tensor in header.tensors.items()

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pretrain.config import DataConfig, SourceConfig
+from pretrain.config import DataConfig
 
 from . import excluded
 from .checks import check_fit
@@ -206,61 +206,44 @@ class ValidData:
 
 def open_train(data: DataConfig, *, seed: int, vocab_size: int, tokenizer_fingerprint: str | None) -> TrainData:
     """The training stream of `data`. Raises DataError with every problem of every source."""
-    if data.synthetic:
-        if data.train or data.valid:
-            raise DataError("data.synthetic: cannot be combined with data.train or data.valid; remove one of them")
-        source = SyntheticSource(
-            data.synthetic, "train", seed=seed, vocab_size=vocab_size, sequence_length=data.sequence_length
-        )
-        return TrainData([source], [1.0], data, seed=seed, vocab_size=vocab_size)
-    if not data.train:
+    if data.synthetic and (data.train or data.valid):
+        raise DataError("data.synthetic: cannot be combined with data.train or data.valid; remove one of them")
+    if not data.synthetic and not data.train:
         raise DataError("data.train: no sources; give at least one {path: PREFIX}, or data.synthetic")
     problems = [
         f"data.train[{i}].weight: got {source.weight}, must be finite and more than 0"
         for i, source in enumerate(data.train)
         if not (math.isfinite(source.weight) and source.weight > 0)
     ]
-    sources = _open_files("train", data.train, data, vocab_size, tokenizer_fingerprint, problems)
-    return TrainData(sources, [source.weight for source in data.train], data, seed=seed, vocab_size=vocab_size)
+    sources = _open_sources("train", data, problems, seed, vocab_size, tokenizer_fingerprint)
+    weights = [1.0] if data.synthetic else [source.weight for source in data.train]
+    return TrainData(sources, weights, data, seed=seed, vocab_size=vocab_size)
 
 
 def open_valid(data: DataConfig, *, seed: int, vocab_size: int, tokenizer_fingerprint: str | None) -> list[ValidData]:
     """The validation sets of `data`; may be empty. Raises DataError with every problem of every source."""
-    if data.synthetic:
-        sources = [
-            SyntheticSource(data.synthetic, "valid", seed=seed, vocab_size=vocab_size, sequence_length=data.sequence_length)
-        ]
-    else:
-        sources = _open_files("valid", data.valid, data, vocab_size, tokenizer_fingerprint, [])
+    sources = _open_sources("valid", data, [], seed, vocab_size, tokenizer_fingerprint)
     return [ValidData(source, data, vocab_size=vocab_size) for source in sources]
 
 
-def _open_files(
-    key: str,
-    sources: list[SourceConfig],
-    data: DataConfig,
-    vocab_size: int,
-    tokenizer_fingerprint: str | None,
-    problems: list[str],
-) -> list[FileSource]:
-    """Opens and checks all sources of data.<key>. Raises DataError with `problems` and all others that it finds."""
+def _open_sources(
+    split: str, data: DataConfig, problems: list[str], seed: int, vocab_size: int, tokenizer_fingerprint: str | None
+) -> list:
+    """Opens and checks all sources of a split. Raises DataError with `problems` and all others that it finds."""
+    if data.synthetic:
+        sizes = {"vocab_size": vocab_size, "sequence_length": data.sequence_length}
+        return [SyntheticSource(data.synthetic, split, seed=seed, **sizes)]
     opened = []
-    for i, config in enumerate(sources):
+    for i, config in enumerate(data.train if split == "train" else data.valid):
+        where = f"data.{split}[{i}].path"
         try:
             source = FileSource(TokenFile(config.path), data.sequence_length, vocab_size)
         except (DataError, OSError) as error:
-            problems.append(f"data.{key}[{i}].path: {error}")
+            problems.append(f"{where}: {error}")
             continue
         opened.append(source)
-        least = data.sequence_length + 1 if key == "train" else 2
-        found = check_fit(
-            source.file,
-            f"data.{key}[{i}].path",
-            data,
-            vocab_size=vocab_size,
-            tokenizer_fingerprint=tokenizer_fingerprint,
-            least_tokens=least,
-        )
+        model = {"vocab_size": vocab_size, "tokenizer_fingerprint": tokenizer_fingerprint}
+        found = check_fit(source.file, where, data, **model, least_tokens=data.sequence_length + 1 if split == "train" else 2)
         problems += [f"{finding.where}: {finding.text}" for finding in found]
     if problems:
         raise DataError("\n".join(problems))

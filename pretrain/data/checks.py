@@ -1,8 +1,8 @@
 """Named findings about token files: unfit for the model, damaged, or not text that a language model should be trained on.
 
 It knows token files and their sidecars; not batches, runs or devices. No torch. The names are stable: scripts may rely on
-them. Every check takes seconds however long the files are: it reads the sidecar, `TokenFile.sample`, or documents selected by
-their length, which selects all duplicates of a document together, wherever they are.
+them. Every check takes seconds, however long the files are: it reads the sidecar, `TokenFile.sample`, or documents selected by
+their length, since duplicates have equal lengths.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ def check_fit(
     file: TokenFile, where: str, data: DataConfig, *, vocab_size: int, tokenizer_fingerprint: str | None, least_tokens: int
 ) -> list[Finding]:
     """Reasons why `file` cannot be trained on; all stop a run. Exact with a sidecar, from a sample without one."""
+    sidecar = file.sidecar
     found: list[tuple[str, str]] = []
-    if file.sidecar is None:
+    if sidecar is None:
         ids = file.sample()
         if ids.min() < 0 or ids.max() >= vocab_size:
             text = f"contains ids {ids.min()} to {ids.max()}, the model has ids 0 to {vocab_size - 1}; wrong tokenizer?"
@@ -60,32 +61,22 @@ def check_fit(
             text = "a flat .bin has no document index; set data.document_mask to false or tokenize again"
             found.append(("no-document-index", text))
     else:
-        found += _contradictions(file, vocab_size, tokenizer_fingerprint)
+        if tokenizer_fingerprint is not None and tokenizer_fingerprint != sidecar.tokenizer_fingerprint:
+            text = f"was tokenized with {sidecar.tokenizer_path} (fingerprint {sidecar.tokenizer_fingerprint}), but "
+            text += (
+                f"tokenizer.path has fingerprint {tokenizer_fingerprint}; set tokenizer.path to the former or tokenize again"
+            )
+            found.append(("tokenizer-mismatch", text))
+        elif tokenizer_fingerprint is not None and sidecar.vocab_size != vocab_size:
+            text = f"its vocabulary has {sidecar.vocab_size} ids, the model {vocab_size}; set model.vocab_size to null"
+            found.append(("vocabulary-mismatch", text))
+        if sidecar.max_id >= vocab_size:
+            text = f"its largest id is {sidecar.max_id}, the model has ids 0 to {vocab_size - 1}; set model.vocab_size to null"
+            found.append(("id-outside-vocabulary", text))
     if file.num_tokens < least_tokens:
         needed = f"{least_tokens:,} are needed (data.sequence_length {data.sequence_length:,})"
         found.append(("too-few-tokens", f"contains {file.num_tokens:,} tokens, {needed}"))
     return [Finding(name, where, f"{file.path}: {text}", stops=True) for name, text in found]
-
-
-def _contradictions(file: TokenFile, vocab_size: int, tokenizer_fingerprint: str | None) -> Iterator[tuple[str, str]]:
-    """(name, text) for each contradiction between sidecar and model."""
-    sidecar = file.sidecar
-    if tokenizer_fingerprint is not None and tokenizer_fingerprint != sidecar.tokenizer_fingerprint:
-        yield (
-            "tokenizer-mismatch",
-            f"was tokenized with {sidecar.tokenizer_path} (fingerprint {sidecar.tokenizer_fingerprint}), but tokenizer.path has"
-            f" fingerprint {tokenizer_fingerprint}; set tokenizer.path to the former or tokenize again",
-        )
-    elif tokenizer_fingerprint is not None and sidecar.vocab_size != vocab_size:
-        yield (
-            "vocabulary-mismatch",
-            f"its vocabulary has {sidecar.vocab_size} ids, the model {vocab_size}; set model.vocab_size to null",
-        )
-    if sidecar.max_id >= vocab_size:
-        yield (
-            "id-outside-vocabulary",
-            f"its largest id is {sidecar.max_id}, the model has ids 0 to {vocab_size - 1}; set model.vocab_size to null",
-        )
 
 
 # ---------------------------------------------------------------- plausible text: from samples
@@ -111,7 +102,7 @@ def check_sample(file: TokenFile, where: str, *, vocab_size: int, end_of_documen
     found += _document_ends(file, tokens, sidecar.end_of_document_id if sidecar else end_of_document_id)
     if sidecar and sidecar.vocab_size > 1000 and sidecar.utf8_bytes < 1.2 * sidecar.num_tokens:
         ratio = sidecar.utf8_bytes / sidecar.num_tokens
-        text = f"{ratio:.2f} bytes of text per token: unless it is digits, the tokenizer spells it in bytes; train one on it"
+        text = f"{ratio:.2f} bytes of text per token: unless it is digits, the tokenizer splits it into bytes; train one on it"
         found.append(("tokens-are-bytes", text, False))
     return [Finding(name, where, f"{file.path}: {text}", stops) for name, text, stops in found]
 
@@ -121,7 +112,7 @@ def _document_ends(file: TokenFile, tokens: np.ndarray, end: int | None) -> Iter
     documents = file.num_documents
     if documents:
         if file.num_tokens < 16 * documents and documents > 100:
-            text = f"{file.num_tokens / documents:.1f} tokens per document: was each line taken for a document?"
+            text = f"{file.num_tokens / documents:.1f} tokens per document: was each line mistaken for a document?"
             yield "documents-tiny", text, False
         empty = float(np.mean(document_lengths(file, 10_000) <= 1))
         if empty > 0.01:

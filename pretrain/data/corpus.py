@@ -17,6 +17,7 @@ import fnmatch
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import sys
@@ -238,9 +239,8 @@ class Corpus:
         import datasets
 
         try:
-            batches = iter(datasets.load_dataset(name, config, split=split, streaming=True).iter(batch_size=_BATCH_ROWS))
             number = 0
-            while (batch := next(batches, None)) is not None:
+            for batch in datasets.load_dataset(name, config, split=split, streaming=True).iter(batch_size=_BATCH_ROWS):
                 for row in zip(*batch.values(), strict=True):
                     number += 1
                     place = f"{self.inputs[0]}:{number}"
@@ -270,15 +270,9 @@ def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
 def _parts(file: BinaryIO, split: str) -> Iterator[bytes]:
     """Documents of a text file, without the line ends around them. One document at a time is in memory."""
     if split == "blank-line":
-        lines: list[bytes] = []
-        for line in file:
-            if not line.isspace():
-                lines.append(line)
-            elif lines:
+        for blank, lines in itertools.groupby(file, key=bytes.isspace):
+            if not blank:
                 yield b"".join(lines).strip(b"\r\n")
-                lines = []
-        if lines:
-            yield b"".join(lines).strip(b"\r\n")
         return
     rest, separator = b"", b"\n" if split == "line" else split.encode()
     while data := file.read(1 << 20):

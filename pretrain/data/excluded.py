@@ -1,4 +1,4 @@
-"""Samples that a run leaves out: those in quarantine, for good, and those of steps that a rollback skips. No torch.
+"""Samples that a run leaves out: those in quarantine permanently, and those of steps that a rollback skips. No torch.
 
     position -> position in the full stream (order.py) -> source, epoch, sample
 

@@ -8,8 +8,8 @@ It knows bytes and counts; not what a sample is, nor how tokens are made. No tor
 
 A pair is complete when its .idx exists: it is renamed into place last. Opening checks sizes and headers in O(1);
 `TokenFile.check_checksums` reads everything. Reads are positioned reads, not a memory map: when a file is truncated or a disk
-fails in mid-run they raise an OSError that can be reported, where a memory map kills the process by SIGBUS. Cold random reads
-are as fast, because the kernel is given all ranges of a batch before the first is read.
+fails during a run, they raise an OSError that can be reported; a memory map would kill the process with SIGBUS. Cold random
+reads are as fast, because the kernel gets all ranges of a batch before the first is read.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Sidecar:
     tokenizer_fingerprint: str
     """Content hash of the tokenizer (`Tokenizer.fingerprint`)."""
     tokenizer_path: str
-    """Path of the tokenizer when the data were made; for people."""
+    """Path of the tokenizer when the data were made, for people."""
     vocab_size: int
     end_of_document_id: int
     """Ends every document and occurs nowhere else."""
@@ -343,7 +343,7 @@ class TokenWriter:
 
         with TokenWriter(prefix, vocab_size=..., ...) as writer:
             writer.add(tokens, lengths, utf8_bytes)     # any number of times
-            sidecar = writer.finish(corpus)             # leaving without it discards everything
+            sidecar = writer.finish(corpus)             # leaving the block without it discards everything
 
     Raises DataError for an existing output, a second writer of the same prefix, an invalid id, or no documents at all.
     """
@@ -396,7 +396,7 @@ class TokenWriter:
             self._bin.close()
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, utf8_bytes: int) -> None:
-        """Appends documents. `tokens`: of all, back to back, each document with its end-of-document id; `lengths` in tokens."""
+        """Appends documents. `tokens`: those of all documents, each ended by the end-of-document id; `lengths` in tokens."""
         tokens, lengths = np.asarray(tokens), np.asarray(lengths, dtype=np.int64)
         end, vocab_size = self._about["end_of_document_id"], self._about["vocab_size"]
         if len(tokens) != lengths.sum() or not np.array_equal(np.flatnonzero(tokens == end), np.cumsum(lengths) - 1):
@@ -432,6 +432,8 @@ class TokenWriter:
         self._bin.flush()
         counts_V = self._counts_V
         num_tokens = int(counts_V.sum())
+        tokens = np.asarray(np.memmap(self._temporary[1], self._dtype, "r", shape=(num_tokens,)))
+        runs = zip(*_spaced_runs(num_tokens, _BIGRAM_RUNS, _BIGRAM_RUN_TOKENS), strict=True)
         sidecar = Sidecar(
             **self._about,
             dtype=self._dtype.name,
@@ -440,7 +442,7 @@ class TokenWriter:
             max_id=int(np.flatnonzero(counts_V)[-1]),
             utf8_bytes=self._utf8_bytes,
             unigram_entropy_nats=unigram_entropy(counts_V),
-            bigram_entropy_nats=bigram_entropy(self._bigram_runs(num_tokens), len(counts_V)),
+            bigram_entropy_nats=bigram_entropy([tokens[start : start + length] for start, length in runs], len(counts_V)),
             corpus=corpus,
             block_bytes=_BLOCK_BYTES,
             block_checksums=self._blocks,
@@ -456,11 +458,6 @@ class TokenWriter:
         self._bin.close()
         sync_folder(self._paths[0].parent)
         return sidecar
-
-    def _bigram_runs(self, num_tokens: int) -> list[np.ndarray]:
-        tokens = np.asarray(np.memmap(self._temporary[1], self._dtype, "r", shape=(num_tokens,)))
-        runs = zip(*_spaced_runs(num_tokens, _BIGRAM_RUNS, _BIGRAM_RUN_TOKENS), strict=True)
-        return [tokens[start : start + length] for start, length in runs]
 
     def _write_index(self) -> str:
         """Writes the temporary .idx in blocks, one sequence per document, and returns its checksum."""

@@ -37,8 +37,7 @@ class SyntheticSource:
     ):
         self.kind, self.vocab_size, self.length = config.kind, vocab_size, sequence_length + 1
         self.name = f"synthetic-{config.kind}"
-        limits = {"train": config.num_samples, "valid": min(config.num_samples, _VALID_SAMPLES)}
-        self.num_samples = limits[split]
+        self.num_samples = config.num_samples if split == "train" else min(config.num_samples, _VALID_SAMPLES)
         self.num_tokens = self.num_samples * sequence_length
         self._ids = (seed, _SPLITS[split])
         self._alphabet = Permutation(vocab_size, (seed, vocab_size))  # same for both splits: a model of markov must learn it

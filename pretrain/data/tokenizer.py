@@ -151,7 +151,7 @@ class _HuggingFace(Tokenizer):
     def _ids(self, text: str) -> list[int]:
         try:  # "fast" leaves out offsets, 1.1 to 1.4 times; one text at a time stays on one thread
             return self._model.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        except Exception as error:  # see above
+        except Exception as error:  # the library raises plain Exception here, too
             reason = f"{self._folder}: cannot encode a text ({error})"
             raise DataError(f"{reason}; choose a tokenizer with an unknown token or with byte fallback") from None
 

@@ -122,7 +122,7 @@ class Engine:
         raise NotImplementedError
 
     def _warm_up(self) -> None:
-        """Does now what the engine would otherwise change after its first step. The weights have no values yet."""
+        """Makes changes that the engine would otherwise make after its first step. The weights have no values yet."""
 
     # ---------------------------------------------------------------- the calls of a step
 
@@ -196,7 +196,7 @@ class Engine:
                 yield Shard(f"{kind}/{name}", shape, offset, values)
 
     def restore(self, fill: Callable[[Shard], None], *, moments: bool = True) -> None:
-        """Calls `fill` with every shard of this rank's state, with or without moments, then makes the new values effective."""
+        """Calls `fill` with every shard of this rank's state, with or without moments, then updates what depends on them."""
         if moments:
             self._make_moments()
         with torch.no_grad():

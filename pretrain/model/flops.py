@@ -45,12 +45,8 @@ def num_parameters(config: ModelConfig) -> ParameterCount:
     norms = layers * (2 * width + 2 * head_dim * config.qk_norm) + width
     embedding = vocabulary_rows(config) * width
     total = matrices + norms + embedding * (1 if config.tie_word_embeddings else 2)
-    return ParameterCount(
-        total=total,
-        active=total - idle,
-        matmul=matrices - idle + config.vocab_size * width,
-        embedding=embedding,
-    )
+    matmul = matrices - idle + config.vocab_size * width
+    return ParameterCount(total=total, active=total - idle, matmul=matmul, embedding=embedding)
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = False) -> int:

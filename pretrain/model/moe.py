@@ -39,7 +39,7 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """Chooses experts for each token, in fp32 whatever the precision.
+    """Chooses experts for each token, always in fp32.
 
     An expert's weight is the softmax or sigmoid of its logit, divided by the sum over the chosen experts (`norm_topk_prob`),
     times `routed_scaling_factor`. With sigmoid scores a bias influences the choice, but not the weights.
@@ -127,11 +127,11 @@ class Experts(nn.Module):
         row_Nk = row_Nk.view_as(chosen_Nk)
         token_P = order_P // chosen_Nk.shape[1]
 
-        rows_PD = _Dispatch.apply(hidden_ND.to(dtype), token_P, row_Nk)
+        rows_PD = _Move.apply(hidden_ND.to(dtype), token_P, row_Nk, True)
         gate_PF, up_PF = grouped_product(rows_PD, self.gate_up_proj.to(dtype), ends_E).chunk(2, dim=1)
         weight_P1 = weights_Nk.flatten()[order_P, None].to(dtype)
         out_PD = grouped_product(F.silu(gate_PF) * up_PF * weight_P1, self.down_proj.to(dtype), ends_E)
-        return _Combine.apply(out_PD, token_P, row_Nk)
+        return _Move.apply(out_PD, token_P, row_Nk, False)
 
 
 class MixtureOfExperts(nn.Module):
@@ -151,48 +151,34 @@ class MixtureOfExperts(nn.Module):
 
 
 # ---------------------------------------------------------------- tokens to experts and back
-#
-# token_P: the token of each row. row_Nk: the rows of each token. A token's k rows are summed in a fixed order, without atomic
-# additions, so the result has the same bits every time. Dispatch and combine are each other's backward pass.
 
 
-def _dispatch(hidden_ND: Tensor, token_P: Tensor, row_Nk: Tensor) -> Tensor:
-    return hidden_ND.index_select(0, token_P)
+class _Move(torch.autograd.Function):
+    """Copies each token's hidden state to its k rows (`to_rows`), or sums them: each is the other's backward pass.
+
+    token_P: the token of each row. row_Nk: the rows of each token, summed in a fixed order, without atomic additions, so the
+    result has the same bits every time.
+    """
+
+    @staticmethod
+    def forward(ctx, values, token_P, row_Nk, to_rows):
+        ctx.save_for_backward(token_P, row_Nk)
+        ctx.to_rows = to_rows
+        return _move(values, token_P, row_Nk, to_rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return _move(gradient, *ctx.saved_tensors, not ctx.to_rows), None, None, None
 
 
-def _combine(out_PD: Tensor, token_P: Tensor, row_Nk: Tensor) -> Tensor:
-    total_ND = out_PD.index_select(0, row_Nk[:, 0])
+def _move(values: Tensor, token_P: Tensor, row_Nk: Tensor, to_rows: bool) -> Tensor:
+    if to_rows:
+        return values.index_select(0, token_P)
+    total_ND = values.index_select(0, row_Nk[:, 0])
     for row_N in row_Nk.unbind(1)[1:]:
-        total_ND += out_PD.index_select(0, row_N)
+        total_ND += values.index_select(0, row_N)
     return total_ND
-
-
-class _Dispatch(torch.autograd.Function):
-    """Copies each token's hidden state to its k rows."""
-
-    @staticmethod
-    def forward(ctx, hidden_ND, token_P, row_Nk):
-        ctx.save_for_backward(token_P, row_Nk)
-        return _dispatch(hidden_ND, token_P, row_Nk)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient_PD):
-        return _combine(gradient_PD, *ctx.saved_tensors), None, None
-
-
-class _Combine(torch.autograd.Function):
-    """Sums each token's k rows."""
-
-    @staticmethod
-    def forward(ctx, out_PD, token_P, row_Nk):
-        ctx.save_for_backward(token_P, row_Nk)
-        return _combine(out_PD, token_P, row_Nk)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient_ND):
-        return _dispatch(gradient_ND, *ctx.saved_tensors), None, None
 
 
 # ---------------------------------------------------------------- one matrix product per group of rows
