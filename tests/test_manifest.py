@@ -157,7 +157,7 @@ ATTACKS = {
     "file for all": (lambda folder, marker: (folder / TENSORS).chmod(0o666), "everyone may write"),
     "foreign owner": (foreign_owner, "belongs to user 12345"),
     "huge header": (replaced(TENSORS, lambda marker: (1 << 60).to_bytes(8, "little")), "claims 1152921504606846976 bytes"),
-    "beyond the file": (header(beyond_the_file), "does not lie where"),
+    "beyond the file": (header(beyond_the_file), "end outside the file"),
     "other dtype": (header(as_bytes), "has dtype U8"),
     "overlap": (header(overlapping), "overlap, leave a gap"),
     "negative offset": (header(negative), "is not a shard of fp32 values"),

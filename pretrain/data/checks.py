@@ -62,11 +62,9 @@ def check_fit(
             found.append(("no-document-index", text))
     else:
         if tokenizer_fingerprint is not None and tokenizer_fingerprint != sidecar.tokenizer_fingerprint:
-            text = f"was tokenized with {sidecar.tokenizer_path} (fingerprint {sidecar.tokenizer_fingerprint}), but "
-            text += (
-                f"tokenizer.path has fingerprint {tokenizer_fingerprint}; set tokenizer.path to the former or tokenize again"
-            )
-            found.append(("tokenizer-mismatch", text))
+            made_with = f"{sidecar.tokenizer_path} (fingerprint {sidecar.tokenizer_fingerprint})"
+            text = f"was tokenized with {made_with}, but tokenizer.path has fingerprint {tokenizer_fingerprint}"
+            found.append(("tokenizer-mismatch", f"{text}; set tokenizer.path to the former or tokenize again"))
         elif tokenizer_fingerprint is not None and sidecar.vocab_size != vocab_size:
             text = f"its vocabulary has {sidecar.vocab_size} ids, the model {vocab_size}; set model.vocab_size to null"
             found.append(("vocabulary-mismatch", text))

@@ -186,12 +186,8 @@ class TokenFile:
         self.num_documents = num_starts - 1
         self.num_tokens, odd_bytes = divmod(int(self._pointers[-1]), self.dtype.itemsize)
         self.num_tokens += int(lengths[-1])
-        if (
-            self._pointers[0] != 0
-            or odd_bytes
-            or lengths[-1] < 0
-            or (self._documents[0], self._documents[-1]) != (0, num_sequences)
-        ):
+        edges = self._pointers[0], self._documents[0], self._documents[-1]
+        if edges != (0, 0, num_sequences) or odd_bytes or lengths[-1] < 0:
             raise DataError(f"{path}: its arrays contradict its header; copy it again")
         if self._bin_bytes != self.num_tokens * self.dtype.itemsize:
             expected = self.num_tokens * self.dtype.itemsize

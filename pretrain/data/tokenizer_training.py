@@ -34,8 +34,8 @@ def train(
     """Trains a byte-pair encoding on `texts` and writes it to the new folder `folder`.
 
     Writes tokenizer.model (SentencePiece), tokenizer.json and tokenizer_config.json (Hugging Face, with the same ids), and
-    tokenizer_info.json with the fingerprint and the result of `describe()`, a description of the text that is called after
-    the last text. Raises DataError if the folder is in use or the text is too small for `vocab_size`.
+    tokenizer_info.json with the fingerprint and the result of `describe`, which is called after the last text and describes
+    the texts. Raises DataError if the folder is in use or the text is too small for `vocab_size`.
 
     Byte fallback and the identity normalizer make it lossless. Each digit is a token; runs of spaces and line ends may merge,
     which shortens code (3.3 bytes per token instead of 3.1 with training on single lines). All texts are held in memory.
@@ -137,12 +137,9 @@ def _hugging_face(processor) -> dict[str, str]:
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    ids = {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
-    normal = {
-        piece: i
-        for piece, i in ids.items()
-        if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i) or processor.is_unused(i))
-    }
+    content = pieces(processor)
+    ids = {piece: i for i, (piece, *_) in enumerate(content)}
+    normal = {piece: ids[piece] for piece, _, kinds in content if not any(kinds)}
     merges = []
     for piece, i in normal.items():
         for cut in range(1, len(piece)):
