@@ -12,12 +12,8 @@ import dataclasses
 import math
 import multiprocessing
 import os
-import socket
-import sys
-import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +26,7 @@ from pretrain.engines.start import start_engine
 from pretrain.model.config import ModelConfig, resolve_model, shrink
 from pretrain.model.transformer import Transformer, build
 from pretrain.report.metrics import Meter
+from pretrain.run.processes import run_processes
 from pretrain.train import train_step
 
 STEPS, LENGTH, VOCABULARY, LR = 5, 32, 128, 1e-2
@@ -48,7 +45,7 @@ class Case:
     sequences: int
     """In the global batch."""
     experts: bool = False
-    """Whether the model has experts."""
+    """The model has experts."""
 
     @property
     def bounds(self) -> tuple[float, float, float]:
@@ -76,7 +73,7 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Whether every difference is within its bound; NaN never is."""
+        """True if every difference is within its bound; NaN never is."""
         found = (self.loss_difference, self.norm_difference, self.weight_difference)
         return all(value <= bound for value, bound in zip(found, self.case.bounds, strict=True))
 
@@ -183,7 +180,7 @@ def _run(case: Case, model: ModelConfig, grad_clip: float, seed: int) -> tuple[l
     engine = start_engine(case.engine)
     engine.prepare(lambda: Transformer(model), _momentum, grad_clip, seed)
     gradients: list[int] = []
-    engine.optimizer.register_step_pre_hook(lambda optimizer, *_: gradients.append(_bytes(_gradients(optimizer))))
+    engine.optimizer.register_step_pre_hook(lambda optimizer, *_: gradients.append(_gradient_bytes(optimizer)))
     meter, shown = Meter(engine.device, engine.rank, engine.world_size), []
     share = case.sequences // case.ranks
     for step in range(STEPS):
@@ -199,29 +196,22 @@ def _run(case: Case, model: ModelConfig, grad_clip: float, seed: int) -> tuple[l
     return shown, pieces, sizes
 
 
-def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+def _gradient_bytes(optimizer: torch.optim.Optimizer) -> int:
+    gradients = (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+    return sum(_storages(gradients).values())
 
 
 def _sizes(engine: Engine) -> dict[str, int]:
     """Bytes of live tensors on this rank; a tensor that is both weight and master weight counts once, as a weight."""
-    weights = [tensor for p in engine.model.parameters() for tensor in (p.data, getattr(p, "ds_tensor", p.data))]
-    held = [tensor for state in engine.local_states(saving=False) for tensor in state.tensors.values()]
-    mine = {_local(tensor).untyped_storage().data_ptr() for tensor in weights}
-    return {
-        "weights": _bytes(weights),
-        "state": _bytes([tensor for tensor in held if _local(tensor).untyped_storage().data_ptr() not in mine]),
-    }
+    weights = _storages(tensor for p in engine.model.parameters() for tensor in (p.data, getattr(p, "ds_tensor", p.data)))
+    held = _storages(tensor for state in engine.local_states(saving=False) for tensor in state.tensors.values())
+    return {"weights": sum(weights.values()), "state": sum(size for at, size in held.items() if at not in weights)}
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _bytes(tensors: list[Tensor]) -> int:
-    """Bytes of the storages of tensors, each counted once."""
-    storages = {_local(tensor).untyped_storage().data_ptr(): _local(tensor).untyped_storage() for tensor in tensors}
-    return sum(storage.nbytes() for storage in storages.values())
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Address -> bytes of each storage of this rank's tensors."""
+    local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
+    return {storage.data_ptr(): storage.nbytes() for storage in map(Tensor.untyped_storage, local)}
 
 
 def _assemble(pieces: list[tuple]) -> dict[str, Tensor]:
@@ -231,51 +221,3 @@ def _assemble(pieces: list[tuple]) -> dict[str, Tensor]:
         flat = whole.setdefault(name, torch.full(shape, math.nan)).view(-1)
         flat[offset : offset + len(values)] = torch.as_tensor(values)
     return whole
-
-
-# ---------------------------------------------------------------- processes
-
-
-def run_processes(world_size: int, function, *args: Any) -> list[Any]:
-    """Calls `function(*args)` on processes of this machine, with the variables that torchrun sets. -> results by rank.
-
-    Raises RuntimeError with the traceback of the first rank that fails.
-    """
-    context = multiprocessing.get_context("forkserver")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pipes, processes = [], []
-    for rank in range(world_size):
-        receiver, sender = context.Pipe(duplex=False)
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        arguments = (sender, variables if world_size > 1 else {}, function, args)
-        processes.append(context.Process(target=_entry, args=arguments, daemon=True))
-        processes[-1].start()
-        sender.close()
-        pipes.append(receiver)
-    try:
-        results = [pipe.recv() for pipe in pipes]
-    except EOFError:
-        raise RuntimeError("a worker exited without an error message (out of memory?)") from None
-    finally:
-        for process in processes:
-            process.join(timeout=10)
-            process.kill()
-    for rank, (failure, _) in enumerate(results):
-        if failure:
-            raise RuntimeError(f"rank {rank} failed:\n{failure}")
-    return [result for _, result in results]
-
-
-def _entry(sender, variables: dict, function, args: tuple) -> None:
-    os.environ.update({name: str(value) for name, value in variables.items()})
-    torch.set_num_threads(1)
-    try:
-        result = None, function(*args)
-    except BaseException:
-        result = traceback.format_exc(), None
-    sender.send(result)
-    sender.close()
-    sys.stdout.flush()
