@@ -43,7 +43,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
                         help="sample from the likeliest tokens that reach probability P; 1: from all (default)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same texts (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda if available, else cpu")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], help="of the weights; default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument(
+        "--dtype", choices=["fp32", "bf16"], help="format of the weights; default: bf16 on a GPU, fp32 on a CPU"
+    )
     options = parser.parse_args(argv)
     command_line.check_trained_model(parser, options)
     if not options.prompt and not options.prompts_file:

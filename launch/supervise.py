@@ -46,25 +46,19 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 def main(argv: list[str]) -> int:
     """-> exit status: that of the run, as docs/running.md lists them."""
-    flags, separator, settings = _split(argv)
-    force = "--force" in flags
-    flags = [flag for flag in flags if flag != "--force"]
-    if not separator or not settings:
+    at = argv.index("--") if "--" in argv else len(argv)
+    flags, settings = [flag for flag in argv[:at] if flag != "--force"], argv[at + 1 :]
+    if not settings:
         print(__doc__)
         return DONE if {"--help", "-h"} & set(flags) else REFUSED
     if _machines(flags) > 1:
         raise UserError("several machines are requested, but a supervisor manages one; use a scheduler (launch/slurm.sh)")
     config = load(settings, world_size=None, program="launch/supervise.py [--force] [accelerate flags] --")
     supervisor = Supervisor(config, flags, settings)
-    if not force and (refusal := supervisor.crash_loop()):
+    if "--force" not in argv[:at] and (refusal := supervisor.crash_loop()):
         _info(f"{refusal}. Find the cause, then start with --force")
         return CRASH_LOOP
     return supervisor.run()
-
-
-def _split(argv: list[str]) -> tuple[list[str], bool, list[str]]:
-    at = argv.index("--") if "--" in argv else len(argv)
-    return argv[:at], "--" in argv, argv[at + 1 :]
 
 
 def _machines(flags: list[str]) -> int:

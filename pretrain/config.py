@@ -86,7 +86,7 @@ class SyntheticConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The data, and how it is cut into samples."""
+    """The data, and its division into samples."""
 
     train: list[SourceConfig] = free(list)
     """Training sources: [{path, weight}]."""
@@ -165,7 +165,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How the model is distributed over processes, and what is traded for memory. docs/engines.md compares the engines."""
+    """Distribution of the model over processes, and options that save memory. docs/engines.md compares the engines."""
 
     name: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = free("ddp")
     """ddp: every rank holds everything; zero1, zero2, zero3 (DeepSpeed): ranks share the optimizer state (zero1), also the
@@ -213,7 +213,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save, what to keep, where to resume."""
+    """Saving, keeping and resuming."""
 
     every_steps: NonNegativeInt = free(0)
     """Steps between checkpoints; there is always one at the end. 0: only at the end."""
@@ -251,7 +251,7 @@ class WandbConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """What is reported, and where. metrics.jsonl is the source of truth; the other sinks receive copies."""
+    """Reports and their destinations. metrics.jsonl is the source of truth; the other sinks receive copies."""
 
     every_steps: PositiveInt = free(10)
     """Steps between log lines."""
@@ -312,7 +312,7 @@ def load(argv: list[str], *, world_size: int | None = 1, program: str = "launch/
     unread = any(problem.key.startswith(tuple(paths)) for problem in problems)
     pretrained = _read_pretrained(tree, origins, problems)
     config = schema.build(Config, tree, origins, problems)
-    if not unread:  # what a file that cannot be read would have set is unknown
+    if not unread:  # else the settings in an unreadable file are unknown
         checks = validate(config, world_size)
         if pretrained and not problems:
             checks += _check_pretrained(config.model, pretrained)
@@ -360,7 +360,7 @@ def _read_pretrained(tree: dict[str, Any], origins: schema.Origins, problems: li
 def validate(config: Config, world_size: int | None = 1) -> list[Problem]:
     """Combinations that cannot work, for `world_size` ranks (None: any). All checks that need no file and no tensor.
 
-    A check that meets a key which could not be read (`schema.Partial`) ends there.
+    A check that reads a key with a problem (`schema.Partial`) ends there.
     """
     checks = [check(config) for check in _CHECKS] + [check(config, world_size) for check in _CHECKS_OF_RANKS]
     with contextlib.suppress(schema.Unread):

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, however a program ends; reading of JSON lines. Knows nothing of their content."""
+"""Files that are complete or absent, however a program ends; reading of JSON. Knows nothing of their content."""
 
 from __future__ import annotations
 
@@ -53,6 +53,15 @@ def unused_name(path: Path) -> Path:
         number += 1
         candidate = path.with_name(f"{path.name}-{number}")
     return candidate
+
+
+def read_json_object(path: Path) -> dict:
+    """The JSON object in a file; empty if there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 class JsonLines(NamedTuple):

@@ -207,7 +207,7 @@ def _due(step: int, every: int) -> bool:
 
 
 def _advance(run: Run) -> None:
-    """Moves on by one step. Skipped positions are logged with the step that skips them."""
+    """Advances by one step. Skipped positions are logged with the step that skips them."""
     progress, skipped = run.progress, run.progress.skipped_positions
     begin = excluded.next_position(progress.position, skipped)
     progress.step += 1

@@ -15,6 +15,7 @@ from pretrain import config as settings
 from pretrain import schema
 from pretrain.config import DataConfig, EngineConfig, OptimizerConfig, SourceConfig
 from pretrain.data import tokenizer_training
+from pretrain.data.indexed import TokenWriter
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.engines.start import start_engine
 from pretrain.evaluate import score
@@ -80,6 +81,18 @@ def make_tokenizer(folder: Path) -> Path:
     texts = ["def area(radius):\n    return 3.14159 * radius ** 2\n" * 3, "the quick brown fox jumps over the lazy dog " * 20]
     tokenizer_training.train(texts, folder, vocab_size=V, describe=dict)
     return folder
+
+
+def write_token_file(tokenizer_folder: Path, texts: list[str], prefix: Path) -> None:
+    """Writes documents as a token file with its sidecar."""
+    tool = Tokenizer.load(tokenizer_folder)
+    about = dict(vocab_size=tool.vocab_size, end_of_document_id=tool.end_of_document_id, shuffled=True, overwrite=True)
+    about |= dict(tokenizer_fingerprint=tool.fingerprint, tokenizer_path=str(tokenizer_folder))
+    with TokenWriter(prefix, **about) as writer:
+        for text in texts:
+            ids = [*tool.encode(text), tool.end_of_document_id]
+            writer.add(np.array(ids), np.array([len(ids)]), len(text.encode()))
+        writer.finish({"inputs": ["test"], "sha256": "0"})
 
 
 def make_run(folder: Path, model: ModelConfig, tokenizer_folder: Path | None, steps: tuple[int, ...] = (1,)) -> Path:

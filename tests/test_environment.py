@@ -10,14 +10,13 @@ import sys
 import pytest
 import torch
 
-from pretrain.config import load
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.generate import generate, stream_text
 from pretrain.interop.load import open_run
 from pretrain.interop.weights import load_transformer
 from pretrain.report import environment
 from pretrain.report.records import read_records
-from pretrain.train import train
+from tests.models import train_here
 from tests.ranks import run_ranks
 from tests.test_preflight import World, made  # noqa: F401 (a fixture)
 
@@ -60,10 +59,6 @@ def test_the_start_that_made_a_step_is_found_and_abandoned_starts_are_dropped():
     assert found == [1, 1, 2, 2, 8, 8]
     assert environment.start_of_step({}, 1) == {}
     assert [start["step"] for start in environment.with_start(content, {}, {"step": 0})["starts"]] == [0]
-
-
-def train_here(flags: list[str]) -> int:
-    return train(load(flags, world_size=int(os.environ.get("WORLD_SIZE", 1))))
 
 
 def test_a_run_writes_its_environment(made, tmp_path):  # noqa: F811

@@ -22,8 +22,8 @@ VISIBLE_FIRST = {  # a checkpoint gets its final name before its files are compl
         ("    os.rename(temporary, final)\n", ""),
     ],
 }
-RESUMES_WRONG = {
-    "pretrain/run/state.py": [('SpikeWatch(state.get("spikes")),\n    )', "SpikeWatch(),\n    )")],
+RESUMES_WRONG = {  # reads the data from their start again
+    "pretrain/run/state.py": [("replace(progress, **start.changes)", "replace(progress, position=0, **start.changes)")],
 }
 
 

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.run.directory import RunDirectory
 from pretrain.run.preflight import Report, first_batch_findings, preflight
 from pretrain.train import train
-from tests.models import make_tokenizer
+from tests.models import make_tokenizer, train_here, write_token_file
 from tests.ranks import run_ranks
 from tests.test_indexed import write_megatron
 
@@ -51,18 +52,6 @@ def texts(kind: str, count: int = 600) -> list[str]:
     return made
 
 
-def encode(folder: Path, made: list[str], prefix: Path, **options) -> None:
-    """Writes token files of the documents, with a sidecar."""
-    tool = Tokenizer.load(folder)
-    about = dict(vocab_size=tool.vocab_size, end_of_document_id=tool.end_of_document_id)
-    about |= dict(tokenizer_fingerprint=tool.fingerprint, tokenizer_path=str(folder), shuffled=True, overwrite=True)
-    with TokenWriter(prefix, **(about | options)) as writer:
-        for text in made:
-            ids = [*tool.encode(text), about["end_of_document_id"]]
-            writer.add(np.array(ids), np.array([len(ids)]), len(text.encode()))
-        writer.finish({"inputs": ["test"], "sha256": "0"})
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """A tokenizer for each kind of text, and training and validation data with sidecars."""
@@ -71,8 +60,8 @@ def made(tmp_path_factory) -> Path:
         written = texts(kind)
         sizes = {"english": 320, "chinese": 420, "code": 320}
         tokenizer_training.train(written, folder / f"{kind}_tokenizer", vocab_size=sizes[kind], describe=dict)
-        encode(folder / f"{kind}_tokenizer", written[:500], folder / f"{kind}_train")
-        encode(folder / f"{kind}_tokenizer", written[500:], folder / f"{kind}_valid")
+        write_token_file(folder / f"{kind}_tokenizer", written[:500], folder / f"{kind}_train")
+        write_token_file(folder / f"{kind}_tokenizer", written[500:], folder / f"{kind}_valid")
     return folder
 
 
@@ -103,6 +92,13 @@ class World:
 
     def argv(self) -> list[str]:
         return [word for key, value in self.flags.items() for word in (f"--{key}", str(value))]
+
+    def plant(self, fault: Callable[[World], None] | dict) -> None:
+        """A fault is a function, or the settings that make it."""
+        if isinstance(fault, dict):
+            self.flags |= fault
+        else:
+            fault(self)
 
     def check(self) -> Report:
         return preflight(load(self.argv(), world_size=None), self.ranks)
@@ -178,10 +174,6 @@ def names(world: World) -> list[str]:
 # ---------------------------------------------------------------- planted faults that stop a run
 
 
-def id_beyond_the_vocabulary(world):
-    world.flags |= {"model.vocab_size": 300, "tokenizer.path": "null"}
-
-
 def id_beyond_the_vocabulary_without_a_sidecar(world):
     world.foreign([*world.tokens(), np.array([319, 320, 2])])
 
@@ -200,20 +192,12 @@ def another_tokenizer(world):
     world.flags["tokenizer.path"] = world.folder / "other"
 
 
-def another_vocabulary(world):
-    world.flags["model.vocab_size"] = 384
-
-
 def no_tokenizer(world):
     shutil.rmtree(world.tokenizer)
 
 
 def broken_tokenizer(world):
     (world.tokenizer / "tokenizer.model").write_bytes(b"not a model")
-
-
-def no_data(world):
-    world.flags["data.train"] = "[{path: nowhere}]"
 
 
 def cut_file(world):
@@ -234,10 +218,6 @@ def hole_in_a_file(world):
     world.foreign(np.split(documents, [500, 20_000]))
 
 
-def too_short(world):
-    world.flags["data.sequence_length"] = 100_000
-
-
 def document_mask_without_documents(world):
     np.concatenate(world.tokens()).astype("<u2").tofile(world.folder / "flat.bin")
     world.flags |= {"data.train": f"[{{path: {world.folder / 'flat.bin'}}}]", "data.document_mask": "true"}
@@ -251,16 +231,8 @@ def other_number_of_ranks(world):
     world.flags["engine.world_size"], world.ranks = 4, 2
 
 
-def schedule_beyond_the_run(world):
-    world.flags |= {"train.max_steps": "null", "train.max_tokens": 1000}
-
-
 def directory_that_is_a_file(world):
     (world.folder / "runs").write_text("in the way")
-
-
-def disk_too_small(world):
-    world.flags |= {"model.hidden_size": 2**19, "model.num_hidden_layers": 64}
 
 
 def another_job_in_the_directory(world):
@@ -286,35 +258,35 @@ def checkpoints_that_must_not_be_resumed(world):
 
 
 @pytest.mark.parametrize(
-    ("plant", "name"),
+    ("fault", "name"),
     [
-        (id_beyond_the_vocabulary, "id-outside-vocabulary"),
+        ({"model.vocab_size": 300, "tokenizer.path": "null"}, "id-outside-vocabulary"),
         (id_beyond_the_vocabulary_without_a_sidecar, "id-outside-vocabulary"),
         (a_sidecar_that_understates_the_largest_id, "seal-contradicted"),
         (dtype_too_narrow_for_the_tokenizer, "dtype-too-narrow"),
         (another_tokenizer, "tokenizer-mismatch"),
-        (another_vocabulary, "vocabulary-mismatch"),
+        ({"model.vocab_size": 384}, "vocabulary-mismatch"),
         (no_tokenizer, "tokenizer-missing"),
         (broken_tokenizer, "tokenizer-damaged"),
-        (no_data, "data-missing"),
+        ({"data.train": "[{path: nowhere}]"}, "data-missing"),
         (cut_file, "data-damaged"),
         (flipped_byte, "checksum-wrong"),
         (hole_in_a_file, "constant-tokens"),
-        (too_short, "too-few-tokens"),
+        ({"data.sequence_length": 100_000}, "too-few-tokens"),
         (document_mask_without_documents, "no-document-index"),
         (batch_that_does_not_divide, "batch-arithmetic"),
         (other_number_of_ranks, "batch-arithmetic"),
-        (schedule_beyond_the_run, "schedule-too-long"),
+        ({"train.max_steps": "null", "train.max_tokens": 1000}, "schedule-too-long"),
         (directory_that_is_a_file, "directory-not-writable"),
-        (disk_too_small, "disk-too-small"),
+        ({"model.hidden_size": 2**19, "model.num_hidden_layers": 64}, "disk-too-small"),
         (another_job_in_the_directory, "run-locked"),
         (a_stop_file, "stop-file"),
         (stale_build_lock, "build-lock"),
         (checkpoints_that_must_not_be_resumed, "resume-refused"),
     ],
 )
-def test_a_fault_that_stops_a_run_is_named(world, plant, name):
-    plant(world)
+def test_a_fault_that_stops_a_run_is_named(world, fault, name):
+    world.plant(fault)
     found = world.check().findings
     assert {each.name for each in found if each.stops} == {name}, found
     assert {each.name for each in found} - {"no-seal"} == {name}, found
@@ -350,11 +322,11 @@ def random_tokens(world):
 
 
 def duplicate_documents(world):
-    encode(world.tokenizer, texts("english")[:300] * 2, world.train)
+    write_token_file(world.tokenizer, texts("english")[:300] * 2, world.train)
 
 
 def training_documents_in_validation(world):
-    encode(world.tokenizer, texts("english")[450:600], world.valid)
+    write_token_file(world.tokenizer, texts("english")[450:600], world.valid)
 
 
 def a_flat_file_as_its_own_validation(world):
@@ -370,7 +342,7 @@ def a_tokenizer_of_another_language(world):
     many += ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz ", k=400)) for i in range(400)]
     tokenizer_training.train(many, world.folder / "code", vocab_size=1200, describe=dict)
     for prefix, part in ((world.train, texts("chinese")[:500]), (world.valid, texts("chinese")[500:])):
-        encode(world.folder / "code", part, prefix)
+        write_token_file(world.folder / "code", part, prefix)
     world.flags["tokenizer.path"] = world.folder / "code"
 
 
@@ -378,22 +350,6 @@ def ids_of_another_tokenizer(world):
     """Without a sidecar, only the decoded text shows the mistake."""
     documents = [np.append(np.random.default_rng(i).integers(131, 255, 60).repeat(2), 2) for i in range(400)]
     world.foreign(documents)
-
-
-def learning_rate_in_percent(world):
-    world.flags["optimizer.lr"] = 0.3
-
-
-def warm_up_of_most_of_the_run(world):
-    world.flags["schedule.warmup_steps"] = 150
-
-
-def decay_that_ends_early(world):
-    world.flags["schedule.decay_steps"] = 50
-
-
-def many_epochs(world):
-    world.flags["train.max_steps"] = 20_000
 
 
 def weights_of_another_tokenizer(world):
@@ -429,13 +385,13 @@ def no_wandb_key(world):
     world.flags["log.sinks"], world.server = "[jsonl, wandb]", server
 
 
-def young_build_lock(world):
+def new_build_lock(world):
     stale_build_lock(world)
     os.utime(world.folder / "extensions" / "py311_cpu" / "cpu_adam" / "lock")
 
 
 @pytest.mark.parametrize(
-    ("plant", "name"),
+    ("fault", "name"),
     [
         (no_end_of_document, "documents-not-ended"),
         (end_inside_documents, "end-inside-documents"),
@@ -449,19 +405,19 @@ def young_build_lock(world):
         (a_tokenizer_of_another_language, "tokens-are-bytes"),
         (ids_of_another_tokenizer, "text-garbled"),
         (weights_of_another_tokenizer, "weights-of-another-tokenizer"),
-        (learning_rate_in_percent, "lr-out-of-range"),
-        (warm_up_of_most_of_the_run, "warmup-too-long"),
-        (decay_that_ends_early, "lr-ends-early"),
-        (many_epochs, "many-passes"),
+        ({"optimizer.lr": 0.3}, "lr-out-of-range"),
+        ({"schedule.warmup_steps": 150}, "warmup-too-long"),
+        ({"schedule.decay_steps": 50}, "lr-ends-early"),
+        ({"train.max_steps": 20_000}, "many-passes"),
         (busy_port, "port-in-use"),
         (no_wandb, "wandb-unreachable"),
         (no_wandb_key, "wandb-no-key"),
-        (young_build_lock, "build-lock"),
+        (new_build_lock, "build-lock"),
     ],
 )
-def test_a_doubtful_setting_or_file_causes_a_warning_with_its_name(world, monkeypatch, plant, name):
+def test_a_doubtful_setting_or_file_causes_a_warning_with_its_name(world, monkeypatch, fault, name):
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    plant(world)
+    world.plant(fault)
     found = world.check().findings
     assert name in {each.name for each in found}, found
     assert {each.name for each in found if each.stops} <= {"port-in-use"}, found
@@ -488,8 +444,8 @@ def test_labels_that_are_not_the_next_token_stop_a_run():
 def test_duplicates_are_found_anywhere_and_a_part_of_the_documents_gives_the_same_fractions(world, monkeypatch):
     """A third of the training documents twice, far apart; half of the validation documents from the training data."""
     written = texts("english")
-    encode(world.tokenizer, written[:300] + written[:100], world.train)
-    encode(world.tokenizer, written[250:350], world.valid)
+    write_token_file(world.tokenizer, written[:300] + written[:100], world.train)
+    write_token_file(world.tokenizer, written[250:350], world.valid)
     files = [TokenFile(world.train)], [TokenFile(world.valid)]
     full = checks.duplicates(*files, None)
     assert full.complete and full.documents == 500
@@ -498,10 +454,6 @@ def test_duplicates_are_found_anywhere_and_a_part_of_the_documents_gives_the_sam
     part = checks.duplicates(*files, None)
     assert not part.complete and 100 < part.documents < 400
     assert part.train == pytest.approx(full.train, abs=0.1) and part.valid == pytest.approx(full.valid, abs=0.15)
-
-
-def train_here(flags: list[str]) -> int:
-    return train(load(flags, world_size=int(os.environ.get("WORLD_SIZE", 1))))
 
 
 def test_a_run_repeats_the_quick_checks_at_its_start_and_all_ranks_refuse(world):

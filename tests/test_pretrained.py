@@ -27,7 +27,7 @@ from pretrain import config as settings
 from pretrain.config import ConfigError, DataConfig, EngineConfig, SourceConfig
 from pretrain.data import tokenizer_training
 from pretrain.data.batches import open_train
-from pretrain.data.indexed import TokenFile, TokenWriter
+from pretrain.data.indexed import TokenFile
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.engines.start import start_engine
 from pretrain.evaluate import score
@@ -36,7 +36,7 @@ from pretrain.interop.convert import export_model, import_model
 from pretrain.interop.load import open_hf_folder, open_run
 from pretrain.interop.weights import load_transformer
 from pretrain.optim.schedule import lr_at
-from tests.models import V, make_tokenizer, score_here, train_here
+from tests.models import V, make_tokenizer, score_here, train_here, write_token_file
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -54,21 +54,10 @@ def text(tmp_path_factory) -> Path:
 
 
 def write_tokens(folder: Path) -> Path:
-    tokenizer, rng = Tokenizer.load(folder / "tokenizer"), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for name, count in (("train", 600), ("valid", 60)):
-        with TokenWriter(
-            folder / name,
-            vocab_size=tokenizer.vocab_size,
-            end_of_document_id=tokenizer.end_of_document_id,
-            tokenizer_fingerprint=tokenizer.fingerprint,
-            tokenizer_path=str(folder / "tokenizer"),
-            shuffled=True,
-        ) as writer:
-            for _ in range(count):
-                document = " ".join(rng.choice(WORDS, rng.integers(5, 30)))
-                ids = [*tokenizer.encode(document), tokenizer.end_of_document_id]
-                writer.add(np.array(ids), [len(ids)], len(document.encode()))
-            writer.finish({"inputs": ["test"], "sha256": "0"})
+        documents = [" ".join(rng.choice(WORDS, rng.integers(5, 30))) for _ in range(count)]
+        write_token_file(folder / "tokenizer", documents, folder / name)
     return folder
 
 

@@ -23,7 +23,7 @@ from pretrain.config import load
 from pretrain.data.batches import open_train
 from pretrain.run import command_line
 from pretrain.run.directory import RunDirectory
-from pretrain.train import train
+from tests.models import train_here
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -64,10 +64,6 @@ def half(tmp_path_factory) -> Path:
     settings = ["--config", str(folder / "tiny.yaml"), "--run.directory", str(folder)]
     assert run_ranks(2, signal_itself_at, settings, 0, 9, signal.SIGTERM) == [75, 75]
     return run_of(settings)
-
-
-def train_here(argv: list[str]) -> int:
-    return train(load(argv, world_size=int(os.environ.get("WORLD_SIZE", 1))))
 
 
 def records(run: Path) -> list[dict]:

@@ -29,7 +29,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = command_line.make_parser(__doc__)
     command_line.add_trained_model(parser, average=True)
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder to write, new or empty")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="with --run: of the weights (default: fp32)")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="with --run: format of the weights (default: fp32)")
     parser.add_argument("--max-file-gb", type=float, default=5.0, metavar="GB",
                         help="with --run: size limit of a safetensors file (default: %(default)s)")  # fmt: skip
     parser.add_argument("--certify", choices=["auto", "whole", "layers"], default="auto", help="verify the whole model, or "

@@ -302,7 +302,7 @@ def resumed_step(run: Path) -> int:
 
 
 def has_resumed(job: Job) -> bool:
-    """Whether the job has completed a step since it started."""
+    """True once the job has completed a step of its own."""
     return console(job.run).count(BEGIN) > job.starts_before and last_step(job.run) > resumed_step(job.run)
 
 
@@ -416,15 +416,8 @@ def wandb_outage(drill: Drill, name: str) -> tuple[str, None, None]:
     return f"not stopped, records kept for `wandb sync`; {time.monotonic() - job.began:.0f} s in total", None, None
 
 
-FAULTS = {
-    "kill_rank": kill_rank,
-    "kill_all": kill_all,
-    "sigterm": sigterm,
-    "kill_in_save": kill_in_save,
-    "truncate_newest": truncate_newest,
-    "full_disk": full_disk,
-    "wandb_outage": wandb_outage,
-}
+_FAULTS = (kill_rank, kill_all, sigterm, kill_in_save, truncate_newest, full_disk, wandb_outage)
+FAULTS = {fault.__name__: fault for fault in _FAULTS}
 
 
 if __name__ == "__main__":

@@ -68,8 +68,6 @@ def main(argv: list[str]) -> None:
         parser.error("--run needs --step N or --document SOURCE:NUMBER")
     if (chosen := options.checkpoint) not in (None, "best") and not chosen.isdecimal():
         parser.error(f"--checkpoint: got {chosen!r}, allowed: a step or best")
-    if hasattr(sys.stdout, "reconfigure"):  # any language, on a terminal that may not be able to show it
-        sys.stdout.reconfigure(errors="backslashreplace")
     for line in about_file(options) if options.data else about_run(options):
         print(line)
 

@@ -7,7 +7,6 @@ curve, or only the rounding of sums.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import yaml
 
 from pretrain import UserError
 from pretrain.doctor.noise import line_noise
-from pretrain.files import read_json_lines
+from pretrain.files import read_json_lines, read_json_object
 
 # Rounding alone changes a loss by a fraction that grows with the square of the step, until the scatter of the lines hides it.
 # Measured in fp32, one process against two: 9e-7 at step 100, 7e-6 at 200, 7e-5 at 400; the bounds are ten times that.
@@ -104,7 +103,7 @@ def read_run(folder: Path) -> Run:
         records = read_json_lines(folder / "metrics.jsonl").records
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise CompareError(f"{folder}: not the folder of a run ({error})") from None
-    environment = _read_environment(folder)
+    environment = read_json_object(folder / "environment.json")
     logged = [record for record in records if "loss" in record]
     if len(logged) < 2:
         raise CompareError(f"{folder / 'metrics.jsonl'}: fewer than two logging steps, so there is nothing to compare")
@@ -120,14 +119,6 @@ def read_run(folder: Path) -> Run:
     seals = list(environment.get("data", {}).get("seals", {}).values())
     run.sources = [dict(seals[i]) if i < len(seals) else {} for i in range(len(run.setting("data.train") or []))]
     return run
-
-
-def _read_environment(folder: Path) -> dict:
-    try:
-        content = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _number(value: float | None) -> float:

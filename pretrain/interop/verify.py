@@ -57,7 +57,7 @@ class VerificationError(UserError):
 
 
 def compare_with_transformers(folder: Path, trained: TrainedModel, dtype: str | None, scope: str = "auto") -> dict[str, Any]:
-    """What was compared and found equal, ready for JSON; progress goes to standard error.
+    """Compares the two, and returns what was found equal, ready for JSON. Progress goes to standard error.
 
     dtype: fp32, bf16 or fp16 if the folder was written from the model in that dtype. None if it was read from the folder: then
     another program may have written settings and weights in a different form, so these two are not compared.
@@ -245,7 +245,7 @@ def _require_complete(theirs: Any, report: dict[str, Any]) -> Any:
 
 
 def _load_one_layer(folder: Path, source: OneLayer) -> Any:
-    """The same one-layer model in transformers, from the folder's files."""
+    """The same one-layer model in transformers, read from the folder's files."""
     config = transformers.AutoConfig.from_pretrained(folder)
     config.num_hidden_layers = 1
     if getattr(config, "layer_types", None):

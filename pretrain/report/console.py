@@ -57,13 +57,14 @@ class Console:
                 self._print(text)
 
     def show(self, record: dict, reference_lines: dict[str, float] | None) -> None:
-        """Writes a record in the form that its kind has; a record of no such kind is not shown."""
+        """Writes a logging step, a validation or generated texts, each in its form; other records are not shown."""
         if "loss" in record:
             self._show_step(record)
         elif "val_loss" in record:
             self.info(validation_line(record, reference_lines))
         for sample in record.get("generated", []):
-            self.info(f"step {record['step']:,} writes: {_quoted(sample['prompt'])} {_quoted(sample['text'])}")
+            prompt, text = (json.dumps(sample[key], ensure_ascii=False) for key in ("prompt", "text"))  # on one line
+            self.info(f"step {record['step']:,} writes: {prompt} {text}")
 
     def progress(self, step: int) -> None:
         """Moves the progress bar to `step`, if there is a bar."""
@@ -129,8 +130,3 @@ def validation_line(record: dict, reference_lines: dict[str, float] | None) -> s
     if reference_lines:
         parts.append("(" + ", ".join(f"{name} {nats:.4f}" for name, nats in merge_equal(reference_lines).items()) + ")")
     return "  ".join(parts)
-
-
-def _quoted(text: str) -> str:
-    """`text` on one line, in double quotes."""
-    return json.dumps(text, ensure_ascii=False)

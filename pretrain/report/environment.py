@@ -9,13 +9,14 @@ Knows nothing of runs: it receives facts. Secrets cannot enter, since only varia
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+
+from pretrain.files import read_json_object
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = ("torch", "accelerate", "deepspeed", "transformers", "numpy", "sentencepiece", "tokenizers", "wandb")
@@ -84,11 +85,7 @@ def with_start(before: dict, facts: dict, start: dict) -> dict:
 
 def read(directory: Path) -> dict:
     """environment.json of a run; empty if it is missing or unreadable."""
-    try:
-        content = json.loads((directory / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_json_object(directory / "environment.json")
 
 
 def start_of_step(environment: dict, step: int) -> dict:

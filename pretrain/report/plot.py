@@ -34,7 +34,7 @@ REFERENCE_TITLES = {
     "bigram": "bigram entropy",
     "floor": "floor: best possible",
 }
-# Of Okabe & Ito first, which the color-blind can tell apart.
+# The first ones are from Okabe & Ito, whose colors the color-blind can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#5C4B3B")
 ALARM = "#c00000"
 LEAST_SPAN = 0.5  # nats that the vertical axis spans at least: noise must not look like a trend

@@ -27,7 +27,7 @@ class Sinks:
     metrics: LineFile | None = None
     trackers: list[Tracker] = field(default_factory=list)
     step: int = 0
-    """Of the newest record."""
+    """Step of the newest record."""
     reference_lines: dict[str, float] | None = None
     """Reference losses of the data, nats per token by name; None before the start record."""
     wandb_id: str | None = None

@@ -136,7 +136,7 @@ class WandbRun:
             return None
 
     def _set_aside(self) -> int:
-        """Moves offline files of earlier starts out of the way of `wandb sync`, since the new one replaces them; how many."""
+        """Moves offline files of earlier starts out of the way of `wandb sync`, which the new one replaces. -> their number."""
         old = list((self.directory / "wandb").glob(f"offline-run-*-{self.id}"))
         superseded = self.directory / "wandb" / SUPERSEDED
         for path in old:
@@ -186,7 +186,7 @@ def open_tensorboard(directory: Path, resume_step: int) -> Iterator[Write]:
 
 
 def values_of(record: dict, reference_lines: dict[str, float] | None) -> Values:
-    """What trackers show of a record. With each validation they get the reference losses, which become lines that way."""
+    """The values that trackers show of a record. Each validation brings the reference losses, to draw them as lines."""
     lines = {"reference_lines": reference_lines} if reference_lines and "val_loss" in record else {}
     values: Values = dict(_numbers({**record, **lines}))
     if "generated" in record:

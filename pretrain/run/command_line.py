@@ -1,4 +1,4 @@
-"""What every program in launch/ and tools/ does alike: flags, errors, exit statuses. Imports no torch."""
+"""Flags, errors and exit statuses that all programs in launch/ and tools/ share. Imports no torch."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def add_trained_model(parser: argparse.ArgumentParser, *, average: bool = False)
 
 
 def check_trained_model(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Ends the program with status 2 where the flags of `add_trained_model` contradict each other."""
+    """Ends the program with status 2 if the flags of `add_trained_model` contradict each other."""
     if options.step not in (None, "best") and not options.step.isdecimal():
         parser.error(f"--step: got {options.step!r}, allowed: a number or best")
     if options.model and (options.step or getattr(options, "average", 1) != 1):

@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 from pretrain import UserError
-from pretrain.files import write_atomically
+from pretrain.files import read_json_object, write_atomically
 from pretrain.schema import ConfigError, Problem
 
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -133,8 +133,4 @@ def take_directory(path: Path, rank: int) -> tuple[RunDirectory, UserError | Non
 
 def read_state(path: Path) -> dict:
     """run_state.json of a run; empty if there is none that can be read."""
-    try:
-        state = json.loads((path / "run_state.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return state if isinstance(state, dict) else {}
+    return read_json_object(path / "run_state.json")

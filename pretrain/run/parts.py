@@ -1,4 +1,4 @@
-"""What a configuration names, opened: tokenizer, data and the resolved model; and how many steps the run has."""
+"""Opens what a configuration names: tokenizer, data and the resolved model. Counts the steps of the run."""
 
 from __future__ import annotations
 

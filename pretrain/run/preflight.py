@@ -52,7 +52,7 @@ class Report:
 
     @property
     def stops(self) -> bool:
-        """Whether the run must not begin."""
+        """True if a finding stops the run."""
         return any(finding.stops for finding in self.findings)
 
 
@@ -178,13 +178,10 @@ def file_facts(file: TokenFile, end: int | None) -> list[str]:
     documents = f" in {file.num_documents:,} documents" if file.num_documents else ", without a document index"
     tokens, sidecar = file.sample(), file.sidecar
     line = f"{file.path}: {file.num_tokens:,} tokens ({file.dtype.name}){documents}, ids up to {tokens.max():,} in a sample"
-    sealed = (
-        f", {sidecar.max_id:,} in the sidecar; {sidecar.utf8_bytes / sidecar.num_tokens:.2f} bytes of text per token"
-        if sidecar
-        else ""
-    )
-    lines = [line + sealed]
-    end = sidecar.end_of_document_id if sidecar else end
+    if sidecar:
+        line += f", {sidecar.max_id:,} in the sidecar; {sidecar.utf8_bytes / sidecar.num_tokens:.2f} bytes of text per token"
+        end = sidecar.end_of_document_id
+    lines = [line]
     if end is not None:
         count = int((tokens == end).sum())
         often = f"one in {len(tokens) / count:,.0f} tokens" if count else "never"
@@ -397,7 +394,7 @@ def checkpoint_bytes(config: Config, model: ModelConfig, steps: int) -> tuple[in
 
 
 def resume_findings(config: Config, parts: Parts, folder: Path) -> list[Finding]:
-    """Whether an existing run would resume with these settings; `folder` is that of its checkpoints."""
+    """Checks that an existing run would resume with these settings; `folder` holds its checkpoints."""
     named = False
     try:
         found, named = resume.preview(config, folder)
@@ -459,7 +456,7 @@ def wandb_findings(config: Config) -> list[Finding]:
 
 
 def _is_in_netrc(host: str) -> bool:
-    """Whether `wandb login` has stored a key for this host."""
+    """True if `wandb login` has stored a key for this host."""
     for path in (os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"):
         try:
             if path and netrc.netrc(path).authenticators(host):

@@ -1,4 +1,4 @@
-"""Where a run starts: from new weights, or from a checkpoint. The one decision, used by the run and by the preflight.
+"""Decides where a run starts, from new weights or from a checkpoint; the run and its preflight share this decision.
 
 `checkpoint.resume` is auto (the newest valid checkpoint of the run, if any), never, or the path of a checkpoint. Such a path
 starts the run there once; after it has saved a checkpoint of its own, the same command resumes from its newest one.
@@ -23,7 +23,7 @@ from pretrain.schema import to_dict
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts."""
+    """The starting point of a run."""
 
     checkpoint: Checkpoint | None = None
     """Verified. None: at step 0, with new weights."""
@@ -36,8 +36,10 @@ class _Choice(enum.IntEnum):
 
 
 def decide(config: Config, engine: Engine, parts: Parts, folder: Path) -> Start:
-    """Chooses and verifies the checkpoint, `folder` being that of the run's checkpoints, and checks that these settings and
-    this data may continue it. A collective. Raises ConfigError, CheckpointError on every rank."""
+    """Chooses and verifies the checkpoint, and checks that a run with these settings and this data may resume from it.
+
+    folder: holds the run's checkpoints. A collective. Raises ConfigError, CheckpointError on every rank.
+    """
     choice, refusal = _Choice.REFUSED, None
     if engine.rank == 0:
         storage.clean(folder)
@@ -90,7 +92,7 @@ def _choose(resume: str, folder: Path) -> _Choice:
 
 
 def _started_from(checkpoint: Checkpoint, resume: str) -> bool:
-    """Whether a checkpoint was written by a start with this `checkpoint.resume`."""
+    """True if a start with this `checkpoint.resume` wrote the checkpoint."""
     with contextlib.suppress(CheckpointError, KeyError):
         return Path(checkpoint.state()["settings"]["checkpoint"]["resume"]).resolve() == Path(resume).resolve()
     return False
@@ -137,8 +139,8 @@ def _quarantine_problem(config: Config, parts: Parts, state: dict) -> str | None
 
 
 def initial_weights(start: Start, config: Config, engine: Engine, model: ModelConfig) -> Callable[[Shard], None] | None:
-    """Fills a new engine's shards of the weights: from `model.from_pretrained`; with nothing where a checkpoint follows; None:
-    the engine draws them from the seed. A collective. Raises ConfigError, CheckpointError."""
+    """A function that fills a new engine's shards with the weights of `model.from_pretrained`; it fills in nothing where a
+    checkpoint follows. None: the engine draws the weights from the seed. A collective. Raises ConfigError, CheckpointError."""
     if start.checkpoint:
         return lambda shard: None
     if not config.model.from_pretrained:

@@ -1,4 +1,4 @@
-"""The state of a run: its parts, its progress, and what of them a checkpoint holds."""
+"""The state of a run: its parts, its progress, and the part of them that a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Progress:
     skipped_steps: int = 0
     """Steps whose update was not applied, up to the newest logging line."""
     train_seconds: float = 0.0
-    """Spent in steps that count, over all starts, up to the newest logging line."""
+    """Seconds spent in steps that count, over all starts, up to the newest logging line."""
     interval_seconds: float = 0.0
-    """Spent in steps since then."""
+    """Seconds spent in steps since then."""
     started: float = 0.0
     """Time of the first start, seconds since 1970."""
     loss: float | None = None

@@ -152,7 +152,7 @@ class StopRequest:
 
 
 def _is_launched() -> bool:
-    """By torchrun or accelerate. For one process accelerate sets variables alone, which a shell may export, too."""
+    """True under torchrun or accelerate. For one process accelerate only sets variables, which a shell may export, too."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return True
     with contextlib.suppress(psutil.Error):
@@ -162,7 +162,7 @@ def _is_launched() -> bool:
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:
-    """Keeps the signal from ending the process; the thread receives it by itself."""
+    """Keeps the signal from ending the process; the thread receives it on its own."""
 
 
 def exit_status(flags: list[int]) -> int:
@@ -176,7 +176,7 @@ def who_asked(flags: list[int]) -> str:
 
 
 def is_peer_lost(error: BaseException) -> bool:
-    """Whether a collective failed because of another process. Gloo has no errors of its own: its messages name its files."""
+    """True if a collective failed because of another process. Gloo has no errors of its own: its messages name its files."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"DistBackendError", "DistNetworkError"}) or (
         isinstance(error, RuntimeError) and "gloo/transport" in str(error)
