@@ -36,6 +36,7 @@ from pretrain.data.order import Permutation
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.report.progress import Progress
 from pretrain.run import command_line
+from tools import common
 
 _CHUNK_CHARACTERS = 1 << 18
 _BLOCK_DOCUMENTS = 256
@@ -44,14 +45,14 @@ _BLOCK_DOCUMENTS = 256
 def main(argv: list[str]) -> None:
     """Raises UserError, OSError."""
     parser = command_line.make_parser(__doc__)
-    command_line.add_corpus(parser)
+    common.add_corpus(parser)
     parser.add_argument("--tokenizer", required=True, metavar="FOLDER",
                         help="tokenizer of tools/train_tokenizer.py or of Hugging Face")  # fmt: skip
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx and PREFIX.json")
     parser.add_argument("--valid-fraction", type=fraction, default=0.0, metavar="F",
                         help="fraction of the documents that go to PREFIX_valid, the others go to PREFIX_train; 0: all go to "
                         "PREFIX (%(default)s). Duplicates go to the same side")  # fmt: skip
-    parser.add_argument("--workers", type=command_line.at_least(1), default=command_line.usable_cores(), metavar="N",
+    parser.add_argument("--workers", type=command_line.at_least(1), default=common.usable_cores(), metavar="N",
                         help="processes that encode (default: one per core, %(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=1234, metavar="S", help="seed of the shuffle and the split (%(default)s)")
     parser.add_argument("--no-shuffle", action="store_true", help="keep the documents in the order of the input")
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
         parser.error(
             f"--output: got {options.output!r}, must be a prefix to which .bin, .idx and .json are added, as data/text"
         )
-    with command_line.writing(options.output):
+    with common.writing(options.output):
         sidecars, corpus = tokenize(options)
     for problem in corpus.problems():
         print(f"note: {problem}", file=sys.stderr)
@@ -78,7 +79,7 @@ def fraction(text: str) -> float:
 def tokenize(options: argparse.Namespace) -> tuple[dict[str, Sidecar], Corpus]:
     """Both passes. Returns the sidecars of the files written, by prefix."""
     tokenizer = Tokenizer.load(options.tokenizer)
-    corpus = command_line.open_corpus(options)
+    corpus = common.open_corpus(options)
     split = {"_valid": True, "_train": False} if options.valid_fraction else {"": False}  # training data are complete last
     with ExitStack() as stack:
         writers = {

@@ -20,12 +20,13 @@ from pretrain.data.order import splitmix64
 from pretrain.data.tokenizer_training import chunks, train
 from pretrain.report.progress import Progress
 from pretrain.run import command_line
+from tools import common
 
 
 def main(argv: list[str]) -> None:
     """Raises UserError, OSError."""
     parser = command_line.make_parser(__doc__)
-    command_line.add_corpus(parser)
+    common.add_corpus(parser)
     parser.add_argument("--output", required=True, metavar="FOLDER", help="new folder for the tokenizer")
     parser.add_argument("--vocab-size", required=True, type=command_line.at_least(1), metavar="N",
                         help="number of ids, special ids included")  # fmt: skip
@@ -33,14 +34,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--max-megabytes", type=megabytes, default=100, metavar="MB",
                         help="train on at most this much text, sampled evenly (%(default)s)")  # fmt: skip
     options = parser.parse_args(argv)
-    corpus = command_line.open_corpus(options)
-    with command_line.writing(options.output):
+    corpus = common.open_corpus(options)
+    with common.writing(options.output):
         tokenizer = train(
             sample(corpus, int(options.max_megabytes * 1e6)),
             options.output,
             vocab_size=options.vocab_size,
             describe=corpus.description,
-            num_threads=command_line.usable_cores(),
+            num_threads=common.usable_cores(),
         )
     print(f"{options.output}: {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint}")
     print(f"trained on {corpus.utf8_bytes / 1e6:.2f} MB of text in {corpus.num_documents:,} documents, sha256 {corpus.sha256}")

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pretrain import UserError
-
-if TYPE_CHECKING:
-    from pretrain.data.corpus import Corpus
 
 INTERRUPTED, OUTPUT_CLOSED = 130, 141
 
@@ -62,22 +57,6 @@ def at_least(least: int) -> Callable[[str], int]:
     return convert
 
 
-def usable_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def writing(output: str) -> Iterator[None]:
-    """Names `output` in an OSError that names no file, as that of a write to a full disk."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, output) from None
-
-
 # ---------------------------------------------------------------- flags that several programs share
 
 
@@ -94,39 +73,6 @@ def parse_with_settings(parser: argparse.ArgumentParser, argv: list[str]) -> tup
     """(flags of the program, words for `pretrain.config.load`)."""
     options, rest = parser.parse_known_args(argv)
     return options, [word for path in options.config for word in ("--config", path)] + rest
-
-
-def add_corpus(parser: argparse.ArgumentParser) -> None:
-    """The flags that choose raw text; `open_corpus` opens it."""
-    from pretrain.data.corpus import FORMATS, STDIN, STDLIB
-
-    group = parser.add_argument_group("text")
-    files = f"{', '.join(FORMATS)} files (.gz, .zst too), folders of them, {STDIN} (standard input) or {STDLIB}"
-    group.add_argument("--input", nargs="+", metavar="FILE", help=files)
-    group.add_argument(
-        "--stdin-format", choices=("txt", "jsonl"), default="txt", help=f"format of --input {STDIN} (%(default)s)"
-    )
-    group.add_argument("--hf", metavar="NAME", help="instead of --input: a data set of the Hugging Face hub, streamed")
-    group.add_argument("--hf-config", metavar="CONFIG", help="with --hf: its configuration (default: the data set's default)")
-    group.add_argument("--hf-split", "--split", metavar="SPLIT", default="train", help="with --hf: its split (%(default)s)")
-    group.add_argument("--text-key", metavar="KEY", default="text", help="key or column that contains the text (%(default)s)")
-    group.add_argument("--text-split", metavar="HOW", default="file", help="where documents of a .txt end: file, line, "
-                       "blank-line, or a separator such as '<|endoftext|>' (%(default)s)")  # fmt: skip
-    group.add_argument("--on-bad-line", choices=("error", "skip"), default="error", help="unusable lines: stop, or skip and "
-                       "count them (%(default)s)")  # fmt: skip
-
-
-def open_corpus(options: argparse.Namespace) -> Corpus:
-    """The corpus that the flags of `add_corpus` choose. Raises DataError."""
-    from pretrain.data.corpus import Corpus
-    from pretrain.data.indexed import DataError
-
-    if bool(options.input) == bool(options.hf):
-        raise DataError("give either --input FILES or --hf NAME")
-    common = dict(text_key=options.text_key, split=options.text_split, on_bad_line=options.on_bad_line)
-    if options.hf:
-        return Corpus.from_hub(options.hf, options.hf_config, options.hf_split, **common)
-    return Corpus(options.input, stdin_format=options.stdin_format, **common)
 
 
 def add_trained_model(parser: argparse.ArgumentParser, *, average: bool = False) -> None:
