@@ -18,6 +18,7 @@ import pytest
 
 from pretrain.config import LogConfig, WandbConfig
 from pretrain.report import sinks as sinks_module
+from pretrain.report import trackers
 from pretrain.report.records import read_records
 from pretrain.report.sinks import Sinks, open_sinks
 from pretrain.report.units import human_count, human_seconds
@@ -116,7 +117,7 @@ def test_a_tracker_that_hangs_is_abandoned(tmp_path, capsys, monkeypatch):
     def hanging(*_) -> Iterator:
         yield lambda step, values: hang.wait(60)
 
-    monkeypatch.setattr(sinks_module, "open_tensorboard", hanging)
+    monkeypatch.setattr(trackers, "open_tensorboard", hanging)
     monkeypatch.setattr(sinks_module, "TRACKER_CLOSE_SECONDS", 0.1)
     with outputs(tmp_path, "tensorboard", "console") as sinks:
         sinks.log(step_record(1))

@@ -26,7 +26,6 @@ from .entropy import unigram_entropy
 from .excluded import Quarantine
 from .indexed import DataError, TokenFile
 from .order import Order
-from .synthetic import SyntheticSource
 
 MASKED = -100  # the label that cross-entropy ignores
 
@@ -231,6 +230,8 @@ def _open_sources(
 ) -> list:
     """Opens and checks all sources of a split. Raises DataError with `problems` and all others that it finds."""
     if data.synthetic:
+        from .synthetic import SyntheticSource
+
         sizes = {"vocab_size": vocab_size, "sequence_length": data.sequence_length}
         return [SyntheticSource(data.synthetic, split, seed=seed, **sizes)]
     opened = []

@@ -10,11 +10,14 @@ import secrets
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pretrain.config import LogConfig
 from pretrain.report.console import Console
 from pretrain.report.records import FILE_NAME, LineFile, cut_records, to_json
-from pretrain.report.trackers import Tracker, WandbRun, open_tensorboard, values_of
+
+if TYPE_CHECKING:
+    from pretrain.report.trackers import Tracker
 
 TRACKER_CLOSE_SECONDS = 28.0
 
@@ -58,7 +61,7 @@ class Sinks:
         self.reference_lines = record.get("reference_lines", self.reference_lines)
         self.step = record["step"]
         for tracker in self.trackers:
-            tracker.put(self.step, values_of(record, self.reference_lines))
+            tracker.log(record, self.reference_lines)
         if self.console is not None:
             self.console.show(record, self.reference_lines)
 
@@ -137,6 +140,8 @@ def open_sinks(
         console.info(f"{FILE_NAME}: removed {removed} lines that are unreadable or after step {resume_step}.")
     metrics = LineFile(directory / FILE_NAME) if "jsonl" in config.sinks else None
     trackers = []
+    if {"wandb", "tensorboard"} & set(config.sinks):
+        from pretrain.report.trackers import Tracker, WandbRun, open_tensorboard
     if "wandb" in config.sinks:
         known, wandb_id = wandb_id is not None, wandb_id or secrets.token_hex(4)
         run = WandbRun(config.wandb, wandb_id, name, settings, directory, resume_step, known, console.info)

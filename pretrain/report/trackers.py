@@ -34,6 +34,10 @@ class Tracker(threading.Thread):
         self._jobs: queue.SimpleQueue[tuple[int, Values] | None] = queue.SimpleQueue()
         self.start()
 
+    def log(self, record: dict, reference_lines: dict[str, float] | None) -> None:
+        """Queues what trackers show of a record; never waits."""
+        self.put(record["step"], values_of(record, reference_lines))
+
     def put(self, step: int, values: Values) -> None:
         """Queues values; never waits."""
         if self.is_alive():
