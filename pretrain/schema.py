@@ -65,7 +65,7 @@ class Problem:
     key: str
     """Dotted key, or the file if no key can be named."""
     message: str
-    """What is wrong, what is allowed, what to do."""
+    """Names what is wrong, what is allowed, and what to do."""
     origin: str = ""
     """`file:line` or the flag that set the value."""
 
@@ -147,7 +147,7 @@ def read_layers(paths: list[str], flags: dict[str, str], problems: list[Problem]
 
 
 def origin_of(origins: Origins, loc: tuple) -> str:
-    """Where the value at `loc`, or the first one below it, was set; empty if nowhere."""
+    """Origin of the value at `loc`, or of the first one below it; empty if it was not set."""
     return next((origin for each, origin in origins.items() if each[: len(loc)] == loc), "")
 
 
@@ -332,7 +332,7 @@ _LIMITS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less 
 
 
 def words(hint: Any) -> str:
-    """What a field of type `hint` may hold, to be put behind "must be"."""
+    """Describes the values of a field of type `hint`, to be put behind "must be"."""
     kind, args = typing.get_origin(hint), typing.get_args(hint)
     if kind is Annotated:
         return ", ".join([words(args[0]), *(f"{_LIMITS[name]} {limit}" for name, limit in args[1:])])

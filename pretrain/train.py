@@ -41,7 +41,7 @@ from pretrain.schema import to_yaml
 
 
 class StepResult(NamedTuple):
-    """What one step did; the tensors stay on the device."""
+    """The result of one step; the tensors stay on the device."""
 
     loss_sum: Tensor
     """(), float64: nats of this rank's valid tokens."""

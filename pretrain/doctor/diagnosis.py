@@ -24,7 +24,7 @@ class LogFinding:
     """certain, very likely, likely or possible."""
     text: str
     advice: str
-    """What to do, or how to make sure."""
+    """Advice: what to do, or how to make sure."""
     causes: tuple[str, ...] = ()
     """For scale, start and noise, the most likely first: e.g. accumulation, both, bits, perplexity, initialisation."""
 

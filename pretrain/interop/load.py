@@ -36,7 +36,7 @@ class TrainedModel(NamedTuple):
     config: Config | None
     """Settings of the run; None for a Hugging Face folder."""
     origin: dict
-    """Where the model comes from, for reports: {"run", "step", ...} or {"model"}."""
+    """Source of the model, for reports: {"run", "step", ...} or {"model"}."""
 
     @property
     def model(self) -> ModelConfig:

@@ -44,14 +44,14 @@ class MoeConfig:
     moe_intermediate_size: PositiveInt | None = frozen(None)
     """Width of the SwiGLU of one expert; null: model.intermediate_size."""
     score: Literal["softmax", "sigmoid"] = frozen("softmax")
-    """How the router turns logits into scores: softmax (Qwen3-MoE, Mixtral) or sigmoid (DeepSeek-V3)."""
+    """Score function of the router's logits: softmax (Qwen3-MoE, Mixtral) or sigmoid (DeepSeek-V3)."""
     norm_topk_prob: bool = frozen(True)
     """Divide the weights of a token's chosen experts by their sum."""
     routed_scaling_factor: PositiveFloat = frozen(1.0)
     """Multiplies the final weights of the chosen experts. 1: off."""
     balance: Literal["sequence", "global_batch"] = frozen("sequence")
-    """Where the balance loss evens out the load of the experts: within each sequence, or over the global batch (with the loads
-    of the previous step)."""
+    """Scope in which the balance loss evens out the load of the experts: each sequence, or the global batch (with the loads of
+    the previous step)."""
     aux_loss_weight: NonNegativeFloat = guarded(0.01)
     """Weight of the balance loss, which is 1 at an even load, mean over layers (Hugging Face's is num_experts_per_tok times as
     large). 0: off."""

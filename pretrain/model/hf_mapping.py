@@ -353,7 +353,7 @@ class HFTensor(NamedTuple):
     parameter: str | None
     """Our parameter. None: we have no such parameter, and all values must be 0."""
     offset: int
-    """Where the range starts in our flattened parameter."""
+    """Start of the range in our flattened parameter."""
     factor: float = 1.0
     """A power of two, so that it rounds no value."""
 

@@ -1,4 +1,4 @@
-"""Which rank works on which matrix, and how matrices travel there and back. It knows shapes, ranks and placements; the caller
+"""Assigns matrices to ranks, and moves them there and back. It knows shapes, ranks and placements; the caller
 provides the work itself as a function.
 
 Ranks that hold the same parameters (data parallelism) are replicas; ranks that each hold a part of one copy, cut along
@@ -38,7 +38,7 @@ class LocalRows(NamedTuple):
     start: int
     length: int
     shape: tuple[int, int]
-    """Of one full matrix."""
+    """Shape of one full matrix."""
 
 
 class _WorkUnit(NamedTuple):

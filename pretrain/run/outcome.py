@@ -1,4 +1,4 @@
-"""How a job ends: an exit status and a reason, in run_state.json and on standard error, whatever ended it."""
+"""The end of a job: an exit status and a reason, in run_state.json and on standard error, whatever ended it."""
 
 from __future__ import annotations
 

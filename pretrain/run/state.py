@@ -28,7 +28,7 @@ from pretrain.schema import to_dict
 
 @dataclass
 class Progress:
-    """How far a run is; a checkpoint holds all of it."""
+    """Counters and flags of a run; a checkpoint holds all of them."""
 
     step: int = 0
     position: int = 0
