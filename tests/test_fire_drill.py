@@ -17,7 +17,10 @@ DRILL = ["tools/fire_drill.py", "--model.vocab_size", "64", "--data.synthetic.ki
 
 VISIBLE_FIRST = {  # a checkpoint gets its final name before its files are complete
     "pretrain/checkpoint/storage.py": [
-        ('temporary = folder / f".tmp-step_{step:08d}"', 'temporary = folder / f"step_{step:08d}"'),
+        (
+            'temporary, failure = folder / f".tmp-step_{step:08d}", None',
+            'temporary, failure = folder / f"step_{step:08d}", None',
+        ),
         ("    if final.exists():", "    if False:"),
         ("    os.rename(temporary, final)\n", ""),
     ],
