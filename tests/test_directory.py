@@ -34,3 +34,12 @@ def test_the_state_file_is_replaced_completely(tmp_path):
     state = json.loads((tmp_path / "run_state.json").read_text())
     assert (state["status"], state["exit_status"], state["step"], state["reason"]) == ("stopped", 75, 7, "why")
     assert {path.name for path in tmp_path.iterdir()} == {"run_state.json", "run.lock"}
+
+
+def test_a_start_removes_the_unfinished_writes_of_killed_jobs_and_nothing_else(tmp_path):
+    for name in (".run_state.json.7.tmp", ".config.yaml.8.tmp", "notes.tmp", "metrics.jsonl"):
+        (tmp_path / name).write_text("x")
+    RunDirectory(tmp_path, silent=True)
+    assert (tmp_path / ".config.yaml.8.tmp").exists()
+    RunDirectory(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "notes.tmp", "run.lock"]

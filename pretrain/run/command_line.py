@@ -91,5 +91,6 @@ def check_trained_model(parser: argparse.ArgumentParser, options: argparse.Names
     """Ends the program with status 2 if the flags of `add_trained_model` contradict each other."""
     if options.step not in (None, "best") and not options.step.isdecimal():
         parser.error(f"--step: got {options.step!r}, allowed: a number or best")
-    if options.model and (options.step or getattr(options, "average", 1) != 1):
-        parser.error("--step and --average belong to --run: a Hugging Face folder holds one model")
+    given = [flag for flag, used in (("--step", options.step), ("--average", getattr(options, "average", 1) != 1)) if used]
+    if options.model and given:
+        parser.error(f"{' and '.join(given)} can only be used with --run: a Hugging Face folder holds one model")

@@ -51,6 +51,8 @@ class RunDirectory:
             return
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock()
+        for unfinished in path.glob(".*.tmp"):  # atomic writes that a kill interrupted
+            unfinished.unlink(missing_ok=True)
         self._writing = threading.Lock()  # the thread that receives signals writes too
         before = read_state(path)
         self._state = {"step": before.get("step"), "saved_step": before.get("saved_step")}
