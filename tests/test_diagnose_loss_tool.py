@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pretrain.config import EngineConfig, OptimizerConfig
-from pretrain.data.batches import Batch
+from pretrain.data.batches import Batch, TrainData
 from pretrain.doctor.untrained import initial_problem, label_problem, uneven_problems
 from pretrain.engines.start import start_engine
 from pretrain.model.transformer import LossOutput, Transformer
@@ -153,6 +153,41 @@ def test_initial_finds_labels_of_another_sample_and_labels_that_are_all_masked(p
     assert "every label is masked" in findings(parts, batch._replace(labels_BT=torch.full_like(batch.labels_BT, -100)))
 
 
+@pytest.mark.parametrize("change", ["input", "label", "negative", "masked"])
+def test_data_without_a_loss_is_named_and_ends_without_a_traceback(config, run, monkeypatch, change):
+    right = TrainData.take
+
+    def take(self, position, count):
+        batch = right(self, position, count)
+        if change == "masked":
+            batch.labels_BT[:] = -100
+        else:
+            column = batch.labels_BT if change == "label" else batch.tokens_BT
+            column[1, 5] = -7 if change == "negative" else 300
+        return batch
+
+    monkeypatch.setattr(TrainData, "take", take)
+    words = {"input": "is 300, at position 5 of sample 1", "label": "is 300", "negative": "is -7", "masked": "label"}[change]
+    for command in ("initial", "chain"):
+        status, text = run(command, "--config", config)
+        assert status == 1 and "FOUND" in text and words in text and "the model was not run" in text
+
+
+@pytest.mark.parametrize(("kind", "words"), [("uniform", "stays at ln(300) = 5.7038"), ("markov", "fall to 1.2130 nats")])
+def test_generated_data_is_said_to_be_generated_with_the_loss_that_training_can_reach(config, run, kind, words):
+    for command in ("initial", "chain"):
+        status, text = run(command, "--config", config, "--data.synthetic.kind", kind)
+        assert status == 0 and f"synthetic-{kind} is generated" in text and words in text
+
+
+def test_random_ids_in_a_token_file_are_found(config, tmp_path, run):
+    np.random.default_rng(1).integers(0, 300, 40_000).astype(np.uint16).tofile(tmp_path / "dummy.bin")
+    text = TINY.replace("synthetic: {kind: markov}", f"train: [{{path: {tmp_path / 'dummy.bin'}}}], document_mask: false")
+    config.write_text(text)
+    status, shown = run("initial", "--config", config)
+    assert status == 1 and "tokens-random" in shown and "cannot fall below 5.7" in shown
+
+
 def test_groups_of_tokens_that_differ_beyond_chance_are_named():
     nats = {"a": 5.7, "b": 5.71, "c": 6.4}
     (problem,) = uneven_problems("source", nats, dict.fromkeys("abc", 0.02), 300)
@@ -255,7 +290,7 @@ def test_ids_out_of_range_an_empty_micro_batch_and_a_lossy_tokenizer_are_found(p
     tokens_BT = batch.tokens_BT.clone()
     tokens_BT[1, 5] = 300
     _, problems = tool.label_stage(parts, batch._replace(tokens_BT=tokens_BT))
-    assert any("ids are" in problem and "to 300" in problem for problem in problems)
+    assert any("1 of 128 input ids are outside" in problem and "position 5 of sample 1" in problem for problem in problems)
     labels_BT = batch.labels_BT.clone()
     labels_BT[2:] = -100
     _, problems = tool.mask_stage(tool.split(batch._replace(labels_BT=labels_BT), 2))

@@ -188,8 +188,24 @@ def judge_initial(options: argparse.Namespace, settings: list[str]) -> int:
     batch = parts.data.take(0, options.samples)
     sources = [parts.data.sources[number].name for number, _, _ in parts.data.sample_ids(0, options.samples)]
     lines, problems = initial_findings(build_model(parts.model, config.run.seed), parts.model, batch, sources)
-    print("\n".join(lines))
-    return _conclude(problems)
+    about, of_data = data_findings(parts.data)
+    print("\n".join([*about, *lines]))
+    return _conclude(of_data + problems)
+
+
+def data_findings(data: TrainData) -> tuple[list[str], list[str]]:
+    """(lines about generated data, problems of token files): the lowest loss that training on each source can reach."""
+    from pretrain.data.checks import check_entropies
+
+    uniform, lines, problems = data.reference_lines["uniform"], [], []
+    for source in data.sources:
+        if (floor := source.reference_lines.get("floor")) is not None:
+            stays = f"nothing can be learned, so training stays at ln({data.vocab_size}) = {uniform:.4f}"
+            falls = f"training can fall to {floor:.4f} nats per token, its floor, and not below"
+            lines.append(f"data: {source.name} is generated, not text; {stays if floor > 0.99 * uniform else falls}")
+        elif hasattr(source, "file"):
+            problems += map(str, check_entropies(source.file, source.name, data.vocab_size))
+    return lines, problems
 
 
 def initial_findings(model: Transformer, config: ModelConfig, batch: Batch, sources: list[str]) -> tuple[list[str], list[str]]:
@@ -197,8 +213,10 @@ def initial_findings(model: Transformer, config: ModelConfig, batch: Batch, sour
     valid = (batch.labels_BT != -100).numpy()
     problems = [untrained.label_problem(batch.tokens_BT.numpy(), batch.labels_BT.numpy())]
     lines = [f"{valid.shape[0]} samples of {valid.shape[1]:,} tokens, {valid.mean():.1%} of the labels count"]
-    if not valid.any():
-        return lines, ["every label is masked, so there is no loss"]
+    problems.append(untrained.id_problem(batch.tokens_BT.numpy(), batch.labels_BT.numpy(), config.vocab_size))
+    problems.append(None if valid.any() else "every label is masked, so there is no loss")
+    if reason := why_no_loss([batch], config.vocab_size):
+        return [*lines, f"the model was not run: {reason}"], [problem for problem in problems if problem]
     measured = [nats_of(model, batch, sample) for sample in range(len(sources))]
     nats_BT, logit_std = np.stack([nats for nats, _ in measured]), float(np.mean([std for _, std in measured]))
     loss, expected = float(np.nanmean(nats_BT)), math.log(config.vocab_size)
@@ -239,24 +257,29 @@ def judge_chain(options: argparse.Namespace, settings: list[str]) -> int:
     model = build_model(parts.model, config.run.seed, options.checkpoint)
     micro_batches = split(batch, config.batch.micro_batch_size)
     run = micro_batches[: options.micro_batches]
-    complete = len(run) == len(micro_batches)
+    about, problems = data_findings(parts.data)
+    print("".join(f"{line}\n" for line in about), end="")
+    problems += show_stages(
+        1,
+        {
+            "tokenizer": tokenizer_stage(config.tokenizer.path, parts, batch),
+            "labels": label_stage(parts, batch),
+            "mask": mask_stage(micro_batches),
+        },
+    )
+    if reason := why_no_loss(run, vocab_size):
+        print(f"the model was not run: {reason}")
+        return _conclude(problems)
     sums = [own_sum(model, each) for each in run]
-    stages = [
-        ("tokenizer", tokenizer_stage(config.tokenizer.path, parts, batch)),
-        ("labels", label_stage(parts, batch)),
-        ("mask", mask_stage(micro_batches)),
-        ("logits", logit_stage(model, parts.model, batch)),
-        ("sum", sum_stage(model, run, sums)),
-        ("mean", mean_stage(run, sums, vocab_size, options.checkpoint is not None)),
-    ]
-    if complete:
-        stages.append(("accumulation, ranks", rank_stage(run, sums, accumulation(config.batch, ranks), ranks)))
-    stages.append(("shown", shown_stage(config, model, parts.model, run, sums)))
-    problems = []
-    for number, (name, (lines, found)) in enumerate(stages, start=1):
-        print(f"{number}. {name}")
-        print("\n".join(f"   {line}" for line in lines))
-        problems += [f"{name}: {problem}" for problem in found]
+    stages = {
+        "logits": logit_stage(model, parts.model, batch),
+        "sum": sum_stage(model, run, sums),
+        "mean": mean_stage(run, sums, vocab_size, options.checkpoint is not None),
+    }
+    if complete := len(run) == len(micro_batches):
+        stages["accumulation, ranks"] = rank_stage(run, sums, accumulation(config.batch, ranks), ranks)
+    stages["shown"] = shown_stage(config, model, parts.model, run, sums)
+    problems += show_stages(4, stages)
     if not complete:
         print(f"{len(run)} of {len(micro_batches)} micro-batches were run; --micro-batches {len(micro_batches)} runs all")
     return _conclude(problems)
@@ -264,6 +287,25 @@ def judge_chain(options: argparse.Namespace, settings: list[str]) -> int:
 
 Stage = tuple[list[str], list[str]]
 """(lines of figures, problems)."""
+
+
+def show_stages(first: int, stages: dict[str, Stage]) -> list[str]:
+    """Prints the figures of numbered stages, by name; returns their problems."""
+    problems = []
+    for number, (name, (lines, found)) in enumerate(stages.items(), start=first):
+        print(f"{number}. {name}")
+        print("\n".join(f"   {line}" for line in lines))
+        problems += [f"{name}: {problem}" for problem in found]
+    return problems
+
+
+def why_no_loss(run: list[Batch], vocab_size: int) -> str | None:
+    """The reason why these micro-batches have no loss to follow; None if they have one."""
+    if any(untrained.id_problem(each.tokens_BT.numpy(), each.labels_BT.numpy(), vocab_size) for each in run):
+        return "it has no embedding for ids outside its vocabulary"
+    if not any(bool((each.labels_BT != -100).any()) for each in run):
+        return "no label counts, so there is no loss"
+    return None
 
 
 def split(batch: Batch, micro_batch_size: int) -> list[Batch]:
@@ -282,7 +324,7 @@ def tokenizer_stage(path: str | None, parts: Parts, batch: Batch) -> Stage:
     if tokenizer is None:
         return [*lines, "no tokenizer.path: ids cannot be shown as text"], []
     lines.append(f"the tokenizer {path} has {tokenizer.vocab_size:,} ids")
-    text = tokenizer.decode(batch.tokens_BT[0, : 4 * _SHOWN_TOKENS].tolist())
+    text = tokenizer.decode([i for i in batch.tokens_BT[0, : 4 * _SHOWN_TOKENS].tolist() if 0 <= i < tokenizer.vocab_size])
     text = " ".join(text.split()[1:-1]) or text.strip("\ufffd")  # a sample may begin and end inside a word or character
     back = tokenizer.decode(tokenizer.encode(text))
     lines.append(f"{text!r} -> {len(tokenizer.encode(text))} ids -> {back!r}")
@@ -300,12 +342,9 @@ def label_stage(parts: Parts, batch: Batch) -> Stage:
     lines = [f"sample {_place(parts.data, 0)}; input -> label"]
     for token, label in zip(tokens_BT[0, :_SHOWN_TOKENS].tolist(), labels_BT[0, :_SHOWN_TOKENS].tolist(), strict=True):
         lines.append(f"  {token:>7} {_text(parts.tokenizer, token):14} -> {label:>7} {_text(parts.tokenizer, label)}")
-    low = int(min(tokens_BT.min(), labels_BT[labels_BT != -100].min(initial=0)))
-    high = int(max(tokens_BT.max(), labels_BT.max()))
-    lines.append(f"ids {low} to {high:,} in {tokens_BT.size:,} inputs; allowed: 0 to {parts.model.vocab_size - 1:,}")
-    problems = [untrained.label_problem(tokens_BT, labels_BT)]
-    if low < 0 or high >= parts.model.vocab_size:
-        problems.append(f"ids are {low} to {high}, but the model has 0 to {parts.model.vocab_size - 1}")
+    low, high, last = int(tokens_BT.min()), int(tokens_BT.max()), parts.model.vocab_size - 1
+    lines.append(f"ids {low:,} to {high:,} in {tokens_BT.size:,} inputs; allowed: 0 to {last:,}")
+    problems = [untrained.label_problem(tokens_BT, labels_BT), untrained.id_problem(tokens_BT, labels_BT, last + 1)]
     return lines, [problem for problem in problems if problem]
 
 
@@ -317,7 +356,9 @@ def _place(data: TrainData, position: int) -> str:
 def _text(tokenizer: Tokenizer | None, token: int) -> str:
     if token == -100:
         return "(does not count)"
-    return json.dumps(tokenizer.decode([token]), ensure_ascii=False) if tokenizer else ""
+    if tokenizer is None:
+        return ""
+    return json.dumps(tokenizer.decode([token]), ensure_ascii=False) if 0 <= token < tokenizer.vocab_size else "(no such id)"
 
 
 def mask_stage(micro_batches: list[Batch]) -> Stage:

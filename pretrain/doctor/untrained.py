@@ -27,6 +27,8 @@ def _is_untrained(loss: float, expected: float) -> bool:
 
 def label_problem(tokens_BT: np.ndarray, labels_BT: np.ndarray) -> str | None:
     """The mistake in the shift of labels (B, T); None if each is the token after its input. Labels of -100 are ignored."""
+    if (labels_BT == -100).all():
+        return None
     length = tokens_BT.shape[1]
     agree = {}
     for offset in (1, 0, 2, -1):
@@ -40,6 +42,20 @@ def label_problem(tokens_BT: np.ndarray, labels_BT: np.ndarray) -> str | None:
         meaning = {0: "the input itself, so not shifted", 2: "the token after next, so shifted twice", -1: "the token before"}
         return f"labels are {meaning.get(best, 'not always the next token')} ({agree[best]:.1%} agree)"
     return f"only {agree[1]:.1%} of the labels are the token after their input"
+
+
+def id_problem(tokens_BT: np.ndarray, labels_BT: np.ndarray, vocab_size: int) -> str | None:
+    """The first input or label (B, T) that no embedding row stands for; None if there is none. Labels of -100 are ignored."""
+    for kind, ids_BT in (("input", tokens_BT), ("label", labels_BT)):
+        outside_BT = (ids_BT < 0) | (ids_BT >= vocab_size)
+        if kind == "label":
+            outside_BT &= labels_BT != -100
+        if outside_BT.any():
+            sample, position = np.argwhere(outside_BT)[0].tolist()
+            first = f"the first is {ids_BT[sample, position]:,}, at position {position:,} of sample {sample:,} of the batch"
+            allowed = f"the model has ids 0 to {vocab_size - 1:,}"
+            return f"{outside_BT.sum():,} of {ids_BT.size:,} {kind} ids are outside the vocabulary: {first}; {allowed}"
+    return None
 
 
 def initial_problem(loss: float, vocab_size: int, embedding_rows: int, logit_std: float) -> str | None:
