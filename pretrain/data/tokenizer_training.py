@@ -160,7 +160,7 @@ def _hugging_face(processor) -> dict[str, str]:
         "bos_token": _BOS,
         "eos_token": _END_OF_DOCUMENT,
         "pad_token": _PAD,
-        "extra_special_tokens": _CHAT,
+        "additional_special_tokens": _CHAT,  # version 5 of transformers writes another name, which version 4 cannot read
         "add_prefix_space": False,
         "legacy": False,
         "clean_up_tokenization_spaces": False,

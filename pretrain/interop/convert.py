@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import Config, DataConfig, RunConfig, SyntheticConfig, TokenizerConfig, TrainConfig
+from pretrain.data.tokenizer import INFO
 from pretrain.files import sync_folder, write_atomically
 from pretrain.interop.load import OWN_TOKENIZER, TrainedModel, open_hf_folder
 from pretrain.interop.verify import VerificationError, compare_with_transformers
@@ -76,7 +77,7 @@ def import_model(source: Path, output: Path, scope: str = "auto") -> dict[str, A
         )
         write_atomically(folder / "config.yaml", head + to_yaml(config))
         state = {"model": asdict(trained.model), "settings": to_dict(config), "val_loss": None}
-        state["tokenizer"] = trained.tokenizer_fingerprint
+        state |= {"tokenizer": trained.tokenizer_fingerprint, "hugging_face": trained.hugging_face}
         with Progress("writing", 4 * num_parameters(trained.model).total) as progress:
             written = write_checkpoint(folder / "checkpoints", trained.weights, state, progress.update)
         converted = trained._replace(weights=CheckpointWeights(written))
@@ -111,19 +112,23 @@ def _write_settings(folder: Path, trained: TrainedModel, dtype: str) -> None:
         from transformers import AutoTokenizer
 
         _copy_tokenizer(trained.tokenizer, folder)
-        _start_texts_as_in_training(folder)
+        _adapt_tokenizer(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         special = {name: getattr(tokenizer, name) for name in special}
         first = tokenizer("")["input_ids"]
-        if set(first) - {tokenizer.eos_token_id} and trained.config and not trained.config.model.from_pretrained:
+        from_scratch = trained.config and not trained.config.model.from_pretrained and not trained.hugging_face
+        if from_scratch and set(first) - {tokenizer.eos_token_id}:
             print(
                 f"note: this tokenizer starts every text with {tokenizer.decode(first)}, which the model never saw in "
                 "training; for better texts, encode prompts with add_special_tokens=False",
                 file=sys.stderr,
             )
     name = str(DTYPES[dtype]).removeprefix("torch.")
-    _write_json(folder / "config.json", hf_mapping.to_config(trained.model, name, special))
-    _write_json(folder / "generation_config.json", {key: value for key, value in special.items() if value is not None})
+    kept = trained.hugging_face or {"config": {}, "generation_config": None}
+    config = hf_mapping.to_config(trained.model, name, special) | kept["config"]
+    _write_json(folder / "config.json", config)
+    generation = {key: config[key] for key in special if config[key] is not None}
+    _write_json(folder / "generation_config.json", kept["generation_config"] or generation)
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:
@@ -136,16 +141,27 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _start_texts_as_in_training(folder: Path) -> None:
-    """Makes the end-of-document token the first token of texts, if this program trained the tokenizer.
+def _adapt_tokenizer(folder: Path) -> None:
+    """Makes transformers 4 able to load the tokenizer, and the end-of-document token the first one, if we trained it.
 
+    Version 5 writes special tokens as a list, under a name for which version 4 needs an object, and a class that version 4 lacks.
     Our tokenizers have a <|bos|> that our token files never contain; in training, a text follows the end of another one.
     Programs that put bos_token before a text (lm-eval does) would otherwise measure the model on a token that it never saw.
     """
-    if (folder / "tokenizer_info.json").is_file():
-        path = folder / "tokenizer_config.json"
+    for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+        if not path.is_file():
+            continue
         config = json.loads(path.read_text(encoding="utf-8"))
-        _write_json(path, config | {"bos_token": config["eos_token"]})
+        adapted = dict(config)
+        if isinstance(extra := adapted.get("extra_special_tokens"), list):
+            del adapted["extra_special_tokens"]
+            adapted["additional_special_tokens"] = [*(adapted.get("additional_special_tokens") or []), *extra]
+        if adapted.get("tokenizer_class") == "TokenizersBackend":
+            adapted["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if (folder / INFO).is_file() and "bos_token" in adapted:
+            adapted["bos_token"] = adapted["eos_token"]
+        if adapted != config:
+            _write_json(path, adapted)
 
 
 def _placeholder_config(trained: TrainedModel, output: Path) -> Config:

@@ -17,7 +17,7 @@ from pretrain.data.indexed import DataError
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.interop.weights import CheckpointWeights, HFWeights, MeanWeights, Weights
 from pretrain.model.config import ModelConfig
-from pretrain.model.hf_mapping import UnsupportedModel, folder_kind
+from pretrain.model.hf_mapping import UnsupportedModel, folder_kind, kept_keys, read_config
 
 OWN_TOKENIZER = "tokenizer"
 """Subfolder of a converted model, which can be moved together with it; a run's tokenizer stays at tokenizer.path."""
@@ -37,6 +37,9 @@ class TrainedModel(NamedTuple):
     """Settings of the run; None for a Hugging Face folder."""
     origin: dict
     """Source of the model, for reports: {"run", "step", ...} or {"model"}."""
+    hugging_face: dict | None = None
+    """Settings of the Hugging Face folder that the model is in, or was imported from, which no setting of ours holds:
+    {"config": keys of config.json, "generation_config": the file or None}. None for a model trained here."""
 
     @property
     def model(self) -> ModelConfig:
@@ -96,6 +99,7 @@ def open_run(run_directory: Path, step: int | str | None = None, average: int = 
         config.data.document_mask,
         config,
         origin,
+        last.state().get("hugging_face"),
     )
 
 
@@ -104,7 +108,11 @@ def open_hf_folder(folder: Path) -> TrainedModel:
     folder, tokenizer, fingerprint = Path(folder), None, None
     if (folder / "tokenizer.json").is_file():
         tokenizer, fingerprint = folder, Tokenizer.load(folder).fingerprint
-    return TrainedModel(HFWeights(folder), tokenizer, fingerprint, False, None, {"model": folder.name})
+    weights, generation = HFWeights(folder), None
+    if (folder / "generation_config.json").is_file():
+        generation = read_config(folder, "generation_config.json")
+    kept = {"config": kept_keys(read_config(folder), weights.model), "generation_config": generation}
+    return TrainedModel(weights, tokenizer, fingerprint, False, None, {"model": folder.name}, kept)
 
 
 def require_intact(checkpoint: Checkpoint) -> None:

@@ -93,6 +93,7 @@ def to_config(model: ModelConfig, dtype: str, special_ids: dict[str, int | None]
         "architectures": [CLASSES[kind]],
         "model_type": kind,
         "dtype": dtype,
+        "torch_dtype": dtype,  # the older name; without it transformers 4.50 to 4.55 and servers choose a dtype themselves
         **{name: getattr(model, name) for name in names.split()},
         "hidden_act": "silu",
         "attention_bias": False,
@@ -123,7 +124,7 @@ def _extra_keys(kind: str, model: ModelConfig) -> dict[str, Any]:
     extra |= {
         "num_experts_per_tok": moe.num_experts_per_tok,
         "norm_topk_prob": moe.norm_topk_prob,
-        "router_aux_loss_coef": moe.aux_loss_weight / moe.num_experts_per_tok,  # their loss is that many times as large
+        "router_aux_loss_coef": _rounded(moe.aux_loss_weight / moe.num_experts_per_tok),  # see _aux_loss_weight
         "output_router_logits": False,
     }
     if kind == "mixtral":
@@ -148,14 +149,44 @@ def _extra_keys(kind: str, model: ModelConfig) -> dict[str, Any]:
     return extra
 
 
+def _rounded(value: float) -> float:
+    """`value` with 15 digits, so that 0.02 * 6 / 6 is 0.02, not 0.019999999999999997."""
+    return float(f"{value:.15g}")
+
+
+def _aux_loss_weight(config: dict[str, Any]) -> dict[str, float]:
+    """`moe.aux_loss_weight` if config.json has a coefficient; transformers' loss is num_experts_per_tok times as large as ours."""
+    coefficient = config.get("router_aux_loss_coef")
+    if coefficient is None:
+        return {}
+    if not 0 <= (weight := float(coefficient) * config["num_experts_per_tok"]) < math.inf:
+        raise UnsupportedModel(f"router_aux_loss_coef is {coefficient}; allowed: 0 or more")
+    return {"aux_loss_weight": weight}
+
+
+_READ_IN_TRAINING = ("attention_dropout", "output_router_logits", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
+"""Keys that `to_config` writes and that do not change what the model computes."""
+_NOT_KEPT = ("auto_map", "_name_or_path", "transformers_version", "quantization_config")
+
+
+def kept_keys(config: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """The keys of a config.json that no setting of `model` holds, such as initializer_range: an export after an import writes
+    them again. Keys that name code are left out."""
+    ours = to_config(model, "float32", {}).keys() - set(_READ_IN_TRAINING)
+    return {key: value for key, value in config.items() if key not in ours and key not in _NOT_KEPT}
+
+
 _QWEN_DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "sliding_window": 4096}
+_AUX_LOSS = {"router_aux_loss_coef": 0.001}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
     "mistral": {"rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "sliding_window": 4096, "num_key_value_heads": 8},
     "qwen3": _QWEN_DEFAULTS | {"head_dim": 128, "max_window_layers": 28, "num_key_value_heads": 32},
-    "mixtral": {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 1e6, "num_key_value_heads": 8},
-    "qwen3_moe": _QWEN_DEFAULTS | {"norm_topk_prob": False, "num_key_value_heads": 4},
+    "mixtral": _AUX_LOSS
+    | {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 1e6, "num_key_value_heads": 8},
+    "qwen3_moe": _QWEN_DEFAULTS | _AUX_LOSS | {"norm_topk_prob": False, "num_key_value_heads": 4},
     "qwen2_moe": _QWEN_DEFAULTS
+    | _AUX_LOSS
     | {"norm_topk_prob": False, "num_key_value_heads": 16, "qkv_bias": True, "shared_expert_intermediate_size": 5632},
     "glm4_moe": {
         "rms_norm_eps": 1e-5,
@@ -222,9 +253,9 @@ def architecture(path: Path) -> dict[str, Any]:
         raise UnsupportedModel(f"{newest}: cannot be read ({error})") from None
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a Hugging Face folder. Raises UnsupportedModel."""
-    path = Path(folder) / "config.json"
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """The config.json, or another JSON file, of a Hugging Face folder. Raises UnsupportedModel."""
+    path = Path(folder) / name
     try:
         with open(path, "rb") as file:
             text = file.read(_MAX_CONFIG_BYTES + 1)
@@ -241,7 +272,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def from_config(config: dict[str, Any], path: Path | str) -> dict[str, Any]:
     """Keys of `ModelConfig` that define the architecture, read from the contents of a config.json; sections are dicts.
 
-    Keys that matter only in training (loss weights, dropout) are left out. Raises UnsupportedModel, which names `path`.
+    The only one of them that matters in training alone is `moe.aux_loss_weight`. Raises UnsupportedModel, which names `path`.
     """
     try:
         return _from_config(config)
@@ -299,6 +330,7 @@ def _moe(kind: str, given: dict[str, Any]) -> dict[str, Any]:
         "score": "sigmoid" if kind in _SIGMOID else "softmax",
         "norm_topk_prob": True if kind == "mixtral" else given["norm_topk_prob"],
         "routed_scaling_factor": float(given.get("routed_scaling_factor", 1.0)),
+        **_aux_loss_weight(given),
     }
 
 
