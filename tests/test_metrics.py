@@ -76,7 +76,9 @@ def test_the_peak_memory_of_a_process_is_its_own_and_not_that_of_the_program_tha
     code = "import resource, torch; from pretrain.report.metrics import peak_memory_gib as peak\n"
     code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, peak(torch.device('cpu')))\n"
     code += "filled = torch.ones(2**28); print(peak(torch.device('cpu')))"
-    launcher = "import os, sys; filled = b'1' * 2**30; del filled; os.execv(sys.executable, [sys.executable, '-c', sys.argv[1]])"
+    launcher = (
+        "import os, sys; filled = b'1' * 2**30; del filled; os.execv(sys.executable, [sys.executable, '-c', sys.argv[1]])"
+    )
     done = subprocess.run([sys.executable, "-c", launcher, code], capture_output=True, text=True, check=True)
     inherited, own, later = map(float, done.stdout.split())
     assert own < 0.8 < 1 <= inherited and own + 0.95 < later < own + 1.2
