@@ -74,15 +74,20 @@ class JsonLines(NamedTuple):
 
 def read_json_lines(path: Path) -> JsonLines:
     """All complete objects of `path` in order; a last line without its newline counts if it can be read. Raises OSError."""
-    records, unreadable = [], 0
+    found = [record for _, record in iter_json_lines(path)]
+    records = [record for record in found if record is not None]
+    return JsonLines(records, len(found) - len(records))
+
+
+def iter_json_lines(path: Path) -> Iterator[tuple[bytes, dict | None]]:
+    """(line, its object; None: it is not a JSON object) of all lines of `path` that are not blank. Raises OSError."""
     with open(path, "rb") as file:
         for line in file:
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode())
             except (ValueError, RecursionError):
                 record = None
             if isinstance(record, dict):
-                records.append(record)
+                yield line, record
             elif line.strip():
-                unreadable += 1
-    return JsonLines(records, unreadable)
+                yield line, None

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import resource
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from pretrain.report.metrics import Meter, bits_per_byte, perplexity
+from pretrain.report import metrics
+from pretrain.report.metrics import Meter, bits_per_byte, peak_memory_gib, perplexity
 
 
 def add(meter: Meter, nats: float, tokens: int, applied: bool = True, grad_norm: float = 1.0) -> None:
@@ -64,3 +68,22 @@ def test_perplexity_and_bits_per_byte():
     assert perplexity(1e4) == math.inf
     assert bits_per_byte(math.log(256), 1.0) == pytest.approx(8)  # a byte that cannot be predicted costs 8 bits
     assert bits_per_byte(math.log(256), 4.0) == pytest.approx(2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process without its launcher's is in /proc")
+def test_the_peak_memory_of_a_process_is_its_own_and_not_that_of_the_program_that_started_it():
+    """ru_maxrss survives fork and exec: a small worker would show the size of a large launcher."""
+    code = "import resource, torch; from pretrain.report.metrics import peak_memory_gib as peak\n"
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, peak(torch.device('cpu')))\n"
+    code += "filled = torch.ones(2**28); print(peak(torch.device('cpu')))"
+    launcher = (
+        "import os, sys; filled = b'1' * 2**30; del filled; os.execv(sys.executable, [sys.executable, '-c', sys.argv[1]])"
+    )
+    done = subprocess.run([sys.executable, "-c", launcher, code], capture_output=True, text=True, check=True)
+    inherited, own, later = map(float, done.stdout.split())
+    assert own < 0.8 < 1 <= inherited and own + 0.95 < later < own + 1.2
+
+
+def test_without_proc_the_peak_memory_is_that_of_the_system(monkeypatch):
+    monkeypatch.setattr(metrics, "Path", lambda path: (_ for _ in ()).throw(FileNotFoundError(path)))
+    assert peak_memory_gib(torch.device("cpu")) == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

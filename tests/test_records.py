@@ -11,11 +11,14 @@ import signal
 import struct
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from pretrain.report.records import LineFile, RecordsError, cut_records, read_records, to_json
+from pretrain.report import records
+from pretrain.report.records import LineFile, Losses, RecordsError, cut_records, read_records, to_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -84,6 +87,47 @@ def test_a_last_line_torn_at_any_length_is_repaired(tmp_path):
         complete = length >= len(lines[1]) - 1  # only the line feed is missing
         assert path.read_bytes() == lines[0] + (lines[1] if complete else b"")
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_damage_in_the_middle_is_removed_and_everything_around_it_keeps_its_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_BLOCK", 7)
+    path = tmp_path / "metrics.jsonl"
+    good = [b'{"step": %d,  "loss": 1.5}\n' % step for step in range(1, 7)]
+    path.write_bytes(
+        good[0] + b"\x00\x00\n" + good[1] + good[2] + b"\n\xff\n" + good[3] + b'{"step": 9, "loss": 1}\n' + good[4].strip()
+    )
+    assert cut_records(path, 8) == (4, None)
+    assert path.read_bytes() == b"".join(good[:5])
+
+
+def test_a_resume_reads_the_file_in_little_memory_and_learns_the_curve(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with path.open("w") as file:
+        for step in range(1, 2001):
+            file.write(json.dumps({"step": step, "loss": 1 / step, "padding": "x" * 10_000}) + "\n")
+            if step % 500 == 0:
+                file.write(json.dumps({"step": step, "val_loss": 2 / step}) + "\n")
+    losses = Losses()
+    tracemalloc.start()
+    try:
+        assert cut_records(path, 1500, losses=losses) == (501, None)
+        assert tracemalloc.get_traced_memory()[1] < 5e6 < path.stat().st_size
+    finally:
+        tracemalloc.stop()
+    steps, values = losses.train.columns
+    assert steps.tolist() == list(range(1, 1501)) and values.tolist() == [1 / step for step in range(1, 1501)]
+    assert losses.valid.columns[0].tolist() == [500, 1000, 1500]
+    assert len(read_records(tmp_path)) == 1503
+
+
+def test_a_long_curve_is_thinned_evenly_and_keeps_its_newest_point(monkeypatch):
+    monkeypatch.setattr(records, "MOST_POINTS", 100)
+    losses = Losses()
+    for step in range(1, 1001):
+        losses.add({"step": step, "loss": step if step % 7 else None})
+    steps, values = losses.train.columns
+    assert len(steps) <= 101 and set(np.diff(steps[:-1])) == {16} and steps[-1] == 1000
+    assert all(value == step if step % 7 else math.isnan(value) for step, value in zip(steps, values, strict=True))
 
 
 def test_a_file_with_nothing_to_cut_is_not_rewritten_and_a_fresh_start_empties_it(tmp_path):

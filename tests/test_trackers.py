@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -24,6 +25,7 @@ import pytest
 
 from pretrain.report import trackers
 from pretrain.report.records import read_records
+from tests.models import train_here
 from tests.test_progress import Terminal
 from tests.test_sinks import ROOT, outputs, step_record
 
@@ -34,9 +36,10 @@ event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.pl
 def own_wandb(monkeypatch, tmp_path):
     """Limits W&B's state in this process, which is global, to the test, and hides any key of the user."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("WANDB_API_KEY", "WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_LAUNCH"):
+        monkeypatch.delenv(name, raising=False)
     yield
-    if "wandb" in sys.modules:
+    if sys.modules.get("wandb"):
         sys.modules["wandb"].teardown()
 
 
@@ -138,6 +141,73 @@ def server(monkeypatch):
     return stub
 
 
+def offline_runs(directory: Path) -> list[str]:
+    """Ids of the W&B runs that `wandb sync` would send."""
+    return [path.name.rpartition("-")[2] for path in directory.glob("wandb/offline-run-*")]
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_one_run_at_wandb(tmp_path):
+    for loss in (1.0, 2.0):  # no checkpoint knows the id of the first start
+        with outputs(tmp_path, "jsonl", "wandb") as sinks:
+            sinks.log({"step": 1, "loss": loss})
+    assert offline_runs(tmp_path) == [sinks.wandb_id]
+    assert {step: row["loss"] for step, row in wandb_rows(tmp_path).items()} == {1: 2.0}
+
+
+def test_under_a_sweep_agent_the_id_is_the_one_in_use_and_the_curve_so_far_goes_there(tmp_path, monkeypatch):
+    with outputs(tmp_path, "jsonl", "wandb") as sinks:
+        sinks.log({"step": 50, "loss": 1.0})
+    sys.modules["wandb"].teardown()
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    monkeypatch.setenv("WANDB_RUN_ID", "trial7")
+    with outputs(tmp_path, "jsonl", "wandb", resume_step=50, wandb_id=sinks.wandb_id) as trial:
+        trial.log({"step": 51, "loss": 2.0})
+    assert trial.wandb_id == "trial7" and set(offline_runs(tmp_path)) == {"trial7", sinks.wandb_id}
+    shutil.rmtree(next(tmp_path.glob(f"wandb/offline-run-*-{sinks.wandb_id}")))
+    assert {step: row["loss"] for step, row in wandb_rows(tmp_path).items()} == {50: 1.0, 51: 2.0}
+    monkeypatch.delenv("WANDB_SWEEP_ID")
+    monkeypatch.delenv("WANDB_RUN_ID")
+    assert trackers.choose_wandb_id(tmp_path, "t", "trial7") == ("trial7", True)
+
+
+def test_a_wandb_id_in_the_environment_names_a_new_run_and_does_not_take_over_another(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    assert trackers.choose_wandb_id(tmp_path, "t", None) == ("mine", False)
+    monkeypatch.setenv("WANDB_RUN_ID", "left_over")
+    assert trackers.choose_wandb_id(tmp_path, "t", None) == ("mine", True)  # killed before its first checkpoint
+    assert trackers.choose_wandb_id(tmp_path, "copy", None) == ("left_over", False)  # the folder of t, copied
+    monkeypatch.delenv("WANDB_RUN_ID")
+    assert trackers.choose_wandb_id(tmp_path, "other", "in_checkpoint") == ("in_checkpoint", True)
+
+
+def test_the_last_step_has_its_loss_and_the_picture_of_the_curve_at_wandb(tiny):
+    assert train_here(["--log.sinks", "[jsonl, wandb]", "--evaluate.every_steps", "5", *tiny]) == 0
+    run = Path(tiny[-1]) / "tiny"
+    rows = wandb_rows(run)
+    for record in read_records(run):
+        for key in record.keys() & {"loss", "val_loss", "lr", "tokens"}:
+            assert rows[record["step"]][key] == record[key]
+    assert len(list(run.glob("wandb/offline-run-*/files/media/images/loss_curve_*.png"))) == 1
+
+
+@pytest.mark.parametrize("sink", ["wandb", "tensorboard"])
+def test_a_tracker_whose_package_is_missing_is_refused_before_training(tiny, monkeypatch, capsys, sink):
+    for module in [each for each in sys.modules if each.split(".")[0] == sink or each.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, sink, None)  # as if it were not installed
+    assert train_here(["--log.sinks", f"[console, {sink}]", *tiny]) == 2
+    error = capsys.readouterr().err
+    assert "log.sinks" in error and f"pip install {sink}" in error and "Traceback" not in error
+
+
+def test_a_tracker_that_fails_says_whether_the_records_are_kept(tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("a file where the folder should be")
+    for sinks, kept in ((["jsonl"], True), ([], False)):
+        with outputs(tmp_path, "console", "tensorboard", *sinks):
+            pass
+        assert ("metrics.jsonl is complete" in capsys.readouterr().out) == kept
+
+
 REWIND = {"mode": "online", "resume_from": "abc?_step=50"}
 CONTINUE = {"mode": "online", "id": "abc", "resume": "allow"}
 
@@ -159,6 +229,13 @@ def test_a_run_that_is_new_to_a_wandb_server_is_not_rewound_and_uploads_its_curv
         sinks.log({"step": 51, "loss": 1.5})
     assert server.calls == [CONTINUE | {"id": sinks.wandb_id}]
     assert server.run.rows == [(50, {"step": 50, "loss": 2.5}), (51, {"step": 51, "loss": 1.5})]
+
+
+def test_a_run_killed_before_its_first_checkpoint_rewinds_its_run_on_a_server(tmp_path, server):
+    for _ in range(2):
+        with outputs(tmp_path, "jsonl", "wandb", mode="online") as sinks:
+            sinks.log({"step": 1, "loss": 1.5})
+    assert server.calls == [CONTINUE | {"id": sinks.wandb_id}, REWIND | {"resume_from": f"{sinks.wandb_id}?_step=0"}]
 
 
 @contextlib.contextmanager

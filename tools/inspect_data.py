@@ -25,7 +25,7 @@ from pretrain.config import Config, load
 from pretrain.data import checks, excluded
 from pretrain.data.indexed import DataError, Sidecar, TokenFile
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.files import read_json_lines
+from pretrain.files import iter_json_lines
 from pretrain.report import environment
 from pretrain.report.progress import Progress
 from pretrain.run import command_line
@@ -162,8 +162,8 @@ def about_run(options: argparse.Namespace) -> Iterator[str]:
 def skipped_positions(run: Path) -> excluded.PositionRanges:
     """Positions that the run skipped after rollbacks, from its metrics.jsonl."""
     path, ranges = run / "metrics.jsonl", []
-    for record in read_json_lines(path).records if path.exists() else []:
-        if "skipped_positions" in record:
+    for _, record in iter_json_lines(path) if path.exists() else []:
+        if record and "skipped_positions" in record:
             ranges = excluded.add_range(ranges, *record["skipped_positions"])
     return ranges
 

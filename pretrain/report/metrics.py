@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -151,9 +152,11 @@ class Clock:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory since the start: of tensors on a GPU, of the whole process on a CPU."""
+    """Peak memory since the start: of tensors on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    with contextlib.suppress(OSError, IndexError):  # Linux has its own peak for each program; ru_maxrss includes the launcher's
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from pretrain import files
-from pretrain.report.records import FILE_NAME, RecordsError, merge_equal, read_records, reference_lines
+from pretrain.report.records import FILE_NAME, RecordsError, iter_records, merge_equal
 from pretrain.report.units import SCALES
 
 if TYPE_CHECKING:
@@ -69,24 +70,29 @@ class Curves:
 
 def read_curves(directory: Path) -> Curves:
     """The curves in <directory>/metrics.jsonl. Raises RecordsError when there is no logging step or the file is damaged."""
-    records = read_records(directory)
-    train = [record for record in records if "loss" in record]
-    valid = [record for record in records if "val_loss" in record]
-    if not train and (directory / FILE_NAME).exists():
+    train = {key: array("d") for key in ("step", "tokens", "train_hours", "loss")}
+    valid = {key: array("d") for key in ("step", "val_loss")}
+    references: dict[str, float] = {}
+    for record in iter_records(directory):  # one at a time: a file may have millions
+        references = references or record.get("reference_lines", {})
+        for columns, key in ((train, "loss"), (valid, "val_loss")):
+            if key in record:
+                for name, column in columns.items():
+                    column.append(_finite(record.get(name)))
+    if not train["loss"] and (directory / FILE_NAME).exists():
         raise RecordsError(f"{directory / FILE_NAME}: no logging step yet (log.every_steps says when the first one comes).")
-    if not train:
+    if not train["loss"]:
         raise RecordsError(
             f"{directory}: has no {FILE_NAME}. Give the folder of a run, such as runs/NAME, whose log.sinks include jsonl."
         )
-    references = reference_lines(records) or {}
     return Curves(
         name=directory.resolve().name,
-        step=_column(train, "step"),
-        tokens=_column(train, "tokens"),
-        hours=_column(train, "train_hours"),
-        loss=_column(train, "loss"),
-        val_step=_column(valid, "step"),
-        val_loss=_column(valid, "val_loss"),
+        step=np.array(train["step"]),
+        tokens=np.array(train["tokens"]),
+        hours=np.array(train["train_hours"]),
+        loss=np.array(train["loss"]),
+        val_step=np.array(valid["step"]),
+        val_loss=np.array(valid["val_loss"]),
         reference_lines=merge_equal({name: nats for name, nats in references.items() if math.isfinite(nats)}),
     )
 
@@ -177,10 +183,8 @@ def draw_curves(axes: Axes, runs: Sequence[Curves], x: XAxis) -> None:
     _decorate(axes, runs, x)
 
 
-def _column(records: list[dict], key: str) -> np.ndarray:
-    """(N,) the values of one key, NaN where it is missing or not finite."""
-    values = np.array([record.get(key) for record in records], dtype=float)
-    return np.where(np.isfinite(values), values, math.nan)
+def _finite(value: float | None) -> float:
+    return value if value is not None and math.isfinite(value) else math.nan
 
 
 def _draw_run(axes: Axes, run: Curves, color: str, x: XAxis, several: bool) -> tuple[float, str, str]:

@@ -18,12 +18,17 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
+
+import numpy as np
 
 from pretrain import UserError, files
 
 FILE_NAME = "metrics.jsonl"
+MOST_POINTS = 2**14
+_BLOCK = 2**20
 
 
 class RecordsError(UserError):
@@ -31,19 +36,25 @@ class RecordsError(UserError):
 
 
 def read_records(directory: Path) -> list[dict]:
-    """The records of the run in `directory` as they were logged, NaN included; [] without a file.
+    """The records of the run in `directory`, as `iter_records` yields them."""
+    return list(iter_records(directory))
 
-    Raises RecordsError when more than one line is not a record, OSError.
+
+def iter_records(directory: Path) -> Iterator[dict]:
+    """The records of the run in `directory` as they were logged, NaN included, one at a time; none without a file.
+
+    Raises RecordsError at the end when more than one line is not a record; OSError.
     """
-    path = directory / FILE_NAME
+    path, unreadable = directory / FILE_NAME, 0
     if not path.exists():
-        return []
-    found, unreadable = files.read_json_lines(path)
-    records = [record for record in found if _is_record(record)]
-    unreadable += len(found) - len(records)
+        return
+    for _, record in files.iter_json_lines(path):
+        if record is not None and _is_record(record):
+            yield _with_nonfinite(record)
+        else:
+            unreadable += 1
     if unreadable > 1:
         raise RecordsError(f"{path}: {unreadable} lines are not records. Remove them, or resume the run, which does.")
-    return [_with_nonfinite(record) for record in records]
 
 
 def to_json(record: dict) -> str:
@@ -51,11 +62,6 @@ def to_json(record: dict) -> str:
     nonfinite: dict[str, str] = {}
     finite = _without_nonfinite(record, "", nonfinite)
     return json.dumps(finite | ({"nonfinite": nonfinite} if nonfinite else {}), allow_nan=False)
-
-
-def reference_lines(records: Iterable[dict]) -> dict[str, float] | None:
-    """The reference losses of the data, nats per token by name, from the start record; None without one."""
-    return next((record["reference_lines"] for record in records if "reference_lines" in record), None)
 
 
 def merge_equal(lines: dict[str, float]) -> dict[str, float]:
@@ -66,31 +72,98 @@ def merge_equal(lines: dict[str, float]) -> dict[str, float]:
     return {" = ".join(same): lines[same[0]] for same in names.values()}
 
 
-def cut_records(path: Path, resume_step: int, validation_due: bool = False) -> tuple[int, dict[str, float] | None]:
+class Losses:
+    """The loss curve of a run, by step. A long one is thinned evenly, so that its size and the time to judge it are bounded."""
+
+    def __init__(self) -> None:
+        self.train, self.valid = Thinned(), Thinned()
+
+    def add(self, record: dict) -> None:
+        """Adds a record; others than logging steps and validations are ignored."""
+        for key, points in (("loss", self.train), ("val_loss", self.valid)):
+            if key in record:
+                points.add(record["step"], math.nan if record[key] is None else record[key])
+
+
+class Thinned:
+    """Points (step, value) in order: all of them while they are few, later every 2nd, 4th, 8th, ... and the newest."""
+
+    def __init__(self) -> None:
+        self._points: list[tuple[int, float]] = []
+        self._count, self._stride = 0, 1
+
+    def add(self, step: int, value: float) -> None:
+        """Adds the newest point."""
+        self._newest = (step, value)
+        if self._count % self._stride == 0:
+            self._points.append(self._newest)
+        self._count += 1
+        if len(self._points) > MOST_POINTS:
+            self._points, self._stride = self._points[::2], 2 * self._stride
+
+    @property
+    def columns(self) -> tuple[np.ndarray, np.ndarray]:
+        """(steps (N,), values (N,))."""
+        points = self._points + ([self._newest] if self._points and self._points[-1] != self._newest else [])
+        steps, values = zip(*points, strict=True) if points else ((), ())
+        return np.array(steps, dtype=float), np.array(values, dtype=float)
+
+
+def cut_records(
+    path: Path, resume_step: int, validation_due: bool = False, losses: Losses | None = None
+) -> tuple[int, dict[str, float] | None]:
     """Removes the records after `resume_step` (0: all) and unreadable lines, atomically; other lines keep every byte.
 
-    validation_due: the validation of `resume_step` will be repeated, so its records are removed too. Returns the number of
-    removed lines, and the reference losses of the start record if it is still there. Raises OSError.
+    validation_due: the validation of `resume_step` will be repeated, so its records are removed too. `losses` gets the curve
+    that is kept. Returns the number of removed lines, and the reference losses of the start record if it is still there. Reads
+    one line at a time. Raises OSError.
     """
     if not path.exists():
         return 0, None
-    kept, records = [], []
+    removed, end, lines, kept = 0, 0, None, []  # kept: [first, end) in bytes
     with path.open("rb") as file:
-        lines = list(file)
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if not _is_record(record) or resume_step == 0 or record["step"] > resume_step:
-            continue
-        if validation_due and record["step"] == resume_step and record.keys() & {"val_loss", "generated"}:
-            continue
-        kept.append(line.removesuffix(b"\n") + b"\n")
-        records.append(_with_nonfinite(record))
-    if kept != lines:
-        files.write_atomically(path, b"".join(kept))
-    return len(lines) - len(kept), reference_lines(records)
+        for line in file:
+            begin, end = end, end + len(line)
+            record = _kept_record(line, resume_step, validation_due)
+            if record is None:
+                removed += 1
+                continue
+            if kept and kept[-1][1] == begin:
+                kept[-1][1] = end
+            else:
+                kept.append([begin, end])
+            lines = lines or record.get("reference_lines")
+            if losses:
+                losses.add(record)
+        torn = bool(kept) and kept[-1][1] == end and not line.endswith(b"\n")
+        if removed or torn:
+            _copy(file, kept, path)
+    return removed, lines
+
+
+def _kept_record(line: bytes, resume_step: int, validation_due: bool) -> dict | None:
+    """The record in a line of metrics.jsonl if a start after `resume_step` keeps it."""
+    try:
+        record = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    if not _is_record(record) or resume_step == 0 or record["step"] > resume_step:
+        return None
+    if validation_due and record["step"] == resume_step and record.keys() & {"val_loss", "generated"}:
+        return None
+    return _with_nonfinite(record)
+
+
+def _copy(source: IO[bytes], ranges: list[list[int]], path: Path) -> None:
+    """Replaces `path`, atomically, by the byte ranges [first, end) of `source`, each ending with a line feed."""
+    with files.open_atomically(path) as file:
+        for first, end in ranges:
+            source.seek(first)
+            for begin in range(first, end, _BLOCK):
+                block = source.read(min(_BLOCK, end - begin))
+                file.write(block)
+            if not block.endswith(b"\n"):
+                file.write(b"\n")
 
 
 class LineFile:

@@ -6,7 +6,6 @@ nothing of models, data or devices: it receives finished numbers as records (see
 
 from __future__ import annotations
 
-import secrets
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pretrain.config import LogConfig
 from pretrain.report.console import Console
-from pretrain.report.records import FILE_NAME, LineFile, cut_records, to_json
+from pretrain.report.records import FILE_NAME, LineFile, Losses, cut_records, to_json
 
 if TYPE_CHECKING:
     from pretrain.report.trackers import Tracker
@@ -35,11 +34,18 @@ class Sinks:
     """Reference losses of the data, nats per token by name; None before the start record."""
     wandb_id: str | None = None
     """The W&B run, for a later start that continues it."""
+    losses: Losses = field(default_factory=Losses)
+    """The loss curve that metrics.jsonl holds."""
 
     @property
     def keeps_metrics(self) -> bool:
         """metrics.jsonl is among the outputs."""
         return self.metrics is not None
+
+    @property
+    def kept(self) -> str:
+        """What is left of the records when a tracker fails, in words."""
+        return f"{FILE_NAME} is complete" if self.keeps_metrics else f"log.sinks has no jsonl, so {FILE_NAME} lacks its records"
 
     @property
     def lacks_start(self) -> bool:
@@ -60,6 +66,7 @@ class Sinks:
                 self.info(f"{FILE_NAME} cannot be written ({error}); its lines are kept in memory and retried.")
         self.reference_lines = record.get("reference_lines", self.reference_lines)
         self.step = record["step"]
+        self.losses.add(record)
         for tracker in self.trackers:
             tracker.log(record, self.reference_lines)
         if self.console is not None:
@@ -103,7 +110,7 @@ class Sinks:
             tracker.join(max(0.0, deadline - time.monotonic()))
             if tracker.is_alive():
                 waited = f"{TRACKER_CLOSE_SECONDS:.0f} s"
-                self.info(f"{tracker.name} did not finish in {waited} and was abandoned; {FILE_NAME} is complete.")
+                self.info(f"{tracker.name} did not finish in {waited} and was abandoned; {self.kept}.")
         self.trackers.clear()
         try:
             if self.console is not None:
@@ -135,17 +142,19 @@ def open_sinks(
     directory.mkdir(parents=True, exist_ok=True)
     console = Console(directory, shown="console" in config.sinks, step=resume_step, total_steps=total_steps)
     # Even without the jsonl sink: a later resume must not find records of an abandoned branch.
-    removed, reference_lines = cut_records(directory / FILE_NAME, resume_step, validation_due)
+    losses = Losses()
+    removed, reference_lines = cut_records(directory / FILE_NAME, resume_step, validation_due, losses)
     if removed:
         console.info(f"{FILE_NAME}: removed {removed} lines that are unreadable or after step {resume_step}.")
     metrics = LineFile(directory / FILE_NAME) if "jsonl" in config.sinks else None
-    trackers = []
+    outputs = Sinks(console, metrics, step=resume_step, reference_lines=reference_lines, losses=losses)
     if {"wandb", "tensorboard"} & set(config.sinks):
-        from pretrain.report.trackers import Tracker, WandbRun, open_tensorboard
+        from pretrain.report.trackers import Tracker, WandbRun, choose_wandb_id, open_tensorboard
     if "wandb" in config.sinks:
-        known, wandb_id = wandb_id is not None, wandb_id or secrets.token_hex(4)
-        run = WandbRun(config.wandb, wandb_id, name, settings, directory, resume_step, known, console.info)
-        trackers.append(Tracker("W&B", run.open(), console.info))
+        outputs.wandb_id, known = choose_wandb_id(directory, name, wandb_id)
+        run = WandbRun(config.wandb, outputs.wandb_id, name, settings, directory, resume_step, known, console.info)
+        outputs.trackers.append(Tracker("W&B", run.open(), console.info, outputs.kept))
     if "tensorboard" in config.sinks:
-        trackers.append(Tracker("TensorBoard", open_tensorboard(directory / "tensorboard", resume_step), console.info))
-    return Sinks(console, metrics, trackers, resume_step, reference_lines, wandb_id)
+        opened = open_tensorboard(directory / "tensorboard", resume_step)
+        outputs.trackers.append(Tracker("TensorBoard", opened, console.info, outputs.kept))
+    return outputs

@@ -7,17 +7,21 @@ offline W&B starts a new file that gets all records of metrics.jsonl again. Know
 
 from __future__ import annotations
 
+import json
 import os
 import queue
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pretrain import files
 from pretrain.config import WandbConfig
-from pretrain.report.records import read_records
+from pretrain.report.records import iter_records
 
+WANDB_ID_FILE = "wandb_id.json"
 WANDB_START_SECONDS = 20.0  # start + close stay under the 30 s that a preempted job typically has
 SUPERSEDED = "superseded"
 
@@ -28,9 +32,10 @@ Write = Callable[[int, Values], None]  # (step, values)
 class Tracker(threading.Thread):
     """Feeds one tracker from a queue. A daemon: a tracker that hangs forever does not keep the process alive."""
 
-    def __init__(self, name: str, opened: AbstractContextManager[Write], info: Callable[[str], None]) -> None:
+    def __init__(self, name: str, opened: AbstractContextManager[Write], info: Callable[[str], None], kept: str) -> None:
+        """kept: says for people where the records still are when the tracker fails."""
         super().__init__(name=name, daemon=True)
-        self._opened, self._info = opened, info
+        self._opened, self._info, self._kept = opened, info, kept
         self._jobs: queue.SimpleQueue[tuple[int, Values] | None] = queue.SimpleQueue()
         self.start()
 
@@ -54,7 +59,24 @@ class Tracker(threading.Thread):
                 for job in iter(self._jobs.get, None):
                     write(*job)
         except BaseException as error:  # libraries raise anything, even SystemExit
-            self._info(f"{self.name} disabled for the rest of this run ({one_line(error)}); metrics.jsonl is complete.")
+            self._info(f"{self.name} disabled for the rest of this run ({one_line(error)}); {self._kept}.")
+
+
+def choose_wandb_id(directory: Path, name: str, saved: str | None) -> tuple[str, bool]:
+    """(id of the W&B run that a start of run `name` in `directory` feeds, whether an earlier start has fed it).
+
+    saved: the id in the checkpoint from which the start resumes; None: there is none, or it belongs to another run. A sweep or
+    launch agent sets the id, and W&B accepts no other. Otherwise the run keeps its id, which is in `directory` before W&B
+    starts, so that a run that is killed before its first checkpoint does not become two. A new run takes WANDB_RUN_ID, or an
+    id of its own. Raises OSError.
+    """
+    last = files.read_json_object(directory / WANDB_ID_FILE)
+    ours = (last.get("id") if last.get("name") == name else None) or saved
+    given = os.environ.get("WANDB_RUN_ID")
+    by_agent = os.environ.get("WANDB_SWEEP_ID") or os.environ.get("WANDB_LAUNCH")
+    chosen = (given if by_agent else None) or ours or given or secrets.token_hex(4)
+    files.write_atomically(directory / WANDB_ID_FILE, json.dumps({"id": chosen, "name": name}) + "\n")
+    return chosen, chosen == ours
 
 
 @dataclass(frozen=True)
@@ -87,7 +109,7 @@ class WandbRun:
         mode = os.environ.get("WANDB_MODE", self.config.mode)
         run, superseded = self._start_online(wandb, common) if mode == "online" else None, 0
         if run is None:
-            superseded = self._set_aside() if self.resume_step else 0
+            superseded = self._set_aside() if self.known else 0
             run = wandb.init(mode="offline" if mode == "online" else mode, id=self.id, resume="allow", **common)
         for axis in ("step", "tokens", "train_hours"):
             run.define_metric(axis, summary="max")
@@ -115,7 +137,7 @@ class WandbRun:
             wandb.setup(common["settings"])
             if not wandb.login(prompt=False, verify=False):  # init alone would ask on a terminal, and wait
                 raise RuntimeError("no API key: set WANDB_API_KEY or run `wandb login`")
-            run = self._rewind(wandb, common) if self.known and self.resume_step else None
+            run = self._rewind(wandb, common) if self.known else None
             run = run or wandb.init(mode="online", id=self.id, resume="allow", **common)
         except Exception as error:
             folder = self.directory / "wandb"
@@ -134,8 +156,7 @@ class WandbRun:
             wandb.teardown()
             wandb.setup(common["settings"])
             self.info(
-                f"W&B cannot rewind the run ({one_line(error)}): it keeps its old values of steps after {self.resume_step:,}; "
-                "metrics.jsonl has the new ones."
+                f"W&B cannot rewind the run ({one_line(error)}): it keeps its old values of steps after {self.resume_step:,}."
             )
             return None
 
@@ -152,7 +173,7 @@ class WandbRun:
     def _replay(self, write: Write) -> None:
         """Writes all records of metrics.jsonl up to `resume_step`; later ones are of this start and in the queue."""
         lines = None
-        for record in read_records(self.directory):
+        for record in iter_records(self.directory):
             if record["step"] > self.resume_step:
                 return
             lines = record.get("reference_lines", lines)

@@ -135,7 +135,7 @@ def finish(run: Run) -> None:
     picture = run.directory.path / "plots" / "loss.png"
     try:
         plot_runs([run.directory.path], picture)
-        run.sinks.image("loss", picture)
+        run.sinks.image("loss_curve", picture)  # `loss` is the number of this step
         run.sinks.info(f"curve      {picture}")
     except (RecordsError, OSError) as error:  # metrics.jsonl was removed, or the disk is full; the run is done
         run.sinks.info(f"curve      none: {error}")
@@ -143,13 +143,7 @@ def finish(run: Run) -> None:
 
 
 def _verdict(run: Run) -> verdict.Verdict:
-    """The verdict on the curve in metrics.jsonl."""
-    from pretrain.report.plot import read_curves
-
-    try:
-        curves = read_curves(run.directory.path)
-    except (RecordsError, OSError) as error:
-        return verdict.Verdict("short", str(error))
+    """The verdict on the curve so far."""
+    train, valid = run.sinks.losses.train.columns, run.sinks.losses.valid.columns
     passes = [] if run.config.data.synthetic else run.data.passes(run.progress.position)
-    curve = verdict.Curve(curves.step, curves.loss, curves.val_step, curves.val_loss, max(passes, default=math.nan))
-    return verdict.judge(curve, run.data.reference_lines)
+    return verdict.judge(verdict.Curve(*train, *valid, max(passes, default=math.nan)), run.data.reference_lines)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import importlib
 import netrc
 import os
 import shutil
@@ -62,7 +63,8 @@ class Report:
 def preflight(config: Config, ranks: int | None = None) -> Report:
     """All checks that need no device. ranks: processes of the run; None: engine.world_size, else unknown."""
     report, folder = Report(), Path(config.run.directory) / config.run.name
-    report.findings += directory_findings(folder) + wandb_findings(config) + build_locks(config) + port_findings(ranks)
+    report.findings += directory_findings(folder) + sink_findings(config) + wandb_findings(config)
+    report.findings += build_locks(config) + port_findings(ranks)
     report.facts += batch_facts(config, ranks)
     report.findings += batch_findings(config, ranks)
     tokenizer, found = _open_tokenizer(config)
@@ -102,7 +104,7 @@ def at_start(config: Config, engine: Engine, parts: Parts) -> list[Finding]:
     if engine.rank == 0:
         folder = Path(config.run.directory) / config.run.name
         found += _quick_file_findings(parts) if not config.data.synthetic else []
-        found += build_locks(config) + run_findings(config, parts.data, steps)
+        found += sink_findings(config) + build_locks(config) + run_findings(config, parts.data, steps)
         found += [each._replace(stops=False) for each in storage_findings(config, parts.model, folder, steps)]
     stops = [each for each in found if each.stops]
     if engine.broadcast(len(stops)):
@@ -436,6 +438,19 @@ def port_findings(ranks: int | None) -> list[Finding]:
             return []
     text = f"port {port} is in use on this machine; set MASTER_PORT (torchrun) or --main_process_port 0 (accelerate launch)"
     return [Finding("port-in-use", "MASTER_PORT", text, stops="MASTER_PORT" in os.environ)]
+
+
+def sink_findings(config: Config) -> list[Finding]:
+    """Finds trackers in log.sinks whose packages are missing or broken: they would show nothing of the run."""
+    found = []
+    for sink, module in (("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")):
+        if sink in config.log.sinks:
+            try:
+                importlib.import_module(module)
+            except Exception as error:  # of broken packages, anything
+                text = f"{sink} cannot be imported ({type(error).__name__}: {error}); install it with pip install {sink}, or "
+                found.append(Finding("sink-missing", "log.sinks", f"{text}remove {sink} from log.sinks", stops=True))
+    return found
 
 
 def wandb_findings(config: Config) -> list[Finding]:
