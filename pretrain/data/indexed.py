@@ -20,6 +20,7 @@ import dataclasses
 import errno
 import fcntl
 import json
+import math
 import os
 import struct
 import tempfile
@@ -46,6 +47,7 @@ _BIGRAM_RUNS, _BIGRAM_RUN_TOKENS = 64, 1 << 17
 _SAMPLE_RUNS, _SAMPLE_RUN_TOKENS = 64, 1 << 13
 _FLAT_HEAD_BYTES = 1 << 16
 _SPAN_PER_ELEMENT = 64
+_AT_LEAST_ONE = ("vocab_size", "num_tokens", "num_documents", "block_bytes")  # of the counts in a sidecar
 
 
 class DataError(UserError):
@@ -102,6 +104,11 @@ class Sidecar:
         wrong = [name for name, kind in types.items() if type(values.get(name)).__name__ != kind]
         if wrong:
             raise DataError(f"{path}: {', '.join(wrong)} missing or of wrong type; restore the file or tokenize again")
+        counts = {name: values[name] for name, kind in types.items() if kind == "int"}
+        wrong = [name for name, value in counts.items() if not (name in _AT_LEAST_ONE) <= value < 2**62]
+        wrong += [name for name, kind in types.items() if kind == "float" and not 0 <= values[name] < math.inf]
+        if wrong or not all(isinstance(each, str) for each in values["block_checksums"]):
+            raise DataError(f"{path}: {', '.join(wrong) or 'block_checksums'} cannot be; restore the file or tokenize again")
         return cls(**{name: values[name] for name in types})
 
     def to_json(self) -> str:

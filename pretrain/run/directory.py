@@ -52,10 +52,10 @@ class RunDirectory:
 
     def __init__(self, path: Path, *, silent: bool = False):
         self.path, self._silent = path, silent
-        if silent:
-            return
         self.lost = ""
         """Why the job must stop: its folder was removed or renamed. Empty: it was not."""
+        if silent:
+            return
         self._texts: dict[str, str] = {}  # what `write_text` wrote, for a folder that is lost
         self._open_folder()
         self._lock()
