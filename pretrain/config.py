@@ -344,11 +344,11 @@ def _read_pretrained(tree: dict[str, Any], origins: schema.Origins, problems: li
 
     try:
         found = hf_mapping.architecture(Path(path))
-    except hf_mapping.UnsupportedModel as error:
+        pretrained = model_from_dict(found)
+    except (hf_mapping.UnsupportedModel, TypeError, AttributeError) as error:
         if "hidden_size" not in given:  # a run's own config.yaml has every key, and is readable without that folder
             problems.append(Problem("model.from_pretrained", str(error), origins.get(("model", "from_pretrained"), "")))
         return None
-    pretrained = model_from_dict(found)
     schema.merge(found, given)
     tree["model"] = found
     return pretrained

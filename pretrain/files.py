@@ -59,7 +59,7 @@ def read_json_object(path: Path) -> dict:
     """The JSON object in a file; empty if there is none that can be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

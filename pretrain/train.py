@@ -30,7 +30,7 @@ from pretrain.optim.schedule import lr_at
 from pretrain.report.metrics import Clock
 from pretrain.run import divergence, output, preflight, resume
 from pretrain.run.directory import Locked, take_directory
-from pretrain.run.outcome import DIVERGED, DONE, Outcome
+from pretrain.run.outcome import DIVERGED, DONE, STORAGE_FAILED, Outcome
 from pretrain.run.parts import open_parts
 from pretrain.run.resume import Start
 from pretrain.run.state import Run, open_run
@@ -94,7 +94,7 @@ def train(config: Config, stop: StopRequest | None = None) -> int:
     stop = stop or StopRequest()
     stop.deadline_seconds = config.checkpoint.deadline_seconds
     directory, refusal = take_directory(Path(config.run.directory) / config.run.name, int(os.environ.get("RANK", 0)))
-    stop.last_words = directory.write_end
+    stop.last_words, stop.folder_lost = directory.write_end, directory.check
     with Outcome(directory, stop) as outcome:
         engine = outcome.engine = start_engine(config.engine)
         if engine.broadcast(int(refusal is not None)):
@@ -133,6 +133,8 @@ def _train_from(start: Start, run: Run, stop: StopRequest, warnings: list) -> tu
         if status == DIVERGED and (rollback := divergence.rollback(run)):
             run.sinks.info(f"{reason}. Rolling back to {rollback.checkpoint.path} and skipping these samples")
             return status, reason, rollback
+        if status == DONE and run.directory.check():
+            status, reason = STORAGE_FAILED, run.directory.lost
         run.directory.write_end(status, reason, run.progress.step)  # before what may hang: W&B, the other ranks
         stop.saved(status)
         if status == DONE:
@@ -173,7 +175,8 @@ def _loop(run: Run, stop: StopRequest) -> tuple[int, str]:
     if progress.step == total and not progress.evaluation_due:
         divergence.report_spike(run, run.engine.all_reduce(run.meter.last_loss.clone()).item())
         return DONE, ""
-    return exit_status(flags), f"stopped by {who_asked(flags)} after step {progress.step}, which is saved"
+    lost = f": {run.directory.lost}" if run.directory.lost else ""
+    return exit_status(flags), f"stopped by {who_asked(flags)} after step {progress.step}, which is saved{lost}"
 
 
 def _take_step(run: Run, clock: Clock, windows: Iterator[list[Batch]], stop: StopRequest) -> tuple[bool, list[int]]:
@@ -215,6 +218,7 @@ def _advance(run: Run) -> None:
         record = {"step": progress.step, "rollbacks": progress.rollbacks, "skipped_positions": [progress.position, begin]}
         run.sinks.log(record)
     progress.position = begin + run.config.batch.global_batch_size
+    run.directory.reached(progress.step)
 
 
 def _evaluate(run: Run, stop: StopRequest) -> tuple[float | None, list[int]]:

@@ -1,5 +1,6 @@
 """Batches contain the right tokens in the right order however the work is split, and unusable data are refused on opening."""
 
+import contextlib
 import errno
 import math
 import os
@@ -283,6 +284,87 @@ def test_an_invalid_id_that_the_sample_missed_is_reported_with_its_place_when_it
     valid.source.vocab_size = 0  # the last partial sample is checked, too
     with pytest.raises(DataError, match="is id 0"):
         valid.take([valid.num_samples - 1])
+
+
+class Changing:
+    """Training and validation data of a file without a sidecar, with document masks, that a test changes while it is open."""
+
+    def __init__(self, folder, sidecar=False):
+        self.prefix, docs = folder / "used", documents(random_lengths(1, 400))
+        write(self.prefix, docs)
+        if not sidecar:
+            (folder / "used.json").unlink()
+        self.config = config(self.prefix, valid=[self.prefix], document_mask=True)
+        self.train, (self.valid,) = open_train(self.config, **OPEN), open_valid(self.config, **OPEN)
+        self.before = self.take()
+
+    def take(self):
+        return [self.train.take(0, 8).tokens_BT, self.valid.take([0, 1]).tokens_BT]
+
+    def rewrite(self, end, offset, data):
+        with open(f"{self.prefix}{end}", "r+b") as file:
+            file.seek(offset)
+            file.write(data)
+        os.utime(f"{self.prefix}{end}", ns=(1, 1))  # the clock of a file system is coarse
+
+
+@pytest.mark.parametrize("sidecar", [False, True])
+def test_ids_outside_the_vocabulary_that_appear_later_are_reported_with_file_token_sample_and_vocabulary(tmp_path, sidecar):
+    data = Changing(tmp_path, sidecar)
+    data.rewrite(".bin", 2 * 37, b"\xfe\xff")
+    data.train.sources[0].file.watch()  # as if the sample had missed the change
+    length = data.config.sequence_length
+    position = data.train.position(0, 0, 37 // length)
+    what = rf"used\.bin: token 37 is id 65534, in sample {37 // length} of used; the model has ids 0 to 99;"
+    with pytest.raises(DataError, match=what) as error:
+        data.train.take(position, 1)
+    assert error.value.status == 2 and ("quarantine" in str(error.value)) == (not sidecar)
+
+
+def test_tokens_that_are_rewritten_under_a_job_are_noticed_even_with_valid_ids(tmp_path):
+    data = Changing(tmp_path)
+    os.utime(f"{data.prefix}.bin")  # touched, with the same content
+    assert all(torch.equal(a, b) for a, b in zip(data.take(), data.before, strict=True))
+    data.rewrite(".bin", 0, np.full(50, 7, "<u2").tobytes())
+    for take in (lambda: data.train.take(0, 1), lambda: data.valid.take([3])):
+        with pytest.raises(DataError, match=r"used\.bin: was rewritten while in use") as error:
+            take()
+        assert error.value.status == 2
+
+
+def test_files_that_are_replaced_or_removed_under_a_job_stay_in_use(tmp_path):
+    data = Changing(tmp_path)
+    write(tmp_path / "other", documents(seed=5))
+    for end in (".bin", ".idx"):
+        os.replace(tmp_path / f"other{end}", f"{data.prefix}{end}")
+    assert all(torch.equal(a, b) for a, b in zip(data.take(), data.before, strict=True))
+    for end in (".bin", ".idx"):
+        os.unlink(f"{data.prefix}{end}")
+    assert all(torch.equal(a, b) for a, b in zip(data.take(), data.before, strict=True))
+
+
+@pytest.mark.parametrize("end", [".bin", ".idx"])
+def test_a_pair_that_shrinks_under_a_job_is_an_error_of_the_storage_and_not_the_end_of_the_process(tmp_path, end):
+    data = Changing(tmp_path)
+    os.truncate(f"{data.prefix}{end}", 40)
+    with pytest.raises(OSError, match="truncated while in use") as error:
+        data.take()
+    assert error.value.filename == f"{data.prefix}{end}"
+
+
+@pytest.mark.parametrize("value", [-1, 0, 5, 10**12])
+def test_an_index_that_is_rewritten_under_a_job_is_refused(tmp_path, value):
+    """Pointers, then document numbers, become `value`; also where the sample of the index misses that: no traceback then."""
+    data = Changing(tmp_path)
+    file = data.train.sources[0].file
+    count = file.num_documents
+    for offset in (34 + 4 * count + 8, 34 + 12 * count + 8):
+        data.rewrite(".idx", offset, np.full(count - 2, value, "<i8").tobytes())
+        with pytest.raises(DataError, match=r"used\.idx: was rewritten while in use"):
+            data.take()
+        with contextlib.suppress(DataError), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(file, "require_unchanged", lambda: None)
+            data.train.take(0, 8)
 
 
 def test_int32_read_as_uint16_and_negative_ids_are_refused(tmp_path):

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
+import shutil
+import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from pretrain.run.directory import Locked, RunDirectory
+from pretrain import train
+from pretrain.run.directory import Locked, RunDirectory, read_state
+from tests.test_train import curve, records, run_of, train_here
 
 
 def test_a_folder_serves_one_job_and_a_dead_job_frees_it(tmp_path):
@@ -43,3 +51,173 @@ def test_a_start_removes_the_unfinished_writes_of_killed_jobs_and_nothing_else(t
     assert (tmp_path / ".config.yaml.8.tmp").exists()
     RunDirectory(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "notes.tmp", "run.lock"]
+
+
+# ---------------------------------------------------------------- what other programs do to a folder in use
+
+
+def without_locks_of_folders(monkeypatch) -> None:
+    """As on NFS, where flock needs a file that is open for writing."""
+    flock = fcntl.flock
+
+    def files_only(file, operation):
+        if stat.S_ISDIR(os.fstat(file if isinstance(file, int) else file.fileno()).st_mode):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", files_only)
+
+
+def test_removing_the_lock_file_lets_no_second_job_in(tmp_path):
+    first = RunDirectory(tmp_path / "r")
+    (tmp_path / "r" / "run.lock").unlink()
+    with pytest.raises(Locked, match="in use by another job"):
+        RunDirectory(tmp_path / "r")
+    assert first.check() == "" and (tmp_path / "r" / "run.lock").exists()
+    with pytest.raises(Locked, match=f"in use by process {os.getpid()} on"):
+        RunDirectory(tmp_path / "r")
+
+
+def test_without_locks_of_folders_a_removed_lock_is_taken_again_or_the_first_job_gives_way(tmp_path, monkeypatch):
+    without_locks_of_folders(monkeypatch)
+    first = RunDirectory(tmp_path / "r")
+    (tmp_path / "r" / "run.lock").unlink()
+    assert first.check() == ""
+    with pytest.raises(Locked, match=f"in use by process {os.getpid()} on"):
+        RunDirectory(tmp_path / "r")
+    (tmp_path / "r" / "run.lock").unlink()
+    second = RunDirectory(tmp_path / "r")
+    second.write_state("running")
+    with pytest.raises(Locked):
+        first.check()
+    first.write_end(73, "must not be written")
+    assert read_state(tmp_path / "r")["status"] == "running" and second.check() == first.check() == ""
+
+
+def test_a_file_system_that_numbers_files_anew_is_no_loss(tmp_path, monkeypatch):
+    directory = RunDirectory(tmp_path / "r")
+    monkeypatch.setattr(os.path, "samestat", lambda one, other: False)
+    assert directory.check() == "" and directory.lost == ""
+
+
+def test_a_folder_that_was_renamed_and_taken_by_another_job_is_left_to_it(tmp_path):
+    first = RunDirectory(tmp_path / "r")
+    (tmp_path / "r").rename(tmp_path / "old")
+    second = RunDirectory(tmp_path / "r")
+    second.write_state("running")
+    with pytest.raises(Locked):
+        first.check()
+    first.write_end(73, "must not be written")
+    assert read_state(tmp_path / "r")["status"] == "running"
+
+
+def at_step(monkeypatch, number: int, act) -> None:
+    """Calls `act` in the midst of step `number` of the run."""
+    step, count = train.train_step, iter(range(1, 1000))
+
+    def with_act(*given):
+        if next(count) == number:
+            act()
+        return step(*given)
+
+    monkeypatch.setattr(train, "train_step", with_act)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory) -> list[dict]:
+    """The curve of an undisturbed run."""
+    from tests.test_train import TINY
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "tiny.yaml").write_text(TINY)
+    tiny = ["--config", str(folder / "tiny.yaml"), "--run.directory", str(folder)]
+    assert train_here(tiny) == 0
+    return curve(run_of(tiny))
+
+
+@pytest.mark.parametrize("act", [Path.unlink, lambda path: shutil.copyfile("README.md", path.with_name("x")).replace(path)])
+def test_a_run_whose_metrics_are_removed_or_replaced_loses_no_record(tiny, monkeypatch, expected, act):
+    at_step(monkeypatch, 9, lambda: act(run_of(tiny) / "metrics.jsonl"))
+    assert train_here(tiny) == 0
+    assert curve(run_of(tiny)) == expected and "put back" in (run_of(tiny) / "console.log").read_text()
+
+
+def overwritten(path: Path) -> None:
+    with path.open("r+") as file:
+        file.seek(400)
+        file.write("#")
+
+
+@pytest.mark.parametrize(("act", "lost"), [(lambda path: os.truncate(path, 0), 9), (overwritten, 1)])
+def test_a_run_whose_metrics_are_emptied_or_damaged_ends_with_74_and_its_last_checkpoint(
+    tiny, monkeypatch, expected, act, lost
+):
+    at_step(monkeypatch, 9, lambda: act(run_of(tiny) / "metrics.jsonl"))
+    assert train_here(tiny) == 74
+    state = read_state(run_of(tiny))
+    assert (state["exit_status"], state["step"], state["saved_step"]) == (74, 20, 20) and "metrics.jsonl" in state["reason"]
+    assert (run_of(tiny) / "checkpoints" / "step_00000020").is_dir()
+    lines = (run_of(tiny) / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) >= len(expected) + 1 - lost and json.loads(lines[-1])["step"] == 20
+
+
+@pytest.mark.parametrize("act", [lambda path: path.rename(path.with_name("moved")), shutil.rmtree])
+def test_a_run_whose_folder_is_renamed_or_removed_saves_in_a_new_one_and_the_same_command_resumes(
+    tiny, monkeypatch, capsys, expected, act
+):
+    with monkeypatch.context() as patch:
+        at_step(patch, 9, lambda: act(run_of(tiny)))
+        assert train_here(tiny) == 74
+    state, error = read_state(run_of(tiny)), capsys.readouterr().err
+    assert (state["exit_status"], state["step"], state["saved_step"]) == (74, 10, 10)
+    assert f"{run_of(tiny)} was removed or renamed" in error and ("(now " in error) == (act is not shutil.rmtree)
+    assert {"config.yaml", "environment.json", "metrics.jsonl"} <= set(os.listdir(run_of(tiny)))
+    assert train_here(tiny) == 0 and curve(run_of(tiny)) == expected
+    if act is not shutil.rmtree:
+        assert (run_of(tiny).with_name("moved") / "checkpoints" / "step_00000004").is_dir()
+
+
+def test_a_run_under_a_file_system_that_becomes_read_only_ends_with_74_and_a_reason(tiny, monkeypatch, capsys):
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    at_step(monkeypatch, 9, lambda: [monkeypatch.setattr(os, name, read_only) for name in ("mkdir", "replace", "rename")])
+    assert train_here(["--checkpoint.asynchronous", "false", *tiny]) == 74
+    error = capsys.readouterr().err
+    assert "could not be saved" in error or "no checkpoint can be saved" in error
+    assert "run_state.json cannot be written" in error and "Traceback" not in error
+    assert len(records(run_of(tiny))) > 9
+
+
+@pytest.mark.parametrize("act", [Path.unlink, lambda path: path.write_text("")])
+def test_a_lock_file_that_is_removed_or_emptied_does_not_disturb_the_run(tiny, monkeypatch, expected, act):
+    at_step(monkeypatch, 9, lambda: act(run_of(tiny) / "run.lock"))
+    assert train_here(tiny) == 0 and curve(run_of(tiny)) == expected
+
+
+def test_a_run_whose_place_another_job_takes_ends_with_73_and_writes_nothing_more(tiny, monkeypatch):
+    without_locks_of_folders(monkeypatch)
+    taken = []
+
+    def take():
+        (run_of(tiny) / "run.lock").unlink()
+        taken.append(RunDirectory(run_of(tiny)))
+        taken[0].write_state("running")
+
+    at_step(monkeypatch, 9, take)
+    assert train_here(tiny) == 73
+    assert read_state(run_of(tiny))["status"] == "running" and read_state(run_of(tiny))["attempt"] == 2
+
+
+def test_the_state_names_the_last_step_that_was_made_whatever_ends_the_run(tiny, monkeypatch):
+    """With checkpoints of every 4th step: 11 and not 8."""
+    for kind, status in ((OSError, 74), (ValueError, None)):
+
+        def fail(kind=kind):
+            raise kind(errno.EIO, "planted")
+
+        with monkeypatch.context() as patch, contextlib.suppress(ValueError):
+            at_step(patch, 12 if status else 4, fail)  # the second start resumes after step 8
+            assert train_here(tiny) == status
+        state = read_state(run_of(tiny))
+        assert (state["exit_status"], state["step"], state["saved_step"]) == (status or 1, 11, 8)

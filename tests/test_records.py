@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -198,3 +199,75 @@ def test_syncing_waits_for_the_disk(tmp_path, monkeypatch):
     file.sync()
     assert len(synced) == 1
     file.close()
+
+
+# ---------------------------------------------------------------- other programs that change the file
+
+
+def lines_of(path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+def written(path, *lines: str) -> LineFile:
+    file = LineFile(path)
+    assert [file.append(line) for line in lines] == [None] * len(lines)
+    return file
+
+
+def test_a_removed_or_replaced_file_is_put_back_with_all_its_lines_and_nothing_of_another_is_lost(tmp_path):
+    path = tmp_path / "lines"
+    path.write_text("from an earlier start\n")
+    file = written(path, "a", "b")
+    path.unlink()
+    assert "put back" in file.append("c") and lines_of(path) == ["from an earlier start", "a", "b", "c"]
+    (tmp_path / "edited").write_text("something else\n")
+    os.replace(tmp_path / "edited", path)
+    assert "other-lines" in file.append("d") and file.append("e") is None
+    assert lines_of(path)[-3:] == ["c", "d", "e"] and lines_of(tmp_path / "other-lines") == ["something else"]
+    path.unlink()
+    file.verify()  # no later line is needed
+    file.close()
+    assert len(lines_of(path)) == 6
+
+
+def test_a_file_that_cannot_be_put_back_yet_is_reported_once_and_put_back_later(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    file = written(folder / "lines", "a")
+    folder.rename(tmp_path / "elsewhere")
+    assert "retried" in file.append("b") and file.append("c") is None
+    folder.mkdir()
+    assert "put back" in file.append("d")
+    assert lines_of(folder / "lines") == ["a", "b", "c", "d"] and lines_of(tmp_path / "elsewhere" / "lines") == lines_of(
+        folder / "lines"
+    )
+
+
+@pytest.mark.parametrize("left", [0, 3])
+def test_lines_that_another_program_cuts_off_are_reported_at_once_and_an_error_at_the_end(tmp_path, left):
+    path = tmp_path / "lines"
+    file = written(path, "aa", "bb")
+    os.truncate(path, left)
+    assert "74" in file.append("cc") and file.append("dd") is None
+    with path.open("a") as other:
+        other.write("ee\n")
+    assert "appended" in file.append("ff")
+    with pytest.raises(OSError, match="changed it") as error:
+        file.verify()
+    assert error.value.errno == errno.EIO and error.value.filename == str(path)
+    assert lines_of(path)[-4:] == ["cc", "dd", "ee", "ff"]
+
+
+def test_a_damaged_line_is_an_error_at_the_end_and_an_appended_one_is_not(tmp_path):
+    path = tmp_path / "lines"
+    file = written(path, '{"step": 1}', '{"step": 2}')
+    with path.open("a") as other:
+        other.write('{"step": 9}\n')
+    assert "appended" in file.append('{"step": 3}')
+    file.verify()
+    for damage, what in (("7", "changed it"), ("{", "1 of its lines cannot be read")):
+        with path.open("r+") as other:
+            other.seek(9)
+            other.write(damage)
+        with pytest.raises(OSError, match=what):
+            file.verify()

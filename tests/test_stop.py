@@ -50,9 +50,11 @@ def soon(condition) -> bool:
     return condition()
 
 
-@pytest.mark.parametrize(("number", "flags", "status"), [(signal.SIGTERM, [1, 0, 0], 75), (signal.SIGINT, [0, 1, 0], 130)])
+@pytest.mark.parametrize(
+    ("number", "flags", "status"), [(signal.SIGTERM, [1, 0, 0, 0], 75), (signal.SIGINT, [0, 1, 0, 0], 130)]
+)
 def test_a_signal_becomes_a_flag(stop, number, flags, status):
-    assert stop.flags() == [0, 0, 0] and exit_status(stop.flags()) == 0
+    assert stop.flags() == [0, 0, 0, 0] and exit_status(stop.flags()) == 0
     os.kill(os.getpid(), number)
     assert soon(lambda: stop.flags() == flags) and exit_status(flags) == status
     os.kill(os.getpid(), signal.SIGTERM)  # a second SIGTERM changes nothing
@@ -71,14 +73,20 @@ def test_closing_restores_the_handlers_and_may_be_repeated():
 
 def test_the_file_stop_counts_as_a_request_of_a_person(stop, tmp_path):
     stop.stop_file = tmp_path / "STOP"
-    assert stop.flags() == [0, 0, 0]
+    assert stop.flags() == [0, 0, 0, 0]
     stop.stop_file.touch()
-    assert stop.flags() == [0, 0, 1] and exit_status([0, 0, 1]) == 130
-    assert who_asked([0, 0, 1]) == "the file STOP"
+    assert stop.flags() == [0, 0, 1, 0] and exit_status([0, 0, 1, 0]) == 130
+    assert who_asked([0, 0, 1, 0]) == "the file STOP"
+
+
+def test_a_lost_folder_is_a_request_of_its_own_that_any_other_wins_over(stop):
+    stop.folder_lost = lambda: "it was renamed"
+    assert stop.flags() == [0, 0, 0, 1] and exit_status(stop.flags()) == 74
+    assert [exit_status([*others, 1]) for others in ([1, 0, 0], [0, 1, 0], [0, 0, 1])] == [75, 130, 130]
 
 
 def test_a_person_on_any_of_many_ranks_wins_over_sigterm():
-    assert exit_status([5000, 1, 0]) == 130 and who_asked([5000, 1, 0]) == "SIGTERM and SIGINT"
+    assert exit_status([5000, 1, 0, 0]) == 130 and who_asked([5000, 1, 0, 0]) == "SIGTERM and SIGINT"
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
@@ -137,9 +145,9 @@ def test_last_words_that_hang_do_not_keep_the_process_alive():
 @pytest.mark.parametrize(
     ("variable", "words", "flags"),
     [
-        ("TORCHELASTIC_RUN_ID", [], [1, 0, 0]),
-        ("NONE", ["accelerate", "launch"], [1, 0, 0]),  # with one process
-        ("ACCELERATE_MIXED_PRECISION", [], [0, 0, 0]),  # a shell that exports this variable, and exits
+        ("TORCHELASTIC_RUN_ID", [], [1, 0, 0, 0]),
+        ("NONE", ["accelerate", "launch"], [1, 0, 0, 0]),  # with one process
+        ("ACCELERATE_MIXED_PRECISION", [], [0, 0, 0, 0]),  # a shell that exports this variable, and exits
     ],
 )
 def test_a_worker_whose_launcher_is_killed_gets_a_request(variable, words, flags):

@@ -51,6 +51,7 @@ class FileSource:
         self.file, self.sequence_length, self.vocab_size = file, sequence_length, vocab_size
         self.name, self.sidecar = Path(file.path).name, file.sidecar
         self.num_tokens = file.num_tokens
+        file.watch()
         self.num_samples = (file.num_tokens - 1) // sequence_length
         if file.sidecar:
             self.reference_lines = {"unigram": file.sidecar.unigram_entropy_nats, "bigram": file.sidecar.bigram_entropy_nats}
@@ -64,8 +65,10 @@ class FileSource:
     def read(self, samples: np.ndarray) -> np.ndarray:
         """Tokens (n, T + 1) of the samples (n,), in the file's dtype; id 0 after the end of the file.
 
-        Raises DataError for an id outside the vocabulary. Opening checks all ids by the sidecar; without one, only a sample.
+        Raises DataError for an id outside the vocabulary (opening checks only a sample of a file without a sidecar) and for a
+        file that was rewritten since it was opened.
         """
+        self.file.require_unchanged()
         starts, length = samples * self.sequence_length, self.sequence_length + 1
         lengths = np.minimum(length, self.num_tokens - starts)
         tokens = self.file.read(starts, lengths)
@@ -73,11 +76,14 @@ class FileSource:
             tokens, found = np.zeros((len(samples), length), dtype=tokens.dtype), tokens
             tokens[np.arange(length) < lengths[:, None]] = found
         tokens = tokens.reshape(-1, length)
-        if not self.sidecar and tokens.size and (tokens.max() >= self.vocab_size or tokens.min() < 0):
+        if tokens.size and (tokens.max() >= self.vocab_size or tokens.min() < 0):
             row, offset = np.argwhere((tokens < 0) | (tokens >= self.vocab_size))[0].tolist()
-            place = f"{self.file.path}: token {starts[row] + offset:,} is id {tokens[row, offset]}"
-            advice = f"tokenize again, or exclude sample {samples[row]} of {self.name} (data.quarantine)"
-            raise DataError(f"{place}, the model has ids 0 to {self.vocab_size - 1}; {advice}")
+            sample = f"sample {samples[row]} of {self.name}"
+            place = f"{self.file.bin_path}: token {starts[row] + offset:,} is id {tokens[row, offset]}, in {sample}"
+            advice = f"tokenize again, or exclude {sample} (data.quarantine)"
+            if self.sidecar:
+                advice = "the file was changed after it was written; restore it, or tokenize again"
+            raise DataError(f"{place}; the model has ids 0 to {self.vocab_size - 1}; {advice}")
         return tokens
 
     def documents(self, samples: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -93,7 +99,10 @@ class FileSource:
             for row, first in enumerate((samples * self.sequence_length).tolist()):
                 last = first + self.sequence_length - 1
                 numbers = np.arange(self.file.document_at(first) + 1, self.file.document_at(last) + 1)
-                starts[row, self.file.document_starts(numbers) - first] = True
+                places = self.file.document_starts(numbers) - first
+                if places.size and not 0 <= places.min() <= places.max() < self.sequence_length:
+                    raise DataError(f"{self.file.path}.idx: contradicts itself around token {first:,}; restore it")
+                starts[row, places] = True
         return np.cumsum(starts, axis=1)
 
 

@@ -7,18 +7,20 @@
 It knows bytes and counts; not what a sample is, nor how tokens are made. No torch.
 
 A pair is complete when its .idx exists: it is renamed into place last. Opening checks sizes and headers in O(1);
-`TokenFile.check_checksums` reads everything. Reads are positioned reads, not a memory map: when a file is truncated or a disk
-fails during a run, they raise an OSError that can be reported; a memory map would kill the process with SIGBUS. Cold random
-reads are as fast, because the kernel gets all ranges of a batch before the first is read.
+`TokenFile.check_checksums` reads everything. Tokens and index are read by positioned reads, not through a memory map: when a
+file is truncated or a disk fails during a run, these raise an OSError that can be reported; a memory map would kill the process
+with SIGBUS. Cold random reads are as fast, because the kernel gets all ranges of a batch before the first is read. The document
+of a token is found in 0.1 ms among 10 million.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import errno
 import fcntl
 import json
-import mmap
+import math
 import os
 import struct
 import tempfile
@@ -44,6 +46,8 @@ _BLOCK_BYTES, _INDEX_BLOCK = 64 << 20, 1 << 20
 _BIGRAM_RUNS, _BIGRAM_RUN_TOKENS = 64, 1 << 17
 _SAMPLE_RUNS, _SAMPLE_RUN_TOKENS = 64, 1 << 13
 _FLAT_HEAD_BYTES = 1 << 16
+_SPAN_PER_ELEMENT = 64
+_AT_LEAST_ONE = ("vocab_size", "num_tokens", "num_documents", "block_bytes")  # of the counts in a sidecar
 
 
 class DataError(UserError):
@@ -100,6 +104,11 @@ class Sidecar:
         wrong = [name for name, kind in types.items() if type(values.get(name)).__name__ != kind]
         if wrong:
             raise DataError(f"{path}: {', '.join(wrong)} missing or of wrong type; restore the file or tokenize again")
+        counts = {name: values[name] for name, kind in types.items() if kind == "int"}
+        wrong = [name for name, value in counts.items() if not (name in _AT_LEAST_ONE) <= value < 2**62]
+        wrong += [name for name, kind in types.items() if kind == "float" and not 0 <= values[name] < math.inf]
+        if wrong or not all(isinstance(each, str) for each in values["block_checksums"]):
+            raise DataError(f"{path}: {', '.join(wrong) or 'block_checksums'} cannot be; restore the file or tokenize again")
         return cls(**{name: values[name] for name in types})
 
     def to_json(self) -> str:
@@ -160,34 +169,33 @@ class TokenFile:
 
     def _open_pair(self) -> None:
         path = self._idx_path
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < _HEADER.size:
-                raise DataError(f"{path}: {size:,} bytes found, at least {_HEADER.size} expected; copy it again")
-            magic, version, code, num_sequences, num_starts = _HEADER.unpack(file.read(_HEADER.size))
-            if magic != _MAGIC:
-                raise DataError(f"{path}: not a Megatron index (starts with {magic!r}, expected {_MAGIC!r})")
-            if version != 1:
-                raise DataError(f"{path}: index version {version} found, 1 expected")
-            if code not in _DTYPES:
-                raise DataError(f"{path}: dtype code {code} found, one of {sorted(_DTYPES)} (integers) expected")
-            expected = _HEADER.size + 12 * num_sequences + 8 * num_starts
-            if size != expected:
-                multimodal = size == expected + num_sequences
-                hint = "multimodal sets are not supported" if multimodal else "copy it again"
-                raise DataError(f"{path}: {size:,} bytes found, {expected:,} expected for {num_sequences:,} sequences; {hint}")
-            if num_sequences == 0 or num_starts < 2:
-                raise DataError(f"{path}: contains no documents; tokenize a corpus that is not empty")
-            view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        file = self._index = open(path, "rb", buffering=0)
+        size = os.fstat(file.fileno()).st_size
+        if size < _HEADER.size:
+            raise DataError(f"{path}: {size:,} bytes found, at least {_HEADER.size} expected; copy it again")
+        magic, version, code, num_sequences, num_starts = _HEADER.unpack(os.pread(file.fileno(), _HEADER.size, 0))
+        if magic != _MAGIC:
+            raise DataError(f"{path}: not a Megatron index (starts with {magic!r}, expected {_MAGIC!r})")
+        if version != 1:
+            raise DataError(f"{path}: index version {version} found, 1 expected")
+        if code not in _DTYPES:
+            raise DataError(f"{path}: dtype code {code} found, one of {sorted(_DTYPES)} (integers) expected")
+        expected = _HEADER.size + 12 * num_sequences + 8 * num_starts
+        if size != expected:
+            multimodal = size == expected + num_sequences
+            hint = "multimodal sets are not supported" if multimodal else "copy it again"
+            raise DataError(f"{path}: {size:,} bytes found, {expected:,} expected for {num_sequences:,} sequences; {hint}")
+        if num_sequences == 0 or num_starts < 2:
+            raise DataError(f"{path}: contains no documents; tokenize a corpus that is not empty")
         self.dtype = np.dtype(_DTYPES[code])
-        lengths = np.frombuffer(view, "<i4", num_sequences, _HEADER.size)
-        self._pointers = np.frombuffer(view, "<i8", num_sequences, _HEADER.size + 4 * num_sequences)
-        self._documents = np.frombuffer(view, "<i8", num_starts, _HEADER.size + 12 * num_sequences)
+        lengths = _StoredArray(file, "<i4", num_sequences, _HEADER.size)
+        self._pointers = _StoredArray(file, "<i8", num_sequences, _HEADER.size + 4 * num_sequences)
+        self._documents = _StoredArray(file, "<i8", num_starts, _HEADER.size + 12 * num_sequences)
         self.num_documents = num_starts - 1
-        self.num_tokens, odd_bytes = divmod(int(self._pointers[-1]), self.dtype.itemsize)
-        self.num_tokens += int(lengths[-1])
-        edges = self._pointers[0], self._documents[0], self._documents[-1]
-        if edges != (0, 0, num_sequences) or odd_bytes or lengths[-1] < 0:
+        self.num_tokens, odd_bytes = divmod(self._pointers[num_sequences - 1], self.dtype.itemsize)
+        self.num_tokens += lengths[num_sequences - 1]
+        edges = self._pointers[0], self._documents[0], self._documents[num_starts - 1]
+        if edges != (0, 0, num_sequences) or odd_bytes or lengths[num_sequences - 1] < 0:
             raise DataError(f"{path}: its arrays contradict its header; copy it again")
         if self._bin_bytes != self.num_tokens * self.dtype.itemsize:
             expected = self.num_tokens * self.dtype.itemsize
@@ -217,16 +225,16 @@ class TokenFile:
     def document_starts(self, numbers: np.ndarray) -> np.ndarray:
         """Index of the first token of each of these documents, (n,) -> (n,) int64; `num_tokens` for number num_documents. Only
         for pairs."""
-        sequences = self._documents[numbers]
+        sequences = self._documents.take(numbers)
         starts = np.full(len(sequences), self.num_tokens)
         inside = sequences < len(self._pointers)
-        starts[inside] = self._pointers[sequences[inside]] // self.dtype.itemsize
+        starts[inside] = self._pointers.take(sequences[inside]) // self.dtype.itemsize
         return starts
 
     def document_at(self, token: int) -> int:
         """Number of the document that contains the token with index `token`. Only for pairs."""
-        sequence = np.searchsorted(self._pointers, token * self.dtype.itemsize, side="right") - 1
-        return int(np.searchsorted(self._documents, sequence, side="right")) - 1
+        sequence = bisect.bisect_right(self._pointers, token * self.dtype.itemsize) - 1
+        return bisect.bisect_right(self._documents, sequence) - 1
 
     def document_range(self, i: int) -> tuple[int, int]:
         """(first, end): document `i` consists of the tokens [first, end). Only for pairs."""
@@ -257,6 +265,30 @@ class TokenFile:
             digest.update(json.dumps([self.sidecar.tokenizer_fingerprint, *self.sidecar.block_checksums]).encode())
         digest.update(self.sample())
         return digest.hexdigest()
+
+    def watch(self) -> None:
+        """Remembers the content for `require_unchanged`: O(1)."""
+        self._watched = {file: (_modified(file), sample()) for file, sample in self._samples()}
+
+    def require_unchanged(self) -> None:
+        """Raises DataError if a file was rewritten since `watch`, as far as a sample of it shows.
+
+        Usually this only looks at the time of the last change; where that differs, contents are compared. A file that was
+        replaced or removed does not matter, because the old one stays open.
+        """
+        for file, sample in self._samples():
+            modified, content = self._watched[file]
+            if (now := _modified(file)) == modified:
+                continue
+            if sample() != content:
+                raise DataError(f"{file.name}: was rewritten while in use; restore it, or start another run with the new file")
+            self._watched[file] = now, content
+
+    def _samples(self) -> Iterator[tuple]:
+        """(open file, function that hashes a sample of it) of the .bin and, if batches need it, of the .idx."""
+        yield self._file, self.fingerprint
+        if self._idx_path and not self.sidecar:
+            yield self._index, lambda: [self._pointers.sample(), self._documents.sample()]
 
     @property
     def num_blocks(self) -> int:
@@ -308,9 +340,57 @@ def read_ranges(file, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         while filled < end:
             got = os.preadv(descriptor, [buffer[filled:end]], offset)
             if got == 0:
-                raise OSError(errno.EIO, f"ends at byte {offset:,}: truncated while in use", str(file.name))
+                raise _truncated(file, offset)
             filled, offset = filled + got, offset + got
     return data
+
+
+def _modified(file) -> int:
+    return os.fstat(file.fileno()).st_mtime_ns
+
+
+def _truncated(file, offset: int) -> OSError:
+    return OSError(errno.EIO, f"ends at byte {offset:,}: truncated while in use", str(file.name))
+
+
+class _StoredArray:
+    """A 1-D array of signed integers in a file, read element by element. Raises OSError if the file was truncated meanwhile."""
+
+    def __init__(self, file, dtype: str, count: int, offset: int):
+        self._file, self._dtype, self._count, self._offset = file, np.dtype(dtype), count, offset
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: int) -> int:
+        if not 0 <= i < self._count:
+            raise IndexError(i)
+        width = self._dtype.itemsize
+        data = os.pread(self._file.fileno(), width, self._offset + width * i)
+        if len(data) < width:
+            raise _truncated(self._file, self._offset + width * i)
+        return int.from_bytes(data, "little", signed=True)
+
+    def take(self, numbers: np.ndarray) -> np.ndarray:
+        """Elements with these numbers, (n,) -> (n,). Raises DataError for a number that the array does not have."""
+        numbers = np.asarray(numbers, dtype=np.int64)
+        if not len(numbers):
+            return np.empty(0, self._dtype)
+        first, last, width = int(numbers.min()), int(numbers.max()), self._dtype.itemsize
+        if first < 0 or last >= self._count:
+            raise DataError(
+                f"{self._file.name}: refers to entry {first if first < 0 else last:,} of {self._count:,}; copy it again"
+            )
+        if last - first < _SPAN_PER_ELEMENT * len(numbers):  # one read of everything between them is faster than one for each
+            span = read_ranges(self._file, np.array([self._offset + width * first]), np.array([width * (last - first + 1)]))
+            return span.view(self._dtype)[numbers - first]
+        return read_ranges(self._file, self._offset + width * numbers, np.full(len(numbers), width)).view(self._dtype)
+
+    def sample(self) -> str:
+        """Hash of at most 64 evenly spaced runs of 8192 elements, the first and the last included."""
+        starts, lengths = map(np.array, _spaced_runs(self._count, _SAMPLE_RUNS, _SAMPLE_RUN_TOKENS))
+        width = self._dtype.itemsize
+        return xxhash.xxh3_128_hexdigest(read_ranges(self._file, self._offset + width * starts, width * lengths))
 
 
 def _spaced_runs(num_tokens: int, count: int, length: int) -> tuple[list[int], list[int]]:

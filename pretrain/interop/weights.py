@@ -13,6 +13,7 @@ or even a full parameter: each rank of an engine reads only what it keeps, a con
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -25,18 +26,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pretrain import UserError
-from pretrain.checkpoint.manifest import Checkpoint, CheckpointError
+from pretrain import UserError, schema
+from pretrain.checkpoint.manifest import Checkpoint, CheckpointError, UnsafeCheckpoint
 from pretrain.checkpoint.storage import CheckpointReader, commit, write_file, write_part
 from pretrain.checkpoint.tensors import BLOCK, HeaderError, StoredTensor, make_header, read_header, read_values
 from pretrain.engines.base import Shard
 from pretrain.model import hf_mapping
-from pretrain.model.config import ModelConfig, differences, model_from_dict
+from pretrain.model.config import CHECKS, ModelConfig, differences, model_from_dict
 from pretrain.model.hf_mapping import HFTensor, UnsupportedModel
 from pretrain.model.transformer import Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_RESOLVED = ("num_key_value_heads", "head_dim", "intermediate_size", "vocab_size", "max_position_embeddings")
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -57,10 +59,23 @@ class Weights(Protocol):
 
 
 class CheckpointWeights:
-    """The weights of a checkpoint, whose files the caller has checked. Raises CheckpointError."""
+    """The weights of a checkpoint, whose files the caller has checked. Raises CheckpointError, and UnsafeCheckpoint unless its
+    state.json describes the model whose weights it holds."""
 
     def __init__(self, checkpoint: Checkpoint):
-        self.model, self._pieces = model_from_dict(checkpoint.state()["model"]), CheckpointReader(checkpoint)
+        self.model, self._pieces = _saved_model(checkpoint), CheckpointReader(checkpoint)
+        found = {name: parts[0].shape for name, parts in self._pieces.by_name.items() if name.startswith("model/")}
+        problem = f"{checkpoint.path}: state.json describes another model than that of its weights"
+        if self.model.num_hidden_layers > len(found):
+            raise UnsafeCheckpoint(problem)
+        try:
+            with torch.device("meta"):
+                expected = Transformer(self.model).state_dict()
+        except (TypeError, RuntimeError) as error:  # larger than any tensor
+            raise UnsafeCheckpoint(problem) from error
+        wrong = [name for name, tensor in expected.items() if found.get(f"model/{name}") != tuple(tensor.shape)]
+        if wrong:
+            raise UnsafeCheckpoint(f"{problem}: {wrong[0]} would be {tuple(expected[wrong[0]].shape)}")
 
     def read(self, name: str, start: int, into: Tensor) -> None:
         """Implements `Weights.read`."""
@@ -68,6 +83,18 @@ class CheckpointWeights:
         if not pieces:
             raise CheckpointError(f"{self._pieces.path}: has no weight {name}")
         self._pieces.read_into(Shard(f"model/{name}", pieces[0].shape, start, into))
+
+
+def _saved_model(checkpoint: Checkpoint) -> ModelConfig:
+    """The resolved model in state.json. Raises UnsafeCheckpoint if it cannot be one."""
+    values, problems = checkpoint.state().get("model"), []
+    model = schema.build(ModelConfig, copy.deepcopy(values) if isinstance(values, dict) else {"": values}, {}, problems)
+    if not problems:
+        problems += [problem for check in CHECKS for problem in check(model)]
+        problems += [f"{key} is missing" for key in _RESOLVED if getattr(model, key) is None]
+    if problems:
+        raise UnsafeCheckpoint(f"{checkpoint.path}: state.json does not describe a model: {problems[0]}")
+    return model
 
 
 class MeanWeights:

@@ -84,8 +84,15 @@ def with_start(before: dict, facts: dict, start: dict) -> dict:
 
 
 def read(directory: Path) -> dict:
-    """environment.json of a run; empty if it is missing or unreadable."""
-    return read_json_object(directory / "environment.json")
+    """environment.json of a run, without starts that cannot be read; empty if it is missing or unreadable."""
+    content = read_json_object(directory / "environment.json")
+    starts = content.get("starts")
+    known = (
+        [each for each in starts if isinstance(each, dict) and type(each.get("step")) is int]
+        if isinstance(starts, list)
+        else []
+    )
+    return content | {"starts": known} if content else {}
 
 
 def start_of_step(environment: dict, step: int) -> dict:

@@ -15,6 +15,7 @@ of the run removes it. More such lines are damage, which readers refuse.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -23,12 +24,13 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import xxhash
 
 from pretrain import UserError, files
 
 FILE_NAME = "metrics.jsonl"
 MOST_POINTS = 2**14
-_BLOCK = 2**20
+_BLOCK_BYTES = 1 << 20
 
 
 class RecordsError(UserError):
@@ -159,8 +161,8 @@ def _copy(source: IO[bytes], ranges: list[list[int]], path: Path) -> None:
     with files.open_atomically(path) as file:
         for first, end in ranges:
             source.seek(first)
-            for begin in range(first, end, _BLOCK):
-                block = source.read(min(_BLOCK, end - begin))
+            for begin in range(first, end, _BLOCK_BYTES):
+                block = source.read(min(_BLOCK_BYTES, end - begin))
                 file.write(block)
             if not block.endswith(b"\n"):
                 file.write(b"\n")
@@ -170,22 +172,29 @@ class LineFile:
     """Appends lines to a file, each handed to the system at once, so that a killed process loses none.
 
     Lines that the disk refuses (full, for a while) are kept in memory and written first at the next line, from the byte where
-    writing stopped. Raises OSError where the file cannot be opened.
+    writing stopped. A file that another program removes or replaces is put back with all its lines, and what took its place is
+    renamed to other-NAME. Lines that another program cuts off or overwrites are lost: `append` says so at the next line where
+    the length shows it, `verify` at the end in any case. Raises OSError where the file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._path = path
+        self._file = _open_to_append(path)
         self._pending = b""
-        self._closed = False
+        self._closed = self._missing = self._damaged = False
+        self._digest = self._read_digest()
+        self._bytes = os.fstat(self._file).st_size
 
-    def append(self, line: str) -> OSError | None:
-        """Writes a line; returns the error if this is the first line that has to wait."""
+    def append(self, line: str) -> str | None:
+        """Writes a line. -> a problem for people, when it is new."""
         if self._closed:
             return None
         waited = bool(self._pending)
         self._pending += line.encode() + b"\n"
         error = self._write_pending()
-        return None if waited else error
+        if error is None:
+            return self._check()
+        return None if waited else f"cannot be written ({error}); its lines are kept in memory and retried"
 
     def sync(self) -> None:
         """Waits until all lines are durable. Raises OSError if some are not."""
@@ -193,6 +202,15 @@ class LineFile:
         if error is not None:
             raise error
         os.fsync(self._file)
+
+    def verify(self) -> None:
+        """Reads the file. Raises OSError unless it holds exactly the lines that it had at the start and those written since."""
+        self._check()
+        if self._damaged or self._read_digest().digest() != self._digest.digest():
+            _, unreadable = files.read_json_lines(self._path)
+            lines = f"; {unreadable} of its lines cannot be read" if unreadable else ""
+            problem = f"another program changed it while the run wrote it{lines}; checkpoints are not affected"
+            raise OSError(errno.EIO, problem, str(self._path))
 
     def close(self) -> None:
         """Syncs and closes the file; safe to call twice. Raises OSError as `sync` does."""
@@ -206,10 +224,67 @@ class LineFile:
     def _write_pending(self) -> OSError | None:
         try:
             while self._pending:
-                self._pending = self._pending[os.write(self._file, self._pending) :]
+                count = os.write(self._file, self._pending)
+                self._digest.update(self._pending[:count])
+                self._bytes += count
+                self._pending = self._pending[count:]
         except OSError as error:
             return error
         return None
+
+    def _check(self) -> str | None:
+        """Compares the length under the file's name with what was written, and puts the file back if it is another."""
+        try:
+            found = os.stat(self._path).st_size
+        except OSError:
+            found = None
+        if found == self._bytes:
+            self._missing = False
+            return None
+        ours = os.fstat(self._file).st_size
+        if ours != self._bytes:
+            before, self._bytes = self._bytes, ours
+            if ours < before:
+                self._damaged = True
+                advice = "what it held is lost, and the run will end with status 74"
+                return f"has {ours:,} instead of {before:,} bytes: another program cut it; {advice}"
+            self._digest = self._read_digest()
+            return f"has {ours - before:,} bytes that another program appended; they are kept"
+        try:
+            other = self._put_back(found is not None)
+        except OSError as error:
+            known, self._missing = self._missing, True
+            return None if known else f"was removed or replaced, and cannot be put back yet ({error}); this is retried"
+        return f"was removed or replaced by another program, and has been put back with all its lines{other}"
+
+    def _put_back(self, replaced: bool) -> str:
+        other = ""
+        if replaced:
+            aside = files.unused_name(self._path.with_name(f"other-{self._path.name}"))
+            os.rename(self._path, aside)
+            other = f"; the file in its place is now {aside.name}"
+        with files.open_atomically(self._path) as copy:
+            for block in self._blocks():
+                copy.write(block)
+        os.close(self._file)
+        self._file = _open_to_append(self._path)
+        return other
+
+    def _read_digest(self) -> xxhash.xxh3_128:
+        digest = xxhash.xxh3_128()
+        for block in self._blocks():
+            digest.update(block)
+        return digest
+
+    def _blocks(self) -> Iterator[bytes]:
+        position = 0
+        while block := os.pread(self._file, _BLOCK_BYTES, position):
+            yield block
+            position += len(block)
+
+
+def _open_to_append(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
 
 
 def _is_record(value: object) -> bool:

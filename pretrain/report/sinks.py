@@ -6,6 +6,7 @@ nothing of models, data or devices: it receives finished numbers as records (see
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,15 +56,19 @@ class Sinks:
     def __enter__(self) -> Sinks:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        with contextlib.suppress(OSError):  # the error that ends the run says more
+            self.close()
 
     def log(self, record: dict) -> None:
         """Writes one record to all outputs. Errors are reported once and never raised."""
         if self.metrics is not None:
-            error = self.metrics.append(to_json(record))
-            if error is not None:
-                self.info(f"{FILE_NAME} cannot be written ({error}); its lines are kept in memory and retried.")
+            problem = self.metrics.append(to_json(record))
+            if problem is not None:
+                self.info(f"{FILE_NAME} {problem}.")
         self.reference_lines = record.get("reference_lines", self.reference_lines)
         self.step = record["step"]
         self.losses.add(record)
@@ -101,7 +106,7 @@ class Sinks:
     def close(self) -> None:
         """Closes all outputs; safe to call twice. Waits for the trackers, at most TRACKER_CLOSE_SECONDS for all of them.
 
-        Raises OSError when lines are still not on the disk (full or failing).
+        Raises OSError when lines of metrics.jsonl are still not on the disk (full or failing), or no longer.
         """
         deadline = time.monotonic() + TRACKER_CLOSE_SECONDS
         for tracker in self.trackers:
@@ -117,7 +122,11 @@ class Sinks:
                 self.console.close()
         finally:
             if self.metrics is not None:
-                self.metrics.close()
+                metrics, self.metrics = self.metrics, None
+                try:
+                    metrics.verify()
+                finally:
+                    metrics.close()
 
 
 def open_sinks(

@@ -11,6 +11,9 @@
     attempt      number of starts of the run so far
     reason       for people; null: nothing to report
     time         when this was written, seconds since 1970
+
+The lock is held on the folder itself and on run.lock, so that a run.lock that someone removes does not let a second job in. NFS
+has no locks of folders; there `check`, between any two steps, takes a removed run.lock again or notices that another job has.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ import socket
 import sys
 import threading
 import time
+import weakref
+from datetime import datetime
 from pathlib import Path
 
 from pretrain import UserError
@@ -47,33 +52,94 @@ class RunDirectory:
 
     def __init__(self, path: Path, *, silent: bool = False):
         self.path, self._silent = path, silent
+        self.lost = ""
+        """Why the job must stop: its folder was removed or renamed. Empty: it was not."""
         if silent:
             return
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._texts: dict[str, str] = {}  # what `write_text` wrote, for a folder that is lost
+        self._open_folder()
         self._lock()
+        self._checked = self._is_ours()  # else the file system cannot tell
         for unfinished in path.glob(".*.tmp"):  # atomic writes that a kill interrupted
             unfinished.unlink(missing_ok=True)
         self._writing = threading.Lock()  # the thread that receives signals writes too
         before = read_state(path)
         self._state = {"step": before.get("step"), "saved_step": before.get("saved_step")}
-        self._state["attempt"] = before.get("attempt", 0) + 1
+        self._state["attempt"] = (before.get("attempt") or 0) + 1
+
+    def _open_folder(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._folder)
+        try:
+            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._locked() from None
+        except OSError:  # NFS locks only files that are open for writing: run.lock is
+            pass
 
     def _lock(self) -> None:
         self._lock_file = open(self.path / "run.lock", "a+")
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._lock_file.seek(0)
-            holder = self._lock_file.read().strip()
-            raise Locked(f"{self.path}: is in use by {holder}; stop that job or choose another run.name") from None
+            raise self._locked() from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
             warning = f"its file system has no locks ({error.strerror}): make sure that no second job uses it"
             print(f"{self.path}: {warning}", file=sys.stderr, flush=True)
+        self._holder = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now().isoformat(' ')}"
         self._lock_file.truncate(0)
-        self._lock_file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        self._lock_file.write(self._holder)
         self._lock_file.flush()
+
+    def _locked(self) -> Locked:
+        try:
+            holder = (self.path / "run.lock").read_text(errors="replace").strip()
+        except OSError:
+            holder = ""
+        return Locked(f"{self.path}: is in use by {holder or 'another job'}; stop that job or choose another run.name")
+
+    def check(self) -> str:
+        """A quick look between steps at whether the folder is still this job's. -> `lost`.
+
+        A run.lock that was removed is taken again. In place of a folder that was removed or renamed a new one is made, for a
+        last checkpoint. Raises Locked if another job has taken the place; nothing more is written then.
+        """
+        if self._silent or self.lost or not self._checked or self._is_ours():
+            return "" if self._silent else self.lost
+        before, what = self._folder, f"{self.path} was removed or renamed{_name_of(self._folder)}"
+        try:
+            if not self._is_folder(before):
+                self._open_folder()
+            self._lock()
+        except Locked:
+            self._silent = True
+            raise
+        except OSError as error:
+            raise OSError(error.errno, f"{what}, and cannot be made again: {error.strerror}") from None
+        if self._folder != before:
+            self.lost = what
+            for name, text in list(self._texts.items()):
+                self.write_text(name, text)
+        return self.lost
+
+    def _is_ours(self) -> bool:
+        """True if run.lock is the file that this job has locked, or says so: some file systems number files anew."""
+        lock = self.path / "run.lock"
+        try:
+            return os.path.samestat(os.stat(lock), os.fstat(self._lock_file.fileno())) or lock.read_text() == self._holder
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except (OSError, UnicodeDecodeError) as error:
+            return isinstance(error, OSError)  # a failing disk is found out by what must be written
+
+    def _is_folder(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(descriptor))
+        except OSError:
+            return False
 
     @property
     def checkpoints(self) -> Path:
@@ -84,6 +150,11 @@ class RunDirectory:
     def stop_file(self) -> Path:
         """A file that users create to stop the run; while it exists, the run does not start."""
         return self.path / "STOP"
+
+    def reached(self, step: int) -> None:
+        """Notes the last complete step; every later record of the state has it."""
+        if not self._silent:
+            self._state["step"] = step
 
     def set_start(self, step: int, saved_step: int | None) -> None:
         """Records where this start resumes, whatever an earlier one had reached."""
@@ -115,7 +186,17 @@ class RunDirectory:
         """Writes a small file of the run, atomically."""
         if not self._silent:
             with self._writing:
+                self._texts[name] = text
                 write_atomically(self.path / name, text)
+
+
+def _name_of(descriptor: int) -> str:
+    """ " (now NAME)" for an open folder that was renamed, where the system can tell (Linux); else empty."""
+    try:
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:
+        return ""
+    return "" if name.endswith(" (deleted)") else f" (now {name})"
 
 
 def take_directory(path: Path, rank: int) -> tuple[RunDirectory, UserError | None]:
@@ -134,5 +215,7 @@ def take_directory(path: Path, rank: int) -> tuple[RunDirectory, UserError | Non
 
 
 def read_state(path: Path) -> dict:
-    """run_state.json of a run; empty if there is none that can be read."""
-    return read_json_object(path / "run_state.json")
+    """run_state.json of a run, without values of a wrong kind; empty if there is none that can be read."""
+    read = read_json_object(path / "run_state.json")
+    kinds = dict.fromkeys(("status", "reason"), str) | dict.fromkeys(("exit_status", "step", "saved_step", "attempt"), int)
+    return {name: value for name, value in read.items() if value is None or type(value) is kinds.get(name, type(value))}

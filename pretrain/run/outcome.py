@@ -37,12 +37,12 @@ class Outcome:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
         if isinstance(error, UserError | OSError):
             self.status, self.reason = getattr(error, "status", STORAGE_FAILED), str(error)
-            self._directory.write_end(self.status, self.reason)
+            self._record("stopped", self.status, self.reason)
         elif error is not None:
             cause = f"{type(error).__name__}: {error}"
             if is_peer_lost(error):
                 self._stop.leave(PEER_LOST, f"peer_lost: another rank exited ({cause.splitlines()[0]})")
-            self._directory.write_state("failed", exit_status=FAILED, reason=cause)
+            self._record("failed", FAILED, cause)
             self._stop.close()
             return False
         if self.reason and int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -51,3 +51,10 @@ class Outcome:
             self.engine.close()
         self._stop.close()
         return True
+
+    def _record(self, how: str, status: int, reason: str) -> None:
+        """Writes run_state.json; where the storage refuses that, the status of the process still tells."""
+        try:
+            self._directory.write_state(how, exit_status=status, reason=reason)
+        except OSError as error:
+            print(f"pretrain: run_state.json cannot be written: {error}", file=sys.stderr, flush=True)

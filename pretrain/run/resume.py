@@ -18,6 +18,7 @@ from pretrain.config import Config, ConfigError, Problem, check_resume
 from pretrain.engines.base import Engine, Shard
 from pretrain.model.config import ModelConfig
 from pretrain.run.parts import Parts, count_steps
+from pretrain.run.progress import read_saved
 from pretrain.schema import to_dict
 
 
@@ -93,7 +94,7 @@ def _choose(resume: str, folder: Path) -> _Choice:
 
 def _started_from(checkpoint: Checkpoint, resume: str) -> bool:
     """True if a start with this `checkpoint.resume` wrote the checkpoint."""
-    with contextlib.suppress(CheckpointError, KeyError):
+    with contextlib.suppress(CheckpointError, KeyError, TypeError):
         return Path(checkpoint.state()["settings"]["checkpoint"]["resume"]).resolve() == Path(resume).resolve()
     return False
 
@@ -103,7 +104,7 @@ def _started_from(checkpoint: Checkpoint, resume: str) -> bool:
 
 def check_settings(config: Config, parts: Parts, found: Checkpoint) -> None:
     """Raises ConfigError with everything in these settings and this data that does not fit the checkpoint."""
-    state, origin = found.state(), str(found.path)
+    state, origin = read_saved(found), str(found.path)
     before, now = state["settings"] | {"model": state["model"]}, to_dict(config) | {"model": asdict(parts.model)}
     problems = check_resume(before, now, config.checkpoint.allow_changes, origin)
     if (total := count_steps(config, parts.data)) < found.step:
@@ -123,9 +124,12 @@ def _quarantine_problem(config: Config, parts: Parts, state: dict) -> str | None
     excluded, position = state.get("quarantine", []), state["progress"]["position"]
     if excluded == parts.data.quarantine.ranges:
         return None
+    sizes = [source.num_samples for source in parts.data.sources]
+    if any(source >= len(sizes) or not first < end <= sizes[source] for source, first, end in excluded):
+        return "differs from the checkpoint's, which names samples that the data do not have; resume from another checkpoint"
     if changed := parts.data.history_changed(excluded, position):
         return f"differs from the checkpoint's in {changed}; resume from an earlier checkpoint, or restore the file"
-    if any(end > position for _, end in state["progress"]["skipped_positions"]):
+    if any(end > position for _, end in state["progress"].get("skipped_positions", [])):
         return "has changed while the run skips samples after a rollback; let it pass them first, or restore the file"
     if "data.quarantine" not in config.checkpoint.allow_changes:
         return (

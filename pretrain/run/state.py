@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.manifest import Checkpoint
 from pretrain.checkpoint.saver import Saver
 from pretrain.config import Config
-from pretrain.data import excluded
 from pretrain.data.batches import TrainData, ValidData
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.engines.base import Engine
@@ -22,37 +21,9 @@ from pretrain.report.sinks import Sinks, open_sinks
 from pretrain.report.spikes import SpikeWatch
 from pretrain.run.directory import RunDirectory
 from pretrain.run.parts import Parts, count_steps
+from pretrain.run.progress import Progress, read_saved
 from pretrain.run.resume import Start
 from pretrain.schema import to_dict
-
-
-@dataclass
-class Progress:
-    """Counters and flags of a run; a checkpoint holds all of them."""
-
-    step: int = 0
-    position: int = 0
-    """Samples consumed since the start."""
-    tokens: int = 0
-    """Valid tokens consumed since the start, up to the newest logging line."""
-    skipped_steps: int = 0
-    """Steps whose update was not applied, up to the newest logging line."""
-    train_seconds: float = 0.0
-    """Seconds spent in steps that count, over all starts, up to the newest logging line."""
-    interval_seconds: float = 0.0
-    """Seconds spent in steps since then."""
-    started: float = 0.0
-    """Time of the first start, seconds since 1970."""
-    loss: float | None = None
-    """Loss of the newest logging line."""
-    val_loss: float | None = None
-    """Loss of the newest validation."""
-    evaluation_due: bool = False
-    """This step's validation was cut short to save in time; after a resume it comes first."""
-    rollbacks: int = 0
-    """Rollbacks to a checkpoint after a divergence."""
-    skipped_positions: excluded.PositionRanges = field(default_factory=list)
-    """Samples that these rollbacks skip."""
 
 
 @dataclass
@@ -100,7 +71,9 @@ class Run:
 def open_run(config: Config, engine: Engine, parts: Parts, directory: RunDirectory, start: Start) -> Run:
     """The run at `start`: weights and moments in the engine, and everything else as it was at that step. A collective."""
     found, total_steps = start.checkpoint, count_steps(config, parts.data)
-    state = storage.load(found, engine) if found else {}
+    state = read_saved(found) if found else {}
+    if found:
+        storage.load(found, engine)
     progress = Progress(**state["progress"]) if found else Progress(started=time.time())
     progress = replace(progress, **start.changes)
     own = found is not None and found.path.parent.resolve() == directory.checkpoints.resolve()

@@ -4,6 +4,7 @@
                     SIGHUP (the terminal closed) does the same, unless the run was started under nohup
     SIGINT          save, status 130: Ctrl-C. A second one exits at once
     the file STOP   in the run's directory, seen by rank 0: save, status 130. The run does not start while the file exists
+    a lost folder   the run's directory was removed or renamed, seen by rank 0: save at its old path, status 74
 
 Before the first step there is nothing to save, and a signal ends the process at once. Later, SIGTERM starts a deadline: a rank
 that has no durable checkpoint by then, because a peer exited and the collective will never end, exits without one.
@@ -27,7 +28,7 @@ from types import FrameType
 
 import psutil
 
-STOPPED = (("SIGTERM", 75), ("SIGINT", 130), ("the file STOP", 130))
+STOPPED = (("SIGTERM", 75), ("SIGINT", 130), ("the file STOP", 130), ("the loss of its folder", 74))
 """Sources of requests, in the order of flags, each with the exit status of the run. Nothing restarts what a person stopped."""
 PEER_LOST, STOPPED_BY_PERSON = 75, 130
 _FLAG = {signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGTERM", signal.SIGINT: "SIGINT"}
@@ -40,12 +41,14 @@ class StopRequest:
 
     deadline_seconds: from SIGTERM to a durable checkpoint, `checkpoint.deadline_seconds`.
     stop_file: the path of the file STOP, on the rank that watches it.
+    folder_lost(): why the run's directory cannot be used any longer, on the rank that watches it; empty: it can.
     last_words(status, reason): called before the process exits at once; on rank 0 it writes run_state.json.
     """
 
     def __init__(self) -> None:
         self.deadline_seconds: float | None = None
         self.stop_file: Path | None = None
+        self.folder_lost: Callable[[], str] = lambda: ""
         self.last_words: Callable[[int, str], None] = lambda status, reason: None
         self.received: str | None = None
         self._training, self._deadline, self._saved_status = False, None, None
@@ -80,7 +83,8 @@ class StopRequest:
     def flags(self) -> list[int]:
         """This rank's requests in the order of STOPPED: 1 where there is one, else 0."""
         requested = [int(self.received == name) for name, _ in STOPPED]
-        requested[-1] = int(self.stop_file is not None and self.stop_file.exists())
+        requested[-2] = int(self.stop_file is not None and self.stop_file.exists())
+        requested[-1] = int(bool(self.folder_lost()))
         return requested
 
     def agreed(self, status: int) -> None:
