@@ -18,6 +18,7 @@ has no locks of folders; there `check`, between any two steps, takes a removed r
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -61,7 +62,8 @@ class RunDirectory:
         self._lock()
         self._checked = self._is_ours()  # else the file system cannot tell
         for unfinished in path.glob(".*.tmp"):  # atomic writes that a kill interrupted
-            unfinished.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # NFS keeps the name of a file that another machine has open
+                unfinished.unlink(missing_ok=True)
         self._writing = threading.Lock()  # the thread that receives signals writes too
         before = read_state(path)
         self._state = {"step": before.get("step"), "saved_step": before.get("saved_step")}
