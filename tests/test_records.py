@@ -91,7 +91,7 @@ def test_a_last_line_torn_at_any_length_is_repaired(tmp_path):
 
 
 def test_damage_in_the_middle_is_removed_and_everything_around_it_keeps_its_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "_BLOCK", 7)
+    monkeypatch.setattr(records, "_BLOCK_BYTES", 7)
     path = tmp_path / "metrics.jsonl"
     good = [b'{"step": %d,  "loss": 1.5}\n' % step for step in range(1, 7)]
     path.write_bytes(
