@@ -1,9 +1,12 @@
 """Documents are read exactly as they were written, and every bad line is reported."""
 
+import bz2
+import csv
 import gzip
 import hashlib
 import io
 import json
+import lzma
 
 import pyarrow
 import pyarrow.parquet
@@ -23,11 +26,20 @@ def jsonl(records) -> bytes:
     return b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
 
 
+def written_table(delimiter: str) -> bytes:
+    out = io.StringIO(newline="")
+    csv.writer(out, delimiter=delimiter).writerows([["id", "text"], *enumerate(TEXTS)])
+    return out.getvalue().encode()
+
+
 def zstd(data: bytes) -> bytes:
     return pyarrow.Codec("zstd").compress(data, asbytes=True)
 
 
-@pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".zst", zstd)])
+PACKED = [("", bytes), (".gz", gzip.compress), (".zst", zstd), (".bz2", bz2.compress), (".xz", lzma.compress)]
+
+
+@pytest.mark.parametrize(("suffix", "pack"), PACKED)
 def test_texts_are_read_from_every_format_exactly_as_written(tmp_path, suffix, pack):
     (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(jsonl({"id": i, "text": text} for i, text in enumerate(TEXTS))))
     corpus = Corpus([str(tmp_path / f"a.jsonl{suffix}")])
@@ -51,6 +63,68 @@ def test_parquet_rows_are_documents(tmp_path):
         texts(Corpus([str(tmp_path / "b.parquet")]))
 
 
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("array.json", json.dumps([{"text": text} for text in TEXTS]).encode()),
+        ("indented.json", b"\xef\xbb\xbf" + json.dumps([{"text": text} for text in TEXTS], indent=2).encode()),
+        ("objects.json", "\n".join(json.dumps({"text": text}, indent=1) for text in TEXTS).encode()),
+        ("lines.json", jsonl({"text": text} for text in TEXTS)),
+        ("array.jsonl", json.dumps([{"text": text} for text in TEXTS]).encode()),
+        *((f"a{suffix}", jsonl({"text": text} for text in TEXTS)) for suffix in (".ndjson", ".jsonlines", ".JL")),
+        ("packed.json.gz", gzip.compress(json.dumps([{"text": text} for text in TEXTS], ensure_ascii=False).encode())),
+        ("a.csv", written_table(",")),
+        ("a.tsv.xz", lzma.compress(written_table("\t"))),
+    ],
+)
+def test_every_form_of_json_and_table_is_read_exactly(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    assert texts(Corpus([str(tmp_path / name)])) == TEXTS
+
+
+def test_a_json_array_larger_than_the_buffer_is_read_and_its_damage_reported(tmp_path):
+    long = [{"text": "ü" * 300_000 + str(i)} for i in range(9)] + [{"text": "x" * 3_000_000}, {"text": "last"}]
+    data = json.dumps(long, ensure_ascii=False)
+    (tmp_path / "a.json").write_text(data)
+    assert texts(Corpus([str(tmp_path / "a.json")])) == [each["text"] for each in long]
+    for bad in (data[:-1], data[:-10], data + "{}", data.replace("last", "la\nst"), data.replace(", {", ", ,{", 1)[:700_000]):
+        (tmp_path / "a.json").write_text(bad)
+        with pytest.raises(DataError, match=r"a\.json"):
+            texts(Corpus([str(tmp_path / "a.json")], on_bad_line="skip"))
+
+
+def test_nested_keys_and_columns_are_read(tmp_path):
+    records = [{"meta": {"id": i, "body": {"text": text}}, "a.b": text} for i, text in enumerate(TEXTS)]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(records))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        for key in ("meta.body.text", "a.b"):
+            assert texts(Corpus([str(tmp_path / name)], text_key=key)) == TEXTS
+        with pytest.raises(DataError, match=r"'meta.body' is dict.*--text-key meta.body.KEY"):
+            texts(Corpus([str(tmp_path / name)], text_key="meta.body"))
+        with pytest.raises(DataError, match="'id', 'body'"):
+            texts(Corpus([str(tmp_path / name)], text_key="meta.txt"))
+    table = pyarrow.table({"text": [text.encode() for text in TEXTS], "pages": [["a", "b"]] * 4})
+    pyarrow.parquet.write_table(table, tmp_path / "bytes.parquet")
+    assert texts(Corpus([str(tmp_path / "bytes.parquet")])) == TEXTS
+    with pytest.raises(DataError, match=r"'pages' is list.*join"):
+        texts(Corpus([str(tmp_path / "bytes.parquet")], text_key="pages"))
+
+
+def test_folders_of_save_to_disk_are_read_and_their_splits_are_not_mixed(tmp_path):
+    import datasets
+
+    data = datasets.Dataset.from_dict({"text": TEXTS})
+    data.save_to_disk(tmp_path / "one", num_shards=2)
+    (tmp_path / "one" / "cache-1.arrow").write_bytes((tmp_path / "one" / "data-00000-of-00002.arrow").read_bytes())
+    corpus = Corpus([str(tmp_path / "one")])
+    assert texts(corpus) == TEXTS and [problem[0] for problem in corpus.problems()] == ["1"]  # the cache
+    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "two")
+    with pytest.raises(DataError, match=f"test, train.*--input {tmp_path}/two/train"):
+        Corpus([str(tmp_path / "two")])
+    assert texts(Corpus([str(tmp_path / "two" / "train")])) == TEXTS
+
+
 def test_hub_data_are_streamed(tmp_path):
     """From a local folder, which the `datasets` library reads in the same way."""
     (tmp_path / "train.jsonl").write_bytes(jsonl({"text": text} for text in TEXTS))
@@ -67,7 +141,7 @@ def test_counts_and_checksum_describe_the_documents(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl({"text": text} for text in [*TEXTS, "", "\n \t"]))
     corpus = Corpus([str(tmp_path / "a.jsonl")])
     assert texts(corpus) == TEXTS
-    assert (corpus.num_documents, corpus.empty_documents, corpus.bad_lines) == (4, 2, 0)
+    assert (corpus.num_documents, corpus.empty_documents, corpus.bad.total()) == (4, 2, 0)
     assert corpus.utf8_bytes == sum(len(text.encode()) for text in TEXTS)
     assert corpus.sha256 == hashlib.sha256(b"".join(text.encode() + b"\0" for text in TEXTS)).hexdigest()
     assert len(corpus.problems()) == 1 and "2 documents" in corpus.problems()[0]
@@ -128,7 +202,7 @@ def test_a_file_in_another_encoding_is_bad(tmp_path, encoding):
         with pytest.raises(DataError, match=r"a\.txt.*UTF-8.*--on-bad-line skip"):
             texts(Corpus([str(tmp_path / "a.txt")], split=split))
     corpus = Corpus([str(tmp_path / "a.txt")], on_bad_line="skip")
-    assert texts(corpus) == [] and corpus.bad_lines == 1 and corpus.replaced_bytes == 0
+    assert texts(corpus) == [] and corpus.bad.total() == 1 and corpus.replaced_bytes == 0
     (tmp_path / "a.txt").write_bytes(b"plain text " * 10_000 + b"\xfcber " * 100)
     corpus = Corpus([str(tmp_path / "a.txt")])
     assert len(texts(corpus)) == 1 and corpus.replaced_bytes == 100
@@ -140,7 +214,7 @@ def test_files_that_were_not_read_or_not_split_are_reported(tmp_path):
     (tmp_path / "linked").symlink_to(tmp_path)
     corpus = Corpus([str(tmp_path)], split="<SEP>")
     assert texts(corpus) == ["some", "text", "some text"]
-    assert (corpus.unsplit_files, corpus.other_files) == (1, 3)
+    assert (corpus.unsplit_files, corpus.other_files.total()) == (1, 3)
     assert [problem.partition(" ")[0] for problem in corpus.problems()] == ["1", "3"]
     with pytest.raises(DataError, match="--text-split"):
         Corpus([str(tmp_path)], split="")
@@ -177,7 +251,50 @@ def test_a_bad_line_is_reported_with_its_place_or_skipped_and_counted(tmp_path, 
         texts(Corpus([str(path)]))
     corpus = Corpus([str(path)], on_bad_line="skip")
     assert texts(corpus) == ["good", "also good"]
-    assert corpus.bad_lines == 1 and len(corpus.problems()) == 1
+    assert corpus.bad.total() == 1 and len(corpus.problems()) == 1
+
+
+def test_each_reason_for_leaving_text_out_has_its_own_count(tmp_path):
+    lines = [*BAD_LINES.values(), b'{"text": 4}', b'{"text": ""}', b'{"text": "good"}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "table.csv").write_text("id,text\n1,good\n2\n3,a,b\n")
+    corpus = Corpus([str(tmp_path / "a.jsonl"), str(tmp_path / "table.csv")], on_bad_line="skip")
+    assert texts(corpus) == ["good", "good"] and corpus.empty_documents == 1
+    assert sorted(corpus.bad.values()) == [1, 1, 1, 1, 2, 2, 3]  # another type: number twice; not JSON: three times
+    problems = "\n".join(corpus.problems())
+    for count, reason, place in (("3", "not JSON", 1), ("1", "no key 'text'", 3), ("2", "'text' is int", 5)):
+        assert any(each.startswith(count) and reason in each and f"a.jsonl:{place}" in each for each in corpus.problems()), (
+            problems
+        )
+
+
+def test_a_line_too_large_for_memory_is_refused_with_its_place_or_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr("pretrain.data.corpus._LARGEST_DOCUMENT", 1000)
+    (tmp_path / "a.jsonl").write_bytes(jsonl({"text": text} for text in ("one", "x" * 5000, "two")))
+    with pytest.raises(DataError, match=r"a\.jsonl:2: "):
+        texts(Corpus([str(tmp_path / "a.jsonl")]))
+    assert texts(Corpus([str(tmp_path / "a.jsonl")], on_bad_line="skip")) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("a.zip", "unzip"),
+        ("a.tar.gz", "tar -xf"),
+        ("a.log.gz", r"gzip -dc .*a\.log\.gz \|.*--input -"),
+        ("a.md", r"cat .*a\.md \|.*--input -"),
+    ],
+)
+def test_other_formats_are_refused_with_the_command_that_helps(tmp_path, name, way):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=way):
+        Corpus([str(tmp_path / name)])
+
+
+def test_a_folder_of_json_files_is_refused_with_the_way_to_read_them(tmp_path):
+    (tmp_path / "part-1.json.gz").write_bytes(gzip.compress(b"[]"))
+    with pytest.raises(DataError, match=r"--input .*/\*\.json\.gz"):
+        Corpus([str(tmp_path)])
 
 
 def test_unusable_inputs_are_refused_before_reading_starts(tmp_path):
@@ -188,7 +305,7 @@ def test_unusable_inputs_are_refused_before_reading_starts(tmp_path):
             Corpus([str(tmp_path / name)])
 
 
-@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".zst", zstd)])
+@pytest.mark.parametrize(("suffix", "pack"), PACKED[1:])
 def test_a_truncated_compressed_file_is_refused(tmp_path, suffix, pack):
     packed = pack(jsonl({"text": f"document number {i}"} for i in range(1000)))
     (tmp_path / f"a.jsonl{suffix}").write_bytes(packed[: len(packed) // 2])

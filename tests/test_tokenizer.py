@@ -126,6 +126,68 @@ def test_cutting_long_texts_changes_no_id(tokenizer, texts, length):
         assert [i for piece in pieces for i in tokenizer._model.encode(piece)] == tokenizer._model.encode(text)
 
 
+LIBRARY_TOKENIZERS = ["ours", "bytes", "fused", "single", "dropping", "words"]
+
+
+@pytest.fixture(scope="module")
+def library_folders(tmp_path_factory, texts, folder) -> dict[str, Path]:
+    """Ours, a complete byte-level one, and four that cannot represent all text: by unknown ids, or by leaving it out."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+    folders = {"ours": folder}
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<unk>", "<eos>"]
+    common = dict(vocab_size=600, special_tokens=special, show_progress=False)
+    for name, model, trainer in (
+        ("bytes", models.BPE(), trainers.BpeTrainer(initial_alphabet=alphabet, **common)),
+        ("fused", models.BPE(unk_token="<unk>", fuse_unk=True), trainers.BpeTrainer(limit_alphabet=90, **common)),
+        ("single", models.BPE(unk_token="<unk>"), trainers.BpeTrainer(limit_alphabet=90, **common)),
+        ("dropping", models.BPE(), trainers.BpeTrainer(limit_alphabet=90, **common)),
+        ("words", models.WordPiece(unk_token="<unk>"), trainers.WordPieceTrainer(limit_alphabet=90, **common)),
+    ):
+        library = Library(model)
+        if name == "bytes":
+            library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        elif name == "words":
+            library.normalizer, library.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        else:
+            library.pre_tokenizer, library.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        library.train_from_iterator(texts[:20], trainer)
+        folders[name] = tmp_path_factory.mktemp(name)
+        library.save(str(folders[name] / "tokenizer.json"))
+        (folders[name] / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    return folders
+
+
+@pytest.mark.parametrize("name", LIBRARY_TOKENIZERS)
+def test_all_text_without_ids_is_found_whether_it_became_unknown_ids_or_nothing(library_folders, name):
+    tokenizer = Tokenizer.load(library_folders[name])
+    written = ["plain text", "今天 天气", "a text <unk> that 今 says unk", "\n  "]
+    lost = dict(tokenizer.lost(written, tokenizer.encode_batch(written)))
+    if name in ("ours", "bytes"):
+        assert lost == {}
+    else:
+        assert lost == {1: {"今": 1, "天": 2, "气": 1}, 2: {"今": 1}}
+
+
+@pytest.mark.parametrize("name", LIBRARY_TOKENIZERS)
+def test_long_texts_in_parts_have_the_same_ids(library_folders, texts, name, monkeypatch):
+    tokenizer = Tokenizer.load(library_folders[name])
+    monkeypatch.setattr("pretrain.data.tokenizer._PART_CHARACTERS", 2000)
+    for text in ("".join(texts[:4])[:50_000], "今天天气很好，我们去公园玩。" * 500 + " and words\u2581" * 400):
+        parts = list(tokenizer.encode_parts(text))
+        assert len(parts) > 3 and max(len(part) for part, _ in parts) < 4000
+        assert [i for _, ids in parts for i in ids] == tokenizer.encode(text)
+
+
+def test_a_single_endless_word_is_cut_too(tokenizer, monkeypatch):
+    monkeypatch.setattr("pretrain.data.tokenizer._PART_CHARACTERS", 2000)
+    parts = list(tokenizer.encode_parts("x" * 20_000))
+    assert max(len(part) for part, _ in parts) <= 3000
+    assert tokenizer.decode([i for _, ids in parts for i in ids]) == "x" * 20_000
+
+
 def test_text_that_is_not_unicode_is_refused(tokenizer, converted):
     for one in (tokenizer, converted):
         with pytest.raises(DataError, match="position 1"):

@@ -7,14 +7,17 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from pretrain.data.corpus import FORMATS, STDIN, STDLIB, Corpus
+from pretrain.data.corpus import COMPRESSIONS, FORMATS, STDIN, STDLIB, Corpus
 from pretrain.data.indexed import DataError
 
 
 def add_corpus(parser: argparse.ArgumentParser) -> None:
     """The flags that choose raw text; `open_corpus` opens it."""
     group = parser.add_argument_group("text")
-    files = f"{', '.join(FORMATS)} files (.gz, .zst too), folders of them, {STDIN} (standard input) or {STDLIB}"
+    files = (
+        f"{', '.join(FORMATS)} files ({', '.join(COMPRESSIONS)} too), folders of them (of which .json, .csv and .tsv files are "
+    )
+    files += f"read only if they are named), {STDIN} (standard input) or {STDLIB}"
     group.add_argument("--input", nargs="+", metavar="FILE", help=files)
     group.add_argument(
         "--stdin-format", choices=("txt", "jsonl"), default="txt", help=f"format of --input {STDIN} (%(default)s)"
@@ -22,7 +25,8 @@ def add_corpus(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--hf", metavar="NAME", help="instead of --input: a data set of the Hugging Face hub, streamed")
     group.add_argument("--hf-config", metavar="CONFIG", help="with --hf: its configuration (default: the data set's default)")
     group.add_argument("--hf-split", "--split", metavar="SPLIT", default="train", help="with --hf: its split (%(default)s)")
-    group.add_argument("--text-key", metavar="KEY", default="text", help="key or column that contains the text (%(default)s)")
+    group.add_argument("--text-key", metavar="KEY", default="text",
+                       help="key or column that contains the text, a.b if it is nested (%(default)s)")  # fmt: skip
     group.add_argument("--text-split", metavar="HOW", default="file", help="where documents of a .txt end: file, line, "
                        "blank-line, or a separator such as '<|endoftext|>' (%(default)s)")  # fmt: skip
     group.add_argument("--on-bad-line", choices=("error", "skip"), default="error", help="unusable lines: stop, or skip and "

@@ -8,6 +8,7 @@ Every text survives encoding and decoding exactly, and transformers loads the sa
 from __future__ import annotations
 
 import argparse
+import heapq
 import math
 import sys
 from collections.abc import Iterator
@@ -32,19 +33,22 @@ def main(argv: list[str]) -> None:
                         help="number of ids, special ids included")  # fmt: skip
     parser.add_argument("--model-type", choices=("bpe",), default="bpe", help="the only one (%(default)s)")
     parser.add_argument("--max-megabytes", type=megabytes, default=100, metavar="MB",
-                        help="train on at most this much text, sampled evenly (%(default)s)")  # fmt: skip
+                        help="train on at most this much text, sampled evenly from all of it; with --hf, the first "
+                        "(%(default)s)")  # fmt: skip
     options = parser.parse_args(argv)
     corpus = common.open_corpus(options)
+    used = Used()
     with common.writing(options.output):
         tokenizer = train(
-            sample(corpus, int(options.max_megabytes * 1e6)),
+            sample(corpus, int(options.max_megabytes * 1e6), used),
             options.output,
             vocab_size=options.vocab_size,
-            describe=corpus.description,
+            describe=lambda: corpus.description() | ({"used_utf8_bytes": used.utf8_bytes} if used.sampled else {}),
             num_threads=common.usable_cores(),
         )
     print(f"{options.output}: {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint}")
-    print(f"trained on {corpus.utf8_bytes / 1e6:.2f} MB of text in {corpus.num_documents:,} documents, sha256 {corpus.sha256}")
+    read = f"{corpus.utf8_bytes / 1e6:.2f} MB of text in {corpus.num_documents:,} documents, sha256 {corpus.sha256}"
+    print(f"trained on {f'{used.utf8_bytes / 1e6:.2f} MB, sampled evenly from ' if used.sampled else ''}{read}")
     for problem in corpus.problems():
         print(f"note: {problem}", file=sys.stderr)
 
@@ -56,21 +60,41 @@ def megabytes(text: str) -> float:
     return number
 
 
-def sample(corpus: Corpus, limit: int) -> Iterator[str]:
-    """About `limit` bytes of the corpus in pieces of a few kB: spread evenly if its size is known, else from its start."""
-    fraction = min(1.0, limit / corpus.total_bytes) if corpus.total_bytes else 1.0
-    threshold, number, used = int(fraction * 2**64), 0, 0
+class Used:
+    """What `sample` has chosen."""
+
+    utf8_bytes = 0
+    sampled = False
+    """True: only a part of the text that was read."""
+
+
+def sample(corpus: Corpus, limit: int, used: Used) -> Iterator[str]:
+    """At most about `limit` bytes of the corpus in pieces of a few kB, spread evenly over its text, in its order.
+
+    Pieces are ranked by a hash of their number, and those of the lowest rank are kept: how much text a compressed file or a
+    stream holds is not known before its end. Of a stream from the hub, which can be terabytes, only the start is read.
+    """
+    held: list[tuple[int, int, str]] = []  # a heap with the highest rank first
+    number = 0
     with Progress("reading", corpus.total_bytes) as progress:
         for _, text in corpus.documents():
             for chunk in chunks(text):
                 number += 1
-                if splitmix64(number) < threshold and used < limit:
-                    used += len(chunk.encode())
-                    yield chunk
+                rank = -splitmix64(number)
+                if used.sampled and rank < held[0][0]:
+                    continue
+                heapq.heappush(held, (rank, number, chunk))
+                used.utf8_bytes += len(chunk.encode())
+                while used.utf8_bytes > limit and len(held) > 1:
+                    used.utf8_bytes -= len(heapq.heappop(held)[2].encode())
+                    used.sampled = True
             progress.update(corpus.read_bytes if corpus.total_bytes else corpus.utf8_bytes)
-            if used >= limit and fraction == 1.0:
+            if corpus.is_from_hub and corpus.utf8_bytes >= limit:
+                print(f"note: only the first {corpus.utf8_bytes / 1e6:.2f} MB of the stream were read", file=sys.stderr)
                 break
-    print(f"training on {used / 1e6:.2f} MB (some seconds per 10 MB)", file=sys.stderr, flush=True)
+    part = f" of {corpus.utf8_bytes / 1e6:.2f} MB" if used.sampled else ""
+    print(f"training on {used.utf8_bytes / 1e6:.2f} MB{part} (some seconds per 10 MB)", file=sys.stderr, flush=True)
+    yield from (chunk for _, _, chunk in sorted(held, key=lambda each: each[1]))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from .indexed import DataError
 from .tokenizer import INFO, SPACE, Tokenizer, fingerprint_of, pieces
 
 _UNKNOWN, _BOS, _END_OF_DOCUMENT, _PAD = "<|unk|>", "<|bos|>", "<|endoftext|>", "<|pad|>"
+_RESERVED = "\u2585"  # SentencePiece silently drops pieces of text that contain its own mark for unknown characters
 _CHAT = ["<|im_start|>", "<|im_end|>"]  # reserved for fine-tuning
 _NUM_FIXED = 256 + 4 + len(_CHAT)  # ids of bytes and special tokens
 _CHUNK = re.compile(r"(?s).{2000,10000}?\n|.{1,10000}")
@@ -45,7 +46,8 @@ def train(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder}: exists already; choose another output or remove it first")
-    model = _train_model([chunk for text in texts for chunk in chunks(text)], vocab_size, num_threads)
+    cleaned = (text.replace(_RESERVED, " ") for text in texts)
+    model = _train_model([chunk for text in cleaned for chunk in chunks(text)], vocab_size, num_threads)
     processor = SentencePieceProcessor(model_proto=model)
     info = {
         "format_version": 1,
