@@ -315,7 +315,7 @@ def test_a_stall_with_a_wrong_scale_has_both_findings(tmp_path):
 
 def test_equal_accumulation_and_ranks_are_called_ambiguous():
     (finding,) = diagnose(log_of([0, 10, 20], [83, 80, 77]), Setup(32000, 8, 8, 1024)).findings
-    assert set(finding.causes) == {"accumulation", "world size"} and finding.certainty == "possible"
+    assert set(finding.causes) == {"accumulation", "world size"} and "no log can tell" in finding.text
 
 
 def test_a_perplexity_beside_the_loss_gives_the_factor_on_any_log():
@@ -435,7 +435,7 @@ def test_a_flat_curve_was_not_steeper_before_its_first_line():
     """22.1 = 2 x ln 50304 at step 10, and 9 % less 300 steps later: three ranks would need a fall by a third in 10 steps."""
     log = log_of(np.arange(10, 310, 10), np.linspace(22.08, 20.03, 30))
     (finding,) = diagnose(log, Setup(50304, 7, 3)).findings
-    assert finding.causes == ("multiplied",)
+    assert "multiplied" in finding.causes and "world size" not in finding.causes
     (finding,) = diagnose(log, Setup(50304, 7, 3, 512, micro_batch_size=2)).findings
     assert finding.causes == ("batch size",) and "22.08 / 2 = 11" in finding.text
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pretrain.doctor.scale import Factor, Setup, ShownCurve
+from pretrain.doctor.curve import ShownCurve
+from pretrain.doctor.scale import Factor, Setup
 from pretrain.doctor.training_log import TrainingLog
 
 FAULTS = ("scale", "running", "start", "stall", "nan", "negative", "divergence", "collapse", "memorising", "auxiliary", "ranks",

@@ -15,10 +15,11 @@ from dataclasses import replace
 import numpy as np
 
 from pretrain.doctor import verdict
+from pretrain.doctor.curve import ShownCurve
 from pretrain.doctor.diagnosis import Diagnosis, LogFinding
 from pretrain.doctor.log_formats import TEXT_FORMATS
 from pretrain.doctor.noise import LEAST_VALUES, line_noise
-from pretrain.doctor.scale import LARGEST_LN_V, Setup, ShownCurve
+from pretrain.doctor.scale import LARGEST_LN_V, Setup
 from pretrain.doctor.scale_checks import check_change, check_running, check_scale
 from pretrain.doctor.training_log import TrainingLog
 
