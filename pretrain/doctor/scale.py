@@ -177,27 +177,28 @@ def from_some_vocabulary(curve: ShownCurve) -> Evidence:
 
 
 def from_perplexity(log: TrainingLog) -> tuple[Evidence, str] | None:
-    """(the factor between a loss and the logarithm of the perplexity on the same lines; which loss, `lm_loss` or `loss`); None
+    """(the factor between a loss and the logarithm of the perplexity beside it; which loss: lm_loss, loss or val_loss); None
     without a constant factor. A factor of 1 shows that the loss is in nats, one of 1 / ln 2 that it is in bits."""
-    if "perplexity" not in log.columns:
-        return None
-    series = {"lm_loss": log.columns.get("lm_loss"), "loss": log.loss}
-    with np.errstate(divide="ignore", invalid="ignore"):
-        nats = np.log(log.columns["perplexity"])
-    for name, losses in series.items():
-        if losses is not None and (evidence := _constant_factor(losses, nats)):
+    beside = log.columns.get("perplexity", np.zeros(0))
+    pairs = {"lm_loss": (log.columns.get("lm_loss"), beside), "loss": (log.loss, beside)}
+    pairs["val_loss"] = (log.val_loss, log.val_perplexity)
+    for name, (losses, perplexity) in pairs.items():
+        if losses is not None and len(losses) == len(perplexity) and (evidence := _constant_factor(losses, perplexity)):
             return evidence, name
     return None
 
 
-def _constant_factor(losses: np.ndarray, nats: np.ndarray) -> Evidence | None:
-    """The factor losses / nats if it is the same on all lines."""
+def _constant_factor(losses: np.ndarray, perplexity: np.ndarray) -> Evidence | None:
+    """The factor losses / ln(perplexity) if it is the same everywhere; few values must agree with a unit."""
     with np.errstate(divide="ignore", invalid="ignore"):
+        nats = np.log(perplexity)
         ratio = losses / nats
-    ratio = ratio[np.isfinite(ratio) & (ratio > 0) & (np.abs(nats - 20) > 1e-3)]  # some scripts cap it at e^20
-    if len(ratio) < 3 or np.std(ratio) > 0.03 * np.mean(ratio):
+    ratio = ratio[np.isfinite(ratio) & (ratio > 0) & (nats > 0.1) & (np.abs(nats - 20) > 1e-3)]  # some cap it at e^20
+    if not len(ratio) or np.std(ratio) > 0.03 * np.mean(ratio):
         return None
     mean = float(np.mean(ratio))
+    if len(ratio) < 3 and min(abs(math.log(mean)), abs(math.log(mean * math.log(2)))) > 0.01:
+        return None
     return Evidence(0.97 * mean, 1.03 * mean, mean, 0.01)
 
 
@@ -220,6 +221,9 @@ def from_validation(log: TrainingLog, curve: ShownCurve, ln_v: float | None) -> 
     if not len(ratio):
         return None
     middle = float(np.median(ratio))
+    if middle > 1.8 and len(ratio) >= 5 and np.ptp(ratio) > 0.3 * middle:
+        ratio = ratio[len(ratio) // 2 :]  # where the loss still falls fast, a mean since the last line is far above it
+        middle = float(np.median(ratio))
     if np.ptp(ratio) > (0.3 if middle < 1 else 0.6) * middle or 0.55 < middle < 1.8:
         return None
     if np.ptp(ratio) > 0.3 * middle:  # training falls further than validation: the first ratio shows the factor best

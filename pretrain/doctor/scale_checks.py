@@ -100,12 +100,11 @@ def _factor_of_perplexity(result: Diagnosis, evidence: Evidence, name: str) -> L
     bits = next((each.factor for each in trials if each.factor.cause == "bits"), None)
     if bits is None or abs(math.log(evidence.best / bits.value)) > 0.02:
         return _factor(result, evidence, trials, f"The perplexity on the same lines is exp(loss / {evidence.best:.4g}). ")
-    result.explanation, what, causes = bits, "loss", ("bits",)
-    shown = curve.first
-    if name == "lm_loss":
-        known = result.log.columns["lm_loss"]
-        shown, what = float(known[np.isfinite(known)][0]), "cross-entropy"
-    text = f"the perplexity on the same lines is 2 to the power of the {what}: it is in bits, and {bits.arithmetic(shown)} nats"
+    result.explanation, causes = bits, ("bits",)
+    what = {"lm_loss": "cross-entropy", "loss": "loss", "val_loss": "validation loss"}[name]
+    known = {**result.log.columns, "loss": curve.loss, "val_loss": result.log.val_loss}[name]
+    shown = float(known[np.isfinite(known)][0])
+    text = f"the perplexity beside it is 2 to the power of the {what}: it is in bits (base 2), {bits.arithmetic(shown)} nats"
     if name == "lm_loss" and curve.first > 1.005 * shown:
         causes = (*causes, "label smoothing")
         text += f". The loss beside it, {curve.first:.4g}, is above it by label smoothing or another term"
@@ -173,7 +172,13 @@ def _without_vocabulary(result: Diagnosis) -> Iterator[LogFinding]:
     """Only a loss that no vocabulary explains is a finding; hypotheses become notes."""
     curve, setup = result.curve, result.setup
     evidence, ids = from_some_vocabulary(curve), math.exp(min(curve.first, 700))
-    if curve.first > MOST * LARGEST_LN_V:
+    if curve.first > MOST * LARGEST_LN_V and curve.low < 0.35 * curve.first and curve.low < 6 and curve.first < 60:
+        text = f"the first loss, {curve.first:.4g}, is that of no vocabulary, but the curve falls to {curve.low:.3g}"
+        text += ": initial weights too large, other labels than in pretraining, or a factor"
+        trials = try_factors(evidence, setup, curve, None)
+        text += "".join(f". It may be {each.words}: {each.arithmetic(curve.first)}" for each in contenders(trials)[:3])
+        yield LogFinding("start", "possible", text, _ONE_STEP, ("initialisation", "multiplied"))
+    elif curve.first > MOST * LARGEST_LN_V:
         why = f"No vocabulary starts at {curve.first:.4g} nats: 300,000 ids start at {LARGEST_LN_V:.1f}. "
         yield _factor(result, evidence, try_factors(evidence, setup, curve, None), why)
     elif curve.from_start:

@@ -101,8 +101,8 @@ def _objection(factor: Factor, evidence: Evidence, curve: ShownCurve, setup: Set
     if factor.value < evidence.least:
         return f"leaves {_number(first)} at first, {_number(first / uniform, 3)} times {name}"
     if factor.value > evidence.most:
-        share = f"{_number(first / uniform, 2)} times {name}"
-        return f"leaves {_number(first)} at first, {share}, too low for an untrained model"
+        share = f", {_number(first / uniform, 2)} times {name}" if first > 1 else ""
+        return f"leaves {_number(first)} at first{share}, too low for an untrained model"
     return f"leaves {_number(first)} at first, which fits worse"
 
 
@@ -111,8 +111,8 @@ def _number(value: float, digits: int = 3) -> str:
 
 
 def whole_factors(least: float, best: float, most: float) -> list[int]:
-    """The whole numbers of a range, at most ten, that are common as accumulation steps, ranks or their product: 2^k times 1, 3, 5
-    or 25; those nearest to `best`."""
+    """The whole numbers of a range that are common as accumulation steps, ranks or their product, 2^k times 1, 3, 5 or 25; at
+    most the ten nearest to `best`."""
     common = {odd * 2**power for odd in (1, 3, 5, 25) for power in range(17)} - {1}
     near = sorted((number for number in common if least <= number <= most), key=lambda each: abs(math.log(each / best)))
     return sorted(near[:10])
