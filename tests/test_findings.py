@@ -213,8 +213,8 @@ def test_a_fast_recipe_that_halves_its_loss_in_a_hundred_steps_raises_no_alarm()
 
 
 def test_a_few_flat_lines_of_a_warm_up_are_a_note_and_not_a_stall():
-    result = diagnose(log_of(range(60), [9.21] * 60), Setup(10000))
-    assert result.findings == [] and any("warm-up" in note for note in result.notes)
+    result = diagnose(log_of(range(60), 9.21 + 0.002 * np.sin(np.arange(60))), Setup(10000))
+    assert result.findings == [] and any("warm-up" in note for note in result.notes) and result.undecided
 
 
 def another_curve(vocab_size: int, steps: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -298,15 +298,15 @@ def test_a_loss_that_stays_at_9_2_with_vocabulary_10000_has_stalled(tmp_path):
     (finding,) = doctor(tmp_path, text, vocab_size=10000).findings
     assert finding.fault == "stall" and "ln(10000) = 9.21" in finding.text and "random data" in finding.advice
     (finding,) = doctor(tmp_path, text).findings
-    assert finding.fault == "stall" and "ln of 10,022" in finding.text
+    assert finding.fault == "stall" and "ln 10000?" in finding.text
     lines = [{"step": 0, "reference_lines": {"uniform": math.log(10000), "floor": math.log(10000)}}]
-    lines += [{"step": step, "loss": 9.21} for step in range(10, 300, 10)]
+    lines += [{"step": step, "loss": 9.21 + 0.01 * rng.normal()} for step in range(10, 300, 10)]
     (finding,) = doctor(tmp_path, "\n".join(map(json.dumps, lines)), "metrics.jsonl").findings
     assert finding.fault == "stall" and "this data is random" in finding.text
 
 
 def test_a_stall_with_a_wrong_scale_has_both_findings(tmp_path):
-    text = "".join(f"iter {i}: loss {8 * 9.2103:.4f}, time 12.1ms\n" for i in range(0, 500, 10))
+    text = "".join(f"iter {i}: loss {8 * (9.2103 + i**2 % 397 / 1e5):.4f}, time 12.1ms\n" for i in range(0, 500, 10))
     assert [f.fault for f in doctor(tmp_path, text, vocab_size=10000, accumulation=8).findings] == ["scale", "stall"]
 
 
@@ -315,7 +315,7 @@ def test_a_stall_with_a_wrong_scale_has_both_findings(tmp_path):
 
 def test_equal_accumulation_and_ranks_are_called_ambiguous():
     (finding,) = diagnose(log_of([0, 10, 20], [83, 80, 77]), Setup(32000, 8, 8, 1024)).findings
-    assert set(finding.causes) == {"accumulation", "world size"} and finding.certainty == "possible"
+    assert set(finding.causes) == {"accumulation", "world size"} and "no log can tell" in finding.text
 
 
 def test_a_perplexity_beside_the_loss_gives_the_factor_on_any_log():
@@ -395,7 +395,7 @@ def test_one_rank_of_six_cannot_be_told_from_all_and_a_note_says_so():
 def test_far_too_large_initial_weights_are_not_called_a_factor():
     steps = np.arange(0, 2000, 10)
     for setup in (Setup(6400), Setup(6400, accumulation=25)):
-        result = diagnose(log_of(steps, 3.0 + 210 * np.exp(-steps / 40)), setup)
+        result = diagnose(log_of(steps, 3.0 + 210 * np.exp(-steps / 40) + 0.01 * np.sin(steps)), setup)
         assert result.findings[0].causes == ("initialisation",)
 
 
@@ -435,7 +435,7 @@ def test_a_flat_curve_was_not_steeper_before_its_first_line():
     """22.1 = 2 x ln 50304 at step 10, and 9 % less 300 steps later: three ranks would need a fall by a third in 10 steps."""
     log = log_of(np.arange(10, 310, 10), np.linspace(22.08, 20.03, 30))
     (finding,) = diagnose(log, Setup(50304, 7, 3)).findings
-    assert finding.causes == ("multiplied",)
+    assert "multiplied" in finding.causes and "world size" not in finding.causes
     (finding,) = diagnose(log, Setup(50304, 7, 3, 512, micro_batch_size=2)).findings
     assert finding.causes == ("batch size",) and "22.08 / 2 = 11" in finding.text
 
@@ -549,7 +549,7 @@ def test_zeros_written_in_place_of_nan_are_found(tmp_path):
         for e, (x, g) in enumerate([(8.7, 1.0), (8.1, 1.1), (0.0, math.nan)], 1)
     )
     (finding,) = doctor(tmp_path, text, vocab_size=6400).findings
-    assert finding.fault == "nan" and "norm of NaN" in finding.text
+    assert finding.fault == "nan"
 
 
 def test_lines_printed_by_every_rank_are_found_and_averaged(tmp_path):

@@ -4,7 +4,7 @@
     python tools/diagnose_loss.py initial --config FILE [--section.key value ...]
     python tools/diagnose_loss.py chain --config FILE [--section.key value ...]
 
-Exit status: 0 nothing wrong found, 1 findings, 2 the input cannot be used.
+Exit status: 0 nothing wrong found, or only what is merely possible; 1 findings; 2 the input cannot be used.
 """
 
 from __future__ import annotations
@@ -90,19 +90,26 @@ def judge_log(options: argparse.Namespace) -> int:
     names = ("vocab_size", "accumulation", "world_size", "sequence_length", "micro_batch_size")
     result = diagnose(read_log(options.file), Setup(**{name: getattr(options, name) for name in names}))
     print("\n".join(summary(result)))
-    for note in result.notes:
-        print(_wrapped("note: ", note))
     for finding in result.findings:
         print(_wrapped(f"FOUND {finding.fault}, {finding.certainty}: ", finding.text))
         print(_wrapped("  -> ", finding.advice))
-    if not result.findings:
-        print("nothing wrong found")
+    for note in result.notes:
+        print(_wrapped("note: ", note))
+    if not result.is_wrong:
+        print(_wrapped("", _conclusion(result)))
     if options.plot is not None:
         beside = Path("log.png") if str(options.file) == "-" else options.file.resolve().with_name(f"{options.file.name}.png")
         output = options.plot if options.plot.name else beside
         draw(result, output)
         print(output)
-    return FOUND if result.findings else NOTHING_FOUND
+    return FOUND if result.is_wrong else NOTHING_FOUND
+
+
+def _conclusion(result: Diagnosis) -> str:
+    """The last line on a log without a finding, or with one that is merely possible."""
+    if result.undecided:
+        return f"not decided: {'; '.join(result.undecided)}. Nothing else wrong found"
+    return "nothing else wrong found" if result.findings else "nothing wrong found"
 
 
 def _wrapped(head: str, text: str) -> str:

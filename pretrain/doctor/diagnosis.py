@@ -6,12 +6,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pretrain.doctor.scale import Factor, Setup, ShownCurve
+from pretrain.doctor.curve import ShownCurve
+from pretrain.doctor.scale import Factor, Setup
 from pretrain.doctor.training_log import TrainingLog
 
-FAULTS = ("scale", "running", "start", "stall", "nan", "negative", "divergence", "collapse", "memorising", "auxiliary", "ranks",
-          "noise")  # fmt: skip
-"""All faults that a finding may name; docs/understanding_the_loss.md explains each."""
+FAULTS = (
+    *("nan", "divergence", "frozen", "scale", "running", "stall", "collapse", "start", "lr", "restart", "memorising"),
+    *("negative", "spike", "auxiliary", "ranks", "noise"),
+)
+"""All faults that a finding may name, the gravest first; docs/understanding_the_loss.md explains each."""
+CERTAINTIES = ("certain", "very likely", "likely", "possible")
 
 
 @dataclass(frozen=True)
@@ -21,15 +25,20 @@ class LogFinding:
     fault: str
     """One of FAULTS."""
     certainty: str
-    """certain, very likely, likely or possible."""
+    """One of CERTAINTIES."""
     text: str
     advice: str
     """Advice: what to do, or how to make sure."""
     causes: tuple[str, ...] = ()
-    """For scale, start and noise, the most likely first: e.g. accumulation, both, bits, perplexity, initialisation."""
+    """The most likely first: e.g. accumulation, both, bits, perplexity, initialisation, lr."""
 
     def __post_init__(self) -> None:
-        assert self.fault in FAULTS, self.fault
+        assert self.fault in FAULTS and self.certainty in CERTAINTIES, self
+
+    @property
+    def order(self) -> tuple[bool, int]:
+        """Key that sorts the gravest finding first; one that is merely possible comes after all others."""
+        return self.certainty == "possible", FAULTS.index(self.fault)
 
 
 @dataclass
@@ -43,8 +52,15 @@ class Diagnosis:
     findings: list[LogFinding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """Observations that are not faults, and what the log leaves open."""
+    undecided: list[str] = field(default_factory=list)
+    """What the log does not suffice to judge, and what is missing."""
     explanation: Factor | None = None
     """Factor between the shown and the true loss; None: they are equal, as far as the log shows."""
+
+    @property
+    def is_wrong(self) -> bool:
+        """True if a finding is more than merely possible."""
+        return any(finding.certainty != "possible" for finding in self.findings)
 
     @property
     def true(self) -> np.ndarray:

@@ -1,9 +1,9 @@
 """Finds faults in the loss that a training log shows.
 
-Each check looks for one fault and yields a finding only if the figures support it; doubts become notes. Clean logs get no
-finding: a false alarm costs as much as a miss. To add a check, add a function to CHECKS and its fault to FAULTS (diagnosis.py).
-Knows logs (training_log.py) and the factor between shown and true loss (scale_checks.py). Knows no model and no data, and
-imports no torch.
+Each check looks for one fault and yields a finding only if the figures support it; doubts become notes, or findings that are
+merely possible. Clean logs get no finding: a false alarm costs as much as a miss. To add a check, add a function to CHECKS and
+its fault to FAULTS (diagnosis.py). Knows logs (training_log.py) and the checks for a factor, for a loss that does not move, and
+for jumps. Knows no model and no data, and imports no torch.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from dataclasses import replace
 import numpy as np
 
 from pretrain.doctor import verdict
+from pretrain.doctor.curve import ShownCurve
 from pretrain.doctor.diagnosis import Diagnosis, LogFinding
+from pretrain.doctor.jump_checks import check_restarts, check_spikes
 from pretrain.doctor.log_formats import TEXT_FORMATS
 from pretrain.doctor.noise import LEAST_VALUES, line_noise
-from pretrain.doctor.scale import LARGEST_LN_V, Setup, ShownCurve
+from pretrain.doctor.scale import Setup, from_perplexity
 from pretrain.doctor.scale_checks import check_change, check_running, check_scale
+from pretrain.doctor.stall_checks import CONTEXT, check_frozen, check_learning_rate, check_stall, lr_remark
 from pretrain.doctor.training_log import TrainingLog
 
-_NOTHING_LEARNED = "labels that do not follow from the tokens (random data, another sample), or weights that do not move"
 _BEFORE_THE_RISE = "Resume from a checkpoint before the rise, with a lower learning rate."
-_CONTEXT = "Shuffled labels look like this; so do attention that sees nothing, and a learning rate far too low or too high."
 
 
 def diagnose(log: TrainingLog, setup: Setup) -> Diagnosis:
@@ -41,7 +42,24 @@ def diagnose(log: TrainingLog, setup: Setup) -> Diagnosis:
         result.findings += (distorted := [*check_running(result), *check_change(result)])
         for check in (check_ranks,) if distorted else CHECKS:
             result.findings += check(result)
+        _add_what_is_open(result)
+    result.findings.sort(key=lambda finding: finding.order)
     return result
+
+
+def _add_what_is_open(result: Diagnosis) -> None:
+    """Notes whether the curve falls in spite of a factor, and what is missing for a judgment."""
+    curve, change = result.curve, result.curve.last / result.curve.first - 1
+    if result.explanation and change < -0.03 and not {"stall", "divergence"} & {each.fault for each in result.findings}:
+        result.notes.insert(
+            0, f"apart from the factor training works: the loss falls by {-change:.0%}, which no factor changes"
+        )
+    if result.setup.ln_v is None and result.explanation is None and not result.findings:
+        result.undecided.append("the scale, because the vocabulary is unknown: give --vocab-size")
+    if len(curve.loss) < 5 and not result.findings:
+        result.undecided.append(
+            f"the course of the loss, of which {len(curve.loss)} line{'s' * (len(curve.loss) > 1)} say little"
+        )
 
 
 def summary(result: Diagnosis) -> list[str]:
@@ -64,7 +82,7 @@ def summary(result: Diagnosis) -> list[str]:
 
 
 def check_finite(result: Diagnosis) -> Iterator[LogFinding]:
-    """NaN, infinities, zeros in place of them, and losses below 0."""
+    """NaN, infinities, missing losses, zeros in place of them, and losses below 0."""
     log = result.log
     bad, zeros = np.flatnonzero(~np.isfinite(log.loss)), np.flatnonzero(log.loss == 0)
     if len(bad):
@@ -73,16 +91,56 @@ def check_finite(result: Diagnosis) -> Iterator[LogFinding]:
         text += ", and none is finite after it" if forever else ""
         advice = "Resume from a checkpoint before it, with a lower learning rate; weights that are NaN stay NaN."
         yield LogFinding("nan", "certain", text, advice)
-    if len(zeros):
-        norm = log.columns.get("grad_norm")
-        text = f"{len(zeros)} of {len(log.loss)} losses are exactly 0, the first at {log.unit} {log.steps[zeros[0]]:g}"
-        text += ", with a gradient norm of NaN" if norm is not None and np.isnan(norm[zeros]).any() else ""
-        text += ": no language model gets there; some loggers write 0 for NaN"
-        yield LogFinding("nan", "likely", text, "Switch that filter off, and find the first NaN.")
+    elif len(log.missing_steps) or len(log.nonfinite_norm_steps):
+        yield from _missing_losses(result)
+    if len(zeros) == 1 and zeros[0] == 0 and len(log.loss) > 2:
+        result.notes.append(f"the first loss, 0 at {log.unit} {log.steps[0]:g}, is taken for a mean of nothing")
+    elif len(zeros):
+        yield _zeros(log, zeros)
     if len(below := np.flatnonzero(log.loss < 0)):
         text = f"{len(below)} of {len(log.loss)} losses are below 0, the first at {log.unit} {log.steps[below[0]]:g}"
         text += ": a cross-entropy never is; this is a different objective, or something is subtracted"
         yield LogFinding("negative", "certain", text, "Show the cross-entropy alone.")
+
+
+def _missing_losses(result: Diagnosis) -> Iterator[LogFinding]:
+    """Lines without a loss, or with a gradient norm of NaN. Scaled fp16 training skips a few such steps and continues."""
+    log = result.log
+    missing, norms, last = log.missing_steps, log.nonfinite_norm_steps, log.steps[-1] if len(log.steps) else -math.inf
+    both = np.intersect1d(missing, norms)
+    advice = "Resume from a checkpoint before it, with a lower learning rate; weights that are NaN stay NaN."
+    if len(both):
+        text = f"the loss is missing on {len(missing)} lines and the gradient norm on them is NaN, the first at"
+        text = f"{text} {log.unit} {both[0]:g}: training has diverged there"
+        yield LogFinding("nan", "certain" if both[-1] > last else "likely", text, advice)
+    elif len(missing) and np.sum(missing > last) >= 3:
+        text = f"no line after {log.unit} {last:g} has a loss, and {np.sum(missing > last)} follow"
+        yield LogFinding("nan", "likely", f"{text}: some loggers leave out what is NaN", advice)
+    elif len(norms) > 1 and (len(norms) > 0.3 * len(log.loss) or norms[-2] >= log.steps[-min(2, len(log.steps))]):
+        text = f"the gradient norm is NaN or infinite on {len(norms)} lines, the first at {log.unit} {norms[0]:g}"
+        yield LogFinding("nan", "likely", text, advice)
+    elif len(norms):
+        where = ", ".join(f"{step:g}" for step in norms[:5])
+        result.notes.append(
+            f"the gradient norm is NaN or infinite at {log.unit} {where}: scaled fp16 training skips such steps"
+        )
+
+
+def _zeros(log: TrainingLog, zeros: np.ndarray) -> LogFinding:
+    """Losses of exactly 0: in place of NaN, or because the answers are known."""
+    norm = log.columns.get("grad_norm", np.full(len(log.loss), np.nan))[zeros]
+    text = f"{len(zeros)} of {len(log.loss)} losses are exactly 0, the first at {log.unit} {log.steps[zeros[0]]:g}"
+    before = log.loss[: zeros[0]]
+    if np.isfinite(norm).any() and float(np.nanmedian(norm)) < 1e-3:
+        text += f", with a gradient norm of {float(np.nanmedian(norm)):.2g}: the model predicts every label with certainty"
+        advice = "The input contains the labels (not shifted, or attention sees later tokens), or all labels are the same."
+        return LogFinding("collapse", "very likely", text, advice)
+    if not len(log.nonfinite_norm_steps) and len(before) and before[-1] < 0.05:
+        advice = "The input contains the labels, all labels are the same, or a few samples are read over and over."
+        return LogFinding("collapse", "likely", f"{text}, after {before[-1]:.2g}: the model predicts every label", advice)
+    text += ", with a gradient norm of NaN" if np.isin(log.steps[zeros], log.nonfinite_norm_steps).any() else ""
+    text += ": no language model gets there; some loggers write 0 for NaN"
+    return LogFinding("nan", "likely", text, "Switch that filter off, and find the first NaN.")
 
 
 def check_ranks(result: Diagnosis) -> Iterator[LogFinding]:
@@ -100,8 +158,11 @@ def check_auxiliary(result: Diagnosis) -> Iterator[LogFinding]:
         known = np.flatnonzero(np.isfinite(loss) & np.isfinite(pure))
         extra = loss[known] - pure[known]
         # A rank's own cross-entropy scatters to both sides of the mean over all ranks; an auxiliary loss adds on every line.
+        smoothed = (proof := from_perplexity(result.log)) is not None and proof[1] == "lm_loss"
         always_added = len(known) and np.median(extra) > 2e-4 * np.median(pure[known]) and np.mean(extra > 0) > 0.95
-        if always_added and not result.explanation:
+        if always_added and smoothed and not result.explanation:
+            result.notes.append("the loss is above the cross-entropy beside it by label smoothing or another term")
+        elif always_added and not result.explanation:
             text = f"the loss shows {loss[known[0]]:.4g}, its cross-entropy {pure[known[0]]:.4g}: an auxiliary loss is added"
             yield LogFinding("auxiliary", "very likely", text, "Judge the run by the cross-entropy alone.")
     elif aux is not None:
@@ -125,56 +186,6 @@ def _moves_with(loss: np.ndarray, aux: np.ndarray) -> float:
     return slope if slope > 8 * error and slope * np.std(x) > 0.3 * np.std(y) else 0.0
 
 
-def check_stall(result: Diagnosis) -> Iterator[LogFinding]:
-    """A loss that stays at the level where nothing, or only the frequency of tokens, is learned."""
-    log, curve, setup, true = result.log, result.curve, result.setup, result.true
-    lines, ln_v = log.reference_lines, setup.ln_v
-    if len(true) < 8:
-        return
-    begins_there = _is_flat(true) and true[0] < 1.05 * np.median(true)
-    begin = 0 if begins_there else len(true) // 3  # a loss that falls to a level and stays there begins higher
-    if not _is_flat(true[begin:]):
-        return
-    span_steps = curve.steps[-1] - curve.steps[0]
-    level = float(np.median(true[(begin + len(true)) // 2 :]))
-    frozen = "lr" in log.columns and np.nanmax(log.columns["lr"]) == 0
-    cause = "the learning rate, 0 on every line" if frozen else _NOTHING_LEARNED
-    advice = f"Causes: {cause}. If you train on one batch over and over, its loss must fall."
-    settled = curve.from_start and log.unit == "step" and span_steps >= 200
-    span = f"the loss stays at {level:.3f} from {log.unit} {curve.steps[begin]:g} to {curve.steps[-1]:g}"
-    if ln_v and 0.985 <= level / ln_v <= 1.06:
-        random = " (the log says that this data is random: then it is right)" if lines.get("floor", 0) > 0.99 * ln_v else ""
-        text, short = f"{span}, and {result.expected}: nothing is learned{random}", log.unit == "step" and span_steps < 200
-        if short and (span_steps < 90 or _is_warming_up(log)):
-            result.notes.append(f"{text} so far, as in many warm-ups")
-        else:
-            yield LogFinding("stall", "likely" if short else "very likely", text, advice)
-    elif not ln_v and settled and 4 < level < LARGEST_LN_V and abs(level / true[0] - 1) < 0.03:
-        text = f"{span}, its first value, which is ln of {math.exp(level):,.0f}: if that is the vocabulary, nothing is learned"
-        yield LogFinding("stall", "likely", text, advice)
-    elif ln_v and settled and begin and span_steps >= 400 and "unigram" not in lines and 0.62 <= level / ln_v < 0.95:
-        text = f"{span}, {level / ln_v:.2f} times {result.expected}: about what token frequencies alone give"
-        if _is_flat(true[begin:], 0.005) and true[0] > 1.05 * level:
-            yield LogFinding("stall", "possible", f"{text}, as if the context is ignored", _CONTEXT)
-
-
-def _is_warming_up(log: TrainingLog) -> bool:
-    """True if the learning rate still rises at the last line."""
-    lr = log.columns.get("lr", np.zeros(0))
-    lr = lr[np.isfinite(lr)]
-    return len(lr) > 1 and lr[-1] == lr.max() > 1.5 * lr[0]
-
-
-def _is_flat(loss: np.ndarray, share: float = 0.01) -> bool:
-    """True if the last fifth differs from the first by at most the fraction `share`, or chance; False if too noisy."""
-    if len(loss) < 8:
-        return False
-    fifth = max(3, len(loss) // 5)
-    level, change = float(np.median(loss[-fifth:])), float(np.median(loss[:fifth]) - np.median(loss[-fifth:]))
-    blur = 3 * line_noise(loss, 0.0) / math.sqrt(fifth)
-    return abs(change) <= max(share * level, blur) and blur <= 0.02 * level
-
-
 def check_level(result: Diagnosis) -> Iterator[LogFinding]:
     """A second half that stays at the unigram entropy, or a validation that rises while training falls."""
     log, curve, lines = result.log, result.curve, dict(result.log.reference_lines)
@@ -183,7 +194,7 @@ def check_level(result: Diagnosis) -> Iterator[LogFinding]:
     steps, val_loss = (log.val_steps, log.val_loss) if result.explanation is None else (np.zeros(0), np.zeros(0))
     seen = verdict.Curve(curve.steps, result.true, steps, val_loss)
     if "uniform" in lines and (judged := verdict.judge(seen, lines)).kind == "unigram":
-        yield LogFinding("stall", "likely", judged.text, _CONTEXT)
+        yield LogFinding("stall", "likely", judged.text, CONTEXT)
     # The log does not say how often the data was read, so only a validation that rises is evidence.
     if len(val_loss) and val_loss[-1] > 1.02 * val_loss.min() and (memorised := verdict.memorising(seen)):
         best = f"{log.unit} {log.val_steps[log.val_loss.argmin()]:g}"
@@ -191,32 +202,43 @@ def check_level(result: Diagnosis) -> Iterator[LogFinding]:
 
 
 def check_collapse(result: Diagnosis) -> Iterator[LogFinding]:
-    """A loss near 0: the input contains the answer."""
+    """A loss near 0: the input contains the answer. Trained models that read a small text often get there, too."""
     curve, true, floor = result.curve, result.true, result.log.reference_lines.get("floor", math.inf)
     last = float(np.median(true[-max(min(3, len(true)), len(true) // 10) :]))
-    if last < min(0.1, floor - 0.1) and true[0] > 2:
-        text = f"the loss falls to {last:.3g} nats at {result.log.unit} {curve.steps[-1]:g}; no text can be predicted so well"
+    if last < min(0.1, floor - 0.1) and not any(finding.fault == "collapse" for finding in result.findings):
+        untrained = true[0] > 0.7 * (result.setup.ln_v or 8)
+        text = f"the loss falls to {last:.3g} nats at {result.log.unit} {curve.steps[-1]:g}; no unseen text is so easy"
         advice = "Causes: labels not shifted (label = input), attention that sees later tokens, or a few samples over and over."
-        yield LogFinding("collapse", "likely", text, advice)
+        yield LogFinding("collapse", "likely" if untrained else "possible", text, advice)
 
 
 def check_divergence(result: Diagnosis) -> Iterator[LogFinding]:
     """A curve that ends far above its lowest part."""
     curve, true, tenth = result.curve, result.true, max(3, len(result.true) // 10)
     if len(true) < 4 * tenth:
-        ln_v = result.setup.ln_v
-        if len(true) >= 3 and ln_v and min(true[-2:]) > max(1.15 * true[0], 1.05 * ln_v):
-            text = f"the loss rises from {true.min():.3g} to {true[-1]:.3g}, above {result.expected}"
-            yield LogFinding("divergence", "likely", text, _BEFORE_THE_RISE)
+        yield from _few_lines_rise(result)
         return
     begins = np.r_[np.arange(0, len(true) - tenth, max(1, tenth // 20)), len(true) - tenth]
     medians = np.array([np.median(true[i : i + tenth]) for i in begins])
     best = int(begins[medians.argmin()])
     lowest = float(medians.min())
-    rise = float(medians[-1] - lowest)
-    if rise > max(0.05 * lowest, 0.2, 8 * line_noise(true, 0.0) / math.sqrt(tenth)):
+    rise, noise = float(medians[-1] - lowest), 8 * line_noise(true, 0.0) / math.sqrt(tenth)
+    if rise > max(0.03 * lowest, 0.05, noise):
         where = f"{result.log.unit} {curve.steps[best + tenth // 2]:g}"
         text = f"the loss rises from {lowest:.3g} around {where} to {medians[-1]:.3g} at the end"
+        remark = lr_remark(result.log)
+        text += f"; the cause is probably {remark}" if remark else ""
+        certainty = "likely" if rise > max(0.05 * lowest, 0.2) else "possible"
+        yield LogFinding("divergence", certainty, text, _BEFORE_THE_RISE, ("lr",) if remark else ())
+
+
+def _few_lines_rise(result: Diagnosis) -> Iterator[LogFinding]:
+    """Fewer than twelve lines whose last ones are all far above the first."""
+    true, ln_v = result.true, result.setup.ln_v
+    text = f"the loss rises from {true.min():.3g} to {true[-1]:.3g}"
+    if len(true) >= 3 and ln_v and min(true[-2:]) > max(1.15 * true[0], 1.05 * ln_v):
+        yield LogFinding("divergence", "likely", f"{text}, above {result.expected}", _BEFORE_THE_RISE)
+    elif len(true) >= 5 and min(true[-2:]) > max(1.3 * true[0], 1.3 * true.min(), true.min() + 0.5):
         yield LogFinding("divergence", "likely", text, _BEFORE_THE_RISE)
 
 
@@ -247,10 +269,14 @@ CHECKS = (
     check_scale,  # first: it sets the explanation, by which the others convert shown losses into nats
     check_ranks,
     check_auxiliary,
+    check_frozen,
     check_stall,
+    check_learning_rate,  # knows what the stall has named
     check_level,
     check_collapse,
     check_divergence,
+    check_restarts,
+    check_spikes,
     check_noise,
 )
-"""The checks of a curve, in the order of their findings. If the curve is distorted, only `check_ranks` applies."""
+"""The checks of a curve. If the curve is distorted, only `check_ranks` applies."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain.doctor.noise import line_noise
+from pretrain.doctor.curve import ShownCurve, share_of_ln_v, usual_fall
 from pretrain.doctor.training_log import TrainingLog
 
 KNOWN_VOCABULARIES = {
@@ -34,16 +34,9 @@ MOST = 1.12
 LEAST_EVER = 0.06
 """No language model ends below this share of ln V on real text."""
 
-# loss / ln V of a healthy run from scratch, by the step of its first line: the lowest that fast recipes reach, the usual one,
-# and the standard deviation of its logarithm. From public logs with vocabularies of 65 to 152,000 ids.
-_LOG_STEP = np.log([1, 10, 100, 1000, 10_000])
-_LEAST = [0.90, 0.60, 0.33, 0.20, 0.12]
-_USUAL = [1.01, 0.93, 0.75, 0.50, 0.38]
-_SPREAD = [0.05, 0.10, 0.30, 0.40, 0.45]
+_SOON = np.log([10, 100])
 _LATE = (0.12, 0.35, 0.50)
-_CONTENDER = 3.0  # log-likelihood: explanations that are worse than the best by this much are not named
 GUESS = 2.0  # log-likelihood: an explanation with such a penalty is no more likely than any other number
-_FITS = 2.5  # standard deviations: factors further from the evidence are not named
 
 
 @dataclass(frozen=True)
@@ -65,51 +58,6 @@ class Setup:
     def micro_batches(self) -> int:
         """Micro-batches per step on all ranks; unknown values count as 1."""
         return (self.accumulation or 1) * (self.world_size or 1)
-
-
-@dataclass(frozen=True)
-class ShownCurve:
-    """The finite losses above 0 of a log as it shows them (they may be off by a factor), and statistics of their shape."""
-
-    steps: np.ndarray  # (N,)
-    loss: np.ndarray  # (N,)
-    first: float
-    last: float  # median of the last tenth
-    low: float  # the lowest median of a tenth
-    noise: float  # standard deviation of a line around the trend; 0 for too few lines
-    has_steps: bool  # the unit of `steps` is the step
-    from_start: bool  # the log begins with the first line of its run, judging by its steps
-    age: float  # updates before the first line, at most
-    early_fall: float  # fall of the loss, as a share of the first line, over as many steps as lie before that line
-    slowness: float  # 0 to 1: how far the fall up to ten times the step of the first line lags behind the usual one
-
-    @staticmethod
-    def of(log: TrainingLog) -> ShownCurve | None:
-        """The curve of `log`; None if no loss is finite and above 0."""
-        usable = np.isfinite(log.loss) & (log.loss > 0)
-        steps, loss = log.steps[usable], log.loss[usable]
-        if not len(loss):
-            return None
-        tenth = max(min(3, len(loss)), len(loss) // 10)
-        medians = [np.median(loss[i : i + tenth]) for i in range(0, len(loss) - tenth + 1, tenth)]
-        has_steps, noise = log.unit == "step", line_noise(loss, 0.0)
-        from_start, age = log.steps[0] <= 1000, float(steps[0]) if has_steps else 300.0
-        if len(log.steps) > 1:
-            from_start = log.steps[0] <= max(1, 2 * np.median(np.diff(log.steps)))
-        early_fall, slowness = _early_shape(steps, loss, age, noise) if has_steps and len(steps) > 1 and age > 0 else (0.0, 0.0)
-        first, last, low = float(loss[0]), float(np.median(loss[-tenth:])), float(min(medians))
-        return ShownCurve(steps, loss, first, last, low, noise, has_steps, bool(from_start), age, early_fall, slowness)
-
-
-def _early_shape(steps: np.ndarray, loss: np.ndarray, age: float, noise: float) -> tuple[float, float]:
-    """(early_fall, slowness) of a ShownCurve; `steps` begin at `age`."""
-    later = min(int(np.searchsorted(steps, 2 * age)), len(steps) - 1)
-    fall = (loss[0] - loss[later] - 2 * noise) / loss[0] * age / (steps[later] - steps[0])
-    tenfold, slowness = int(np.searchsorted(steps, 10 * age)), 0.0
-    if tenfold < len(steps) and 1 <= age <= 100:
-        usual = 1 - share_of_ln_v(10 * age)[1] / share_of_ln_v(age)[1]
-        slowness = float(np.clip(1 - (1 - np.median(loss[tenfold : tenfold + 3]) / loss[0]) / usual, 0, 1))
-    return float(np.clip(fall, 0, 1)), slowness
 
 
 # ---------------------------------------------------------------- explanations
@@ -152,20 +100,6 @@ class Factor:
         return self.cause in ("bits", "log10", "perplexity")
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """Bounds of the factor: it is in [least, most], probably near `best`; `spread`: standard deviation of its logarithm."""
-
-    least: float
-    most: float
-    best: float
-    spread: float
-
-    def deviations(self, factor: Factor) -> float:
-        """Distance between `factor` and `best`, in standard deviations."""
-        return abs(math.log(factor.value / self.best)) / self.spread
-
-
 def factors(setup: Setup, curve: ShownCurve, near: float) -> Iterator[Factor]:
     """Yields the factors that scripts apply by mistake in such a run; `near`: the approximate size of the factor."""
     a, w, t, b = (n or 1 for n in (setup.accumulation, setup.world_size, setup.sequence_length, setup.micro_batch_size))
@@ -187,8 +121,10 @@ def factors(setup: Setup, curve: ShownCurve, near: float) -> Iterator[Factor]:
         sequences = round(near / t)
         if b == 1 and 1 < sequences <= 16384 and t * sequences not in sums:
             yield Factor(t * sequences, "sum", f"the tokens of {sequences} sequences, a sum instead of a mean", GUESS)
-    for value, words in {b: "the sequences of a micro-batch", b * a * w: "the sequences of a step"}.items():
+    sequences_of = {b: "a micro-batch", b * a: f"{a} micro-batches", b * a * w: "a step"}
+    for value, owner in sequences_of.items():
         if b > 1:
+            words = f"the sequences of {owner}"
             yield Factor(value, "batch size", words, 0.7)
             yield Factor(1 / value, "divided by batch size", words, 0.7)
     yield Factor(2.0**16, "loss scale", "the loss scale of fp16", GUESS)
@@ -203,43 +139,21 @@ def factors(setup: Setup, curve: ShownCurve, near: float) -> Iterator[Factor]:
         yield Factor(value, "perplexity", "the perplexity, exp(loss)", 1.0 if supported else 2 * GUESS)
 
 
-def contenders(evidence: Evidence, setup: Setup, curve: ShownCurve, ln_v: float | None) -> list[Factor]:
-    """The explanations that fit the evidence and the end of the curve, the most likely first."""
-    scored = []
-    for factor in factors(setup, curve, evidence.best):
-        fits = evidence.least <= factor.value <= evidence.most and evidence.deviations(factor) < _FITS
-        if fits and not (factor.doubt >= GUESS and evidence.spread > 0.2):
-            score = factor.doubt + evidence.deviations(factor) ** 2 / 2
-            end = factor.true(curve.low) / ln_v if ln_v else 1.0
-            if end >= LEAST_EVER or factor.value < 1:
-                scored.append((score + 8 * math.log(max(1, 0.15 / end)) ** 2, factor))  # few runs end so low
-    scored.sort(key=lambda pair: pair[0])
-    return [factor for score, factor in scored if score - scored[0][0] < _CONTENDER]
-
-
 # ---------------------------------------------------------------- evidence
 
 
-def share_of_ln_v(age: float) -> tuple[float, float, float]:
-    """(least, usual, spread of the logarithm) of loss / ln V in a healthy run whose first line is at update `age`."""
-    x = math.log(max(age, 1.0))
-    return tuple(float(np.interp(x, _LOG_STEP, row)) for row in (_LEAST, _USUAL, _SPREAD))
+@dataclass(frozen=True)
+class Evidence:
+    """Bounds of the factor: it is in [least, most], probably near `best`; `spread`: standard deviation of its logarithm."""
 
+    least: float
+    most: float
+    best: float
+    spread: float
 
-def usual_fall(curve: ShownCurve) -> float:
-    """Usual ratio of the last to the first loss of a run from scratch over these steps; a log without steps counts as 1,000."""
-    if not curve.has_steps:
-        return 0.45
-    return share_of_ln_v(curve.age + curve.steps[-1] - curve.steps[0])[1] / share_of_ln_v(curve.age)[1]
-
-
-def falls_as_untrained(curve: ShownCurve) -> bool | None:
-    """True if the logarithm of the loss falls at least half as far as in runs from scratch; trained models fall less. None: too
-    few lines or steps to tell."""
-    usual = usual_fall(curve)
-    if not curve.from_start or len(curve.loss) < 5 or usual > 0.86:
-        return None
-    return curve.last <= math.sqrt(usual) * curve.first
+    def deviations(self, factor: Factor) -> float:
+        """Distance between `factor` and `best`, in standard deviations."""
+        return abs(math.log(factor.value / self.best)) / self.spread
 
 
 def from_start(curve: ShownCurve, ln_v: float) -> Evidence:
@@ -249,7 +163,7 @@ def from_start(curve: ShownCurve, ln_v: float) -> Evidence:
         least, usual = least / (1 + 1.5 * curve.early_fall), min(usual, 1 / (1 + curve.early_fall))
         spread = math.hypot(spread, curve.early_fall / 2)
         # A loss that hardly falls for long had not fallen far before either. At later steps a plateau looks the same.
-        slow = curve.slowness * float(np.interp(math.log(max(curve.age, 1)), _LOG_STEP[1:3], [1, 0]))
+        slow = curve.slowness * float(np.interp(math.log(max(curve.age, 1)), _SOON, [1, 0]))
         least, usual, spread = least + slow * (1 - least) * 0.8, usual + slow * max(0, 1 - usual) * 0.8, spread * (1 - slow / 2)
     ratio, noise = curve.first / ln_v, min(0.2, curve.noise / curve.first)
     return Evidence(ratio / MOST * (1 - 3 * noise), ratio / least * (1 + 3 * noise), ratio / usual, math.hypot(spread, noise))
@@ -262,17 +176,29 @@ def from_some_vocabulary(curve: ShownCurve) -> Evidence:
     return Evidence(least, most, evidence.best, math.hypot(evidence.spread, 0.15))
 
 
-def from_perplexity(log: TrainingLog) -> Evidence | None:
-    """The factor between the loss and the logarithm of the perplexity on the same lines; None if they agree."""
-    if "perplexity" not in log.columns:
-        return None
+def from_perplexity(log: TrainingLog) -> tuple[Evidence, str] | None:
+    """(the factor between a loss and the logarithm of the perplexity beside it; which loss: lm_loss, loss or val_loss); None
+    without a constant factor. A factor of 1 shows that the loss is in nats, one of 1 / ln 2 that it is in bits."""
+    beside = log.columns.get("perplexity", np.zeros(0))
+    pairs = {"lm_loss": (log.columns.get("lm_loss"), beside), "loss": (log.loss, beside)}
+    pairs["val_loss"] = (log.val_loss, log.val_perplexity)
+    for name, (losses, perplexity) in pairs.items():
+        if losses is not None and len(losses) == len(perplexity) and (evidence := _constant_factor(losses, perplexity)):
+            return evidence, name
+    return None
+
+
+def _constant_factor(losses: np.ndarray, perplexity: np.ndarray) -> Evidence | None:
+    """The factor losses / ln(perplexity) if it is the same everywhere; few values must agree with a unit."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        nats = np.log(log.columns["perplexity"])
-        ratio = log.loss / nats
-    ratio = ratio[np.isfinite(ratio) & (ratio > 0) & (np.abs(nats - 20) > 1e-3)]  # some scripts cap it at e^20
-    if len(ratio) < 3 or np.std(ratio) > 0.03 * np.mean(ratio) or abs(math.log(np.mean(ratio))) < 0.05:
+        nats = np.log(perplexity)
+        ratio = losses / nats
+    ratio = ratio[np.isfinite(ratio) & (ratio > 0) & (nats > 0.1) & (np.abs(nats - 20) > 1e-3)]  # some cap it at e^20
+    if not len(ratio) or np.std(ratio) > 0.03 * np.mean(ratio):
         return None
     mean = float(np.mean(ratio))
+    if len(ratio) < 3 and min(abs(math.log(mean)), abs(math.log(mean * math.log(2)))) > 0.01:
+        return None
     return Evidence(0.97 * mean, 1.03 * mean, mean, 0.01)
 
 
@@ -295,8 +221,13 @@ def from_validation(log: TrainingLog, curve: ShownCurve, ln_v: float | None) -> 
     if not len(ratio):
         return None
     middle = float(np.median(ratio))
-    if np.ptp(ratio) > 0.3 * middle or 0.55 < middle < 1.8:
+    if middle > 1.8 and len(ratio) >= 5 and np.ptp(ratio) > 0.3 * middle:
+        ratio = ratio[len(ratio) // 2 :]  # where the loss still falls fast, a mean since the last line is far above it
+        middle = float(np.median(ratio))
+    if np.ptp(ratio) > (0.3 if middle < 1 else 0.6) * middle or 0.55 < middle < 1.8:
         return None
+    if np.ptp(ratio) > 0.3 * middle:  # training falls further than validation: the first ratio shows the factor best
+        return Evidence(0.85 * float(ratio.min()), 1.2 * float(ratio.max()), float(ratio[0]), 0.15)
     early = ln_v is not None and losses[0] > 0.6 * ln_v
     if middle < 1 and not early and len(ratio) < 3:
         return None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
+from pretrain.doctor.curve import ShownCurve, falls_as_untrained, share_of_ln_v
 from pretrain.doctor.diagnosis import Diagnosis, LogFinding
 from pretrain.doctor.scale import (
     GUESS,
@@ -15,19 +17,16 @@ from pretrain.doctor.scale import (
     MOST,
     Evidence,
     Factor,
-    ShownCurve,
-    contenders,
     factors,
-    falls_as_untrained,
     from_perplexity,
     from_some_vocabulary,
     from_start,
     from_validation,
     over_validation,
     running,
-    share_of_ln_v,
     vocabularies_of,
 )
+from pretrain.doctor.trials import Trial, bounds, contenders, try_factors, whole_factors
 
 _ONE_STEP = "Print the first step twice, with accumulation 1 and 2 and the same global batch: a true loss does not change."
 
@@ -68,32 +67,55 @@ def check_change(result: Diagnosis) -> Iterator[LogFinding]:
 
 
 def check_scale(result: Diagnosis) -> Iterator[LogFinding]:
-    """A factor between the shown and the true loss, from other figures in the log if possible, else from the first line."""
+    """A factor between the shown and the true loss, from other figures in the log if possible, else from the entire curve."""
     log, curve, setup = result.log, result.curve, result.setup
-    if evidence := from_perplexity(log):
-        why = f"The perplexity on the same lines is exp(loss / {evidence.best:.4g}). "
-        yield _factor(result, evidence, contenders(evidence, setup, curve, setup.ln_v), why)
+    exact = from_perplexity(log)
+    in_nats = exact is not None and abs(math.log(exact[0].best)) < 0.05
+    if exact and not in_nats:
+        yield _factor_of_perplexity(result, *exact)
     elif evidence := from_validation(log, curve, setup.ln_v):
         # The ratio is constant, and that of a perplexity to a loss is not.
-        named = [each for each in contenders(evidence, setup, curve, setup.ln_v) if each.cause != "perplexity"]
+        trials = [each for each in try_factors(evidence, setup, curve, setup.ln_v) if each.factor.cause != "perplexity"]
         why = f"The evaluation in this log shows {1 / evidence.best:.3g} times this loss throughout. "
-        yield _factor(result, evidence, named, why)
+        if evidence.best > 1 or len(log.evaluated_loss) or contenders(trials):
+            yield _factor(result, evidence, trials, why)
+        else:
+            result.notes.append(f"{why}Training text that is read often, or easier, looks like this")
     elif setup.ln_v is None:
         yield from _without_vocabulary(result)
     else:
         evidence = from_start(curve, setup.ln_v)
         if evidence.least > 1:
-            yield _too_high(result, evidence)
-        elif evidence.most < 1:
+            yield _too_high(result, bounds(evidence, curve, setup.ln_v))
+        elif evidence.most < 1 and not in_nats:
             yield from _too_low(result, evidence)
         else:
             result.notes += _notes_on_a_plausible_start(result, evidence)
 
 
+def _factor_of_perplexity(result: Diagnosis, evidence: Evidence, name: str) -> LogFinding:
+    """The loss, or the cross-entropy beside it, differs from the logarithm of the perplexity by a constant factor."""
+    curve, setup = result.curve, result.setup
+    trials = try_factors(evidence, setup, curve, setup.ln_v)
+    bits = next((each.factor for each in trials if each.factor.cause == "bits"), None)
+    if bits is None or abs(math.log(evidence.best / bits.value)) > 0.02:
+        return _factor(result, evidence, trials, f"The perplexity on the same lines is exp(loss / {evidence.best:.4g}). ")
+    result.explanation, causes = bits, ("bits",)
+    what = {"lm_loss": "cross-entropy", "loss": "loss", "val_loss": "validation loss"}[name]
+    known = {**result.log.columns, "loss": curve.loss, "val_loss": result.log.val_loss}[name]
+    shown = float(known[np.isfinite(known)][0])
+    text = f"the perplexity beside it is 2 to the power of the {what}: it is in bits (base 2), {bits.arithmetic(shown)} nats"
+    if name == "lm_loss" and curve.first > 1.005 * shown:
+        causes = (*causes, "label smoothing")
+        text += f". The loss beside it, {curve.first:.4g}, is above it by label smoothing or another term"
+    return LogFinding("scale", "very likely", text, "Multiply by ln 2 = 0.693 to compare it with ln V.", causes)
+
+
 def _too_high(result: Diagnosis, evidence: Evidence) -> LogFinding:
     """The first line exceeds that of any healthy run."""
     curve, setup = result.curve, result.setup
-    named = contenders(evidence, setup, curve, setup.ln_v)
+    trials = try_factors(evidence, setup, curve, setup.ln_v)
+    named = [*contenders(trials), *contenders(trials, trained=True)]
     ratio = curve.first / setup.ln_v
     start = f"the first loss, {curve.first:.4g}, is {ratio:.3g} times {result.expected}"
     if not named and ratio < 1.5:
@@ -104,48 +126,61 @@ def _too_high(result: Diagnosis, evidence: Evidence) -> LogFinding:
         text = f"{start}, but the curve falls to {curve.low:.4g}: not a factor, which would stay, but initial weights too large"
         advice = "With smaller initial weights of embedding and head the loss starts near ln V."
         return LogFinding("start", "likely", text, advice, ("initialisation",))
-    return _factor(result, evidence, named)
+    return _factor(result, evidence, trials)
 
 
 def _too_low(result: Diagnosis, evidence: Evidence) -> Iterator[LogFinding]:
     """The first line is below that of any healthy run from scratch; a run from trained weights may begin there."""
     curve, setup = result.curve, result.setup
     ratios, _ = over_validation(result.log, curve)  # a factor applies there too; memorising makes the ratio drift
-    named = [
+    trials = [
         each
-        for each in contenders(evidence, setup, curve, setup.ln_v)
-        if all(abs(math.log(ratio / each.value)) < 0.4 for ratio in ratios)
+        for each in try_factors(evidence, setup, curve, setup.ln_v)
+        if all(abs(math.log(ratio / each.factor.value)) < 0.4 for ratio in ratios)
     ]
+    named = [each for each in contenders(trials) if _ends_as_from_scratch(each, curve, setup.ln_v)]
     start = f"the first loss, {curve.first:.4g} at {result.start}, is {curve.first / setup.ln_v:.2g} times {result.expected}"
     falls = falls_as_untrained(curve)
     exact = bool(named) and curve.age <= 1 and evidence.deviations(named[0]) < 1.3 and not named[0].doubt
     too_good = bool(named) and curve.last < LEAST_EVER * setup.ln_v and not named[0].is_unit
     untrained = bool(falls) and (bool(named) or (curve.last < 0.65 * curve.first and not len(ratios)))
     if named and ((exact and falls is None) or untrained or too_good):
-        yield _factor(result, evidence, named)
+        yield _factor(result, evidence, [each for each in trials if each.factor in named])
     elif untrained and curve.first > 0.6 * setup.ln_v:
         text = f"{start}, as for {math.exp(curve.first):,.0f} ids: a different vocabulary, or padding that counts with loss 0"
         advice = "Compare the model's vocabulary with the tokenizer's."
         yield LogFinding("start", "likely", text, advice, ("vocabulary", "mask"))
-    elif untrained:
-        text = f"{start}, and it falls like an untrained model's: the shown loss is divided by about {1 / evidence.best:.2g}"
-        result.explanation = Factor(evidence.best, "divided", "")
-        advice = f"If the run started from trained weights, this is right. {_ONE_STEP}"
-        yield LogFinding("scale", "possible", text, advice, ("divided",))
     elif curve.from_start:
         would = "".join(f"; there {each.arithmetic(curve.first)} ({each.words}) would explain it" for each in named[:2])
+        would = would or (f"; there it would be divided by about {1 / evidence.best:.2g}" if untrained else "")
         result.notes.append(f"{start}: right for a run from trained weights, too low for one from scratch{would}")
     else:
         result.notes += _notes_on_a_plausible_start(result, evidence)
+
+
+def _ends_as_from_scratch(factor: Factor, curve: ShownCurve, ln_v: float) -> bool:
+    """True if the factor leaves an end that a run from scratch reaches in so many steps, and a unit is exact."""
+    if factor.cause == "log10" and curve.age > 1:
+        return False
+    if not curve.has_steps or factor.is_unit:
+        return True
+    least, _, _ = share_of_ln_v(curve.age + curve.steps[-1] - curve.steps[0])
+    return factor.true(curve.last) > 0.6 * least * ln_v
 
 
 def _without_vocabulary(result: Diagnosis) -> Iterator[LogFinding]:
     """Only a loss that no vocabulary explains is a finding; hypotheses become notes."""
     curve, setup = result.curve, result.setup
     evidence, ids = from_some_vocabulary(curve), math.exp(min(curve.first, 700))
-    if curve.first > MOST * LARGEST_LN_V:
+    if curve.first > MOST * LARGEST_LN_V and curve.low < 0.35 * curve.first and curve.low < 6 and curve.first < 60:
+        text = f"the first loss, {curve.first:.4g}, is that of no vocabulary, but the curve falls to {curve.low:.3g}"
+        text += ": initial weights too large, other labels than in pretraining, or a factor"
+        trials = try_factors(evidence, setup, curve, None)
+        text += "".join(f". It may be {each.words}: {each.arithmetic(curve.first)}" for each in contenders(trials)[:3])
+        yield LogFinding("start", "possible", text, _ONE_STEP, ("initialisation", "multiplied"))
+    elif curve.first > MOST * LARGEST_LN_V:
         why = f"No vocabulary starts at {curve.first:.4g} nats: 300,000 ids start at {LARGEST_LN_V:.1f}. "
-        yield _factor(result, evidence, contenders(evidence, setup, curve, None), why)
+        yield _factor(result, evidence, try_factors(evidence, setup, curve, None), why)
     elif curve.from_start:
         fits = vocabularies_of(curve.first, curve.age)
         hypotheses = [f"unscaled it fits {fits}"] if fits else []
@@ -183,29 +218,75 @@ def _notes_on_a_plausible_start(result: Diagnosis, evidence: Evidence) -> Iterat
 # ---------------------------------------------------------------- the finding about a factor
 
 
-def _factor(result: Diagnosis, evidence: Evidence, named: list[Factor], why: str = "") -> LogFinding:
-    """The finding for a factor with one name, several or none; sets the explanation. `why`: evidence beside the first line."""
-    if all(factor.doubt >= GUESS for factor in named):
-        return _factor_without_name(result, evidence, named, why)
+def _factor(result: Diagnosis, evidence: Evidence, trials: list[Trial], why: str = "") -> LogFinding:
+    """The finding for a factor with one name, several or none; sets the explanation. `why`: evidence beside the curve."""
+    named, trained = contenders(trials), contenders(trials, trained=True)
+    has_name = not all(factor.doubt >= GUESS for factor in named)
+    by_trained = bool(trained and result.setup.ln_v and not why and not has_name)
+    if has_name:
+        finding = _named_factor(result, evidence, named, why)
+    elif by_trained:
+        finding = _factor_of_trained(result, evidence, trained)
+    else:
+        finding = _factor_without_name(result, evidence, named, why)
+    return replace(finding, text=finding.text + _ruled_out(trials, evidence, by_trained))
+
+
+def _named_factor(result: Diagnosis, evidence: Evidence, named: list[Factor], why: str) -> LogFinding:
     curve, first = result.curve, named[0]
     result.explanation = first
     alternatives = _other_explanations(curve, evidence, first, why)
     if len(named) > 1 or alternatives or (first.cause == "log10" and why):
-        certainty = "possible"
+        certainty = "possible" if first.value < 1 else "likely"
     else:
         certainty = "likely" if evidence.deviations(first) > 1.3 or not (curve.from_start or why) else "very likely"
-    text = f"{why}{first.arithmetic(curve.first)}{_target(result, first)}: the shown loss {first.claim()}"
+    text = f"{why}{_leaves(curve, first)}{_target(result, first)}: the shown loss {first.claim()}"
     same = [factor for factor in named if factor.value == first.value]
     others = [factor for factor in named if factor.value != first.value]
     if len(same) > 1:
         count = f"{max(first.value, 1 / first.value):g}"
         text += f", {' or '.join(factor.words for factor in same)}; both are {count}, and no log can tell them apart"
     elif not first.is_unit:
-        text += f", {'possibly' if certainty == 'possible' else certainty} {first.words}"
+        text += f", {'possibly' if others or alternatives else certainty} {first.words}"
     if others:
         text += ". Also possible: " + "; ".join(f"{each.arithmetic(curve.first)} ({each.words})" for each in others)
     text += "".join(f". Or {each}" for each in alternatives)
     return LogFinding("scale", certainty, text, _ONE_STEP, tuple(factor.cause for factor in named))
+
+
+def _factor_of_trained(result: Diagnosis, evidence: Evidence, trained: list[Factor]) -> LogFinding:
+    """No run from scratch explains the curve by a given factor, but a run from trained weights does."""
+    curve, first = result.curve, trained[0]
+    result.explanation = first
+    bound = curve.first / result.setup.ln_v
+    text = f"{_leaves(curve, first)}: the shown loss {first.claim()}, likely {first.words}"
+    text += f", if training started from trained weights. Without that flag it is only known to be at least {bound:.3g}"
+    text += f" (about {evidence.best:.3g} in a run from scratch)"
+    if others := "; ".join(f"{each.arithmetic(curve.first)} ({each.words})" for each in trained[1:]):
+        text += f". Also possible: {others}"
+    return LogFinding("scale", "likely", text, _ONE_STEP, (*(each.cause for each in trained), "multiplied"))
+
+
+def _leaves(curve: ShownCurve, factor: Factor) -> str:
+    """What a factor leaves of the first loss and, if there are enough lines, of the others."""
+    text = factor.arithmetic(curve.first)
+    if len(curve.loss) < 8 or factor.is_unit:
+        return text
+    return (
+        f"{text} at first, {factor.true(float(np.mean(curve.loss))):.3g} on average, {factor.true(curve.last):.3g} at the end"
+    )
+
+
+def _ruled_out(trials: list[Trial], evidence: Evidence, trained: bool) -> str:
+    """Sentences about each given setting that is not named as an explanation."""
+    if evidence.best < 1:
+        return ""
+    tried = [each for each in trials if each.factor.value > 1 and not each.factor.is_unit and each.factor.doubt < GUESS]
+    said = [f"{each.factor.value:g} ({each.factor.words}) {each.objection}" for each in tried if not each.fits]
+    text = f". Ruled out: {'; '.join(said)}" if said else ""
+    if not trained and (low := [f"{each.factor.value:g} ({each.factor.words})" for each in tried if each.trained]):
+        text += f". Only if training started from trained weights: {', '.join(low)}"
+    return text
 
 
 def _other_explanations(curve: ShownCurve, evidence: Evidence, factor: Factor, why: str) -> list[str]:
@@ -235,17 +316,25 @@ def _factor_without_name(result: Diagnosis, evidence: Evidence, guesses: list[Fa
     curve, setup = result.curve, result.setup
     up, values = evidence.best > 1, (evidence.least, evidence.best, evidence.most)
     least, by, most = values if up else (1 / value for value in reversed(values))
-    causes = ("multiplied" if up else "divided",)
+    by = min(by, math.sqrt(least * most)) if up else by
+    causes, alone = ("multiplied" if up else "divided",), up and not why
     text = f"{why}{curve.first:.4g} at {result.start}" + (f", and {result.expected}" if setup.ln_v else "")
     text += f": the shown loss is {causes[0]} by about {by:.3g} ({least:.3g} to {most:.3g})"
     text += ", as a sum over so many tokens would be" if by > 100 else ""
-    if up and setup.ln_v and curve.low < setup.ln_v and not why:
+    if alone and setup.ln_v and curve.low < setup.ln_v:
         text, causes = f"{text}, or the initial weights are far too large", (*causes, "initialisation")
-    if up and setup.ln_v and curve.from_start and curve.first < LARGEST_LN_V and not why:
+    if alone and setup.ln_v and curve.from_start and curve.first < LARGEST_LN_V:
         text, causes = f"{text}, or the vocabulary is a different one, of about {_ids(curve)} ids", (*causes, "vocabulary")
+    if up and (whole := whole_factors(least, by, most)):
+        text += f". Usual whole factors in that range: {', '.join(map(str, whole))}"
+    if alone:
+        bound = curve.first / (setup.ln_v or LARGEST_LN_V)
+        text += f". If training started from trained weights, it is only known to be at least {bound:.3g}"
     text += "".join(f". It may be {each.words}: {each.arithmetic(curve.first)}" for each in guesses[:2])
     result.explanation = Factor(evidence.best, causes[0], "")
-    advice = f"Give --accumulation, --world-size and --sequence-length to have their products tried. {_ONE_STEP}"
+    flags = {"--accumulation": setup.accumulation, "--world-size": setup.world_size, "--sequence-length": setup.sequence_length}
+    missing = [flag for flag, value in flags.items() if value is None]
+    advice = f"Give {', '.join(missing)} to have them and their products tried. {_ONE_STEP}" if missing else _ONE_STEP
     return LogFinding("scale", "likely", text, advice, causes)
 
 

@@ -16,11 +16,21 @@ import numpy as np
 from pretrain.doctor.log_formats import LogError, Row, read_rows
 from pretrain.doctor.names import meaning
 
-COLUMNS = ("lr", "grad_norm", "aux_loss", "lm_loss", "perplexity")
+COLUMNS = ("lr", "grad_norm", "aux_loss", "lm_loss", "perplexity", "epoch")
 
 
 def _empty() -> np.ndarray:
     return np.zeros(0)
+
+
+@dataclass(frozen=True)
+class Restart:
+    """A place where the log goes back."""
+
+    last: float
+    first: float
+    steps: np.ndarray  # (K,) of the older lines
+    loss: np.ndarray  # (K,)
 
 
 @dataclass
@@ -47,6 +57,11 @@ class TrainingLog:
     reference_lines: dict[str, float] = field(default_factory=dict)
     """Nats per token by name; only logs of this project have them."""
     notes: list[str] = field(default_factory=list)
+    missing_steps: np.ndarray = field(default_factory=_empty)  # (K,)
+    nonfinite_norm_steps: np.ndarray = field(default_factory=_empty)  # (K,)
+    restarts: list[Restart] = field(default_factory=list)
+    judged: str = "training loss"
+    val_perplexity: np.ndarray = field(default_factory=_empty)  # (M,)
 
 
 def read_log(path: Path) -> TrainingLog:
