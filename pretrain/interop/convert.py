@@ -142,9 +142,10 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def _adapt_tokenizer(folder: Path) -> None:
-    """Makes transformers 4 able to load the tokenizer, and the end-of-document token the first one, if we trained it.
+    """Makes the tokenizer loadable by transformers 4, and start texts as in training, if this program trained it.
 
-    Version 5 writes special tokens as a list, under a name for which version 4 needs an object, and a class that version 4 lacks.
+    Version 5 saves special tokens as a list, under a name that version 4 reads as an object, and a class that version 4 lacks.
+
     Our tokenizers have a <|bos|> that our token files never contain; in training, a text follows the end of another one.
     Programs that put bos_token before a text (lm-eval does) would otherwise measure the model on a token that it never saw.
     """

@@ -155,7 +155,7 @@ def _rounded(value: float) -> float:
 
 
 def _aux_loss_weight(config: dict[str, Any]) -> dict[str, float]:
-    """`moe.aux_loss_weight` if config.json has a coefficient; transformers' loss is num_experts_per_tok times as large as ours."""
+    """`moe.aux_loss_weight`, if config.json has a coefficient: their loss is num_experts_per_tok times as large as ours."""
     coefficient = config.get("router_aux_loss_coef")
     if coefficient is None:
         return {}
