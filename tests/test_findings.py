@@ -16,7 +16,7 @@ import pytest
 
 from pretrain.doctor.diagnosis import Diagnosis
 from pretrain.doctor.findings import diagnose, summary
-from pretrain.doctor.log_formats import LogError
+from pretrain.doctor.log_sources import LogError
 from pretrain.doctor.names import meaning
 from pretrain.doctor.scale import Setup
 from pretrain.doctor.training_log import TrainingLog, read_log
@@ -724,13 +724,13 @@ def test_names_get_their_usual_meaning():
     [
         (b"", "empty"),
         (b"\x7fELF\0\0\0", "binary"),
-        (b"\x1f\x8b\x08\0\0", "gunzip"),
+        (b"\x1f\x8b\x08\0\0", "decompressed"),
         (b"train:\n  loss_chunk: 1024\n", "'loss_chunk'"),
         (b"hello 3 world\n", "'hello'"),
         (b"{" + b"1, " * 100_000, "no numbers"),
         (b"[" * 100_000, "no numbers"),
         (b'{"step": 1, "accuracy": 0.5}\n', "'step', 'accuracy'"),
-        (b"step,val_loss\n1,2\n", "'step', 'val_loss'"),
+        (b"PK\x03\x04", "ZIP"),
     ],
 )
 def test_files_that_are_not_logs_are_refused_with_the_reason(tmp_path, content, words):

@@ -31,7 +31,7 @@ from pretrain.doctor import untrained
 from pretrain.doctor.diagnosis import Diagnosis
 from pretrain.doctor.findings import diagnose, summary
 from pretrain.doctor.scale import Setup
-from pretrain.doctor.training_log import read_log
+from pretrain.doctor.training_log import TrainingLog, read_log
 from pretrain.model.config import ModelConfig
 from pretrain.model.flops import num_parameters, vocabulary_rows
 from pretrain.run import command_line
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 NOTHING_FOUND, FOUND = 0, 1
 _BLOCKS = 8  # of positions, in `initial`
 _SHOWN_TOKENS = 10
+_LONG_LOG_BYTES = 50_000_000
 
 
 def main(argv: list[str]) -> int:
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> int:
     log.add_argument("--world-size", type=count, metavar="W", help="number of ranks")
     log.add_argument("--sequence-length", type=count, metavar="T", help="tokens per sequence")
     log.add_argument("--micro-batch-size", type=count, metavar="B", help="sequences in one forward pass on one rank")
+    log.add_argument("--loss", metavar="NAME", help="the loss to judge, as the file names it (default: the most frequent)")
     log.add_argument("--plot", type=Path, nargs="?", const=Path(), metavar="PNG", help="draw the curve (default: FILE.png)")
     initial = commands.add_parser(
         "initial", help="compare an untrained model's loss on real batches with ln V", allow_abbrev=False
@@ -88,7 +90,8 @@ def main(argv: list[str]) -> int:
 def judge_log(options: argparse.Namespace) -> int:
     """Reads a log, prints its figures and findings, and draws it if requested."""
     names = ("vocab_size", "accumulation", "world_size", "sequence_length", "micro_batch_size")
-    result = diagnose(read_log(options.file), Setup(**{name: getattr(options, name) for name in names}))
+    log = read_with_progress(options.file, options.loss)
+    result = diagnose(log, Setup(**{name: getattr(options, name) for name in names}))
     print("\n".join(summary(result)))
     for finding in result.findings:
         print(_wrapped(f"FOUND {finding.fault}, {finding.certainty}: ", finding.text))
@@ -110,6 +113,16 @@ def _conclusion(result: Diagnosis) -> str:
     if result.undecided:
         return f"not decided: {'; '.join(result.undecided)}. Nothing else wrong found"
     return "nothing else wrong found" if result.findings else "nothing wrong found"
+
+
+def read_with_progress(path: Path, loss_name: str | None) -> TrainingLog:
+    """The log in `path`; shows the progress on standard error if it is a long file. Raises LogError, OSError."""
+    if not path.is_file() or path.stat().st_size < _LONG_LOG_BYTES:
+        return read_log(path, loss_name)
+    from pretrain.report.progress import Progress
+
+    with Progress(path.name, path.stat().st_size) as progress:
+        return read_log(path, loss_name, progress.update)
 
 
 def _wrapped(head: str, text: str) -> str:

@@ -1,20 +1,21 @@
 """A training log as arrays: one loss per step, oldest first, and other columns. Judges nothing (findings.py does).
 
-file -> rows {name as written: number} (log_formats.py) -> a meaning for each name (names.py) -> TrainingLog
+file -> rows {name as written: number} (log_formats.py) -> columns (log_table.py) -> TrainingLog
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from pretrain.doctor.log_formats import LogError, Row, read_rows
-from pretrain.doctor.names import meaning
+from pretrain.doctor.log_formats import read_rows
+from pretrain.doctor.log_lines import LEADING
+from pretrain.doctor.log_sources import LogError, Show
+from pretrain.doctor.log_table import Table
+from pretrain.doctor.names import is_judged, run_and_name
 
 COLUMNS = ("lr", "grad_norm", "aux_loss", "lm_loss", "perplexity", "epoch")
 
@@ -25,17 +26,19 @@ def _empty() -> np.ndarray:
 
 @dataclass(frozen=True)
 class Restart:
-    """A place where the log goes back."""
+    """A place where the log goes back, and the lines that it repeats."""
 
     last: float
+    """The step of the last line before it."""
     first: float
-    steps: np.ndarray  # (K,) of the older lines
-    loss: np.ndarray  # (K,)
+    """The step of the first line after it."""
+    steps: np.ndarray  # (K,) of the older lines, from `first` to `last`
+    loss: np.ndarray  # (K,) of these lines; the newer ones are in the log
 
 
 @dataclass
 class TrainingLog:
-    """The content of a log. NaN and infinities are as they were written."""
+    """The content of a log. NaN and infinities are as they were written; a line without a loss is not in `loss`."""
 
     name: str
     format: str
@@ -49,116 +52,274 @@ class TrainingLog:
     """Those of COLUMNS that the log has, (N,); NaN on lines without it. lm_loss: the cross-entropy beside a total loss."""
     val_steps: np.ndarray = field(default_factory=_empty)  # (M,)
     val_loss: np.ndarray = field(default_factory=_empty)  # (M,)
+    val_perplexity: np.ndarray = field(default_factory=_empty)  # (M,) printed beside val_loss; NaN where it is not
     evaluated_steps: np.ndarray = field(default_factory=_empty)  # (E,)
     evaluated_loss: np.ndarray = field(default_factory=_empty)  # (E,) of training data, measured with the validation
+    missing_steps: np.ndarray = field(default_factory=_empty)
+    """(K,) steps of lines with a learning rate or gradient norm but no loss, where such lines otherwise have one."""
+    nonfinite_norm_steps: np.ndarray = field(default_factory=_empty)
+    """(K,) steps at which a gradient norm was written as NaN or infinity, on a line with or without a loss."""
+    restarts: list[Restart] = field(default_factory=list)
+    judged: str = "training loss"
+    """What `loss` is: training loss, validation loss or perplexity (then `loss` is its logarithm)."""
     skipped_steps: int = 0
     lines_per_step: int = 1
     """More than 1: every rank printed its own line; `loss` is then their mean."""
+    lines: int = 0
+    """Losses in the file, if it is so long that only a part of them is in `loss`; 0: all are."""
+    other_losses: tuple[str, ...] = ()
+    """Names of other losses that may be judged instead: of other runs in the file, or other columns."""
     reference_lines: dict[str, float] = field(default_factory=dict)
     """Nats per token by name; only logs of this project have them."""
     notes: list[str] = field(default_factory=list)
-    missing_steps: np.ndarray = field(default_factory=_empty)  # (K,)
-    nonfinite_norm_steps: np.ndarray = field(default_factory=_empty)  # (K,)
-    restarts: list[Restart] = field(default_factory=list)
-    judged: str = "training loss"
-    val_perplexity: np.ndarray = field(default_factory=_empty)  # (M,)
 
 
-def read_log(path: Path) -> TrainingLog:
-    """The log in a file, in the folder of a run, or on standard input (`-`). Raises LogError, OSError."""
-    kind, rows = read_rows(path)
-    counts = Counter(key for row in rows for key in row)
-    names: dict[str | None, list[str]] = {}
-    """The names of each meaning, the most frequent first."""
-    for key, _ in counts.most_common():
-        names.setdefault(meaning(key), []).append(key)
-    loss_name = _name_of_loss(path, counts, names)
-    train = [row for row in rows if loss_name in row]
-    step_names = sorted(names.get("step", []), key=lambda key: "global" not in key)
-    step_names += names.get("iteration", []) + names.get("batch", [])
-    _continue_steps_over_epochs(rows, step_names, names.get("epoch", []))
-    unit, x_of = _x_axis(rows, train, step_names, names.get("epoch", []))
-    columns = {column: [key for key in names.get(column, []) if key != loss_name][:1] for column in COLUMNS}
+def read_log(path: Path, loss_name: str | None = None, show: Show | None = None) -> TrainingLog:
+    """The log in a file, in the folder of a run, or on standard input (`-`).
+
+    `loss_name`: the loss to judge, as the file writes it; None: the most frequent training loss. `show` is called with the
+    bytes read so far. Raises LogError, OSError.
+    """
+    kind, rows = read_rows(path, show)
+    table = Table(rows)
+    if loss_name is None and (log := _without_any_loss(path, kind, table)):
+        return log
+    judged, chosen = _choose_loss(path, table, loss_name)
+    train = table.has(chosen)
+    loss = table.column(chosen)
+    notes = []
+    if kind in ("CSV", "JSON", "numbers without names"):
+        train &= ~_empty_cells(table, loss)
+    if judged == "perplexity":
+        with np.errstate(invalid="ignore", divide="ignore"):
+            loss = np.log(loss)
+        notes.append(
+            f"the log has no loss, only the perplexity {chosen!r}: this judges its natural logarithm, in nats per token"
+        )
+    if judged == "validation loss":
+        notes.append(f"the log has no training loss: this judges the validation loss {chosen!r}")
+    unit, x = _x_axis(table, train)
     log = TrainingLog(
-        name="standard input" if str(path) == "-" else path.name,
+        name=_name_of(path),
         format=kind,
-        loss_name=loss_name,
+        loss_name=chosen,
         unit=unit,
-        steps=np.array([x_of(row) for row in train], dtype=float),
-        loss=np.array([row[loss_name] for row in train]),
-        columns={
-            column: np.array([row.get(key, math.nan) for row in train]) for column, keys in columns.items() for key in keys
+        steps=x[train],
+        loss=loss[train],
+        columns=_columns(table, train, chosen),
+        judged=judged,
+        skipped_steps=_skipped(table, kind),
+        lines=table.counts[chosen] if table.thinned else 0,
+        reference_lines={
+            name.partition("/")[2]: float(table.column(name)[table.has(name)][-1])
+            for name in table.counts
+            if name.startswith("reference_lines/")
         },
-        skipped_steps=_skipped(rows, names.get("skipped", []), kind),
-        reference_lines={key.partition("/")[2]: row[key] for row in rows for key in row if key.startswith("reference_lines/")},
+        notes=notes,
     )
-    if val_name := next(iter(names.get("val_loss", [])), None):
-        log.val_steps, log.val_loss = _series(rows, val_name, x_of)
-        beside = [key for key in names.get("loss", [])[1:] if all(val_name in row for row in rows if key in row)]
-        if beside:
-            log.evaluated_steps, log.evaluated_loss = _series(rows, beside[0], x_of)
-    twins = [key for key in names.get("loss", []) if counts[key] == counts[loss_name] and kind in ("CSV", "JSON")]
-    if len(twins) > 1:
-        log.notes.append(f"{len(twins)} columns hold losses, {', '.join(map(repr, twins[:5]))}; this judges {loss_name!r}")
-    by_micro_batch = all({"step", "iteration"} <= {meaning(key) for key in row} for row in train[:100])
-    _average_lines_of_one_step(log, by_micro_batch)
+    norm = table.column(*table.names.get("grad_norm", [])[:1])
+    log.nonfinite_norm_steps = _finite(x[table.has(*table.names.get("grad_norm", [])[:1]) & ~np.isfinite(norm)])
+    log.missing_steps = _finite(x[_without_loss(table, train)])
+    _add_evaluations(log, table, x, chosen)
+    _add_other_losses(log, table, chosen)
+    _average_lines_of_one_step(log, _is_by_micro_batch(table, train))
     _drop_lines_before_restarts(log)
     return log
 
 
-def _name_of_loss(path: Path, counts: Counter, names: dict[str | None, list[str]]) -> str:
-    """The name that is the training loss. Raises LogError if there is none, or only a single number of an unknown loss."""
+def _without_any_loss(path: Path, kind: str, table: Table) -> TrainingLog | None:
+    """A log without a loss whose gradient norms are not finite: Megatron leaves such losses out. None for others."""
+    norms = table.names.get("grad_norm", [])[:1]
+    known, norm = table.has(*norms), table.column(*norms)
+    if np.isfinite(norm[known]).all() or any(map(is_judged, table.counts)):
+        return None
+    unit, x = _x_axis(table, known)
+    log = TrainingLog(_name_of(path), kind, "none", unit, np.zeros(0), np.zeros(0), skipped_steps=_skipped(table, kind))
+    log.missing_steps, log.nonfinite_norm_steps = _finite(x[known]), _finite(x[known & ~np.isfinite(norm)])
+    return log
+
+
+def _name_of(path: Path) -> str:
+    return "standard input" if str(path) == "-" else path.name
+
+
+# ---------------------------------------------------------------- what is judged
+
+
+def _choose_loss(path: Path, table: Table, wanted: str | None) -> tuple[str, str]:
+    """(kind, name) of the figure to judge. Raises LogError if there is none, or only a single number of an unknown loss."""
+    names = {
+        "training loss": [name for kind in ("loss", "lm_loss", "other_loss") for name in table.names.get(kind, [])],
+        "perplexity": [name for kind in ("perplexity", "val_perplexity") for name in table.names.get(kind, [])],
+        "validation loss": table.names.get("val_loss", []),
+    }
+    if wanted is not None:
+        for kind, known in names.items():
+            if wanted in known:
+                return kind, wanted
+        known = ", ".join(repr(name) for each in names.values() for name in each[:10]) or "none"
+        raise LogError(f"{path}: has no loss {wanted!r}; it has {known}")
     hint = "Give a log with lines such as 'step 10 loss 9.2'"
-    losses = [name for kind in ("loss", "lm_loss", "other_loss") for name in names.get(kind, [])]
-    if not losses:
-        seen = ", ".join(repr(name) for name, _ in counts.most_common(8)) or "no numbers"
-        raise LogError(f"{path}: no training loss in it (found: {seen}). {hint}")
-    if losses[0] in names.get("other_loss", []) and counts[losses[0]] == 1:
-        raise LogError(f"{path}: no training loss in it, only {losses[0]!r}. {hint}")
-    return losses[0]
+    counts, (first, *_) = table.counts, (*names["training loss"], None)
+    is_one_figure = first in counts and counts[first] == 1  # the mean at the end of a run, or a setting
+    unknown = first in table.names.get("other_loss", [])
+    others = any(counts[name] > 3 for kind in ("perplexity", "validation loss") for name in names[kind])
+    if first and not (is_one_figure and (unknown or others)):
+        return "training loss", first
+    found = [(kind, names[kind][0]) for kind in ("perplexity", "validation loss") if names[kind]]
+    if found:
+        return max(found, key=lambda each: counts[each[1]])
+    if first:
+        raise LogError(f"{path}: no training loss in it, only {first!r}. {hint}")
+    seen = ", ".join(repr(name) for name, _ in counts.most_common(8)) or "no numbers"
+    raise LogError(f"{path}: no training loss in it (found: {seen}). {hint}")
 
 
-def _continue_steps_over_epochs(rows: list[Row], step_names: list[str], epoch_names: list[str]) -> None:
-    """Adds an offset, in place, to steps that restart with each epoch, so that they continue."""
-    offset, last_step, last_epoch = 0.0, -math.inf, math.inf
-    for row in rows:
-        name = next((name for name in step_names if name in row), None)
-        epoch = next((row[each] for each in epoch_names if each in row), last_epoch)
-        if name is not None:
-            if row[name] < last_step and epoch > last_epoch:
-                offset += last_step
-            if row[name] != last_step:  # a line that says "Epoch 2/3" may repeat the step of the line above
-                last_step, last_epoch = row[name], epoch
-            row[name] += offset
+def _empty_cells(table: Table, loss: np.ndarray) -> np.ndarray:
+    """(R,) True where the NaN of a table stands for an empty cell: pandas, and exports of several runs, write it so."""
+    nan = np.isnan(loss)
+    losses = [name for kind in ("loss", "lm_loss", "other_loss", "val_loss") for name in table.names.get(kind, [])]
+    others = [table.column(name) for name in losses]
+    empty = np.zeros(table.rows, bool)
+    if nan.any() and np.isfinite(loss).any():
+        for other in others:
+            empty |= nan & np.isfinite(other)
+        is_custom = any(np.any(table.has(name) & np.isnan(other) & ~nan) for name, other in zip(losses, others, strict=True))
+        if is_custom or empty.any():  # a loss that stays NaN to the end was written as such
+            empty[: np.flatnonzero(np.isfinite(loss))[-1]] |= nan[: np.flatnonzero(np.isfinite(loss))[-1]]
+    return empty
 
 
-def _x_axis(
-    rows: list[Row], train: list[Row], step_names: list[str], epoch_names: list[str]
-) -> tuple[str, Callable[[Row], float]]:
-    """(unit, function from a row to x) of the first unit that nearly all rows have and that distinguishes them."""
-    for unit, names in (("step", step_names), ("epoch", epoch_names)):
-        known = [next((row[name] for name in names if name in row), math.nan) for row in train]
-        distinct = len(set(known)) > 1 if unit == "step" else not np.any(np.diff(known) == 0)  # 50 lines may share epoch 0.01
-        if np.mean(np.isfinite(known)) >= 0.9 and (distinct or len(train) == 1):
-            return unit, lambda row, names=names: next((row[name] for name in names if name in row), math.nan)
-    lines, of_train = 0.0, {id(row) for row in train}
-    for row in rows:
-        lines += id(row) in of_train
-        row["line"] = lines
-    return "line", lambda row: row["line"]
+def _without_loss(table: Table, train: np.ndarray) -> np.ndarray:
+    """(R,) True for rows without a loss, but with a learning rate or gradient norm, as the first rows with a loss have."""
+    beside = table.has(*table.names.get("lr", [])[:1], *table.names.get("grad_norm", [])[:1])
+    first = np.flatnonzero(beside)[: max(3, min(10, beside.sum() // 2))]
+    if len(first) < 3 or not train[first].all():
+        return np.zeros(table.rows, bool)
+    skipped = np.nan_to_num(table.column(*table.names.get("skipped", []))) > 0
+    return beside & ~train & ~skipped & ~table.has(*table.names.get("val_loss", []))
 
 
-def _series(rows: list[Row], name: str, x_of: Callable[[Row], float]) -> tuple[np.ndarray, np.ndarray]:
-    """(x, values) of one name, restricted to rows where both are finite."""
-    pairs = [(x_of(row), row[name]) for row in rows if name in row]
-    pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
-    return np.array([x for x, _ in pairs], dtype=float), np.array([value for _, value in pairs], dtype=float)
+def _columns(table: Table, train: np.ndarray, chosen: str) -> dict[str, np.ndarray]:
+    """COLUMNS of the run that is judged, at its losses."""
+    columns, run = {}, run_and_name(chosen)[0]
+    for kind in COLUMNS:
+        names = [name for name in table.names.get(kind, []) if name != chosen and run_and_name(name)[0] in ("", run)]
+        if names:
+            columns[kind] = table.column(names[0])[train]
+    return columns
 
 
-def _skipped(rows: list[Row], names: list[str], kind: str) -> int:
+def _add_other_losses(log: TrainingLog, table: Table, chosen: str) -> None:
+    """Names the losses of other runs, and other columns of a table that hold losses, in the log and in a note."""
+    run, name = run_and_name(chosen)
+    losses = [each for each in table.names.get("loss", []) if each != chosen]
+    runs = [each for each in losses if run and run_and_name(each)[0] != run and run_and_name(each)[1] == name]
+    twins = [each for each in losses if log.format in ("CSV", "JSON") and table.counts[each] == table.counts[chosen]]
+    log.other_losses = tuple(runs or twins)
+    if log.other_losses:
+        shown = ", ".join(map(repr, (chosen, *log.other_losses)[:5])) + (", ..." if len(log.other_losses) > 4 else "")
+        kind = "runs" if runs else "columns with a loss"
+        count = len(log.other_losses) + 1
+        log.notes.append(f"the file holds {count} {kind}, {shown}; this judges {chosen!r}, --loss NAME another")
+
+
+# ---------------------------------------------------------------- steps
+
+
+def _x_axis(table: Table, train: np.ndarray) -> tuple[str, np.ndarray]:
+    """(unit, (R,) x) of the first unit that nearly all rows with a loss have and that distinguishes them; NaN elsewhere."""
+    names = sorted(table.names.get("step", []), key=lambda name: "global" not in name)
+    names += table.names.get("iteration", []) + table.names.get("batch", [])
+    if LEADING in table.counts and _rises(table.column(LEADING)[train]):
+        names.append(LEADING)
+    epoch = table.column(*table.names.get("epoch", []))
+    for unit in ("step", "epoch"):
+        x = _continued(table.column(*names), epoch) if unit == "step" else epoch
+        known = x[train]
+        distinct = len(np.unique(known)) > 1 if unit == "step" else not np.any(np.diff(known) == 0)  # 50 lines may share 0.01
+        if np.mean(np.isfinite(known)) >= 0.9 and (distinct or len(known) == 1):
+            return unit, x
+    return "line", np.cumsum(train).astype(float)
+
+
+def _rises(numbers: np.ndarray) -> bool:
+    changes = np.diff(numbers[np.isfinite(numbers)])
+    return len(changes) == 0 or np.mean(changes > 0) > 0.9
+
+
+def _continued(steps: np.ndarray, epoch: np.ndarray) -> np.ndarray:
+    """(R,) steps that restart with each epoch, with an offset so that they continue; others as they are."""
+    rows = np.flatnonzero(np.isfinite(steps))
+    if not len(rows):
+        return steps
+    filled = np.maximum.accumulate(np.where(np.isfinite(epoch), np.arange(len(epoch)), 0))  # the last row with an epoch
+    # A line that says "Epoch 2/3" may repeat the step of the line above: only the first of equal steps counts.
+    firsts = rows[np.r_[True, np.diff(steps[rows]) != 0]]
+    step, of_epoch = steps[firsts], epoch[filled[firsts]]
+    changes = np.diff(step)
+    next_epoch = (changes < 0) & (np.diff(of_epoch) > 0)
+    between = np.median(changes[changes > 0]) if (changes > 0).any() else 1.0
+    length = step[:-1] + np.where(step[1:] > 0, 0.0, between)  # of an epoch; one that begins with step 0 has one line more
+    offset = np.r_[0.0, np.cumsum(np.where(next_epoch, length, 0.0))]
+    continued = steps.copy()
+    continued[rows] += offset[np.searchsorted(firsts, rows, side="right") - 1]
+    return continued
+
+
+# ---------------------------------------------------------------- other series
+
+
+def _add_evaluations(log: TrainingLog, table: Table, x: np.ndarray, chosen: str) -> None:
+    """Adds validations, and training losses that are printed with them."""
+    run = run_and_name(chosen)[0]
+    losses, perplexities = (
+        [name for name in table.names.get(kind, []) if name != chosen and run_and_name(name)[0] in ("", run)]
+        for kind in ("val_loss", "val_perplexity")
+    )
+    if log.judged == "validation loss" or not (losses or perplexities):
+        return
+    losses.sort(key=lambda name: "mean-words" not in name)  # Marian's cross-entropy is a sum over a sentence
+    perplexity = table.column(*perplexities[:1])
+    if losses:
+        value = table.column(losses[0])
+    else:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            value = np.log(perplexity)
+        log.notes.append(f"of {perplexities[0]!r}, this uses the natural logarithm as the validation loss")
+    if log.unit == "step" and len(log.steps):  # an evaluation before the first step
+        first = int(np.flatnonzero(np.isfinite(x))[0])
+        x[:first] = x[first]
+    known = np.isfinite(x) & np.isfinite(value)
+    log.val_steps, log.val_loss = x[known], value[known]
+    at_step = dict(zip(x[np.isfinite(perplexity)], perplexity[np.isfinite(perplexity)], strict=True))
+    log.val_perplexity = np.array([at_step.get(step, math.nan) for step in log.val_steps])
+    validated = table.has(*(losses or perplexities)[:1])
+    for name in table.names.get("loss", []):
+        if name != chosen and run_and_name(name)[0] == run and not np.any(table.has(name) & ~validated):
+            value = table.column(name)
+            known = np.isfinite(x) & np.isfinite(value)
+            log.evaluated_steps, log.evaluated_loss = x[known], value[known]
+            return
+
+
+def _finite(steps: np.ndarray) -> np.ndarray:
+    return np.unique(steps[np.isfinite(steps)])
+
+
+def _skipped(table: Table, kind: str) -> int:
     """Total of skipped steps: Megatron counts them since the last line, this project and most others since the start."""
-    values = [row[name] for row in rows for name in names if name in row and math.isfinite(row[name])]
+    values = [value for name in table.names.get("skipped", []) for value in table.column(name) if math.isfinite(value)]
     return int(sum(values) if kind.startswith("Megatron") else max(values, default=0))
+
+
+def _is_by_micro_batch(table: Table, train: np.ndarray) -> bool:
+    """True if the lines count both steps and the iterations within them."""
+    first = np.flatnonzero(train)[:100]
+    return all(table.has(*table.names.get(kind, []))[first].all() for kind in ("step", "iteration"))
+
+
+# ---------------------------------------------------------------- one line per step
 
 
 def _average_lines_of_one_step(log: TrainingLog, by_micro_batch: bool) -> None:
@@ -170,6 +331,10 @@ def _average_lines_of_one_step(log: TrainingLog, by_micro_batch: bool) -> None:
         _keep(log, in_order)  # ranks whose lines are not in order
         starts, lengths, lines = _groups(log.steps)
     if lines < 2:
+        return
+    firsts, lasts = log.loss[starts], log.loss[starts + lengths - 1]
+    if np.mean(firsts[1:] == lasts[:-1]) > 0.8:  # a bar that counts first and shows the new loss later
+        _keep(log, starts + lengths - 1)
         return
     with np.errstate(invalid="ignore"):
         differ = np.maximum.reduceat(log.loss, starts) - np.minimum.reduceat(log.loss, starts) > 0
@@ -183,18 +348,21 @@ def _average_lines_of_one_step(log: TrainingLog, by_micro_batch: bool) -> None:
 
 
 def _drop_lines_before_restarts(log: TrainingLog) -> None:
-    """Keeps the newest line of each step, and drops lines of steps that a restart repeated. Adds a note."""
+    """Keeps the newest line of each step, and drops lines of steps that a restart repeated. Adds restarts and a note."""
     kept: list[int] = []
-    back = []
     for i, step in enumerate(log.steps):
-        if kept and step < log.steps[kept[-1]]:
-            back.append(f"from {log.unit} {log.steps[kept[-1]]:g} to {step:g}")
+        goes_back, last, repeated = kept and step < log.steps[kept[-1]], kept[-1] if kept else 0, []
         while kept and log.steps[kept[-1]] >= step:
-            kept.pop()
+            repeated.append(kept.pop())
+        if goes_back:
+            older = np.array(repeated[::-1])
+            log.restarts.append(Restart(float(log.steps[last]), float(step), log.steps[older], log.loss[older]))
         kept.append(i)
-    if back:
-        often = f", {len(back)} times in all" if len(back) > 1 else ""
-        log.notes.append(f"the log goes back {back[0]}{often}: a restart; of lines for the same step the newest counts")
+    if log.restarts:
+        first = log.restarts[0]
+        back = f"from {log.unit} {first.last:g} to {first.first:g}"
+        often = f", {len(log.restarts)} times in all" if len(log.restarts) > 1 else ""
+        log.notes.append(f"the log goes back {back}{often}: a restart; of lines for the same step the newest counts")
     _keep(log, np.array(kept, dtype=int))
 
 
