@@ -82,8 +82,8 @@ class Factor:
         number = f"{shown:,.0f}" if 1e4 < shown < 1e9 else f"{shown:.4g}"
         if self.cause == "perplexity":
             return f"ln({number}) = {math.log(shown):.3g}"
-        if self.cause in ("bits", "log10"):
-            return f"{number} x ln {2 if self.cause == 'bits' else 10} = {shown / self.value:.3g}"
+        if self.cause == "bits":
+            return f"{number} x ln 2 = {shown / self.value:.3g}"
         if self.value > 1:
             return f"{number} / {self.value:,.6g} = {shown / self.value:.3g}"
         return f"{number} x {1 / self.value:,.6g} = {shown / self.value:.3g}"
@@ -97,7 +97,7 @@ class Factor:
     @property
     def is_unit(self) -> bool:
         """True if the factor is a change of unit rather than a count."""
-        return self.cause in ("bits", "log10", "perplexity")
+        return self.cause in ("bits", "perplexity")
 
 
 def factors(setup: Setup, curve: ShownCurve, near: float) -> Iterator[Factor]:
@@ -129,7 +129,6 @@ def factors(setup: Setup, curve: ShownCurve, near: float) -> Iterator[Factor]:
             yield Factor(1 / value, "divided by batch size", words, 0.7)
     yield Factor(2.0**16, "loss scale", "the loss scale of fp16", GUESS)
     yield Factor(1 / math.log(2), "bits", "in bits instead of nats", 0.3)
-    yield Factor(1 / math.log(10), "log10", "in powers of ten instead of nats", 1.5)
     # Few scripts print a perplexity as the loss. Support for it: a start near V with a logarithm that falls like a loss, or a
     # fall that is too deep for any multiple of a loss.
     if curve.first > 20:

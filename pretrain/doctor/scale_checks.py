@@ -122,6 +122,10 @@ def _too_high(result: Diagnosis, evidence: Evidence) -> LogFinding:
         text = f"{start}: the head's initial weights are too large, an auxiliary loss is added, or the vocabulary is larger"
         advice = "Print the cross-entropy alone, and the standard deviation s of the logits: they add about s^2 / 2."
         return LogFinding("start", "likely", text, advice, ("initialisation", "auxiliary", "vocabulary"))
+    if not named and curve.low < min(0.35 * curve.first, 0.6 * setup.ln_v) and ratio < 5:
+        text = f"{start}, but the curve falls to {curve.low:.4g}: initial weights too large, or a factor of {_range(evidence)}"
+        advice = f"Weights that were trained for another objective start so, too. {_ONE_STEP}"
+        return LogFinding("start", "possible", text, advice, ("initialisation", "multiplied"))
     if not named and curve.low < LEAST_EVER * curve.first:
         text = f"{start}, but the curve falls to {curve.low:.4g}: not a factor, which would stay, but initial weights too large"
         advice = "With smaller initial weights of embedding and head the loss starts near ln V."
@@ -159,9 +163,7 @@ def _too_low(result: Diagnosis, evidence: Evidence) -> Iterator[LogFinding]:
 
 
 def _ends_as_from_scratch(factor: Factor, curve: ShownCurve, ln_v: float) -> bool:
-    """True if the factor leaves an end that a run from scratch reaches in so many steps, and a unit is exact."""
-    if factor.cause == "log10" and curve.age > 1:
-        return False
+    """True if the factor leaves an end that a run from scratch reaches in so many steps."""
     if not curve.has_steps or factor.is_unit:
         return True
     least, _, _ = share_of_ln_v(curve.age + curve.steps[-1] - curve.steps[0])
@@ -236,7 +238,8 @@ def _named_factor(result: Diagnosis, evidence: Evidence, named: list[Factor], wh
     curve, first = result.curve, named[0]
     result.explanation = first
     alternatives = _other_explanations(curve, evidence, first, why)
-    if len(named) > 1 or alternatives or (first.cause == "log10" and why):
+    trained = first.value < 1 and not why and not _is_exactly_divided(curve, evidence, first)  # as good an explanation
+    if len(named) > 1 or alternatives or trained:
         certainty = "possible" if first.value < 1 else "likely"
     else:
         certainty = "likely" if evidence.deviations(first) > 1.3 or not (curve.from_start or why) else "very likely"
@@ -252,6 +255,12 @@ def _named_factor(result: Diagnosis, evidence: Evidence, named: list[Factor], wh
         text += ". Also possible: " + "; ".join(f"{each.arithmetic(curve.first)} ({each.words})" for each in others)
     text += "".join(f". Or {each}" for each in alternatives)
     return LogFinding("scale", certainty, text, _ONE_STEP, tuple(factor.cause for factor in named))
+
+
+def _is_exactly_divided(curve: ShownCurve, evidence: Evidence, factor: Factor) -> bool:
+    """True if step 1 is ln V divided by a plain count and the curve then falls as in a run from scratch."""
+    exact = curve.age <= 1 and evidence.deviations(factor) < 1.3 and not factor.doubt
+    return exact and bool(falls_as_untrained(curve))
 
 
 def _factor_of_trained(result: Diagnosis, evidence: Evidence, trained: list[Factor]) -> LogFinding:
@@ -299,7 +308,7 @@ def _other_explanations(curve: ShownCurve, evidence: Evidence, factor: Factor, w
     elif factor.value < 1 and not (curve.has_steps and falls_as_untrained(curve)):
         found.append("the run started from trained weights")
     exact = curve.age <= 1 and evidence.deviations(factor) < 0.5
-    if factor.cause in ("bits", "log10") and not exact and curve.first < LARGEST_LN_V:
+    if factor.cause == "bits" and not exact and curve.first < LARGEST_LN_V:
         found.append(f"the vocabulary is a different one, of about {_ids(curve)} ids")
     return found
 
@@ -336,6 +345,10 @@ def _factor_without_name(result: Diagnosis, evidence: Evidence, guesses: list[Fa
     missing = [flag for flag, value in flags.items() if value is None]
     advice = f"Give {', '.join(missing)} to have them and their products tried. {_ONE_STEP}" if missing else _ONE_STEP
     return LogFinding("scale", "likely", text, advice, causes)
+
+
+def _range(evidence: Evidence) -> str:
+    return f"about {evidence.best:.3g} ({evidence.least:.3g} to {evidence.most:.3g})"
 
 
 def _ids(curve: ShownCurve) -> str:

@@ -151,7 +151,7 @@ def check_stall(result: Diagnosis) -> Iterator[LogFinding]:
     level = float(np.median(true[(begin + len(true)) // 2 :]))
     if result.explanation and not result.explanation.words:
         yield from _stall_at_unknown_scale(result, begin)
-    elif result.setup.ln_v and 0.985 <= level / result.setup.ln_v <= 1.06:
+    elif result.setup.ln_v and 0.985 <= level / result.setup.ln_v <= 1.12:
         yield from _stall_at_ln_v(result, begin, level)
     elif not result.setup.ln_v and begins_there:
         yield from _stall_at_ln_of_a_number(result, level)
@@ -160,7 +160,7 @@ def check_stall(result: Diagnosis) -> Iterator[LogFinding]:
 
 
 def _stall_at_ln_v(result: Diagnosis, begin: int, level: float) -> Iterator[LogFinding]:
-    log, steps = result.log, _steps_seen(result)
+    log, steps = result.log, float(result.curve.steps[-1]) if result.curve.has_steps else None
     is_random = log.reference_lines.get("floor", 0) > 0.99 * result.setup.ln_v
     random = " (the log says that this data is random: then it is right)" if is_random else ""
     text = f"{_span(result, begin, level)}, and {result.expected}: nothing is learned{random}"
@@ -174,10 +174,10 @@ def _stall_at_ln_v(result: Diagnosis, begin: int, level: float) -> Iterator[LogF
 
 def _stall_at_ln_of_a_number(result: Diagnosis, level: float) -> Iterator[LogFinding]:
     """The vocabulary is unknown: a flat loss that is as high as that of an untrained model."""
-    steps = _steps_seen(result)
-    if not result.curve.from_start or not 4 < level < LARGEST_LN_V or abs(level / result.true[0] - 1) > 0.03:
+    steps, number = float(result.curve.steps[-1]) if result.curve.has_steps else None, _round_number(level)
+    begins_late = not result.curve.from_start and not (number and level > 7)
+    if begins_late or not 4 < level < LARGEST_LN_V or abs(level / result.true[0] - 1) > 0.03:
         return
-    number = _round_number(level)
     text = f"{_span(result, 0, level)}, its first value: flat at {level:.2f} = ln {number or round(math.exp(level))}?"
     text += " If that is the vocabulary, nothing is learned"
     if steps is not None and steps < 60:
