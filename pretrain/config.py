@@ -69,6 +69,8 @@ class SourceConfig:
 
     path: str = free()
     """Prefix of a .bin/.idx pair, or a nanoGPT-style flat .bin file."""
+    dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"] | None = free(None)
+    """Type of the tokens of a flat .bin; null: judged by its content and named at the start."""
     weight: float = free(1.0)
     """Share of the blend relative to the other sources; > 0. Ignored for validation."""
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import gzip
 import json
 import os
 import struct
@@ -355,6 +356,88 @@ def test_flat_files_of_32_bits_are_told_from_those_of_16_bits(tmp_path):
         np.save(file, tokens)
     with pytest.raises(DataError, match=r"saved\.bin.*numpy\.save"):
         TokenFile(tmp_path / "saved.bin")
+
+
+def zipf(vocab_size: int, count: int = 20_000, seed: int = 0) -> np.ndarray:
+    """Ids as frequent as in text."""
+    shares = 1 / np.arange(1, vocab_size + 1)
+    return np.random.default_rng(seed).choice(vocab_size, count, p=shares / shares.sum())
+
+
+RARE = {
+    "two ids": lambda rng: rng.integers(0, 2, 20_000),
+    "four ids": lambda rng: rng.integers(0, 4, 20_000),
+    "sixteen ids": lambda rng: rng.integers(0, 16, 20_000),
+    "mostly small": lambda rng: np.where(rng.random(20_000) < 0.95, rng.integers(0, 4, 20_000), rng.integers(0, 999, 20_000)),
+    "mostly padding": lambda rng: np.where(rng.random(20_000) < 0.97, 0, rng.integers(1, 999, 20_000)),
+    "long runs": lambda rng: np.repeat(rng.integers(0, 999, 200), 100),
+    "ascending": lambda rng: np.arange(20_000),
+    "every second at most 3": lambda rng: np.stack([rng.integers(4, 999, 10_000), rng.integers(0, 4, 10_000)], 1).ravel(),
+    "bytes as ids": lambda rng: np.frombuffer(b"The quick brown fox jumps over the lazy dog. " * 400, np.uint8),
+    "all large": lambda rng: rng.integers(40_000, 50_000, 20_000),
+    "short": lambda rng: rng.integers(0, 999, 40),
+}
+
+
+@pytest.mark.parametrize("kind", RARE)
+def test_16_bit_files_of_rare_kinds_are_read_as_16_bits(tmp_path, kind):
+    tokens = RARE[kind](np.random.default_rng(1)).astype("<u2")
+    tokens.tofile(tmp_path / "flat.bin")
+    file = TokenFile(tmp_path / "flat.bin", vocab_size=int(tokens.max()) + 1)
+    assert file.dtype == np.uint16 and np.array_equal(all_tokens(file), tokens)
+
+
+@pytest.mark.parametrize("vocab_size", [2, 5, 65, 256, 4096, 32_000, 50_257, 65_536, 100_277, 151_936, 262_144, 1_000_000])
+@pytest.mark.parametrize("dtype", ["<u2", "<u4", "<i4", "<i8", "<u8"])
+@pytest.mark.parametrize("ids", ["frequent", "even"])
+def test_the_width_of_a_flat_file_is_judged_by_its_data(tmp_path, vocab_size, dtype, ids):
+    if dtype == "<u2" and vocab_size > 65_536:
+        return
+    tokens = zipf(vocab_size) if ids == "frequent" else np.random.default_rng(2).integers(0, vocab_size, 20_000)
+    tokens.astype(dtype).tofile(tmp_path / "flat.bin")
+    for known in (None, vocab_size):
+        file = TokenFile(tmp_path / "flat.bin", vocab_size=known)
+        assert file.dtype.itemsize == int(dtype[2:]) and np.array_equal(all_tokens(file), tokens)
+
+
+@pytest.mark.parametrize("vocab_size", [65, 4096, 50_257, 151_936])
+@pytest.mark.parametrize("dtype", [">u2", ">u4", ">i8", "<f4", "<f8"])
+def test_flat_files_of_other_types_are_refused_by_name(tmp_path, vocab_size, dtype):
+    if dtype == ">u2" and vocab_size > 65_536:
+        return
+    zipf(vocab_size).astype(dtype).tofile(tmp_path / "flat.bin")
+    with pytest.raises(DataError, match="big-endian" if dtype.startswith(">") else "float") as error:
+        TokenFile(tmp_path / "flat.bin", vocab_size=vocab_size)
+    assert "dtype" in str(error.value)
+
+
+def test_flat_files_that_are_not_tokens_are_refused_by_name(tmp_path):
+    header = np.zeros(256, "<i4")
+    header[:3] = 20230101, 1, 1000
+    text = "".join(f"Line {i} of a text. 一些中文。\n" for i in range(3000))
+    for content, what in (
+        (text.encode(), "is text"),
+        (text.encode("utf-16"), "UTF-16"),
+        (gzip.compress(text.encode()), "gzip"),
+        (b"PK\x03\x04" + bytes(2000), "zip"),
+        (header.tobytes() + zipf(999, 1000).astype("<u2").tobytes(), "unknown magic 20230101"),
+        (zipf(999).astype("<u4").tobytes() + b"ab", "no multiple of 4"),
+        (zipf(999).astype("<i8").tobytes()[:-4], "no multiple of 8"),
+    ):
+        (tmp_path / "flat.bin").write_bytes(content)
+        with pytest.raises(DataError, match=what):
+            TokenFile(tmp_path / "flat.bin")
+
+
+def test_a_named_type_is_taken_without_judgement(tmp_path):
+    tokens = np.stack([zipf(999), np.zeros(20_000, int)], 1).ravel().astype("<u2")  # every second token is 0
+    tokens.tofile(tmp_path / "flat.bin")
+    assert TokenFile(tmp_path / "flat.bin", vocab_size=999).dtype == np.uint32
+    assert np.array_equal(all_tokens(TokenFile(tmp_path / "flat.bin", "uint16")), tokens)
+    write(tmp_path / "pair")
+    assert TokenFile(tmp_path / "pair", "uint16").dtype == np.uint16
+    with pytest.raises(DataError, match=r"uint16, not int32; leave dtype out"):
+        TokenFile(tmp_path / "pair", "int32")
 
 
 @pytest.mark.parametrize(("size", "what"), [(0, "no tokens"), (1, "1 bytes"), (2001, "2,001 bytes")])

@@ -16,7 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import numpy as np
 
 from pretrain import schema
-from pretrain.config import Config, load
+from pretrain.config import Config, SourceConfig, load
 from pretrain.data.indexed import DataError, TokenFile
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.doctor.compare_runs import Run, differences, parting, read_run, verdict
@@ -61,14 +61,14 @@ def read(folder: Path) -> Run:
     run.settings = schema.to_dict(config)
     run.scheduled_lr = lambda step: lr_at(step, config.schedule, config.optimizer.lr, run.total_steps)
     for facts, source in zip(run.sources, config.data.train, strict=True):
-        facts |= facts_of_file(source.path, facts, config)
+        facts |= facts_of_file(source, facts, config)
     return run
 
 
-def facts_of_file(path: str, sidecar: dict, config: Config) -> dict:
+def facts_of_file(source: SourceConfig, sidecar: dict, config: Config) -> dict:
     """Sizes of a token file and the share of its tokens that end a document; {} if it is missing or was rewritten since."""
     try:
-        file = TokenFile(path)
+        file = TokenFile(source.path, source.dtype, config.model.vocab_size)
         if file.fingerprint() != sidecar.get("fingerprint"):
             return {}
         facts = {"num_tokens": file.num_tokens, "num_documents": file.num_documents, "dtype": file.dtype.name}

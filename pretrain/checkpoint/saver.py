@@ -90,7 +90,7 @@ class Saver:
         if not background:
             self.wait()
         if last and self.engine.broadcast(self.failures):
-            raise OSError(f"{self.folder}: the checkpoint of step {step} could not be saved; earlier checkpoints are intact")
+            raise OSError(f"{self.folder}: the checkpoint of step {step} could not be saved; no earlier one is affected")
 
     @property
     def seconds_since_save(self) -> float:

@@ -125,7 +125,7 @@ def _blocks(header: bytes, shards: list[Shard]) -> Iterator[memoryview | bytes]:
             raise TypeError(f"{shard.name} is {values.dtype}; checkpoints store fp32")
         for block in values.split(BLOCK):
             if not all(map(math.isfinite, torch.aminmax(block))):  # one pass without a copy; aminmax propagates NaN
-                raise NotFinite(f"{shard.name} is not finite, so the state was not saved; earlier checkpoints are intact")
+                raise NotFinite(f"{shard.name} is not finite, so the state was not saved; no earlier checkpoint is affected")
             yield memoryview(block.numpy()).cast("B")
 
 

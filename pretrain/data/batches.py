@@ -175,7 +175,8 @@ class TrainData:
             if len(self.sources) > 1:
                 line += f", read {passes:.3g} times per epoch"
             if source.sidecar is None and isinstance(source, FileSource):
-                line += ", without a metadata sidecar: its tokenizer cannot be checked"
+                read_as = "" if source.file.num_documents else f", a flat file read as {source.file.dtype.name}"
+                line += f"{read_as}, without a metadata sidecar: its tokenizer cannot be checked"
             lines.append(line)
         return lines
 
@@ -247,7 +248,7 @@ def _open_sources(
     for i, config in enumerate(data.train if split == "train" else data.valid):
         where = f"data.{split}[{i}].path"
         try:
-            source = FileSource(TokenFile(config.path), data.sequence_length, vocab_size)
+            source = FileSource(TokenFile(config.path, config.dtype, vocab_size), data.sequence_length, vocab_size)
         except (DataError, OSError) as error:
             problems.append(f"{where}: {error}")
             continue

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import errno
 import fcntl
 import json
 import math
@@ -34,19 +33,16 @@ import xxhash
 from pretrain import UserError
 from pretrain.files import sync_folder
 
+from . import flat
 from .entropy import bigram_entropy, unigram_entropy
+from .reads import SAMPLE_RUN_LENGTH, SAMPLE_RUNS, StoredArray, read_ranges, spaced_runs
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, length of the document array
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # Megatron's codes of integer types
-_LLMC_HEADER_BYTES = 1024  # llm.c: 256 int32 (magic, version, token count, ...), then tokens; the magic gives their type
-_LLMC_TYPES = {20240520: "<u2", 20240801: "<u4"}
-_NUMPY_MAGIC = b"\x93NUMPY"
 _BLOCK_BYTES, _INDEX_BLOCK = 64 << 20, 1 << 20
 _BIGRAM_RUNS, _BIGRAM_RUN_TOKENS = 64, 1 << 17
-_SAMPLE_RUNS, _SAMPLE_RUN_TOKENS = 64, 1 << 13
-_FLAT_HEAD_BYTES = 1 << 16
-_SPAN_PER_ELEMENT = 64
+_FLAT_RUNS, _FLAT_RUN_WORDS = 16, 1 << 11
 _AT_LEAST_ONE = ("vocab_size", "num_tokens", "num_documents", "block_bytes")  # of the counts in a sidecar
 
 
@@ -128,7 +124,8 @@ class TokenFile:
     this program). Thread-safe; keeps nothing of the file in memory.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, dtype: str | None = None, vocab_size: int | None = None):
+        """dtype: of a flat file, which else is judged by its content and by `vocab_size`, the number of ids of the model."""
         self.path, self.bin_path, self._idx_path = _resolve(str(path))
         self.num_documents: int | None = None
         self.sidecar: Sidecar | None = None
@@ -136,36 +133,31 @@ class TokenFile:
         self._bin_bytes = os.fstat(self._file.fileno()).st_size
         self._offset = 0
         if self._idx_path is None:
-            self._open_flat()
+            self._open_flat(dtype, vocab_size)
         else:
             self._open_pair()
+            if dtype and np.dtype(dtype) != self.dtype:
+                raise DataError(f"{self._idx_path}: says that the tokens are {self.dtype.name}, not {dtype}; leave dtype out")
         if self.num_tokens == 0:
             raise DataError(f"{self.bin_path}: contains no tokens; tokenize a corpus that is not empty")
         if hasattr(os, "posix_fadvise"):  # samples are random: read-ahead would multiply the disk traffic
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
 
-    def _open_flat(self) -> None:
-        head = os.pread(self._file.fileno(), 12, 0)
-        if head.startswith(_NUMPY_MAGIC):
-            raise DataError(f"{self.bin_path}: written by numpy.save, whose header is not tokens; write it with array.tofile")
-        magic, _, count = struct.unpack("<3i", head.ljust(12, b"\0"))
-        if magic in _LLMC_TYPES:
-            self.dtype, self._offset = np.dtype(_LLMC_TYPES[magic]), _LLMC_HEADER_BYTES
-            expected = self._offset + self.dtype.itemsize * count
-        else:
-            self.dtype = self._flat_dtype()
-            expected = self._bin_bytes - self._bin_bytes % self.dtype.itemsize
+    def _open_flat(self, dtype: str | None, vocab_size: int | None) -> None:
+        starts, lengths = map(np.array, spaced_runs(self._bin_bytes // 8, _FLAT_RUNS, _FLAT_RUN_WORDS))
+        sample = read_ranges(self._file, 8 * starts, 8 * lengths).tobytes()
+        head = os.pread(self._file.fileno(), flat.HEADER_BYTES, 0)
+        try:
+            if dtype:
+                self.dtype = np.dtype(dtype).newbyteorder("<")
+            else:
+                self.dtype, self._offset = flat.judge(head, sample, self._bin_bytes, vocab_size)
+        except ValueError as error:
+            raise DataError(f"{self.bin_path}: {error}. If it holds tokens, name their type beside its path (dtype)") from None
+        expected = self._bin_bytes - self._bin_bytes % self.dtype.itemsize
         if self._bin_bytes != expected:
             raise DataError(f"{self.bin_path}: {self._bin_bytes:,} bytes found, {expected:,} expected; copy it again")
         self.num_tokens = (expected - self._offset) // self.dtype.itemsize
-
-    def _flat_dtype(self) -> np.dtype:
-        """uint32 if the words look like ids below 262,144 (no upper half above 3, most lower halves above 3), else uint16."""
-        starts = {0, max(0, self._bin_bytes // 4 * 4 - _FLAT_HEAD_BYTES)}  # two parts: one may be a hole
-        parts = [os.pread(self._file.fileno(), _FLAT_HEAD_BYTES, start) for start in starts]
-        halves = np.frombuffer(b"".join(part[: len(part) // 4 * 4] for part in parts), "<u2").reshape(-1, 2)
-        wide = len(halves) >= 32 and halves[:, 1].max() <= 3 and np.mean(halves[:, 0] > 3) > 0.5
-        return np.dtype("<u4" if wide else "<u2")
 
     def _open_pair(self) -> None:
         path = self._idx_path
@@ -188,9 +180,9 @@ class TokenFile:
         if num_sequences == 0 or num_starts < 2:
             raise DataError(f"{path}: contains no documents; tokenize a corpus that is not empty")
         self.dtype = np.dtype(_DTYPES[code])
-        lengths = _StoredArray(file, "<i4", num_sequences, _HEADER.size)
-        self._pointers = _StoredArray(file, "<i8", num_sequences, _HEADER.size + 4 * num_sequences)
-        self._documents = _StoredArray(file, "<i8", num_starts, _HEADER.size + 12 * num_sequences)
+        lengths = StoredArray(file, "<i4", num_sequences, _HEADER.size)
+        self._pointers = StoredArray(file, "<i8", num_sequences, _HEADER.size + 4 * num_sequences)
+        self._documents = StoredArray(file, "<i8", num_starts, _HEADER.size + 12 * num_sequences)
         self.num_documents = num_starts - 1
         self.num_tokens, odd_bytes = divmod(self._pointers[num_sequences - 1], self.dtype.itemsize)
         self.num_tokens += lengths[num_sequences - 1]
@@ -225,10 +217,13 @@ class TokenFile:
     def document_starts(self, numbers: np.ndarray) -> np.ndarray:
         """Index of the first token of each of these documents, (n,) -> (n,) int64; `num_tokens` for number num_documents. Only
         for pairs."""
-        sequences = self._documents.take(numbers)
-        starts = np.full(len(sequences), self.num_tokens)
-        inside = sequences < len(self._pointers)
-        starts[inside] = self._pointers.take(sequences[inside]) // self.dtype.itemsize
+        try:
+            sequences = self._documents.take(numbers)
+            starts = np.full(len(sequences), self.num_tokens)
+            inside = sequences < len(self._pointers)
+            starts[inside] = self._pointers.take(sequences[inside]) // self.dtype.itemsize
+        except IndexError as error:
+            raise DataError(f"{self._idx_path}: {error}; damaged, copy it again") from None
         return starts
 
     def document_at(self, token: int) -> int:
@@ -253,7 +248,7 @@ class TokenFile:
 
     def sample(self) -> np.ndarray:
         """At most 64 evenly spaced runs of 8192 tokens, the first and the last tokens included: O(1) for any file."""
-        return self.read(*_spaced_runs(self.num_tokens, _SAMPLE_RUNS, _SAMPLE_RUN_TOKENS))
+        return self.read(*spaced_runs(self.num_tokens, SAMPLE_RUNS, SAMPLE_RUN_LENGTH))
 
     def fingerprint(self) -> str:
         """Hash of type, length, checksums in the sidecar and `sample()`, but not of the path.
@@ -268,7 +263,7 @@ class TokenFile:
 
     def watch(self) -> None:
         """Remembers the content for `require_unchanged`: O(1)."""
-        self._watched = {file: (_modified(file), sample()) for file, sample in self._samples()}
+        self._watched = {file: (os.fstat(file.fileno()).st_mtime_ns, sample()) for file, sample in self._samples()}
 
     def require_unchanged(self) -> None:
         """Raises DataError if a file was rewritten since `watch`, as far as a sample of it shows.
@@ -277,8 +272,8 @@ class TokenFile:
         replaced or removed does not matter, because the old one stays open.
         """
         for file, sample in self._samples():
-            modified, content = self._watched[file]
-            if (now := _modified(file)) == modified:
+            now, (before, content) = os.fstat(file.fileno()).st_mtime_ns, self._watched[file]
+            if now == before:
                 continue
             if sample() != content:
                 raise DataError(f"{file.name}: was rewritten while in use; restore it, or start another run with the new file")
@@ -324,80 +319,6 @@ class TokenFile:
         data = read_ranges(self._file, np.array([start]), np.array([size]))
         if xxhash.xxh3_128_hexdigest(data) != self.sidecar.block_checksums[i]:
             raise DataError(f"{self.bin_path}: damaged between bytes {start:,} and {start + size:,} (checksum); copy it again")
-
-
-def read_ranges(file, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Bytes [offset, offset + size) of all ranges, back to back: uint8. Raises OSError if the file ends earlier."""
-    descriptor = file.fileno()
-    ranges = list(zip(offsets.tolist(), sizes.tolist(), strict=True))
-    if hasattr(os, "posix_fadvise") and len(ranges) > 1:  # start all reads before waiting for the first
-        for offset, size in ranges:
-            os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
-    data = np.empty(int(sizes.sum()), dtype=np.uint8)
-    buffer, filled = memoryview(data), 0
-    for offset, size in ranges:
-        end = filled + size
-        while filled < end:
-            got = os.preadv(descriptor, [buffer[filled:end]], offset)
-            if got == 0:
-                raise _truncated(file, offset)
-            filled, offset = filled + got, offset + got
-    return data
-
-
-def _modified(file) -> int:
-    return os.fstat(file.fileno()).st_mtime_ns
-
-
-def _truncated(file, offset: int) -> OSError:
-    return OSError(errno.EIO, f"ends at byte {offset:,}: truncated while in use", str(file.name))
-
-
-class _StoredArray:
-    """A 1-D array of signed integers in a file, read element by element. Raises OSError if the file was truncated meanwhile."""
-
-    def __init__(self, file, dtype: str, count: int, offset: int):
-        self._file, self._dtype, self._count, self._offset = file, np.dtype(dtype), count, offset
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, i: int) -> int:
-        if not 0 <= i < self._count:
-            raise IndexError(i)
-        width = self._dtype.itemsize
-        data = os.pread(self._file.fileno(), width, self._offset + width * i)
-        if len(data) < width:
-            raise _truncated(self._file, self._offset + width * i)
-        return int.from_bytes(data, "little", signed=True)
-
-    def take(self, numbers: np.ndarray) -> np.ndarray:
-        """Elements with these numbers, (n,) -> (n,). Raises DataError for a number that the array does not have."""
-        numbers = np.asarray(numbers, dtype=np.int64)
-        if not len(numbers):
-            return np.empty(0, self._dtype)
-        first, last, width = int(numbers.min()), int(numbers.max()), self._dtype.itemsize
-        if first < 0 or last >= self._count:
-            raise DataError(
-                f"{self._file.name}: refers to entry {first if first < 0 else last:,} of {self._count:,}; copy it again"
-            )
-        if last - first < _SPAN_PER_ELEMENT * len(numbers):  # one read of everything between them is faster than one for each
-            span = read_ranges(self._file, np.array([self._offset + width * first]), np.array([width * (last - first + 1)]))
-            return span.view(self._dtype)[numbers - first]
-        return read_ranges(self._file, self._offset + width * numbers, np.full(len(numbers), width)).view(self._dtype)
-
-    def sample(self) -> str:
-        """Hash of at most 64 evenly spaced runs of 8192 elements, the first and the last included."""
-        starts, lengths = map(np.array, _spaced_runs(self._count, _SAMPLE_RUNS, _SAMPLE_RUN_TOKENS))
-        width = self._dtype.itemsize
-        return xxhash.xxh3_128_hexdigest(read_ranges(self._file, self._offset + width * starts, width * lengths))
-
-
-def _spaced_runs(num_tokens: int, count: int, length: int) -> tuple[list[int], list[int]]:
-    """(starts, lengths) of `count` evenly spaced runs of tokens, the first and the last included; or all in one run."""
-    if num_tokens <= count * length:
-        return [0], [num_tokens]
-    return [(num_tokens - length) * i // (count - 1) for i in range(count)], [length] * count
 
 
 def _resolve(path: str) -> tuple[str, Path, Path | None]:
@@ -509,7 +430,7 @@ class TokenWriter:
         counts_V = self._counts_V
         num_tokens = int(counts_V.sum())
         tokens = np.asarray(np.memmap(self._temporary[1], self._dtype, "r", shape=(num_tokens,)))
-        runs = zip(*_spaced_runs(num_tokens, _BIGRAM_RUNS, _BIGRAM_RUN_TOKENS), strict=True)
+        runs = zip(*spaced_runs(num_tokens, _BIGRAM_RUNS, _BIGRAM_RUN_TOKENS), strict=True)
         sidecar = Sidecar(
             **self._about,
             dtype=self._dtype.name,

@@ -5,17 +5,23 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from pretrain import config as settings
 from pretrain.checkpoint.manifest import Checkpoint, CheckpointError, checkpoints
 from pretrain.checkpoint.storage import best_key
+from pretrain.checkpoint.tensors import BLOCK
 from pretrain.config import Config
 from pretrain.data.indexed import DataError
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.interop.weights import CheckpointWeights, HFWeights, MeanWeights, Weights
+from pretrain.interop.weights import CheckpointWeights, HFWeights, MeanWeights, Weights, read_tensor
+from pretrain.model import hf_mapping
 from pretrain.model.config import ModelConfig
 from pretrain.model.hf_mapping import UnsupportedModel, folder_kind, kept_keys, read_config
 
@@ -130,6 +136,32 @@ def open_weights(path: Path, check: Callable[[Checkpoint], None] = require_intac
     checkpoint = _checkpoint_at(path)
     check(checkpoint)
     return CheckpointWeights(checkpoint)
+
+
+def find_unusable(source: Weights, part: int = 0, parts: int = 1) -> tuple[int, str] | None:
+    """(number, problem) of the first tensor from which nothing can be trained, among every `parts`-th; None: all are usable.
+
+    Reads them all. Raises OSError.
+    """
+    for number, tensor in enumerate(hf_mapping.tensors(source.model)):
+        if number % parts == part and tensor.parameter and (problem := tensor_problem(source, number)):
+            return number, problem
+    return None
+
+
+def tensor_problem(source: Weights, number: int) -> str | None:
+    """Why nothing can be trained from this tensor of Hugging Face's model; None: it is usable. Reads it."""
+    tensor = next(itertools.islice(hf_mapping.tensors(source.model), number, None))
+    zero = True
+    for first in range(0, tensor.count, BLOCK):
+        block = torch.empty(min(BLOCK, tensor.count - first))
+        read_tensor(source, tensor, first, block)
+        if not all(map(math.isfinite, torch.aminmax(block))):
+            return f"{tensor.name} contains NaN or infinity: the model had diverged, or the file is damaged"
+        zero = zero and not block.any()
+    if zero and (len(tensor.shape) == 1 or tensor.parameter == "model.embed_tokens.weight") and "bias" not in tensor.name:
+        return f"{tensor.name} is all zeros, so every output would be zero: the file was never filled"
+    return None
 
 
 def tokenizer_of(path: Path) -> str | None:

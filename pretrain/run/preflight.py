@@ -132,7 +132,7 @@ def _file_findings(config: Config, tokenizer: Tokenizer | None, vocab_size: int,
     for key, sources in (("train", config.data.train), ("valid", config.data.valid)):
         for i, source in enumerate(sources):
             where = f"data.{key}[{i}].path"
-            file, problems = _open_file(source, where)
+            file, problems = _open_file(source, where, vocab_size)
             found += problems
             if file is None:
                 continue
@@ -166,9 +166,9 @@ def _quick_file_findings(parts: Parts) -> list[Finding]:
     return found
 
 
-def _open_file(source: SourceConfig, where: str) -> tuple[TokenFile | None, list[Finding]]:
+def _open_file(source: SourceConfig, where: str, vocab_size: int) -> tuple[TokenFile | None, list[Finding]]:
     try:
-        return TokenFile(source.path), []
+        return TokenFile(source.path, source.dtype, vocab_size), []
     except DataMissing as error:
         return None, [Finding("data-missing", where, str(error), stops=True)]
     except (DataError, OSError) as error:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
+
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.manifest import Checkpoint, CheckpointError, checkpoints
 from pretrain.config import Config, ConfigError, Problem, check_resume
@@ -149,12 +151,19 @@ def initial_weights(start: Start, config: Config, engine: Engine, model: ModelCo
         return lambda shard: None
     if not config.model.from_pretrained:
         return None
-    from pretrain.interop.load import open_weights  # most runs draw their weights and need none of this
+    from pretrain.interop.load import find_unusable, open_weights, tensor_problem  # most runs need none of this
     from pretrain.interop.weights import weight_loader
     from pretrain.model.hf_mapping import UnsupportedModel
 
     try:
         source = open_weights(Path(config.model.from_pretrained), lambda checkpoint: storage.check_files(checkpoint, engine))
-        return weight_loader(source, model)
+        loader = weight_loader(source, model)
     except UnsupportedModel as error:
         raise ConfigError([Problem("model.from_pretrained", str(error))]) from None
+    found = find_unusable(source, engine.rank, engine.world_size)
+    numbers = torch.zeros(engine.world_size, dtype=torch.int64, device=engine.device)
+    numbers[engine.rank] = found[0] + 1 if found else 0
+    if unusable := [number for number in engine.all_reduce(numbers).tolist() if number]:
+        problem = f"{config.model.from_pretrained}: {tensor_problem(source, min(unusable) - 1)}; use another model"
+        raise ConfigError([Problem("model.from_pretrained", problem)])
+    return loader
