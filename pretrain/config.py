@@ -136,7 +136,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Learning rate as a pure function of the step."""
+    """Learning rate as a pure function of the step; docs/running.md says what changes midway do."""
 
     name: Literal["cosine", "wsd", "linear", "constant"] = guarded("cosine")
     """Shape of the decay; wsd: warm-up, stable, decay at the end."""
@@ -153,11 +153,11 @@ class TrainConfig:
     """Length of the run: exactly one of max_steps, max_tokens, epochs. And what to do when it diverges."""
 
     max_steps: PositiveInt | None = guarded(None)
-    """Optimizer steps."""
+    """Optimizer steps over all starts, of any batch."""
     max_tokens: PositiveInt | None = guarded(None)
-    """Tokens fed to the model (rounded up to full steps)."""
+    """Tokens fed to the model over all starts, whatever their batch (rounded up to full steps)."""
     epochs: PositiveFloat | None = guarded(None)
-    """Passes over all training sources together."""
+    """Passes over all training sources together, over all starts."""
     max_skipped_steps: PositiveInt = free(10)
     """Consecutive non-finite steps after which the run counts as diverged."""
     on_divergence: Literal["stop", "rollback"] = free("stop")

@@ -115,8 +115,8 @@ def train(config: Config, stop: StopRequest | None = None) -> int:
             directory.write_end(STOPPED_BY_PERSON, reason)
             return outcome.end(STOPPED_BY_PERSON, reason)
         stop.stop_file = directory.stop_file if engine.rank == 0 else None
-        warnings = preflight.at_start(config, engine, parts)
         start = resume.decide(config, engine, parts, directory.checkpoints)
+        warnings = preflight.at_start(config, engine, parts, start.checkpoint)
         engine.prepare(
             lambda: Transformer(parts.model),
             lambda model: build_optimizer(model, config.optimizer),
@@ -194,7 +194,7 @@ def _take_step(run: Run, clock: Clock, windows: Iterator[list[Batch]], stop: Sto
     engine.watchdog.begin_step(step)
     with clock.waiting():
         window = next(windows)
-    lr = lr_at(step, config.schedule, config.optimizer.lr, run.total_steps)
+    lr = lr_at(step, config.schedule, config.optimizer.lr, run.total_steps, run.length.course)
     update_check = UpdateCheck(engine) if _due(step, 10 * config.log.every_steps) else None
     save_wanted = engine.rank == 0 and 0 < 60 * config.checkpoint.every_minutes < run.saver.seconds_since_save
     engine.attach([*run.saver.votes(), int(save_wanted), *stop.flags()], run.meter.last_loss)

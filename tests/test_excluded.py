@@ -112,8 +112,8 @@ def test_appending_keeps_earlier_lines_and_refuses_another_sequence_length(tmp_p
 # ---------------------------------------------------------------- positions that a rollback skips
 
 
-@given(st.sets(st.integers(1, 60)), st.integers(1, 7))
-def test_steps_counted_forwards_backwards_and_by_number_agree(left_out, size):
+@given(st.sets(st.integers(1, 60)), st.integers(1, 7), st.integers(0, 30))
+def test_steps_counted_forwards_backwards_and_by_number_agree(left_out, size, known):
     """`left_out`: numbers of complete global batches."""
     ranges: excluded.PositionRanges = []
     for number in left_out:
@@ -127,6 +127,10 @@ def test_steps_counted_forwards_backwards_and_by_number_agree(left_out, size):
     for step, start in enumerate(starts, start=1):
         assert excluded.position_of_step(step, size, ranges) == start
         assert excluded.step_of_position(start + size - 1, size, ranges) == step
+        if step > known > 0:  # counted from a start in between
+            since = (known, starts[known - 1] + size)
+            assert excluded.position_of_step(step, size, ranges, since) == start
+            assert excluded.step_of_position(start, size, ranges, since) == step
     assert all(excluded.step_of_position(number * size, size, ranges) is None for number in left_out)
     for steps in range(1, 41):
         assert excluded.start_of_last_steps(position, steps, size, ranges) == starts[-steps]

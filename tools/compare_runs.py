@@ -21,7 +21,8 @@ from pretrain.data.indexed import DataError, TokenFile
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.doctor.compare_runs import Run, differences, parting, read_run, verdict
 from pretrain.files import write_atomically
-from pretrain.optim.schedule import lr_at
+from pretrain.optim.schedule import Course, lr_at
+from pretrain.report import environment
 from pretrain.run import command_line
 
 
@@ -59,7 +60,13 @@ def read(folder: Path) -> Run:
     run = read_run(folder)
     config = load(["--config", str(folder / "config.yaml")], world_size=None)
     run.settings = schema.to_dict(config)
-    run.scheduled_lr = lambda step: lr_at(step, config.schedule, config.optimizer.lr, run.total_steps)
+
+    def scheduled_lr(step: int) -> float:
+        length = environment.start_of_step(run.environment, step).get("length") or {}  # older versions did not write it
+        course = Course(*length["course"]) if length.get("course") else None
+        return lr_at(step, config.schedule, config.optimizer.lr, length.get("total_steps", run.total_steps), course)
+
+    run.scheduled_lr = scheduled_lr
     for facts, source in zip(run.sources, config.data.train, strict=True):
         facts |= facts_of_file(source, facts, config)
     return run

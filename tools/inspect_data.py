@@ -172,10 +172,10 @@ def samples_of_step(
     parts: Parts, options: argparse.Namespace, config: Config, skipped: excluded.PositionRanges
 ) -> Iterator[str]:
     """The samples of a step, or of one rank's slice of it, with their documents; sorted by loss with --loss."""
-    data, size = parts.data, config.batch.global_batch_size
-    first, of_rank = excluded.position_of_step(options.step, size, skipped), ""
+    data, start = parts.data, environment.start_of_step(environment.read(options.run), options.step)
+    size, since = batch_since(start, config)
+    first, of_rank = excluded.position_of_step(options.step, size, skipped, since), ""
     if options.rank is not None:
-        start = environment.start_of_step(environment.read(options.run), options.step)
         ranks = options.ranks or start.get("world_size")
         if ranks is None or size % ranks or options.rank >= ranks:
             problem = f"--rank {options.rank} of {ranks or '?'} ranks"
@@ -201,6 +201,13 @@ def samples_of_step(
         reason = f"step {options.step} of {config.run.name}"
         comments = [reason if each.loss is None else f"{reason}, loss {each.loss:.3f}" for each in samples]
         yield put_into_quarantine(data, options.quarantine, samples, comments, config)
+
+
+def batch_since(start: dict, config: Config) -> tuple[int, tuple[int, int]]:
+    """(global batch size, (step, position after it)) of a start in environment.json; older versions wrote neither."""
+    if "position" not in start:
+        return config.batch.global_batch_size, (0, 0)
+    return start["global_batch_size"], (start["step"], start["position"])
 
 
 def about_sample(
@@ -263,11 +270,17 @@ def steps_of_document(
     number, document, source = find_document(data, options.document)
     first, end = source.file.document_range(document)
     yield f"document {document} of source {number} ({source.name}): tokens {first:,} to {end - 1:,}"
-    length, size = source.sequence_length, config.batch.global_batch_size
+    length, starts = source.sequence_length, environment.read(options.run).get("starts", [])
+
+    def step_of(position: int) -> int | None:
+        start = next((each for each in reversed(starts) if each.get("position", 0) <= position), {})
+        size, since = batch_since(start, config)
+        return excluded.step_of_position(position, size, skipped, since)
+
     samples = range(first // length, min((end - 1) // length, source.num_samples - 1) + 1)
     for sample in samples:
         positions = [data.position(number, epoch, sample) for epoch in range(_EPOCHS_SHOWN)]
-        steps = [None if each is None else excluded.step_of_position(each, size, skipped) for each in positions]
+        steps = [None if each is None else step_of(each) for each in positions]
         yield f"sample {sample}: steps " + ", ".join(f"{step or 'none'} (epoch {epoch})" for epoch, step in enumerate(steps))
     if options.quarantine:
         found = [Sample(0, number, 0, sample, None) for sample in samples]

@@ -180,17 +180,20 @@ def start_of_last_steps(position: int, steps: int, global_batch_size: int, skipp
     return position
 
 
-def position_of_step(step: int, global_batch_size: int, skipped: PositionRanges) -> int:
-    """Start of `step`, counted from 1, in a run whose global batch size never changed."""
-    position = (step - 1) * global_batch_size
+def position_of_step(step: int, global_batch_size: int, skipped: PositionRanges, since: tuple[int, int] = (0, 0)) -> int:
+    """Start of `step`, counted from 1. since: a (step, position after it) before it, from which on the batch size is this."""
+    position = since[1] + (step - 1 - since[0]) * global_batch_size
     for first, end in skipped:
-        if position >= first:
+        if since[1] < end and position >= first:
             position += end - first
     return position
 
 
-def step_of_position(position: int, global_batch_size: int, skipped: PositionRanges) -> int | None:
-    """The step, counted from 1, that takes the sample at `position`. None: it is skipped."""
+def step_of_position(
+    position: int, global_batch_size: int, skipped: PositionRanges, since: tuple[int, int] = (0, 0)
+) -> int | None:
+    """The step, counted from 1, that takes the sample at `position`. None: it is skipped. since: as in `position_of_step`."""
     if any(first <= position < end for first, end in skipped):
         return None
-    return (position - sum(end - first for first, end in skipped if end <= position)) // global_batch_size + 1
+    passed = sum(end - first for first, end in skipped if since[1] < end <= position)
+    return since[0] + (position - since[1] - passed) // global_batch_size + 1

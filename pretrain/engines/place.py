@@ -44,7 +44,9 @@ class Place(NamedTuple):
 
 def read_place(environment: Mapping[str, str] = os.environ) -> Place:
     """The place that the launcher's variables describe. Raises ConfigError if they are incomplete or contradict each other."""
-    values = {name: environment[name] for name in (*_COUNTS, *_MEETING, "LOCAL_WORLD_SIZE") if environment.get(name, "").strip()}
+    values = {
+        name: environment[name] for name in (*_COUNTS, *_MEETING, "LOCAL_WORLD_SIZE") if environment.get(name, "").strip()
+    }
     given = [name for name in _COUNTS if name in values]
     if not given or (given == ["WORLD_SIZE"] and values["WORLD_SIZE"].strip() == "1"):
         _refuse_mpi(environment)
@@ -94,5 +96,7 @@ def _refuse_mpi(environment: Mapping[str, str]) -> None:
     """Raises ConfigError under mpirun, or in a shell with its variables: every process would train by itself."""
     for name in _MPI:
         if environment.get(name, "").strip().isdecimal() and int(environment[name]) > 1:
-            text = f"is {environment[name]}, so mpirun started several processes, but RANK, WORLD_SIZE and LOCAL_RANK are not set"
+            text = (
+                f"is {environment[name]}, so mpirun started several processes, but RANK, WORLD_SIZE and LOCAL_RANK are not set"
+            )
             raise ConfigError([Problem(name, f"{text} and each process would train by itself; {_ALONE}")])

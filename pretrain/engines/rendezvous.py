@@ -114,7 +114,9 @@ def _connect(place: Place, seconds: float) -> dist.TCPStore:
     try:
         return dist.TCPStore(*at, is_master=False, timeout=timedelta(seconds=30), wait_for_workers=False)
     except RuntimeError as error:
-        text = f"what answers at {place.address}:{place.port} is not torch's store ({str(error).splitlines()[0]}); free the port"
+        text = (
+            f"what answers at {place.address}:{place.port} is not torch's store ({str(error).splitlines()[0]}); free the port"
+        )
         raise ConfigError([Problem("MASTER_PORT", text)]) from None
 
 
@@ -141,7 +143,9 @@ def _bound(host: str, port: int) -> socket.socket:
         raise ConfigError([Problem("MASTER_ADDR", f"{host}: {error.strerror}")]) from None
     except OSError as error:
         if host and error.errno == errno.EADDRNOTAVAIL:  # a proxy's address, or one that is translated on the way
-            print(f"pretrain: {host} is not an address of this machine, so torch's store listens on all of them", file=sys.stderr)
+            print(
+                f"pretrain: {host} is not an address of this machine, so torch's store listens on all of them", file=sys.stderr
+            )
             return _bound("", port)
         text = f"rank 0 cannot listen on port {port} ({error.strerror}); set MASTER_PORT to a free one"
         raise ConfigError([Problem("MASTER_PORT", text)]) from None

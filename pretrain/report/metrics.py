@@ -55,6 +55,11 @@ class Meter:
         if routing_LX is not None:
             self.routing_LX = torch.where(applied, routing_LX, 0) + (0 if self.routing_LX is None else self.routing_LX)
 
+    @property
+    def interval_tokens(self) -> int:
+        """Valid tokens of the interval so far, over all ranks. Waits for the device."""
+        return int(self.counts[_COUNTS.index("interval_tokens")])
+
     def read(self, all_reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Returns the figures of the interval, equal on all ranks, and starts a new interval. A collective.
 

@@ -71,7 +71,11 @@ def weights_digest(path: Path) -> str:
     models apart. `not there` if the folder has none."""
     if found := checkpoints(path / "checkpoints"):
         path = found[0].path
-    files = [file for file in sorted(path.glob("*")) if file.suffix == ".safetensors" or file.name in ("manifest.json", "config.json")]
+    files = [
+        file
+        for file in sorted(path.glob("*"))
+        if file.suffix == ".safetensors" or file.name in ("manifest.json", "config.json")
+    ]
     digest = xxhash.xxh3_128()
     for file in files:
         size = file.stat().st_size

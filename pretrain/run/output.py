@@ -31,8 +31,8 @@ def announce(run: Run, start: Start, warnings: Sequence[object]) -> None:
     length, ranks = config.data.sequence_length, engine.world_size
     counts = flops.num_parameters(run.model)
     active = f" ({counts.active:,} active per token)" if counts.active < counts.total else ""
-    tokens_per_step = batch.global_batch_size * length
-    schedule, peak = config.schedule, config.optimizer.lr
+    tokens_per_step, samples = batch.global_batch_size * length, run.length.samples
+    tokens = samples * length
     resumed = f", resuming after step {run.progress.step:,}" if start.checkpoint else ""
     lines = [
         f"run        {run.directory.path}{resumed}",
@@ -41,11 +41,9 @@ def announce(run: Run, start: Start, warnings: Sequence[object]) -> None:
         f"engine     {config.engine.name}, {ranks} process{'es' * (ranks > 1)} on {engine.device_name}, {engine.precision}",
         f"batch      {batch.global_batch_size} sequences per step = ranks {ranks} x micro-batch {batch.micro_batch_size} x "
         f"accumulation {accumulation(batch, ranks)}; times {length} tokens = {tokens_per_step:,} tokens per step",
-        f"length     {run.total_steps:,} steps = {run.total_steps * tokens_per_step:,} tokens = "
-        f"{run.total_steps * batch.global_batch_size / run.data.samples_per_epoch:.2f} epochs, "
-        f"{run.total_steps * tokens_per_step / counts.total:.1f} tokens per parameter",
-        f"lr         {schedule.name}: step 1 {lr_at(1, schedule, peak, run.total_steps):.2e}, peak {peak:.2e} at step "
-        f"{max(1, schedule.warmup_steps)}, last step {lr_at(run.total_steps, schedule, peak, run.total_steps):.2e}",
+        f"length     {run.total_steps:,} steps = {tokens:,} tokens = {samples / run.data.samples_per_epoch:.2f} epochs, "
+        f"{tokens / counts.total:.1f} tokens per parameter",
+        f"lr         {_lr_line(run)}",
         *(f"data       {line}" for line in run.data.description()),
         "reference losses of this data, in nats per token:",
         *verdict.reference_lines(run.data.reference_lines),
@@ -59,6 +57,19 @@ def announce(run: Run, start: Start, warnings: Sequence[object]) -> None:
     if not start.checkpoint or run.sinks.lacks_start:
         record = {"step": 0, "reference_lines": run.data.reference_lines, "parameters": counts.total, "world_size": ranks}
         run.sinks.log(record | {"tokens_per_step": tokens_per_step, "data": run.data.fingerprint})
+
+
+def _lr_line(run: Run) -> str:
+    """The learning rate at the steps where it turns, in words."""
+    schedule, peak, total, course = run.config.schedule, run.config.optimizer.lr, run.total_steps, run.length.course
+    last = f"last step {lr_at(total, schedule, peak, total, course):.2e}"
+    if course is None:
+        first = f"step 1 {lr_at(1, schedule, peak, total):.2e}"
+        return f"{schedule.name}: {first}, peak {peak:.2e} at step {max(1, schedule.warmup_steps)}, {last}"
+    now = min(run.progress.step + 1, total)
+    done = f", {course.decayed:.0%} of the decay was done by then" if course.decayed else ""
+    changed = f"since step {course.step:,}, when length, batch or schedule changed{done}"
+    return f"{schedule.name}: step {now:,} {lr_at(now, schedule, peak, total, course):.2e}, {last}; {changed}"
 
 
 def log_step(run: Run, clock: Clock, lr: float, update_check: UpdateCheck | None) -> None:
@@ -116,7 +127,8 @@ def _model_flops_utilization(run: Run, tokens_per_second: float) -> dict[str, fl
 def log_validation(run: Run, figures: dict[str, float], generated: list[dict[str, str]]) -> None:
     """Logs a validation and the texts generated after it, and warns once of an alarming curve."""
     progress = run.progress
-    run.sinks.log({"step": progress.step, "tokens": progress.tokens, **figures})
+    tokens = progress.tokens + run.meter.interval_tokens  # of this step, which need not have a logging line
+    run.sinks.log({"step": progress.step, "tokens": tokens, **figures})
     if generated:
         run.sinks.log({"step": progress.step, "generated": generated})
     if run.sinks.keeps_metrics:

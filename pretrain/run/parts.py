@@ -1,11 +1,10 @@
-"""Opens what a configuration names: tokenizer, data and the resolved model. Counts the steps of the run."""
+"""Opens what a configuration names: tokenizer, data and the resolved model."""
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
-from pretrain.config import Config, ConfigError, Problem
+from pretrain.config import Config
 from pretrain.data.batches import TrainData, ValidData, open_train, open_valid
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.model.config import ModelConfig, resolve_model, vocabulary
@@ -37,16 +36,3 @@ def open_parts(config: Config, tokenizer: Tokenizer | None = None) -> Parts:
 def open_tokenizer(config: Config) -> Tokenizer | None:
     """The tokenizer that `config` names; None where it names none. Raises DataError."""
     return Tokenizer.load(config.tokenizer.path) if config.tokenizer.path else None
-
-
-def count_steps(config: Config, data: TrainData) -> int:
-    """Steps of the entire run. Raises ConfigError if the schedule does not fit into them."""
-    batch, train, schedule = config.batch.global_batch_size, config.train, config.schedule
-    steps = train.max_steps
-    if steps is None:
-        samples = train.epochs * data.samples_per_epoch if train.epochs else train.max_tokens / config.data.sequence_length
-        steps = math.ceil(samples / batch)
-    if (least := schedule.warmup_steps + (schedule.decay_steps or 0)) > steps:
-        problem = f"warmup_steps + decay_steps = {least}, but the run has only {steps} steps; shorten them or train longer"
-        raise ConfigError([Problem("schedule", problem)])
-    return steps

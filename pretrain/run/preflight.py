@@ -7,6 +7,7 @@ findings.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import importlib
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pretrain.checkpoint.manifest import CheckpointError
+from pretrain.checkpoint.manifest import Checkpoint, CheckpointError
 from pretrain.config import Config, ConfigError, Problem, SourceConfig, accumulation, validate
 from pretrain.data import checks
 from pretrain.data.batches import MASKED, Batch, FileSource, TrainData
@@ -35,7 +36,8 @@ from pretrain.model.config import ModelConfig, vocabulary
 from pretrain.optim.schedule import lr_at
 from pretrain.run import resume
 from pretrain.run.directory import NO_LOCKS
-from pretrain.run.parts import Parts, count_steps, open_parts, open_tokenizer
+from pretrain.run.length import Length, plan
+from pretrain.run.parts import Parts, open_parts, open_tokenizer
 
 MOST_PASSES = 16  # Muennighoff et al. 2023: up to 4 passes are nearly as good as new text, after 16 nothing is left to gain
 LOCK_IS_STALE_SECONDS = 600.0
@@ -82,35 +84,46 @@ def preflight(config: Config, ranks: int | None = None) -> Report:
     batch = parts.data.take(0, min(4, config.batch.global_batch_size))
     report.facts += describe_batch(batch, tokenizer)
     report.findings += first_batch_findings(batch, tokenizer)
+    resuming = resume_findings(config, parts, folder / "checkpoints")
     try:
-        steps = count_steps(config, parts.data)
+        length = plan(config, parts.data, _state_to_resume(config, folder / "checkpoints"))
     except ConfigError as error:
-        report.findings += [Finding("schedule-too-long", each.key, each.message, stops=True) for each in error.problems]
+        found = [Finding("schedule-too-long", each.key, each.message, stops=True) for each in error.problems]
+        report.findings += resuming or found
         return report
-    report.facts += run_facts(config, parts, steps)
-    report.findings += run_findings(config, parts.data, steps)
-    report.findings += storage_findings(config, parts.model, folder, steps)
-    report.findings += resume_findings(config, parts, folder / "checkpoints")
+    report.facts += run_facts(config, parts, length)
+    report.findings += run_findings(config, parts.data, length)
+    report.findings += storage_findings(config, parts.model, folder, length.total_steps) + resuming
     return report
 
 
-def at_start(config: Config, engine: Engine, parts: Parts) -> list[Finding]:
+def _state_to_resume(config: Config, folder: Path) -> dict | None:
+    """The state of the checkpoint from which the run would start, not verified; None: there is none that can be read."""
+    with contextlib.suppress(ConfigError, CheckpointError):
+        found, _ = resume.preview(config, folder)
+        return found and found.state()
+    return None
+
+
+def at_start(config: Config, engine: Engine, parts: Parts, found: Checkpoint | None) -> list[Finding]:
     """The quick checks, before the model is built; rank 0 checks, all ranks agree. A collective. -> warnings, on rank 0.
+
+    found: the checkpoint from which the run resumes.
 
     Raises ConfigError for what stops a run. Too small a disk only warns here: a resumed run may free some of it.
     """
-    found: list[Finding] = []
-    steps = count_steps(config, parts.data)  # raises on all ranks or on none
+    findings: list[Finding] = []
     if engine.rank == 0:
+        length = plan(config, parts.data, found and found.state())
         folder = Path(config.run.directory) / config.run.name
-        found += _quick_file_findings(parts) if not config.data.synthetic else []
-        found += sink_findings(config) + build_locks(config) + run_findings(config, parts.data, steps)
-        found += [each._replace(stops=False) for each in storage_findings(config, parts.model, folder, steps)]
-    stops = [each for each in found if each.stops]
+        findings += _quick_file_findings(parts) if not config.data.synthetic else []
+        findings += sink_findings(config) + build_locks(config) + run_findings(config, parts.data, length)
+        findings += [each._replace(stops=False) for each in storage_findings(config, parts.model, folder, length.total_steps)]
+    stops = [each for each in findings if each.stops]
     if engine.broadcast(len(stops)):
         problems = [Problem(each.name, each.text, each.where) for each in stops]
         raise ConfigError(problems or [Problem("preflight", "rank 0 found a problem that stops this run, and reports it")])
-    return found
+    return findings
 
 
 # ---------------------------------------------------------------- data
@@ -275,12 +288,14 @@ def batch_findings(config: Config, ranks: int | None) -> list[Finding]:
     return [Finding("batch-arithmetic", problem.key, problem.message, stops=True) for problem in problems]
 
 
-def run_facts(config: Config, parts: Parts, steps: int) -> list[str]:
+def run_facts(config: Config, parts: Parts, length: Length) -> list[str]:
     """Length, learning rates as the engine will get them, and passes over each source."""
-    schedule, peak, samples = config.schedule, config.optimizer.lr, steps * config.batch.global_batch_size
+    schedule, peak, steps, samples = config.schedule, config.optimizer.lr, length.total_steps, length.samples
     total, tokens = flops.num_parameters(parts.model).total, samples * config.data.sequence_length
     places = {"step 1": 1, "end of warm-up": max(1, schedule.warmup_steps), "middle": max(1, steps // 2), "last": steps}
-    rates = ", ".join(f"{name} ({at:,}) {lr_at(at, schedule, peak, steps):.3g}" for name, at in places.items())
+    if length.course:  # the run has changed at this step
+        places = {"next step": min(length.course.step + 1, steps), "last": steps}
+    rates = ", ".join(f"{name} ({at:,}) {lr_at(at, schedule, peak, steps, length.course):.3g}" for name, at in places.items())
     lines = [
         f"model: {total:,} parameters, vocabulary {parts.model.vocab_size:,}",
         f"length: {steps:,} steps = {tokens:,} tokens = {tokens / total:.3g} tokens per parameter",
@@ -290,17 +305,19 @@ def run_facts(config: Config, parts: Parts, steps: int) -> list[str]:
     return lines + [f"{source.name}: read {times:.3g} times" for source, times in passes]
 
 
-def run_findings(config: Config, data: TrainData, steps: int) -> list[Finding]:
+def run_findings(config: Config, data: TrainData, length: Length) -> list[Finding]:
     """Problems of weights, schedule and data together."""
-    return weights_findings(config, data) + schedule_findings(config, steps) + pass_findings(config, data, steps)
+    return weights_findings(config, data) + schedule_findings(config, length) + pass_findings(config, data, length.samples)
 
 
-def schedule_findings(config: Config, steps: int) -> list[Finding]:
+def schedule_findings(config: Config, length: Length) -> list[Finding]:
     """Finds learning rates that are probably mistakes."""
-    schedule, peak, found = config.schedule, config.optimizer.lr, []
+    schedule, peak, steps, found = config.schedule, config.optimizer.lr, length.total_steps, []
     if not 1e-7 <= peak <= 0.1:
         text = f"peak {peak:.3g}; nearly every model trains between 1e-5 and 1e-2"
         found.append(Finding("lr-out-of-range", "optimizer.lr", text))
+    if length.course:  # its steps are not of one size; the start of the run was checked
+        return found
     if schedule.warmup_steps > 0.5 * steps:
         text = f"{schedule.warmup_steps:,} of {steps:,} steps are warm-up; 1 to 10 % is usual"
         found.append(Finding("warmup-too-long", "schedule.warmup_steps", text))
@@ -329,9 +346,8 @@ def weights_findings(config: Config, data: TrainData) -> list[Finding]:
     ]
 
 
-def pass_findings(config: Config, data: TrainData, steps: int) -> list[Finding]:
+def pass_findings(config: Config, data: TrainData, samples: int) -> list[Finding]:
     """Finds sources that are read so often that nothing is left to learn from them."""
-    samples = steps * config.batch.global_batch_size
     return [
         Finding(
             "many-passes",

@@ -74,6 +74,8 @@ _METER = _object(
     {"routing": core.list_schema(core.list_schema(_NUMBER))},
 )
 _SPIKES = _object({"accepted": core.list_schema(_NUMBER), "high": core.list_schema(_NUMBER)})
+_COURSE = core.tuple_schema([*[_COUNT] * 6, core.float_schema(ge=0, le=1, strict=True)])
+_LENGTH = _object({"total_steps": _COUNT, "course": core.nullable_schema(_COURSE)})
 _SECTION = core.dict_schema(core.str_schema())
 _STATE = SchemaValidator(
     _object(
@@ -88,6 +90,7 @@ _STATE = SchemaValidator(
         {
             "meter": _METER,
             "spikes": _SPIKES,
+            "length": _LENGTH,
             "quarantine": core.list_schema(core.list_schema(_COUNT, min_length=3, max_length=3)),
             "tokenizer": _TEXT,
             "val_loss": _LOSS,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import enum
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,8 @@ from pretrain.checkpoint.manifest import Checkpoint, CheckpointError, checkpoint
 from pretrain.config import Config, ConfigError, Problem, check_resume
 from pretrain.engines.base import Engine, Shard
 from pretrain.model.config import ModelConfig
-from pretrain.run.parts import Parts, count_steps
+from pretrain.run.length import plan
+from pretrain.run.parts import Parts
 from pretrain.run.progress import read_saved
 from pretrain.schema import to_dict
 
@@ -61,6 +62,8 @@ def decide(config: Config, engine: Engine, parts: Parts, folder: Path) -> Start:
         storage.check_files(found, engine)
     if found:
         check_settings(config, parts, found)
+    else:
+        plan(config, parts.data, None)
     return Start(found)
 
 
@@ -109,9 +112,10 @@ def check_settings(config: Config, parts: Parts, found: Checkpoint) -> None:
     state, origin = read_saved(found), str(found.path)
     before, now = state["settings"] | {"model": state["model"]}, to_dict(config) | {"model": asdict(parts.model)}
     problems = check_resume(before, now, config.checkpoint.allow_changes, origin)
-    if (total := count_steps(config, parts.data)) < found.step:
-        text = f"asks for {total} steps, but the checkpoint is already at step {found.step}; "
-        problems.append(Problem("train", text + "resume an earlier one with --checkpoint.resume PATH, or train longer", origin))
+    try:
+        plan(config, parts.data, state)
+    except ConfigError as error:
+        problems += [replace(each, origin=origin) for each in error.problems]
     if state["data"] != parts.data.fingerprint:
         text = "the training data, its order or its weights differ from the checkpoint's; "
         problems.append(Problem("data", text + "restore the files, or start another run with another run.name", origin))

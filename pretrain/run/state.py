@@ -21,7 +21,8 @@ from pretrain.report.metrics import Meter
 from pretrain.report.sinks import Sinks, open_sinks
 from pretrain.report.spikes import SpikeWatch
 from pretrain.run.directory import RunDirectory
-from pretrain.run.parts import Parts, count_steps
+from pretrain.run.length import Length, plan
+from pretrain.run.parts import Parts
 from pretrain.run.progress import Progress, read_saved
 from pretrain.run.resume import Start
 from pretrain.schema import to_dict
@@ -39,7 +40,7 @@ class Run:
     model: ModelConfig
     """Resolved."""
     directory: RunDirectory
-    total_steps: int
+    length: Length
     progress: Progress
     meter: Meter
     sinks: Sinks
@@ -47,6 +48,11 @@ class Run:
     spikes: SpikeWatch
     verdict: str = ""
     """Kind of the newest verdict on the loss curve: an alarm is reported once, not at every validation."""
+
+    @property
+    def total_steps(self) -> int:
+        """Steps over all starts."""
+        return self.length.total_steps
 
     def save(self, val_loss: float | None, last: bool) -> None:
         """Starts to save a checkpoint; the last one of a job is durable when this returns. A collective. Raises Diverged.
@@ -64,6 +70,7 @@ class Run:
             "data": self.data.fingerprint,
             "quarantine": self.data.quarantine.ranges,
             "tokenizer": self.tokenizer and self.tokenizer.fingerprint,
+            "length": self.length.state(),
             "val_loss": val_loss,
             "wandb_id": self.sinks.wandb_id,
         }
@@ -72,19 +79,22 @@ class Run:
 
 def open_run(config: Config, engine: Engine, parts: Parts, directory: RunDirectory, start: Start) -> Run:
     """The run at `start`: weights and moments in the engine, and everything else as it was at that step. A collective."""
-    found, total_steps = start.checkpoint, count_steps(config, parts.data)
+    found = start.checkpoint
     state = read_saved(found) if found else {}
     if found:
         storage.load(found, engine)
+    length = plan(config, parts.data, state or None)
     progress = Progress(**state["progress"]) if found else Progress(started=time.time())
     progress = replace(progress, **start.changes)
     own = found is not None and found.path.parent.resolve() == directory.checkpoints.resolve()
+    if not own:  # the time between another run's checkpoint and this start is no loss of this run
+        progress.started = time.time() - progress.train_seconds
     same_curve = own and state["settings"]["run"]["name"] == config.run.name
     made_with = None
     if engine.rank == 0:
         storage.put_aside_after(directory.checkpoints, progress.step)
         directory.set_start(progress.step, progress.step if own else None)
-        made_with = {"total_steps": total_steps} | _environment(config, engine, parts, directory, progress.step)
+        made_with = {"total_steps": length.total_steps} | _environment(config, engine, parts, directory, progress, length)
         directory.write_text("environment.json", json.dumps(made_with, indent=1, ensure_ascii=False) + "\n")
     sinks = open_sinks(
         config.log,
@@ -92,7 +102,7 @@ def open_run(config: Config, engine: Engine, parts: Parts, directory: RunDirecto
         rank=engine.rank,
         name=config.run.name,
         settings=to_dict(config) | {"environment": made_with},
-        total_steps=total_steps,
+        total_steps=length.total_steps,
         resume_step=progress.step,
         wandb_id=state.get("wandb_id") if same_curve else None,
         validation_due=progress.evaluation_due,
@@ -107,7 +117,7 @@ def open_run(config: Config, engine: Engine, parts: Parts, directory: RunDirecto
         engine=engine,
         **parts._asdict(),
         directory=directory,
-        total_steps=total_steps,
+        length=length,
         progress=progress,
         meter=Meter(engine.device, engine.rank, engine.world_size, state.get("meter")),
         sinks=sinks,
@@ -116,8 +126,10 @@ def open_run(config: Config, engine: Engine, parts: Parts, directory: RunDirecto
     )
 
 
-def _environment(config: Config, engine: Engine, parts: Parts, directory: RunDirectory, step: int) -> dict:
-    """The content of environment.json, with an entry for this start, which resumes after `step`."""
+def _environment(
+    config: Config, engine: Engine, parts: Parts, directory: RunDirectory, progress: Progress, length: Length
+) -> dict:
+    """The content of environment.json, with an entry for this start, which resumes at `progress`."""
     data, model = parts.data, parts.model
     seals = {
         source.name: {"fingerprint": source.fingerprint()}
@@ -129,6 +141,7 @@ def _environment(config: Config, engine: Engine, parts: Parts, directory: RunDir
         "model": asdict(flops.num_parameters(model)) | {"flops_per_token": per_token, "settings": asdict(model)},
         "data": {"order": data.fingerprint, "quarantine": data.quarantine.ranges, "seals": seals},
     }
-    start = {"step": step, "time": time.time(), "world_size": engine.world_size, "device": engine.device_name}
+    start = {"step": progress.step, "position": progress.position, "global_batch_size": config.batch.global_batch_size}
+    start |= {"length": length.state(), "time": time.time(), "world_size": engine.world_size, "device": engine.device_name}
     start |= {"precision": engine.precision, **environment.here()}
     return environment.with_start(environment.read(directory.path), facts, start)
