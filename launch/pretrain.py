@@ -4,21 +4,29 @@ Works the same under python (one process), torchrun and accelerate launch. --hel
 """
 
 import faulthandler
-import os
 import signal
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # else `import pretrain` would find this very file
 
-from pretrain.config import load
+from pretrain.config import ConfigError, load
+from pretrain.engines.place import read_place
 from pretrain.run import command_line
 from pretrain.run.stop import StopRequest
 
 
 def main(argv: list[str]) -> int:
     """-> exit status: 0 done, 2 refused; docs/running.md lists them all."""
-    config = load(argv, world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    place = read_place()
+    try:
+        config = load(argv, world_size=place.world_size)
+    except ConfigError as refusal:
+        if place.several_machines:  # on this one, the launcher ends the others
+            from pretrain.engines.rendezvous import meet
+
+            meet(place, 0, refusal=refusal)  # the other machines learn of it; raises it again
+        raise
     if sys.stderr:
         faulthandler.register(signal.SIGUSR1, file=2)  # stacks; once the run has its directory, those of all ranks go there
     stop = StopRequest()

@@ -19,7 +19,9 @@ from pretrain.checkpoint.saver import VOTES
 from pretrain.config import Config
 from pretrain.data import excluded
 from pretrain.data.batches import Batch
-from pretrain.engines.base import Engine
+from pretrain.engines.base import Engine, require_device
+from pretrain.engines.place import read_place
+from pretrain.engines.rendezvous import meet
 from pretrain.engines.start import start_engine
 from pretrain.engines.update_check import UpdateCheck
 from pretrain.evaluate import Stopped, evaluate
@@ -28,8 +30,8 @@ from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.optim.schedule import lr_at
 from pretrain.report.metrics import Clock
-from pretrain.run import divergence, output, preflight, resume
-from pretrain.run.directory import Locked, take_directory
+from pretrain.run import agreement, divergence, output, preflight, resume
+from pretrain.run.directory import take_directory
 from pretrain.run.outcome import DIVERGED, DONE, Outcome
 from pretrain.run.parts import open_parts
 from pretrain.run.resume import Start
@@ -93,19 +95,26 @@ def train(config: Config, stop: StopRequest | None = None) -> int:
     """
     stop = stop or StopRequest()
     stop.deadline_seconds = config.checkpoint.deadline_seconds
-    directory, refusal = take_directory(Path(config.run.directory) / config.run.name, int(os.environ.get("RANK", 0)))
+    place = read_place()
+    directory, refusal = take_directory(Path(config.run.directory) / config.run.name, place.rank)
     stop.last_words = directory.write_end
     with Outcome(directory, stop) as outcome:
-        engine = outcome.engine = start_engine(config.engine)
-        if engine.broadcast(int(refusal is not None)):
-            raise refusal or Locked("rank 0 cannot use the run's directory")
+        parts, facts = None, {}
+        try:
+            if refusal is None:
+                require_device(place)
+                parts = open_parts(config)
+                facts = agreement.facts(config, parts, directory.path) if place.world_size > 1 else {}
+        except Exception as error:  # the others must learn of it; `meet` raises it again
+            refusal = error
+        store = meet(place, config.engine.timeout_seconds, facts, directory.path, refusal)  # raises on all ranks if one refuses
+        engine = outcome.engine = start_engine(config.engine, store)
         engine.watchdog.start(directory.path / "stacks")
         if engine.broadcast(int(directory.stop_file.exists())):
             reason = f"{directory.stop_file} exists, so nothing is trained; remove it to continue"
             directory.write_end(STOPPED_BY_PERSON, reason)
             return outcome.end(STOPPED_BY_PERSON, reason)
         stop.stop_file = directory.stop_file if engine.rank == 0 else None
-        parts = open_parts(config)
         warnings = preflight.at_start(config, engine, parts)
         start = resume.decide(config, engine, parts, directory.checkpoints)
         engine.prepare(

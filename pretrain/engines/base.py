@@ -13,6 +13,7 @@ import gc
 import itertools
 import math
 import os
+import socket
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 
 from pretrain.config import ConfigError, EngineConfig, Problem
 from pretrain.engines.compile import checkpoint_activations, compile_model
+from pretrain.engines.place import FOREIGN, Place, read_place
+from pretrain.engines.rendezvous import meet
 from pretrain.engines.watchdog import Watchdog, interval
 
 _KEPT_VARIABLES = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_LOG_LEVEL")
@@ -59,15 +62,17 @@ class Engine:
     autocast_dtype: torch.dtype | None = None
     """Dtype of matrix products in the forward pass if the engine keeps weights in fp32; None: the dtype of the weights."""
 
-    def __init__(self, config: EngineConfig):
+    def __init__(self, config: EngineConfig, store: dist.Store | None = None):
         self.config = config
-        self.precision = config.precision or ("bf16" if torch.cuda.is_available() else "fp32")
-        self.accelerator = _start_processes(config, **self._accelerator_options())
+        self.precision = default_precision(config)
+        self.place = read_place()
+        store = store or meet(self.place, config.timeout_seconds)
+        self.accelerator = _start_processes(config, self.place, store, **self._accelerator_options())
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
         self.watchdog = Watchdog(self.rank, self.world_size, config.timeout_seconds)
         self._attached: list[Tensor] = []
-        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        ranks = self.place.world_size
         require(
             processes=(config.world_size or ranks, self.world_size),
             accumulation_inside_the_engine=(1, self.accelerator.gradient_accumulation_steps),
@@ -342,10 +347,25 @@ def _draw(model: nn.Module, shard: Shard, seed: int) -> None:
     shard.values.copy_(full[shard.offset : shard.offset + shard.values.numel()])
 
 
-def _start_processes(config: EngineConfig, **options: Any):
-    """Makes the Accelerator from the settings alone, under python, torchrun or accelerate launch."""
+def require_device(place: Place) -> None:
+    """Raises ConfigError if this rank has no GPU on a machine that has some."""
+    if torch.cuda.is_available() and place.local_rank >= (count := torch.cuda.device_count()):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        why = f"CUDA_VISIBLE_DEVICES={visible} shows {count}" if visible else f"there are {count}"
+        text = f"rank {place.rank} needs GPU {place.local_rank} on {socket.gethostname()}, but {why}; start fewer processes there"
+        raise ConfigError([Problem("LOCAL_RANK", text)])
+
+
+def default_precision(config: EngineConfig) -> str:
+    """`engine.precision`, or what it is on this machine."""
+    return config.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+
+
+def _start_processes(config: EngineConfig, place: Place, store: dist.Store, **options: Any):
+    """Makes the Accelerator from the settings alone, under python, torchrun or accelerate launch. store: of `meet`."""
     # A launcher's flag, or a default accelerate configuration in the user's home, must not override the settings.
-    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_")) and name not in _KEPT_VARIABLES]:
+    foreign = ("ACCELERATE_", "FSDP_", *FOREIGN)
+    for name in [name for name in os.environ if name.startswith(foreign) and name not in _KEPT_VARIABLES]:
         del os.environ[name]
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
@@ -353,12 +373,12 @@ def _start_processes(config: EngineConfig, **options: Any):
     cpu = not torch.cuda.is_available()
     if cpu and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
         # torchrun gives every process one thread, which leaves most of a CPU-only machine idle.
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (place.local_world_size or 1)))
     patience = timedelta(seconds=config.timeout_seconds + 10 * interval(config.timeout_seconds))  # the watchdog reports first
     group = InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=patience)
-    alone = "LOCAL_RANK" not in os.environ  # plain python, or accelerate launch with one process
-    if alone and config.name != "ddp":  # these engines need a process group even for one process
+    if place.launched:
+        dist.init_process_group(group.backend, store=store, rank=place.rank, world_size=place.world_size, timeout=patience)
+    elif config.name != "ddp":  # these engines need a process group even for one process
         backend = "gloo" if cpu else "cuda:nccl,cpu:gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return Accelerator(gradient_accumulation_steps=1, kwargs_handlers=[] if alone else [group], **options)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    return Accelerator(gradient_accumulation_steps=1, kwargs_handlers=[group] if place.launched else [], **options)

@@ -18,8 +18,8 @@ from pretrain.engines.base import Engine, LocalState, moments_of
 class DdpEngine(Engine):
     """One process of a `ddp` run. The last backward pass of a step averages gradients; a single process has no wrapper."""
 
-    def __init__(self, config: EngineConfig):
-        super().__init__(config)
+    def __init__(self, config: EngineConfig, store: dist.Store | None = None):
+        super().__init__(config, store)
         self.autocast_dtype = torch.bfloat16 if self.precision == "bf16" else None
 
     def _distribute(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:

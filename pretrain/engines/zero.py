@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError, EngineConfig, Problem
@@ -27,10 +28,10 @@ from pretrain.engines.base import Engine, LocalState, make_moments, moments_of, 
 class ZeroEngine(Engine):
     """One process of a `zero1`, `zero2` or `zero3` run."""
 
-    def __init__(self, config: EngineConfig):
+    def __init__(self, config: EngineConfig, store: dist.Store | None = None):
         self.stage = int(config.name.removeprefix("zero"))
-        super().__init__(config)
-        self._alone = "LOCAL_RANK" not in os.environ
+        super().__init__(config, store)
+        self._alone = not self.place.launched
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it, even for one process
 
     def _accelerator_options(self) -> dict[str, Any]:

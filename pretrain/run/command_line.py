@@ -31,12 +31,18 @@ def run(main: Callable[[list[str]], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its own flush
         return OUTPUT_CLOSED
     except (UserError, OSError) as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if not _is_another_rank():
             print(f"{program}: {error}", file=sys.stderr, flush=True)
         return getattr(error, "status", UserError.status)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
+
+
+def _is_another_rank() -> bool:
+    """True for a rank that is not the first on its machine, by the variables of a launcher; a shell may hold some of them."""
+    numbers = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    return all(map(str.isdecimal, numbers)) and int(numbers[2]) > 0
 
 
 def make_parser(description: str | None, **options) -> argparse.ArgumentParser:

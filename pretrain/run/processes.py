@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from pretrain.engines.place import LAUNCHER
+
 
 def run_processes(world_size: int, function: Callable, *args: Any, timeout_seconds: float | None = None) -> list[Any]:
     """Calls `function(*args)` on `world_size` processes with the variables that torchrun sets. -> results in order of ranks.
@@ -54,6 +56,8 @@ def _receive(pipe: Any, rank: int, timeout_seconds: float | None) -> Any:
 
 
 def _entry(sender: Any, variables: dict, function: Callable, args: tuple) -> None:
+    for name in LAUNCHER:  # of the shell, or of a launcher above this process
+        os.environ.pop(name, None)
     os.environ.update({name: str(value) for name, value in variables.items()})
     import torch
 
