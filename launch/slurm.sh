@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs on one or more nodes under SLURM, requeued until the run is done:
 #   sbatch --nodes 2 --gpus-per-node 8 --time 24:00:00 launch/slurm.sh --config configs/cloud.yaml [--section.key value ...]
-# Submit it from the project's folder. All nodes must share that folder, run.directory and the data.
+# Submit it from the project's folder. All nodes must share that folder and run.directory.
 #SBATCH --job-name=pretrain
 #SBATCH --ntasks-per-node=1
 #SBATCH --requeue
@@ -10,34 +10,69 @@
 #SBATCH --signal=TERM@120
 set -euo pipefail
 
-# Wrong settings end the job here with status 2: requeueing would not fix them.
-folder=$(python -c 'import sys; from pretrain.config import ConfigError, load
+# Wrong settings end the job here with status 2: requeueing would not fix them. Prints the run's folder.
+check() {  # check PROCESSES SETTINGS...
+  python -c 'import sys; from pretrain.config import ConfigError, load
 try:
-    run = load(sys.argv[1:], world_size=None).run
+    run = load(sys.argv[2:], world_size=int(sys.argv[1]) or None).run
 except ConfigError as error:
     print(error, file=sys.stderr)
     sys.exit(2)
-print(f"{run.directory}/{run.name}")' "$@")
-state() {
-  python -c 'import sys; from pathlib import Path; from pretrain.run.directory import read_state
-print(read_state(Path(sys.argv[1])).get(sys.argv[2]))' "$folder" "$1"
+print(f"{run.directory}/{run.name}")' "$@"
 }
+state() {  # attempt, saved_step, exit_status and reason, in one line
+  python -c 'import sys; from pathlib import Path; from pretrain.run.directory import read_state
+state = read_state(Path(sys.argv[1]))
+print(*map(state.get, ("attempt", "saved_step", "exit_status")), *str(state.get("reason")).splitlines()[:1])' "$folder"
+}
+folder=$(check 0 "$@")
 
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-saved_before=$(state saved_step)
-# Two minutes of notice (--signal above): save for at most 110 s, and let the launcher wait for that long.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=115
-# The port depends on the job id, so that jobs on one node do not collide.
-srun bash -c 'exec accelerate launch --config_file launch/accelerate/machines.yaml --num_machines "$SLURM_NNODES" \
-  --num_processes "$((SLURM_NNODES * SLURM_GPUS_ON_NODE))" --machine_rank "$SLURM_NODEID" --main_process_ip "$0" \
-  --main_process_port "$((20000 + SLURM_JOB_ID % 20000))" launch/pretrain.py --checkpoint.deadline_seconds 110 "$@"' "$head" "$@" || true
+# SLURM does not always say how many GPUs a node has, and nodes may differ; then torch counts those that it sees.
+count='gpus=${SLURM_GPUS_ON_NODE:-}
+[[ $gpus =~ ^[1-9][0-9]*$ ]] || gpus=$(python -c "import torch; print(torch.cuda.device_count())")'
+counts=$(srun bash -c "$count"'; echo "$(hostname) $gpus"')
+processes=0
+while read -r host gpus; do
+  [ "$gpus" -gt 0 ] || { echo "$host has no GPU for this job; request them, as with --gpus-per-node 8" >&2; exit 2; }
+  processes=$((processes + gpus))
+done <<< "$counts"
+check "$processes" "$@" > /dev/null
 
-status=$(state exit_status)
-echo "the run ended with status $status: $(state reason)"
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${hosts%%$'\n'*}
+before=$(state)
+read -r attempt_before saved_before _ <<< "$before"
+# Two minutes of notice (--signal above): save for at most 110 s, and let the launcher wait for that long. It passes these on.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=115 TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2,SIGXCPU
+# The port depends on the job id, so that jobs on one node do not collide. accelerate wants nodes times the processes of this node.
+code=0
+srun bash -c "$count"'
+exec accelerate launch --config_file launch/accelerate/machines.yaml --num_machines "$SLURM_NNODES" \
+  --num_processes "$((SLURM_NNODES * gpus))" --machine_rank "$SLURM_NODEID" --main_process_ip "$0" \
+  --main_process_port "$((20000 + SLURM_JOB_ID % 20000))" launch/pretrain.py --checkpoint.deadline_seconds 110 "$@"' "$head" "$@" \
+  || code=$?
+
+after=$(state)
+read -r attempt saved status reason <<< "$after"
+if [ "$attempt" = "$attempt_before" ]; then  # run_state.json is of an earlier job
+  echo "the job ended with status $code before it opened $folder: not requeued" >&2
+  exit "$((code == 0 ? 1 : code))"
+fi
+echo "the run ended with status $status: $reason"
+idle="$folder/.requeued_without_progress"  # number of times in a row
+if [ "$saved" = "$saved_before" ]; then
+  echo "$(($(cat "$idle" 2> /dev/null || echo 0) + 1))" > "$idle"
+else
+  rm -f "$idle"
+fi
+most=0  # a crash before a new checkpoint would happen again
 case "$status" in
-  75) scontrol requeue "$SLURM_JOB_ID" ;;  # saved
-  1 | None)                                # failed or killed: requeue only if it made progress
-    [ "$(state saved_step)" != "$saved_before" ] || { echo "no new checkpoint since the start: not requeued"; exit 70; }
-    scontrol requeue "$SLURM_JOB_ID" ;;
+  75) [[ $reason == peer_lost* ]] || most=2 ;;  # a notice that came before the first step
+  1 | None) ;;                                  # failed or killed
   *) exit "$status" ;;
 esac
+if [ "$(cat "$idle" 2> /dev/null || echo 0)" -gt "$most" ]; then
+  echo "no new checkpoint since the start: not requeued" >&2
+  exit 70
+fi
+scontrol requeue "$SLURM_JOB_ID" || { echo "cannot be requeued; submit the same command again" >&2; exit 75; }

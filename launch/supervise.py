@@ -3,13 +3,14 @@
     python launch/supervise.py [--force] [accelerate flags] -- --config X.yaml [--section.key value ...]
     python launch/supervise.py --config_file launch/accelerate/cpu.yaml -- --config configs/quickstart.yaml
 
-Starts `accelerate launch [accelerate flags] launch/pretrain.py ...`, forwards SIGTERM and SIGINT, and reads from run_state.json
-how the job ended, since accelerate returns 1 for every failure.
+Starts `accelerate launch [accelerate flags] launch/pretrain.py ...`, forwards SIGTERM, SIGINT and the notices of schedulers
+(SIGUSR2, SIGXCPU, SIGPWR: as SIGTERM, which launchers understand), and reads from run_state.json how the job ended, since
+accelerate returns 1 for every failure.
 
     75 (preempted, peer lost), killed, failed       restarts it after 1 s, or later if there was no new checkpoint
     three such ends in a row without a checkpoint   70: a crash loop. Refused from then on, until --force
     0, 2, 70, 73, 74, 77, 130                       exits with this status: a restart would not help, or is not wanted
-    SIGTERM or SIGINT to the supervisor             exits with the job, 75 or 130
+    SIGTERM, a notice or SIGINT to the supervisor   exits with the job, 75 or 130
 
 However it ends, even by kill -9, it leaves no process of the job behind. It supervises one machine; on several, the scheduler
 restarts the job (launch/slurm.sh). docs/running.md explains the statuses.
@@ -36,11 +37,12 @@ from pretrain import UserError
 from pretrain.config import Config, load
 from pretrain.run import command_line
 from pretrain.run.directory import Locked, RunDirectory, read_state
+from pretrain.run.stop import NOTICES
 
 DONE, REFUSED, CRASH_LOOP, LOCKED, SAVED = 0, 2, 70, 73, 75
 FINAL = (DONE, REFUSED, CRASH_LOOP, LOCKED, 74, 77, 130)
 MOST_FAILURES = 3
-_SIGNALS = {signal.SIGTERM: SAVED, signal.SIGINT: 130}
+_SIGNALS = {signal.SIGTERM: SAVED, signal.SIGINT: 130} | {each: SAVED for each in NOTICES if each != signal.SIGHUP}
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
@@ -163,6 +165,7 @@ class Supervisor:
     # ---------------------------------------------------------------- processes
 
     def _forward(self, number: int, _) -> None:
+        number = number if number == signal.SIGINT else signal.SIGTERM
         self.received.append(number)
         self._woken.set()
         if self.job is not None and self.job.poll() is None:

@@ -22,6 +22,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -36,8 +37,9 @@ from pretrain.engines.base import Engine, Shard
 from pretrain.files import sync_folder, unused_name
 
 MAX_FILE_BYTES = 1 << 30
-_OURS = re.compile(r"\.(tmp|del|old)-(step_[0-9]{8,})")
-"""Folders of unfinished work: a save, a removal, a checkpoint that another of the same step replaces."""
+_OURS = re.compile(r"\.(tmp|del|old)-(step_[0-9]{8,})(-[0-9]+)?")
+"""Folders of unfinished work: a save, a removal, a checkpoint that another of the same step replaces; with a number where an
+earlier one could not be removed."""
 
 
 class NotFinite(UserError):
@@ -71,8 +73,8 @@ def begin(folder: Path, step: int, engine: Engine) -> Path:
 
 
 def _make_empty(folder: Path, needed: int) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+    if folder.exists() and not _removed(folder):
+        os.rename(folder, unused_name(folder))
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.mkdir(folder, 0o700)
     disk = shutil.disk_usage(folder)
@@ -144,6 +146,8 @@ def commit(temporary: Path, state: bytes, world_size: int) -> Checkpoint:
     final = folder / temporary.name.removeprefix(".tmp-")
     replaced = folder / f".old-{final.name}"
     if final.exists():  # this step again, after a rollback; `clean` undoes the rename if the process dies before the next one
+        if replaced.exists() and not _removed(replaced):
+            os.rename(replaced, unused_name(folder / f".del-{final.name}"))
         os.rename(final, replaced)
     os.rename(temporary, final)
     sync_folder(folder)
@@ -152,7 +156,8 @@ def commit(temporary: Path, state: bytes, world_size: int) -> Checkpoint:
 
 
 def clean(folder: Path) -> None:
-    """Removes only what killed jobs left. Call it on rank 0 under the run's lock, before reading. Raises OSError."""
+    """Removes only what killed jobs left, where it can: no training depends on it. Call it on rank 0 under the run's lock,
+    before reading. Raises OSError if a checkpoint cannot get its name back."""
     for path in folder.iterdir() if folder.is_dir() else []:
         match = _OURS.fullmatch(path.name)
         if not match or path.is_symlink() or not path.is_dir():
@@ -161,14 +166,25 @@ def clean(folder: Path) -> None:
             os.rename(path, folder / match[2])
             sync_folder(folder)
         else:
-            shutil.rmtree(path)
+            _removed(path)
+
+
+def _removed(path: Path) -> bool:
+    """Removes a folder of ours. False, after a warning, where a file in it cannot be removed: it is immutable, or open elsewhere
+    on a network file system."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        print(f"{path}: cannot be removed ({error}); it is not needed and takes up space", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def remove(checkpoint: Checkpoint) -> None:
     """Renames a checkpoint, then removes it, so that a killed process leaves no partial one. Raises OSError."""
     doomed = checkpoint.path.with_name(f".del-{checkpoint.path.name}")
-    if doomed.exists():
-        shutil.rmtree(doomed)
+    if doomed.exists() and not _removed(doomed):
+        doomed = unused_name(doomed)
     os.rename(checkpoint.path, doomed)
     sync_folder(doomed.parent)
     shutil.rmtree(doomed)
@@ -210,10 +226,16 @@ def prune(folder: Path, keep_last: int, keep_best: int, trusted: set[int]) -> No
         *itertools.islice(filter(intact, newest_first), keep_last),
         *itertools.islice(filter(intact, best_first), keep_best),
     }
+    failure = None
     for checkpoint in newest_first:
         if checkpoint not in keep and checkpoint not in damaged and _has_manifest(checkpoint):
-            remove(checkpoint)
+            try:
+                remove(checkpoint)
+            except OSError as error:  # the others can still make room
+                failure = failure or error
             trusted.discard(checkpoint.step)
+    if failure:
+        raise failure
 
 
 def _is_intact(checkpoint: Checkpoint) -> bool:

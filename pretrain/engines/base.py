@@ -66,7 +66,8 @@ class Engine:
         self.config = config
         self.precision = default_precision(config)
         self.place = read_place()
-        store = store or meet(self.place, config.timeout_seconds)
+        if store is None and not dist.is_initialized():
+            store = meet(self.place, config.timeout_seconds)
         self.accelerator = _start_processes(config, self.place, store, **self._accelerator_options())
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
@@ -361,8 +362,11 @@ def default_precision(config: EngineConfig) -> str:
     return config.precision or ("bf16" if torch.cuda.is_available() else "fp32")
 
 
-def _start_processes(config: EngineConfig, place: Place, store: dist.Store, **options: Any):
-    """Makes the Accelerator from the settings alone, under python, torchrun or accelerate launch. store: of `meet`."""
+def _start_processes(config: EngineConfig, place: Place, store: dist.Store | None, **options: Any):
+    """Makes the Accelerator from the settings alone, under python, torchrun or accelerate launch.
+
+    store: of `meet`; None: this process has a process group already, of an earlier engine.
+    """
     # A launcher's flag, or a default accelerate configuration in the user's home, must not override the settings.
     foreign = ("ACCELERATE_", "FSDP_", *FOREIGN)
     for name in [name for name in os.environ if name.startswith(foreign) and name not in _KEPT_VARIABLES]:
@@ -376,9 +380,7 @@ def _start_processes(config: EngineConfig, place: Place, store: dist.Store, **op
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (place.local_world_size or 1)))
     patience = timedelta(seconds=config.timeout_seconds + 10 * interval(config.timeout_seconds))  # the watchdog reports first
     group = InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=patience)
-    if place.launched:
-        dist.init_process_group(group.backend, store=store, rank=place.rank, world_size=place.world_size, timeout=patience)
-    elif config.name != "ddp":  # these engines need a process group even for one process
-        backend = "gloo" if cpu else "cuda:nccl,cpu:gloo"
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    if store is not None and (place.launched or config.name != "ddp"):  # ddp needs no process group for a process alone
+        backend = group.backend if place.launched or cpu else "cuda:nccl,cpu:gloo"
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=patience)
     return Accelerator(gradient_accumulation_steps=1, kwargs_handlers=[group] if place.launched else [], **options)

@@ -66,10 +66,14 @@ class Fsdp2Engine(Engine):
             torch._foreach_mul_(gradients, torch.clamp(self.grad_clip / (norm + 1e-6), max=1.0))
         return norm
 
-    def local_states(self, saving: bool) -> Iterator[LocalState]:
+    def _reshard(self) -> None:
+        """Undoes what a forward pass without a backward pass (validation) leaves: the head is gathered."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # a forward pass without a backward pass (validation) leaves the head gathered
+                module.reshard()
+
+    def local_states(self, saving: bool) -> Iterator[LocalState]:
+        self._reshard()
         if saving and self.config.replicas > 1 and self.mesh.get_local_rank("replica") > 0:
             return  # the first replica saves
         shards, shard = self.mesh["shard"].size(), self.mesh.get_local_rank("shard")
@@ -83,4 +87,5 @@ class Fsdp2Engine(Engine):
     def replicated_weights(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
         if self.config.replicas == 1:
             return [], None
+        self._reshard()
         return [parameter.to_local() for parameter in self.model.parameters()], self.mesh.get_group("replica")

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pretrain import UserError
 from pretrain.engines.base import Engine
 
 _SAMPLE = 1024
@@ -39,8 +40,7 @@ class UpdateCheck:
             count = torch.tensor(new.numel(), device=new.device)
             column = [new_sum != old_sum, (new - old).double().square().sum(), new.double().square().sum(), count]
             sums[:, place[state.name]] = torch.stack([value.double() for value in column]).to(self.engine.device)
-        by_rank = torch.zeros(self.engine.world_size, **options)
-        by_rank[self.engine.rank] = self._differing()
+        by_rank = _differing(self.engine)
         total = self.engine.all_reduce(torch.cat([sums.flatten(), by_rank])).cpu()
         moved, update, weight, count = total[: sums.numel()].view_as(sums)
         by_rank = total[sums.numel() :]
@@ -53,15 +53,31 @@ class UpdateCheck:
         }
         return figures, [*_about_stuck(stuck, names, lr), *_about_diverged(by_rank)]
 
-    def _differing(self) -> int:
-        """Number of this rank's replicated weights that differ from those of the first rank of its group."""
-        weights, group = self.engine.replicated_weights()
-        if not weights or self.engine.world_size == 1:
-            return 0
-        mine = torch.stack([_checksum(tensor) for tensor in weights])
-        reference = mine.clone()
-        dist.broadcast(reference, dist.get_global_rank(group or dist.group.WORLD, 0), group=group)
-        return int((mine != reference).sum())
+
+class Diverged(UserError):
+    """Replicas of a weight are no longer equal."""
+
+    status = 70
+
+
+@torch.no_grad()
+def require_equal_replicas(engine: Engine) -> None:
+    """Raises Diverged, on all ranks, if a replica of a weight or buffer differs. Reads every weight once. A collective."""
+    by_rank = engine.all_reduce(_differing(engine)).cpu()
+    if problems := _about_diverged(by_rank):
+        raise Diverged(f"nothing was saved: {problems[0]}")
+
+
+def _differing(engine: Engine) -> Tensor:
+    """(world_size,), float64: at this rank, number of its replicated weights and buffers that differ from the first rank's."""
+    by_rank = torch.zeros(engine.world_size, dtype=torch.float64, device=engine.device)
+    for tensors, group in (engine.replicated_weights(), (list(engine.model.buffers()), None)):
+        if tensors and engine.world_size > 1:
+            mine = torch.stack([_checksum(tensor) for tensor in tensors])
+            reference = mine.clone()
+            dist.broadcast(reference, dist.get_global_rank(group or dist.group.WORLD, 0), group=group)
+            by_rank[engine.rank] += (mine != reference).sum()
+    return by_rank
 
 
 def _look(weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -52,7 +53,8 @@ class RunDirectory:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock()
         for unfinished in path.glob(".*.tmp"):  # atomic writes that a kill interrupted
-            unfinished.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # NFS keeps the name of a file that another machine has open
+                unfinished.unlink(missing_ok=True)
         self._writing = threading.Lock()  # the thread that receives signals writes too
         before = read_state(path)
         self._state = {"step": before.get("step"), "saved_step": before.get("saved_step")}

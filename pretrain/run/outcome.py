@@ -45,7 +45,7 @@ class Outcome:
             self._directory.write_state("failed", exit_status=FAILED, reason=cause)
             self._stop.close()
             return False
-        if self.reason and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if self.reason and int(os.environ.get("LOCAL_RANK") or 0) == 0:
             print(f"pretrain: {self.reason}", file=sys.stderr, flush=True)
         if self.engine and (self._agreed or self.engine.world_size == 1):  # after an error of one rank, the others may not join
             self.engine.close()

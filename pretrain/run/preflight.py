@@ -413,9 +413,9 @@ def build_locks(config: Config) -> list[Finding]:
     """Finds locks that a killed build of DeepSpeed's extensions left behind: every later start would wait for them silently."""
     if not config.engine.name.startswith("zero"):
         return []
-    home = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    home = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions"))
     found = []
-    for lock in [*Path(home).glob("*/lock"), *Path(home).glob("*/*/lock")]:
+    for lock in [*home.glob("*/lock"), *home.glob("*/*/lock")]:
         age = time.time() - lock.stat().st_mtime
         if stale := age > LOCK_IS_STALE_SECONDS:
             text = f"is {age / 60:.0f} minutes old: its build was killed, and every start waits for it; remove it"
@@ -427,7 +427,10 @@ def build_locks(config: Config) -> list[Finding]:
 
 def port_findings(ranks: int | None) -> list[Finding]:
     """Checks that the port where ranks meet is free on this machine."""
-    port = int(os.environ.get("MASTER_PORT", DEFAULT_PORT))
+    text = os.environ.get("MASTER_PORT", str(DEFAULT_PORT))
+    if not text.isdecimal() or int(text) >= 2**16:
+        return [Finding("port-in-use", "MASTER_PORT", f"got {text!r}, must be a number from 1 to 65535", stops=True)]
+    port = int(text)
     if ranks == 1 or port == 0:
         return []
     with socket.socket() as probe:
@@ -457,7 +460,7 @@ def wandb_findings(config: Config) -> list[Finding]:
 
 def _is_in_netrc(host: str) -> bool:
     """True if `wandb login` has stored a key for this host."""
-    for path in (os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"):
+    for path in (os.environ.get("NETRC"), os.path.expanduser("~/.netrc"), os.path.expanduser("~/_netrc")):
         try:
             if path and netrc.netrc(path).authenticators(host):
                 return True

@@ -14,6 +14,7 @@ from pretrain.data import excluded
 from pretrain.data.batches import TrainData, ValidData
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.engines.base import Engine
+from pretrain.engines.update_check import require_equal_replicas
 from pretrain.model import flops
 from pretrain.model.config import ModelConfig
 from pretrain.report import environment
@@ -77,10 +78,11 @@ class Run:
     """Kind of the newest verdict on the loss curve: an alarm is reported once, not at every validation."""
 
     def save(self, val_loss: float | None, last: bool) -> None:
-        """Starts to save a checkpoint; the last one of a job is durable when this returns. A collective.
+        """Starts to save a checkpoint; the last one of a job is durable when this returns. A collective. Raises Diverged.
 
         val_loss: of this step's validation, if there was one; the best checkpoints are chosen by it.
         """
+        require_equal_replicas(self.engine)  # else the checkpoint would be made of parts of different models
         self.sinks.sync()
         state = {
             "progress": asdict(self.progress),

@@ -1,7 +1,8 @@
 """Requests to stop: received at any moment on any rank, agreed on by all ranks in a collective that runs anyway.
 
     SIGTERM         save, status 75: a spot notice, a scheduler, or a launcher whose worker died or that was killed itself.
-                    SIGHUP (the terminal closed) does the same, unless the run was started under nohup
+                    SIGUSR2, SIGXCPU, SIGPWR (notices of schedulers) and SIGHUP (the terminal closed) do the same, unless
+                    the process was started with them ignored, as nohup does. SIGUSR1 writes stacks (watchdog.py)
     SIGINT          save, status 130: Ctrl-C. A second one exits at once
     the file STOP   in the run's directory, seen by rank 0: save, status 130. The run does not start while the file exists
 
@@ -30,7 +31,9 @@ import psutil
 STOPPED = (("SIGTERM", 75), ("SIGINT", 130), ("the file STOP", 130))
 """Sources of requests, in the order of flags, each with the exit status of the run. Nothing restarts what a person stopped."""
 PEER_LOST, STOPPED_BY_PERSON = 75, 130
-_FLAG = {signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGTERM", signal.SIGINT: "SIGINT"}
+NOTICES = [getattr(signal, name) for name in ("SIGHUP", "SIGUSR2", "SIGXCPU", "SIGPWR") if hasattr(signal, name)]
+"""Signals that have the effect of SIGTERM."""
+_FLAG = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "SIGINT"} | dict.fromkeys(NOTICES, "SIGTERM")
 _ACCELERATE = ("accelerate", "accelerate-launch", "accelerate_cli.py")
 _PARENT_POLL_SECONDS, _LAST_WORDS_SECONDS = 1.0, 5.0
 
@@ -54,7 +57,7 @@ class StopRequest:
         self._notices, wakeup = os.pipe()
         os.set_blocking(wakeup, False)
         self._wakeup, self._previous_wakeup = wakeup, signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-        heard = [each for each in _FLAG if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+        heard = [each for each in _FLAG if each not in NOTICES or signal.getsignal(each) != signal.SIG_IGN]
         self._previous = {number: signal.signal(number, _do_nothing) for number in heard}
         self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._thread.start()
@@ -131,6 +134,9 @@ class StopRequest:
             self.leave(dict(STOPPED)[name], f"stopped by {who} before the first step: nothing to save")
         if name == self.received == "SIGINT":
             self.leave(STOPPED_BY_PERSON, "exited at the second SIGINT; steps after the last checkpoint are lost")
+        if who is None and number in NOTICES and self.received is None:
+            text = f"process {os.getpid()} received {signal.Signals(number).name}, which has the effect of SIGTERM"
+            print(f"pretrain: {text}", file=sys.stderr, flush=True)
         self.received = self.received or name
         if name == "SIGTERM":
             self._start_deadline()
@@ -178,6 +184,6 @@ def who_asked(flags: list[int]) -> str:
 def is_peer_lost(error: BaseException) -> bool:
     """True if a collective failed because of another process. Gloo has no errors of its own: its messages name its files."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {"DistBackendError", "DistNetworkError"}) or (
+    return bool(names & {"DistBackendError", "DistNetworkError", "DistStoreError"}) or (
         isinstance(error, RuntimeError) and "gloo/transport" in str(error)
     )
