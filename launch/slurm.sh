@@ -10,33 +10,27 @@
 #SBATCH --signal=TERM@120
 set -euo pipefail
 
-# Wrong settings end the job here with status 2: requeueing would not fix them. Prints the run's folder.
-check() {  # check PROCESSES SETTINGS...
-  python -c 'import sys; from pretrain.config import ConfigError, load
+# Wrong settings end the job here with status 2: requeueing would not fix them.
+folder=$(python -c 'import sys; from pretrain.config import ConfigError, load
 try:
-    run = load(sys.argv[2:], world_size=int(sys.argv[1]) or None).run
+    run = load(sys.argv[1:], world_size=None).run
 except ConfigError as error:
     print(error, file=sys.stderr)
     sys.exit(2)
-print(f"{run.directory}/{run.name}")' "$@"
-}
+print(f"{run.directory}/{run.name}")' "$@")
 state() {  # attempt, saved_step, exit_status and reason, in one line
   python -c 'import sys; from pathlib import Path; from pretrain.run.directory import read_state
 state = read_state(Path(sys.argv[1]))
 print(*map(state.get, ("attempt", "saved_step", "exit_status")), *str(state.get("reason")).splitlines()[:1])' "$folder"
 }
-folder=$(check 0 "$@")
 
-# SLURM does not always say how many GPUs a node has, and nodes may differ; then torch counts those that it sees.
+# The GPUs of a node, which may differ from those of another. SLURM does not always count them; then torch does.
 count='gpus=${SLURM_GPUS_ON_NODE:-}
 [[ $gpus =~ ^[1-9][0-9]*$ ]] || gpus=$(python -c "import torch; print(torch.cuda.device_count())")'
-counts=$(srun bash -c "$count"'; echo "$(hostname) $gpus"')
-processes=0
-while read -r host gpus; do
-  [ "$gpus" -gt 0 ] || { echo "$host has no GPU for this job; request them, as with --gpus-per-node 8" >&2; exit 2; }
-  processes=$((processes + gpus))
-done <<< "$counts"
-check "$processes" "$@" > /dev/null
+if ! [[ ${SLURM_GPUS_ON_NODE:-} =~ ^[1-9][0-9]*$ ]]; then
+  srun bash -c "$count"'; [ "$gpus" -gt 0 ] || { echo "no GPU for this job on $(hostname)" >&2; exit 2; }' ||
+    { echo "request GPUs, as with --gpus-per-node 8" >&2; exit 2; }
+fi
 
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${hosts%%$'\n'*}

@@ -52,6 +52,7 @@ WITHOUT_TORCH = [
     "pretrain.schema",
     "pretrain.doctor.compare_runs",
     "pretrain.optim.schedule",
+    "pretrain.engines.place",
     "pretrain.data.order",
     "pretrain.data.indexed",
     "pretrain.data.corpus",

@@ -40,7 +40,7 @@ def test_complete_variables_give_a_place_whatever_other_launchers_left():
     assert one.launched and (one.world_size, one.several_machines) == (1, False)
 
 
-@pytest.mark.parametrize("missing", [name for name in COMPLETE])
+@pytest.mark.parametrize("missing", list(COMPLETE))
 def test_each_variable_that_is_missing_is_named(missing):
     assert missing in refused({name: value for name, value in COMPLETE.items() if name != missing})
 

@@ -1,4 +1,4 @@
-"""Ranks that were told different things refuse together, each naming what differs and where; a rank that refuses tells the others."""
+"""Ranks that were told different things refuse together and name what differs; a rank that refuses tells the others."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from pretrain.engines.rendezvous import Refused, meet
 from pretrain.schema import ConfigError
 from tests.ranks import run_ranks
 
-CASES = ("equal", "another value", "a missing key", "other values", "another folder", "a refusal", "a refusal of rank 0", "a bug")
-
 
 class Stubborn(UserError):
     status = 73
@@ -28,7 +26,7 @@ class Stubborn(UserError):
 def meet_in_each_case(folder: Path) -> dict:
     """{case: (kind of error, its status, its text, seconds)}, of three ranks that meet once per case."""
     rank, outcomes = int(os.environ["RANK"]), {}
-    for case in CASES:
+    for case in ("equal", *DIFFERENCES, *REFUSALS):
         facts, here, refusal = {"optimizer.lr": "0.01", "run.seed": "1"}, folder, None
         if case == "another value" and rank == 2:
             facts["optimizer.lr"] = "0.02"
@@ -54,48 +52,36 @@ def meet_in_each_case(folder: Path) -> dict:
     return outcomes
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("shared")
-    found = run_ranks(3, meet_in_each_case, folder)
-    assert not list(folder.iterdir())  # rank 0 removed its files
-    return found
+DIFFERENCES = {
+    "another value": ("optimizer.lr", "0.01 on ranks 0-1", "0.02 on rank 2", socket.gethostname()),
+    "a missing key": ("run.seed", "1 on ranks 0, 2", "none on rank 1"),
+    "other values": ("run.seed", "0 on rank 0", "1 on rank 1", "2 on rank 2"),
+    "another folder": ("run.directory", "not shared", "ranks 1-2", socket.gethostname()),
+}
+REFUSALS = {
+    "a refusal": (1, 73, "the data is damaged"),
+    "a refusal of rank 0": (0, 73, "the folder is in use"),
+    "a bug": (2, 1, "ZeroDivisionError: division by zero"),
+}
 
 
-def test_ranks_that_were_told_the_same_start(outcomes):
+def test_ranks_start_or_refuse_together_and_name_key_values_ranks_and_hosts(tmp_path, subtests):
+    outcomes = run_ranks(3, meet_in_each_case, tmp_path)
     assert [each["equal"][0] for each in outcomes] == [None] * 3
-
-
-@pytest.mark.parametrize(
-    ("case", "words"),
-    [
-        ("another value", ("optimizer.lr", "0.01 on ranks 0-1", "0.02 on rank 2", socket.gethostname())),
-        ("a missing key", ("run.seed", "1 on ranks 0, 2", "none on rank 1")),
-        ("other values", ("run.seed", "0 on rank 0", "1 on rank 1", "2 on rank 2")),
-        ("another folder", ("run.directory", "not shared", "ranks 1-2", socket.gethostname())),
-    ],
-)
-def test_all_ranks_refuse_what_differs_and_name_key_values_and_ranks(outcomes, case, words):
-    for kind, status, text, seconds in (each[case] for each in outcomes):
-        assert (kind, status) == ("ConfigError", 2) and all(word in text for word in words), text
-        assert seconds < 20
-
-
-@pytest.mark.parametrize(
-    ("case", "refuses", "status", "reason"),
-    [
-        ("a refusal", 1, 73, "the data is damaged"),
-        ("a refusal of rank 0", 0, 73, "the folder is in use"),
-        ("a bug", 2, 1, "ZeroDivisionError: division by zero"),
-    ],
-)
-def test_the_refusal_of_one_rank_ends_all_with_its_status_and_reason(outcomes, case, refuses, status, reason):
-    for rank, (kind, found, text, seconds) in enumerate(each[case] for each in outcomes):
-        if rank == refuses:
-            assert kind in ("Stubborn", "ZeroDivisionError")
-        else:
-            assert (kind, found) == ("Refused", status) and reason in text
-        assert seconds < 20
+    assert not list(tmp_path.iterdir())  # rank 0 removed its files
+    for case, words in DIFFERENCES.items():
+        with subtests.test(case):
+            for kind, status, text, seconds in (each[case] for each in outcomes):
+                assert (kind, status) == ("ConfigError", 2) and all(word in text for word in words), text
+                assert seconds < 20
+    for case, (refuses, status, reason) in REFUSALS.items():
+        with subtests.test(case):
+            for rank, (kind, found, text, seconds) in enumerate(each[case] for each in outcomes):
+                if rank == refuses:
+                    assert kind in ("Stubborn", "ZeroDivisionError")
+                else:
+                    assert (kind, found) == ("Refused", status) and reason in text
+                assert seconds < 20
 
 
 def test_a_rank_alone_needs_no_store():
@@ -153,15 +139,17 @@ def test_two_processes_with_the_same_rank_are_refused(brief):
     for thread in threads:
         thread.join()
     rendezvous._meetings = original
-    assert len(errors) == 3 and all(isinstance(error, ConfigError) and "two processes are rank 1" in str(error) for error in errors.values())
+    assert len(errors) == 3
+    for error in errors.values():
+        assert isinstance(error, ConfigError) and "two processes are rank 1" in str(error)
 
 
-@pytest.mark.parametrize(("address", "local_world_size", "expected"), [("127.0.0.1", 1, "127.0.0.1"), ("localhost", 2, "127.0.0.1")])
-def test_the_store_listens_on_the_rendezvous_address_alone(address, local_world_size, expected):
+@pytest.mark.parametrize(("address", "local_world_size"), [("127.0.0.1", 1), ("localhost", 2)])
+def test_the_store_listens_on_the_rendezvous_address_alone(address, local_world_size):
     place = Place(0, 2, 0, local_world_size, address, free_port(), launched=True)
     rendezvous._connect(place, 1)
     listening = [each.laddr for each in psutil.Process().net_connections("inet") if each.status == psutil.CONN_LISTEN]
-    assert [each.ip for each in listening if each.port == place.port] in ([expected], ["::1"])
+    assert [each.ip for each in listening if each.port == place.port] in (["127.0.0.1"], ["::1"])
 
 
 def test_a_name_that_other_machines_may_resolve_otherwise_is_not_bound():

@@ -50,8 +50,11 @@ def soon(condition) -> bool:
     return condition()
 
 
+NOTICES = (signal.SIGTERM, signal.SIGUSR2, signal.SIGXCPU, signal.SIGPWR, signal.SIGHUP)
+
+
 @pytest.mark.parametrize(
-    ("number", "flags", "status"), [(signal.SIGTERM, [1, 0, 0, 0], 75), (signal.SIGINT, [0, 1, 0, 0], 130)]
+    ("number", "flags", "status"), [*((each, [1, 0, 0, 0], 75) for each in NOTICES), (signal.SIGINT, [0, 1, 0, 0], 130)]
 )
 def test_a_signal_becomes_a_flag(stop, number, flags, status):
     assert stop.flags() == [0, 0, 0, 0] and exit_status(stop.flags()) == 0
@@ -69,6 +72,18 @@ def test_closing_restores_the_handlers_and_may_be_repeated():
     stop.close()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_notice_that_was_ignored_when_the_process_started_stays_ignored():
+    """As nohup ignores SIGHUP."""
+    before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    stop = StopRequest()
+    stop.training()
+    os.kill(os.getpid(), signal.SIGUSR2)
+    time.sleep(0.05)
+    assert stop.flags() == [0, 0, 0, 0] and signal.getsignal(signal.SIGUSR2) == signal.SIG_IGN
+    stop.close()
+    signal.signal(signal.SIGUSR2, before)
 
 
 def test_the_file_stop_counts_as_a_request_of_a_person(stop, tmp_path):
@@ -89,7 +104,7 @@ def test_a_person_on_any_of_many_ranks_wins_over_sigterm():
     assert exit_status([5000, 1, 0, 0]) == 130 and who_asked([5000, 1, 0, 0]) == "SIGTERM and SIGINT"
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR2, 75), (signal.SIGINT, 130)])
 def test_before_the_first_step_a_signal_ends_the_process_at_once(number, status):
     process = child("print('ready', flush=True); time.sleep(60)")
     assert process.stdout.readline() == "ready\n"

@@ -7,7 +7,7 @@ import torch
 from pretrain import train
 from pretrain.config import EngineConfig
 from pretrain.engines.base import Engine
-from pretrain.engines.update_check import UpdateCheck
+from pretrain.engines.update_check import Diverged, UpdateCheck, require_equal_replicas
 from pretrain.model.transformer import Transformer
 from tests.distributed.test_engines import ENGINES, engine_of
 from tests.ranks import run_ranks
@@ -33,25 +33,34 @@ def check_steps(configs: dict[str, EngineConfig]) -> dict:
         engine = engine_of(config)
         prepare(engine, "adamw")
         healthy, still = watched_step(engine, 0, LR), watched_step(engine, 1, 0.0)
+        require_equal_replicas(engine)
         if engine.rank == engine.world_size - 1 and engine.replicated_weights()[0]:
             with torch.no_grad():
                 engine.replicated_weights()[0][-1].view(-1)[0] += 0.01
         update_check = UpdateCheck(engine)
-        results[name] = healthy, still, update_check.figures(LR)
+        results[name] = healthy, still, update_check.figures(LR), status_of_a_save(engine)
     return results
+
+
+def status_of_a_save(engine: Engine) -> int:
+    try:
+        require_equal_replicas(engine)
+    except Diverged as error:
+        return error.status
+    return 0
 
 
 def test_every_engine_reports_a_zero_rate_and_a_drifted_replica_but_not_a_healthy_step(subtests):
     for results in run_ranks(2, check_steps, CONFIGS, timeout=300):
-        for name, ((figures, warnings), (still, still_warnings), (drifted, drift_warnings)) in results.items():
+        for name, ((figures, warnings), (still, still_warnings), (drifted, drift_warnings), status) in results.items():
             with subtests.test(name):
                 assert not warnings and figures["stuck_parameters"] == figures["diverged_ranks"] == 0
                 assert 1e-4 < figures["update_fraction"] < 0.1  # AdamW's first step: each weight moves by about the rate
                 assert still["update_fraction"] == 0 and len(still_warnings) == 1
                 if name in HAVE_REPLICAS:
-                    assert drifted["diverged_ranks"] == 1 and "rank 1" in drift_warnings[-1]
+                    assert drifted["diverged_ranks"] == 1 and "rank 1" in drift_warnings[-1] and status == 70
                 else:
-                    assert drifted["diverged_ranks"] == 0
+                    assert drifted["diverged_ranks"] == status == 0
 
 
 def forgetful(config: EngineConfig) -> tuple[dict, list[str]]:

@@ -170,8 +170,8 @@ def clean(folder: Path) -> None:
 
 
 def _removed(path: Path) -> bool:
-    """Removes a folder of ours. False, after a warning, where a file in it cannot be removed: it is immutable, or open elsewhere
-    on a network file system."""
+    """Removes a folder of ours. False, after a warning, where a file in it cannot be removed: it is immutable, or open on
+    another machine."""
     try:
         shutil.rmtree(path)
     except OSError as error:

@@ -353,9 +353,7 @@ def require_device(place: Place) -> None:
     if torch.cuda.is_available() and place.local_rank >= (count := torch.cuda.device_count()):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         why = f"CUDA_VISIBLE_DEVICES={visible} shows {count}" if visible else f"there are {count}"
-        text = (
-            f"rank {place.rank} needs GPU {place.local_rank} on {socket.gethostname()}, but {why}; start fewer processes there"
-        )
+        text = f"rank {place.rank} needs GPU {place.local_rank} on {socket.gethostname()}, but {why}; start fewer processes"
         raise ConfigError([Problem("LOCAL_RANK", text)])
 
 

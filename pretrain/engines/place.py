@@ -1,7 +1,7 @@
 """The place of this process among the ranks, as its launcher set it in environment variables. Imports no torch.
 
-The variables are read together: a few of them, left over from another launcher or exported by a shell, would make a process wait
-for ranks that never come.
+The variables are read together: a few of them, left over from another launcher or exported by a shell, would make a process
+wait for ranks that never come.
 """
 
 from __future__ import annotations
@@ -44,9 +44,8 @@ class Place(NamedTuple):
 
 def read_place(environment: Mapping[str, str] = os.environ) -> Place:
     """The place that the launcher's variables describe. Raises ConfigError if they are incomplete or contradict each other."""
-    values = {
-        name: environment[name] for name in (*_COUNTS, *_MEETING, "LOCAL_WORLD_SIZE") if environment.get(name, "").strip()
-    }
+    names = (*_COUNTS, *_MEETING, "LOCAL_WORLD_SIZE")
+    values = {name: environment[name] for name in names if environment.get(name, "").strip()}
     given = [name for name in _COUNTS if name in values]
     if not given or (given == ["WORLD_SIZE"] and values["WORLD_SIZE"].strip() == "1"):
         _refuse_mpi(environment)
@@ -83,7 +82,8 @@ def _contradictions(numbers: dict[str, int]) -> list[Problem]:
         (size >= 1, "WORLD_SIZE", f"got {size}, must be at least 1"),
         (rank < max(1, size), "RANK", f"got {rank}, must be less than WORLD_SIZE, {size}"),
         (local_rank <= rank, "LOCAL_RANK", f"got {local_rank}, must be at most RANK, {rank}"),
-        (local_size is None or 1 <= local_size <= size, "LOCAL_WORLD_SIZE", f"got {local_size}, must be 1 to WORLD_SIZE, {size}"),
+        (local_size is None or 1 <= local_size <= size, "LOCAL_WORLD_SIZE", f"got {local_size}, must be 1 to WORLD_SIZE, "
+         f"{size}"),
         (local_size is None or local_rank < max(1, local_size), "LOCAL_RANK", f"got {local_rank}, must be less than "
          f"LOCAL_WORLD_SIZE, {local_size}"),
         (size == 1 or 1 <= numbers.get("MASTER_PORT", 0) < 2**16, "MASTER_PORT", f"got {numbers.get('MASTER_PORT')}, must be 1 "
@@ -96,7 +96,5 @@ def _refuse_mpi(environment: Mapping[str, str]) -> None:
     """Raises ConfigError under mpirun, or in a shell with its variables: every process would train by itself."""
     for name in _MPI:
         if environment.get(name, "").strip().isdecimal() and int(environment[name]) > 1:
-            text = (
-                f"is {environment[name]}, so mpirun started several processes, but RANK, WORLD_SIZE and LOCAL_RANK are not set"
-            )
-            raise ConfigError([Problem(name, f"{text} and each process would train by itself; {_ALONE}")])
+            text = f"is {environment[name]}, but {', '.join(_COUNTS)} are not set: each process of mpirun would train by itself"
+            raise ConfigError([Problem(name, f"{text}; {_ALONE}")])

@@ -1,4 +1,5 @@
-"""Where ranks meet before anything collective: they wait for each other, compare what they were told, and start or refuse together.
+"""Where ranks meet before anything collective: they wait for each other, compare what they were told, and start or refuse
+together.
 
 All of it happens in torch's key-value store, so ranks that were given other settings, other engines or another number of ranks
 still understand each other. A refusal of one rank ends all of them with its status and its reason.
@@ -114,9 +115,8 @@ def _connect(place: Place, seconds: float) -> dist.TCPStore:
     try:
         return dist.TCPStore(*at, is_master=False, timeout=timedelta(seconds=30), wait_for_workers=False)
     except RuntimeError as error:
-        text = (
-            f"what answers at {place.address}:{place.port} is not torch's store ({str(error).splitlines()[0]}); free the port"
-        )
+        why = str(error).splitlines()[0]
+        text = f"what answers at {place.address}:{place.port} is not torch's store ({why}); use another port"
         raise ConfigError([Problem("MASTER_PORT", text)]) from None
 
 
@@ -143,9 +143,8 @@ def _bound(host: str, port: int) -> socket.socket:
         raise ConfigError([Problem("MASTER_ADDR", f"{host}: {error.strerror}")]) from None
     except OSError as error:
         if host and error.errno == errno.EADDRNOTAVAIL:  # a proxy's address, or one that is translated on the way
-            print(
-                f"pretrain: {host} is not an address of this machine, so torch's store listens on all of them", file=sys.stderr
-            )
+            text = f"{host} is not an address of this machine, so torch's store listens on all of them"
+            print(f"pretrain: {text}", file=sys.stderr, flush=True)
             return _bound("", port)
         text = f"rank 0 cannot listen on port {port} ({error.strerror}); set MASTER_PORT to a free one"
         raise ConfigError([Problem("MASTER_PORT", text)]) from None
@@ -171,8 +170,8 @@ def _wait(
         if waited >= next_word:
             next_word = waited + min(60.0, next_word)
             if speaks:
-                text = f"rank {place.rank} of {place.world_size} has waited {waited:.0f} s {missing()}; gives up after {seconds:.0f} s"
-                print(f"pretrain: {text}", file=sys.stderr, flush=True)
+                text = f"rank {place.rank} of {place.world_size} has waited {waited:.0f} s {missing()}"
+                print(f"pretrain: {text}; gives up after {seconds:.0f} s", file=sys.stderr, flush=True)
         time.sleep(poll_seconds)
 
 
@@ -245,8 +244,10 @@ class _Lead:
             return {"refusal": (status, f"{_ranks(ranks, hosts)}: {reason}"), "problems": []}
         problems = []
         for path, ranks in _grouped((reply["unshared"], rank) for rank, reply in replies.items() if reply["unshared"]).items():
-            text = f"{path} on {_ranks(ranks, hosts)} is not the folder that rank 0 uses, {folder} on {self.host}: a file that rank "
-            problems.append(("run.directory", text + "0 wrote is not there. All machines must share run.directory"))
+            text = f"{path} on {_ranks(ranks, hosts)} is not the folder that rank 0 uses, {folder} on {self.host}: "
+            problems.append(
+                ("run.directory", text + "rank 0 wrote a file that is not there. All machines must share run.directory")
+            )
         for key in sorted({key for reply in replies.values() for key in reply["differences"]}):
             mine = facts.get(key, "none")
             told = _grouped([(mine, 0), *((reply["differences"].get(key, mine), rank) for rank, reply in replies.items())])

@@ -1,8 +1,8 @@
 """What all ranks must have been told before they start: settings, code, libraries, and the content of data and tokenizer.
 
 Paths may differ from machine to machine (local copies of the data, another mount point) where the content is the same; for
-run.directory, `rendezvous.meet` checks that all machines share it. Everything else must be equal, the settings of logs included:
-they decide when the ranks meet in a collective.
+run.directory, `rendezvous.meet` checks that all machines share it. Everything else must be equal, the settings of logs
+included: they decide when the ranks meet in a collective.
 """
 
 from __future__ import annotations
@@ -71,11 +71,7 @@ def weights_digest(path: Path) -> str:
     models apart. `not there` if the folder has none."""
     if found := checkpoints(path / "checkpoints"):
         path = found[0].path
-    files = [
-        file
-        for file in sorted(path.glob("*"))
-        if file.suffix == ".safetensors" or file.name in ("manifest.json", "config.json")
-    ]
+    files = sorted([*path.glob("*.safetensors"), *path.glob("manifest.json"), *path.glob("config.json")])
     digest = xxhash.xxh3_128()
     for file in files:
         size = file.stat().st_size
