@@ -711,7 +711,16 @@ NAMES = {
     "max_steps": None,
     "learning rate": "lr",
     "total grad norm": "grad_norm",
-    "closs": None,
+    "closs": "other_loss",
+    "trainloss": "loss",
+    "Cost": "loss",
+    "avg_batch_cost": None,
+    "MLM-en": "lm_loss",
+    "gradient_accumulation_steps": None,
+    "gNorm": "grad_norm",
+    "L.r.": "lr",
+    "lm loss PPL": "perplexity",
+    "Validation perplexity": "val_perplexity",
 }
 
 

@@ -128,6 +128,50 @@ LINES = {  # lines with losses 9.1, 8.8 and so on: (steps, losses)
         [10, 20],
         [9.1, 8.8],
     ),
+    "words in parentheses": (
+        "step 1: loss train (curr): 9.1, val (prev): None\n"
+        "step 2: loss train (curr): 8.8\n",
+        [1, 2],
+        [9.1, 8.8],
+    ),
+    "the name of the loss in one word": (
+        "Epoch: [0]  [10/150]  closs: 9.1 (9)\n"
+        "Epoch: [0]  [20/150]  closs: 8.8 (9)\n",
+        [10, 20],
+        [9.1, 8.8],
+    ),
+    "XLM": (
+        "INFO - 08/01/26 14:20:20 - 2:02:04 -    3550 -    6.8 sent/s - MLM-en:  9.1 -  - model LR: 1e-04\n",
+        [3550],
+        [9.1],
+    ),
+    "the step before a slash": (
+        "warmup_step: 5/20\n"
+        "1/200 train_loss: 9.1 time: 1m\n"
+        "2/200 train_loss: 8.8 time: 2m\n",
+        [1, 2],
+        [9.1, 8.8],
+    ),
+    "fairseq of old": (
+        "| epoch 001:  50 / 1891 loss=9.1, wps=3\n"
+        "| epoch 001:  100 / 1891 loss=8.8, wps=3\n",
+        [50, 100],
+        [9.1, 8.8],
+    ),
+    "Keras, a bar per epoch": (
+        "Epoch 1/2\n782/782 [=====] - 61s 78ms/step - loss: 9.1 - val_loss: 9.3\nEpoch 2/2\n"
+        "782/782 [=====] - 61s 78ms/step - loss: 8.8 - val_loss: 9.2\n",
+        [1, 2],
+        [9.1, 8.8],
+    ),
+    "MLPerf": (
+        ':::MLLOG {"time_ms": 17, "key": "seed", "value": 1, "metadata": {"lineno": 3}}\n'
+        ':::MLLOG {"time_ms": 18, "key": "train_loss", "value": 9.1, "metadata": {"lineno": 3, "step": 10}}\n'
+        ':::MLLOG {"time_ms": 19, "key": "train_loss", "value": 8.8, "metadata": {"lineno": 3, "step": 20}}\n',
+        [10, 20],
+        [9.1, 8.8],
+    ),
+    "a name for each value": ("tag,step,value\nloss,10,9.1\nlr,10,0.1\nloss,20,8.8\n", [10, 20], [9.1, 8.8]),
     "a split in the table": ("split,step,loss\ntrain,10,9.1\nval,10,9.3\ntrain,20,8.8\n", [10, 20], [9.1, 8.8]),
 }  # fmt: skip
 

@@ -36,6 +36,9 @@ _HEAD_LINES, _HEAD_CHARACTERS = 5_000, 1 << 22
 _LONGEST_DOCUMENT = 1 << 25
 """Characters of a JSON document that is parsed at once."""
 _LONGEST_WORD = 1_000
+_MLPERF = ":::MLLOG "
+_NAME_KEYS = ("tag", "key", "metric", "name")
+"""Keys or columns that hold the name of the figure in `value`."""
 
 
 def read_rows(path: Path, show: Show | None = None) -> tuple[str, Iterator[Row]]:
@@ -57,6 +60,9 @@ def read_rows(path: Path, show: Show | None = None) -> tuple[str, Iterator[Row]]
     if not head:
         raise LogError(f"{path}: is empty; give a log that holds at least one loss")
     everything = itertools.chain(head, lines)
+    if head[0].startswith(_MLPERF):
+        head = [line.removeprefix(_MLPERF) for line in head]
+        everything = itertools.chain(head, (line.removeprefix(_MLPERF) for line in lines))
     if head[0].lstrip()[:1] in ("{", "[") and (rows := _json_rows(head, everything)):
         kind, rows = rows
         return kind, rows
@@ -80,11 +86,11 @@ def _json_rows(head: list[str], everything: Iterator[str]) -> tuple[str, Iterato
     if len(records) <= 1:
         rows = _document_rows(head, everything)
         return None if rows is None else ("JSON", rows)
-    rows = [dict(_numbers(record)) for record in records]
+    rows = [_row_of(record) for record in records]
     if not _hold_loss(rows) and len(records) < 0.5 * len(head):
         return None
     ours = any("reference_lines/uniform" in row for row in rows)
-    named = (dict(_numbers(record)) for line in everything if isinstance(record := _json(line), dict))
+    named = (_row_of(record) for line in everything if isinstance(record := _json(line), dict))
     return "metrics.jsonl of this project" if ours else "JSON", named
 
 
@@ -128,7 +134,7 @@ def _document_rows(head: list[str], everything: Iterator[str]) -> Iterator[Row] 
     except (ValueError, RecursionError):
         return _innermost_objects(itertools.chain([text], everything if not complete else []))
     for candidate in [*_lists_in(document), [document]]:
-        rows = [dict(_numbers(record)) for record in candidate if isinstance(record, dict)]
+        rows = [_row_of(record) for record in candidate if isinstance(record, dict)]
         if _hold_loss(rows):
             return iter(rows)
     return None
@@ -162,15 +168,23 @@ def _innermost_objects(parts: Iterable[str]) -> Iterator[Row]:
         for found in re.finditer(r"\{[^{}]*\}", text):
             end = found.end()
             if isinstance(record := _json(found[0]), dict):
-                yield dict(_numbers(record))
+                yield _row_of(record)
         waiting, characters = [text[end:][-_HEAD_CHARACTERS // 4 :]], 0
+
+
+def _row_of(record: dict) -> Row:
+    """The numbers of a record. One with a name and a `value` holds that figure."""
+    row = dict(_numbers(record))
+    if "value" in row and (name := next((record[key] for key in _NAME_KEYS if isinstance(record.get(key), str)), None)):
+        row[name] = row.pop("value")
+    return row
 
 
 def _numbers(record: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
     """(path as a/b, number) for every number. Logs of this project hold null for NaN or infinity and name it in `nonfinite`."""
     for key, value in record.items():
-        if type(value) is float or type(value) is int:
-            yield prefix + key, number_in(value)
+        if type(value) is float:
+            yield prefix + key, value
         elif key == "nonfinite" and isinstance(value, dict):
             yield from ((name, float(word)) for name, word in value.items())
         elif isinstance(value, dict):
@@ -209,7 +223,7 @@ def _find_table(head: list[str]) -> Table | None:
 
 def _table_rows(table: Table, everything: Iterator[str]) -> Iterator[Row]:
     names, delimiter, comma = table
-    lines = (line for line in map(_with_bars, everything) if not _RULE.fullmatch(line))
+    lines = map(_with_bars, everything)
     below = itertools.dropwhile(lambda line: _cells(line.lstrip("#"), delimiter) != names, lines)
     next(below)
     return _rows_under(names, delimiter, comma, below)
@@ -225,13 +239,15 @@ def _cells(line: str, delimiter: str) -> list[str]:
     if len(line) > 100_000:  # not a row of a log, and too long for the csv module
         return []
     line = line.strip().strip("|") if delimiter == "|" else line
-    cells = line.split(delimiter) if '"' not in line else next(csv.reader([line], delimiter=delimiter))
-    return [cell.strip() for cell in cells]
+    if '"' not in line:
+        return line.split(delimiter) if " " not in line else [cell.strip() for cell in line.split(delimiter)]
+    return [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter))]
 
 
 def _is_header(names: list[str], line: str) -> bool:
     """True if these cells of `line` name columns, one of them a loss. "step: 1, loss: 9.1" is a line of text instead."""
-    if not any(is_judged(name) for name in names) and [name.lower() for name in names] != ["wall time", "step", "value"]:
+    lower = [name.lower() for name in names]
+    if not any(map(is_judged, names)) and not {"step", "value"} <= set(lower):
         return False
     named = all(re.search("[A-Za-z]", name) and len(name) < 80 and number_in(name) is None for name in names if name)
     return (named or len(names) == 1) and not re.search(r"[:=]\s*[-+.\d]", line)
@@ -242,29 +258,31 @@ def _rows_under(names: list[str], delimiter: str, comma: bool, lines: Iterable[s
 
     In a table with a column of runs, or of training and validation, the names of the losses begin with its cell.
     """
+    lower = [name.lower() for name in names]
+    run, split, tag = (
+        next((place for place, name in enumerate(lower) if name in columns), None)
+        for columns in (_RUN_COLUMNS, _SPLIT_COLUMNS, _NAME_KEYS if "value" in lower else ())
+    )
     names = ["loss" if name.lower() == "value" else name for name in names]
-    run = next((place for place, name in enumerate(names) if name.lower() in _RUN_COLUMNS), None)
-    split = next((place for place, name in enumerate(names) if name.lower() in _SPLIT_COLUMNS), None)
     wanted = [(place, name) for place, name in enumerate(names) if meaning(name)]
     for line in lines:
         cells = _cells(line.replace(",", ".") if comma else line, delimiter)
         row = {}
         for place, name in wanted:
-            if place < len(cells) and cells[place] and (value := _number_in_cell(cells[place])) is not None:
-                row[name] = value
+            if place < len(cells) and (cell := cells[place]):
+                try:
+                    row[name] = float(cell)
+                except ValueError:
+                    if (value := number_in(cell)) is not None:
+                        row[name] = value
+        if tag is not None and tag < len(cells) and "loss" in row:
+            row[cells[tag]] = row.pop("loss")
         if split is not None and split < len(cells) and cells[split]:
             row = {f"{cells[split]} {name}" if is_judged(name) else name: value for name, value in row.items()}
         if run is not None and run < len(cells) and cells[run]:
             row = {f"{cells[run]} - {name}" if is_judged(name) else name: value for name, value in row.items()}
         if row:
             yield row
-
-
-def _number_in_cell(cell: str) -> float | None:
-    try:
-        return float(cell)
-    except ValueError:
-        return number_in(cell)
 
 
 # ---------------------------------------------------------------- TensorBoard

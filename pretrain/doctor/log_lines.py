@@ -22,15 +22,19 @@ LEADING = "number at the head of the line"
 _NUMBER = r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|[-+]?(?:nan|inf(?:inity)?)\b"
 _WORD = r"(?!nan\b|inf\b)[A-Za-z_][\w/.\-]*"
 _NAME = re.compile(rf"(?<![A-Za-z0-9_]){_WORD}(?: {_WORD})*", re.IGNORECASE)
-_VALUE = re.compile(  # not the `.4f` of "{loss:.4f}"
-    rf"[\"']?\s*[:=]?\s*(?:tensor\()?[\"'\[(]?\s*(?!\.\d+[efg]\}})({_NUMBER})(?:([KM])(?![A-Za-z]))?", re.IGNORECASE
+_VALUE = re.compile(  # perhaps behind a word in parentheses; not the `.4f` of "{loss:.4f}"
+    rf"[\"']?(?: \([A-Za-z][\w ./-]*\))?\s*[:=]?\s*(?:tensor\()?[\"'\[(]?\s*"
+    rf"(?!\.\d+[efg]\}})({_NUMBER})(?:([KM])(?![A-Za-z]))?",
+    re.IGNORECASE,
 )
 _BEFORE = re.compile(rf"(?:^|(?<=[\s(\[|:=,;]))({_NUMBER})\s*$", re.IGNORECASE)
 _NUMBERS_FIRST = re.compile(rf"\W*(?:{_NUMBER})\s+[A-Za-z].*?({_WORD})\W*$", re.IGNORECASE)
-_LEADING = re.compile(r"(?:^|\] )\s*\[?(\d+)[\]:]?\s*[|,;]?\s+(?=[A-Za-z\"'{(])")
+_LEADING = re.compile(r"(?:^|\] )\s*\[?(\d+)[\]:]?\s*[|,;]?\s+(?=[A-Za-z\"'{(])|- +(\d+) - ")
 _EPOCH_AND_BATCH = re.compile(r"epoch:?\s*\[?\s*(\d+)\s*(/\s*\d+)?\s*\]?\s*[\[(]\s*(\d+)\s*/\s*(\d+)\s*[\])(]", re.IGNORECASE)
 _COUNT = r"([\d.]+)([kM]?)"
-_OUT_OF = re.compile(rf"(?:^|[\[(|])\s*{_COUNT}\s*/\s*{_COUNT}\s*(?:[\])\[(━]|- )|\b{_COUNT}it/{_COUNT}it\b")
+_OUT_OF = re.compile(
+    rf"(?:^|[\[(|]|\bepoch \d+:)\s*{_COUNT}\s*/\s*{_COUNT}\s*(?:[\])\[(━]|- |(?<=\d) +(?=\w*loss))|\b{_COUNT}it/{_COUNT}it\b"
+)
 _TIMES = {"": 1.0, "k": 1e3, "m": 1e6}
 _AT_STEP = re.compile(r"\bat (iteration|step)\b")  # "validation loss at iteration 100 | lm loss value: 9.1"
 _OF_VALIDATION = re.compile(r"\b(validation|valid|val|evaluation|eval|test)\b", re.IGNORECASE)
@@ -41,7 +45,7 @@ _C_TRAINERS = (  # two programs in C write `s:10 trl:3.1`, and `10 train 3.1`
     (re.compile(r"^(\d+) (train|val) (?=[\d.]+\s*$)"), r"step \1 \2 loss "),
 )
 _TELLING = re.compile(
-    r"loss|step|iter|epoch|ppl|perp|nll|ent\b|entropy|cost|\bce\b|norm|\blr\b|l\.r|rate|batch|update|\bval|\bup|\d+\.?\d*[kM]?\s*/\s*\d",
+    r"loss|step|iter|epoch|ppl|perp|nll|ent\b|entropy|cost|\bce\b|[mc]lm\b|norm|\blr\b|l\.r|rate|batch|update|\bval|\bup|\d+\.?\d*[kM]?\s*/\s*\d",
     re.IGNORECASE,
 )
 """Lines without any of these hold no figure that counts."""
@@ -98,7 +102,7 @@ def text_rows(lines: Iterable[str]) -> Iterator[Row]:
 
 
 def _rows(lines: Iterable[str]) -> Iterator[tuple[Row, bool]]:
-    """(figures of a line, True if it names its step). A step or an epoch may be on a line of its own, above the figures."""
+    """(figures of a line, False if it is one figure of a step that a line above names)."""
     header: list[str] = []
     step = epoch = None
     taken = None  # the epoch of the line that took the step from a line above
@@ -126,15 +130,15 @@ def _rows(lines: Iterable[str]) -> Iterator[tuple[Row, bool]]:
                 step = (values[1] - first_epoch) * values[2] + values[0]
         if not row:
             continue
-        own = bool(shape.step or shape.bare_step or LEADING in row)
+        begins = bool(shape.step or shape.bare_step or LEADING in row)
         if shape.bare_step:
             row["step"] = step
-        elif not own and step is not None and (not shape.epoch or taken in (None, epoch)):
+        elif not begins and step is not None and (not shape.epoch or taken in (None, epoch)):
             row["step"] = step
             taken = epoch if shape.is_judged else taken
         if epoch is not None and shape.is_judged and not shape.epoch:
             row["epoch"] = epoch
-        yield row, own
+        yield row, begins or bool(shape.epoch) or len(shape.pairs) > 1
 
 
 def _without_code(lines: Iterator[tuple[str, _Shape]]) -> Iterator[tuple[str, _Shape]]:
@@ -179,7 +183,7 @@ def _parse(line: str) -> _Shape:
     step = next((meanings[counter] for counter in STEP_COUNTERS if counter in meanings), None)
     bare, times, of_epochs = ((), 1.0, False) if step else _bare_step(line)
     if not step and not bare and judged and (found := _LEADING.search(line)):
-        pairs.append((LEADING, slice(*found.span(1)), 1.0))
+        pairs.append((LEADING, slice(*found.span(found.lastindex)), 1.0))
     return _Shape(
         pairs=tuple(pairs),
         step=step,

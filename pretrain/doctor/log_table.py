@@ -5,6 +5,7 @@ Knows names and their meaning, not what a curve should look like.
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections import Counter
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ _MOST_NAMES = 10_000
 _MOST_NAMES_OF_A_MEANING = 64
 _MOST_SPECIAL = 10_000  # rows of one kind that are kept beside the regular ones
 _EDGE = 100  # rows at either end that are kept
+_BATCH = 4_096  # rows that are added at once
 _BLOCK = 2_048  # rows of the file in which the highest and the lowest loss are kept, while every row is kept
 OTHER_KEPT = ("reference_lines/", LEADING)
 """Names without a meaning whose values are kept too."""
@@ -39,12 +41,13 @@ class Table:
         """How many rows of the file have each name."""
         self._cells: dict[str, tuple[array, array]] = {}  # name: (row numbers, values)
         self._stored: Counter[str | None] = Counter()  # names of each meaning
-        self._read = self._level = kept = 0
+        self._read = self._level = 0
         self._unit = 1.0
-        for row in rows:
-            self._append(row)
-            kept += 1
-            if kept >= 2 * MOST_ROWS or (kept % 10_000 == 0 and self._number_of_cells() > _MOST_CELLS):
+        rows, kept = iter(rows), 0
+        while batch := list(itertools.islice(rows, _BATCH)):
+            self._add(batch)
+            kept += len(batch)
+            if kept >= 2 * MOST_ROWS or self._number_of_cells() > _MOST_CELLS:
                 kept = self._thin()
         if self._level:
             self._keep(self._wanted())
@@ -76,16 +79,19 @@ class Table:
 
     # ---------------------------------------------------------------- filling
 
-    def _append(self, row: Row) -> None:
-        for name, value in row.items():
-            self.counts[name] += 1
-            if (cells := self._cells.get(name)) is None:
-                if self.counts[name] > 1 or not self._make_room_for(name):
-                    continue
-                cells = self._cells[name] = (array("q"), array("d"))
-            cells[0].append(self._read)
-            cells[1].append(value)
-        self._read += 1
+    def _add(self, batch: list[Row]) -> None:
+        for name in dict.fromkeys(itertools.chain.from_iterable(batch)):
+            values = [row[name] for row in batch if name in row]
+            is_new = name not in self.counts
+            self.counts[name] += len(values)
+            if is_new and self._make_room_for(name):
+                self._cells[name] = array("q"), array("d")
+            if name in self._cells:
+                everywhere = len(values) == len(batch)
+                rows = range(len(batch)) if everywhere else (i for i, row in enumerate(batch) if name in row)
+                self._cells[name][0].extend([self._read + i for i in rows])
+                self._cells[name][1].extend(values)
+        self._read += len(batch)
 
     def _make_room_for(self, name: str) -> bool:
         """True if the values of this new name are to be kept."""

@@ -13,7 +13,7 @@ _PLAIN |= {"running", "reduced", "inner", "iter", "current", "smooth", "smoothed
 _PLAIN |= {"global", "stats", "metrics", "cost"}
 """Words that a name may hold beside "loss" and still mean the training loss."""
 _NOT_A_LOSS = {"scale", "scaling", "scaler", "std", "var", "min", "max", "best", "delta", "time", "weight", "coef", "ppl"}
-_NOT_A_LOSS |= {"timestamp", "chunk", "chunks", "type", "fn", "threshold", "tolerance"}
+_NOT_A_LOSS |= {"timestamp", "every", "chunk", "chunks", "type", "fn", "threshold", "tolerance"}
 _SHORT = {"cost", "ce"}
 _BESIDE_SHORT = {"cost", "ce", "mean", "words", "train", "training", "avg", "average"} | _VALIDATION
 """Words that alone mean a loss, and those that they may stand beside: `Cost`, `avg_cost`, but not `batch_cost`, a time."""
@@ -35,14 +35,18 @@ def meaning(name: str) -> str | None:
     grad_norm, perplexity, val_perplexity or skipped; None for anything else."""
     name = run_and_name(name)[1].partition("/max_")[0]
     words = re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
-    unique = set(words)
     if not words:
         return None
+    if words[-1].endswith("loss") and words[-1] != "loss":  # trainloss, closs
+        words = [*words[:-1], words[-1].removesuffix("loss"), "loss"]
+    unique = set(words)
     if unique & {"ppl", "perplexity"}:
         return "val_perplexity" if unique & _VALIDATION else "perplexity"
     of_a_loss = unique & {"loss", "losses", "nll", "xent"} or {"cross", "entropy"} <= unique
     if of_a_loss or (unique & _SHORT and unique <= _BESIDE_SHORT):
         return None if unique & _NOT_A_LOSS else _kind_of_loss(unique)
+    if words[0] in ("mlm", "clm") and all(len(word) == 2 for word in words[1:]):
+        return "lm_loss"  # XLM: "MLM-en: 7.5"
     if words == ["val"]:
         return "val_loss"  # "loss train: 3.1, val: 3.2"
     if "lr" in unique or {"learning", "rate"} <= unique or words == ["l", "r"]:  # Marian writes "L.r."

@@ -233,6 +233,8 @@ def _x_axis(table: Table, train: np.ndarray) -> tuple[str, np.ndarray]:
     names += table.names.get("iteration", []) + table.names.get("batch", [])
     if LEADING in table.counts and _rises(table.column(LEADING)[train]):
         names.append(LEADING)
+    most = [name for name in names if np.mean(table.has(name)[train]) >= 0.9]  # one counter, rather than now this, now that
+    names = [*most[:1], *names]
     epoch = table.column(*table.names.get("epoch", []))
     for unit in ("step", "epoch"):
         x = _continued(table.column(*names), epoch) if unit == "step" else epoch
@@ -244,8 +246,9 @@ def _x_axis(table: Table, train: np.ndarray) -> tuple[str, np.ndarray]:
 
 
 def _rises(numbers: np.ndarray) -> bool:
+    """True if the numbers hardly ever fall; the numbers of ranks do."""
     changes = np.diff(numbers[np.isfinite(numbers)])
-    return len(changes) == 0 or np.mean(changes > 0) > 0.9
+    return len(changes) == 0 or (np.any(changes > 0) and np.sum(changes < 0) <= max(2, len(changes) // 500))
 
 
 def _continued(steps: np.ndarray, epoch: np.ndarray) -> np.ndarray:
@@ -279,7 +282,8 @@ def _add_evaluations(log: TrainingLog, table: Table, x: np.ndarray, chosen: str)
     )
     if log.judged == "validation loss" or not (losses or perplexities):
         return
-    losses.sort(key=lambda name: "mean-words" not in name)  # Marian's cross-entropy is a sum over a sentence
+    # Marian's cross-entropy is a sum over a sentence; longer names are those of special evaluations at the end.
+    losses.sort(key=lambda name: ("mean-words" not in name, -table.counts[name], len(name)))
     perplexity = table.column(*perplexities[:1])
     if losses:
         value = table.column(losses[0])
