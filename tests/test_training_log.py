@@ -188,7 +188,8 @@ def test_the_losses_and_steps_of_every_shape_of_line_are_read(tmp_path, name):
 @pytest.mark.parametrize("separator", ["", "====================\n"])
 def test_source_code_at_the_head_of_a_log_is_not_read_as_figures(tmp_path, separator):
     lines = "".join(f"step:{s}/3000 train_loss:{9 - s / 500:.4f} train_time:200ms\n" for s in range(1, 300))
-    log = read(tmp_path, CODE + separator + lines + "step:299/3000 val_loss:8.9000 train_time:200ms\n")
+    code = CODE + "def evaluate(model):\n" + "    model.eval()\n" * 1000 + "    val_loss = 0\n"
+    log = read(tmp_path, code + separator + lines + "step:299/3000 val_loss:8.9000 train_time:200ms\n")
     assert len(log.loss) == 299 and log.loss.max() < 9 and log.steps[0] == 1
     assert log.val_loss.tolist() == [8.9]
 
@@ -264,6 +265,22 @@ def test_a_restart_keeps_the_older_lines_beside_the_log(tmp_path):
     (restart,) = log.restarts
     assert (restart.last, restart.first, restart.steps.tolist(), restart.loss.tolist()) == (20, 10, [10, 20], [8, 7])
     assert log.loss.tolist() == [9, 8.5, 8.4, 8]
+
+
+def test_runs_one_after_another_are_not_called_restarts_or_ranks(tmp_path):
+    steps = [*range(125, 3000, 125), 2990, 2980]
+    log = read(
+        tmp_path, "".join(f"=== seed {n}\n" + "".join(f"step:{s}/3000 loss:{9 - s / 999}\n" for s in steps) for n in range(7))
+    )
+    assert log.lines_per_step == 1 and len(log.loss) == 24
+    log = read(tmp_path, "".join(f"step {s} loss {9 - s / 10 + n}\n" for n in range(3) for s in range(10)))
+    assert log.loss[0] == 11 and "3 runs" in log.notes[0]
+
+
+def test_what_follows_the_training_under_another_name_is_not_judged(tmp_path):
+    text = "".join(f"{s}/200 train_loss: {9 - s / 100}\n" for s in range(0, 200, 20))
+    log = read(tmp_path, text + "".join(f"ttt_progress: batch {s}/782 batch_loss:3.2\n" for s in range(700)))
+    assert log.loss_name == "train_loss" and len(log.loss) == 10 and log.restarts == []
 
 
 # ---------------------------------------------------------------- tables

@@ -156,7 +156,7 @@ def _without_code(lines: Iterator[tuple[str, _Shape]]) -> Iterator[tuple[str, _S
 def _shapes(lines: Iterable[str]) -> Iterator[tuple[str, _Shape]]:
     """(line, its shape) for every line that may matter. Shapes are remembered by the line with all its digits made 0."""
     known: dict[str, _Shape] = {}
-    nothing = _Shape()
+    nothing, code = _Shape(), _Shape(continues_code=True)
     for number, each in enumerate(lines):
         each = each if each.isascii() else each.translate(_QUOTES)
         for line in _NEXT_BAR.split(each) if each.count("%|") > 1 else (each,):
@@ -165,7 +165,10 @@ def _shapes(lines: Iterable[str]) -> Iterator[tuple[str, _Shape]]:
                     for pattern, words in _C_TRAINERS:
                         line = pattern.sub(words, line)
                     key = line.translate(_DIGITS)
-                shape = _parse(line) if number < 1000 or _TELLING.search(line) or _CODE.match(line) else nothing
+                if number < 1000 or _TELLING.search(line) or _CODE.match(line):
+                    shape = _parse(line)
+                else:
+                    shape = code if _CODE_CONTINUES.match(line) else nothing
                 if len(line) < _LONGEST_KNOWN:
                     if len(known) >= _KNOWN_LINES:
                         known.clear()

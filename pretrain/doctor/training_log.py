@@ -165,7 +165,7 @@ def _choose_loss(path: Path, table: Table, wanted: str | None) -> tuple[str, str
     unknown = first in table.names.get("other_loss", [])
     others = any(counts[name] > 3 for kind in ("perplexity", "validation loss") for name in names[kind])
     if first and not (is_one_figure and (unknown or others)):
-        return "training loss", first
+        return "training loss", next((name for name in names["training loss"][1:4] if _ends_before(table, name, first)), first)
     found = [(kind, names[kind][0]) for kind in ("perplexity", "validation loss") if names[kind]]
     if found:
         return max(found, key=lambda each: counts[each[1]])
@@ -173,6 +173,12 @@ def _choose_loss(path: Path, table: Table, wanted: str | None) -> tuple[str, str
         raise LogError(f"{path}: no training loss in it, only {first!r}. {hint}")
     seen = ", ".join(repr(name) for name, _ in counts.most_common(8)) or "no numbers"
     raise LogError(f"{path}: no training loss in it (found: {seen}). {hint}")
+
+
+def _ends_before(table: Table, name: str, other: str) -> bool:
+    """True if `name` has several rows, all of them above those of `other`: what follows the training, on other data."""
+    rows = np.flatnonzero(table.has(name))
+    return len(rows) >= 5 and rows[-1] < np.argmax(table.has(other))
 
 
 def _empty_cells(table: Table, loss: np.ndarray) -> np.ndarray:
@@ -331,7 +337,9 @@ def _average_lines_of_one_step(log: TrainingLog, by_micro_batch: bool) -> None:
     _keep(log, np.flatnonzero(np.isfinite(log.steps)))
     in_order = np.argsort(log.steps, kind="stable")
     starts, lengths, lines = _groups(log.steps)
-    if np.sum(np.diff(log.steps) < 0) > max(3, 0.05 * len(log.steps)) and _groups(log.steps[in_order])[2] >= 2:
+    back = -np.diff(log.steps)
+    mixed = np.sum(back > 0) > max(3, 0.05 * len(log.steps)) and back.max() < 0.5 * np.ptp(log.steps)
+    if mixed and _groups(log.steps[in_order])[2] >= 2:
         _keep(log, in_order)  # ranks whose lines are not in order
         starts, lengths, lines = _groups(log.steps)
     if lines < 2:
@@ -354,6 +362,7 @@ def _average_lines_of_one_step(log: TrainingLog, by_micro_batch: bool) -> None:
 def _drop_lines_before_restarts(log: TrainingLog) -> None:
     """Keeps the newest line of each step, and drops lines of steps that a restart repeated. Adds restarts and a note."""
     kept: list[int] = []
+    begin = log.steps[0] if len(log.steps) else math.nan
     for i, step in enumerate(log.steps):
         goes_back, last, repeated = kept and step < log.steps[kept[-1]], kept[-1] if kept else 0, []
         while kept and log.steps[kept[-1]] >= step:
@@ -366,7 +375,10 @@ def _drop_lines_before_restarts(log: TrainingLog) -> None:
         first = log.restarts[0]
         back = f"from {log.unit} {first.last:g} to {first.first:g}"
         often = f", {len(log.restarts)} times in all" if len(log.restarts) > 1 else ""
-        log.notes.append(f"the log goes back {back}{often}: a restart; of lines for the same step the newest counts")
+        what = "a restart; of lines for the same step the newest counts"
+        if all(each.first <= begin for each in log.restarts):
+            what = f"{len(log.restarts) + 1} runs one after another; this judges the last"
+        log.notes.append(f"the log goes back {back}{often}: {what}")
     _keep(log, np.array(kept, dtype=int))
 
 
