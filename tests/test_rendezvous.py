@@ -18,7 +18,16 @@ from pretrain.engines.rendezvous import Refused, meet
 from pretrain.schema import ConfigError
 from tests.ranks import run_ranks
 
-CASES = ("equal", "another value", "a missing key", "other values", "another folder", "a refusal", "a refusal of rank 0", "a bug")
+CASES = (
+    "equal",
+    "another value",
+    "a missing key",
+    "other values",
+    "another folder",
+    "a refusal",
+    "a refusal of rank 0",
+    "a bug",
+)
 
 
 class Stubborn(UserError):
@@ -153,10 +162,14 @@ def test_two_processes_with_the_same_rank_are_refused(brief):
     for thread in threads:
         thread.join()
     rendezvous._meetings = original
-    assert len(errors) == 3 and all(isinstance(error, ConfigError) and "two processes are rank 1" in str(error) for error in errors.values())
+    assert len(errors) == 3 and all(
+        isinstance(error, ConfigError) and "two processes are rank 1" in str(error) for error in errors.values()
+    )
 
 
-@pytest.mark.parametrize(("address", "local_world_size", "expected"), [("127.0.0.1", 1, "127.0.0.1"), ("localhost", 2, "127.0.0.1")])
+@pytest.mark.parametrize(
+    ("address", "local_world_size", "expected"), [("127.0.0.1", 1, "127.0.0.1"), ("localhost", 2, "127.0.0.1")]
+)
 def test_the_store_listens_on_the_rendezvous_address_alone(address, local_world_size, expected):
     place = Place(0, 2, 0, local_world_size, address, free_port(), launched=True)
     rendezvous._connect(place, 1)

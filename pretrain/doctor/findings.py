@@ -238,7 +238,7 @@ def _few_lines_rise(result: Diagnosis) -> Iterator[LogFinding]:
     text = f"the loss rises from {true.min():.3g} to {true[-1]:.3g}"
     if len(true) >= 3 and ln_v and min(true[-2:]) > max(1.15 * true[0], 1.05 * ln_v):
         yield LogFinding("divergence", "likely", f"{text}, above {result.expected}", _BEFORE_THE_RISE)
-    elif len(true) >= 5 and min(true[-2:]) > max(1.3 * true[0], 1.3 * true.min(), true.min() + 0.5):
+    elif len(true) >= 5 and min(true[-2:]) > true.min() + max(0.3 * true[0], 0.5, 3 * np.median(np.abs(np.diff(true)))):
         yield LogFinding("divergence", "likely", text, _BEFORE_THE_RISE)
 
 

@@ -58,7 +58,7 @@ def check_change(result: Diagnosis) -> Iterator[LogFinding]:
     times = max(before, after) / min(before, after)
     names = [f.words for f in factors(setup, curve, times) if abs(math.log(f.value / times)) < 0.1 and not f.is_unit]
     impossible = max(before, after) > MOST * setup.ln_v >= min(before, after)
-    if not impossible or times < 1.7 or (before < after and not names):
+    if jump[at] == 1 or not impossible or times < 1.7 or (before < after and not names):
         return
     place = f"between {result.log.unit} {curve.steps[at + width - 1]:g} and {curve.steps[at + width]:g}"
     text = f"{place} the loss goes from {before:.4g} to {after:.4g}, {times:.3g} times {'less' if after < before else 'more'}"
@@ -69,7 +69,11 @@ def check_change(result: Diagnosis) -> Iterator[LogFinding]:
 def check_scale(result: Diagnosis) -> Iterator[LogFinding]:
     """A factor between the shown and the true loss, from other figures in the log if possible, else from the entire curve."""
     log, curve, setup = result.log, result.curve, result.setup
-    exact = from_perplexity(log)
+    exact, possible = from_perplexity(log), setup.ln_v or LARGEST_LN_V
+    if len(curve.loss) > 2 and curve.first > max(5 * curve.loss[1], 2 * possible) and curve.loss[1:].max() < MOST * possible:
+        text = f"the first loss, {curve.first:.4g}, is far above all others, which are at most {curve.loss[1:].max():.4g}"
+        yield LogFinding("start", "likely", text, "Look at the first updates and their gradient norm.", ("initialisation",))
+        return
     in_nats = exact is not None and abs(math.log(exact[0].best)) < 0.05
     if exact and not in_nats:
         yield _factor_of_perplexity(result, *exact)
