@@ -65,11 +65,12 @@ def _spike_in_few_lines(result: Diagnosis) -> Iterator[LogFinding]:
     jump = Jump(index, index + int(back[0]) if len(back) else len(true), base, float(true[index:].max()))
     recovers = jump.end < len(true)
     early = index <= 3 and (not result.curve.has_steps or result.curve.steps[index] <= 100)
-    if recovers and early and base > 6:
-        return  # the first updates of a run from scratch with a high learning rate
+    early = early and base > 6  # the first updates of a run from scratch with a high learning rate
+    if recovers and early:
+        return
     other = np.abs(np.diff(np.delete(true, index)))
     clear = np.median(other) < 0.25 * rise and (rise > 1.5 or not recovers)
-    certainty = "likely" if len(true) < 5 or clear else "possible"
+    certainty = "likely" if (len(true) < 5 or clear) and not early else "possible"
     text = f"the loss jumps {_description(result, jump)}"
     yield LogFinding("spike", certainty, text, "Look at the samples of that step and at the gradient norm before it.")
 

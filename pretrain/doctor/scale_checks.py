@@ -126,7 +126,7 @@ def _too_high(result: Diagnosis, evidence: Evidence) -> LogFinding:
         text = f"{start}: the head's initial weights are too large, an auxiliary loss is added, or the vocabulary is larger"
         advice = "Print the cross-entropy alone, and the standard deviation s of the logits: they add about s^2 / 2."
         return LogFinding("start", "likely", text, advice, ("initialisation", "auxiliary", "vocabulary"))
-    if not named and curve.low < min(0.35 * curve.first, 0.6 * setup.ln_v) and ratio < 5:
+    if not named and curve.low < min(0.35 * curve.first, 0.7 * setup.ln_v) and ratio < 5:
         text = f"{start}, but the curve falls to {curve.low:.4g}: initial weights too large, or a factor of {_range(evidence)}"
         advice = f"Weights that were trained for another objective start so, too. {_ONE_STEP}"
         return LogFinding("start", "possible", text, advice, ("initialisation", "multiplied"))
