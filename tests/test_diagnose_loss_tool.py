@@ -88,6 +88,30 @@ def test_a_clean_log_has_status_0_and_unusable_input_status_2(tmp_path, run):
         assert end.value.code == 2
 
 
+def test_findings_come_before_notes_and_the_gravest_is_first(tmp_path, run):
+    losses = [8 * (9.2 - i / 100) for i in range(100)]
+    losses[80:] = [math.nan] * 20
+    (tmp_path / "log").write_text("".join(f"step {i} loss {x:.3f}\n" for i, x in enumerate(losses)))
+    status, text = run("log", tmp_path / "log", "--vocab-size", 10000, "--accumulation", 8)
+    assert status == 1 and 0 < text.index("FOUND nan") < text.index("FOUND scale") < text.index("note:")
+    assert "nothing" not in text.rpartition("note:")[2]
+
+
+def test_what_is_merely_possible_is_shown_with_status_0(tmp_path, run):
+    losses = [8.8 - i / 100 for i in range(300)]
+    losses[200] += 2
+    (tmp_path / "log").write_text("".join(f"step {10 * i} loss {x:.3f}\n" for i, x in enumerate(losses)))
+    status, text = run("log", tmp_path / "log", "--vocab-size", 6400)
+    assert status == 0 and "FOUND spike, possible" in text and "step 2000" in text and text.endswith("nothing else wrong found")
+
+
+def test_a_log_that_does_not_suffice_is_not_called_right(tmp_path, run):
+    (tmp_path / "log").write_text("step 1 loss 8.8\nstep 2 loss 8.7\n")
+    status, text = run("log", tmp_path / "log")
+    assert status == 0 and "not decided" in text and "--vocab-size" in text.rpartition("not decided")[2]
+    assert "nothing wrong found" not in text
+
+
 def test_the_plot_shows_the_shown_and_the_true_curve_and_lies_beside_the_log(tmp_path, run):
     lines = [f"iter {i}: loss {25 * (8.8 - i / 300):.3f}, time 9ms" for i in range(0, 900, 10)]
     lines[50] = "iter 500: loss nan, time 9ms"

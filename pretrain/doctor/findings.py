@@ -236,10 +236,12 @@ def _few_lines_rise(result: Diagnosis) -> Iterator[LogFinding]:
     """Fewer than twelve lines whose last ones are all far above the first."""
     true, ln_v = result.true, result.setup.ln_v
     text = f"the loss rises from {true.min():.3g} to {true[-1]:.3g}"
+    first_updates = result.curve.has_steps and result.curve.steps[-1] < 10  # some recipes jump there, and recover
+    certainty = "possible" if first_updates else "likely"
     if len(true) >= 3 and ln_v and min(true[-2:]) > max(1.15 * true[0], 1.05 * ln_v):
-        yield LogFinding("divergence", "likely", f"{text}, above {result.expected}", _BEFORE_THE_RISE)
-    elif len(true) >= 5 and min(true[-2:]) > max(1.3 * true[0], 1.3 * true.min(), true.min() + 0.5):
-        yield LogFinding("divergence", "likely", text, _BEFORE_THE_RISE)
+        yield LogFinding("divergence", certainty, f"{text}, above {result.expected}", _BEFORE_THE_RISE)
+    elif len(true) >= 5 and min(true[-2:]) > true.min() + max(0.3 * true[0], 0.5, 3 * np.median(np.abs(np.diff(true)))):
+        yield LogFinding("divergence", certainty, text, _BEFORE_THE_RISE)
 
 
 def check_noise(result: Diagnosis) -> Iterator[LogFinding]:

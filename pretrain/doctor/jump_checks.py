@@ -44,8 +44,8 @@ def check_spikes(result: Diagnosis) -> Iterator[LogFinding]:
         return
     grave = [each for each in jumps if each.end - each.begin > 2 and each.peak - each.before > 0.5]  # others are one batch
     grave = grave if len(jumps) <= _NAMED else []  # many: some batches have high losses, and may follow each other
-    text = "; ".join(_description(result, jump) for jump in (grave or jumps)[:_NAMED])
-    more = len(grave or jumps) - _NAMED
+    text = "; ".join(_description(result, jump) for jump in jumps[:_NAMED])
+    more = len(jumps) - _NAMED
     text = f"the loss jumps {text}{f'; and {more} more times' if more > 0 else ''}"
     advice = "Look at the samples of these steps and at the gradient norm before them; lower the learning rate, or clip more."
     yield LogFinding("spike", "likely" if grave else "possible", text, advice)
@@ -64,11 +64,13 @@ def _spike_in_few_lines(result: Diagnosis) -> Iterator[LogFinding]:
     back = np.flatnonzero(true[index:] < base + 0.3 * rise)
     jump = Jump(index, index + int(back[0]) if len(back) else len(true), base, float(true[index:].max()))
     recovers = jump.end < len(true)
-    if recovers and index <= 3 and base > 6:
-        return  # the first updates of a run from scratch with a high learning rate
+    early = index <= 3 and (not result.curve.has_steps or result.curve.steps[index] <= 100)
+    early = early and base > 6  # the first updates of a run from scratch with a high learning rate
+    if recovers and early:
+        return
     other = np.abs(np.diff(np.delete(true, index)))
     clear = np.median(other) < 0.25 * rise and (rise > 1.5 or not recovers)
-    certainty = "likely" if len(true) < 5 or clear else "possible"
+    certainty = "likely" if (len(true) < 5 or clear) and not early else "possible"
     text = f"the loss jumps {_description(result, jump)}"
     yield LogFinding("spike", certainty, text, "Look at the samples of that step and at the gradient norm before it.")
 

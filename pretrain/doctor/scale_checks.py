@@ -58,7 +58,7 @@ def check_change(result: Diagnosis) -> Iterator[LogFinding]:
     times = max(before, after) / min(before, after)
     names = [f.words for f in factors(setup, curve, times) if abs(math.log(f.value / times)) < 0.1 and not f.is_unit]
     impossible = max(before, after) > MOST * setup.ln_v >= min(before, after)
-    if not impossible or times < 1.7 or (before < after and not names):
+    if jump[at] == 1 or not impossible or times < 1.7 or (before < after and not names):
         return
     place = f"between {result.log.unit} {curve.steps[at + width - 1]:g} and {curve.steps[at + width]:g}"
     text = f"{place} the loss goes from {before:.4g} to {after:.4g}, {times:.3g} times {'less' if after < before else 'more'}"
@@ -69,7 +69,11 @@ def check_change(result: Diagnosis) -> Iterator[LogFinding]:
 def check_scale(result: Diagnosis) -> Iterator[LogFinding]:
     """A factor between the shown and the true loss, from other figures in the log if possible, else from the entire curve."""
     log, curve, setup = result.log, result.curve, result.setup
-    exact = from_perplexity(log)
+    exact, possible = from_perplexity(log), setup.ln_v or LARGEST_LN_V
+    if len(curve.loss) > 2 and curve.first > max(5 * curve.loss[1], 2 * possible) and curve.loss[1:].max() < MOST * possible:
+        text = f"the first loss, {curve.first:.4g}, is far above all others, which are at most {curve.loss[1:].max():.4g}"
+        yield LogFinding("start", "likely", text, "Look at the first updates and their gradient norm.", ("initialisation",))
+        return
     in_nats = exact is not None and abs(math.log(exact[0].best)) < 0.05
     if exact and not in_nats:
         yield _factor_of_perplexity(result, *exact)
@@ -122,7 +126,7 @@ def _too_high(result: Diagnosis, evidence: Evidence) -> LogFinding:
         text = f"{start}: the head's initial weights are too large, an auxiliary loss is added, or the vocabulary is larger"
         advice = "Print the cross-entropy alone, and the standard deviation s of the logits: they add about s^2 / 2."
         return LogFinding("start", "likely", text, advice, ("initialisation", "auxiliary", "vocabulary"))
-    if not named and curve.low < min(0.35 * curve.first, 0.6 * setup.ln_v) and ratio < 5:
+    if not named and curve.low < min(0.35 * curve.first, 0.7 * setup.ln_v) and ratio < 5:
         text = f"{start}, but the curve falls to {curve.low:.4g}: initial weights too large, or a factor of {_range(evidence)}"
         advice = f"Weights that were trained for another objective start so, too. {_ONE_STEP}"
         return LogFinding("start", "possible", text, advice, ("initialisation", "multiplied"))

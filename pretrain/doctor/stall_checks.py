@@ -184,7 +184,7 @@ def _stall_at_ln_of_a_number(result: Diagnosis, level: float) -> Iterator[LogFin
         result.undecided.append(f"whether it learns, which {steps:.0f} steps do not show: give a longer log")
         result.notes.append(text)
         return
-    enough = (number or steps is None or steps >= 200) and (steps is None or steps >= 90)
+    enough = number and (steps is None or steps >= 90)
     text += _because(result.log)
     yield LogFinding("stall", "likely" if enough else "possible", text, _advice(result.log), _lr_cause(result.log))
 
