@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -23,6 +22,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # else `import pretrain` would find launch/pretrain.py
 
 from pretrain import UserError
+from pretrain.engines.place import read_place
 from pretrain.run import command_line
 from pretrain.run.command_line import at_least
 
@@ -58,9 +58,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
+def told(options: argparse.Namespace) -> dict[str, str]:
+    """What must be equal on all ranks; paths may differ where the content is the same. Raises DataError."""
+    from pretrain.data.indexed import TokenFile
+    from pretrain.run.agreement import weights_digest
+
+    paths = ("run", "model", "data", "output", "include_path")
+    flags = {f"--{name.replace('_', '-')}": str(value) for name, value in vars(options).items() if name not in paths}
+    data = {f"--data {i}": TokenFile(path).fingerprint() for i, path in enumerate(options.data or [])}
+    return flags | data | {"--run, --model": weights_digest(options.run or options.model)}
+
+
 def measure_loss(options: argparse.Namespace) -> None:
     """Prints a table of losses on rank 0. Raises UserError, OSError."""
     from pretrain.config import DataConfig, EngineConfig, SourceConfig
+    from pretrain.engines.rendezvous import meet
     from pretrain.engines.start import start_engine
     from pretrain.evaluate import score
     from pretrain.interop.load import open_hf_folder, open_run
@@ -75,7 +87,13 @@ def measure_loss(options: argparse.Namespace) -> None:
         data = DataConfig(valid=valid, sequence_length=data.sequence_length, document_mask=trained.document_mask)
     elif not (data.valid or data.synthetic):
         raise UserError(f"{options.run}: this run has no validation data of its own; give --data")
-    engine = start_engine(EngineConfig(name=options.engine, precision=options.precision))
+    config = EngineConfig(name=options.engine, precision=options.precision)
+    place, facts, refusal = read_place(), {}, None
+    try:
+        facts = told(options) if place.world_size > 1 else {}
+    except (UserError, OSError) as error:
+        refusal = error
+    engine = start_engine(config, meet(place, config.timeout_seconds, facts, refusal=refusal))
     shows_progress = engine.rank == 0 and sys.stderr.isatty()
 
     def show(done: int, total: int) -> None:
@@ -101,7 +119,7 @@ def measure_tasks(options: argparse.Namespace) -> None:
         read_config(options.model)  # fails unless it is a folder: transformers would look a name up on the network
     if not importlib.util.find_spec("lm_eval"):
         raise UserError("--tasks needs the package lm-eval: pip install 'pretrain[eval]'")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if read_place().world_size > 1:
         raise UserError("--tasks runs in one process: start it with python, without a launcher")
     import lm_eval
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -214,6 +215,46 @@ def test_pruning_and_cleaning_leave_other_names_alone(folder):
         "step_00000004",
         "step_00000009",
     ]
+
+
+@pytest.fixture
+def immutable(monkeypatch) -> set[str]:
+    """Names of folders that cannot be removed: a file in them is immutable, or open on another machine (NFS)."""
+    names: set[str] = set()
+
+    def rmtree(path, ignore_errors: bool = False) -> None:
+        if Path(path).name not in names:
+            remove_tree(path, ignore_errors)
+        elif not ignore_errors:
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+    remove_tree = shutil.rmtree
+    monkeypatch.setattr(storage.shutil, "rmtree", rmtree)
+    return names
+
+
+def test_what_cannot_be_removed_neither_stops_a_start_nor_a_save(folder, immutable, capsys):
+    stuck = [".del-step_00000001", ".tmp-step_00000004", ".old-step_00000003"]
+    immutable.update(stuck)
+    for name in stuck:
+        (folder / name).mkdir()
+    storage.clean(folder)
+    assert all(name in capsys.readouterr().err or (folder / name).exists() for name in stuck)
+    engine = make_engine()
+    save(folder, 4, engine, {})
+    save(folder, 3, engine, {})  # again, after a rollback
+    assert [found.step for found in checkpoints(folder)] == [4, 3, 2, 1]
+    assert all(found.damage() is None for found in checkpoints(folder))
+    immutable.clear()
+    storage.clean(folder)
+    assert sorted(path.name for path in folder.iterdir()) == [f"step_0000000{step}" for step in (1, 2, 3, 4)]
+
+
+def test_pruning_goes_past_a_checkpoint_that_cannot_be_removed(folder, immutable):
+    immutable.add(".del-step_00000002")
+    with pytest.raises(OSError, match="busy"):
+        storage.prune(folder, keep_last=1, keep_best=0, trusted=set())
+    assert sorted(path.name for path in folder.iterdir()) == [".del-step_00000002", "step_00000003"]
 
 
 def test_pruning_keeps_exactly_the_newest_and_best_intact_checkpoints(tmp_path):

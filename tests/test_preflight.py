@@ -26,7 +26,7 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.model import hf_mapping
 from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.run.directory import RunDirectory
-from pretrain.run.preflight import Report, first_batch_findings, preflight
+from pretrain.run.preflight import Report, _is_in_netrc, build_locks, first_batch_findings, port_findings, preflight
 from pretrain.train import train
 from tests.models import make_tokenizer, train_here, write_token_file
 from tests.ranks import run_ranks
@@ -518,3 +518,24 @@ def test_the_documentation_explains_every_finding_and_no_other_name():
     names = set(re.findall(r'"([a-z]+(?:-[a-z]+)+)"', source))
     rows = [line.split("|")[1] for line in (ROOT / "docs" / "data.md").read_text().splitlines() if line.startswith("| `")]
     assert names == {name for row in rows for name in re.findall(r"`([a-z-]+)`", row)}
+
+
+def test_a_user_without_a_home_directory_and_a_name_has_no_finding(tiny, monkeypatch):
+    """As in a container that runs under a number."""
+
+    def unknown(uid: int):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for name in ("HOME", "NETRC", "TORCH_EXTENSIONS_DIR", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(RuntimeError):
+        Path.home()
+    config = load(["--engine.name", "zero1", "--log.sinks", "[console, jsonl, wandb]", *tiny])
+    assert build_locks(config) == [] and not _is_in_netrc("api.wandb.ai")
+
+
+@pytest.mark.parametrize("port", ["abc", "70000", "-1"])
+def test_a_port_that_is_not_one_is_a_finding(monkeypatch, port):
+    monkeypatch.setenv("MASTER_PORT", port)
+    assert [(each.name, each.where, each.stops) for each in port_findings(2)] == [("port-in-use", "MASTER_PORT", True)]

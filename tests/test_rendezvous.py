@@ -40,6 +40,8 @@ def meet_in_each_case(folder: Path) -> dict:
             refusal = Stubborn("the data is damaged")
         elif case == "a refusal of rank 0" and rank == 0:
             refusal = Stubborn("the folder is in use")
+        elif case == "a folder that cannot be written":
+            here = folder / "nowhere"
         elif case == "a bug" and rank == 2:
             refusal = ZeroDivisionError("division by zero")
         began, error = time.monotonic(), None
@@ -61,6 +63,7 @@ DIFFERENCES = {
 REFUSALS = {
     "a refusal": (1, 73, "the data is damaged"),
     "a refusal of rank 0": (0, 73, "the folder is in use"),
+    "a folder that cannot be written": (0, 74, "FileNotFoundError"),
     "a bug": (2, 1, "ZeroDivisionError: division by zero"),
 }
 
@@ -78,7 +81,7 @@ def test_ranks_start_or_refuse_together_and_name_key_values_ranks_and_hosts(tmp_
         with subtests.test(case):
             for rank, (kind, found, text, seconds) in enumerate(each[case] for each in outcomes):
                 if rank == refuses:
-                    assert kind in ("Stubborn", "ZeroDivisionError")
+                    assert kind in ("Stubborn", "ZeroDivisionError", "FileNotFoundError")
                 else:
                     assert (kind, found) == ("Refused", status) and reason in text
                 assert seconds < 20

@@ -21,7 +21,7 @@ echo $! > "$SLURM_TEST/srun.pid"
 wait $!
 """
 SCONTROL = """#!/usr/bin/env bash
-if [ "$1" = show ]; then seq -f 127.0.0.%.0f 1 5000; else echo "$@" >> "$SLURM_TEST/requests"; fi
+if [ "$1" = show ]; then seq -f 127.0.0.%.0f 1 20000; else echo "$@" >> "$SLURM_TEST/requests"; fi
 """
 NODES = {"SLURM_JOB_NODELIST": "many", "SLURM_NNODES": "1"}
 # In place of the launcher: notes its arguments, then ends as $SLURM_TEST/end says, if a job starts at all.

@@ -87,7 +87,7 @@ def test_a_killed_rank_and_a_killed_launcher_are_restarted_and_no_step_differs(t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("numbers", "status"), [([signal.SIGTERM], 75), ([signal.SIGINT] * 2, 130)])
+@pytest.mark.parametrize(("numbers", "status"), [([signal.SIGTERM], 75), ([signal.SIGUSR2], 75), ([signal.SIGINT] * 2, 130)])
 def test_signals_reach_the_job_and_end_the_supervisor(tiny, numbers, status):
     job = Job(["--train.max_steps", "5000", *tiny])
     job.wait_for(10)

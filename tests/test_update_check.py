@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from pretrain import train
@@ -9,7 +11,9 @@ from pretrain.config import EngineConfig
 from pretrain.engines.base import Engine
 from pretrain.engines.update_check import Diverged, UpdateCheck, require_equal_replicas
 from pretrain.model.transformer import Transformer
+from pretrain.run.directory import read_state
 from tests.distributed.test_engines import ENGINES, engine_of
+from tests.models import train_here
 from tests.ranks import run_ranks
 from tests.test_step import CLIP, LR, MODEL, make_optimizer, prepare, window_of
 
@@ -91,3 +95,27 @@ def tiny_rate() -> tuple[dict, list[str]]:
     engine = engine_of(EngineConfig())
     prepare(engine, "adamw")
     return watched_step(engine, 0, 1e-9)
+
+
+def train_with_a_drift(argv: list[str]) -> int:
+    """Trains; after step 5, a weight of rank 1 changes."""
+    take_step = train._take_step
+
+    def drifting(run, *rest):
+        result = take_step(run, *rest)
+        if run.progress.step == 5 and run.engine.rank == 1:
+            with torch.no_grad():
+                next(run.engine.model.parameters()).view(-1)[0] += 0.01
+        return result
+
+    train._take_step = drifting
+    return train_here(argv)
+
+
+def test_a_run_whose_replicas_diverged_never_ends_with_0_and_saves_nothing_since(tiny):
+    """Not even if it saves only at its end."""
+    for every, saved in (("4", 4), ("0", None)):
+        settings = ["--checkpoint.every_steps", every, "--run.name", f"every{every}", *tiny]
+        assert run_ranks(2, train_with_a_drift, settings) == [70, 70]
+        state = read_state(Path(tiny[-1]) / f"every{every}")
+        assert (state["exit_status"], state["saved_step"]) == (70, saved) and "rank 1" in state["reason"]

@@ -109,7 +109,8 @@ def _connect(place: Place, seconds: float) -> dist.TCPStore:
             return False
 
     def missing() -> str:
-        return f"for rank 0, whose store should be at {place.address}:{place.port} ({why[0]})"
+        server = "rank 0, whose store" if place.rank else "its launcher (TORCHELASTIC_USE_AGENT_STORE is set), whose store"
+        return f"for {server} should be at {place.address}:{place.port} ({why[0]})"
 
     _wait(serves, seconds, missing, place, speaks=place.local_rank == 0, poll_seconds=0.2)
     try:
@@ -188,9 +189,12 @@ class _Lead:
         self.place, self.store, self.seconds, self.host = place, store, seconds, socket.gethostname()
 
     def agree(self, facts: dict[str, str], folder: Path | None, refusal: Exception | None) -> Problems:
-        """Raises Refused."""
-        store, others = self.store, self.place.world_size - 1
-        token = _put_token(folder) if folder and not refusal else None
+        """Raises Refused, and OSError if the folder cannot be written."""
+        store, others, token = self.store, self.place.world_size - 1, None
+        try:
+            token = _put_token(folder) if folder and not refusal else None
+        except OSError as error:
+            refusal = error
         try:
             told = {"facts": facts, "token": token and token.name, "refusal": _as_json(refusal)}
             store.set("facts/0", json.dumps(told))
@@ -204,7 +208,9 @@ class _Lead:
         if any(verdict.values()):  # the store may end with this process, or with its launcher: the others must have read it
             with contextlib.suppress(Refused):
                 _wait(lambda: store.add("left", 0) >= others, _FAREWELL_SECONDS, lambda: "", self.place, speaks=False)
-        if verdict["refusal"] and refusal is None:
+        if refusal:
+            raise refusal
+        if verdict["refusal"]:
             raise Refused(*verdict["refusal"])
         return verdict["problems"]
 
