@@ -165,7 +165,7 @@ def _loop(run: Run, stop: StopRequest) -> tuple[int, str]:
         val_loss, flags = _evaluate(run, stop)
         if not any(flags):
             run.save(val_loss, last=progress.step == total)
-    clock = Clock(progress.interval_seconds)
+    clock = Clock(progress.interval_seconds, progress.step)
     with contextlib.closing(_windows(run)) as windows:
         while not any(flags) and progress.step < total:
             save_due, flags = _take_step(run, clock, windows, stop)
@@ -174,12 +174,13 @@ def _loop(run: Run, stop: StopRequest) -> tuple[int, str]:
             last, val_loss = progress.step == total, None
             progress.evaluation_due = bool(run.valid) and (last or _due(progress.step, config.evaluate.every_steps))
             progress.interval_seconds = clock.train_seconds
-            with clock.paused():
-                if progress.evaluation_due and not any(flags):  # a run that is asked to stop leaves it to the next start
+            if progress.evaluation_due and not any(flags):  # a run that is asked to stop leaves it to the next start
+                with clock.paused("validation"):
                     val_loss, flags = _evaluate(run, stop)
-                if any(flags):
-                    stop.agreed(exit_status(flags))
-                if save_due or last or any(flags) or _due(progress.step, config.checkpoint.every_steps):
+            if any(flags):
+                stop.agreed(exit_status(flags))
+            if save_due or last or any(flags) or _due(progress.step, config.checkpoint.every_steps):
+                with clock.paused("save"):
                     run.save(val_loss, last=last or any(flags))
     if progress.step == total and not progress.evaluation_due:
         divergence.report_spike(run, run.engine.all_reduce(run.meter.last_loss.clone()).item())

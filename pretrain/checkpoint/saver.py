@@ -59,6 +59,8 @@ class Saver:
         self.acknowledge, self.info = acknowledge, info
         self.saved: Checkpoint | None = None
         self.trusted = set(trusted)
+        self.write_seconds = 0.0
+        """Seconds that writing this rank's share took in the newest save; 0: none yet."""
         self.failures = 0
         """Number of failed saves in a row; only rank 0 counts."""
         self._began = time.monotonic()
@@ -111,6 +113,7 @@ class Saver:
         if self._save is None or sum(sums) < self.engine.world_size:
             return
         save, self._save = self._save, None
+        self.write_seconds = save.seconds
         failure = save.failure
         if not (sums[FAILED] or sums[NOT_FINITE]) and self.engine.rank == 0:
             try:
@@ -187,6 +190,8 @@ class _Save:
     def __init__(self, temporary: Path, step: int, state: bytes, engine: Engine, files: list[list[Shard]]):
         self.temporary, self.step, self.state = temporary, step, state
         self.failure: Exception | None = None
+        self.seconds = 0.0
+        """That writing took, once it is done."""
         self._place = engine.rank, engine.world_size
         self.done = threading.Event()
         self._moved = time.monotonic()
@@ -199,10 +204,12 @@ class _Save:
         self.done.wait(_ABANDON_SECONDS)
 
     def _write(self, files: list[list[Shard]]) -> None:
+        began = time.monotonic()
         try:
             storage.write_part(self.temporary, *self._place, files, self._on_progress)
         except Exception as error:
             self.failure = error
+        self.seconds = time.monotonic() - began
         self.done.set()
 
     def _on_progress(self) -> None:

@@ -10,6 +10,7 @@ import math
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -124,13 +125,17 @@ def routing_figures(routing_LX: Tensor, tokens: float) -> dict[str, float]:
 
 
 class Clock:
-    """Wall-clock seconds of a logging interval, without evaluation and saving.
+    """Wall-clock seconds of a logging interval, without evaluation and saving; and what these and a step take, for a forecast.
 
-    `seconds` were spent in its steps before the run was stopped in the middle of the interval.
+    `seconds` were spent in its steps before the run was stopped in the middle of the interval, after `step`.
     """
 
-    def __init__(self, seconds: float = 0.0) -> None:
+    def __init__(self, seconds: float = 0.0, step: int = 0) -> None:
         self.restart(seconds)
+        self.pauses: dict[str, deque[float]] = {"validation": deque(maxlen=5), "save": deque(maxlen=5)}
+        """Seconds of the newest ones."""
+        self._noted, self._apart = (step, self.began + seconds), 0.0
+        self._intervals: deque[tuple[int, float]] = deque(maxlen=400)
 
     def restart(self, seconds: float = 0.0) -> None:
         """Starts a new interval."""
@@ -149,11 +154,25 @@ class Clock:
         self.data_seconds += time.monotonic() - began
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Excludes the time of the block from training."""
+    def paused(self, kind: str | None = None) -> Iterator[None]:
+        """Excludes the time of the block from training. kind: a key of `pauses`; None: part of what a step takes."""
         began = time.monotonic()
         yield
-        self.paused_seconds += time.monotonic() - began
+        seconds = time.monotonic() - began
+        self.paused_seconds += seconds
+        if kind:
+            self.pauses[kind].append(seconds)
+            self._apart += seconds
+
+    def seconds_per_step(self, step: int) -> float:
+        """What a step takes, with everything but `pauses`. To be called at each logging step of a start: the newer half of the
+        intervals between these calls counts, and the first one, which includes the warm-up, only until there is a second."""
+        now = time.monotonic()
+        self._intervals.append((step - self._noted[0], now - self._noted[1] - self._apart))
+        self._noted, self._apart = (step, now), 0.0
+        known = list(self._intervals)[1:] or list(self._intervals)
+        steps, seconds = map(sum, zip(*known[len(known) // 2 :], strict=True))
+        return seconds / steps
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Sequence
 
@@ -17,6 +18,8 @@ from pretrain.report.records import RecordsError
 from pretrain.run.resume import Start
 from pretrain.run.state import Run
 
+FORWARD_SHARE = 0.33  # of a training step
+SAVED_BYTES_PER_SECOND = 5e8
 LEGEND = """Columns (details: docs/understanding_the_loss.md)
   loss       nats per token of the training text since the last line, over all ranks and micro-batches; it is minimised
   grad norm  length of the gradient before clipping; sudden jumps are an early sign of trouble
@@ -75,7 +78,7 @@ def _lr_line(run: Run) -> str:
 def log_step(run: Run, clock: Clock, lr: float, update_check: UpdateCheck | None) -> None:
     """Logs the interval since the previous logging line. A collective."""
     progress, figures = run.progress, run.meter.read(run.engine.all_reduce)
-    seconds, steps = clock.train_seconds, max(1, figures["steps"])
+    seconds = clock.train_seconds
     progress.tokens += figures["interval_tokens"]
     progress.skipped_steps += figures["skipped_steps"]
     progress.train_seconds += seconds
@@ -93,7 +96,7 @@ def log_step(run: Run, clock: Clock, lr: float, update_check: UpdateCheck | None
         "data_seconds": clock.data_seconds,
         "peak_memory_gib": figures["peak_memory_gib"],
         "skipped_steps": progress.skipped_steps,
-        "eta_seconds": (run.total_steps - progress.step) * seconds / steps,
+        "eta_seconds": _seconds_left(run, clock),
         "goodput": progress.train_seconds / max(progress.train_seconds, time.time() - progress.started),
         "train_hours": progress.train_seconds / 3600,
         **_model_flops_utilization(run, rate),
@@ -110,6 +113,31 @@ def log_step(run: Run, clock: Clock, lr: float, update_check: UpdateCheck | None
             untrained.first_step(figures["loss"], run.model.vocab_size, trained=bool(run.config.model.from_pretrained))
         )
     clock.restart()
+
+
+def _seconds_left(run: Run, clock: Clock) -> float:
+    """Until the last checkpoint, from the logging line of a step on: steps, validations and saves, as measured in this start.
+
+    Before the first of them, a validation is estimated by its forward passes, and a save by its bytes.
+    """
+    config, step, total = run.config, run.progress.step, run.total_steps
+    per_step = clock.seconds_per_step(step)
+    validations = _still_due(step, total, config.evaluate.every_steps) if run.valid else 0
+    saves = _still_due(step, total, config.checkpoint.every_steps)
+    most = (config.evaluate.max_batches or math.inf) * config.batch.global_batch_size
+    guess = FORWARD_SHARE * per_step * sum(min(each.num_samples, most) for each in run.valid) / config.batch.global_batch_size
+    validation = statistics.median(clock.pauses["validation"] or [guess])
+    last = run.saver.write_seconds or flops.state_bytes(run.model) / SAVED_BYTES_PER_SECOND
+    save = statistics.median(clock.pauses["save"] or [0.0 if config.checkpoint.asynchronous else last])
+    seconds = (total - step) * per_step + validations * validation + (saves - 1) * save + last
+    if minutes := 60 * config.checkpoint.every_minutes:
+        seconds += seconds // minutes * save
+    return seconds
+
+
+def _still_due(step: int, total: int, every: int) -> int:
+    """How often something is due from `step` to `total`, both included: every `every` steps (0: never) and at the end."""
+    return 1 + ((total - 1) // every - (step - 1) // every if every and step < total else 0)
 
 
 def _model_flops_utilization(run: Run, tokens_per_second: float) -> dict[str, float]:
