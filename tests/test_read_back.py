@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -22,6 +23,8 @@ from pretrain.interop.load import open_run
 from pretrain.interop.weights import CheckpointWeights
 from pretrain.report import environment
 from pretrain.report.metrics import Meter
+from pretrain.report.plot import read_curves
+from pretrain.report.records import RecordsError, cut_records, merge_equal, read_records
 from pretrain.report.spikes import SpikeWatch
 from pretrain.run.directory import RunDirectory, read_state
 from pretrain.run.parts import open_parts
@@ -209,3 +212,18 @@ def test_token_files_open_with_any_sidecar_or_are_refused(tmp_path):
         except DataError:
             refused += 1
     assert refused > 200
+
+
+def test_a_start_and_its_tools_read_any_line_of_metrics_or_leave_it_out(run, tmp_path):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    step = next(line for line in lines if "loss" in line)
+    odd = step | {"loss": None, "nonfinite": {"loss": "nan"}, "val_loss": 1.5, "skipped_positions": [8, 16]}
+    kept = 0
+    for mutant in [*mutants(lines[0]), *mutants(odd)]:
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(mutant) + "\n")
+        _, reference = cut_records(tmp_path / "metrics.jsonl", 4)
+        merge_equal(reference or {})
+        kept += len(read_records(tmp_path))
+        with contextlib.suppress(RecordsError):  # no logging step
+            read_curves(tmp_path)
+    assert kept > 100
