@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pretrain import UserError
 from pretrain.checkpoint.manifest import Checkpoint, CheckpointError, UnsafeCheckpoint, digest_json
 from pretrain.config import ConfigError, load
 from pretrain.data.batches import open_train
 from pretrain.data.indexed import DataError, Sidecar
-from pretrain.interop.load import open_run
+from pretrain.interop.load import open_hf_folder, open_run
 from pretrain.interop.weights import CheckpointWeights
 from pretrain.report import environment
 from pretrain.report.metrics import Meter
@@ -30,6 +31,7 @@ from pretrain.run.directory import RunDirectory, read_state
 from pretrain.run.parts import open_parts
 from pretrain.run.progress import Progress, read_saved
 from pretrain.run.resume import check_settings
+from tests.models import make_hf_folder, make_run, model_of
 from tests.test_indexed import write
 from tests.test_manifest import rewrite_manifest
 from tests.test_train import TINY, run_of, train_here
@@ -227,3 +229,24 @@ def test_a_start_and_its_tools_read_any_line_of_metrics_or_leave_it_out(run, tmp
         with contextlib.suppress(RecordsError):  # no logging step
             read_curves(tmp_path)
     assert kept > 100
+
+
+def test_a_hugging_face_folder_opens_with_any_config_and_index_or_is_refused(tmp_path):
+    model = model_of("mixtral")
+    folder = make_hf_folder(tmp_path / "hf", open_run(make_run(tmp_path / "run", model, None)).weights)
+    config, outcomes = json.loads((folder / "config.json").read_text()), {True: 0, False: 0}
+    names = load_file(folder / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model-1.safetensors")}
+    for name, content in (("config.json", config), ("model.safetensors.index.json", index)):
+        if name != "config.json":
+            (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+        for mutant in list(mutants(content))[::3]:
+            (folder / name).write_text(json.dumps(mutant))
+            refused = False
+            try:
+                open_hf_folder(folder)
+            except UserError:
+                refused = True
+            outcomes[refused] += 1
+        (folder / name).write_text(json.dumps(content))
+    assert min(outcomes.values()) > 50

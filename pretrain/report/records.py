@@ -287,6 +287,9 @@ def _open_to_append(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
 
 
+_NUMBERS = ("loss", "val_loss", "tokens", "train_hours")
+
+
 def _is_record(value: object) -> bool:
     """True unless a value that readers use is of a kind that no run writes."""
     if not isinstance(value, dict) or type(value.get("step")) is not int:
@@ -297,7 +300,7 @@ def _is_record(value: object) -> bool:
         value.get("skipped_positions", [0, 0]),
     )
     return (
-        all(_is_number(value.get(key, 0)) or value[key] is None for key in ("loss", "val_loss"))
+        all(_is_number(value.get(key, 0)) or value[key] is None for key in _NUMBERS)
         and isinstance(lines, dict)
         and all(map(_is_number, lines.values()))
         and isinstance(nonfinite, dict)
