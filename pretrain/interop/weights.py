@@ -38,7 +38,7 @@ from pretrain.model.transformer import Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_RESOLVED = ("num_key_value_heads", "head_dim", "intermediate_size", "vocab_size", "max_position_embeddings")
+_RESOLVED = ("num_key_value_heads", "head_dim", "intermediate_size", "vocab_size")
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -88,7 +88,6 @@ class CheckpointWeights:
 def _saved_model(checkpoint: Checkpoint) -> ModelConfig:
     """The resolved model in state.json. Raises UnsafeCheckpoint if it cannot be one."""
     model, problems = _checked_model(checkpoint.state().get("model"))
-    problems += [f"{key} is missing" for key in _RESOLVED if not problems and getattr(model, key) is None]
     if problems:
         raise UnsafeCheckpoint(f"{checkpoint.path}: state.json does not describe a model: {problems[0]}")
     return model
@@ -99,7 +98,8 @@ def _checked_model(values: object) -> tuple[ModelConfig, list]:
     problems: list = []
     values = copy.deepcopy(values) if isinstance(values, dict) else {"": values}
     model = schema.build(ModelConfig, values, {}, problems)
-    return model, problems or [problem for check in CHECKS for problem in check(model)]
+    problems = problems or [problem for check in CHECKS for problem in check(model)]
+    return model, problems or [f"{key} is missing" for key in _RESOLVED if getattr(model, key) is None]
 
 
 class MeanWeights:
@@ -134,7 +134,7 @@ class HFWeights:
         layers = self.model.num_hidden_layers * (self.model.moe.num_experts if self.model.moe else 1)
         if layers > len(self._stored):
             raise UnsupportedModel(
-                f"{self.folder}: config.json implies {layers:,} layers or experts, but there are only {len(self._stored):,} tensors"
+                f"{self.folder}: config.json implies {layers:,} layers or experts, but has only {len(self._stored):,} tensors"
             )
         expected = list(hf_mapping.tensors(self.model))
         for tensor in sorted(expected, key=lambda tensor: tensor.offset):
