@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # else `import pretrain` would find launch/pretrain.py
 
 from pretrain import UserError
+from pretrain.data.flat import DTYPES
 from pretrain.engines.place import read_place
 from pretrain.run import command_line
 from pretrain.run.command_line import at_least
@@ -39,6 +40,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
                       help="sequences per forward pass and process (default: %(default)s)")  # fmt: skip
     data.add_argument("--max-samples", type=at_least(1), metavar="N",
                       help="at most this many sequences per file, evenly spaced; default: all")  # fmt: skip
+    data.add_argument("--dtype", choices=DTYPES, help="type of the tokens of flat .bin files; default: judged by their content")
     data.add_argument("--engine", choices=["ddp", "fsdp2", "zero3"], default="ddp", help="ddp: each process holds the "
                       "full model; fsdp2, zero3: the processes share it (default: %(default)s)")  # fmt: skip
     data.add_argument("--precision", choices=["fp32", "bf16"], help="default: bf16 on GPUs, fp32 on CPUs")
@@ -83,7 +85,7 @@ def measure_loss(options: argparse.Namespace) -> None:
     )  # fmt: skip
     data = dataclasses.replace(data, sequence_length=options.sequence_length or data.sequence_length)
     if options.data:
-        valid = [SourceConfig(path=path) for path in options.data]
+        valid = [SourceConfig(path=path, dtype=options.dtype) for path in options.data]
         data = DataConfig(valid=valid, sequence_length=data.sequence_length, document_mask=trained.document_mask)
     elif not (data.valid or data.synthetic):
         raise UserError(f"{options.run}: this run has no validation data of its own; give --data")

@@ -17,6 +17,8 @@ import pytest
 
 from pretrain import train
 from pretrain.run.directory import Locked, RunDirectory, read_state
+from tests.ranks import run_ranks
+from tests.test_indexed import documents, write
 from tests.test_train import curve, records, run_of, train_here
 
 
@@ -207,6 +209,51 @@ def test_a_run_whose_place_another_job_takes_ends_with_73_and_writes_nothing_mor
     at_step(monkeypatch, 9, take)
     assert train_here(tiny) == 73
     assert read_state(run_of(tiny))["status"] == "running" and read_state(run_of(tiny))["attempt"] == 2
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, 40)
+
+
+def with_a_large_id(path: Path) -> None:
+    """Everywhere, and in place."""
+    with path.open("r+b") as file:
+        file.write(b"\xfe\xff" * (path.stat().st_size // 2))
+
+
+@pytest.mark.parametrize(
+    ("act", "end", "status", "words"),
+    [
+        (truncated, ".idx", 74, ["text.idx", "truncated while in use"]),
+        (truncated, ".bin", 74, ["text.bin", "truncated while in use"]),
+        (with_a_large_id, ".bin", 2, ["text.bin", "rewritten while in use"]),
+    ],
+)
+def test_token_files_that_are_damaged_under_a_run_end_it_with_a_status_and_a_reason(
+    tiny, tmp_path, monkeypatch, act, end, status, words
+):
+    write(tmp_path / "text", documents([30] * 200), vocab_size=100)
+    (tmp_path / "text.json").unlink()
+    data = ["--data.synthetic", "null", "--data.document_mask", "true", "--model.vocab_size", "100"]
+    at_step(monkeypatch, 9, lambda: act(tmp_path / f"text{end}"))
+    assert train_here([*data, "--data.train", f"[{{path: {tmp_path / 'text'}}}]", *tiny]) == status
+    state = read_state(run_of(tiny))
+    assert state["exit_status"] == status and 9 <= state["step"] <= 11 and state["saved_step"] in (4, 8)
+    assert all(word in state["reason"] for word in words)
+
+
+def lose_the_folder_at_step_9(argv: list[str]) -> int:
+    """Trains; rank 0 renames the run's folder in the midst of step 9."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ["RANK"] == "0":
+            at_step(patch, 9, lambda: run_of(argv).rename(run_of(argv, "moved")))
+        return train_here(argv)
+
+
+def test_all_ranks_stop_and_save_when_rank_0_finds_its_folder_lost(tiny):
+    assert run_ranks(2, lose_the_folder_at_step_9, tiny) == [74, 74]
+    assert (run_of(tiny) / "checkpoints" / "step_00000010" / "manifest.json").exists()
+    assert read_state(run_of(tiny))["saved_step"] == 10
 
 
 def test_the_state_names_the_last_step_that_was_made_whatever_ends_the_run(tiny, monkeypatch):

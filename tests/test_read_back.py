@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -12,21 +13,25 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pretrain import UserError
 from pretrain.checkpoint.manifest import Checkpoint, CheckpointError, UnsafeCheckpoint, digest_json
 from pretrain.config import ConfigError, load
 from pretrain.data.batches import open_train
 from pretrain.data.indexed import DataError, Sidecar
-from pretrain.interop.load import open_run
+from pretrain.interop.load import open_hf_folder, open_run
 from pretrain.interop.weights import CheckpointWeights
 from pretrain.report import environment
 from pretrain.report.metrics import Meter
+from pretrain.report.plot import read_curves
+from pretrain.report.records import RecordsError, cut_records, merge_equal, read_records
 from pretrain.report.spikes import SpikeWatch
 from pretrain.run.directory import RunDirectory, read_state
 from pretrain.run.parts import open_parts
 from pretrain.run.progress import Progress, read_saved
 from pretrain.run.resume import check_settings
+from tests.models import make_hf_folder, make_run, model_of
 from tests.test_indexed import write
 from tests.test_manifest import rewrite_manifest
 from tests.test_train import TINY, run_of, train_here
@@ -209,3 +214,39 @@ def test_token_files_open_with_any_sidecar_or_are_refused(tmp_path):
         except DataError:
             refused += 1
     assert refused > 200
+
+
+def test_a_start_and_its_tools_read_any_line_of_metrics_or_leave_it_out(run, tmp_path):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    step = next(line for line in lines if "loss" in line)
+    odd = step | {"loss": None, "nonfinite": {"loss": "nan"}, "val_loss": 1.5, "skipped_positions": [8, 16]}
+    kept = 0
+    for mutant in [*mutants(lines[0]), *mutants(odd)]:
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(mutant) + "\n")
+        _, reference = cut_records(tmp_path / "metrics.jsonl", 4)
+        merge_equal(reference or {})
+        kept += len(read_records(tmp_path))
+        with contextlib.suppress(RecordsError):  # no logging step
+            read_curves(tmp_path)
+    assert kept > 100
+
+
+def test_a_hugging_face_folder_opens_with_any_config_and_index_or_is_refused(tmp_path):
+    model = model_of("mixtral")
+    folder = make_hf_folder(tmp_path / "hf", open_run(make_run(tmp_path / "run", model, None)).weights)
+    config, outcomes = json.loads((folder / "config.json").read_text()), {True: 0, False: 0}
+    names = load_file(folder / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model-1.safetensors")}
+    for name, content in (("config.json", config), ("model.safetensors.index.json", index)):
+        if name != "config.json":
+            (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+        for mutant in list(mutants(content))[::3]:
+            (folder / name).write_text(json.dumps(mutant))
+            refused = False
+            try:
+                open_hf_folder(folder)
+            except UserError:
+                refused = True
+            outcomes[refused] += 1
+        (folder / name).write_text(json.dumps(content))
+    assert min(outcomes.values()) > 50

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from pretrain.config import Config, load
 from pretrain.data import checks, excluded
+from pretrain.data.flat import DTYPES
 from pretrain.data.indexed import DataError, Sidecar, TokenFile
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.files import iter_json_lines
@@ -62,6 +63,7 @@ def main(argv: list[str]) -> None:
     add("--documents", type=command_line.at_least(0), default=3, metavar="N",
         help="with --data: number of documents to show (%(default)s)")  # fmt: skip
     add("--characters", type=command_line.at_least(1), default=200, metavar="N", help="length of each text (%(default)s)")
+    add("--dtype", choices=DTYPES, help="with --data: type of the tokens of a flat .bin (default: judged by its content)")
     add("--verify", action="store_true", help="with --data: read everything and compare all checksums")
     options = parser.parse_args(argv)
     if options.run and options.step is None and options.document is None:
@@ -77,7 +79,7 @@ def main(argv: list[str]) -> None:
 
 def about_file(options: argparse.Namespace) -> Iterator[str]:
     """Lines about one token file."""
-    file = TokenFile(options.data)
+    file = TokenFile(options.data, options.dtype)
     tokenizer = tokenizer_of(file, options.tokenizer)
     sampled, sidecar = file.sample(), file.sidecar
     documents = f" in {file.num_documents:,} documents" if file.num_documents else ", a flat file without a document index"

@@ -16,6 +16,8 @@ import struct
 
 import numpy as np
 
+DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
+"""The types that a user may name."""
 HEADER_BYTES = 1024
 _HEADER_TYPES = {20240520: "<u2", 20240801: "<u4"}
 _FORMATS = {

@@ -32,13 +32,13 @@ from pretrain.checkpoint.storage import CheckpointReader, commit, write_file, wr
 from pretrain.checkpoint.tensors import BLOCK, HeaderError, StoredTensor, make_header, read_header, read_values
 from pretrain.engines.base import Shard
 from pretrain.model import hf_mapping
-from pretrain.model.config import CHECKS, ModelConfig, differences, model_from_dict
+from pretrain.model.config import CHECKS, ModelConfig, differences
 from pretrain.model.hf_mapping import HFTensor, UnsupportedModel
 from pretrain.model.transformer import Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_RESOLVED = ("num_key_value_heads", "head_dim", "intermediate_size", "vocab_size", "max_position_embeddings")
+_RESOLVED = ("num_key_value_heads", "head_dim", "intermediate_size", "vocab_size")
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -87,14 +87,19 @@ class CheckpointWeights:
 
 def _saved_model(checkpoint: Checkpoint) -> ModelConfig:
     """The resolved model in state.json. Raises UnsafeCheckpoint if it cannot be one."""
-    values, problems = checkpoint.state().get("model"), []
-    model = schema.build(ModelConfig, copy.deepcopy(values) if isinstance(values, dict) else {"": values}, {}, problems)
-    if not problems:
-        problems += [problem for check in CHECKS for problem in check(model)]
-        problems += [f"{key} is missing" for key in _RESOLVED if getattr(model, key) is None]
+    model, problems = _checked_model(checkpoint.state().get("model"))
     if problems:
         raise UnsafeCheckpoint(f"{checkpoint.path}: state.json does not describe a model: {problems[0]}")
     return model
+
+
+def _checked_model(values: object) -> tuple[ModelConfig, list]:
+    """(the model with these settings, what is wrong with them)."""
+    problems: list = []
+    values = copy.deepcopy(values) if isinstance(values, dict) else {"": values}
+    model = schema.build(ModelConfig, values, {}, problems)
+    problems = problems or [problem for check in CHECKS for problem in check(model)]
+    return model, problems or [f"{key} is missing" for key in _RESOLVED if getattr(model, key) is None]
 
 
 class MeanWeights:
@@ -121,9 +126,16 @@ class HFWeights:
     def __init__(self, folder: Path, vocab_multiple: int = 1):
         self.folder = Path(folder)
         settings = hf_mapping.from_config(hf_mapping.read_config(self.folder), self.folder / "config.json")
-        self.model = model_from_dict(settings | {"vocab_multiple": vocab_multiple})
+        self.model, problems = _checked_model(settings | {"vocab_multiple": vocab_multiple})
+        if problems:
+            raise UnsupportedModel(f"{self.folder / 'config.json'}: {problems[0]}")
         self._stored = _stored_tensors(self.folder)
         self._tensors: dict[str, list[HFTensor]] = {}
+        layers = self.model.num_hidden_layers * (self.model.moe.num_experts if self.model.moe else 1)
+        if layers > len(self._stored):
+            raise UnsupportedModel(
+                f"{self.folder}: config.json implies {layers:,} layers or experts, but has only {len(self._stored):,} tensors"
+            )
         expected = list(hf_mapping.tensors(self.model))
         for tensor in sorted(expected, key=lambda tensor: tensor.offset):
             found = self._stored.get(tensor.name)
@@ -196,7 +208,7 @@ def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         )
     tensors: dict[str, StoredTensor] = {}
     for name in files:
-        if Path(name).name != name or not (folder / name).is_file():
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
             raise UnsupportedModel(f"{index}: names {name!r}, which is not in this folder; is the copy or download complete?")
         try:
             tensors |= read_header(folder / name).tensors

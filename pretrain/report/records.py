@@ -287,8 +287,31 @@ def _open_to_append(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
 
 
+_NUMBERS = ("loss", "val_loss", "tokens", "train_hours")
+
+
 def _is_record(value: object) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("step"), int)
+    """True unless a value that readers use is of a kind that no run writes."""
+    if not isinstance(value, dict) or type(value.get("step")) is not int:
+        return False
+    lines, nonfinite, skipped = (
+        value.get("reference_lines", {}),
+        value.get("nonfinite", {}),
+        value.get("skipped_positions", [0, 0]),
+    )
+    return (
+        all(_is_number(value.get(key, 0)) or value[key] is None for key in _NUMBERS)
+        and isinstance(lines, dict)
+        and all(map(_is_number, lines.values()))
+        and isinstance(nonfinite, dict)
+        and all(name in ("nan", "inf", "-inf") for name in nonfinite.values())
+        and isinstance(skipped, list)
+        and [type(each) for each in skipped] == [int, int]
+    )
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def _without_nonfinite(value: object, path: str, nonfinite: dict[str, str]) -> object:
