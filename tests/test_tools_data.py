@@ -231,6 +231,14 @@ def test_a_few_unknown_characters_are_noted_fewer_are_not_and_text_that_says_unk
         assert ("unknown_fraction" in TokenFile(tmp_path / "new").sidecar.corpus) == (count > 0)
 
 
+def test_unknown_text_with_the_id_that_ends_documents_is_refused_with_its_place(lossy, tmp_path):
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "tokenizer.json").write_bytes((lossy / "tokenizer.json").read_bytes())
+    (tmp_path / "t" / "tokenizer_config.json").write_text('{"eos_token": "<unk>"}')
+    flags = [*write_jsonl(tmp_path / "a.jsonl", ["ascii", "天气"]), "--tokenizer", tmp_path / "t", "--output", tmp_path / "new"]
+    assert "a.jsonl:2" in tool("tokenize_corpus", *flags, "--max-unknown-fraction", 1, status=2).stderr
+
+
 def test_our_tokenizer_loses_nothing_and_says_nothing(folder, tmp_path):
     flags = write_jsonl(tmp_path / "a.jsonl", ["天气很好\u2581 \0\t😀" * 40] * 30)
     error = tokenize(folder, "a", *flags, "--output", tmp_path / "new", "--max-unknown-fraction", 0, fraction=0).stderr
