@@ -119,6 +119,8 @@ def test_folders_of_save_to_disk_are_read_and_their_splits_are_not_mixed(tmp_pat
     (tmp_path / "one" / "cache-1.arrow").write_bytes((tmp_path / "one" / "data-00000-of-00002.arrow").read_bytes())
     corpus = Corpus([str(tmp_path / "one")])
     assert texts(corpus) == TEXTS and [problem[0] for problem in corpus.problems()] == ["1"]  # the cache
+    with pytest.raises(DataError, match=f"--input {tmp_path}/one"):
+        texts(Corpus.from_hub(str(tmp_path / "one")))
     datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "two")
     with pytest.raises(DataError, match=f"test, train.*--input {tmp_path}/two/train"):
         Corpus([str(tmp_path / "two")])
@@ -252,6 +254,14 @@ def test_a_bad_line_is_reported_with_its_place_or_skipped_and_counted(tmp_path, 
     corpus = Corpus([str(path)], on_bad_line="skip")
     assert texts(corpus) == ["good", "also good"]
     assert corpus.bad.total() == 1 and len(corpus.problems()) == 1
+
+
+def test_json_lines_read_as_plain_text_are_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(jsonl([{"id": 1, "text": "a"}]))))
+    (tmp_path / "a.txt").write_text('{"a": 1} "text": is no JSON line with a text')
+    corpus = Corpus(["-", str(tmp_path / "a.txt")])
+    assert len(texts(corpus)) == 2
+    assert [each for each in corpus.problems() if each.startswith("1") and "--stdin-format" in each]
 
 
 def test_each_reason_for_leaving_text_out_has_its_own_count(tmp_path):

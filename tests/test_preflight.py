@@ -311,6 +311,10 @@ def empty_documents(world):
     world.foreign([part for document in world.tokens() for part in (document, np.array([2]))])
 
 
+def unknown_ids(world):
+    world.foreign([np.append(np.where(np.arange(len(part) - 1) % 50 == 9, 0, part[:-1]), 2) for part in world.tokens()])
+
+
 def shuffled_tokens(world):
     everything = np.random.default_rng(0).permutation(np.concatenate(world.tokens()))
     everything = everything[everything != 2]
@@ -397,6 +401,7 @@ def new_build_lock(world):
         (end_inside_documents, "end-inside-documents"),
         (lines_as_documents, "documents-tiny"),
         (empty_documents, "documents-empty"),
+        (unknown_ids, "text-unknown"),
         (shuffled_tokens, "tokens-shuffled"),
         (random_tokens, "tokens-random"),
         (duplicate_documents, "duplicate-documents"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -167,6 +168,109 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in path.read_text().split()]
 
 
+def test_a_killed_worker_names_memory_and_the_flag_that_lowers_it(folder, tmp_path):
+    command = [sys.executable, ROOT / "tools" / "tokenize_corpus.py", *map(str, tokenize_flags(folder, tmp_path / "new"))]
+    process = subprocess.Popen([*command, "--workers", "2"], stderr=subprocess.PIPE, text=True)
+    while not (workers := [pid for pid in children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]):
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.kill(workers[0], signal.SIGKILL)
+    try:
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 2 and "memory" in error and "--workers" in error and "text.jsonl:" in error, error
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- text that a tokenizer loses
+
+
+@pytest.fixture(scope="module")
+def lossy(tmp_path_factory) -> Path:
+    """A tokenizer that knows ASCII only and joins unknown characters in one id, as SentencePiece without byte fallback."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers
+
+    pieces = ["<unk>", "<eos>", "\u2581", *map(chr, range(33, 127))]
+    library = Library(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", fuse_unk=True))
+    library.pre_tokenizer, library.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    folder = tmp_path_factory.mktemp("lossy")
+    library.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    return folder
+
+
+def write_jsonl(path: Path, texts: list[str]) -> list:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return ["--input", path, "--workers", 1]
+
+
+@pytest.mark.parametrize("ascii", [1, 20], ids=["one chunk", "after several chunks"])
+def test_text_that_becomes_unknown_ids_is_an_error_wherever_it_stands(lossy, tmp_path, ascii):
+    """The unknown ids alone would be too few to notice: each document becomes one."""
+    texts = ["plain ascii text " * 2000] * ascii + ["天气很好" * 40] * 300
+    flags = [*write_jsonl(tmp_path / "a.jsonl", texts), "--tokenizer", lossy, "--output", tmp_path / "new"]
+    error = tool("tokenize_corpus", *flags, status=2).stderr
+    assert "48,000 of" in error and "300 unknown ids" in error and "--max-unknown-fraction" in error, error
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    error = tool("tokenize_corpus", *flags, "--max-unknown-fraction", 1).stderr
+    assert "48,000 of" in error and "a.jsonl" in error
+    sidecar = TokenFile(tmp_path / "new").sidecar
+    assert sidecar.corpus["unknown_characters"] == 48_000 and sidecar.corpus["unknown_tokens"] == 300
+    out = tool("inspect_data", "--data", tmp_path / "new").stdout
+    assert f"{sidecar.corpus['unknown_fraction']:.3%}" in out
+
+
+def test_a_few_unknown_characters_are_noted_fewer_are_not_and_text_that_says_unk_is_none(lossy, tmp_path):
+    for count, noted in ((0, False), (3, False), (30, True)):
+        flags = write_jsonl(tmp_path / "a.jsonl", ["plain <unk> text " * 500, "天气" * count])
+        flags += ["--tokenizer", lossy, "--output", tmp_path / "new", "--overwrite"]
+        error = tool("tokenize_corpus", *flags).stderr
+        assert (f"{2 * count} of" in error) == noted, error
+        assert ("unknown_fraction" in TokenFile(tmp_path / "new").sidecar.corpus) == (count > 0)
+
+
+def test_unknown_text_with_the_id_that_ends_documents_is_refused_with_its_place(lossy, tmp_path):
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "tokenizer.json").write_bytes((lossy / "tokenizer.json").read_bytes())
+    (tmp_path / "t" / "tokenizer_config.json").write_text('{"eos_token": "<unk>"}')
+    flags = [*write_jsonl(tmp_path / "a.jsonl", ["ascii", "天气"]), "--tokenizer", tmp_path / "t", "--output", tmp_path / "new"]
+    assert "a.jsonl:2" in tool("tokenize_corpus", *flags, "--max-unknown-fraction", 1, status=2).stderr
+
+
+def test_our_tokenizer_loses_nothing_and_says_nothing(folder, tmp_path):
+    flags = write_jsonl(tmp_path / "a.jsonl", ["天气很好\u2581 \0\t😀" * 40] * 30)
+    error = tokenize(folder, "a", *flags, "--output", tmp_path / "new", "--max-unknown-fraction", 0, fraction=0).stderr
+    assert "note" not in error and "unknown_fraction" not in TokenFile(tmp_path / "new").sidecar.corpus
+
+
+def test_a_change_by_the_tokenizer_is_found_in_any_document_of_a_chunk(lossy, tmp_path):
+    """Not only in the first one, which was once the only one that was compared."""
+    texts = ["plain text"] + ["two  spaces"] * 2000
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    library = json.loads((lossy / "tokenizer.json").read_text())
+    library["normalizer"] = {"type": "Replace", "pattern": {"Regex": " +"}, "content": " "}
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "tokenizer.json").write_text(json.dumps(library))
+    (tmp_path / "t" / "tokenizer_config.json").write_bytes((lossy / "tokenizer_config.json").read_bytes())
+    flags = ["--input", tmp_path / "a.jsonl", "--tokenizer", tmp_path / "t", "--output", tmp_path / "new", "--workers", 1]
+    error = tool("tokenize_corpus", *flags).stderr
+    assert "two  spaces" in error and "two spaces" in error and "lossy" in error
+
+
+@pytest.mark.slow
+def test_a_long_line_needs_little_more_memory_than_its_text(tmp_path, lossy):
+    """By the peak of the process itself, in which a library would take 100 bytes and more per byte of text."""
+    write_jsonl(tmp_path / "a.jsonl", ["some words of text " * 1_000_000])
+    run = "import runpy, sys; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    run += "finally: print([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
+    command = [sys.executable, "-c", run, ROOT / "tools" / "tokenize_corpus.py", "--input", tmp_path / "a.jsonl"]
+    command += ["--tokenizer", lossy, "--output", tmp_path / "new", "--workers", "1"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-2]) < 800_000, done.stdout
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -234,6 +338,21 @@ def test_a_tokenizer_is_trained_on_an_even_sample_of_a_large_corpus(folder, tmp_
     error = tool("train_tokenizer", *flags).stderr
     assert 0.27 < float(error.split("training on ")[1].split(" MB")[0]) <= 0.31
     assert Tokenizer.load(tmp_path / "t").vocab_size == 350
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+def test_a_sample_for_a_tokenizer_takes_its_share_of_every_file_whatever_their_sizes_on_disk(tmp_path, pack):
+    """Files that compress by different factors; the second language comes last."""
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        words = [f"{word} " for word in (WORDS[:2] if i < 2 else ["天气", "公园", "很好"])]
+        records = [json.dumps({"text": "".join(rng.choice(words, 800))}, ensure_ascii=False) + "\n" for _ in range(100)]
+        (tmp_path / f"{i}.jsonl{'.gz' if pack is gzip.compress else ''}").write_bytes(pack("".join(records).encode()))
+    flags = ["--input", tmp_path, "--output", tmp_path / "t", "--vocab-size", 285, "--max-megabytes", 0.3]
+    output = tool("train_tokenizer", *flags)
+    info = json.loads((tmp_path / "t" / "tokenizer_info.json").read_text())
+    assert 280_000 < info["corpus"]["used_utf8_bytes"] <= 300_000 and "trained on 0.30 MB, sampled evenly" in output.stdout
+    assert len(Tokenizer.load(tmp_path / "t").encode("天气 公园 很好")) < 8  # pieces, not 18 bytes
 
 
 def test_inspect_data_shows_a_file(folder):

@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
         help="with --run: add the samples shown to FILE, which --data.quarantine FILE then leaves out")  # fmt: skip
     add("--tokenizer", metavar="FOLDER", help="decodes the ids (default: the tokenizer of the data or of the run)")
     add("--documents", type=command_line.at_least(0), default=3, metavar="N",
-        help="with --data: number of documents to show (%(default)s)")  # fmt: skip
+        help="with --data: number of documents to show, evenly spaced (%(default)s)")  # fmt: skip
     add("--characters", type=command_line.at_least(1), default=200, metavar="N", help="length of each text (%(default)s)")
     add("--dtype", choices=DTYPES, help="with --data: type of the tokens of a flat .bin (default: judged by its content)")
     add("--verify", action="store_true", help="with --data: read everything and compare all checksums")
@@ -90,13 +90,17 @@ def about_file(options: argparse.Namespace) -> Iterator[str]:
         rate = float(np.mean(sampled == described.end_of_document_id))
         often = f", one in {1 / rate:,.0f}" if rate else ""
         yield f"end-of-document id {described.end_of_document_id}: {100 * rate:.3g} % of the sampled tokens{often}"
+    unknown_ids = tokenizer.unknown_ids if tokenizer else frozenset()
+    if unknown := checks.unknown_fraction(file, unknown_ids):
+        yield f"text without ids: {unknown:.3%} of the text or of the tokens {sorted(unknown_ids) or ''}".rstrip()
     if sidecar:
         yield from about_sidecar(sidecar)
     else:
         yield "no metadata sidecar: tokenizer, vocabulary and checksums are unknown"
     if file.num_documents:
         yield f"tokens per document, quantiles: {checks.length_quantiles(file)}"
-        for i in range(min(options.documents, file.num_documents)):
+        count = min(options.documents, file.num_documents)
+        for i in np.linspace(0, file.num_documents - 1, count).astype(int).tolist():
             yield f"document {i}: {shown(file.document(i), tokenizer, options.characters)}"
     if options.verify:
         with Progress("verifying", file.num_tokens * file.dtype.itemsize) as progress:

@@ -298,13 +298,15 @@ def encoded(corpus: Corpus, folder: str, workers: int) -> Iterator[tuple[list[st
                 pending.append((names, characters, pool.submit(encode_chunk, folder, names, texts, first)))
                 in_flight += characters
                 while len(pending) > 3 * workers or (in_flight > _CHARACTERS_IN_FLIGHT and len(pending) > 1):
-                    names, characters, future = pending.popleft()
-                    in_flight -= characters
-                    yield names, future.result()
+                    yield pending[0][0], pending[0][2].result()
+                    in_flight -= pending.popleft()[1]
             while pending:
-                names, _, future = pending.popleft()
-                yield names, future.result()
+                yield pending[0][0], pending[0][2].result()
+                pending.popleft()
         except BrokenProcessPool:
+            for process in multiprocessing.active_children():
+                process.terminate()  # the pool waits forever for one that it started while it noticed the loss
+            names = pending[0][0] if pending else names
             raise DataError(
                 f"a worker process was killed, most likely because memory ran out, while it encoded {names[0]} or one of the "
                 f"documents after it; use fewer --workers than {workers} (each takes about 0.2 GB, and 10 times the size of a "

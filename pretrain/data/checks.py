@@ -20,6 +20,7 @@ from .entropy import bigram_entropy, unigram_entropy
 from .indexed import DataError, TokenFile
 from .order import splitmix64
 
+_UNKNOWN_NOTED = 0.001
 _CONSTANT_RUN = 4096  # equal tokens in a row: not text but a hole in a badly copied file
 _VERIFIED_BLOCKS, _VERIFIED_INDEX_BYTES = 3, 1 << 28
 _LENGTHS_READ, _HASHED_TOKENS, _HASHED_DOCUMENTS = 20_000_000, 1 << 25, 200_000
@@ -80,8 +81,18 @@ def check_fit(
 # ---------------------------------------------------------------- plausible text: from samples
 
 
-def check_sample(file: TokenFile, where: str, *, vocab_size: int, end_of_document_id: int | None) -> list[Finding]:
-    """Problems visible in a sample of the tokens; takes milliseconds. `end_of_document_id`: the tokenizer's; None: unknown."""
+def check_sample(
+    file: TokenFile,
+    where: str,
+    *,
+    vocab_size: int,
+    end_of_document_id: int | None,
+    unknown_ids: frozenset[int] = frozenset(),
+) -> list[Finding]:
+    """Problems visible in a sample of the tokens, and text that was lost; takes milliseconds.
+
+    `end_of_document_id` and `unknown_ids`: the tokenizer's; None and empty: not known.
+    """
     tokens, sidecar = file.sample(), file.sidecar
     found: list[tuple[str, str, bool]] = []
     largest = np.iinfo(file.dtype).max
@@ -97,12 +108,23 @@ def check_sample(file: TokenFile, where: str, *, vocab_size: int, end_of_documen
     if run >= _CONSTANT_RUN:
         text = f"contains id {value} {run:,} times in a row, as if a part of the file was never written; copy it again"
         found.append(("constant-tokens", text, value == 0))  # a hole reads as zeros
+    if (unknown := unknown_fraction(file, unknown_ids)) > _UNKNOWN_NOTED:
+        text = f"{unknown:.2%} of the text or of the tokens are unknown to its tokenizer, so the model cannot learn them"
+        found.append(("text-unknown", f"{text}; tokenize again with a tokenizer with byte fallback", False))
     found += _document_ends(file, tokens, sidecar.end_of_document_id if sidecar else end_of_document_id)
     if sidecar and sidecar.vocab_size > 1000 and sidecar.utf8_bytes < 1.2 * sidecar.num_tokens:
         ratio = sidecar.utf8_bytes / sidecar.num_tokens
         text = f"{ratio:.2f} bytes of text per token: unless it is digits, the tokenizer splits it into bytes; train one on it"
         found.append(("tokens-are-bytes", text, False))
     return [Finding(name, where, f"{file.path}: {text}", stops) for name, text, stops in found]
+
+
+def unknown_fraction(file: TokenFile, unknown_ids: frozenset[int]) -> float:
+    """Fraction of the text without ids that tools/tokenize_corpus.py has counted; else of unknown ids in a sample."""
+    recorded = file.sidecar.corpus.get("unknown_fraction") if file.sidecar else None
+    if isinstance(recorded, float):
+        return recorded
+    return float(np.isin(file.sample(), list(unknown_ids)).mean()) if unknown_ids else 0.0
 
 
 def _document_ends(file: TokenFile, tokens: np.ndarray, end: int | None) -> Iterator[tuple[str, str, bool]]:

@@ -27,6 +27,7 @@ import itertools
 import json
 import lzma
 import os
+import re
 import sys
 import sysconfig
 import zlib
@@ -73,8 +74,8 @@ class Corpus:
     `bad`. `stdin_format`: format of standard input. `text_key` can be nested: "a.b" is the key "b" of the object under "a".
 
     Counts: `num_documents`, `utf8_bytes`, `bad` (lines and rows that were skipped, by reason), `empty_documents` (left out),
-    `replaced_bytes` (not UTF-8), `unsplit_files` (one document in spite of `split`), `other_files` (in folders, not read, by
-    the end of their names).
+    `replaced_bytes` (not UTF-8), `unsplit_files` (one document in spite of `split`), `json_files` (plain text that looks like JSON),
+    `other_files` (in folders, not read, by the end of their names).
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Corpus:
         sized = all(isinstance(file, Path) for file in self._files)
         self.total_bytes: int | None = sum(file.stat().st_size for file in self._files) if sized else None
         self.num_documents = self.utf8_bytes = self.empty_documents = self.replaced_bytes = self.unsplit_files = 0
+        self.json_files = 0
         self.bad: Counter[str] = Counter()
         self._first_bad: dict[str, str] = {}
         self._digest = hashlib.sha256()
@@ -165,6 +167,7 @@ class Corpus:
             "documents without any text were left out": self.empty_documents,
             "byte sequences that are not UTF-8 became U+FFFD": self.replaced_bytes,
             f"files do not contain the separator --text-split {self.split!r}: each is one document": self.unsplit_files,
+            "texts look like JSON lines but were read as plain text: name files .jsonl, or use --stdin-format": self.json_files,
             f"files in the folders were left out: {others}{named}": self.other_files.total(),
         }
         return [f"{count:,} {text}" for text, count in found.items() if count]
@@ -327,6 +330,8 @@ class Corpus:
                 self._bad(name, "not UTF-8", f"{problem}; convert it with `iconv -f ENCODING -t UTF-8`")
                 continue
             self.replaced_bytes += replaced
+            if number == 1 and re.match(rf'\s*\{{[^\n]*"{re.escape(self.text_key)}": *"', text[:10_000]):
+                self.json_files += 1
             yield name, text
         self.unsplit_files += self.split != "file" and number == 1
 
@@ -368,6 +373,8 @@ class Corpus:
     def _hub_rows(self, name: str, config: str | None, split: str) -> Iterator[tuple[str, str]]:
         import datasets
 
+        if any((Path(name) / each).is_file() for each in _DATASETS_METADATA):
+            raise DataError(f"--hf {name}: this folder was written by save_to_disk; read it with --input {name}")
         try:
             number = 0
             for batch in datasets.load_dataset(name, config, split=split, streaming=True).iter(batch_size=_BATCH_ROWS):

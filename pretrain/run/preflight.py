@@ -159,7 +159,8 @@ def _file_findings(config: Config, tokenizer: Tokenizer | None, vocab_size: int,
                 tokenizer_fingerprint=tokenizer and tokenizer.fingerprint,
                 least_tokens=config.data.sequence_length + 1 if key == "train" else 2,
             )
-            found += checks.check_sample(file, where, vocab_size=vocab_size, end_of_document_id=end)
+            unknown = tokenizer.unknown_ids if tokenizer else frozenset()
+            found += checks.check_sample(file, where, vocab_size=vocab_size, end_of_document_id=end, unknown_ids=unknown)
             found += checks.check_entropies(file, where, vocab_size) + checks.check_checksums(file, where)
             if file.sidecar is None and tokenizer:
                 text = f"{file.path} has no metadata sidecar, so its tokenizer is unknown; tools/tokenize_corpus.py writes one"
