@@ -85,7 +85,7 @@ def course_from(config: ScheduleConfig, step: int, place: int, per_step: int, en
     """
     *_, warmup, start, stop, _ = course_of(config, -(-end // per_step))
     surplus = max(0, stop * per_step - end)  # of the last step
-    start = start * per_step - (surplus if config.name == "wsd" else 0)
+    start = max(0, start * per_step - (surplus if config.name == "wsd" else 0))
     return Course(step, place, per_step, warmup * per_step, start, stop * per_step - surplus)
 
 

@@ -112,10 +112,11 @@ def check_settings(config: Config, parts: Parts, found: Checkpoint) -> None:
     state, origin = read_saved(found), str(found.path)
     before, now = state["settings"] | {"model": state["model"]}, to_dict(config) | {"model": asdict(parts.model)}
     problems = check_resume(before, now, config.checkpoint.allow_changes, origin)
-    try:
-        plan(config, parts.data, state)
-    except ConfigError as error:
-        problems += [replace(each, origin=origin) for each in error.problems]
+    if not problems:  # else its settings may be of another shape
+        try:
+            plan(config, parts.data, state)
+        except ConfigError as error:
+            problems += [replace(each, origin=origin) for each in error.problems]
     if state["data"] != parts.data.fingerprint:
         text = "the training data, its order or its weights differ from the checkpoint's; "
         problems.append(Problem("data", text + "restore the files, or start another run with another run.name", origin))
