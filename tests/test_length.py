@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pretrain.config import Config, ConfigError, load
 from pretrain.optim.schedule import lr_at
 from pretrain.run.length import Length, plan
-from pretrain.run.preflight import preflight
+from pretrain.run.preflight import preflight, schedule_findings
 from pretrain.schema import to_dict
 from tests.ranks import run_ranks
 from tests.test_tools_data import tool
@@ -145,6 +145,15 @@ def test_a_changed_schedule_holds_as_if_the_run_had_begun_with_it():
     assert [rate(both, length, 50 + each) for each in range(26)] == [
         lr_at(25 + each, both.schedule, PEAK, 50) for each in range(26)
     ]
+
+
+def test_a_run_that_is_extended_after_its_decay_is_warned_that_its_rate_stays_low():
+    before = config_of(8, {"max_steps": 40}, name="cosine", warmup_steps=4)
+    after = changed(before, 8, max_steps=60)
+    for step, warned in ((40, True), (20, False)):
+        length = plan(after, DATA, saved(before, plan(before, DATA, None), step, 8 * step))
+        names = [finding.name for finding in schedule_findings(after, length)]
+        assert names == ["lr-ends-early"] * warned and (rate(after, length, 50) == rate(before, length, 60)) == warned
 
 
 def test_samples_that_a_rollback_skipped_are_not_counted_as_trained_on():

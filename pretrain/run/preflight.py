@@ -318,6 +318,11 @@ def schedule_findings(config: Config, length: Length) -> list[Finding]:
         text = f"peak {peak:.3g}; nearly every model trains between 1e-5 and 1e-2"
         found.append(Finding("lr-out-of-range", "optimizer.lr", text))
     if length.course:  # its steps are not of one size; the start of the run was checked
+        left = steps - length.course.step
+        if schedule.name != "constant" and length.course.decayed == 1 and left > 0:
+            text = f"the decay is complete, so the remaining {left:,} steps stay at {schedule.final_lr_fraction * peak:.3g}; "
+            text += "resume a checkpoint from before the decay (checkpoint.resume), or change a key of schedule"
+            found.append(Finding("lr-ends-early", "schedule", text))
         return found
     if schedule.warmup_steps > 0.5 * steps:
         text = f"{schedule.warmup_steps:,} of {steps:,} steps are warm-up; 1 to 10 % is usual"
