@@ -62,10 +62,21 @@ def test_noise_of_small_batches_is_no_spike(noise):
 
 
 def test_losses_of_single_sequences_with_long_tails_raise_no_alarm():
-    for seed in range(20):
-        rng = np.random.default_rng(seed)
-        loss = healthy() - 2 + 0.25 * rng.standard_t(3, size=300)
-        assert not judged(STEPS, np.maximum(loss, 0.2), Setup()).is_wrong, seed
+    named = 0
+    for seed in range(40):
+        loss = healthy() + 0.25 * np.random.default_rng(seed).standard_t(3, size=300)
+        result = judged(STEPS, loss, Setup())
+        assert not result.is_wrong, seed
+        named += "spike" in faults(result)
+    assert named <= 12, "as many lines lie far below"
+
+
+def test_batches_with_high_losses_that_come_again_and_again_are_merely_possible():
+    steps = np.arange(1000)
+    loss = 2 + 0.03 * np.random.default_rng(0).normal(size=1000)
+    for place in range(100, 1000, 75):
+        loss[place : place + 3] += 1.5
+    assert not judged(steps, loss, Setup()).is_wrong
 
 
 EXCERPTS = {
@@ -144,7 +155,7 @@ def test_a_norm_of_nan_is_a_fault_if_it_stays_and_a_note_where_fp16_skips_a_step
 def test_a_loss_of_0_means_known_labels_where_the_gradient_vanishes_and_nan_where_it_is_nan(norm, fault):
     norms, steps = np.r_[200, 2e-4, np.full(6, norm)], np.arange(1, 9)
     bad = steps[~np.isfinite(norms)].astype(float)
-    loss = [12.1, 1.8e-6 if fault == "collapse" else 11.5, *np.zeros(6)]
+    loss = [12.1, 11.5, *np.zeros(6)]
     result = judged(steps, loss, Setup(50280), columns={"grad_norm": norms}, nonfinite_norm_steps=bad)
     assert result.findings[0].fault == fault
 

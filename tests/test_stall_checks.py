@@ -36,6 +36,10 @@ def test_a_loss_that_is_the_same_to_the_last_digit_is_frozen(lines, value, setup
     assert faults(result) == ["frozen"] and result.is_wrong and f"{value:g}" in result.findings[0].text
 
 
+def test_the_gravest_finding_is_first():
+    assert faults(judged(np.arange(0, 500, 10), np.full(50, 73.6832), Setup(10000, accumulation=8))) == ["frozen", "scale"]
+
+
 def test_a_loss_that_freezes_midway_is_found_with_its_step():
     loss = healthy(np.arange(0, 2000, 10))
     loss[120:] = loss[120]

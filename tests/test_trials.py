@@ -85,9 +85,8 @@ def test_evaluations_settle_the_factor_of_a_fine_tuning_before_anything_else():
 
 def test_a_mean_since_the_last_line_does_not_hide_the_factor_between_training_and_evaluation():
     """Where the loss falls fast, the mean of a hundred steps lies far above the evaluation at their end."""
-    steps = np.arange(100.0, 1100, 100)
-    val_loss = 0.3 + 9 * np.exp(-steps / 120)
-    loss = 16 * (0.3 + 9 * np.exp(-(steps - 60) / 120))
+    steps, loss = np.arange(100.0, 700, 100), np.array([290, 150, 9.8, 5.5, 5.2, 5.1])
+    val_loss = np.array([15, 2.3, 0.35, 0.335, 0.32, 0.31])
     (finding,) = judged(steps, loss, Setup(None), val_steps=steps, val_loss=val_loss).findings
     assert finding.fault == "scale" and "range: 16, " in finding.text
 
