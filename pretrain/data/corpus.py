@@ -74,8 +74,8 @@ class Corpus:
     `bad`. `stdin_format`: format of standard input. `text_key` can be nested: "a.b" is the key "b" of the object under "a".
 
     Counts: `num_documents`, `utf8_bytes`, `bad` (lines and rows that were skipped, by reason), `empty_documents` (left out),
-    `replaced_bytes` (not UTF-8), `unsplit_files` (one document in spite of `split`), `json_files` (plain text that looks like JSON),
-    `other_files` (in folders, not read, by the end of their names).
+    `replaced_bytes` (not UTF-8), `unsplit_files` (one document in spite of `split`), `json_files` (text that looks
+    like JSON), `other_files` (in folders, not read, by the end of their names).
     """
 
     def __init__(
