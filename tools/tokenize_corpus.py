@@ -295,7 +295,11 @@ def encoded(corpus: Corpus, folder: str, workers: int) -> Iterator[tuple[list[st
         try:
             for names, texts, first in chunked(corpus):
                 characters = sum(map(len, texts))
-                pending.append((names, characters, pool.submit(encode_chunk, folder, names, texts, first)))
+                try:
+                    future = pool.submit(encode_chunk, folder, names, texts, first)
+                except OSError as error:  # its pipes are closed while it notices the loss of a worker
+                    raise BrokenProcessPool from error
+                pending.append((names, characters, future))
                 in_flight += characters
                 while len(pending) > 3 * workers or (in_flight > _CHARACTERS_IN_FLIGHT and len(pending) > 1):
                     yield pending[0][0], pending[0][2].result()

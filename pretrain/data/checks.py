@@ -108,7 +108,7 @@ def check_sample(
     if run >= _CONSTANT_RUN:
         text = f"contains id {value} {run:,} times in a row, as if a part of the file was never written; copy it again"
         found.append(("constant-tokens", text, value == 0))  # a hole reads as zeros
-    if (unknown := unknown_fraction(file, unknown_ids)) > _UNKNOWN_NOTED:
+    if run < _CONSTANT_RUN and (unknown := unknown_fraction(file, unknown_ids)) > _UNKNOWN_NOTED:  # 0 is often the unknown id
         text = f"{unknown:.2%} of the text or of the tokens are unknown to its tokenizer, so the model cannot learn them"
         found.append(("text-unknown", f"{text}; tokenize again with a tokenizer with byte fallback", False))
     found += _document_ends(file, tokens, sidecar.end_of_document_id if sidecar else end_of_document_id)

@@ -74,8 +74,8 @@ class Corpus:
     `bad`. `stdin_format`: format of standard input. `text_key` can be nested: "a.b" is the key "b" of the object under "a".
 
     Counts: `num_documents`, `utf8_bytes`, `bad` (lines and rows that were skipped, by reason), `empty_documents` (left out),
-    `replaced_bytes` (not UTF-8), `unsplit_files` (one document in spite of `split`), `json_files` (plain text that looks like JSON),
-    `other_files` (in folders, not read, by the end of their names).
+    `replaced_bytes` (not UTF-8), `unsplit_files` (one document in spite of `split`), `json_files` (text that looks
+    like JSON), `other_files` (in folders, not read, by the end of their names).
     """
 
     def __init__(
@@ -219,14 +219,15 @@ class Corpus:
     def _text_of(self, record, place: str) -> str | None:
         """The text of a JSON object or a row. None: bad, and skipped."""
         keys = [self.text_key] if isinstance(record, dict) and self.text_key in record else self.text_key.split(".")
+        to = f"{place.rpartition(':')[0]} > NEW.jsonl"
         for number, key in enumerate(keys):
             parent = f"{'.'.join(keys[:number])!r} is " if number else ""
             if not isinstance(record, dict):
-                way = f" (`jq -c '.[] | {{{key}: .}}'` makes objects of strings)" if isinstance(record, str) else ""
+                way = f" (`jq -c '.[] | {{{key}: .}}' {to}` makes objects of strings)" if isinstance(record, str) else ""
                 return self._bad(place, f"{parent}not an object with the key {key!r}", way)
             if key not in record:
                 lists = [each for each, value in record.items() if isinstance(value, list) and isinstance([*value, 0][0], dict)]
-                way = f" or `jq -c '.{lists[0]}[]'` to take the objects out of {lists[0]!r}" if lists else ""
+                way = f" or `jq -c '.{lists[0]}[]' {to}` to take the objects out of {lists[0]!r}" if lists else ""
                 among = f" among {', '.join(map(repr, record))} (--text-key{way})"
                 return self._bad(place, f"no key {self.text_key!r}", among)
             record = record[key]
@@ -237,7 +238,7 @@ class Corpus:
                 return self._bad(place, f"{self.text_key!r} is not UTF-8", f" ({error})")
         if not isinstance(record, str):
             way = f" with the keys {', '.join(record)} (--text-key {self.text_key}.KEY)" if isinstance(record, dict) else ""
-            way = f" (`jq -c '.{self.text_key} |= join(\"\\n\")'` joins its parts)" if isinstance(record, list) else way
+            way = f" (`jq -c '.{self.text_key} |= join(\"\\n\")' {to}` joins its parts)" if isinstance(record, list) else way
             return self._bad(place, f"{self.text_key!r} is {type(record).__name__}, not text", way)
         return record
 
@@ -299,19 +300,23 @@ class Corpus:
     def _table(self, path: Path, file: BinaryIO, delimiter: str) -> Iterator[tuple[str, str]]:
         csv.field_size_limit(_LARGEST_DOCUMENT)
         rows = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+        complete = 0
         try:
             header = next(rows, [])
             if self.text_key not in header:
                 names = ", ".join(map(repr, header))
                 raise DataError(f"{path}: no column {self.text_key!r} in its first line: {names}; choose one with --text-key")
+            complete = rows.line_num
             for row in rows:
+                complete = rows.line_num
                 name = f"{path}:{rows.line_num}"
                 if row and len(row) != len(header):
                     self._bad(name, f"not as many values as the header has ({len(header)})", f" but {len(row)}")
                 elif row:
                     yield name, row[header.index(self.text_key)]
         except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{path}:{rows.line_num + 1}: not a readable table in UTF-8 ({error}); write it again") from None
+            way = "write it again" if isinstance(error, csv.Error) else "convert it with `iconv -f ENCODING -t UTF-8`"
+            raise DataError(f"{path}: not a readable table in UTF-8 after line {complete} ({error}); {way}") from None
 
     def _text(self, path: Path, file: BinaryIO) -> Iterator[tuple[str, str]]:
         parts = [file.read(_LARGEST_DOCUMENT + 1)] if self.split == "file" else _parts(file, self.split)
