@@ -10,6 +10,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from hypothesis import given
 from hypothesis import settings as example_settings
@@ -130,6 +131,42 @@ def test_values_that_only_training_reads_survive_an_import(family, coefficient, 
         assert model.moe.aux_loss_weight == pytest.approx(3 * coefficient)
 
 
+# ---------------------------------------------------------------- tokenizers
+
+
+def published_tokenizer(source: Path, folder: Path, **changes) -> Path:
+    """The tokenizer without our own files, as transformers 5 saves it. Its class would rebuild parts of it."""
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, folder)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert config["extra_special_tokens"] == ["<|im_start|>", "<|im_end|>"]  # which version 4 cannot load
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "LlamaTokenizer"} | changes))
+    return folder
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_an_exported_tokenizer_has_the_ids_of_training_whatever_its_class(prefix, tmp_path, tokenizer_folder):
+    source = published_tokenizer(tokenizer_folder, tmp_path / "t")
+    library = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    library.save(str(source / "tokenizer.json"))
+    export_model(open_run(make_run(tmp_path / "run", model_of("llama"), source)), tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert (config["tokenizer_class"], config["add_prefix_space"]) == ("PreTrainedTokenizerFast", prefix)
+    assert "extra_special_tokens" not in config and config["additional_special_tokens"] == ["<|im_start|>", "<|im_end|>"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf")("a text")["input_ids"] == Tokenizer.load(source).encode("a text")
+
+
+def test_a_tokenizer_with_a_special_tokens_map_alone_is_exported(tmp_path, tokenizer_folder):
+    source = published_tokenizer(tokenizer_folder, tmp_path / "t")
+    (source / "tokenizer_config.json").unlink()
+    (source / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|endoftext|>", "lstrip": False}}))
+    export_model(open_run(make_run(tmp_path / "run", model_of("llama"), source)), tmp_path / "hf")
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").eos_token_id == 2
+
+
 # ---------------------------------------------------------------- every version of transformers
 
 VERSIONS = ["4.50.*", "4.57.*", "5.0.*", ""]
@@ -196,15 +233,12 @@ def python_with(version: str, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory, tokenizer_folder) -> dict[str, tuple[torch.nn.Module, Path]]:
-    """Family -> (model, its exported folder). Some of the tokenizers are as transformers saves them."""
+    """Family -> (model, its exported folder). Every second tokenizer is a published one."""
     tmp_path = tmp_path_factory.mktemp("published")
-    (tmp_path / "as-saved").mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tokenizer_folder / name, tmp_path / "as-saved")
-    AutoTokenizer.from_pretrained(tmp_path / "as-saved").save_pretrained(tmp_path / "as-saved")
+    sources = tokenizer_folder, published_tokenizer(tokenizer_folder, tmp_path / "tokenizer")
     found = {}
     for number, family in enumerate(FAMILIES):
-        run = make_run(tmp_path / family, model_of(family), (tokenizer_folder, tmp_path / "as-saved")[number % 2])
+        run = make_run(tmp_path / family, model_of(family), sources[number % 2])
         export_model(open_run(run), tmp_path / f"{family}-hf")
         found[family] = load_transformer(open_run(run).weights), tmp_path / f"{family}-hf"
     return found

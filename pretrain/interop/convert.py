@@ -142,27 +142,30 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def _adapt_tokenizer(folder: Path) -> None:
-    """Makes the tokenizer loadable by transformers 4, and start texts as in training, if this program trained it.
+    """Makes every transformers since 4.50 read the tokenizer as `tokenizer.json` defines it, and start texts as in training.
 
-    Version 5 saves special tokens as a list, under a name that version 4 reads as an object, and a class that version 4 lacks.
+    Tokenizer classes of single models rebuild parts of it, in different ways in versions 4 and 5. Files of version 5 may name a
+    class that version 4 lacks, and list special tokens under a key that version 4 reads as an object.
 
-    Our tokenizers have a <|bos|> that our token files never contain; in training, a text follows the end of another one.
+    Our own tokenizers have a <|bos|> that our token files never contain; in training, a text follows the end of another one.
     Programs that put bos_token before a text (lm-eval does) would otherwise measure the model on a token that it never saw.
     """
-    for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
-        if not path.is_file():
+    path, other = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+    prefix = (json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["pre_tokenizer"] or {}).get(
+        "add_prefix_space"
+    )
+    for file, fixed in ((path, {"tokenizer_class": "PreTrainedTokenizerFast"}), (other, {})):
+        if not file.is_file() and not fixed:
             continue
-        config = json.loads(path.read_text(encoding="utf-8"))
-        adapted = dict(config)
-        if isinstance(extra := adapted.get("extra_special_tokens"), list):
-            del adapted["extra_special_tokens"]
-            adapted["additional_special_tokens"] = [*(adapted.get("additional_special_tokens") or []), *extra]
-        if adapted.get("tokenizer_class") == "TokenizersBackend":
-            adapted["tokenizer_class"] = "PreTrainedTokenizerFast"
-        if (folder / INFO).is_file() and "bos_token" in adapted:
-            adapted["bos_token"] = adapted["eos_token"]
-        if adapted != config:
-            _write_json(path, adapted)
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if isinstance(extra := config.get("extra_special_tokens"), list):
+            del config["extra_special_tokens"]
+            config["additional_special_tokens"] = [*(config.get("additional_special_tokens") or []), *extra]
+        if fixed and prefix is not None:  # version 4 applies the key, whose default is false, to tokenizer.json
+            fixed["add_prefix_space"] = prefix
+        if fixed and (folder / INFO).is_file():
+            fixed["bos_token"] = config["eos_token"]
+        _write_json(file, config | fixed)
 
 
 def _placeholder_config(trained: TrainedModel, output: Path) -> Config:
