@@ -97,6 +97,15 @@ def test_settings_are_equal_after_an_export_an_import_and_an_export(model):
         assert back.moe.aux_loss_weight == pytest.approx(model.moe.aux_loss_weight, rel=1e-14)
 
 
+@pytest.mark.parametrize("chosen", range(2, 13))
+def test_a_coefficient_is_equal_to_the_last_digit_after_an_import_and_an_export(chosen):
+    model = model_of("mixtral", moe=moe(num_experts=12, num_experts_per_tok=chosen))
+    config = hf_mapping.to_config(model, "float32", {})
+    for coefficient in (number / 1000 for number in range(100)):
+        back = model_from_dict(hf_mapping.from_config(config | {"router_aux_loss_coef": coefficient}, "here"))
+        assert hf_mapping.to_config(back, "float32", {})["router_aux_loss_coef"] == coefficient
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_is_equal_byte_for_byte_after_an_import_and_an_export(family, tmp_path, tokenizer_folder, unverified):
     model = model_of(family)

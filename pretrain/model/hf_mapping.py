@@ -150,7 +150,7 @@ def _extra_keys(kind: str, model: ModelConfig) -> dict[str, Any]:
 
 
 def _rounded(value: float) -> float:
-    """`value` with 15 digits, so that 0.02 * 6 / 6 is 0.02, not 0.019999999999999997."""
+    """`value` with 15 digits, so that 0.05 * 3 / 3 is 0.05, not 0.05000000000000001."""
     return float(f"{value:.15g}")
 
 
