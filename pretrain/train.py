@@ -115,7 +115,7 @@ def train(config: Config, stop: StopRequest | None = None) -> int:
             directory.write_end(STOPPED_BY_PERSON, reason)
             return outcome.end(STOPPED_BY_PERSON, reason)
         stop.stop_file = directory.stop_file if engine.rank == 0 else None
-        start = resume.decide(config, engine, parts, directory.checkpoints)
+        start = resume.decide(config, engine, parts, directory)
         warnings = preflight.at_start(config, engine, parts, start.checkpoint)
         engine.prepare(
             lambda: Transformer(parts.model),

@@ -323,6 +323,13 @@ def test_a_truncated_compressed_file_is_refused(tmp_path, suffix, pack):
         texts(Corpus([str(tmp_path / f"a.jsonl{suffix}")], on_bad_line="skip"))  # not a bad line but a damaged file
 
 
+@pytest.mark.parametrize(("name", "pack"), [("a.jsonl", gzip.compress), ("a.txt", bz2.compress), ("a.jsonl.gz", bytes)])
+def test_a_file_that_is_not_compressed_as_its_name_says_is_refused(tmp_path, name, pack):
+    (tmp_path / name).write_bytes(pack(jsonl([{"text": "a"}])))
+    with pytest.raises(DataError, match="rename it"):
+        texts(Corpus([str(tmp_path / name)], on_bad_line="skip"))
+
+
 def test_the_standard_library_is_real_text_and_the_same_each_time():
     corpus, again = Corpus(["stdlib"]), Corpus(["stdlib"])
     documents = list(corpus.documents())

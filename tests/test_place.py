@@ -32,6 +32,16 @@ def test_without_a_launcher_a_process_is_alone(environment):
     assert read_place(environment) == Place()
 
 
+def test_empty_variables_are_removed_because_accelerate_would_read_them_as_numbers():
+    environment = {"RANK": "", "WORLD_SIZE": " ", "LOCAL_RANK": "", "LOCAL_WORLD_SIZE": "", "HOME": ""}
+    assert read_place(environment) == Place() and environment == {"HOME": ""}
+
+
+def test_addresses_of_both_versions_and_host_names_are_accepted():
+    for address in ("::1", "fe80::1%eth0", "node-1.cluster.local", "node_1"):
+        assert read_place(COMPLETE | {"MASTER_ADDR": address}).address == address
+
+
 def test_complete_variables_give_a_place_whatever_other_launchers_left():
     left = {"OMPI_COMM_WORLD_SIZE": "64", "PMI_RANK": "9", "SLURM_PROCID": "7", "LOCAL_WORLD_SIZE": "2"}
     assert read_place(COMPLETE | left) == Place(3, 8, 1, 2, "10.0.0.1", 29500, launched=True)
@@ -57,6 +67,8 @@ def test_each_variable_that_is_missing_is_named(missing):
         (COMPLETE | {"WORLD_SIZE": "0", "RANK": "0", "LOCAL_RANK": "0"}, "WORLD_SIZE"),
         (COMPLETE | {"LOCAL_RANK": "4"}, "LOCAL_RANK"),
         (COMPLETE | {"LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK"),
+        (COMPLETE | {"MASTER_ADDR": "http://10.0.0.1"}, "MASTER_ADDR"),
+        (COMPLETE | {"MASTER_ADDR": "10.0.0.1:29500"}, "MASTER_ADDR"),
         (COMPLETE | {"LOCAL_WORLD_SIZE": "16"}, "LOCAL_WORLD_SIZE"),
         (COMPLETE | {"MASTER_PORT": "0"}, "MASTER_PORT"),
         (COMPLETE | {"MASTER_PORT": "70000"}, "MASTER_PORT"),

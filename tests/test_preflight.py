@@ -257,6 +257,11 @@ def checkpoints_that_must_not_be_resumed(world):
     world.flags["checkpoint.resume"] = "never"
 
 
+def an_id_that_wandb_refuses(world):
+    os.environ["WANDB_RUN_ID"] = "sweep/7"
+    world.flags |= {"log.sinks": "[jsonl, wandb]", "log.wandb.mode": "offline"}
+
+
 @pytest.mark.parametrize(
     ("fault", "name"),
     [
@@ -283,9 +288,11 @@ def checkpoints_that_must_not_be_resumed(world):
         (a_stop_file, "stop-file"),
         (stale_build_lock, "build-lock"),
         (checkpoints_that_must_not_be_resumed, "resume-refused"),
+        (an_id_that_wandb_refuses, "wandb-id"),
     ],
 )
-def test_a_fault_that_stops_a_run_is_named(world, fault, name):
+def test_a_fault_that_stops_a_run_is_named(world, monkeypatch, fault, name):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
     world.plant(fault)
     found = world.check().findings
     assert {each.name for each in found if each.stops} == {name}, found

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import gc
 import os
+import shutil
 import stat
 import time
 from pathlib import Path
@@ -85,13 +87,25 @@ def test_a_finished_run_whose_metrics_were_removed_is_still_done(tiny):
     assert read_state(run_of(tiny))["status"] == "done" and records(run_of(tiny))[0]["reference_lines"]
 
 
+def test_a_run_whose_checkpoints_were_removed_is_refused_and_keeps_its_records(tiny, capsys):
+    assert train_here(tiny) == 0
+    run, before = run_of(tiny), curve(run_of(tiny))
+    shutil.rmtree(run / "checkpoints")
+    config = load(tiny)
+    assert [each.name for each in resume_findings(config, open_parts(config), run / "checkpoints")] == ["resume-refused"]
+    assert train_here(tiny) == 2 and "step 20 was saved" in capsys.readouterr().err
+    assert curve(run) == before and read_state(run)["saved_step"] == 20
+    gc.collect()  # else the error still holds the lock of the folder
+    assert train_here(["--checkpoint.resume", "never", *tiny]) == 0 and curve(run) == before
+
+
 def test_the_state_is_that_of_this_start_and_not_of_an_earlier_one(tiny, monkeypatch):
     assert train_here(tiny) == 0
     for path in (run_of(tiny) / "checkpoints").iterdir():
         path.rename(run_of(tiny) / path.name)
     seen = []
     monkeypatch.setattr("pretrain.run.output.announce", lambda run, *_: seen.append(read_state(run.directory.path)))
-    assert train_here(tiny) == 0
+    assert train_here(["--checkpoint.resume", "never", *tiny]) == 0
     assert (seen[0]["status"], seen[0]["step"], seen[0]["saved_step"]) == ("running", 0, None)
 
 

@@ -55,6 +55,8 @@ def check_fit(
     found: list[tuple[str, str]] = []
     if sidecar is None:
         ids = file.sample()
+        if ids.dtype == np.uint32 and ids.max() >= 2**31:  # written as int32, with -100 for labels that do not count
+            ids = ids.view(np.int32)
         if ids.min() < 0 or ids.max() >= vocab_size:
             text = f"contains ids {ids.min()} to {ids.max()}, the model has ids 0 to {vocab_size - 1}; wrong tokenizer?"
             found.append(("id-outside-vocabulary", text))

@@ -53,6 +53,7 @@ _UNPACK = {
     ".rar": "unrar x {path} FOLDER/",
 }
 _BATCH_ROWS, _BATCH_BYTES = 1000, 16 << 20
+_MAGIC = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ", ".zst": b"\x28\xb5\x2f\xfd"}
 _LARGEST_DOCUMENT = 256 << 20  # bytes of a document, of which several copies are in memory
 _BROKEN_CHARACTERS, _BROKEN_SHARE = 100, 0.01  # a file with more has another encoding
 # Tests, generated tables and vendored copies are repetitive, and distributors remove some of them.
@@ -263,6 +264,7 @@ class Corpus:
         self._tell = lambda: size if raw.closed else raw.tell()  # a decompressor may close it before its last text is consumed
         if _format(path) in _COLUMNAR:
             return self._columns(path, raw)
+        _check_compression(path, raw)
         file = io.BufferedReader(_decompressed(path, raw), 1 << 20)
         if _format(path) in (".csv", ".tsv"):
             return self._table(path, file, "," if _format(path) == ".csv" else "\t")
@@ -452,6 +454,17 @@ def _json_values(path: Path, file: BinaryIO) -> Iterator:
             held += more
     except (UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path}: is not JSON in UTF-8 after its element {number:,} ({error}); correct it") from None
+
+
+def _check_compression(path: Path, raw: BinaryIO) -> None:
+    """Raises DataError if a file's content is not compressed as its name says."""
+    head, named = raw.read(6), path.suffix.lower()
+    raw.seek(0)
+    content = next((suffix for suffix, magic in _MAGIC.items() if head.startswith(magic)), None)
+    if content and content != named:
+        raise DataError(f"{path}: is compressed, but its name does not end in {content}; rename it")
+    if head and named in _MAGIC and content != named:
+        raise DataError(f"{path}: is not compressed, although its name ends in {named}; rename it")
 
 
 def _arrow_batches(raw: BinaryIO) -> Iterator:

@@ -331,6 +331,8 @@ def _resolve(path: str) -> tuple[str, Path, Path | None]:
         folder = Path(prefix).parent
         there = sorted(str(found.with_suffix("")) for found in folder.glob("*.idx"))[:8] if folder.is_dir() else []
         hint = f"; did you mean {', '.join(there)}?" if there else "; create it with tools/tokenize_corpus.py"
+        if missing == [f"{prefix}.idx"] and not os.path.exists(f"{prefix}.json"):
+            hint = f"; {prefix}.bin is there: if it is a flat file without an index, give its name with .bin{hint}"
         raise DataMissing(f"{path}: no token file here ({' and '.join(missing)} not found){hint}")
     return prefix, Path(prefix + ".bin"), Path(prefix + ".idx")
 

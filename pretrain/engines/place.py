@@ -6,8 +6,10 @@ wait for ranks that never come.
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import os
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from typing import NamedTuple
 
 from pretrain.schema import ConfigError, Problem
@@ -42,10 +44,15 @@ class Place(NamedTuple):
         return self.world_size > (self.local_world_size or 1)
 
 
-def read_place(environment: Mapping[str, str] = os.environ) -> Place:
-    """The place that the launcher's variables describe. Raises ConfigError if they are incomplete or contradict each other."""
-    names = (*_COUNTS, *_MEETING, "LOCAL_WORLD_SIZE")
-    values = {name: environment[name] for name in names if environment.get(name, "").strip()}
+def read_place(environment: MutableMapping[str, str] = os.environ) -> Place:
+    """The place that the launcher's variables describe. Raises ConfigError if they are incomplete or contradict each other.
+
+    Removes empty ones, which container files set and which accelerate would read as numbers.
+    """
+    for name in LAUNCHER:
+        if not environment.get(name, "set").strip():
+            del environment[name]
+    values = {name: environment[name] for name in (*_COUNTS, *_MEETING, "LOCAL_WORLD_SIZE") if name in environment}
     given = [name for name in _COUNTS if name in values]
     if not given or (given == ["WORLD_SIZE"] and values["WORLD_SIZE"].strip() == "1"):
         _refuse_mpi(environment)
@@ -61,6 +68,7 @@ def read_place(environment: Mapping[str, str] = os.environ) -> Place:
     numbers = {name: _read_number(name, text, problems) for name, text in values.items() if name != "MASTER_ADDR"}
     if not problems:
         problems = list(_contradictions(numbers))
+    problems += _address_problems(values.get("MASTER_ADDR", "").strip(), numbers["WORLD_SIZE"])
     if problems:
         raise ConfigError(problems)
     local_world_size = numbers.get("LOCAL_WORLD_SIZE", 1 if numbers["WORLD_SIZE"] == 1 else None)
@@ -73,6 +81,17 @@ def _read_number(name: str, text: str, problems: list[Problem]) -> int:
         problems.append(Problem(name, f"got {text!r}, must be a whole number of at least 0; {_ALONE}"))
         return 0
     return int(text)
+
+
+def _address_problems(address: str, world_size: int) -> list[Problem]:
+    """Anything but a host name or an IP address, such as a URL, or an address with a port."""
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(address)
+        return []
+    if world_size == 1 or not set(address) & set("/: \t[]"):
+        return []
+    text = f"got {address!r}, must be a host name or an IP address alone; the port is in MASTER_PORT"
+    return [Problem("MASTER_ADDR", text)]
 
 
 def _contradictions(numbers: dict[str, int]) -> list[Problem]:
@@ -92,7 +111,7 @@ def _contradictions(numbers: dict[str, int]) -> list[Problem]:
     return [Problem(name, f"{text}: variables of two launchers? {_ALONE}") for holds, name, text in rules if not holds]
 
 
-def _refuse_mpi(environment: Mapping[str, str]) -> None:
+def _refuse_mpi(environment: MutableMapping[str, str]) -> None:
     """Raises ConfigError under mpirun, or in a shell with its variables: every process would train by itself."""
     for name in _MPI:
         if environment.get(name, "").strip().isdecimal() and int(environment[name]) > 1:

@@ -95,8 +95,11 @@ def _connect(place: Place, seconds: float) -> dist.TCPStore:
     at, timeout = (place.address, place.port), timedelta(seconds=seconds)
     if place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         if at not in _servers:
-            listener = _listen(place).detach()
-            _servers[at] = dist.TCPStore(*at, None, True, timeout, wait_for_workers=False, master_listen_fd=listener)
+            listener = _listen(place)
+            host = listener.getsockname()[0]  # its own client: the address may lead here only from other machines
+            host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+            options = {"wait_for_workers": False, "master_listen_fd": listener.detach()}
+            _servers[at] = dist.TCPStore(host, place.port, None, True, timeout, **options)
         return _servers[at]
     why: list[str] = []
 
@@ -129,6 +132,11 @@ def _listen(place: Place) -> socket.socket:
         return _bound(name, place.port)
     if not place.several_machines or name == "localhost":
         return _bound(name, place.port)
+    try:
+        socket.getaddrinfo(name, place.port)
+    except OSError as error:  # names of new containers are known late, so this may be no mistake
+        text = f"MASTER_ADDR={name} cannot be resolved on this machine ({error.strerror}); other ranks must be able to"
+        print(f"pretrain: {text}", file=sys.stderr, flush=True)
     return _bound("", place.port)  # other machines may resolve a name to another of this machine's addresses
 
 

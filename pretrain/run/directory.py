@@ -149,6 +149,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def saved_step(self) -> int | None:
+        """Step of the newest checkpoint that this start or an earlier one saved; None: none, or a rank other than 0."""
+        return None if self._silent else self._state["saved_step"]
+
+    @property
     def stop_file(self) -> Path:
         """A file that users create to stop the run; while it exists, the run does not start."""
         return self.path / "STOP"

@@ -43,6 +43,7 @@ MOST_PASSES = 16  # Muennighoff et al. 2023: up to 4 passes are nearly as good a
 LOCK_IS_STALE_SECONDS = 600.0
 NETWORK_SECONDS = 5.0
 DEFAULT_PORT = 29500  # of accelerate launch and torchrun
+_NOT_IN_WANDB_IDS = ":;,#?/'"
 _TOKENS_SHOWN, _CHARACTERS_SHOWN = 8, 160
 
 
@@ -466,8 +467,12 @@ def port_findings(ranks: int | None) -> list[Finding]:
 
 
 def sink_findings(config: Config) -> list[Finding]:
-    """Finds trackers in log.sinks whose packages are missing or broken: they would show nothing of the run."""
+    """Finds trackers in log.sinks that would show nothing of the run: their package is missing, or W&B refuses the id."""
     found = []
+    wandb_id = os.environ.get("WANDB_RUN_ID", "")
+    if "wandb" in config.log.sinks and (wandb_id != wandb_id.strip() or set(wandb_id) & set(_NOT_IN_WANDB_IDS)):
+        text = f"got {wandb_id!r}, but W&B allows none of {_NOT_IN_WANDB_IDS} and no spaces at the ends; change or unset it"
+        found.append(Finding("wandb-id", "WANDB_RUN_ID", text, stops=True))
     for sink, module in (("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")):
         if sink in config.log.sinks:
             try:

@@ -19,6 +19,7 @@ from pretrain.checkpoint.manifest import Checkpoint, CheckpointError, checkpoint
 from pretrain.config import Config, ConfigError, Problem, check_resume
 from pretrain.engines.base import Engine, Shard
 from pretrain.model.config import ModelConfig
+from pretrain.run.directory import RunDirectory, read_state
 from pretrain.run.length import plan
 from pretrain.run.parts import Parts
 from pretrain.run.progress import read_saved
@@ -39,16 +40,17 @@ class _Choice(enum.IntEnum):
     REFUSED, NEW, NEWEST, NAMED = range(4)
 
 
-def decide(config: Config, engine: Engine, parts: Parts, folder: Path) -> Start:
+def decide(config: Config, engine: Engine, parts: Parts, directory: RunDirectory) -> Start:
     """Chooses and verifies the checkpoint, and checks that a run with these settings and this data may resume from it.
 
-    folder: holds the run's checkpoints. A collective. Raises ConfigError, CheckpointError on every rank.
+    A collective. Raises ConfigError, CheckpointError on every rank.
     """
+    folder = directory.checkpoints
     choice, refusal = _Choice.REFUSED, None
     if engine.rank == 0:
         storage.clean(folder)
         try:
-            choice = _choose(config.checkpoint.resume, folder)
+            choice = _choose(config.checkpoint.resume, folder, directory.saved_step)
         except ConfigError as error:
             refusal = error
     choice = engine.broadcast(choice)
@@ -69,20 +71,28 @@ def decide(config: Config, engine: Engine, parts: Parts, folder: Path) -> Start:
 
 def preview(config: Config, folder: Path) -> tuple[Checkpoint | None, bool]:
     """(the checkpoint from which the run would start, not verified; whether checkpoint.resume names it). Raises ConfigError."""
-    choice = _choose(config.checkpoint.resume, folder)
+    choice = _choose(config.checkpoint.resume, folder, read_state(folder.parent).get("saved_step"))
     if choice == _Choice.NAMED:
         return Checkpoint(Path(config.checkpoint.resume).resolve()), True
     found = checkpoints(folder) if choice == _Choice.NEWEST else []
     return (found[0] if found else None), False
 
 
-def _choose(resume: str, folder: Path) -> _Choice:
-    """`checkpoint.resume` for a run whose checkpoints are in `folder`. Raises ConfigError."""
+def _choose(resume: str, folder: Path, saved_step: int | None) -> _Choice:
+    """`checkpoint.resume` for a run whose checkpoints are in `folder`, the newest at `saved_step` by its run_state.json.
+
+    Raises ConfigError.
+    """
     own = checkpoints(folder)
-    if resume == "auto" or (own and _started_from(own[0], resume)):
+    if own and (resume == "auto" or _started_from(own[0], resume)):
         return _Choice.NEWEST
     problem = None
-    if resume == "never":
+    if resume == "auto":
+        if not saved_step:
+            return _Choice.NEWEST
+        problem = f"auto finds nothing in {folder}, but run_state.json says that step {saved_step} was saved there; restore a "
+        problem += "checkpoint, choose another run.name, or give never to train from step 0 and replace the records of the run"
+    elif resume == "never":
         if not own:
             return _Choice.NEW
         problem = f"is never, but {folder} has checkpoints; use auto, or another run.name"
