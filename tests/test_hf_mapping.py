@@ -104,6 +104,7 @@ UNSUPPORTED = [
     ({"model_type": "gpt2"}, r"'gpt2' \(.*biases.*\).* llama"),
     ({"model_type": "qwen2"}, r"'qwen2' \(.*biases.*\)"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rotary embeddings"),
+    ({"rope_theta": 5e4}, "rope_theta is 50000 and.* 10000"),
     ({"hidden_act": "gelu"}, "hidden_act.* gelu.* silu"),
     ({"attention_bias": True}, "attention_bias"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),

@@ -231,6 +231,18 @@ def test_evaluations_on_lines_of_their_own_have_their_step_and_perplexity(tmp_pa
 # ---------------------------------------------------------------- what is missing, and what went back
 
 
+def test_a_validation_loss_is_that_of_its_perplexity_and_not_of_a_progress_line(tmp_path):
+    """As old fairseq writes: base 2."""
+    epochs = ((3.24, 3.69), (2.72, 3.13))
+    lines = [
+        f"| epoch {i}  1000 / 8000 loss={last - 0.5} (3.1), lr=0.001\n| epoch {i} | valid on 'valid' 1000 / 1300 loss={part}\n"
+        f"| epoch {i} | valid on 'valid' | valid loss {last} | valid ppl {2**last:.2f}\n"
+        for i, (part, last) in enumerate(epochs, 4)
+    ]
+    log = read(tmp_path, "".join(lines))
+    assert log.val_loss.tolist() == [3.69, 3.13] and np.allclose(np.log2(log.val_perplexity), log.val_loss, atol=0.01)
+
+
 def megatron(step: int, loss: str, norm: str, skipped: int = 0) -> str:
     return (
         f" iteration {step:8d}/    8000 | learning rate: 6.6E-06 | {loss}loss scale: 1.0 | grad norm: {norm} | "

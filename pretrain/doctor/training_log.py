@@ -289,8 +289,9 @@ def _add_evaluations(log: TrainingLog, table: Table, x: np.ndarray, chosen: str)
     if log.judged == "validation loss" or not (losses or perplexities):
         return
     # Marian's cross-entropy is a sum over a sentence; longer names are those of special evaluations at the end.
-    losses.sort(key=lambda name: ("mean-words" not in name, -table.counts[name], len(name)))
     perplexity = table.column(*perplexities[:1])
+    beside = {name: bool(np.any(np.isfinite(table.column(name)) & np.isfinite(perplexity))) for name in losses}
+    losses.sort(key=lambda name: ("mean-words" not in name, -table.counts[name], not beside[name], len(name)))
     if losses:
         value = table.column(losses[0])
     else:

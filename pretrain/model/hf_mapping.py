@@ -294,6 +294,9 @@ def _from_config(config: dict[str, Any]) -> dict[str, Any]:
         if given.get(key, wanted) != wanted:
             raise UnsupportedModel(f"{key} is {given[key]}; this program supports only {wanted}")
     heads = given["num_attention_heads"]
+    old, new = config.get("rope_theta"), (config.get("rope_parameters") or {}).get("rope_theta")
+    if old is not None and new is not None and old != new:  # transformers 4 reads the one, version 5 the other
+        raise UnsupportedModel(f"rope_theta is {old:g} and, in rope_parameters, {new:g}; make them equal")
     theta, scaling = _rope(given)
     model = {
         **{key: given[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings")},
