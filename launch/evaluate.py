@@ -60,7 +60,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def told(options: argparse.Namespace) -> dict[str, str]:
+def facts_of(options: argparse.Namespace) -> dict[str, str]:
     """What must be equal on all ranks; paths may differ where the content is the same. Raises DataError."""
     from pretrain.data.indexed import TokenFile
     from pretrain.run.agreement import weights_digest
@@ -92,7 +92,7 @@ def measure_loss(options: argparse.Namespace) -> None:
     config = EngineConfig(name=options.engine, precision=options.precision)
     place, facts, refusal = read_place(), {}, None
     try:
-        facts = told(options) if place.world_size > 1 else {}
+        facts = facts_of(options) if place.world_size > 1 else {}
     except (UserError, OSError) as error:
         refusal = error
     engine = start_engine(config, meet(place, config.timeout_seconds, facts, refusal=refusal))

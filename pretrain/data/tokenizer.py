@@ -104,7 +104,7 @@ class Tokenizer:
                 return at, 0, 0
             if right[0] == " " and first + self._encode([right[1:]])[0] == together:
                 return at, 1, 0
-            for skipped in (1, 2):  # the space, and an unknown id that goes on from the left part
+            for skipped in (1, 2):  # the space, and an unknown id that continues one of the left part
                 if first + second[skipped:] == together:
                     return at, 0, skipped
         return near, 0, 0

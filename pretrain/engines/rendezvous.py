@@ -1,10 +1,9 @@
-"""Where ranks meet before anything collective: they wait for each other, compare what they were told, and start or refuse
-together.
+"""The meeting of all ranks before anything collective: they wait for each other, compare facts, and start or refuse together.
 
 All of it happens in torch's key-value store, so ranks that were given other settings, other engines or another number of ranks
 still understand each other. A refusal of one rank ends all of them with its status and its reason.
 
-    facts/0       what rank 0 was told; every other rank compares its own
+    facts/0       those of rank 0; every other rank compares its own
     reply/<rank>  what differs there, or why the rank refuses
     arrived       number of replies; objections, objector/<n>: number of ranks that will not start, and which they are
     verdict       rank 0's decision, for all ranks; left: number of ranks that have read it
@@ -168,7 +167,10 @@ def _wait(
     speaks: bool,
     poll_seconds: float = _POLL_SECONDS,
 ) -> None:
-    """Waits for `condition`, and says for whom after 10 s and ever more rarely. Raises Refused, 75, after `seconds`."""
+    """Waits for `condition`, and reports which ranks are missing after 10 s, then more and more rarely.
+
+    Raises Refused, 75, after `seconds`.
+    """
     began = time.monotonic()
     next_word = _FIRST_WORD_SECONDS
     while not condition():
@@ -204,8 +206,8 @@ class _Lead:
         except OSError as error:
             refusal = error
         try:
-            told = {"facts": facts, "token": token and token.name, "refusal": _as_json(refusal)}
-            store.set("facts/0", json.dumps(told))
+            offer = {"facts": facts, "token": token and token.name, "refusal": _as_json(refusal)}
+            store.set("facts/0", json.dumps(offer))
             if refusal is None:
                 self._await_replies(others)
             verdict = {"refusal": _as_json(refusal), "problems": []} if refusal else self._decide(facts, folder)
@@ -243,7 +245,7 @@ class _Lead:
     def _replies(self) -> dict[int, dict]:
         store = self.store
         objectors = {int(store.get(f"objector/{n}")) for n in range(1, store.add("objections", 0) + 1)}
-        ranks = sorted({*range(1, self.place.world_size), *objectors})  # one may have been told of more ranks than there are
+        ranks = sorted({*range(1, self.place.world_size), *objectors})  # one may expect more ranks than there are
         return {rank: json.loads(store.get(f"reply/{rank}")) for rank in ranks if store.check([f"reply/{rank}"])}
 
     def _decide(self, facts: dict[str, str], folder: Path | None) -> dict:
@@ -264,8 +266,8 @@ class _Lead:
             )
         for key in sorted({key for reply in replies.values() for key in reply["differences"]}):
             mine = facts.get(key, "none")
-            told = _grouped([(mine, 0), *((reply["differences"].get(key, mine), rank) for rank, reply in replies.items())])
-            text = " and ".join(f"{value} on {_ranks(ranks, hosts)}" for value, ranks in told.items())
+            values = _grouped([(mine, 0), *((reply["differences"].get(key, mine), rank) for rank, reply in replies.items())])
+            text = " and ".join(f"{value} on {_ranks(ranks, hosts)}" for value, ranks in values.items())
             problems.append((key, f"must be the same on all ranks, but is {text}"))
         if len(problems) > _MOST_SHOWN:
             rest = ", ".join(key for key, _ in problems[_MOST_SHOWN : 2 * _MOST_SHOWN])
@@ -284,12 +286,12 @@ class _Follow(_Lead):
             store.set("twice", json.dumps([rank, self.host]))
         else:
             reply = {"host": self.host, "differences": {}, "unshared": None, "refusal": _as_json(refusal)}
-            if refusal is None and not (told := self._await("facts/0"))["refusal"]:
-                theirs = told["facts"]
+            if refusal is None and not (offer := self._await("facts/0"))["refusal"]:
+                theirs = offer["facts"]
                 keys = sorted(key for key in facts.keys() | theirs.keys() if facts.get(key) != theirs.get(key))
                 reply["differences"] = {key: facts.get(key, "none") for key in keys}
                 own = [(key, f"is {facts.get(key, 'none')} here, but {theirs.get(key, 'none')} on rank 0") for key in keys]
-                if folder and not _shares(folder / told["token"]):
+                if folder and not _shares(folder / offer["token"]):
                     reply["unshared"] = str(folder)
                     own.append(("run.directory", f"{folder} on {self.host} is not the folder that rank 0 uses"))
             store.set(f"reply/{rank}", json.dumps(reply))

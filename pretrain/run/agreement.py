@@ -1,4 +1,4 @@
-"""What all ranks must have been told before they start: settings, code, libraries, and the content of data and tokenizer.
+"""Facts that must be equal on all ranks: settings, code, libraries, and the content of data and tokenizer.
 
 Paths may differ from machine to machine (local copies of the data, another mount point) where the content is the same; for
 run.directory, `rendezvous.meet` checks that all machines share it. Everything else must be equal, the settings of logs
@@ -31,22 +31,22 @@ _SAMPLE_BYTES, _SAMPLES = 2**16, 16
 
 
 def facts(config: Config, parts: Parts, folder: Path) -> dict[str, str]:
-    """What this rank was told, by key, with values for people. folder: of the run. Raises OSError."""
-    told = flatten(to_dict(config) | {"model": asdict(parts.model)})
-    told = {key: shown(value) for key, value in told.items() if key not in _PATHS}
-    told["engine.precision"] = default_precision(config.engine)
-    told["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    """The facts of this rank by key, with values for people. folder: of the run. Raises OSError."""
+    known = flatten(to_dict(config) | {"model": asdict(parts.model)})
+    known = {key: shown(value) for key, value in known.items() if key not in _PATHS}
+    known["engine.precision"] = default_precision(config.engine)
+    known["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     if not config.data.synthetic:
         for i, (source, opened) in enumerate(zip(config.data.train, parts.data.sources, strict=True)):
-            told[f"data.train[{i}]"] = f"{_content(opened)}, weight {source.weight:g}"
-        told |= {f"data.valid[{i}]": _content(each.source) for i, each in enumerate(parts.valid)}
-    told["data.quarantine"] = _digest(json.dumps(parts.data.quarantine.ranges).encode())
-    told["tokenizer"] = parts.tokenizer.fingerprint if parts.tokenizer else "none"
+            known[f"data.train[{i}]"] = f"{_content(opened)}, weight {source.weight:g}"
+        known |= {f"data.valid[{i}]": _content(each.source) for i, each in enumerate(parts.valid)}
+    known["data.quarantine"] = _digest(json.dumps(parts.data.quarantine.ranges).encode())
+    known["tokenizer"] = parts.tokenizer.fingerprint if parts.tokenizer else "none"
     if config.checkpoint.resume not in ("auto", "never"):
-        told["checkpoint.resume"] = weights_digest(Path(config.checkpoint.resume))
+        known["checkpoint.resume"] = weights_digest(Path(config.checkpoint.resume))
     if config.model.from_pretrained and not checkpoints(folder / "checkpoints"):  # else a checkpoint is resumed
-        told["model.from_pretrained"] = weights_digest(Path(config.model.from_pretrained))
-    return told | _code() | _versions(config.engine.name)
+        known["model.from_pretrained"] = weights_digest(Path(config.model.from_pretrained))
+    return known | _code() | _versions(config.engine.name)
 
 
 def _content(source: FileSource) -> str:
