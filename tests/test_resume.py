@@ -16,6 +16,7 @@ from pretrain.config import load
 from pretrain.run.directory import read_state
 from pretrain.run.parts import open_parts
 from pretrain.run.preflight import resume_findings
+from pretrain.run.progress import read_saved
 from tests.test_train import curve, records, run_of, train_here
 
 FEWER = "[train.max_steps]"
@@ -72,6 +73,30 @@ def test_a_run_that_starts_from_the_checkpoint_of_another_is_a_new_run_at_wandb(
     assert train_here(tiny) == train_here(tiny) == train_here(["--checkpoint.resume", str(saved), *tiny]) == 0
     assert train_here(["--checkpoint.resume", str(saved), "--run.name", "tiny_child", *tiny]) == 0
     assert known[0] == known[1] == known[2] != known[3]
+
+
+def test_time_between_starts_lowers_the_goodput_of_the_same_run_alone(tiny, monkeypatch):
+    assert train_here(["--train.max_steps", "16", *tiny]) == 0
+    there = ["--checkpoint.resume", str(run_of(tiny) / "checkpoints" / "step_00000016"), "--run.name", "tiny_child", *tiny]
+
+    def a_million_seconds_earlier(found):
+        state = read_saved(found)
+        state["progress"]["started"] -= 1e6
+        return state
+
+    monkeypatch.setattr("pretrain.run.state.read_saved", a_million_seconds_earlier)
+    longer = ["--checkpoint.allow_changes", FEWER]
+    assert train_here([*longer, *there]) == 0 and train_here([*longer, *tiny]) == 0
+    goodput = {run: records(run)[-2]["goodput"] for run in (run_of(tiny), run_of(tiny, "tiny_child"))}
+    assert goodput[run_of(tiny)] < 1e-3 < goodput[run_of(tiny, "tiny_child")]
+
+
+def test_a_validation_between_two_logging_lines_has_the_tokens_of_its_own_step(tiny):
+    assert train_here(["--log.every_steps", "10", "--evaluate.every_steps", "4", *tiny]) == 0
+    found = [record for record in records(run_of(tiny)) if "val_loss" in record]
+    batch = load(tiny).batch.global_batch_size * load(tiny).data.sequence_length
+    assert [record["step"] for record in found] == [4, 8, 12, 16, 20]
+    assert [record["tokens"] for record in found] == [batch * record["step"] for record in found]
 
 
 def test_fewer_steps_than_the_checkpoint_has_are_refused(tiny, capsys):
