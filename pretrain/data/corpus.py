@@ -259,7 +259,7 @@ class Corpus:
                 raise DataError(f"{path}: cannot be read to the end ({error}); copy it again") from None
             self._finished_bytes, self._tell = self._finished_bytes + path.stat().st_size, lambda: 0
 
-    def _one_file(self, path: Path, raw: BinaryIO) -> Iterator[tuple[str, str]]:
+    def _one_file(self, path: Path, raw: io.BufferedReader) -> Iterator[tuple[str, str]]:
         size = path.stat().st_size
         self._tell = lambda: size if raw.closed else raw.tell()  # a decompressor may close it before its last text is consumed
         if _format(path) in _COLUMNAR:
@@ -456,10 +456,9 @@ def _json_values(path: Path, file: BinaryIO) -> Iterator:
         raise DataError(f"{path}: is not JSON in UTF-8 after its element {number:,} ({error}); correct it") from None
 
 
-def _check_compression(path: Path, raw: BinaryIO) -> None:
-    """Raises DataError if a file's content is not compressed as its name says."""
-    head, named = raw.read(6), path.suffix.lower()
-    raw.seek(0)
+def _check_compression(path: Path, raw: io.BufferedReader) -> None:
+    """Raises DataError if a file's content is not compressed as its name says. Consumes nothing."""
+    head, named = raw.peek(6)[:6], path.suffix.lower()
     content = next((suffix for suffix, magic in _MAGIC.items() if head.startswith(magic)), None)
     if content and content != named:
         raise DataError(f"{path}: is compressed, but its name does not end in {content}; rename it")
