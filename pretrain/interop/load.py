@@ -144,14 +144,17 @@ def find_unusable(source: Weights, part: int = 0, parts: int = 1) -> tuple[int, 
     Reads them all. Raises OSError.
     """
     for number, tensor in enumerate(hf_mapping.tensors(source.model)):
-        if number % parts == part and tensor.parameter and (problem := tensor_problem(source, number)):
+        if number % parts == part and tensor.parameter and (problem := _problem_of(source, tensor)):
             return number, problem
     return None
 
 
 def tensor_problem(source: Weights, number: int) -> str | None:
     """Why nothing can be trained from this tensor of Hugging Face's model; None: it is usable. Reads it."""
-    tensor = next(itertools.islice(hf_mapping.tensors(source.model), number, None))
+    return _problem_of(source, next(itertools.islice(hf_mapping.tensors(source.model), number, None)))
+
+
+def _problem_of(source: Weights, tensor: hf_mapping.HFTensor) -> str | None:
     zero = True
     for first in range(0, tensor.count, BLOCK):
         block = torch.empty(min(BLOCK, tensor.count - first))
