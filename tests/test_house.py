@@ -26,6 +26,7 @@ SCRIPTS = sorted(path for folder in ("launch", "tools", "benchmarks") for path i
 ROOMS = sorted(path.name for path in (ROOT / "pretrain").iterdir() if (path / "__init__.py").exists())
 SETTINGS = {
     "pretrain",
+    "pretrain.devices",
     "pretrain.files",
     "pretrain.schema",
     "pretrain.config",
@@ -39,6 +40,7 @@ ROOMS_BELOW = {
     "model": set(),
     "optim": set(),
     "engines": set(),
+    "plan": {"model", "optim", "engines"},
     "checkpoint": {"engines"},
     "report": {"doctor"},
     "interop": {"data", "model", "engines", "checkpoint", "report"},
@@ -48,6 +50,7 @@ ROOMS_BELOW = {
 TAKES_ALL_SETTINGS = {"interop", "run"}
 WITHOUT_TORCH = [
     "pretrain.config",
+    "pretrain.devices",
     "pretrain.model.hf_mapping",
     "pretrain.schema",
     "pretrain.doctor.compare_runs",

@@ -1,12 +1,11 @@
 """Numbers of parameters, floating-point operations and bytes of a model, from its settings alone, before any tensor exists.
 
-It knows the architecture of transformer.py (a test compares the two) and the peak rates of GPUs. It does not import torch.
+It knows the architecture of transformer.py (a test compares the two). It does not import torch.
 All functions take a resolved `ModelConfig` (no field is None).
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from pretrain.model.config import ModelConfig
@@ -66,52 +65,3 @@ def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = Fa
 def state_bytes(config: ModelConfig) -> int:
     """Bytes of the training state in fp32, weights and AdamW's two moments: 12 per parameter."""
     return 12 * num_parameters(config).total
-
-
-# Dense bf16 TFLOP/s with fp32 accumulation, from the vendors' data sheets (half of the figure if they give the sparse one).
-# A key matches if all its words are in the device's name; the key with the most words wins.
-_PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "GB200": 2500.0,
-    "H200": 989.0,
-    "H200 NVL": 835.0,
-    "GH200": 989.0,
-    "H100": 989.0,
-    "H100 PCIE": 756.0,
-    "H100 NVL": 835.0,
-    "H800": 989.0,
-    "H800 PCIE": 756.0,
-    "H20": 148.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "A40": 149.7,
-    "A30": 165.0,
-    "A10": 125.0,
-    "A10G": 70.0,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "L4": 121.0,
-    "RTX A6000": 154.8,
-    "RTX 6000 ADA": 364.2,
-    "RTX 5090": 209.5,
-    "RTX 4090": 165.2,
-    "RTX 4080": 97.5,
-    "RTX 3090": 71.0,
-    "RTX 3090 TI": 80.0,
-    "RTX 3080": 59.5,
-    "MI300X": 1307.0,
-    "MI325X": 1307.0,
-}
-# Words that name another device: a device name with one of them matches only keys that have it too.
-_VARIANTS = frozenset({"TI", "SUPER", "D", "LAPTOP", "MAX", "MOBILE", "MIG", "PCIE", "NVL"})
-_SAME_OVER_PCIE = frozenset({"A100", "A800", "A40", "A30", "A10", "L4", "L40", "L40S"})
-
-
-def peak_tflops(device_name: str) -> float | None:
-    """Peak dense bf16 TFLOP/s of a device, by the name that its driver reports; None if it is not in the table."""
-    words = set(re.split(r"[^A-Z0-9]+", device_name.upper()))
-    variants = words & _VARIANTS
-    if words & _SAME_OVER_PCIE:
-        variants -= {"PCIE"}
-    matches = [key.split() for key in _PEAK_TFLOPS if words.issuperset(key.split()) and variants <= set(key.split())]
-    return _PEAK_TFLOPS[" ".join(max(matches, key=len))] if matches else None

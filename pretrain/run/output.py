@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Sequence
 
+from pretrain import devices
 from pretrain.config import accumulation
 from pretrain.doctor import untrained, verdict
 from pretrain.engines.compile import compile_report
@@ -142,7 +143,8 @@ def _still_due(step: int, total: int, every: int) -> int:
 
 def _model_flops_utilization(run: Run, tokens_per_second: float) -> dict[str, float]:
     """mfu and mfu_causal; empty where the peak of the device is unknown."""
-    peak_tflops = run.config.log.peak_tflops or flops.peak_tflops(run.engine.device_name)
+    device = devices.find(run.engine.device_name)
+    peak_tflops = run.config.log.peak_tflops or (device and device.bf16_tflops)
     if not peak_tflops:
         return {}
     peak, length = run.engine.world_size * peak_tflops * 1e12, run.config.data.sequence_length
