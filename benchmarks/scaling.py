@@ -70,10 +70,10 @@ NANOCHAT_D12 = _model(768, 12, 6, 6, 2048, 32768)
 TITAN_H100 = dataclasses.replace(devices.find("h100"), name="H100 500 W", memory_gb_per_second=2400)
 A100, A100_40GB, H100 = (devices.find(name) for name in ("a100", "a100-40gb", "h100"))
 
-# Sources, in this order. torchtitan: benchmarks/llama3_h100_202412_torchtitan.md, tables 1 and 3 (limited to 500 of 700 W, which
-# the model does not know), and its docs/performance.md of 2024. IBM: pytorch.org/blog/maximizing-training-throughput and fms-fsdp
-# issue 89. llm-foundry: scripts/train/benchmarking/README.md. OLMo-core: README. nanotron: the Smol Training Playbook. TinyLlama:
-# README. llm.c: discussions 481 and 677 (its own kernels). nanochat: d12 on one H100.
+# Sources, in this order. torchtitan: benchmarks/llama3_h100_202412_torchtitan.md, tables 1 and 3 (limited to 500 of 700 W,
+# which the model does not know), and its docs/performance.md of 2024. IBM: pytorch.org/blog/maximizing-training-throughput and
+# fms-fsdp issue 89. llm-foundry: scripts/train/benchmarking/README.md. OLMo-core: README. nanotron: the Smol Training Playbook.
+# TinyLlama: README. llm.c: discussions 481 and 677 (its own kernels). nanochat: d12 on one H100.
 PUBLISHED = [
     Published("torchtitan 8B", TITAN_H100, 8, LLAMA3_8B, 8192, 2, 5762, False, "selective"),
     Published("torchtitan 8B", TITAN_H100, 8, LLAMA3_8B, 8192, 2, 6667, True, "selective"),
