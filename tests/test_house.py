@@ -29,6 +29,7 @@ SETTINGS = {
     "pretrain.devices",
     "pretrain.files",
     "pretrain.schema",
+    "pretrain.target",
     "pretrain.config",
     "pretrain.model.config",
     "pretrain.model.hf_mapping",
@@ -44,6 +45,7 @@ ROOMS_BELOW = {
     "checkpoint": {"engines"},
     "report": {"doctor"},
     "interop": {"data", "model", "engines", "checkpoint", "report"},
+    "plan": {"data", "model", "optim", "engines"},
     "run": {"doctor", "data", "model", "optim", "engines", "checkpoint", "report", "interop"},
 }
 """Room -> the rooms that it may import."""

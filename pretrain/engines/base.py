@@ -62,6 +62,9 @@ class Engine:
     autocast_dtype: torch.dtype | None = None
     """Dtype of matrix products in the forward pass if the engine keeps weights in fp32; None: the dtype of the weights."""
 
+    compile_backend: str | Callable = "inductor"
+    """Backend of torch.compile; a dry run sets its own."""
+
     def __init__(self, config: EngineConfig, store: dist.Store | None = None):
         self.config = config
         self.precision = default_precision(config)
@@ -114,7 +117,7 @@ class Engine:
         if self.config.activation_checkpointing != "none":
             checkpoint_activations(self.model, self.config.activation_checkpointing)
         if self.config.compile != "none":
-            compile_model(self.model, self.config.compile)
+            compile_model(self.model, self.config.compile, self.compile_backend)
         self._distribute(make_optimizer)
         self._warm_up()
         self.restore(fill or (lambda shard: _draw(self.model, shard, seed)), moments=False)

@@ -4,23 +4,24 @@ of ranks."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 
-def compile_model(model: nn.Module, what: str) -> None:
+def compile_model(model: nn.Module, what: str, backend: str | Callable = "inductor") -> None:
     """Compiles each block and the loss of a chunk (`blocks`), or the entire `model`, in place, so that parameter names stay.
 
     Only a block's `forward` is compiled: the hooks by which an engine gathers weights run around it and break no graph.
     """
     if what == "model":
-        model.compile(dynamic=False)
+        model.compile(dynamic=False, backend=backend)
         return
     for block in model.model.layers:
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
-    model.lm_head.chunk_step = torch.compile(model.lm_head.chunk_step, fullgraph=True, dynamic=False)
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
+    model.lm_head.chunk_step = torch.compile(model.lm_head.chunk_step, fullgraph=True, dynamic=False, backend=backend)
 
 
 def checkpoint_activations(model: nn.Module, what: str) -> None:

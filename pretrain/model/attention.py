@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pretrain import target
 from pretrain.model.config import ModelConfig, RopeScalingConfig
 
 _CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -142,7 +143,7 @@ def attend(query_BTHC: Tensor, key_BSKC: Tensor, value_BSKC: Tensor, context: At
     query, key, value = (x.transpose(1, 2) for x in (query_BTHC, key_BSKC, value_BSKC))
     visible_BTS = context.visible_BTS
     grouped = key.shape[1] != query.shape[1]
-    if grouped and visible_BTS is not None and query.is_cuda:
+    if grouped and visible_BTS is not None and target.kind(query.device) == "cuda":
         # The memory-efficient kernel accepts a mask but no groups; any other kernel would store all T x S scores.
         repeats = query.shape[1] // key.shape[1]
         key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False

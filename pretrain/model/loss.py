@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pretrain import target
+
 IGNORED = -100
 """Label of a position that has no loss."""
 
@@ -32,7 +34,7 @@ def cross_entropy_sum(
     """
     hidden_ND, labels_N = hidden_BTD.flatten(0, -2), labels_BT.flatten()
     needs_gradient = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
-    chunk = chunk or chunk_positions(hidden_ND.device.type, weight_VD.shape[0])
+    chunk = chunk or chunk_positions(target.kind(hidden_ND.device), weight_VD.shape[0])
     return _ChunkedCrossEntropy.apply(
         hidden_ND, weight_VD, labels_N, vocab_size, chunk, product_dtype(hidden_ND), needs_gradient, step or chunk_step
     )

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pretrain import target
 from pretrain.model.config import ModelConfig, MoeConfig
 from pretrain.model.loss import product_dtype
 
@@ -187,7 +188,7 @@ def _move(values: Tensor, token_P: Tensor, row_Nk: Tensor, to_rows: bool) -> Ten
 def grouped_product(rows_PD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
     """Multiplies rows ends_E[e - 1] up to ends_E[e] (int32) by weight_EFD[e] transposed, for each e. Returns (P, F)."""
     aligned = rows_PD.shape[1] % 8 == 0 and weight_EFD.shape[1] % 8 == 0  # the kernel reads 16 bytes at a time
-    if rows_PD.is_cuda and rows_PD.dtype == torch.bfloat16 and aligned and hasattr(F, "grouped_mm"):
+    if target.kind(rows_PD.device) == "cuda" and rows_PD.dtype == torch.bfloat16 and aligned and hasattr(F, "grouped_mm"):
         return F.grouped_mm(rows_PD, weight_EFD.transpose(1, 2), offs=ends_E)
     return _looped_product(rows_PD, weight_EFD, ends_E)
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from pretrain import target
 from pretrain.optim.partition import LocalRows, Partition
 
 
@@ -78,7 +79,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(self._states(group, "step"), applied)
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"] * applied)
         # Newton-Schulz tolerates the rounding of bf16 (Jordan et al. 2024), which halves the messages; CPUs are slow in bf16.
-        dtype = torch.float32 if found_inf.device.type == "cpu" else torch.bfloat16
+        dtype = torch.float32 if target.kind(found_inf.device) == "cpu" else torch.bfloat16
         for partition in partitions:
             ahead = (_view(gradients, rows).lerp(_view(averages, rows), momentum) for rows in partition.rows)
             values = torch.cat([found_inf.new_empty(0), *ahead]).masked_fill_(skip, 0).to(dtype)
