@@ -5,6 +5,7 @@ Nats and labels are summed over all ranks and divided last; partial windows and 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pretrain.config import DataConfig
-from pretrain.data.batches import ValidData, open_valid
+from pretrain.data.batches import Batch, ValidData, open_valid, read_ahead
 from pretrain.engines.base import Engine
 from pretrain.model.transformer import Transformer
 from pretrain.report.metrics import bits_per_byte, perplexity
@@ -107,19 +108,26 @@ def score(
 def _loss_sum_and_labels(
     engine: Engine, data: ValidData, micro_batch_size: int, max_samples: int | None, requests: Callable[[], list[int]]
 ) -> torch.Tensor:
-    """This rank's [nats, labels], (2,) float64."""
+    """This rank's [nats, labels], (2,) float64. The host never waits for the pass that it has just started, only for the flags
+    of the round before."""
     samples = data.num_samples if max_samples is None else min(max_samples, data.num_samples)
     chosen = [i * data.num_samples // samples for i in range(samples)]
     round_size = micro_batch_size * engine.world_size
     chosen += [None] * (-samples % round_size)  # masked, so that all ranks run the same number of micro-batches
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    flags_of_last_round = list
-    for first in range(engine.rank * micro_batch_size, len(chosen), round_size):
-        flags = engine.copy_to_host(engine.all_reduce(torch.tensor(requests(), device=engine.device)))
-        if any(flags_sum := flags_of_last_round()):  # one round late, so that no rank waits for the device
-            raise Stopped(flags_sum)
-        flags_of_last_round = flags
+
+    def read(first: int) -> tuple[Batch, int]:
         batch = data.take(chosen[first : first + micro_batch_size])
-        sums[0] += engine.forward(*engine.to_device(batch)).loss_sum
-        sums[1] += (batch.labels_BT != -100).sum().item()
+        return engine.pin(batch), int((batch.labels_BT != -100).sum())
+
+    flags_of_last_round = list
+    rounds = range(engine.rank * micro_batch_size, len(chosen), round_size)
+    with contextlib.closing(read_ahead(read, rounds)) as batches:
+        for batch, labels in batches:
+            flags = engine.copy_to_host(engine.all_reduce(engine.upload(requests())))
+            if any(flags_sum := flags_of_last_round()):  # one round late, so that no rank waits for the device
+                raise Stopped(flags_sum)
+            flags_of_last_round = flags
+            sums[0] += engine.forward(*engine.to_device(batch)).loss_sum
+            sums[1] += labels
     return sums

@@ -69,7 +69,8 @@ class Outcome:
     norm_difference: float
     weight_difference: float
     bytes_per_rank: dict[str, int]
-    """weights, gradients (when the optimizer takes them), state (master weights that are not the weights, and momentum)."""
+    """weights; gradients (summed over micro-batches, until the optimizer has taken them); state (master weights that are not
+    the weights, and momentum)."""
 
     @property
     def passed(self) -> bool:
@@ -179,8 +180,7 @@ def _run(case: Case, model: ModelConfig, grad_clip: float, seed: int) -> tuple[l
     """On a rank: [(loss, norm)], its shards (name, shape, offset, values) of the weights, and its bytes."""
     engine = start_engine(case.engine)
     engine.prepare(lambda: Transformer(model), _momentum, grad_clip, seed)
-    gradients: list[int] = []
-    engine.optimizer.register_step_pre_hook(lambda optimizer, *_: gradients.append(_gradient_bytes(optimizer)))
+    gradients = _GradientBytes(engine)
     meter, shown = Meter(engine.device, engine.rank, engine.world_size), []
     share = case.sequences // case.ranks
     for step in range(STEPS):
@@ -189,16 +189,30 @@ def _run(case: Case, model: ModelConfig, grad_clip: float, seed: int) -> tuple[l
         meter.add(*train_step(engine, window, LR))
         figures = meter.read(engine.all_reduce)
         shown.append((figures["loss"], figures["grad_norm"]))
-    sizes = _sizes(engine) | {"gradients": sum(gradients) // STEPS}
+    sizes = _sizes(engine) | {"gradients": sum(gradients.of_steps) // STEPS}
     shards = [shard for shard in engine.shards(saving=True) if shard.name.startswith("model/")]
     pieces = [(shard.name, shard.shape, shard.offset, shard.values.numpy(force=True).copy()) for shard in shards]
     engine.close()
     return shown, pieces, sizes
 
 
-def _gradient_bytes(optimizer: torch.optim.Optimizer) -> int:
-    gradients = (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
-    return sum(_storages(gradients).values())
+class _GradientBytes:
+    """Bytes of the gradients that the optimizer takes, for each step: of all storages that hold them after a micro-batch or when
+    the optimizer takes them. A sum that moves from one storage to another counts twice, since both exist at that moment."""
+
+    def __init__(self, engine: Engine):
+        self.of_steps: list[int] = []
+        self._groups, self._seen, backward = engine.optimizer.param_groups, {}, engine.backward
+        engine.backward = lambda loss: (backward(loss), self._look())
+        engine.optimizer.register_step_pre_hook(lambda *_: self._end_step())
+
+    def _look(self) -> None:
+        self._seen |= _storages(p.grad for group in self._groups for p in group["params"] if p.grad is not None)
+
+    def _end_step(self) -> None:
+        self._look()
+        self.of_steps.append(sum(self._seen.values()))
+        self._seen = {}
 
 
 def _sizes(engine: Engine) -> dict[str, int]:

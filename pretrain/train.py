@@ -7,7 +7,6 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from pretrain import UserError
 from pretrain.checkpoint.saver import VOTES
 from pretrain.config import Config
 from pretrain.data import excluded
-from pretrain.data.batches import Batch
+from pretrain.data.batches import Batch, read_ahead
 from pretrain.engines.base import Engine, require_device
 from pretrain.engines.place import read_place
 from pretrain.engines.rendezvous import meet
@@ -252,24 +251,22 @@ def _windows(run: Run) -> Iterator[list[Batch]]:
     per_rank = batch.global_batch_size // engine.world_size
 
     def read(position: int) -> list[Batch]:
-        samples = run.data.take(position + engine.rank * per_rank, per_rank)
-        if engine.device.type == "cuda":
-            samples = Batch(*(tensor if tensor is None else tensor.pin_memory() for tensor in samples))
+        samples = engine.pin(run.data.take(position + engine.rank * per_rank, per_rank))
         parts = (None if tensor is None else tensor.split(batch.micro_batch_size) for tensor in samples)
         columns = [part or [None] * (per_rank // batch.micro_batch_size) for part in parts]
         return [Batch(*tensors) for tensors in zip(*columns, strict=True)]
 
-    skipped = run.progress.skipped_positions
-    position = excluded.next_position(run.progress.position, skipped)
-    with ThreadPoolExecutor(1, "data") as pool:
-        ahead = pool.submit(read, position)
+    def positions() -> Iterator[int]:
+        position, skipped = run.progress.position, run.progress.skipped_positions
         while True:
-            try:
-                window = ahead.result()
-            except (UserError, OSError) as error:  # of this rank alone: rank 0 sees a lost peer and cannot say why
-                if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-                    print(f"pretrain: rank {engine.rank}: {error}", file=sys.stderr, flush=True)
-                raise
-            position = excluded.next_position(position + batch.global_batch_size, skipped)
-            ahead = pool.submit(read, position)
-            yield [engine.to_device(micro_batch) for micro_batch in window]
+            yield (position := excluded.next_position(position, skipped))
+            position += batch.global_batch_size
+
+    with contextlib.closing(read_ahead(read, positions())) as windows:
+        try:
+            for window in windows:
+                yield [engine.to_device(micro_batch) for micro_batch in window]
+        except (UserError, OSError) as error:  # of this rank alone: rank 0 sees a lost peer and cannot say why
+            if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+                print(f"pretrain: rank {engine.rank}: {error}", file=sys.stderr, flush=True)
+            raise

@@ -11,9 +11,12 @@ Reads are positioned reads without a shared cursor, so `take` is thread-safe.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +31,8 @@ from .indexed import DataError, TokenFile
 from .order import Order
 
 MASKED = -100  # the label that cross-entropy ignores
+_Place = TypeVar("_Place")
+_Content = TypeVar("_Content")
 
 
 class Batch(NamedTuple):
@@ -298,3 +303,15 @@ def _fill(batch: Batch, rows: np.ndarray, source, samples: np.ndarray) -> None:
     batch.tokens_BT.numpy()[rows], batch.labels_BT.numpy()[rows] = windows[:, :-1], windows[:, 1:]
     if batch.documents_BT is not None:
         batch.documents_BT.numpy()[rows] = source.documents(samples, windows)
+
+
+def read_ahead(read: Callable[[_Place], _Content], places: Iterable[_Place]) -> Iterator[_Content]:
+    """Yields `read(place)` for each place; a thread reads the next one while the caller uses this one. Raises what `read`
+    raises, at its place. Close it when it is not used up: that waits for the read in progress."""
+    remaining = iter(places)
+    with ThreadPoolExecutor(1, "data") as pool:
+        ahead = [pool.submit(read, place) for place in itertools.islice(remaining, 1)]
+        while ahead:
+            content = ahead.pop().result()
+            ahead = [pool.submit(read, place) for place in itertools.islice(remaining, 1)]
+            yield content

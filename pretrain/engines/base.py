@@ -190,8 +190,7 @@ class Engine:
     def attach(self, numbers: list[float], value: Tensor) -> None:
         """Adds numbers of the host, and a value () of the device, to the next `count_tokens`: summed over ranks without a
         collective of their own. `attached_sums()` then returns them in this order; it waits for that copy alone."""
-        options = {"dtype": torch.float64, "device": self.device}
-        self._attached = [torch.tensor(numbers, **options), value.to(**options)[None]]
+        self._attached = [self.upload(numbers, torch.float64), value.to(self.device, torch.float64)[None]]
 
     # ---------------------------------------------------------------- the training state
 
@@ -272,6 +271,17 @@ class Engine:
         copied = torch.cuda.Event()
         copied.record()
         return lambda: (copied.synchronize(), host.tolist())[1]
+
+    def upload(self, numbers: list, dtype: torch.dtype | None = None) -> Tensor:
+        """A list of numbers as a tensor on the device. The host does not wait: the copy reads pinned memory."""
+        host = torch.tensor(numbers, dtype=dtype, pin_memory=self.device.type == "cuda")
+        return host.to(self.device, non_blocking=True)
+
+    def pin(self, batch: tuple) -> tuple:
+        """The tensors of a batch in memory from which `to_device` copies without waiting: pinned if there is a GPU."""
+        if self.device.type != "cuda":
+            return batch
+        return type(batch)(*(None if tensor is None else tensor.pin_memory() for tensor in batch))
 
     def to_device(self, batch: tuple) -> tuple:
         """Copies the tensors of a batch to this rank's device; None stays None."""

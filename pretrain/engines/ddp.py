@@ -25,6 +25,7 @@ class DdpEngine(Engine):
     def _distribute(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
         self.model.to_empty(device=self.device)
         self._wrapped = self.model
+        self._views: list[tuple[Tensor, Tensor]] = []  # (parameter, its part of a bucket), from `_warm_up`
         if self.world_size > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
             ddp = nn.parallel.DistributedDataParallel
@@ -47,10 +48,21 @@ class DdpEngine(Engine):
         with self.autocast(), torch.compiler.set_stance("force_eager"):
             for _ in range(2):  # it rebuilds in the second forward pass, which needs a backward pass, or step 1 would sum early
                 self._wrapped(token_BT, token_BT).loss_sum.backward()
-        self.model.zero_grad(set_to_none=True)  # not the optimizer's: it may lack a parameter (see update_check.py)
+        # Of all parameters: the optimizer may lack one (see update_check.py).
+        self._views = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
+        self.model.zero_grad(set_to_none=True)
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager:
-        return self._wrapped.no_sync() if self.world_size > 1 and not last else contextlib.nullcontext()
+        if self.world_size == 1 or last:
+            return contextlib.nullcontext()
+        parameter, _ = self._views[0]
+        if parameter.grad is None:  # the first of several micro-batches
+            # Summed into the memory of DDP's buckets. Otherwise the sum would be a second copy of the gradient, 4 bytes per
+            # parameter, until the last micro-batch copies it there.
+            torch._foreach_zero_([view for _, view in self._views])
+            for parameter, view in self._views:
+                parameter.grad = view
+        return self._wrapped.no_sync()
 
     def local_states(self, saving: bool) -> Iterator[LocalState]:
         for name, parameter in self.model.named_parameters():

@@ -25,25 +25,24 @@ class UpdateCheck:
 
     @torch.no_grad()
     def figures(self, lr: float) -> tuple[dict[str, float], list[str]]:
-        """Returns metrics of the step, and a warning for each problem. A collective.
+        """Returns metrics of the step, and a warning for each problem. A collective; the host reads the device once, at the end.
 
         update_fraction: norm of the update / norm of the weights, over a sample. stuck_parameters: number of parameters that
         did not move although `lr` is large enough (fp32 loses an update below 1e-7 of a weight). diverged_ranks: number of
         ranks whose replica of some weight differs from that of the first rank.
         """
         names = [name for name, _ in self.engine.model.named_parameters()]
-        place = {name: number for number, name in enumerate(names)}
-        options = {"dtype": torch.float64, "device": self.engine.device}
-        sums = torch.zeros(4, len(names), **options)  # moved, squares of update and weight, sample size
+        rows, sizes = {}, {}
         for state in self.engine.local_states(saving=True):
             (old_sum, old), (new_sum, new) = self.before[state.name], _look(state.tensors["model"])
-            count = torch.tensor(new.numel(), device=new.device)
-            column = [new_sum != old_sum, (new - old).double().square().sum(), new.double().square().sum(), count]
-            sums[:, place[state.name]] = torch.stack([value.double() for value in column]).to(self.engine.device)
-        by_rank = _differing(self.engine)
-        total = self.engine.all_reduce(torch.cat([sums.flatten(), by_rank])).cpu()
-        moved, update, weight, count = total[: sums.numel()].view_as(sums)
-        by_rank = total[sums.numel() :]
+            sums = [new_sum != old_sum, (new - old).double().square().sum(), new.double().square().sum()]
+            rows[state.name], sizes[state.name] = torch.stack([value.double() for value in sums]), new.numel()
+        none = next(iter(rows.values())).new_zeros(3) if rows else torch.zeros(3, dtype=torch.float64)
+        sums_P3 = torch.stack([rows.get(name, none) for name in names]).to(self.engine.device)  # P: parameters
+        counts = self.engine.upload([sizes.get(name, 0) for name in names], torch.float64)
+        total = self.engine.all_reduce(torch.cat([sums_P3.T.flatten(), counts, _differing(self.engine)])).cpu()
+        moved, update, weight, count = total[: 4 * len(names)].view(4, -1)
+        by_rank = total[4 * len(names) :]
         noticeable = (lr == 0) | (lr > 1e-6 * (weight / count.clamp(min=1)).sqrt())
         stuck = [name for name, is_stuck in zip(names, (moved == 0) & noticeable, strict=True) if is_stuck]
         figures = {

@@ -65,20 +65,22 @@ class Meter:
         """Returns the figures of the interval, equal on all ranks, and starts a new interval. A collective.
 
         loss: nats per valid token over the applied steps, NaN if there were none. grad_norm: of the last step. routing: the
-        `routing_figures` of the applied steps, empty without MoE.
+        `routing_figures` of the applied steps, empty without MoE. memory: the figures of `_peaks`, largest over all ranks.
         """
-        memory, routing = self._slot(peak_memory_gib(self.device)), self._routing()
-        sums = all_reduce(torch.cat([self.loss_sum[None], memory, routing])).cpu()
-        loss_sum, *memories = sums[: 1 + self.world_size].tolist()
-        self.figures = dict(zip(_COUNTS, self.counts.tolist(), strict=True))
+        peaks, routing = _peaks(self.device), self._routing()
+        slots = torch.cat([self._slot(peak) for peak in peaks.values()])
+        sums = all_reduce(torch.cat([self.loss_sum[None], slots, routing]))
+        equal = torch.cat([self.grad_norm.double()[None], self.counts.double()])  # on all ranks; float64: exact to 2^53
+        sizes = [1, len(_COUNTS), 1, slots.numel(), routing.numel()]
+        grad_norm, counts, loss_sum, slots, routing = torch.cat([equal, sums]).cpu().split(sizes)
+        self.figures = {name: int(count) for name, count in zip(_COUNTS, counts.tolist(), strict=True)}
         loss_tokens = self.figures["loss_tokens"]
-        self.figures["loss"] = loss_sum / loss_tokens if loss_tokens else math.nan
-        self.figures["grad_norm"] = self.grad_norm.item()
-        self.figures["peak_memory_gib"] = max(memories)
+        self.figures["loss"] = loss_sum.item() / loss_tokens if loss_tokens else math.nan
+        self.figures["grad_norm"] = grad_norm.item()
+        self.figures["memory"] = dict(zip(peaks, slots.view(-1, self.world_size).amax(1).tolist(), strict=True))
         self.figures["routing"] = {}
         if loss_tokens and self.routing_LX is not None:
-            routing_LX = sums[1 + self.world_size :].view_as(self.routing_LX)
-            self.figures["routing"] = routing_figures(routing_LX, loss_tokens)
+            self.figures["routing"] = routing_figures(routing.view_as(self.routing_LX), loss_tokens)
         self.routing_LX = None
         self.loss_sum.zero_()
         self.counts[:-1] = 0
@@ -173,6 +175,14 @@ class Clock:
         known = list(self._intervals)[1:] or list(self._intervals)
         steps, seconds = map(sum, zip(*known[len(known) // 2 :], strict=True))
         return seconds / steps
+
+
+def _peaks(device: torch.device) -> dict[str, float]:
+    """peak_memory_gib and, on GPUs, peak_reserved_gib: that, and what PyTorch's allocator holds for later tensors."""
+    peaks = {"peak_memory_gib": peak_memory_gib(device)}
+    if device.type == "cuda":
+        peaks["peak_reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
+    return peaks
 
 
 def peak_memory_gib(device: torch.device) -> float:

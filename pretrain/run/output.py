@@ -95,7 +95,7 @@ def log_step(run: Run, clock: Clock, lr: float, update_check: UpdateCheck | None
         "epoch": progress.position / run.data.samples_per_epoch,
         "tokens_per_second": rate,
         "data_seconds": clock.data_seconds,
-        "peak_memory_gib": figures["peak_memory_gib"],
+        **figures["memory"],
         "skipped_steps": progress.skipped_steps,
         "eta_seconds": _seconds_left(run, clock),
         "goodput": progress.train_seconds / max(progress.train_seconds, time.time() - progress.started),
