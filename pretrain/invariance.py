@@ -197,8 +197,8 @@ def _run(case: Case, model: ModelConfig, grad_clip: float, seed: int) -> tuple[l
 
 
 class _GradientBytes:
-    """Bytes of the gradients that the optimizer takes, for each step: of all storages that hold them after a micro-batch or when
-    the optimizer takes them. A sum that moves from one storage to another counts twice, since both exist at that moment."""
+    """Bytes of the gradients of each step: of all storages that hold them after a micro-batch or when the optimizer takes them.
+    A sum that moves from one storage to another counts twice, since both exist at that moment."""
 
     def __init__(self, engine: Engine):
         self.of_steps: list[int] = []

@@ -3,6 +3,7 @@ settings and seed alone."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from pretrain.engines.compile import compile_model
+from pretrain.model import transformer
 from pretrain.model.config import ModelConfig, RopeScalingConfig, resolve_model
 from pretrain.model.transformer import Transformer, build
 
@@ -157,6 +159,32 @@ def test_initial_weights_depend_on_the_seed_alone():
             assert (other[name] != weight).float().mean() > 0.99
     names = [name for name in first if "q_proj" in name]
     assert (first[names[0]] != first[names[1]]).any(), "layers must not start equal"
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 63, 64, 65, 79, 80, 81, 200, 320])
+def test_any_part_of_an_initial_weight_equals_that_part_of_one_draw(count, monkeypatch):
+    """In blocks of 64 values; parts begin and end before, in and after the last 16 values, which may be drawn anew."""
+    monkeypatch.setattr(transformer, "_DRAWN", 64)
+    full = torch.empty(count).normal_(0.0, 0.3, generator=torch.Generator().manual_seed(5))
+    for offset in range(0, count, 7):
+        for end in {offset, offset + 1, (offset + count) // 2, count - 1, count}:
+            part = torch.full((max(0, end - offset),), math.nan)
+            transformer._draw_normal(part, offset, count, 0.3, torch.Generator().manual_seed(5))
+            assert torch.equal(part, full[offset:end] if end > offset else full[:0]), (offset, end)
+
+
+def test_a_weight_larger_than_a_block_is_drawn_as_ever():
+    shape = (1031, 1031)  # a block of 2^20 values and a rest
+    name, size = "model.embed_tokens.weight", math.prod(shape)
+    model = build(resolved(), "cpu", seed=0)
+    generator = torch.Generator().manual_seed(
+        int.from_bytes(hashlib.blake2b(f"7:{name}".encode(), digest_size=8).digest(), "little")
+    )
+    expected = torch.empty(shape).normal_(0.0, model._initial_std(name, shape[-1]), generator=generator).view(-1)
+    for offset, end in ((0, size), (size - 20_000, size), (1_000_000, 1_050_000)):
+        part = torch.empty(end - offset)
+        model.fill_initial(part, offset, name, shape, seed=7)
+        assert torch.equal(part, expected[offset:end])
 
 
 def test_building_fills_every_parameter_and_there_are_no_buffers(monkeypatch):

@@ -15,6 +15,7 @@ import math
 import os
 import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -120,7 +121,10 @@ class Engine:
             compile_model(self.model, self.config.compile, self.compile_backend)
         self._distribute(make_optimizer)
         self._warm_up()
-        self.restore(fill or (lambda shard: _draw(self.model, shard, seed)), moments=False)
+        if fill is None:
+            self._draw(seed)
+        else:
+            self.restore(fill, moments=False)
 
     def _make(self, make_model: Callable[[], nn.Module]) -> nn.Module:
         with torch.device("meta"):
@@ -129,6 +133,21 @@ class Engine:
     def _distribute(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
         """Allocates `self.model`; sets `self.optimizer` and `self._wrapped`, the module to call in a forward pass."""
         raise NotImplementedError
+
+    def _draw(self, seed: int) -> None:
+        """Sets the initial weights of `seed`: several parameters at once, on this rank's share of the host's cores. Each has a
+        generator of its own, so that their order does not matter."""
+        parts = list(self._held(saving=False, moments=False))
+        parts.sort(key=lambda part: part.offset + part.values.numel(), reverse=True)  # the longest draws first
+        with ThreadPoolExecutor(_cores(self.place), "draw") as pool:
+            draws = [
+                pool.submit(self.model.fill_initial, values, offset, name.removeprefix("model/"), shape, seed)
+                for name, shape, offset, values in parts
+            ]
+            for draw in draws:
+                draw.result()
+                self.watchdog.alive("drawing its initial weights")
+        self._refresh()
 
     def _warm_up(self) -> None:
         """Makes changes that the engine would otherwise make after its first step. The weights have no values yet."""
@@ -198,22 +217,26 @@ class Engine:
         """The training state of this rank. saving: only the shards that this rank must save; those of all ranks cover every
         tensor exactly once. To write into shards, use `restore`."""
         self._make_moments()
-        for name, shape, offset, tensors in itertools.chain(self.local_states(saving), self._buffers(saving)):
+        for shard in self._held(saving, moments=True):
             self.watchdog.alive("saving" if saving else "reading its state")
-            for kind, values in tensors.items():
-                yield Shard(f"{kind}/{name}", shape, offset, values)
+            yield shard
 
     def restore(self, fill: Callable[[Shard], None], *, moments: bool = True) -> None:
         """Calls `fill` with every shard of this rank's state, with or without moments, then updates what depends on them."""
         if moments:
             self._make_moments()
         with torch.no_grad():
-            for name, shape, offset, tensors in itertools.chain(self.local_states(saving=False), self._buffers(saving=False)):
+            for shard in self._held(saving=False, moments=moments):
                 self.watchdog.alive("loading")
-                for kind, values in tensors.items():
-                    if moments or kind == "model":
-                        fill(Shard(f"{kind}/{name}", shape, offset, values))
+                fill(shard)
         self._refresh()
+
+    def _held(self, saving: bool, moments: bool) -> Iterator[Shard]:
+        """The shards of weights and buffers and, if they exist, of moments."""
+        for name, shape, offset, tensors in itertools.chain(self.local_states(saving), self._buffers(saving)):
+            for kind, values in tensors.items():
+                if moments or kind == "model":
+                    yield Shard(f"{kind}/{name}", shape, offset, values)
 
     def local_states(self, saving: bool) -> Iterator[LocalState]:
         """This rank's part of each parameter. saving: only the parts that this rank must save. Moments are included once they
@@ -355,10 +378,10 @@ def make_moments(optimizer: torch.optim.Optimizer, parameters_of_groups: list[li
         parameter.grad = gradient
 
 
-def _draw(model: nn.Module, shard: Shard, seed: int) -> None:
-    """Fills a shard of a weight with its range of the full initial weight."""
-    full = model.initial_weight(shard.name.removeprefix("model/"), shard.shape, seed).view(-1)
-    shard.values.copy_(full[shard.offset : shard.offset + shard.values.numel()])
+def _cores(place: Place) -> int:
+    """This rank's share of the cores that its host gives to its ranks, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // (place.local_world_size or 1))
 
 
 def require_device(place: Place) -> None:
@@ -390,7 +413,7 @@ def _start_processes(config: EngineConfig, place: Place, store: dist.Store | Non
     cpu = not torch.cuda.is_available()
     if cpu and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
         # torchrun gives every process one thread, which leaves most of a CPU-only machine idle.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (place.local_world_size or 1)))
+        torch.set_num_threads(_cores(place))
     patience = timedelta(seconds=config.timeout_seconds + 10 * interval(config.timeout_seconds))  # the watchdog reports first
     group = InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=patience)
     if store is not None and (place.launched or config.name != "ddp"):  # ddp needs no process group for a process alone

@@ -25,7 +25,7 @@ class UpdateCheck:
 
     @torch.no_grad()
     def figures(self, lr: float) -> tuple[dict[str, float], list[str]]:
-        """Returns metrics of the step, and a warning for each problem. A collective; the host reads the device once, at the end.
+        """Returns metrics of the step, and a warning for each problem. A collective; the host waits for the device once.
 
         update_fraction: norm of the update / norm of the weights, over a sample. stuck_parameters: number of parameters that
         did not move although `lr` is large enough (fp32 loses an update below 1e-7 of a weight). diverged_ranks: number of

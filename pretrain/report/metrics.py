@@ -68,16 +68,16 @@ class Meter:
         `routing_figures` of the applied steps, empty without MoE. memory: the figures of `_peaks`, largest over all ranks.
         """
         peaks, routing = _peaks(self.device), self._routing()
-        slots = torch.cat([self._slot(peak) for peak in peaks.values()])
-        sums = all_reduce(torch.cat([self.loss_sum[None], slots, routing]))
+        memory = torch.cat([self._slot(peak) for peak in peaks.values()])
+        sums = all_reduce(torch.cat([self.loss_sum[None], memory, routing]))
         equal = torch.cat([self.grad_norm.double()[None], self.counts.double()])  # on all ranks; float64: exact to 2^53
-        sizes = [1, len(_COUNTS), 1, slots.numel(), routing.numel()]
-        grad_norm, counts, loss_sum, slots, routing = torch.cat([equal, sums]).cpu().split(sizes)
+        sizes = [1, len(_COUNTS), 1, memory.numel(), routing.numel()]
+        grad_norm, counts, loss_sum, memory, routing = torch.cat([equal, sums]).cpu().split(sizes)
         self.figures = {name: int(count) for name, count in zip(_COUNTS, counts.tolist(), strict=True)}
         loss_tokens = self.figures["loss_tokens"]
         self.figures["loss"] = loss_sum.item() / loss_tokens if loss_tokens else math.nan
         self.figures["grad_norm"] = grad_norm.item()
-        self.figures["memory"] = dict(zip(peaks, slots.view(-1, self.world_size).amax(1).tolist(), strict=True))
+        self.figures["memory"] = dict(zip(peaks, memory.view(-1, self.world_size).amax(1).tolist(), strict=True))
         self.figures["routing"] = {}
         if loss_tokens and self.routing_LX is not None:
             self.figures["routing"] = routing_figures(routing.view_as(self.routing_LX), loss_tokens)
