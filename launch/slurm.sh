@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs on one or more nodes under SLURM, requeued until the run is done:
 #   sbatch --nodes 2 --gpus-per-node 8 --time 24:00:00 launch/slurm.sh --config configs/cloud.yaml [--section.key value ...]
-# Submit it from the project's folder. All nodes must share that folder and run.directory.
+# Submit it from the project's folder. All nodes must share that folder and run.directory. Where a job gets one core unless it asks
+# for more, add for example --cpus-per-task 64 (of a node, for all of its GPUs) or --exclusive.
 #SBATCH --job-name=pretrain
 #SBATCH --ntasks-per-node=1
 #SBATCH --requeue
@@ -32,6 +33,15 @@ if ! [[ ${SLURM_GPUS_ON_NODE:-} =~ ^[1-9][0-9]*$ ]]; then
     { echo "request GPUs, as with --gpus-per-node 8" >&2; exit 2; }
 fi
 
+# Since SLURM 22.05, srun does not inherit what sbatch was given.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
+enough='cores=$(python -c "import os; print(len(os.sched_getaffinity(0)))")
+[ "$cores" -ge "$gpus" ] || {
+  echo "$cores cores for $gpus GPUs on $(hostname), so that ranks would share a core:" \
+    "request more, as with --cpus-per-task $((8 * gpus)) or --exclusive" >&2
+  exit 2
+}'
+
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${hosts%%$'\n'*}
 before=$(state)
@@ -40,7 +50,7 @@ read -r attempt_before saved_before _ <<< "$before"
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=115 TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2,SIGXCPU
 # The port depends on the job id, so that jobs on one node do not collide. accelerate wants nodes times the processes of this node.
 code=0
-srun bash -c "$count"'
+srun bash -c "$count"$'\n'"$enough"'
 exec accelerate launch --config_file launch/accelerate/machines.yaml --num_machines "$SLURM_NNODES" \
   --num_processes "$((SLURM_NNODES * gpus))" --machine_rank "$SLURM_NODEID" --main_process_ip "$0" \
   --main_process_port "$((20000 + SLURM_JOB_ID % 20000))" launch/pretrain.py --checkpoint.deadline_seconds 110 "$@"' "$head" "$@" \

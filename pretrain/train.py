@@ -127,6 +127,7 @@ def train(config: Config, stop: StopRequest | None = None) -> int:
         while start:
             run = open_run(config, engine, parts, directory, start)
             status, reason, start = _train_from(start, run, stop, warnings)
+            del run  # with its copy of the state on the host: after a rollback, the next run allocates another
         outcome.end(status, reason)
     return outcome.status
 

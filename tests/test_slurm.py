@@ -65,6 +65,12 @@ def state_after(folder: Path, settings: list[str], before: dict | None, after: d
     return job.returncode, requeued(folder), output
 
 
+def python_on(gpus: int, cores: int) -> str:
+    """In place of python: python on a node with so many GPUs, and so many cores for this job."""
+    counts = f"*device_count*) echo {gpus} ;; *sched_getaffinity*) echo {cores} ;;"
+    return f'#!/usr/bin/env bash\ncase "$*" in {counts} *) exec {sys.executable} "$@" ;; esac\n'
+
+
 def ended(attempt: int, saved_step: int | None, exit_status: int | None, reason: str | None = None) -> dict:
     return {"attempt": attempt, "saved_step": saved_step, "exit_status": exit_status, "reason": reason}
 
@@ -110,10 +116,9 @@ def test_notices_before_the_first_checkpoint_requeue_a_job_twice_in_a_row_at_mos
 )
 def test_processes_are_the_nodes_times_the_gpus_that_slurm_or_torch_counts(tiny, tmp_path, variables, processes):
     """And words with spaces arrive as they are."""
-    counting = f'#!/usr/bin/env bash\nif [[ "$*" == *device_count* ]]; then echo 3; else exec {sys.executable} "$@"; fi\n'
     (tmp_path / "folder").write_text(str(run_of(tiny)))
     settings = ["--run.name", "two words", "--batch.global_batch_size", "72", *tiny]
-    job = start(tmp_path, settings, variables | {"SLURM_NNODES": "3"}, accelerate=ACCELERATE, python=counting)
+    job = start(tmp_path, settings, variables | {"SLURM_NNODES": "3"}, accelerate=ACCELERATE, python=python_on(gpus=3, cores=9))
     output, _ = job.communicate(timeout=120)
     words = (tmp_path / "arguments").read_text().splitlines()
     assert words[words.index("--num_processes") + 1] == processes and "two words" in words, output
@@ -121,10 +126,29 @@ def test_processes_are_the_nodes_times_the_gpus_that_slurm_or_torch_counts(tiny,
 
 
 def test_a_node_without_gpus_is_refused_before_the_launch(tiny, tmp_path):
-    counting = f'#!/usr/bin/env bash\nif [[ "$*" == *device_count* ]]; then echo 0; else exec {sys.executable} "$@"; fi\n'
-    job = start(tmp_path, tiny, {}, accelerate=ACCELERATE, python=counting)
+    job = start(tmp_path, tiny, {}, accelerate=ACCELERATE, python=python_on(gpus=0, cores=9))
     output, _ = job.communicate(timeout=120)
     assert job.returncode == 2 and "no GPU" in output and not (tmp_path / "arguments").exists(), output
+
+
+def test_a_node_with_fewer_cores_than_gpus_is_refused_before_the_launch(tiny, tmp_path):
+    """On many clusters a job gets one core unless it asks for more, and all ranks of a node would share it."""
+    (tmp_path / "folder").write_text(str(run_of(tiny)))
+    job = start(tmp_path, tiny, {"SLURM_GPUS_ON_NODE": "4"}, accelerate=ACCELERATE, python=python_on(gpus=4, cores=3))
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 2 and "--cpus-per-task" in output and not (tmp_path / "arguments").exists(), output
+    assert not requeued(tmp_path)
+
+
+def test_the_cores_of_the_job_are_requested_again_for_its_tasks(tiny, tmp_path):
+    (tmp_path / "folder").write_text(str(run_of(tiny)))
+    noting = SRUN.replace(
+        "export SLURM_NODEID=0", 'export SLURM_NODEID=0\necho "${SRUN_CPUS_PER_TASK:-none}" > "$SLURM_TEST/cores"'
+    )
+    for given, passed_on in (({"SLURM_CPUS_PER_TASK": "48"}, "48"), ({}, "none")):
+        job = start(tmp_path, tiny, {"SLURM_GPUS_ON_NODE": "2", **given}, accelerate=ACCELERATE, srun=noting)
+        job.communicate(timeout=120)
+        assert (tmp_path / "cores").read_text().strip() == passed_on
 
 
 @pytest.mark.slow

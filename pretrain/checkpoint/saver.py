@@ -6,8 +6,9 @@
     step 1003   all have voted: rank 0 commits, reports that, and then removes older checkpoints
 
 The snapshot takes one copy of the rank's share of the state on the host (12 bytes per parameter with AdamW, divided by the
-ranks), kept until the run ends, and pinned if there is a GPU. The last save of a job, and every save with `asynchronous:
-false`, take no snapshot: the run waits while the thread writes from live memory. The files are the same to the byte.
+ranks), allocated before the first step, kept until the run ends, and pinned if there is a GPU. The last save of a job, and
+every save with `asynchronous: false`, take no snapshot: the run waits while the thread writes from live memory. The files are
+the same to the byte.
 
 A failed save leaves earlier checkpoints alone, is reported, and does not stop the run; three in a row, or a failed last one,
 do (OSError).
@@ -15,6 +16,7 @@ do (OSError).
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import sys
 import threading
@@ -65,6 +67,8 @@ class Saver:
         """Number of failed saves in a row; only rank 0 counts."""
         self._began = time.monotonic()
         self._snapshot = _Snapshot(engine.device)
+        if config.asynchronous and (config.every_steps or config.every_minutes):
+            self._snapshot.reserve(storage.files_of(engine.shards(saving=True)))  # pinning takes seconds: now, not in a save
         self._save: _Save | None = None  # in progress
         self._pruning: threading.Thread | None = None
         self._not_removed: OSError | None = None
@@ -237,14 +241,17 @@ class _Snapshot:
         self.device = device
         self.buffers: list[Tensor] = []
 
+    def reserve(self, files: Iterable[list[Shard]]) -> None:
+        """Allocates the memory for these files, if it is not there yet."""
+        for file in itertools.islice(files, len(self.buffers), None):
+            count = sum(shard.values.numel() for shard in file)
+            self.buffers.append(torch.empty(count, pin_memory=self.device.type == "cuda"))
+
     def take(self, files: list[list[Shard]]) -> list[list[Shard]]:
         """Copies the shards; the copies are valid until the next call."""
+        self.reserve(files)
         copied = []
-        for number, file in enumerate(files):
-            if number == len(self.buffers):
-                count = sum(shard.values.numel() for shard in file)
-                self.buffers.append(torch.empty(count, pin_memory=self.device.type == "cuda"))
-            buffer = self.buffers[number]
+        for file, buffer in zip(files, self.buffers, strict=True):
             begin, copies = 0, []
             for shard in file:
                 end = begin + shard.values.numel()

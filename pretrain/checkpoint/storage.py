@@ -8,8 +8,8 @@ A save has three parts: `begin` makes a folder `.tmp-...`, `write_part` fills it
 they wrote, `commit` adds a manifest and renames the folder: a checkpoint is complete or absent. Every file is synced before the
 manifest, the folder before its rename, the parent folder after it. `saver.py` runs the middle part in the background.
 
-Data moves directly between live memory and files: on a CPU without a copy, on a GPU through a buffer on the host that is never
-larger than a file.
+Data moves directly between live memory and files: on a CPU without a copy, on a GPU through a pinned block of 16 MiB on the
+host.
 """
 
 from __future__ import annotations
@@ -119,11 +119,15 @@ def write_part(
 
 def _blocks(header: bytes, shards: list[Shard]) -> Iterator[memoryview | bytes]:
     yield header
+    staging = None
     for shard in shards:
-        values = shard.values.detach().cpu()
+        values = shard.values.detach()
         if values.dtype != torch.float32:
             raise TypeError(f"{shard.name} is {values.dtype}; checkpoints store fp32")
         for block in values.split(BLOCK):
+            if block.device.type != "cpu":
+                staging = torch.empty(BLOCK, pin_memory=True) if staging is None else staging
+                block = staging[: len(block)].copy_(block)
             if not all(map(math.isfinite, torch.aminmax(block))):  # one pass without a copy; aminmax propagates NaN
                 raise NotFinite(f"{shard.name} is not finite, so the state was not saved; no earlier checkpoint is affected")
             yield memoryview(block.numpy()).cast("B")

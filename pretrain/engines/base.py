@@ -378,6 +378,13 @@ def make_moments(optimizer: torch.optim.Optimizer, parameters_of_groups: list[li
         parameter.grad = gradient
 
 
+def _prefer_expandable_segments() -> None:
+    """Lets PyTorch's allocator grow segments of GPU memory, which leaves fewer gaps between tensors, unless the environment
+    configures it. PyTorch reads the variable at its first allocation."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def _cores(place: Place) -> int:
     """This rank's share of the cores that its host gives to its ranks, at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -411,6 +418,8 @@ def _start_processes(config: EngineConfig, place: Place, store: dist.Store | Non
     from accelerate.utils import InitProcessGroupKwargs
 
     cpu = not torch.cuda.is_available()
+    if not cpu:
+        _prefer_expandable_segments()
     if cpu and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
         # torchrun gives every process one thread, which leaves most of a CPU-only machine idle.
         torch.set_num_threads(_cores(place))

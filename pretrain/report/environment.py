@@ -2,13 +2,14 @@
 
     model, data   parameter and FLOP counts of the model, metadata sidecars of the data
     starts        one entry per start that made steps of this run: the step that it resumed from (0: none), number of processes,
-                  device, versions, git commit, environment variables
+                  device, versions, git commit, environment variables; on GPUs also driver, CUDA libraries and power limit
 
 Knows nothing of runs: it receives facts. Secrets cannot enter, since only variables in a list of allowed names are read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -19,12 +20,25 @@ from pathlib import Path
 from pretrain.files import read_json_object
 
 ROOT = Path(__file__).resolve().parents[2]
-LIBRARIES = ("torch", "accelerate", "deepspeed", "transformers", "numpy", "sentencepiece", "tokenizers", "wandb")
+LIBRARIES = (
+    "torch",
+    "triton",
+    "accelerate",
+    "deepspeed",
+    "torchao",
+    "transformers",
+    "numpy",
+    "sentencepiece",
+    "tokenizers",
+    "wandb",
+)
+_SMI_SECONDS = 10.0
 VARIABLES = (
     "ACCELERATE_MIXED_PRECISION",
     "CUBLAS_WORKSPACE_CONFIG",
     "CUDA_DEVICE_MAX_CONNECTIONS",
     "CUDA_LAUNCH_BLOCKING",
+    "CUDA_MODULE_LOADING",
     "CUDA_VISIBLE_DEVICES",
     "HF_HUB_OFFLINE",
     "LOCAL_WORLD_SIZE",
@@ -40,10 +54,13 @@ VARIABLES = (
     "PYTHONHASHSEED",
     "PYTORCH_ALLOC_CONF",
     "PYTORCH_CUDA_ALLOC_CONF",
+    "SLURM_CPUS_PER_TASK",
     "SLURM_JOB_ID",
     "SLURM_NNODES",
+    "TORCHINDUCTOR_CACHE_DIR",
     "TORCH_EXTENSIONS_DIR",
     "TORCH_LOGS",
+    "TRITON_CACHE_DIR",
     "WANDB_MODE",
     "WORLD_SIZE",
 )
@@ -60,6 +77,38 @@ def here() -> dict:
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "command": Path(sys.argv[0]).name,
     }
+
+
+def of_gpu(index: int) -> dict:
+    """What figures of this process's GPU depend on: versions of CUDA, cuDNN and NCCL, driver, and power limit in watts. A value
+    that is not known is missing: nvidia-smi may be absent, or hang on a machine with a broken driver."""
+    import torch  # the other functions need none of it
+
+    facts = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    if torch.distributed.is_nccl_available():
+        facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return {key: value for key, value in facts.items() if value is not None} | _smi(
+        str(torch.cuda.get_device_properties(index).uuid)
+    )
+
+
+def _smi(uuid: str) -> dict:
+    """{"driver", "power_limit_watts"}, as far as nvidia-smi knows them. By uuid: CUDA_VISIBLE_DEVICES renumbers devices."""
+    query = [
+        "nvidia-smi",
+        f"--id=GPU-{uuid.removeprefix('GPU-')}",
+        "--query-gpu=driver_version,power.limit",
+        "--format=csv,noheader,nounits",
+    ]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=_SMI_SECONDS, check=True)
+        driver, watts = (word.strip() for word in done.stdout.strip().split(","))
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return {}
+    known = {"driver": driver}
+    with contextlib.suppress(ValueError):  # "[N/A]" in some virtual machines
+        known["power_limit_watts"] = float(watts)
+    return known
 
 
 def git_state(root: Path) -> dict | None:
