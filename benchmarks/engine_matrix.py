@@ -33,9 +33,9 @@ ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 def expected_bytes(case: Case, shapes: list[tuple[int, ...]]) -> dict[str, int]:
     """Bytes on the rank that holds most, with momentum as the only moment.
 
-    ddp: everything. zero1, zero2: a rank owns one part of all weights, flattened and padded to a multiple of 2 elements per
-    rank; zero1 in bf16 sums all gradients on every rank. zero3: a part of each parameter, rounded up. fsdp2: rows of each
-    parameter, rounded up, which are also the master weights.
+    ddp: everything; the gradients are the buckets, with and without accumulation. zero1, zero2: a rank owns one part of all
+    weights, flattened and padded to a multiple of 2 elements per rank; zero1 in bf16 sums all gradients on every rank. zero3: a
+    part of each parameter, rounded up. fsdp2: rows of each parameter, rounded up, which are also the master weights.
     """
     ranks, name = case.ranks, case.engine.name
     total = sum(map(math.prod, shapes))

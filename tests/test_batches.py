@@ -5,6 +5,7 @@ import errno
 import math
 import os
 import struct
+import threading
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from pretrain.config import DataConfig, SourceConfig, SyntheticConfig
-from pretrain.data.batches import open_train, open_valid
+from pretrain.data.batches import open_train, open_valid, read_ahead
 from pretrain.data.indexed import DataError, TokenFile
 
 from .test_indexed import END, documents, write, write_megatron
@@ -429,3 +430,23 @@ def test_a_trillion_tokens_cost_no_time_to_open_and_no_memory(tmp_path):
     assert data.samples_per_epoch == (num_tokens - 1) // 2048 and batch.tokens_BT.shape == (64, 2048)
     assert seconds < 10  # 0.1 on an idle machine; building an index or scanning all tokens would take minutes
     assert peak < 16 << 20 and resident_bytes() - resident < 64 << 20
+
+
+def test_the_next_read_happens_while_the_caller_uses_this_one_and_an_error_comes_in_its_place():
+    began, released = [], threading.Event()
+
+    def read(place: int) -> int:
+        began.append(place)
+        if place == 1:
+            assert released.wait(30)
+        if place == 3:
+            raise OSError("gone")
+        return 10 * place
+
+    contents = read_ahead(read, range(9))
+    assert next(contents) == 0  # returned although the read of 1, which has begun, is not done
+    released.set()
+    assert [next(contents), next(contents)] == [10, 20]
+    with pytest.raises(OSError, match="gone"):
+        next(contents)
+    assert began == [0, 1, 2, 3] and list(read_ahead(read, [])) == [] and list(read_ahead(read, [5])) == [50]

@@ -6,6 +6,7 @@ import collections
 import ctypes
 import dataclasses
 import json
+import math
 import os
 import resource
 import subprocess
@@ -17,11 +18,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.config import Config, ConfigError, EngineConfig, load, validate
-from pretrain.engines.base import require
+from pretrain.engines import base
+from pretrain.engines.base import _prefer_expandable_segments, require
 from pretrain.engines.compile import compile_report
 from pretrain.engines.start import start_engine
 from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.model.transformer import Transformer
+from pretrain.train import train_step
 from tests.distributed.test_engines import ENGINES, engine_of
 from tests.ranks import run_ranks
 from tests.test_step import differences, make_engine, make_optimizer, plain_run, run_steps, window_of
@@ -256,3 +259,107 @@ def test_every_engine_setting_is_documented():
 def test_the_cloud_configurations_fit_their_ranks():
     for config, ranks in (("cloud", 8), ("cloud_moe", 8), ("cloud_zero3", 8), ("cloud_zero3", 64)):
         load(["--config", str(ROOT / "configs" / f"{config}.yaml")], world_size=ranks)
+
+
+# ---------------------------------------------------------------- memory and copies
+
+
+def storages_of_gradients(micro_batches: list[int]) -> tuple[list[dict[int, int]], int]:
+    """Under ddp, for steps of so many micro-batches (the third step is not finite): {address: bytes} of the storages that held
+    gradients in each step; and the bytes of the weights."""
+    engine, steps = make_engine(EngineConfig(), "adamw"), []
+    backward = engine.backward
+
+    def noting(loss):
+        backward(loss * (math.nan if len(steps) == 3 else 1.0))
+        gradients = [parameter.grad.untyped_storage() for parameter in engine.model.parameters()]
+        steps[-1] |= {storage.data_ptr(): storage.nbytes() for storage in gradients}
+
+    engine.backward = noting
+    for step, count in enumerate(micro_batches):
+        steps.append({})
+        train_step(engine, window_of(engine, step, 4 // count), 1e-3)
+    weights = sum(parameter.nbytes for parameter in engine.model.parameters())
+    assert all(torch.isfinite(parameter).all() for parameter in engine.model.parameters())
+    engine.close()
+    return steps, weights
+
+
+def test_ddp_holds_one_copy_of_the_gradient_whatever_the_accumulation():
+    """It was two: sums over micro-batches outside of the buckets, and the buckets."""
+    for steps, weights in run_ranks(2, storages_of_gradients, [1, 4, 2, 4, 1, 2]):
+        for step in steps:
+            assert sum(step.values()) == weights
+            assert step == steps[0]  # the memory of the buckets
+
+
+def bf16_copies_kept(compute: EngineConfig) -> float:
+    """Bytes of the bf16 copies of weights that ddp keeps from the forward to the backward pass, per parameter of a block's
+    matrices."""
+    engine = make_engine(compute, "adamw")
+    shapes = {parameter.shape for parameter in engine.model.parameters()}
+    shapes |= {shape[::-1] for shape in shapes}
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        if tensor.dtype == torch.bfloat16 and tensor.shape in shapes:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        engine.forward(*window_of(engine, 0, 8)[0])
+    return sum(kept.values()) / sum(
+        parameter.numel() for parameter in engine.model.model.layers.parameters() if parameter.ndim == 2
+    )
+
+
+def test_what_ddp_keeps_of_its_weights_in_bf16_is_documented():
+    """In docs/engines.md: 2 bytes per parameter of a block's matrices; embedding and head keep none."""
+    assert bf16_copies_kept(EngineConfig(precision="fp32")) == 0
+    assert bf16_copies_kept(EngineConfig(precision="bf16")) == 2
+    assert bf16_copies_kept(EngineConfig(precision="bf16", activation_checkpointing="full")) == 0
+
+
+def test_numbers_go_to_a_gpu_from_pinned_memory_and_the_host_does_not_wait(monkeypatch):
+    engine = make_engine(EngineConfig(), "adamw")
+    asked, make, cuda, batch = [], torch.tensor, torch.device("cuda", 0), window_of(engine, 0, 8)[0]
+    monkeypatch.setattr(
+        torch, "tensor", lambda *args, pin_memory, **options: (asked.append(pin_memory), make(*args, **options))[1]
+    )
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args, **options: (asked.append((args, options)), tensor)[1])
+    engine.device = cuda
+    assert engine.upload([1, 2]).tolist() == [1, 2]
+    assert asked == [True, ((cuda,), {"non_blocking": True})]
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tensor), tensor)[1])
+    assert engine.pin(batch) == batch and len(pinned) == 2
+    engine.device = torch.device("cpu")
+    engine.pin(batch)
+    assert len(pinned) == 2
+
+
+def test_the_allocator_grows_its_segments_unless_the_environment_configures_it(monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setattr(os, "environ", {name: "max_split_size_mb:512"})
+        _prefer_expandable_segments()
+        assert os.environ == {name: "max_split_size_mb:512"}
+    monkeypatch.setattr(os, "environ", {})
+    _prefer_expandable_segments()
+    assert os.environ == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
+@pytest.mark.skipif(not hasattr(torch._C, "_accelerator_getAllocatorSettings"), reason="this torch cannot be asked")
+def test_torch_reads_the_settings_of_the_allocator_after_its_import():
+    code = "import torch; from pretrain.engines.base import _prefer_expandable_segments as prefer; prefer()\n"
+    code += "print(torch._C._accelerator_getAllocatorSettings())"
+    clean = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "expandable_segments:True"
+
+
+def test_initial_weights_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch):
+    drawn = []
+    for cores in (1, 7):
+        monkeypatch.setattr(base, "_cores", lambda place, cores=cores: cores)
+        drawn.append(make_engine(EngineConfig(), "adamw").model.state_dict())
+    assert drawn[0].keys() == drawn[1].keys() and all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])

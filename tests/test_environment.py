@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -97,3 +98,43 @@ def test_samples_at_validations_equal_those_of_the_checkpoint_and_change_no_weig
             assert each == {"prompt": prompt, "text": "".join(stream_text(tokenizer.decode, ids, new))}
     loud, silent = (load_transformer(open_run(runs / name, 6).weights).state_dict() for name in ("run", "silent"))
     assert all(torch.equal(loud[name], silent[name]) for name in silent)
+
+
+SMI = """#!/bin/sh
+echo "$@" > "$SMI_ARGUMENTS"
+%s
+"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "known"),
+    [
+        ("echo '570.86.10, 650.00'", {"driver": "570.86.10", "power_limit_watts": 650.0}),
+        ("echo '570.86.10, [N/A]'", {"driver": "570.86.10"}),
+        ("echo 'No devices were found'", {}),
+        ("exit 9", {}),
+        ("exec sleep 60", {}),
+        (None, {}),
+    ],
+)
+def test_driver_and_power_limit_are_those_that_nvidia_smi_knows(monkeypatch, tmp_path, answer, known):
+    """It may be missing, fail, or hang on a machine with a broken driver."""
+    monkeypatch.setattr(environment, "_SMI_SECONDS", 1.0 if answer == "exec sleep 60" else 30.0)
+    monkeypatch.setenv("SMI_ARGUMENTS", str(tmp_path / "arguments"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin" if answer else str(tmp_path))
+    if answer:
+        (tmp_path / "nvidia-smi").write_text(SMI % answer)
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    assert environment._smi("3f2a-77") == known
+    assert answer is None or "--id=GPU-3f2a-77" in (tmp_path / "arguments").read_text()
+
+
+def test_what_figures_of_a_gpu_depend_on_is_kept(monkeypatch):
+    gpu = types.SimpleNamespace(uuid="3f2a-77")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(torch.cuda, "nccl", types.SimpleNamespace(version=lambda: (2, 29, 3)))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 92000)
+    monkeypatch.setattr(environment, "_smi", lambda uuid: {"driver": uuid})
+    assert environment.of_gpu(0) == {"cuda": "13.0", "cudnn": 92000, "nccl": "2.29.3", "driver": "3f2a-77"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -78,3 +79,25 @@ def test_a_limit_selects_the_same_samples_for_any_micro_batch(folder):
     few = {size: evaluate_here(folder, size, 4)["val_loss"] for size in (1, 2, 4, 7)}
     assert max(few.values()) == pytest.approx(min(few.values()), rel=1e-6)
     assert few[1] != pytest.approx(evaluate_here(folder, 4, None)["val_loss"], rel=1e-6)
+
+
+def test_a_validation_waits_for_the_device_for_the_flags_and_once_at_its_end(folder, monkeypatch):
+    """On the meta device, where a read of a tensor raises. What goes there does so by `upload` and `to_device`."""
+    engine = start_engine(EngineConfig(name="ddp"))
+    engine.prepare(lambda: Transformer(MODEL), lambda model: build_optimizer(model, OptimizerConfig()), 1.0, seed=0)
+    engine.device = torch.device("meta")
+    engine.model.to("meta")
+    engine.autocast = contextlib.nullcontext  # knows no meta device
+    flags, sums, make = [], [], torch.tensor
+    engine.copy_to_host = lambda values: flags.append(values) or (lambda: [0])
+    engine.all_reduce = lambda values: (
+        values if values.dtype == torch.int64 else sums.append(values) or torch.ones(values.shape)
+    )
+
+    def make_on_the_host(*args, device="cpu", **options):
+        assert device == "cpu", "copies from pageable memory, and waits"
+        return make(*args, **options)
+
+    monkeypatch.setattr(torch, "tensor", make_on_the_host)
+    evaluate(engine, sets_of(folder), 2, None, lambda: [0])
+    assert len(sums) == 1 and len(flags) == 6 + 2  # 12 and 4 samples; in rounds of 2

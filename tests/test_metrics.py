@@ -87,3 +87,35 @@ def test_the_peak_memory_of_a_process_is_its_own_and_not_that_of_the_program_tha
 def test_without_proc_the_peak_memory_is_that_of_the_system(monkeypatch):
     monkeypatch.setattr(metrics, "Path", lambda path: (_ for _ in ()).throw(FileNotFoundError(path)))
     assert peak_memory_gib(torch.device("cpu")) == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_reading_an_interval_waits_for_the_device_once(monkeypatch, routed):
+    """On the meta device, where any other read of a tensor raises."""
+    meter, reads = Meter(torch.device("meta"), 0, 1), []
+    values = [torch.empty((), dtype=dtype, device="meta") for dtype in (torch.float64, torch.int64, torch.float32, torch.bool)]
+    meter.add(*values, torch.empty(2, 6, dtype=torch.float64, device="meta") if routed else None)
+    monkeypatch.setattr(
+        torch.Tensor, "cpu", lambda tensor: reads.append(tensor) or torch.ones(tensor.shape, dtype=tensor.dtype)
+    )
+    figures = meter.read(alone)
+    assert len(reads) == 1 and figures["loss"] == figures["grad_norm"] == figures["loss_tokens"] == 1
+    assert figures["memory"] == {"peak_memory_gib": 1.0} and ("aux_loss" in figures["routing"]) == routed
+
+
+def test_on_gpus_the_peak_that_the_allocator_reserved_is_reported_beside_that_of_tensors(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 5 * 2**30)
+    assert metrics._peaks(torch.device("cuda")) == {"peak_memory_gib": 3.0, "peak_reserved_gib": 5.0}
+    assert list(metrics._peaks(torch.device("cpu"))) == ["peak_memory_gib"]
+
+
+def test_the_largest_peak_of_all_ranks_is_reported():
+    meters = [Meter(torch.device("cpu"), rank, 2) for rank in range(2)]
+    parts: list[torch.Tensor] = []
+    for meter in meters:
+        add(meter, 10.0, 10)
+        meter.read(lambda part: parts.append(part.clone()) or part)
+    add(meters[0], 10.0, 10)
+    parts[1][2] = 77.0  # the slot of rank 1
+    assert meters[0].read(lambda _: sum(parts))["memory"]["peak_memory_gib"] == 77.0

@@ -15,7 +15,7 @@ from pretrain.checkpoint.manifest import checkpoints
 from pretrain.checkpoint.saver import FAILED, GIVE_UP, WRITTEN, Saver
 from pretrain.checkpoint.storage import NotFinite
 from pretrain.config import CheckpointConfig, EngineConfig
-from pretrain.engines.base import Engine
+from pretrain.engines.base import Engine, Shard
 from tests.ranks import run_ranks
 from tests.saving import save
 from tests.test_checkpoint import make_engine, take_steps
@@ -223,3 +223,29 @@ def test_all_ranks_commit_or_none_and_the_run_continues(tmp_path):
     assert messages[0] == "saved 1" and messages[2] == "saved 3" and not messages_1
     assert "checkpoint of step 2 failed" in messages[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000003"]
+
+
+def test_the_copy_of_the_state_is_allocated_before_the_first_save_and_only_for_saves_in_the_background(tmp_path):
+    engine = make_engine()
+    for settings in (dict(every_steps=0), dict(every_steps=1, asynchronous=False)):
+        assert make_saver(tmp_path, engine, **settings)._snapshot.buffers == []
+    with make_saver(tmp_path, engine, every_steps=1) as saver:
+        buffers = [buffer.data_ptr() for buffer in saver._snapshot.buffers]
+        assert sum(map(len, saver._snapshot.buffers)) == sum(shard.values.numel() for shard in engine.shards(saving=True))
+        saver.save(1, {}, last=False)
+        assert [buffer.data_ptr() for buffer in saver._snapshot.buffers] == buffers
+
+
+def test_the_state_of_a_device_is_written_through_one_pinned_block(tmp_path, monkeypatch):
+    """A file of live memory that is not on the host: here values that only say so."""
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    asked, allocate = [], torch.empty
+    monkeypatch.setattr(storage, "BLOCK", 64)
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory: (asked.append((size, pin_memory)), allocate(*size))[1])
+    values = torch.arange(200.0)
+    shards = [Shard(f"model/{name}", (200,), 0, values.as_subclass(Elsewhere)) for name in "ab"]
+    content = b"".join(bytes(block) for block in storage._blocks(b"", shards))
+    assert content == 2 * values.numpy().tobytes() and asked == [((64,), True)]

@@ -119,3 +119,21 @@ def test_a_run_whose_replicas_diverged_never_ends_with_0_and_saves_nothing_since
         assert run_ranks(2, train_with_a_drift, settings) == [70, 70]
         state = read_state(Path(tiny[-1]) / f"every{every}")
         assert (state["exit_status"], state["saved_step"]) == (70, saved) and "rank 1" in state["reason"]
+
+
+def test_the_check_waits_for_the_device_once_for_all_parameters(monkeypatch):
+    """On the meta device, where a read of a tensor raises."""
+    engine = engine_of(EngineConfig())
+    prepare(engine, "adamw")
+    engine.device = torch.device("meta")
+    engine.model.to("meta")
+    update_check, make, reads = UpdateCheck(engine), torch.tensor, []
+
+    def make_on_the_host(*args, device="cpu", **options):
+        assert device == "cpu", "copies from pageable memory, and waits"
+        return make(*args, **options)
+
+    monkeypatch.setattr(torch, "tensor", make_on_the_host)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda values: reads.append(values) or torch.ones(values.shape))
+    figures, _ = update_check.figures(LR)
+    assert len(reads) == 1 and figures["update_fraction"] == 1
