@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.config import Config, ConfigError, EngineConfig, load, validate
@@ -27,7 +28,7 @@ from pretrain.model.transformer import Transformer
 from pretrain.train import train_step
 from tests.distributed.test_engines import ENGINES, engine_of
 from tests.ranks import run_ranks
-from tests.test_step import differences, make_engine, make_optimizer, plain_run, run_steps, window_of
+from tests.test_step import MODEL, differences, make_engine, make_optimizer, plain_run, run_steps, window_of
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.timeout(900)
@@ -363,3 +364,43 @@ def test_initial_weights_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch
         monkeypatch.setattr(base, "_cores", lambda place, cores=cores: cores)
         drawn.append(make_engine(EngineConfig(), "adamw").model.state_dict())
     assert drawn[0].keys() == drawn[1].keys() and all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
+
+
+class Gathers(TorchDispatchMode):
+    """Notes in `order` when weights are gathered."""
+
+    def __init__(self, order: list[str]):
+        super().__init__()
+        self.order = order
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "allgather" in function.name():
+            self.order.append("gather")
+        return function(*args, **(kwargs or {}))
+
+
+def gathers_of_a_pass() -> tuple[list[str], int]:
+    """Under fsdp2 with four blocks: "gather" and "block" in the order in which a forward pass queues them, and the largest
+    number of blocks that are gathered when one begins."""
+    engine, order, gathered = start_engine(EngineConfig(name="fsdp2")), [], []
+    deep = dataclasses.replace(MODEL, num_hidden_layers=4)
+    engine.prepare(lambda: Transformer(deep), lambda model: make_optimizer(model, "adamw"), 1.0, seed=0)
+    blocks = list(engine.model.model.layers)
+
+    def begin(*_) -> None:
+        order.append("block")
+        gathered.append(sum(not isinstance(block.self_attn.q_proj.weight, DTensor) for block in blocks))
+
+    for block in blocks:
+        block.input_layernorm.register_forward_pre_hook(begin)
+    with Gathers(order):
+        engine.forward(*window_of(engine, 0, 4)[0])
+    engine.close()
+    return order, max(gathered)
+
+
+def test_fsdp2_gathers_the_next_block_before_it_computes_this_one_and_holds_two_at_most():
+    for order, gathered in run_ranks(2, gathers_of_a_pass):
+        first = order.index("block")
+        assert order[first - 2 :] == ["gather", "gather", "block", "gather", "block", "gather", "block", "block", "gather"]
+        assert gathered <= 2

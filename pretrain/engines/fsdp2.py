@@ -8,6 +8,7 @@ gathering stays inside a row (usually one node) and only summed gradients cross 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -35,6 +36,10 @@ class Fsdp2Engine(Engine):
         decoder = self.model.model
         for block in decoder.layers:
             fully_shard(block, mesh=self.mesh, mp_policy=policy)
+        for block, following in itertools.pairwise(decoder.layers):
+            # The gather of the next block's weights is queued before this block's kernels instead of after them, so that a host
+            # which is late with those does not delay it. As many blocks are gathered at a time; backward passes do it anyway.
+            block.set_modules_to_forward_prefetch([following])
         if not self.model.config.tie_word_embeddings:  # tied, both belong to the root, which stays gathered for the full pass
             fully_shard(decoder.embed_tokens, mesh=self.mesh, mp_policy=policy)
             # Used last in the forward pass and first in the backward pass: freeing it in between would gather it twice.
