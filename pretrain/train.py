@@ -19,6 +19,7 @@ from pretrain.checkpoint.saver import VOTES
 from pretrain.config import Config
 from pretrain.data import excluded
 from pretrain.data.batches import Batch
+from pretrain.engines import fp8
 from pretrain.engines.base import Engine, require_device
 from pretrain.engines.place import read_place
 from pretrain.engines.rendezvous import meet
@@ -103,6 +104,8 @@ def train(config: Config, stop: StopRequest | None = None) -> int:
         try:
             if refusal is None:
                 require_device(place)
+                if config.engine.precision == "fp8":
+                    fp8.require_hardware()
                 parts = open_parts(config)
                 facts = agreement.facts(config, parts, directory.path) if place.world_size > 1 else {}
         except Exception as error:  # the others must learn of it; `meet` raises it again

@@ -19,13 +19,13 @@ NARROWEST = 1536
 """Matrices with fewer rows or columns stay in bf16: rounding both factors then costs more than the product gains."""
 MULTIPLE = 16
 """Of rows and columns of both factors; the kernels refuse others. In the gradient of a weight, tokens are the columns."""
-MISSING = "needs the package torchao, which is not installed: pip install 'torchao>=0.18' (or '.[fp8]'), or use bf16"
 
 
 def require_hardware() -> None:
     """Raises ConfigError if this process cannot compute products in fp8."""
     if importlib.util.find_spec("torchao") is None:
-        raise ConfigError([Problem("engine.precision", f"is fp8, which {MISSING}")])
+        text = "is fp8, which needs torchao; install it (pip install -c constraints.txt -e '.[fp8]'), or use bf16"
+        raise ConfigError([Problem("engine.precision", text)])
     reason = ""
     if not torch.cuda.is_available():
         reason = "there is no GPU here"
@@ -39,12 +39,9 @@ def require_hardware() -> None:
         raise ConfigError([Problem("engine.precision", text)])
 
 
-def is_wide(module: nn.Module, name: str = "") -> bool:
-    """Whether `module` is a linear layer whose products gain from fp8. name: ignored; torchao passes it."""
-    if not isinstance(module, nn.Linear):
-        return False
-    sizes = module.in_features, module.out_features
-    return min(sizes) >= NARROWEST and not any(size % MULTIPLE for size in sizes)
+def is_wide(rows: int, columns: int) -> bool:
+    """Whether the products of such a matrix gain from fp8."""
+    return min(rows, columns) >= NARROWEST and rows % MULTIPLE == columns % MULTIPLE == 0
 
 
 def convert(model: nn.Module, *, gather_fp8: bool, emulate: bool) -> None:
@@ -55,8 +52,11 @@ def convert(model: nn.Module, *, gather_fp8: bool, emulate: bool) -> None:
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # an optional package, slow to import
 
+    def chosen(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and is_wide(module.out_features, module.in_features)
+
     config = Float8LinearConfig(enable_fsdp_float8_all_gather=gather_fp8, emulate=emulate)
-    convert_to_float8_training(model.model.layers, module_filter_fn=is_wide, config=config)
+    convert_to_float8_training(model.model.layers, module_filter_fn=chosen, config=config)
 
 
 def store_scales(model: nn.Module) -> None:
