@@ -261,6 +261,8 @@ class LogConfig:
     """Any of console, jsonl, wandb, tensorboard."""
     peak_tflops: PositiveFloat | None = free(None)
     """Peak of the device for MFU, in TFLOP/s; null: from a table of GPUs (unknown device: no MFU)."""
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = free(None)
+    """First and last of up to 20 steps whose trace and costliest operators go to the run's folder profile/; null: off."""
     wandb: WandbConfig = free(WandbConfig)
     """Weights & Biases settings."""
 
@@ -391,6 +393,8 @@ def _check_length(config: Config) -> Iterator[Problem]:
     given = [key for key, value in limits.items() if value is not None]
     if len(given) != 1:
         yield Problem("train", f"set exactly one of {', '.join(limits)}; now set: {', '.join(given) or 'none'}")
+    if (steps := config.log.profile_steps) and not 0 <= steps[1] - steps[0] < 20:
+        yield Problem("log.profile_steps", f"got {[*steps]}, must be [first, last] of 1 to 20 consecutive steps")
 
 
 def _check_schedule(config: Config) -> Iterator[Problem]:

@@ -31,6 +31,7 @@ from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.optim.schedule import lr_at
 from pretrain.report.metrics import Clock
+from pretrain.report.profile import StepProfile
 from pretrain.run import agreement, divergence, output, preflight, resume
 from pretrain.run.directory import take_directory
 from pretrain.run.outcome import DIVERGED, DONE, STORAGE_FAILED, Outcome
@@ -169,9 +170,14 @@ def _loop(run: Run, stop: StopRequest) -> tuple[int, str]:
         if not any(flags):
             run.save(val_loss, last=progress.step == total)
     clock = Clock(progress.interval_seconds, progress.step)
-    with contextlib.closing(_windows(run)) as windows:
+    steps, folder = config.log.profile_steps, run.directory.path / "profile"
+    profile = StepProfile(folder, steps, run.engine.device, run.engine.rank, run.sinks.info)
+    with contextlib.closing(_windows(run)) as windows, contextlib.closing(profile):
         while not any(flags) and progress.step < total:
+            profile.begin(progress.step + 1)
             save_due, flags = _take_step(run, clock, windows, stop)
+            with clock.paused():
+                profile.end(progress.step)
             if run.meter.figures.get("skipped_in_a_row", 0) >= config.train.max_skipped_steps:
                 return DIVERGED, divergence.describe(run)
             last, val_loss = progress.step == total, None
