@@ -32,7 +32,7 @@ from pretrain.optim.optimizer import build_optimizer
 from pretrain.optim.schedule import lr_at
 from pretrain.report.metrics import Clock
 from pretrain.report.profile import StepProfile
-from pretrain.run import agreement, divergence, output, preflight, resume
+from pretrain.run import agreement, divergence, memory, output, preflight, resume
 from pretrain.run.directory import take_directory
 from pretrain.run.outcome import DIVERGED, DONE, STORAGE_FAILED, Outcome
 from pretrain.run.parts import open_parts
@@ -100,10 +100,12 @@ def train(config: Config, stop: StopRequest | None = None) -> int:
     place = read_place()
     directory, refusal = take_directory(Path(config.run.directory) / config.run.name, place.rank)
     stop.last_words, stop.folder_lost = directory.write_end, directory.check
-    with Outcome(directory, stop) as outcome:
+    with Outcome(directory, stop, config) as outcome:
         parts, facts = None, {}
         try:
             if refusal is None:
+                if place.rank == 0:
+                    memory.forget(directory.path)
                 require_device(place)
                 if config.engine.precision == "fp8":
                     fp8.require_hardware()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,7 +30,7 @@ from tests.distributed.test_engines import (
     train_with,
 )
 from tests.ranks import run_ranks
-from tests.test_step import LR, MODEL, assemble, differences, make_optimizer, pieces_of, plain_run, prepare, window_of
+from tests.test_step import LR, assemble, differences, make_optimizer, pieces_of, plain_run, prepare, window_of
 
 pytestmark = pytest.mark.timeout(600)
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is an extra")
@@ -120,7 +119,7 @@ def test_a_step_that_is_not_finite_leaves_weights_and_moments_untouched(subtests
 
 
 def scales_of(config: EngineConfig) -> list[tuple[float, float]]:
-    """(largest stored scale times the largest weight, the same for the smallest) at the start, after a step, after a restore."""
+    """Smallest and largest product of a stored scale and its largest weight: at the start, after a step, after a restore."""
     engine = start_engine(config)
     prepare(engine, "adamw")
     found = []

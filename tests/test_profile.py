@@ -44,7 +44,7 @@ def test_only_the_named_steps_are_profiled_and_no_number_changes(settings, tmp_p
     assert files(tmp_path / "plain") == [] and files(tmp_path / "seen") == ["steps_3_5.json", "steps_3_5.txt"]
     events = json.loads((tmp_path / "seen" / "profile" / "steps_3_5.json").read_text())["traceEvents"]
     assert sum(event.get("name") == "aten::_fused_adamw_" for event in events) >= 3  # one per step and parameter group
-    head, columns, *rows = (tmp_path / "seen" / "profile" / "steps_3_5.txt").read_text().splitlines()
+    head, _, *rows = (tmp_path / "seen" / "profile" / "steps_3_5.txt").read_text().splitlines()
     shares = [float(part.split()[-1].rstrip("%")) for part in head.split(": ")[1].split(", ")]
     assert len(shares) == 4 and sum(shares) == pytest.approx(100, abs=0.3) and len(rows) == SHOWN
     costs = [float(row.split()[1]) for row in rows]
@@ -115,7 +115,12 @@ def test_the_kind_of_an_operator_follows_from_its_name(name, kind):
 def test_on_a_gpu_kernels_count_once_by_device_time():
     def event(key: str, cpu: float, device: float, kind: DeviceType, annotation: bool = False) -> SimpleNamespace:
         return SimpleNamespace(
-            key=key, self_cpu_time_total=cpu, self_device_time_total=device, count=4, device_type=kind, is_user_annotation=annotation
+            key=key,
+            self_cpu_time_total=cpu,
+            self_device_time_total=device,
+            count=4,
+            device_type=kind,
+            is_user_annotation=annotation,
         )
 
     events = [

@@ -90,7 +90,9 @@ class Fsdp2Engine(Engine):
             rows = math.ceil(parameter.shape[0] / shards)
             offset = min(shard * rows, parameter.shape[0]) * math.prod(parameter.shape[1:])
             tensors = {"model": parameter.detach(), **moments_of(self.optimizer, parameter)}
-            yield LocalState(name, tuple(parameter.shape), offset, {kind: fp8.plain(t.to_local()).view(-1) for kind, t in tensors.items()})
+            yield LocalState(
+                name, tuple(parameter.shape), offset, {kind: fp8.plain(t.to_local()).view(-1) for kind, t in tensors.items()}
+            )
 
     def replicated_weights(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
         if self.config.replicas == 1:

@@ -29,7 +29,9 @@ MEMORY_EVENTS = 200_000  # allocations and frees to keep, the newest
 class StepProfile:
     """The profile of steps `first` to `last` on rank 0; on other ranks, and where `steps` is None, all calls do nothing."""
 
-    def __init__(self, folder: Path, steps: tuple[int, int] | None, device: torch.device, rank: int, say: Callable[[str], None]):
+    def __init__(
+        self, folder: Path, steps: tuple[int, int] | None, device: torch.device, rank: int, say: Callable[[str], None]
+    ):
         self._folder, self._device, self._say = folder, device, say
         self._first, self._last = steps if steps and rank == 0 else (0, 0)
         self._profiler: torch.profiler.profile | None = None
@@ -69,7 +71,10 @@ class StepProfile:
             (self._folder / f"steps_{steps}.txt").write_text("\n".join(lines[1:]) + "\n", encoding="utf-8")
             if self._device.type == "cuda":
                 torch.cuda.memory._dump_snapshot(str(self._folder / f"memory_{steps}.pickle"))
-        except (OSError, RuntimeError) as error:  # a full disk must not end a run; after an error of the device, that one counts
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # a full disk must not end a run; after an error of the device, that one counts
             lines = [f"of steps {self._began} to {self._at}: none, {error}"]
         finally:
             if self._device.type == "cuda":

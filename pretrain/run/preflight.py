@@ -356,7 +356,7 @@ def precision_findings(config: Config, model: ModelConfig) -> list[Finding]:
         text += "batch.micro_batch_size or data.sequence_length, or bf16"
         found.append(Finding("fp8-tokens", "batch.micro_batch_size", text, stops=True))
     if config.engine.compile == "none":
-        text = "fp8 without compilation is slower than bf16: rounding to fp8 then passes over every tensor several times; use blocks"
+        text = "fp8 without compilation is slower than bf16: rounding then passes over each tensor several times; use blocks"
         found.append(Finding("fp8-not-compiled", "engine.compile", text))
     return found
 
