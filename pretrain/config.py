@@ -172,9 +172,9 @@ class EngineConfig:
     name: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = free("ddp")
     """ddp: every rank holds everything; zero1, zero2, zero3 (DeepSpeed): ranks share the optimizer state (zero1), also the
     gradients (zero2), also the weights (zero3); fsdp2 (PyTorch): as zero3."""
-    precision: Literal["fp32", "bf16"] | None = guarded(None)
-    """bf16: compute in bf16; master weights, summed gradients and moments in fp32. null: bf16 on GPUs, fp32 on CPUs. (fp16
-    needs loss scaling and skips steps: refused.)"""
+    precision: Literal["fp32", "bf16", "fp8"] | None = guarded(None)
+    """bf16: compute in bf16; master weights, summed gradients and moments in fp32. fp8 (ddp, fsdp2): as bf16, but wide matrices
+    of blocks in fp8. null: bf16 on GPUs, fp32 on CPUs. (fp16 needs loss scaling and skips steps: refused.)"""
     compile: Literal["none", "blocks", "model"] = free("none")
     """torch.compile: blocks compiles one block and uses it for all; model (not zero3) compiles everything. The first step takes
     longer. none: off."""
@@ -261,6 +261,8 @@ class LogConfig:
     """Any of console, jsonl, wandb, tensorboard."""
     peak_tflops: PositiveFloat | None = free(None)
     """Peak of the device for MFU, in TFLOP/s; null: from a table of GPUs (unknown device: no MFU)."""
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = free(None)
+    """First and last of up to 20 steps whose trace and costliest operators go to the run's folder profile/; null: off."""
     wandb: WandbConfig = free(WandbConfig)
     """Weights & Biases settings."""
 
@@ -391,6 +393,8 @@ def _check_length(config: Config) -> Iterator[Problem]:
     given = [key for key, value in limits.items() if value is not None]
     if len(given) != 1:
         yield Problem("train", f"set exactly one of {', '.join(limits)}; now set: {', '.join(given) or 'none'}")
+    if (steps := config.log.profile_steps) and not 0 <= steps[1] - steps[0] < 20:
+        yield Problem("log.profile_steps", f"got {[*steps]}, must be [first, last] of 1 to 20 consecutive steps")
 
 
 def _check_schedule(config: Config) -> Iterator[Problem]:
@@ -424,6 +428,7 @@ def _check_engine(config: Config) -> Iterator[Problem]:
         ("offload", "optimizer", ("zero1", "zero2", "zero3")),
         ("offload", "all", ("zero3",)),
         ("reduce_gradients", "micro_batch", ("zero2", "zero3", "fsdp2")),
+        ("precision", "fp8", ("ddp", "fsdp2")),
     )
     for key, value, names in options:
         if getattr(config.engine, key) == value and name not in names:

@@ -18,6 +18,7 @@ from pretrain.checkpoint.saver import VOTES
 from pretrain.config import Config
 from pretrain.data import excluded
 from pretrain.data.batches import Batch, read_ahead
+from pretrain.engines import fp8
 from pretrain.engines.base import Engine, require_device
 from pretrain.engines.place import read_place
 from pretrain.engines.rendezvous import meet
@@ -29,7 +30,8 @@ from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.optim.schedule import lr_at
 from pretrain.report.metrics import Clock
-from pretrain.run import agreement, divergence, output, preflight, resume
+from pretrain.report.profile import StepProfile
+from pretrain.run import agreement, divergence, memory, output, preflight, resume
 from pretrain.run.directory import take_directory
 from pretrain.run.outcome import DIVERGED, DONE, STORAGE_FAILED, Outcome
 from pretrain.run.parts import open_parts
@@ -97,11 +99,15 @@ def train(config: Config, stop: StopRequest | None = None) -> int:
     place = read_place()
     directory, refusal = take_directory(Path(config.run.directory) / config.run.name, place.rank)
     stop.last_words, stop.folder_lost = directory.write_end, directory.check
-    with Outcome(directory, stop) as outcome:
+    with Outcome(directory, stop, config) as outcome:
         parts, facts = None, {}
         try:
             if refusal is None:
+                if place.rank == 0:
+                    memory.forget(directory.path)
                 require_device(place)
+                if config.engine.precision == "fp8":
+                    fp8.require_hardware()
                 parts = open_parts(config)
                 facts = agreement.facts(config, parts, directory.path) if place.world_size > 1 else {}
         except Exception as error:  # the others must learn of it; `meet` raises it again
@@ -166,9 +172,14 @@ def _loop(run: Run, stop: StopRequest) -> tuple[int, str]:
         if not any(flags):
             run.save(val_loss, last=progress.step == total)
     clock = Clock(progress.interval_seconds, progress.step)
-    with contextlib.closing(_windows(run)) as windows:
+    steps, folder = config.log.profile_steps, run.directory.path / "profile"
+    profile = StepProfile(folder, steps, run.engine.device, run.engine.rank, run.sinks.info)
+    with contextlib.closing(_windows(run)) as windows, contextlib.closing(profile):
         while not any(flags) and progress.step < total:
+            profile.begin(progress.step + 1)
             save_due, flags = _take_step(run, clock, windows, stop)
+            with clock.paused():
+                profile.end(progress.step)
             if run.meter.figures.get("skipped_in_a_row", 0) >= config.train.max_skipped_steps:
                 return DIVERGED, divergence.describe(run)
             last, val_loss = progress.step == total, None

@@ -41,7 +41,6 @@ ROOMS_BELOW = {
     "model": set(),
     "optim": set(),
     "engines": set(),
-    "plan": {"model", "optim", "engines"},
     "checkpoint": {"engines"},
     "report": {"doctor"},
     "interop": {"data", "model", "engines", "checkpoint", "report"},

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError, EngineConfig, Problem
+from pretrain.engines import fp8
 from pretrain.engines.compile import checkpoint_activations, compile_model
 from pretrain.engines.place import FOREIGN, Place, read_place
 from pretrain.engines.rendezvous import meet
@@ -69,6 +70,8 @@ class Engine:
     def __init__(self, config: EngineConfig, store: dist.Store | None = None):
         self.config = config
         self.precision = default_precision(config)
+        if self.precision == "fp8":
+            fp8.require_hardware()
         self.place = read_place()
         if store is None and not dist.is_initialized():
             store = meet(self.place, config.timeout_seconds)
@@ -115,6 +118,8 @@ class Engine:
         """
         self.grad_clip = grad_clip
         self.model = self._make(make_model)
+        if self.precision == "fp8":
+            fp8.convert(self.model, gather_fp8=self.config.name == "fsdp2", emulate=self.device.type == "cpu")
         if self.config.activation_checkpointing != "none":
             checkpoint_activations(self.model, self.config.activation_checkpointing)
         if self.config.compile != "none":

@@ -44,6 +44,8 @@ def _keep_products():
         aten.mm.default,
         aten.bmm.default,
         aten.addmm.default,
+        aten._scaled_mm.default,
+        aten.max.default,  # of fp8: the scales, cheap to keep and a full pass over a tensor to recompute
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,

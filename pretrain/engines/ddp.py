@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.config import EngineConfig
+from pretrain.engines import fp8
 from pretrain.engines.base import Engine, LocalState, moments_of
 
 
@@ -20,7 +21,7 @@ class DdpEngine(Engine):
 
     def __init__(self, config: EngineConfig, store: dist.Store | None = None):
         super().__init__(config, store)
-        self.autocast_dtype = torch.bfloat16 if self.precision == "bf16" else None
+        self.autocast_dtype = None if self.precision == "fp32" else torch.bfloat16
 
     def _distribute(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
         self.model.to_empty(device=self.device)
@@ -41,13 +42,13 @@ class DdpEngine(Engine):
 
     def _warm_up(self) -> None:
         """DDP rebuilds its buckets after the first backward pass; from then on, sums over ranks round differently. Doing that
-        pass here, on one token, makes a resumed run compute its first step as an uninterrupted run does."""
+        pass here, on a few tokens, makes a resumed run compute its first step as an uninterrupted run does."""
         if self.world_size == 1:
             return
-        token_BT = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        tokens_BT = torch.zeros(1, fp8.MULTIPLE, dtype=torch.int64, device=self.device)
         with self.autocast(), torch.compiler.set_stance("force_eager"):
             for _ in range(2):  # it rebuilds in the second forward pass, which needs a backward pass, or step 1 would sum early
-                self._wrapped(token_BT, token_BT).loss_sum.backward()
+                self._wrapped(tokens_BT, tokens_BT).loss_sum.backward()
         # Of all parameters: the optimizer may lack one (see update_check.py).
         self._views = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
         self.model.zero_grad(set_to_none=True)

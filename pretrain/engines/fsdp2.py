@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from pretrain.engines import fp8
 from pretrain.engines.base import Engine, LocalState, moments_of, require
 
 
@@ -29,10 +30,8 @@ class Fsdp2Engine(Engine):
         replicas = self.config.replicas
         shape = (self.world_size,) if replicas == 1 else (replicas, self.world_size // replicas)
         self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replica", "shard")[-len(shape) :])
-        bf16 = self.precision == "bf16"
-        policy = (
-            MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
-        )
+        mixed = {} if self.precision == "fp32" else {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+        policy = MixedPrecisionPolicy(**mixed)
         decoder = self.model.model
         for block in decoder.layers:
             fully_shard(block, mesh=self.mesh, mp_policy=policy)
@@ -62,6 +61,15 @@ class Fsdp2Engine(Engine):
             self.model.set_requires_all_reduce(last)  # each micro-batch sums within a row, only the last one across rows
         yield
 
+    def _update(self) -> tuple[Tensor, Tensor]:
+        result = super()._update()
+        self._refresh()
+        return result
+
+    def _refresh(self) -> None:
+        if self.precision == "fp8":
+            fp8.store_scales(self.model)
+
     def _clip(self) -> Tensor:
         gradients = [p.grad.to_local() for p in self.model.parameters() if p.grad is not None]
         square = torch.nn.utils.get_total_norm(gradients).to(self.device).square()
@@ -87,10 +95,12 @@ class Fsdp2Engine(Engine):
             rows = math.ceil(parameter.shape[0] / shards)
             offset = min(shard * rows, parameter.shape[0]) * math.prod(parameter.shape[1:])
             tensors = {"model": parameter.detach(), **moments_of(self.optimizer, parameter)}
-            yield LocalState(name, tuple(parameter.shape), offset, {kind: t.to_local().view(-1) for kind, t in tensors.items()})
+            yield LocalState(
+                name, tuple(parameter.shape), offset, {kind: fp8.plain(t.to_local()).view(-1) for kind, t in tensors.items()}
+            )
 
     def replicated_weights(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
         if self.config.replicas == 1:
             return [], None
         self._reshard()
-        return [parameter.to_local() for parameter in self.model.parameters()], self.mesh.get_group("replica")
+        return [fp8.plain(parameter.to_local()) for parameter in self.model.parameters()], self.mesh.get_group("replica")

@@ -7,7 +7,9 @@ import sys
 from types import TracebackType
 
 from pretrain import UserError
+from pretrain.config import Config
 from pretrain.engines.base import Engine
+from pretrain.run import memory
 from pretrain.run.directory import RunDirectory
 from pretrain.run.stop import PEER_LOST, StopRequest, is_peer_lost
 
@@ -21,10 +23,11 @@ class Outcome:
     engine: set once it has started; it is closed at the end, unless the other ranks may never join.
     """
 
-    def __init__(self, directory: RunDirectory, stop: StopRequest):
+    def __init__(self, directory: RunDirectory, stop: StopRequest, config: Config):
         self.status, self.reason = FAILED, ""
         self.engine: Engine | None = None
-        self._directory, self._stop, self._agreed = directory, stop, False
+        self._directory, self._stop, self._config, self._agreed = directory, stop, config, False
+        self._stop.reason_of_peer = lambda: memory.reason_of_peer(directory.path)
 
     def end(self, status: int, reason: str) -> int:
         """Notes the end on which all ranks agree. -> status."""
@@ -35,6 +38,8 @@ class Outcome:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+        if memory.is_out_of_memory(error):
+            error = memory.explain(error, self._config, self.engine, self._directory.path)
         if isinstance(error, UserError | OSError):
             self.status, self.reason = getattr(error, "status", STORAGE_FAILED), str(error)
             self._record("stopped", self.status, self.reason)
@@ -45,7 +50,7 @@ class Outcome:
             self._record("failed", FAILED, cause)
             self._stop.close()
             return False
-        if self.reason and int(os.environ.get("LOCAL_RANK") or 0) == 0:
+        if self.reason and (int(os.environ.get("LOCAL_RANK") or 0) == 0 or isinstance(error, memory.OutOfMemory)):
             print(f"pretrain: {self.reason}", file=sys.stderr, flush=True)
         if self.engine and (self._agreed or self.engine.world_size == 1):  # after an error of one rank, the others may not join
             self.engine.close()

@@ -30,6 +30,7 @@ from pretrain.data.checks import Finding
 from pretrain.data.indexed import DataError, DataMissing, TokenFile
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.doctor.untrained import label_problem
+from pretrain.engines import fp8
 from pretrain.engines.base import Engine
 from pretrain.model import flops
 from pretrain.model.config import ModelConfig, vocabulary
@@ -82,6 +83,7 @@ def preflight(config: Config, ranks: int | None = None) -> Report:
         if not report.stops:
             report.findings.append(Finding("data-refused", "data", str(error), stops=True))
         return report
+    report.findings += precision_findings(config, parts.model)
     batch = parts.data.take(0, min(4, config.batch.global_batch_size))
     report.facts += describe_batch(batch, tokenizer)
     report.findings += first_batch_findings(batch, tokenizer)
@@ -119,6 +121,7 @@ def at_start(config: Config, engine: Engine, parts: Parts, found: Checkpoint | N
         folder = Path(config.run.directory) / config.run.name
         findings += _quick_file_findings(parts) if not config.data.synthetic else []
         findings += sink_findings(config) + build_locks(config) + run_findings(config, parts.data, length)
+        findings += precision_findings(config, parts.model)
         findings += [each._replace(stops=False) for each in storage_findings(config, parts.model, folder, length.total_steps)]
     stops = [each for each in findings if each.stops]
     if engine.broadcast(len(stops)):
@@ -334,6 +337,27 @@ def schedule_findings(config: Config, length: Length) -> list[Finding]:
             f"the decay ends at step {end:,} of {steps:,}, and the rate stays at its lowest after that; null decays to the end"
         )
         found.append(Finding("lr-ends-early", "schedule.decay_steps", text))
+    return found
+
+
+def precision_findings(config: Config, model: ModelConfig) -> list[Finding]:
+    """Finds settings with which fp8 cannot run, or is no faster than bf16. Whether the device can is asked by the engine."""
+    if config.engine.precision != "fp8":
+        return []
+    found, width = [], model.hidden_size
+    shared = model.moe and model.moe.num_shared_experts * model.moe.moe_intermediate_size
+    sizes = [model.num_attention_heads * model.head_dim, shared if model.moe else model.intermediate_size]
+    if not any(fp8.is_wide(size, width) for size in sizes):
+        text = f"fp8 takes matrices of at least {fp8.NARROWEST} rows and columns, both multiples of {fp8.MULTIPLE}, and the "
+        text += f"blocks of this model (hidden_size {width}) have none; use bf16"
+        found.append(Finding("fp8-too-narrow", "engine.precision", text, stops=True))
+    if (tokens := config.batch.micro_batch_size * config.data.sequence_length) % fp8.MULTIPLE:
+        text = f"a micro-batch has {tokens} tokens, which fp8 needs to be a multiple of {fp8.MULTIPLE}; use another "
+        text += "batch.micro_batch_size or data.sequence_length, or bf16"
+        found.append(Finding("fp8-tokens", "batch.micro_batch_size", text, stops=True))
+    if config.engine.compile == "none":
+        text = "fp8 without compilation is slower than bf16: rounding then passes over each tensor several times; use blocks"
+        found.append(Finding("fp8-not-compiled", "engine.compile", text))
     return found
 
 

@@ -45,6 +45,7 @@ class StopRequest:
     deadline_seconds: from SIGTERM to a durable checkpoint, `checkpoint.deadline_seconds`.
     stop_file: the path of the file STOP, on the rank that watches it.
     folder_lost(): why the run's directory cannot be used any longer, on the rank that watches it; empty: it can.
+    reason_of_peer(): status and reason of another rank that ended this job, where it has left word; None: it has not.
     last_words(status, reason): called before the process exits at once; on rank 0 it writes run_state.json.
     """
 
@@ -52,6 +53,7 @@ class StopRequest:
         self.deadline_seconds: float | None = None
         self.stop_file: Path | None = None
         self.folder_lost: Callable[[], str] = lambda: ""
+        self.reason_of_peer: Callable[[], tuple[int, str] | None] = lambda: None
         self.last_words: Callable[[int, str], None] = lambda status, reason: None
         self.received: str | None = None
         self._training, self._deadline, self._saved_status = False, None, None
@@ -105,6 +107,8 @@ class StopRequest:
         end.daemon = True
         end.start()
         with contextlib.suppress(Exception):
+            if status == PEER_LOST and self._saved_status is None:
+                status, reason = self.reason_of_peer() or (status, reason)
             if self._saved_status is None:
                 self.last_words(status, reason)
             print(f"pretrain: process {os.getpid()}: {reason}", file=sys.stderr, flush=True)

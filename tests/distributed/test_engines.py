@@ -294,7 +294,8 @@ class Wire(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def floats(self, *names: str) -> str:
-        found = set().union(*(self.seen.get(f"c10d::{name}", set()) for name in names)) & {"float32", "bfloat16", "float16"}
+        dtypes = {"float32", "bfloat16", "float16", "uint8"}  # uint8: the bytes of fp8
+        found = set().union(*(self.seen.get(f"c10d::{name}", set()) for name in names)) & dtypes
         return ", ".join(sorted(found)) or "none"
 
 
@@ -336,11 +337,10 @@ def look_at_dtypes(configs: dict[str, EngineConfig]) -> dict:
     return results
 
 
-def test_the_documented_dtypes_are_used_and_gradients_are_summed_in_fp32(subtests):
-    configs = {name: dataclasses.replace(config, precision="bf16") for name, config in ENGINES.items()}
-    found = run_ranks(2, look_at_dtypes, configs, timeout=300)[0]
+def check_dtypes(subtests, found: dict, precision: str) -> None:
+    """Compares results of `look_at_dtypes` with the table of that precision in docs/engines.md."""
     text = (Path(__file__).parents[2] / "docs" / "engines.md").read_text()
-    lines = text.split("<!-- dtypes under bf16 -->\n")[1].split("<!-- end -->")[0].splitlines()[2:]
+    lines = text.split(f"<!-- dtypes under {precision} -->\n")[1].split("<!-- end -->")[0].splitlines()[2:]
     table = {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)}
     assert table.keys() == found.keys()
     for name, (row, error) in found.items():
@@ -348,3 +348,9 @@ def test_the_documented_dtypes_are_used_and_gradients_are_summed_in_fp32(subtest
             print(f"{name}: {row}, error of the sum {error:.1e}")
             assert row == table[name]
             assert error < 1e-6  # a sum in bf16: 5e-3
+
+
+def test_the_documented_dtypes_are_used_and_gradients_are_summed_in_fp32(subtests):
+    configs = {name: dataclasses.replace(config, precision="bf16") for name, config in ENGINES.items()}
+    found = run_ranks(2, look_at_dtypes, configs, timeout=300)[0]
+    check_dtypes(subtests, found, "bf16")
