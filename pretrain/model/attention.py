@@ -79,7 +79,7 @@ def attention_context(
         return replace(context, visible_BTS=_visible_in_cache(index_T, start + length, padding_B, sliding_window))
     if documents_BT is not None or (sliding_window is not None and length > sliding_window):
         first_RT = first_visible(length, device, documents_BT, sliding_window)
-        # Not `target.kind`: fake tensors have no kernel to generate, and the operator that stands for it saves the same tensors.
+        # Fake tensors have no kernel to generate; the operator stands for it and saves tensors of the same sizes.
         if device.type != "cuda" or isinstance(first_RT, FakeTensor):
             return replace(context, first_RT=first_RT)
         if config.head_dim < 16:

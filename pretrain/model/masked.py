@@ -174,6 +174,7 @@ def block_mask(first_RT: Tensor) -> BlockMask:
     lowest_RN, highest_RN = first_RT[:, start_N], first_RT[:, last_N]  # a later query never sees an earlier key
     visible_RNN = (start_N <= start_N[:, None]) & (last_N >= lowest_RN[..., None])
     whole_RNN = (start_N < start_N[:, None]) & (start_N >= highest_RN[..., None])
+    whole_RNN &= (start_N + _TILE <= length)[:, None]  # as `create_block_mask`: a tile with fewer queries needs the mask
     partly = _ordered((visible_RNN & ~whole_RNN)[:, None])
     first_of = first_RT[0] if len(first_RT) == 1 else first_RT
 
