@@ -48,33 +48,10 @@ def test_causal_attention_equals_its_formula(key_heads):
     torch.testing.assert_close(attend(*heads(key_heads), context()), formula(*heads(key_heads), causal))
 
 
-@pytest.mark.parametrize("key_heads", [4, 2])
-def test_masked_attention_equals_its_formula(key_heads):
-    masked = context(documents=[[0] * 4 + [1] * 5, [0] * 8 + [1]])
-    torch.testing.assert_close(attend(*heads(key_heads), masked), formula(*heads(key_heads), masked.visible_BTS))
-
-
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "graph"])
 def test_preferring_cudnn_changes_no_result_and_breaks_no_graph(compiled):
     function = torch.compile(attend, fullgraph=True, backend="eager") if compiled else attend
     torch.testing.assert_close(function(*heads(), replace(context(), cudnn_first=True)), attend(*heads(), context()))
-
-
-def test_a_token_sees_the_earlier_tokens_of_its_document_and_itself():
-    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    assert context(4, [[5, 5, 2, 2]]).visible_BTS.int().tolist() == [expected]
-
-
-@pytest.mark.parametrize("documents", [None, [0, 0, 0, 0, 0, 0, 1, 1, 1]], ids=["one document", "documents"])
-@pytest.mark.parametrize("window", [1, 4, 9, 20])
-def test_with_a_sliding_window_a_token_sees_that_many_tokens_including_itself(window, documents):
-    visible_BTS = torch.zeros(1, T, T, dtype=torch.bool)
-    for at in range(T):
-        for key_at in range(max(0, at - window + 1), at + 1):
-            visible_BTS[0, at, key_at] = documents is None or documents[at] == documents[key_at]
-    windowed = context(documents=documents and [documents], sliding_window=window)
-    assert windowed.visible_BTS is not None or window >= T  # else the fast causal kernel
-    torch.testing.assert_close(attend(*heads(batch=1), windowed), formula(*heads(batch=1), visible_BTS))
 
 
 @pytest.mark.parametrize("theta", [1e4, 5e5])

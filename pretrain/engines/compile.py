@@ -40,6 +40,8 @@ def _keep_products():
     kept = {
         aten._grouped_mm.default,
         ours.looped_product.default,
+        ours.masked_attention.default,
+        torch.ops.higher_order.flex_attention,
         aten.topk.default,  # a recomputed choice of experts could differ
         aten.mm.default,
         aten.bmm.default,

@@ -1,4 +1,4 @@
-"""Causal attention: masks, rotary position embedding, the key-value cache and the choice of a kernel.
+"""Causal attention: rotary position embedding, the key-value cache and the choice of a kernel.
 
 It knows queries, keys and values. It knows no weights: those belong to the transformer.
 
@@ -10,15 +10,21 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pretrain import target
+from pretrain import UserError, target
 from pretrain.model.config import ModelConfig, RopeScalingConfig
+from pretrain.model.masked import block_mask, first_visible, flex_attention, masked_attention
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 _CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -36,7 +42,12 @@ class AttentionContext:
     sin_TC: Tensor
     """Shape and dtype of cos_TC."""
     visible_BTS: Tensor | None = None
-    """True where a query may see a key. None: every key up to the query's own position (T == S), or all keys (T == 1)."""
+    """With a cache: True where a query may see a key. None: every key up to the query's own position (T == S), or all keys
+    (T == 1)."""
+    first_RT: Tensor | None = None
+    """Documents or windows without a cache: the first key that each query sees, int64 (see `pretrain.model.masked`)."""
+    block_mask: BlockMask | None = None
+    """In place of first_RT on a GPU."""
     cudnn_first: bool = False
     """Prefer cuDNN's kernel. Decided outside the compiled blocks: a query of the device would enter the graph."""
     valid_BT: Tensor | None = None
@@ -63,19 +74,21 @@ def attention_context(
     index_T = torch.arange(start, start + length, dtype=torch.float32, device=device)
     position_T = index_T if padding_B is None else index_T - padding_B[:, None]
     angle_TC = position_T[..., None] * frequencies(config.head_dim, config.rope_theta, config.rope_scaling, device)
-    visible_BTS = None
-    if documents_BT is not None:
-        same_document_BTS = documents_BT[:, :, None] == documents_BT[:, None, :]
-        visible_BTS = same_document_BTS & _causal_mask(index_T, length, sliding_window)
-    elif padding_B is not None:
-        key_S = torch.arange(start + length, device=device)
-        text_BTS = (key_S >= padding_B[:, None])[:, None] | (key_S == index_T[:, None])  # itself, or softmax would be NaN
-        visible_BTS = text_BTS & _causal_mask(index_T, start + length, sliding_window)
-    elif (start > 0 and length > 1) or (sliding_window is not None and start + length > sliding_window):
-        visible_BTS = _causal_mask(index_T, start + length, sliding_window)[None]
-    # On Hopper 1.7 to 2.3 times as fast as the default flash kernel; slower than that on other generations.
-    cudnn_first = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    return AttentionContext(angle_TC.cos(), angle_TC.sin(), visible_BTS, cudnn_first, valid_BT)
+    context = AttentionContext(angle_TC.cos(), angle_TC.sin(), valid_BT=valid_BT)
+    if cache is not None and documents_BT is None:
+        return replace(context, visible_BTS=_visible_in_cache(index_T, start + length, padding_B, sliding_window))
+    if documents_BT is not None or (sliding_window is not None and length > sliding_window):
+        first_RT = first_visible(length, device, documents_BT, sliding_window)
+        # Fake tensors have no kernel to generate; the operator stands for it and saves tensors of the same sizes.
+        if device.type != "cuda" or isinstance(first_RT, FakeTensor):
+            return replace(context, first_RT=first_RT)
+        if config.head_dim < 16:
+            raise UserError(f"model.head_dim is {config.head_dim}: documents and windows need at least 16 on a GPU")
+        return replace(context, block_mask=block_mask(first_RT))
+    # On Hopper 1.7 to 2.3 times as fast as the default flash kernel; slower than that on other generations. Not while
+    # generating: cuDNN makes a plan for each pair of lengths, so for each token.
+    cudnn_first = length > 1 and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return replace(context, cudnn_first=cudnn_first)
 
 
 def frequencies(head_dim: int, rope_theta: float, scaling: RopeScalingConfig | None, device: torch.device) -> Tensor:
@@ -95,11 +108,18 @@ def frequencies(head_dim: int, rope_theta: float, scaling: RopeScalingConfig | N
     return frequency_C * (kept_C + (1 - kept_C) / scaling.factor)
 
 
-def _causal_mask(index_T: Tensor, keys: int, sliding_window: int | None) -> Tensor:
-    """(T, S), True where a key is not later than the query and within its window."""
-    distance_TS = index_T[:, None] - torch.arange(keys, device=index_T.device)
-    visible_TS = distance_TS >= 0
-    return visible_TS if sliding_window is None else visible_TS & (distance_TS < sliding_window)
+def _visible_in_cache(index_T: Tensor, keys: int, padding_B: Tensor | None, sliding_window: int | None) -> Tensor | None:
+    """Returns visible_BTS for the positions index_T, the last of `keys` ones, or None."""
+    if padding_B is None and len(index_T) in (1, keys) and (sliding_window is None or keys <= sliding_window):
+        return None
+    key_S = torch.arange(keys, device=index_T.device)
+    distance_TS = index_T[:, None] - key_S
+    visible_BTS = (distance_TS >= 0)[None]
+    if sliding_window is not None:
+        visible_BTS = visible_BTS & (distance_TS < sliding_window)
+    if padding_B is not None:  # padding sees itself, or softmax would be NaN
+        visible_BTS = visible_BTS & ((key_S >= padding_B[:, None])[:, None] | (distance_TS == 0))
+    return visible_BTS
 
 
 def rotate(x_BTHC: Tensor, context: AttentionContext) -> Tensor:
@@ -140,6 +160,12 @@ class KeyValueCache:
 def attend(query_BTHC: Tensor, key_BSKC: Tensor, value_BSKC: Tensor, context: AttentionContext) -> Tensor:
     """Computes softmax(q k / sqrt(C)) v over the keys that each query may see. Query head h uses key head h // (H / K).
     Returns (B, T, H, C)."""
+    if context.block_mask is not None:
+        return flex_attention(query_BTHC, key_BSKC, value_BSKC, context.block_mask)
+    if context.first_RT is not None:
+        return masked_attention(query_BTHC, key_BSKC, value_BSKC, context.first_RT)[0]
+    if query_BTHC.shape[1] == 1:
+        return _attend_one(query_BTHC, key_BSKC, value_BSKC, context.visible_BTS)
     query, key, value = (x.transpose(1, 2) for x in (query_BTHC, key_BSKC, value_BSKC))
     visible_BTS = context.visible_BTS
     grouped = key.shape[1] != query.shape[1]
@@ -147,8 +173,17 @@ def attend(query_BTHC: Tensor, key_BSKC: Tensor, value_BSKC: Tensor, context: At
         # The memory-efficient kernel accepts a mask but no groups; any other kernel would store all T x S scores.
         repeats = query.shape[1] // key.shape[1]
         key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
-    causal = visible_BTS is None and query.shape[2] > 1
+    causal = visible_BTS is None
     mask = None if visible_BTS is None else visible_BTS[:, None]
     with sdpa_kernel(_CUDNN_FIRST, set_priority=True) if context.cudnn_first else nullcontext():
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
     return out.transpose(1, 2)
+
+
+def _attend_one(query_BTHC: Tensor, key_BSKC: Tensor, value_BSKC: Tensor, visible_BTS: Tensor | None) -> Tensor:
+    """Attention of a single query (T == 1). The heads of a group become queries of their key head, which is read once."""
+    batch, _, heads, head_dim = query_BTHC.shape
+    query_BKGC = query_BTHC.reshape(batch, key_BSKC.shape[2], -1, head_dim)
+    mask = None if visible_BTS is None else visible_BTS[:, None]
+    out = F.scaled_dot_product_attention(query_BKGC, key_BSKC.transpose(1, 2), value_BSKC.transpose(1, 2), attn_mask=mask)
+    return out.reshape(batch, 1, heads, head_dim)
