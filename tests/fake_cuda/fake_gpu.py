@@ -1,5 +1,5 @@
 """A GPU that is not there: enough of `torch.cuda` that engines, FakeTensorMode, Dynamo and Inductor take this machine for one
-with an H100. Tensors on it have shapes, dtypes and devices, but no values, so a step of any size takes no memory and little time.
+with H100s. Tensors on it have shapes, dtypes and devices, but no values: a step of any size takes no memory and little time.
 
 It needs the CUDA build of torch and, preloaded, the library that shim.cpp becomes (`make test-fake-cuda` sees to both).
 """
@@ -44,6 +44,8 @@ def install(device_count: int = 8) -> None:
         setattr(torch.cuda, name, lambda *args, _answer=answer, **options: _answer)
     torch.cuda.Event, torch.cuda.Stream = _Event, _Stream
     torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: _Stream()
+    torch.cuda.get_rng_state = lambda device=None: torch.zeros(16, dtype=torch.uint8)
+    torch.cuda.set_rng_state = lambda state, device=None: None
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
     Tensor.record_stream = lambda self, stream: None
     Tensor.pin_memory = lambda self, device=None: _pin(self.clone())

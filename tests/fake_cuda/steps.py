@@ -45,7 +45,7 @@ def start(config: EngineConfig, ranks: int = 1) -> Engine:
 
 
 def prepare(engine: Engine, model: str = "dense", optimizer: str = "adamw") -> None:
-    """Builds model and optimizer; their memory is on the GPU from the start, because fake tensors cannot leave the meta device."""
+    """Builds model and optimizer, on the GPU from the start, because fake tensors cannot leave the meta device."""
 
     def make():
         with torch.device(engine.device):

@@ -43,6 +43,11 @@ class Watch(TorchDispatchMode):
         self.faults: Counter[Fault] = Counter()
         self.operators: Counter[str] = Counter()
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """True: lets torch.compile work inside, and watches what the compiled code runs."""
+        return True
+
     @property
     def names(self) -> set[str]:
         """Names of the faults found."""
