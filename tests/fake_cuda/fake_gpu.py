@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import types
 import weakref
 
@@ -49,6 +50,7 @@ def install(device_count: int = 8) -> None:
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
     Tensor.record_stream = lambda self, stream: None
     Tensor.pin_memory = lambda self, device=None: _pin(self.clone())
+    torch.tensor = functools.partial(_tensor, torch.tensor)
     Tensor.is_pinned = lambda self, device=None: self.untyped_storage()._cdata in _pinned
     torch.nn.functional.scaled_dot_product_attention = _attention
     FakeTensorMode.avoid_device_init = property(lambda self: True)
@@ -60,6 +62,11 @@ def _pin(tensor: Tensor) -> Tensor:
     _pinned.add(storage._cdata)
     weakref.finalize(storage, _pinned.discard, storage._cdata)
     return tensor
+
+
+def _tensor(real, data, *, pin_memory: bool = False, **options) -> Tensor:
+    """`torch.tensor`, which asks the driver for page-locked memory."""
+    return _pin(real(data, **options)) if pin_memory else real(data, **options)
 
 
 def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
