@@ -180,13 +180,3 @@ def test_the_update_check_waits_once(engine, fake):
     with Watch() as watch:
         UpdateCheck(engine).figures(1e-3)
     assert {each.name for each in watch.faults} == {"copy-to-host"} and watch.faults.total() == 1
-
-
-def test_only_the_reading_of_the_meter_waits(engine, fake):
-    meter = Meter(engine.device, 0, 1)
-    steps.prepare(engine)
-    with Watch():
-        steps.step(engine, meter, [steps.micro_batch()])
-    with Watch() as watch:
-        meter.read(engine.all_reduce)
-    assert {each.function for each in watch.faults} == {"read"}
