@@ -31,6 +31,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
+import yaml
 from torch import Tensor
 
 from benchmarks import machine
@@ -52,6 +53,11 @@ from pretrain.train import train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 ACCUMULATION, STEPS, WARM_UP, MINUTES = 4, 20, 3, 10
+ORDER = (
+    "card", "rates", "G1-blocks", "G2-blocks", "G2-fp8", "tests", "predictions", "G1-none", "G1-model", "G2-none",
+    "G1-documents", "generation", "G3-blocks", "G1-muon", "profile", "seam", "checkpoint", "G2-model",
+)  # fmt: skip
+"""The parts, the most important first."""
 _TINY = ModelConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 _TINY_MOE = dataclasses.replace(_TINY, moe=MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32))
 
@@ -242,11 +248,11 @@ def start(bench: Bench, shape: Shape, optimizer: str = "adamw", **settings) -> E
     return engine
 
 
-def training(bench: Bench, name: str, documents: bool = False, **settings) -> dict:
+def training(bench: Bench, shape: str, documents: bool = False, **settings) -> dict:
     """Steps of one case: speed, memory, losses, and what was compiled."""
-    shape = bench.shape(name)
-    engine = start(bench, shape, **settings)
-    meter, window = Meter(engine.device, 0, 1), windows(bench, shape, documents)
+    sizes = bench.shape(shape)
+    engine = start(bench, sizes, **settings)
+    meter, window = Meter(engine.device, 0, 1), windows(bench, sizes, documents)
     losses, first = [], time.perf_counter()
 
     def step(number: int) -> None:
@@ -267,16 +273,16 @@ def training(bench: Bench, name: str, documents: bool = False, **settings) -> di
         clock.mark()
     load = smi("power.draw", "clocks.sm", "temperature.gpu") if engine.device.type == "cuda" else {}  # while it works
     seconds = clock.seconds()
-    tokens = ACCUMULATION * shape.micro_batch_size * shape.sequence_length
+    tokens = ACCUMULATION * sizes.micro_batch_size * sizes.sequence_length
     row = {
-        "shape": name, "documents": documents, **settings, "tokens_per_step": tokens, "steps": bench.steps,
+        "shape": shape, "documents": documents, **settings, "tokens_per_step": tokens, "steps": bench.steps,
         "seconds_per_step": statistics.median(seconds), "slowest_step": max(seconds), "first_step_seconds": first,
         "tokens_per_second": tokens / statistics.median(seconds), "compiled": compile_report(), "load": load,
         "first_loss": losses[0].item(), "last_loss": losses[-1].item(),
     }  # fmt: skip
     if sheet := devices.find(engine.device_name):
         for key, causal in (("mfu", False), ("mfu_causal", True)):
-            flops = flops_per_token(shape.model, shape.sequence_length, causal=causal)
+            flops = flops_per_token(sizes.model, sizes.sequence_length, causal=causal)
             row[key] = flops * row["tokens_per_second"] / (sheet.bf16_tflops * 1e12)
     if engine.device.type == "cuda":
         row |= {"peak_gib": _gib(torch.cuda.max_memory_allocated()), "reserved_gib": _gib(torch.cuda.max_memory_reserved())}
@@ -350,46 +356,75 @@ def script(bench: Bench, name: str, *arguments: str) -> dict:
     return {"status": status, **json.loads(output.read_text())}
 
 
-def predictions(bench: Bench) -> dict[str, float | str]:
-    """Peak GiB of each training case, by the dry run; for an error, its last line."""
-    raise NotImplementedError
+def predictions(bench: Bench) -> dict[str, float]:
+    """GiB at the peak of each training case, by the dry run, which runs on the CPU."""
+    device = "H100" if bench.rehearse else torch.cuda.get_device_name()
+    settings, output = bench.folder / "gpu_prediction.yaml", bench.folder / "gpu_prediction.json"
+    found = {}
+    for name, case in cases(bench.rehearse).items():
+        output.unlink(missing_ok=True)
+        settings.write_text(yaml.safe_dump(_settings(bench, **case)))
+        flags = ["--config", str(settings), "--device", device, "--ranks", "1", "--json", str(output)]
+        done = subprocess.run([sys.executable, "tools/check_run.py", *flags], cwd=ROOT, capture_output=True, text=True)
+        if not output.exists():
+            raise RuntimeError(f"{name}: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+        found[name] = _gib(json.loads(output.read_text())["peak_bytes"])
+    return found
+
+
+def _settings(bench: Bench, shape: str, documents: bool = False, optimizer: str = "adamw", **engine: str) -> dict:
+    """A training case as the settings of a run."""
+    sizes = bench.shape(shape)
+    sequences = {"global_batch_size": ACCUMULATION * sizes.micro_batch_size, "micro_batch_size": sizes.micro_batch_size}
+    return {
+        "model": {key: value for key, value in dataclasses.asdict(sizes.model).items() if value is not None},
+        "data": {"sequence_length": sizes.sequence_length, "synthetic": {"kind": "uniform"}, "document_mask": documents},
+        "batch": sequences,
+        "optimizer": {"name": optimizer},
+        "engine": {"precision": "bf16"} | engine,
+        "train": {"max_steps": STEPS},
+        "run": {"name": "gpu"},
+    }
 
 
 def _gib(size: int) -> float:
     return size / 2**30
 
 
+def cases(rehearse: bool) -> dict[str, dict]:
+    """Name -> arguments of `training`. A rehearsal compiles one case, and has no fp8."""
+    blocks, model = ("none", "none") if rehearse else ("blocks", "model")
+    return {
+        "G1-blocks": {"shape": "G1", "compile": "blocks"},
+        "G2-blocks": {"shape": "G2", "compile": blocks},
+        "G2-fp8": {"shape": "G2", "compile": blocks, "precision": "bf16" if rehearse else "fp8"},
+        "G1-none": {"shape": "G1", "compile": "none"},
+        "G1-model": {"shape": "G1", "compile": model},
+        "G2-none": {"shape": "G2", "compile": "none"},
+        "G1-documents": {"shape": "G1", "compile": blocks, "documents": True},
+        "G3-blocks": {"shape": "G3", "compile": blocks},
+        "G1-muon": {"shape": "G1", "compile": blocks, "optimizer": "muon"},
+        "G2-model": {"shape": "G2", "compile": model},
+    }
+
+
 def parts(rehearse: bool) -> dict[str, tuple[int, Callable[[Bench], object]]]:
     """Name -> (limit in seconds, function), the most important first."""
-
-    def case(seconds: int, name: str, **settings) -> tuple[int, Callable[[Bench], object]]:
-        return seconds, lambda bench: training(bench, name, **settings)
-
-    small = ["--steps", "3"] if rehearse else ["--steps", "30"]
     where = ["--device", "cpu" if rehearse else "cuda"]
-    compiled = "none" if rehearse else "blocks"
-    return {
+    found = {
         "card": (30, card),
         "rates": (60, rates),
-        "G1-blocks": case(90, "G1", compile="blocks"),
-        "G2-blocks": case(100, "G2", compile=compiled),
-        "G2-fp8": case(120, "G2", compile=compiled, precision="fp8"),
         "tests": (100, tests),
-        "G1-none": case(50, "G1", compile="none"),
-        "G1-model": case(120, "G1", compile="none" if rehearse else "model"),
-        "G2-none": case(80, "G2", compile="none"),
-        "G1-documents": case(80, "G1", compile=compiled, documents=True),
+        "predictions": (90, predictions),
         "generation": (30, generation),
-        "G3-blocks": case(90, "G3", compile=compiled),
-        "G1-muon": case(80, "G1", compile=compiled, optimizer="muon"),
         "profile": (60, profile),
-        "seam": (60, lambda bench: script(bench, "seam_cost", *where, *small)),
-        "checkpoint": (
-            90,
-            lambda bench: script(bench, "checkpoint_stall", "--rounds", "1", *(["--layers", "2"] if rehearse else [])),
-        ),
-        "G2-model": case(150, "G2", compile="none" if rehearse else "model"),
+        "seam": (60, lambda bench: script(bench, "seam_cost", *where, "--steps", "3" if rehearse else "30")),
+        "checkpoint": (90, lambda bench: script(bench, "checkpoint_stall", "--rounds", "1")),
     }
+    for name, case in cases(rehearse).items():
+        limit = {"G2-fp8": 120, "G1-model": 120, "G2-model": 150}.get(name, 90)
+        found[name] = limit, lambda bench, case=case: training(bench, **case)
+    return {name: found[name] for name in ORDER}
 
 
 # ---------------------------------------------------------------- the run
@@ -401,9 +436,12 @@ def run_part(name: str, limit: float, options, folder: Path) -> dict:
     result.unlink(missing_ok=True)
     command = [sys.executable, str(Path(__file__).resolve()), "--part", name, "--output", str(options.output)]
     command += ["--rehearse"] if options.rehearse else []
+    surroundings = os.environ | ({"OMP_NUM_THREADS": "1"} if options.rehearse else {})
     began = time.perf_counter()
     with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=surroundings, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             process.wait(limit)
             status = "failed"
@@ -420,15 +458,16 @@ def run_part(name: str, limit: float, options, folder: Path) -> dict:
         log.unlink()
         return row | {"status": "done", "result": found}
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return row | {"status": status, "limit_seconds": limit, "error": lines[-3:], "log": str(log)}
+    return row | {"status": status, "limit_seconds": limit, "error": " / ".join(lines[-2:]), "log": str(log)}
 
 
 def table(rows: list[dict], columns: dict[str, str]) -> list[str]:
     """Lines of a Markdown table. columns: key -> title; rows without a key have an empty cell."""
 
     def cell(value) -> str:
-        return "" if value is None else f"{value:.3g}" if isinstance(value, float) and value < 1000 else f"{value:,.0f}" \
-            if isinstance(value, float) else str(value)  # fmt: skip
+        if isinstance(value, float):
+            return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+        return "" if value is None else str(value).replace("|", "/")
 
     lines = [f"| {' | '.join(columns.values())} |", f"|{'---|' * len(columns)}"]
     return [*lines, *(f"| {' | '.join(cell(row.get(key)) for key in columns)} |" for row in rows), ""]
@@ -440,16 +479,13 @@ def markdown(report: dict) -> str:
     lines = [f"`python benchmarks/gpu.py`: {machine.describe(report['machine'])}", ""]
     if report["rehearsal"]:
         lines = ["A rehearsal on a CPU with tiny models: these figures mean nothing.", "", *lines]
-    if "card" in done:
-        lines += [
-            ", ".join(
-                f"{key} {done['card'][key]}"
-                for key in ("driver_version", "cuda", "cudnn", "power.limit")
-                if key in done["card"]
-            ),
-            "",
-        ]
-    if rows := [{"case": name, **row} for name, row in done.items() if name[:2] in SHAPES]:
+    known = {
+        key: done["card"][key] for key in ("driver_version", "cuda", "cudnn", "power.limit") if key in done.get("card", {})
+    }
+    lines += [", ".join(f"{key} {value}" for key, value in known.items()), ""]
+    predicted = done.get("predictions", {})
+    rows = [{"case": name, "predicted_gib": predicted.get(name), **done[name]} for name in cases(False) if name in done]
+    if rows:
         columns = {"case": "case", "tokens_per_second": "tokens/s", "mfu": "MFU", "mfu_causal": "MFU, causal",
                    "seconds_per_step": "s per step", "first_step_seconds": "first step, s", "peak_gib": "peak, GiB",
                    "predicted_gib": "predicted, GiB", "reserved_gib": "reserved, GiB", "first_loss": "first loss",
@@ -460,9 +496,9 @@ def markdown(report: dict) -> str:
     if "profile" in done:
         lines += table(done["profile"]["operators"], {"operator": "operator", "calls": "calls", "share": "share of time"})
     others = [
-        {"part": name, "figures": _figures(result)}
-        for name, result in done.items()
-        if name in ("generation", "tests", "seam", "checkpoint")
+        {"part": name, "figures": _figures(done[name])}
+        for name in ("tests", "generation", "seam", "checkpoint")
+        if name in done
     ]
     lines += table(others, {"part": "part", "figures": "figures"}) if others else []
     lines += table(report["parts"], {"part": "part", "status": "status", "seconds": "seconds", "error": "last lines"})
@@ -502,7 +538,7 @@ def main(argv: list[str]) -> int:
         limit = min(chosen[name][0], left)
         row = {"part": name, "status": "no time left", "seconds": 0.0} if left < 10 else run_part(name, limit, options, folder)
         report["parts"].append(row)
-        print(f"{name:14} {row['status']:6} {row['seconds']:6.1f} s  {' '.join(row.get('error', []))[:120]}", flush=True)
+        print(f"{name:14} {row['status']:6} {row['seconds']:6.1f} s  {row.get('error', '')[:120]}", flush=True)
         options.output.write_text(json.dumps(report, indent=1))
         options.output.with_suffix(".md").write_text(markdown(report))
     print(f"\n{markdown(report)}\nwritten to {options.output} and {options.output.with_suffix('.md')}")
