@@ -37,6 +37,8 @@ class Watch(TorchDispatchMode):
     (..., T, T) tensor is a fault. 0: not checked.
     """
 
+    supports_higher_order_operators = True  # FlexAttention is one
+
     def __init__(self, logits: int = 0, length: int = 0):
         super().__init__()
         self.logits, self.length = logits, length
