@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+CUDA := .venv-cuda
 SOURCES := $(wildcard pretrain launch tools tests benchmarks)
 QUICK := data/quickstart
 # One thread per test process: threads of parallel tests would compete for the cores.
@@ -11,10 +12,10 @@ LAUNCH := $(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml laun
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart dummy test test-slow test-faults test-soak check clean
+.PHONY: help install quickstart dummy test test-slow test-faults test-soak test-fake-cuda gpu check clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
 
 install: $(INSTALLED)  ## create .venv with the project and its dependencies
 
@@ -38,6 +39,12 @@ test-faults: $(INSTALLED)  ## run the fault tests: kills, power loss, full disks
 test-soak: $(INSTALLED)  ## faults for half an hour (SOAK_MINUTES), and ten thousand kills: overnight
 	$(PYTEST) -m soak -s
 
+test-fake-cuda: $(CUDA)/.installed  ## run the step on fake CUDA tensors, without a GPU (first: 3 GB of downloads into .venv-cuda)
+	FAKE_CUDA=1 LD_PRELOAD=$(CUDA)/libcuda.so.1 OMP_NUM_THREADS=1 $(CUDA)/bin/python -m pytest tests/fake_cuda
+
+gpu: $(INSTALLED)  ## measure everything on one GPU, in less than ten minutes: speed, memory, kernels, tests
+	$(BIN)/python benchmarks/gpu.py
+
 check: $(INSTALLED)  ## lint, format, spelling and architecture rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,7 +52,7 @@ check: $(INSTALLED)  ## lint, format, spelling and architecture rules
 	$(BIN)/python -m compileall -q $(SOURCES)
 	$(BIN)/python -m pytest -q tests/test_house.py
 
-clean:  ## remove caches and build files; keep runs/, data/ and .venv
+clean:  ## remove caches and build files; keep runs/, data/ and virtual environments
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -56,6 +63,17 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 	  echo "$(PYTHON) cannot create virtual environments. On Debian and Ubuntu: apt install python3-venv; then run make again." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[all,dev]'
+	@touch $@
+
+# Fake CUDA tensors need the CUDA build of torch, on any machine. `===` takes 2.13.0 and not 2.13.0+cpu where both are offered.
+# shim.cpp takes the place of the driver.
+$(CUDA)/.installed: setup.py constraints.txt tests/fake_cuda/shim.cpp
+	$(PYTHON) -m venv $(CUDA)
+	version=$$(sed -n 's/^torch==//p' constraints.txt) && \
+	  { $(CUDA)/bin/python -m pip install "torch===$$version" || $(CUDA)/bin/python -m pip install "torch==$$version"; }
+	$(CUDA)/bin/python -c 'import sys, torch; torch.version.cuda or sys.exit("pip took a CPU build of torch: let it find the CUDA build, for example with PIP_INDEX_URL=https://pypi.org/simple")'
+	$(CUDA)/bin/python -m pip install -c constraints.txt -e '.[dev]'
+	$(CXX) -std=c++17 -shared -fPIC -Wl,-soname,libcuda.so.1 -o $(CUDA)/libcuda.so.1 tests/fake_cuda/shim.cpp
 	@touch $@
 
 $(QUICK)/tokenizer/tokenizer.json: | $(INSTALLED)

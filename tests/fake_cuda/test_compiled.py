@@ -1,0 +1,79 @@
+"""What Inductor makes of the step for a GPU: bytes that the loss moves, and blocks without graph breaks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.shapes import SHAPES
+from pretrain.config import EngineConfig
+from pretrain.model.flops import vocabulary_rows
+from pretrain.model.loss import IGNORED, chunk_positions, chunk_step
+from tests.fake_cuda import steps
+from tests.fake_cuda.traffic import fused_bytes
+from tests.fake_cuda.watch import Watch
+
+
+@pytest.fixture(autouse=True)
+def fake():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def matrix(rows: int, columns: int, dtype=torch.bfloat16):
+    return torch.empty(rows, columns, dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("function", "bytes_per_value"),
+    [
+        (lambda x: torch.relu(x) * 2, 4),  # one kernel: reads 2 bytes, writes 2
+        (lambda x: torch.softmax(x.float(), 1), 6),  # one kernel: reads 2 bytes, writes 4
+    ],
+)
+def test_counted_bytes_are_those_counted_by_hand(function, bytes_per_value):
+    x = matrix(1024, 1024)
+    assert fused_bytes(function, x) == pytest.approx(bytes_per_value * x.numel(), rel=0.01)
+
+
+@pytest.mark.parametrize("shape", ["G1", "G2"])
+def test_the_compiled_loss_moves_at_most_8_bytes_per_logit_beside_its_product(shape):
+    model = SHAPES[shape].model
+    rows, vocabulary = chunk_positions("cuda", vocabulary_rows(model)), vocabulary_rows(model)
+    inputs = matrix(rows, model.hidden_size), matrix(vocabulary, model.hidden_size)
+    labels_n = torch.zeros(rows, dtype=torch.int64, device="cuda")
+    moved = fused_bytes(lambda *args: chunk_step(*args, model.vocab_size, True), *inputs, labels_n)
+    assert moved <= 8 * rows * vocabulary
+
+
+def scattered(hidden_nD, weight_VD, labels_n):
+    """A loss that scatters the labels, which forces the fp32 softmax through memory twice."""
+    logits_nV = (hidden_nD @ weight_VD.T).float()
+    target_n1 = torch.where(labels_n != IGNORED, labels_n, 0)[:, None]
+    gradient_nV = torch.softmax(logits_nV, 1).scatter_add(1, target_n1, torch.full_like(target_n1, -1, dtype=torch.float32))
+    return F.cross_entropy(logits_nV, labels_n, reduction="sum"), gradient_nV.to(hidden_nD.dtype)
+
+
+def test_a_loss_that_scatters_the_labels_is_found():
+    labels_n = torch.zeros(1024, dtype=torch.int64, device="cuda")
+    assert fused_bytes(scattered, matrix(1024, 768), matrix(32000, 768), labels_n) > 12 * 1024 * 32000
+
+
+@pytest.mark.parametrize(("model", "documents"), [("dense", False), ("dense", True), ("moe", False), ("window", False)])
+@pytest.mark.parametrize("what", ["blocks", "model"])
+def test_a_compiled_step_has_no_graph_break_and_one_attention_kernel_per_block(monkeypatch, what, model, documents):
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, **options | {"backend": "aot_eager"}))
+    torch._dynamo.reset()
+    counters.clear()
+    engine = steps.start(EngineConfig(compile=what))
+    steps.prepare(engine, model)
+    with Watch(steps.LOGITS, steps.LENGTH) as watch:
+        engine.backward(engine.forward(*steps.micro_batch(documents)).loss_sum)
+    assert not counters["graph_break"] and not watch.faults
+    assert counters["stats"]["unique_graphs"] >= (2 if what == "blocks" else 1)
+    kernels = {name: count for name, count in watch.operators.items() if "attention" in name or "flex" in name}
+    assert kernels and set(kernels.values()) == {2}, kernels
