@@ -23,7 +23,8 @@ class DdpEngine(Engine):
         self.autocast_dtype = torch.bfloat16 if self.precision == "bf16" else None
 
     def _distribute(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
-        self.model.to_empty(device=self.device)
+        # As to_empty does, whose empty_like of a meta tensor imports sympy: a tenth of the CPU time from a start to step 1.
+        self.model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device))
         self._wrapped = self.model
         if self.world_size > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
