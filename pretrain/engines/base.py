@@ -22,12 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pretrain import target
 from pretrain.config import ConfigError, EngineConfig, Problem
 from pretrain.engines.compile import checkpoint_activations, choose, compile_model, compiler_problem
 from pretrain.engines.place import FOREIGN, Place, read_place
 from pretrain.engines.rendezvous import meet
 from pretrain.engines.watchdog import Watchdog, interval
-from pretrain.target import kind
 
 _KEPT_VARIABLES = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_LOG_LEVEL")
 
@@ -128,7 +128,7 @@ class Engine:
 
         Raises ConfigError where engine.compile asks for a compiler that does not work; the default then compiles nothing.
         """
-        self.compiled, self.compiled_why = choose(self.config, kind(self.device), self.world_size, parameters)
+        self.compiled, self.compiled_why = choose(self.config, target.kind(self.device), self.world_size, parameters)
         if self.compiled == "none":
             return
         problem = compiler_problem(self.device) if self.compile_backend == "inductor" else None
