@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     sizes, micro_batch = SIZES[options.device]
     model = resolve_model(sizes, vocab_size=VOCABULARY, sequence_length=LENGTH)
-    engine = start_engine(EngineConfig(precision="fp32" if options.device == "cpu" else "bf16"))
+    engine = start_engine(EngineConfig(precision="fp32" if options.device == "cpu" else "bf16", compile="none"))
     windows = _windows(WARM_UP + options.steps, micro_batch, engine.device)
     loops = {"bare": _bare(model, windows, engine.device), "engine": _engine(engine, model, windows)}
     for loop in loops.values():

@@ -89,7 +89,7 @@ def measure_loss(options: argparse.Namespace) -> None:
         data = DataConfig(valid=valid, sequence_length=data.sequence_length, document_mask=trained.document_mask)
     elif not (data.valid or data.synthetic):
         raise UserError(f"{options.run}: this run has no validation data of its own; give --data")
-    config = EngineConfig(name=options.engine, precision=options.precision)
+    config = EngineConfig(name=options.engine, precision=options.precision, compile="none")
     place, facts, refusal = read_place(), {}, None
     try:
         facts = facts_of(options) if place.world_size > 1 else {}

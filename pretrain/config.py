@@ -174,10 +174,11 @@ class EngineConfig:
     gradients (zero2), also the weights (zero3); fsdp2 (PyTorch): as zero3."""
     precision: Literal["fp32", "bf16", "fp8"] | None = guarded(None)
     """bf16: compute in bf16; master weights, summed gradients and moments in fp32. fp8 (ddp, fsdp2): as bf16, but wide matrices
-    of blocks in fp8. null: bf16 on GPUs, fp32 on CPUs. (fp16 needs loss scaling and skips steps: refused.)"""
-    compile: Literal["none", "blocks", "model"] = free("none")
+    of blocks in fp8. null: the checkpoint's if the run resumes, else bf16 on GPUs and on CPUs with AMX, fp32 on other CPUs.
+    (fp16 needs loss scaling and skips steps: refused.)"""
+    compile: Literal["none", "blocks", "model"] | None = free(None)
     """torch.compile: blocks compiles one block and uses it for all; model (not zero3) compiles everything. The first step takes
-    longer. none: off."""
+    longer. none: off. null: on GPUs model for ddp alone up to 1e9 parameters, else blocks; on CPUs none."""
     activation_checkpointing: Literal["none", "selective", "full"] = free("none")
     """full: keep only the inputs of blocks and run each block twice (a third more FLOPs); selective: keep the matrix products
     too. none: off."""

@@ -20,6 +20,7 @@ from pretrain.data import excluded
 from pretrain.data.batches import Batch, read_ahead
 from pretrain.engines import fp8
 from pretrain.engines.base import Engine, require_device
+from pretrain.engines.compile import keep_cache
 from pretrain.engines.place import read_place
 from pretrain.engines.rendezvous import meet
 from pretrain.engines.start import start_engine
@@ -31,7 +32,7 @@ from pretrain.optim.optimizer import build_optimizer
 from pretrain.optim.schedule import lr_at
 from pretrain.report.metrics import Clock
 from pretrain.report.profile import StepProfile
-from pretrain.run import agreement, divergence, memory, output, preflight, resume
+from pretrain.run import agreement, divergence, memory, output, precision, preflight, resume
 from pretrain.run.directory import take_directory
 from pretrain.run.outcome import DIVERGED, DONE, STORAGE_FAILED, Outcome
 from pretrain.run.parts import open_parts
@@ -100,12 +101,13 @@ def train(config: Config, stop: StopRequest | None = None) -> int:
     directory, refusal = take_directory(Path(config.run.directory) / config.run.name, place.rank)
     stop.last_words, stop.folder_lost = directory.write_end, directory.check
     with Outcome(directory, stop, config) as outcome:
-        parts, facts = None, {}
+        parts, facts, why_precision = None, {}, ""
         try:
             if refusal is None:
                 if place.rank == 0:
                     memory.forget(directory.path)
                 require_device(place)
+                config, why_precision = precision.resolve(config, directory.checkpoints)
                 if config.engine.precision == "fp8":
                     fp8.require_hardware()
                 parts = open_parts(config)
@@ -113,6 +115,8 @@ def train(config: Config, stop: StopRequest | None = None) -> int:
         except Exception as error:  # the others must learn of it; `meet` raises it again
             refusal = error
         store = meet(place, config.engine.timeout_seconds, facts, directory.path, refusal)  # raises on all ranks if one refuses
+        if config.engine.compile != "none":
+            keep_cache(Path(config.run.directory) / ".cache")
         engine = outcome.engine = start_engine(config.engine, store)
         engine.watchdog.start(directory.path / "stacks")
         if engine.broadcast(int(directory.stop_file.exists())):
@@ -132,16 +136,16 @@ def train(config: Config, stop: StopRequest | None = None) -> int:
         directory.write_text("config.yaml", to_yaml(config))
         while start:
             run = open_run(config, engine, parts, directory, start)
-            status, reason, start = _train_from(start, run, stop, warnings)
+            status, reason, start = _train_from(start, run, stop, why_precision, warnings)
             del run  # with its copy of the state on the host: after a rollback, the next run allocates another
         outcome.end(status, reason)
     return outcome.status
 
 
-def _train_from(start: Start, run: Run, stop: StopRequest, warnings: list) -> tuple[int, str, Start | None]:
+def _train_from(start: Start, run: Run, stop: StopRequest, why_precision: str, warnings: list) -> tuple[int, str, Start | None]:
     """-> (exit status, reason, where to roll back to after a divergence)."""
     with run.sinks:
-        output.announce(run, start, warnings)
+        output.announce(run, start, why_precision, warnings)
         stop.training()
         with run.saver:
             status, reason = _loop(run, stop)

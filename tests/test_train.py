@@ -32,6 +32,7 @@ run: {name: tiny}
 model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, vocab_size: 64}
 data: {synthetic: {kind: markov}, sequence_length: 16}
 batch: {global_batch_size: 8, micro_batch_size: 2}
+engine: {precision: fp32}
 optimizer: {lr: 1e-2}
 schedule: {name: wsd, warmup_steps: 3}
 train: {max_steps: 20}

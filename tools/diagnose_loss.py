@@ -473,7 +473,7 @@ def shown_stage(config: Config, model: Transformer, resolved: ModelConfig, run: 
     from pretrain.train import train_step
 
     count = max(1, sum(int((each.labels_BT != -100).sum()) for each in run))
-    engine = start_engine(EngineConfig(precision="fp32"))
+    engine = start_engine(EngineConfig(precision="fp32", compile="none"))
     try:
         optimizer = replace(config.optimizer, name="adamw")
         engine.prepare(lambda: Transformer(resolved), lambda module: build_optimizer(module, optimizer), 0.0, config.run.seed)

@@ -23,9 +23,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pretrain import target
 from pretrain.config import ConfigError, EngineConfig, Problem
 from pretrain.engines import fp8
-from pretrain.engines.compile import checkpoint_activations, compile_model
+from pretrain.engines.compile import checkpoint_activations, choose, compile_model, compiler_problem
 from pretrain.engines.place import FOREIGN, Place, read_place
 from pretrain.engines.rendezvous import meet
 from pretrain.engines.watchdog import Watchdog, interval
@@ -58,7 +59,8 @@ class LocalState(NamedTuple):
 
 class Engine:
     """Base class of all engines. Attributes: rank, world_size, device, precision, watchdog; after `prepare` also model (the
-    bare module) and optimizer. A subclass defines `_distribute`, `micro_batch`, `local_states` and `replicated_weights`.
+    bare module), optimizer, compiled and compiled_why. A subclass defines `_distribute`, `micro_batch`, `local_states` and
+    `replicated_weights`.
     """
 
     autocast_dtype: torch.dtype | None = None
@@ -122,14 +124,34 @@ class Engine:
             fp8.convert(self.model, gather_fp8=self.config.name == "fsdp2", emulate=self.device.type == "cpu")
         if self.config.activation_checkpointing != "none":
             checkpoint_activations(self.model, self.config.activation_checkpointing)
-        if self.config.compile != "none":
-            compile_model(self.model, self.config.compile, self.compile_backend)
+        self._compile(sum(parameter.numel() for parameter in self.model.parameters()))
         self._distribute(make_optimizer)
         self._warm_up()
         if fill is None:
             self._draw(seed)
         else:
             self.restore(fill, moments=False)
+
+    def _compile(self, parameters: int) -> None:
+        """Compiles the model and sets `compiled` (none, blocks or model) and `compiled_why`, the same on all ranks.
+
+        Raises ConfigError where engine.compile asks for a compiler that does not work; the default then compiles nothing.
+        """
+        self.compiled, self.compiled_why = choose(self.config, target.kind(self.device), self.world_size, parameters)
+        if self.compiled == "none":
+            return
+        problem = compiler_problem(self.device) if self.compile_backend == "inductor" else None
+        broken = problem is not None
+        if self.world_size > 1:
+            broken = int(self.all_reduce(torch.tensor(int(broken), device=self.device))) > 0
+        if broken:
+            text = f"the compiler fails ({problem or 'on another rank'})"
+            if self.config.compile:
+                advice = "install what it needs (a C++ compiler, Python's headers, on GPUs Triton) or use none"
+                raise ConfigError([Problem("engine.compile", f"is {self.compiled}, but {text}; {advice}")])
+            self.compiled, self.compiled_why = "none", f"slower than {self.compiled}, {self.compiled_why}, but {text}"
+            return
+        compile_model(self.model, self.compiled, self.compile_backend)
 
     def _make(self, make_model: Callable[[], nn.Module]) -> nn.Module:
         with torch.device("meta"):

@@ -24,7 +24,8 @@ class DdpEngine(Engine):
         self.autocast_dtype = None if self.precision == "fp32" else torch.bfloat16
 
     def _distribute(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
-        self.model.to_empty(device=self.device)
+        # As to_empty does, whose empty_like of a meta tensor imports sympy: a tenth of the CPU time from a start to step 1.
+        self.model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device))
         self._wrapped = self.model
         self._views: list[tuple[Tensor, Tensor]] = []  # (parameter, its part of a bucket), from `_warm_up`
         if self.world_size > 1:

@@ -107,7 +107,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(vocabulary_rows(config), config.hidden_size)
+        # from_pretrained draws no weights; on the meta device, drawing them would import the compiler.
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(vocabulary_rows(config), config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

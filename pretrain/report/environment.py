@@ -68,11 +68,14 @@ VARIABLES = (
 
 def here() -> dict:
     """Versions, git commit and allowed environment variables of this process."""
-    installed = {distribution.name.lower() for distribution in metadata.distributions()}
+    versions = {}
+    for name in LIBRARIES:  # asked one by one: a list of all packages would read the metadata of each
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: metadata.version(name) for name in LIBRARIES if name in installed},
+        "versions": versions,
         "git": git_state(ROOT),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "command": Path(sys.argv[0]).name,

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pretrain import devices
 from pretrain.config import accumulation
 from pretrain.doctor import untrained, verdict
-from pretrain.engines.compile import compile_report
+from pretrain.engines.compile import compile_report, graphs
 from pretrain.engines.update_check import UpdateCheck
 from pretrain.model import flops
 from pretrain.optim.schedule import lr_at
 from pretrain.report.metrics import Clock, perplexity
 from pretrain.report.records import RecordsError
+from pretrain.run.precision import cpu_multiplies_bf16
 from pretrain.run.resume import Start
 from pretrain.run.state import Run
 
@@ -29,7 +30,7 @@ LEGEND = """Columns (details: docs/understanding_the_loss.md)
   val loss   the same loss on text that is never trained on: the number to judge a model by"""
 
 
-def announce(run: Run, start: Start, warnings: Sequence[object]) -> None:
+def announce(run: Run, start: Start, why_precision: str, warnings: Sequence[object]) -> None:
     """Prints what will be done, in arithmetic that a reader can check, and what the numbers will mean."""
     config, engine, batch = run.config, run.engine, run.config.batch
     length, ranks = config.data.sequence_length, engine.world_size
@@ -42,7 +43,9 @@ def announce(run: Run, start: Start, warnings: Sequence[object]) -> None:
         f"run        {run.directory.path}{resumed}",
         f"model      {counts.total:,} parameters{active}, vocabulary {run.model.vocab_size:,}, "
         f"weights from {config.model.from_pretrained or f'seed {config.run.seed}'}",
-        f"engine     {config.engine.name}, {ranks} process{'es' * (ranks > 1)} on {engine.device_name}, {engine.precision}",
+        f"engine     {config.engine.name}, {ranks} process{'es' * (ranks > 1)} on {engine.device_name}",
+        f"precision  {engine.precision}: {why_precision}",
+        f"compile    {engine.compiled}: {engine.compiled_why}",
         f"batch      {batch.global_batch_size} sequences per step = ranks {ranks} x micro-batch {batch.micro_batch_size} x "
         f"accumulation {accumulation(batch, ranks)}; times {length} tokens = {tokens_per_step:,} tokens per step",
         f"length     {run.total_steps:,} steps = {tokens:,} tokens = {samples / run.data.samples_per_epoch:.2f} epochs, "
@@ -54,8 +57,10 @@ def announce(run: Run, start: Start, warnings: Sequence[object]) -> None:
         LEGEND,
         *(f"warning    {warning}" for warning in warnings),
     ]
-    if engine.precision == "bf16" and engine.device.type == "cpu":
-        lines.append("bf16 is emulated on CPUs without AMX, 25 times slower than fp32; set engine.precision to fp32 there")
+    if engine.precision == "bf16" and engine.device.type == "cpu" and not cpu_multiplies_bf16():
+        lines.append(
+            "warning    this CPU emulates products in bf16, which are slower than in fp32: set engine.precision to fp32"
+        )
     for line in lines:
         run.sinks.info(line)
     if not start.checkpoint or run.sinks.lacks_start:
@@ -107,13 +112,25 @@ def log_step(run: Run, clock: Clock, lr: float, update_check: UpdateCheck | None
     run.sinks.log(record | checked)
     for warning in warnings:
         run.sinks.info(f"step {progress.step}: {warning}")
+    _report_compiler(run, "steps", f"{seconds:.1f} s up to step {progress.step}")
     if progress.step == 1:
-        if run.config.engine.compile != "none":
-            run.sinks.info(f"compile    step 1 took {seconds:.1f} s, {compile_report()}")
         run.sinks.info(
             untrained.first_step(figures["loss"], run.model.vocab_size, trained=bool(run.config.model.from_pretrained))
         )
     clock.restart()
+
+
+def _report_compiler(run: Run, what: str, where: str) -> None:
+    """Reports what was compiled for the first steps, or the first validation, of this start (`what`), and warns of what is
+    compiled later: it delays all ranks and means that a shape or a setting has changed."""
+    if run.engine.compiled == "none":
+        return
+    count, before = graphs(), run.graphs.get("all", 0)
+    if what not in run.graphs:
+        run.sinks.info(f"compile    {where}, {compile_report()}")
+    elif count > before:
+        run.sinks.info(f"warning    {where}, {count - before} graphs compiled again; TORCH_LOGS=recompiles tells why")
+    run.graphs |= {what: count, "all": count}
 
 
 def _seconds_left(run: Run, clock: Clock) -> float:
@@ -159,6 +176,7 @@ def log_validation(run: Run, figures: dict[str, float], generated: list[dict[str
     progress = run.progress
     tokens = progress.tokens + run.meter.interval_tokens  # of this step, which need not have a logging line
     run.sinks.log({"step": progress.step, "tokens": tokens, **figures})
+    _report_compiler(run, "validation", f"validation at step {progress.step}")
     if generated:
         run.sinks.log({"step": progress.step, "generated": generated})
     if run.sinks.keeps_metrics:

@@ -16,8 +16,8 @@ import torch
 
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.manifest import Checkpoint, CheckpointError, checkpoints
-from pretrain.config import Config, ConfigError, Problem, check_resume
-from pretrain.engines.base import Engine, Shard
+from pretrain.config import Config, ConfigError, EngineConfig, Problem, check_resume
+from pretrain.engines.base import Engine, Shard, default_precision
 from pretrain.model.config import ModelConfig
 from pretrain.run.directory import RunDirectory, read_state
 from pretrain.run.length import plan
@@ -121,6 +121,9 @@ def check_settings(config: Config, parts: Parts, found: Checkpoint) -> None:
     """Raises ConfigError with everything in these settings and this data that does not fit the checkpoint."""
     state, origin = read_saved(found), str(found.path)
     before, now = state["settings"] | {"model": state["model"]}, to_dict(config) | {"model": asdict(parts.model)}
+    if isinstance(before.get("engine"), dict):
+        before["engine"] = before["engine"] | {"precision": precision_of(state)}
+        now["engine"]["precision"] = config.engine.precision or precision_of(state)
     problems = check_resume(before, now, config.checkpoint.allow_changes, origin)
     if not problems:  # else its settings may be of another shape
         try:
@@ -134,6 +137,14 @@ def check_settings(config: Config, parts: Parts, found: Checkpoint) -> None:
         problems.append(Problem("data.quarantine", problem, origin))
     if problems:
         raise ConfigError(problems)
+
+
+def precision_of(state: dict) -> str:
+    """The precision with which the run of a checkpoint's `state` was trained. Where its settings have null, of a version that
+    did not write what null came to, that was bf16 on GPUs and fp32 on CPUs."""
+    engine = state["settings"].get("engine")
+    written = engine.get("precision") if isinstance(engine, dict) else None
+    return written if written in ("fp32", "bf16", "fp8") else default_precision(EngineConfig())
 
 
 def _quarantine_problem(config: Config, parts: Parts, state: dict) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.manifest import Checkpoint
@@ -48,6 +48,9 @@ class Run:
     spikes: SpikeWatch
     verdict: str = ""
     """Kind of the newest verdict on the loss curve: an alarm is reported once, not at every validation."""
+    graphs: dict[str, int] = field(default_factory=dict)
+    """Compiled graphs of this process when it last reported them: after steps, after a validation, and at the later of both
+    (`all`)."""
 
     @property
     def total_steps(self) -> int:
