@@ -185,7 +185,7 @@ def dry_run(config: Config, model: ModelConfig, cluster: Cluster, rank: int = 0,
             raise CannotRun("wrong-device", _line_of(error), text) from error
         tracker.end()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    if config.engine.compile != "none" and not graphs:
+    if engine.compiled != "none" and not graphs:
         raise UserError("this version of torch compiles nothing on fake tensors; set engine.compile to none")
     names = [phase.name for phase in tracker.trace.phases if phase.name != "start"]
     repeats = {name: micro_batches - 1 if micro_batches > 1 and name.endswith(" 1") else 1 for name in names}

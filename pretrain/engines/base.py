@@ -140,18 +140,22 @@ class Engine:
         self.compiled, self.compiled_why = choose(self.config, target.kind(self.device), self.world_size, parameters)
         if self.compiled == "none":
             return
-        problem = compiler_problem(self.device) if self.compile_backend == "inductor" else None
-        broken = problem is not None
-        if self.world_size > 1:
-            broken = int(self.all_reduce(torch.tensor(int(broken), device=self.device))) > 0
-        if broken:
-            text = f"the compiler fails ({problem or 'on another rank'})"
+        if self.compile_backend == "inductor" and (problem := self._compiler_problem()):
+            text = f"the compiler fails ({problem})"
             if self.config.compile:
                 advice = "install what it needs (a C++ compiler, Python's headers, on GPUs Triton) or use none"
                 raise ConfigError([Problem("engine.compile", f"is {self.compiled}, but {text}; {advice}")])
             self.compiled, self.compiled_why = "none", f"slower than {self.compiled}, {self.compiled_why}, but {text}"
             return
         compile_model(self.model, self.compiled, self.compile_backend)
+
+    def _compiler_problem(self) -> str | None:
+        """Why the compiler does not work, here or on another rank; None: it works on all ranks. A collective."""
+        problem = compiler_problem(self.device)
+        if self.world_size == 1:
+            return problem
+        failed = self.all_reduce(torch.tensor(int(problem is not None), device=self.device))
+        return (problem or "on another rank") if int(failed) else None
 
     def _make(self, make_model: Callable[[], nn.Module]) -> nn.Module:
         with torch.device("meta"):
