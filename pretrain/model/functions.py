@@ -1,5 +1,5 @@
-"""RMSNorm and the rotary embedding with derivatives written by hand, for eager mode: autograd's would keep and move two to three
-times as many bytes. Compiled code uses the plain formulas, which a compiler fuses better than these.
+"""RMSNorm and the rotary embedding with derivatives written by hand, for eager mode: autograd would keep and move more bytes.
+Compiled code uses the plain formulas, which a compiler fuses.
 
 Both compute in fp32, or in fp64 if their input has it, and return the dtype of the input.
 """

@@ -130,8 +130,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _add_product(sum_VD: Tensor, left_Vn: Tensor, right_nD: Tensor) -> None:
-    """Adds left_Vn @ right_nD to sum_VD (fp32). On GPUs factors in bf16 are multiplied and added in fp32; CPUs and torch without
-    `out_dtype` round the product to bf16 first."""
+    """Adds left_Vn @ right_nD to sum_VD (fp32). Products of bf16 factors are added in fp32 on GPUs; CPUs, and a torch without
+    `out_dtype`, round them to bf16 first."""
     if left_Vn.dtype == sum_VD.dtype:
         sum_VD.addmm_(left_Vn, right_nD)
     elif not (target.kind(left_Vn.device) == "cuda" and hasattr(torch.ops.aten.addmm, "dtype")):
