@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
-from torch._functorch.aot_autograd import aot_function
+from torch._functorch.aot_autograd import aot_module
 from torch._functorch.compilers import nop
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
@@ -315,7 +315,7 @@ def test_a_router_keeps_no_fp32_copy_of_its_input_compiled_or_not():
             function(hidden_BTD, valid_BT)
         return max(x.untyped_storage().nbytes() for x in kept.values() if x.shape[-1] == 32 and x.numel() == hidden_BTD.numel())
 
-    graph = aot_function(router, nop, partition_fn=min_cut_rematerialization_partition, decompositions=select_decomp_table())
+    graph = aot_module(router, nop, partition_fn=min_cut_rematerialization_partition, decompositions=select_decomp_table())
     assert kept_bytes(router) == kept_bytes(graph) == hidden_BTD.nbytes
 
 
