@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_compiler
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.model.loss import chunk_positions, chunk_step, cross_entropy_sum
+from pretrain import target
+from pretrain.model.loss import _add_product, chunk_positions, chunk_step, cross_entropy_sum
 
 
 def inputs(positions: int = 50, rows: int = 128, width: int = 32, vocab_size: int = 97, ignored: float = 0.2, seed: int = 0):
@@ -135,6 +141,81 @@ def test_no_more_than_one_chunk_of_logits_exists_at_a_time():
     cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size, 16, step)
     assert sizes == [16, 16, 16, 2]
     assert chunk_positions("cuda", 50304) * 50304 * 4 < 1.5 * 2**30 and chunk_positions("cpu", 8192) == 512
+
+
+@pytest.mark.parametrize("rows", [8192, 32000, 50304, 151936])
+def test_chunks_are_equal_multiples_of_128_within_the_limit(rows):
+    for device, positions in [("cpu", 2048), ("cuda", 65536), ("cuda", 32768), ("cuda", 33 * 1024), ("cuda", 6144)]:
+        chunk = chunk_positions(device, rows, positions)
+        assert chunk % 128 == 0 and positions % chunk == 0
+        assert chunk_positions(device, rows) / 2 < chunk <= chunk_positions(device, rows) or chunk == positions
+
+
+@settings(deadline=None)
+@given(positions=st.integers(1, 100_000), rows=st.integers(64, 200_000), device=st.sampled_from(["cpu", "cuda"]))
+def test_no_number_of_positions_makes_more_chunks_than_twice_the_fewest(positions, rows, device):
+    chunk, limit = chunk_positions(device, rows, positions), chunk_positions(device, rows)
+    assert -(-positions // chunk) < 2 * -(-positions // limit) and chunk < limit + 128
+
+
+def test_eager_softmax_and_gradient_are_computed_in_the_memory_of_the_logits():
+    hidden_ND, weight_VD, labels_N, vocab_size = (x.detach() if torch.is_tensor(x) else x for x in inputs(64, 256, 8, 250))
+    with Largest(64 * 256 * 4) as largest:
+        chunk_step(hidden_ND, weight_VD, labels_N, vocab_size, True)
+    assert largest.made == 1  # the product
+
+
+class Largest(TorchDispatchMode):
+    """Counts tensors of a number of bytes that operators allocate."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.made, self._seen = size, 0, set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **keywords or {})
+        if isinstance(result, torch.Tensor) and (storage := result.untyped_storage()).nbytes() == self.size:
+            self.made += storage.data_ptr() not in self._seen
+            self._seen.add(storage.data_ptr())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("vocab_size", [97, 128], ids=["padded", "no padding"])
+def test_the_compiled_step_scatters_nothing_and_equals_the_eager_one(dtype, vocab_size):
+    hidden_ND, weight_VD, labels_N, _ = (x.detach() if torch.is_tensor(x) else x for x in inputs(vocab_size=vocab_size))
+    hidden_ND, weight_VD, operators = hidden_ND.to(dtype), weight_VD.to(dtype), []
+
+    def look(graph, _):
+        operators.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(chunk_step, backend=aot_autograd(fw_compiler=make_boxed_compiler(look)), fullgraph=True)
+    loss, gradient_NV = compiled(hidden_ND, weight_VD, labels_N, vocab_size, True)
+    expected, expected_NV = chunk_step(hidden_ND, weight_VD, labels_N, vocab_size, True)
+    assert operators and not any("scatter_add" in name or "scatter.value" in name for name in operators)
+    assert gradient_NV.dtype == dtype and loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(gradient_NV, expected_NV, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
+    evaluated, nothing = compiled(hidden_ND, weight_VD, labels_N, vocab_size, False)
+    assert nothing is None and evaluated.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_on_gpus_products_of_bf16_are_added_in_fp32_without_rounding_them_first(monkeypatch):
+    """The operator does not exist on CPUs, so a stand-in with its documented result takes its place."""
+
+    def addmm(total, left, right, *, out_dtype, out):
+        assert left.dtype == right.dtype == torch.bfloat16 and out_dtype == out.dtype == torch.float32
+        return out.copy_(total + left.float() @ right.float())
+
+    left_Vn, right_nD = (x.bfloat16() for x in torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0)))
+    exact_VD, errors = left_Vn.double() @ right_nD.double(), []
+    monkeypatch.setattr(torch, "addmm", addmm)
+    for planned in (target.planned("cuda"), nullcontext()):
+        sum_VD = torch.ones(64, 64)
+        with planned:
+            _add_product(sum_VD, left_Vn, right_nD)
+        errors.append(relative(sum_VD.double(), 1 + exact_VD))
+    assert errors[0] < 1e-6 and 1e-4 < errors[1] < 1e-2  # on a CPU the product is rounded
 
 
 def test_a_second_backward_pass_raises_an_error_instead_of_scaling_twice():

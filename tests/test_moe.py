@@ -10,6 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from torch._functorch.aot_autograd import aot_module
+from torch._functorch.compilers import nop
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
 from transformers import (
     Dots1Config,
     Dots1ForCausalLM,
@@ -30,7 +34,7 @@ from pretrain.invariance import Case, check_invariance, small_model
 from pretrain.model.attention import KeyValueCache
 from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
 from pretrain.model.flops import num_parameters
-from pretrain.model.moe import Experts, grouped_product
+from pretrain.model.moe import Experts, _router_logits, grouped_product
 from pretrain.model.transformer import LossOutput, Transformer, build
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.report.metrics import Meter, routing_figures
@@ -284,7 +288,7 @@ def test_recomputation_changes_no_bit_and_counts_no_token_twice(how):
 
 
 @pytest.mark.parametrize("how", ["none", "full", "selective"])
-def test_a_compiled_block_is_one_graph_with_the_same_bits_even_if_it_is_recomputed(how):
+def test_a_compiled_block_is_one_graph_with_the_same_results_even_if_it_is_recomputed(how):
     """Only traced: compiling to machine code takes minutes, which is left to the slow test below."""
     found = []
     for compiled in (False, True):
@@ -295,8 +299,37 @@ def test_a_compiled_block_is_one_graph_with_the_same_bits_even_if_it_is_recomput
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend="aot_eager")
         found.append(run(model, some_tokens(2, T), some_labels(2, T)))
     (eager, expected), (graph, got) = found
-    assert_equal(got, expected, atol=0)
-    assert torch.equal(graph.routing_LX, eager.routing_LX)
+    assert_equal(got, expected, atol=1e-6)
+    torch.testing.assert_close(graph.routing_LX, eager.routing_LX, rtol=1e-6, atol=0)
+
+
+def test_a_router_keeps_no_fp32_copy_of_its_input_compiled_or_not():
+    """Compiled as Inductor would: it keeps the operands of products rather than recompute them."""
+    router = build(resolved(), "cpu", seed=0).model.layers[0].mlp.gate
+    hidden_BTD = torch.randn(4, T, 32, dtype=torch.bfloat16, requires_grad=True)
+    valid_BT = torch.ones(4, T, dtype=torch.bool)
+
+    def kept_bytes(function) -> int:
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.update({x.data_ptr(): x}) or x, lambda x: x):
+            function(hidden_BTD, valid_BT)
+        return max(x.untyped_storage().nbytes() for x in kept.values() if x.shape[-1] == 32 and x.numel() == hidden_BTD.numel())
+
+    graph = aot_module(router, nop, partition_fn=min_cut_rematerialization_partition, decompositions=select_decomp_table())
+    assert kept_bytes(router) == kept_bytes(graph) == hidden_BTD.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_router_equals_a_product_in_fp32_and_so_do_its_gradients(dtype):
+    router = build(resolved(), "cpu", seed=0).model.layers[0].mlp.gate
+    hidden_BTD = torch.randn(2, T, 32).to(dtype).requires_grad_()
+    scale = torch.randn(2 * T, 6)
+    got_NE = _router_logits(hidden_BTD.flatten(0, 1), router.weight)
+    expected_NE = F.linear(hidden_BTD.flatten(0, 1).float(), router.weight)
+    assert got_NE.dtype == torch.float32 and torch.equal(got_NE, expected_NE)
+    leaves = hidden_BTD, router.weight
+    for ours, theirs in zip(*(torch.autograd.grad((x * scale).sum(), leaves) for x in (got_NE, expected_NE)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -188,6 +188,16 @@ def test_ranks_follow_the_published_rule_and_divide_the_matrices_evenly(ranks):
 # ---------------------------------------------------------------- the iteration
 
 
+@pytest.mark.parametrize("spread", [0, 5], ids=["random", "ill-conditioned"])
+@pytest.mark.parametrize("shape", [(3, 16, 32), (2, 90, 32), (64, 64)])
+def test_newton_schulz_in_fp32_equals_the_steps_in_fp64(shape, spread):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -spread, shape[-1])
+    batch = matrices.view(-1, *shape[-2:])
+    for found, matrix in zip(newton_schulz(batch), batch.double(), strict=True):
+        expected = orthogonalized(matrix)
+        assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
 @pytest.mark.parametrize("shape", [(3, 12, 40), (3, 40, 12), (2, 24, 24), (1, 1, 9), (4, 9, 1)], ids=str)
 def test_newton_schulz_applies_the_polynomial_to_the_singular_values_and_keeps_directions(shape):
     draw = torch.Generator().manual_seed(0)

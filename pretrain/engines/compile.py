@@ -107,6 +107,7 @@ def _keep_products():
     kept = {
         aten._grouped_mm.default,
         ours.looped_product.default,
+        ours.router_logits.default,
         ours.masked_attention.default,
         torch.ops.higher_order.flex_attention,
         aten.topk.default,  # a recomputed choice of experts could differ

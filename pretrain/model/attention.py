@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pretrain import UserError, target
 from pretrain.model.config import ModelConfig, RopeScalingConfig
+from pretrain.model.functions import rotate_pairs
 from pretrain.model.masked import block_mask, first_visible, flex_attention, masked_attention
 
 if TYPE_CHECKING:
@@ -124,10 +125,7 @@ def _visible_in_cache(index_T: Tensor, keys: int, padding_B: Tensor | None, slid
 
 def rotate(x_BTHC: Tensor, context: AttentionContext) -> Tensor:
     """Applies the rotary embedding in Hugging Face's half-split layout; computes in fp32, returns the dtype of x_BTHC."""
-    cos_T1C, sin_T1C = context.cos_TC.unsqueeze(-2), context.sin_TC.unsqueeze(-2)
-    first, second = x_BTHC.chunk(2, dim=-1)
-    rotated = torch.cat((first * cos_T1C - second * sin_T1C, second * cos_T1C + first * sin_T1C), dim=-1)
-    return rotated.to(x_BTHC.dtype)
+    return rotate_pairs(x_BTHC, context.cos_TC.unsqueeze(-2), context.sin_TC.unsqueeze(-2))
 
 
 class KeyValueCache:

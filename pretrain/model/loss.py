@@ -12,6 +12,8 @@ Dimensions: B batch, T time, N = B * T positions, n positions of one chunk, D mo
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -34,7 +36,7 @@ def cross_entropy_sum(
     """
     hidden_ND, labels_N = hidden_BTD.flatten(0, -2), labels_BT.flatten()
     needs_gradient = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
-    chunk = chunk or chunk_positions(target.kind(hidden_ND.device), weight_VD.shape[0])
+    chunk = chunk or chunk_positions(target.kind(hidden_ND.device), weight_VD.shape[0], len(labels_N))
     return _ChunkedCrossEntropy.apply(
         hidden_ND, weight_VD, labels_N, vocab_size, chunk, product_dtype(hidden_ND), needs_gradient, step or chunk_step
     )
@@ -47,11 +49,20 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
-def chunk_positions(device: str, rows: int) -> int:
-    """Positions per chunk: about 16 MiB of fp32 logits on a CPU (its cache), 1 GiB elsewhere, and never so few that adding to
-    the weight's gradient, once per chunk, costs more than the products. Measured on a CPU with 8192 rows: chunks of 512
-    positions take 0.65 of the time of a single chunk."""
-    return max(4 * 2**20 // rows, 256) if device == "cpu" else max(2**28 // rows, 1024)
+def chunk_positions(device: str, rows: int, positions: int = 0) -> int:
+    """Positions per chunk, if there are `positions` in all; 0: an unknown number of them.
+
+    At most about 16 MiB of fp32 logits on a CPU (its cache), 1 GiB elsewhere, but never so few that adding to the weight's
+    gradient, once per chunk, costs more than the products. Measured on a CPU with 8192 rows: chunks of 512 positions take 0.65
+    of the time of a single chunk. Within that limit all chunks are equal and multiples of 128 where `positions` allows it: a
+    smaller last chunk would be a second graph to compile, and products on GPUs are tiled by 128.
+    """
+    limit = max(4 * 2**20 // rows, 256) if device == "cpu" else max(2**28 // rows, 1024)
+    fewest = math.ceil(positions / limit)
+    for chunks in range(fewest, 2 * fewest):
+        if positions % (128 * chunks) == 0:
+            return positions // chunks
+    return 128 * math.ceil(positions / (128 * fewest)) if positions else limit
 
 
 def chunk_step(hidden_nD: Tensor, weight_VD: Tensor, labels_n: Tensor, vocab_size: int, with_gradient: bool):
@@ -59,21 +70,28 @@ def chunk_step(hidden_nD: Tensor, weight_VD: Tensor, labels_n: Tensor, vocab_siz
     softmax minus one-hot, in the dtype of hidden_nD, or None without with_gradient. Rows of ignored labels hold finite but
     meaningless values, which the caller must mask.
     """
-    logits_nV = (hidden_nD @ weight_VD.T).float()
+    product_nV = hidden_nD @ weight_VD.T
+    logits_nV = product_nV.float()
     if vocab_size < weight_VD.shape[0]:
         logits_nV[:, vocab_size:] = -torch.inf
     valid_n = labels_n != IGNORED
     target_n1 = torch.where(valid_n, labels_n, 0)[:, None]
     label_logit_n = logits_nV.gather(1, target_n1)[:, 0]
-    if not with_gradient:
-        loss_n = logits_nV.logsumexp(1) - label_logit_n
-        return torch.where(valid_n, loss_n, 0).sum(), None
+    if torch.compiler.is_compiling() or not with_gradient:
+        sum_n1 = logits_nV.logsumexp(1, keepdim=True)
+        loss_sum = torch.where(valid_n, sum_n1[:, 0] - label_logit_n, 0).sum()
+        if not with_gradient:
+            return loss_sum, None
+        # A comparison fuses with the rest into one pass over the logits. Scattering -1 would make the compiler write the fp32
+        # softmax to memory, copy it and read it again: 22 bytes per bf16 logit instead of 4 to 8. Loops over int32 vectorize.
+        is_label_nV = torch.arange(weight_VD.shape[0], dtype=torch.int32, device=labels_n.device) == target_n1.int()
+        return loss_sum, (torch.exp(logits_nV - sum_n1) - is_label_nV.float()).to(hidden_nD.dtype)
+    # Everything in the logits' memory. The softmax's largest entry is exp(largest - logsumexp), so one pass of exp suffices.
     largest_n = logits_nV.amax(1)
-    softmax_nV = torch.softmax(logits_nV, 1)
-    # The softmax's largest entry is exp(largest - logsumexp): so one pass of exp over the logits suffices instead of two.
+    softmax_nV = torch.softmax(logits_nV, 1, out=logits_nV)
     loss_n = largest_n - softmax_nV.amax(1).log() - label_logit_n
-    gradient_nV = softmax_nV.scatter_add(1, target_n1, torch.full_like(target_n1, -1, dtype=softmax_nV.dtype))
-    return torch.where(valid_n, loss_n, 0).sum(), gradient_nV.to(hidden_nD.dtype)
+    softmax_nV.scatter_add_(1, target_n1, torch.full_like(target_n1, -1, dtype=softmax_nV.dtype))
+    return torch.where(valid_n, loss_n, 0).sum(), product_nV.copy_(softmax_nV)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -112,8 +130,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _add_product(sum_VD: Tensor, left_Vn: Tensor, right_nD: Tensor) -> None:
-    """Adds left_Vn @ right_nD to sum_VD in fp32, even if the factors have another dtype."""
+    """Adds left_Vn @ right_nD to sum_VD (fp32). Products of bf16 factors are added in fp32 on GPUs; CPUs, and a torch without
+    `out_dtype`, round them to bf16 first."""
     if left_Vn.dtype == sum_VD.dtype:
         sum_VD.addmm_(left_Vn, right_nD)
-    else:
+    elif not (target.kind(left_Vn.device) == "cuda" and hasattr(torch.ops.aten.addmm, "dtype")):
         sum_VD += left_Vn @ right_nD
+    elif torch.compiler.is_compiling():  # Inductor has no addmm with out_dtype: pytorch issue 163880
+        sum_VD += torch.mm(left_Vn, right_nD, out_dtype=sum_VD.dtype)
+    else:
+        torch.addmm(sum_VD, left_Vn, right_nD, out_dtype=sum_VD.dtype, out=sum_VD)

@@ -62,7 +62,7 @@ class Router(nn.Module):
     def forward(self, hidden_BTD: Tensor, valid_BT: Tensor | None) -> tuple[Tensor, Tensor, Routing | None]:
         """Returns chosen_Nk (int64), weights_Nk (fp32) and, with valid_BT, the figures over the positions it marks."""
         with torch.autocast(hidden_BTD.device.type, enabled=False):
-            logits_NE = F.linear(hidden_BTD.flatten(0, 1).float(), self.weight.float())
+            logits_NE = _router_logits(hidden_BTD.flatten(0, 1), self.weight)
             score_NE = logits_NE.softmax(1) if self.config.score == "softmax" else logits_NE.sigmoid()
             choice_NE = score_NE.detach()
             if self.config.score == "sigmoid":
@@ -107,6 +107,35 @@ class Router(nn.Module):
         if self.config.balance == "global_batch":
             updated = applied & (tokens_E.sum() > 0)
             self.expert_share.copy_(torch.where(updated, tokens_E / tokens_E.sum().clamp(min=1), self.expert_share))
+
+
+# Custom operators, so that the hidden states are kept in their own dtype and widened again in the backward pass. Autograd would
+# keep the fp32 copy, and so would torch.compile, which never recomputes the operand of a product: twice the bytes of bf16.
+@torch.library.custom_op("pretrain::router_logits", mutates_args=())
+def _router_logits(hidden_ND: Tensor, weight_ED: Tensor) -> Tensor:
+    return F.linear(hidden_ND.float(), weight_ED.float())
+
+
+@torch.library.custom_op("pretrain::router_logits_backward", mutates_args=())
+def _router_logits_backward(gradient_NE: Tensor, hidden_ND: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    hidden_gradient_ND, weight_gradient_ED = gradient_NE @ weight_ED.float(), gradient_NE.T @ hidden_ND.float()
+    return hidden_gradient_ND.to(hidden_ND.dtype), weight_gradient_ED.to(weight_ED.dtype)
+
+
+@_router_logits.register_fake
+def _(hidden_ND: Tensor, weight_ED: Tensor) -> Tensor:
+    return hidden_ND.new_empty(hidden_ND.shape[0], weight_ED.shape[0], dtype=torch.float32)
+
+
+@_router_logits_backward.register_fake
+def _(gradient_NE: Tensor, hidden_ND: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(hidden_ND), torch.empty_like(weight_ED)
+
+
+_router_logits.register_autograd(
+    lambda ctx, gradient_NE: _router_logits_backward(gradient_NE, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 class Experts(nn.Module):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pretrain.model.attention import AttentionContext, KeyValueCache, attend, attention_context, rotate
 from pretrain.model.config import ModelConfig
 from pretrain.model.flops import vocabulary_rows
+from pretrain.model.functions import rms_norm
 from pretrain.model.loss import IGNORED, chunk_step, cross_entropy_sum, product_dtype
 from pretrain.model.moe import MixtureOfExperts, Routing
 
@@ -34,7 +35,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
