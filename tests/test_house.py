@@ -41,6 +41,7 @@ ROOMS_BELOW = {
     "model": set(),
     "optim": set(),
     "engines": set(),
+    "plan": {"data", "model", "optim", "engines"},
     "checkpoint": {"engines"},
     "report": {"doctor"},
     "interop": {"data", "model", "engines", "checkpoint", "report"},
