@@ -57,8 +57,7 @@ class DdpEngine(Engine):
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager:
         if self.world_size == 1 or last:
             return contextlib.nullcontext()
-        parameter, _ = self._views[0]
-        if parameter.grad is None:  # the first of several micro-batches
+        if self._views[0][0].grad is None:  # the first of several micro-batches
             # Summed into the memory of DDP's buckets. Otherwise the sum would be a second copy of the gradient, 4 bytes per
             # parameter, until the last micro-batch copies it there.
             torch._foreach_zero_([view for _, view in self._views])

@@ -104,7 +104,7 @@ class Meter:
     def _slot(self, value: float) -> Tensor:
         """(world_size,) `value` in this rank's place: summed over ranks, every rank sees all values."""
         slots = torch.zeros(self.world_size, dtype=torch.float64, device=self.device)
-        slots[self.rank] = value
+        slots[self.rank].fill_(value)  # an assignment would copy the number from pageable memory
         return slots
 
 
