@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 
+from benchmarks import machine
 from pretrain.config import EngineConfig
 from pretrain.invariance import Case, Outcome, check_invariance, small_model
 from pretrain.model.config import ModelConfig
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> int:
         expected = expected_bytes(outcome.case, shapes)
         rows.append(dataclasses.asdict(outcome) | {"passed": outcome.passed, "expected_bytes": expected})
         print(_row(outcome, expected), flush=True)
-    options.output.write_text(json.dumps(rows, indent=1) + "\n")
+    options.output.write_text(json.dumps({"machine": machine.facts(), "rows": rows}, indent=1) + "\n")
     good = all(row["passed"] and row["bytes_per_rank"] == row["expected_bytes"] for row in rows)
     print(f"{'all equal' if good else 'NOT ALL EQUAL'}; written to {options.output}")
     return 0 if good else 1

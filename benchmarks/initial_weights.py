@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -23,9 +22,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
+from benchmarks import machine
 from benchmarks.shapes import SHAPES
 from pretrain.model.transformer import Transformer
-from pretrain.report.environment import ROOT, git_state
 from pretrain.run import command_line
 
 SEED = 0
@@ -57,14 +56,15 @@ def main(argv: list[str]) -> int:
     for rank in (0, options.ranks - 1):
         cases[f"rank {rank} of {options.ranks}, 1 thread"] = _drawing(model, _parts(shapes, options.ranks, rank), 1)
     values, result = sum(map(math.prod, shapes.values())), {}
-    print(f"{values:,} parameters ({options.shape}), {platform.processor() or platform.machine()}")
+    found = machine.facts()
+    print(f"{values:,} parameters ({options.shape}); {machine.describe(found)}")
     for name, draw in cases.items():
         cpu, wall = time.process_time(), time.perf_counter()
         draw()
         result[name] = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall}
         print(f"{name:24} {result[name]['wall_seconds']:8.2f} s wall {result[name]['cpu_seconds']:8.2f} s CPU", flush=True)
-    facts = {"parameters": values, "platform": platform.platform(), "torch": torch.__version__, "git": git_state(ROOT)}
-    options.output.write_text(json.dumps(facts | {"seconds": result}, indent=1) + "\n")
+    result = {"machine": found, "shape": options.shape, "parameters": values, "cases": result}
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 

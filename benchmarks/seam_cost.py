@@ -22,6 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 from torch import nn
 
+from benchmarks import machine
 from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.data.batches import Batch
 from pretrain.engines.start import start_engine
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> int:
         middle, least, most = (1000 * of(values) for of in (statistics.median, min, max))
         print(f"{name:8} {middle:8.2f} ms per step (min {least:.2f}, max {most:.2f})")
     print(f"overhead {100 * lost:8.2f} % (target: below 2), {engine.device_name}, {options.steps} steps of each")
-    result = {"device": engine.device_name, "seconds_per_step": seconds, "lost_fraction": lost, "torch": torch.__version__}
+    result = {"machine": machine.facts(), "device": engine.device_name, "seconds_per_step": seconds, "lost_fraction": lost}
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if lost < 0.02 else 1
 
