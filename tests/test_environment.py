@@ -64,7 +64,7 @@ def test_the_start_that_made_a_step_is_found_and_abandoned_starts_are_dropped():
 
 def test_a_run_writes_its_environment(made, tmp_path):  # noqa: F811
     world = World(made, tmp_path)
-    world.flags |= {"train.max_steps": 4, "schedule.warmup_steps": 0}
+    world.flags |= {"train.max_steps": 4, "schedule.warmup_steps": 0, "engine.precision": "fp32"}
     assert train_here(world.argv()) == 0
     kept = environment.read(tmp_path / "runs" / "run")
     assert kept["starts"][0]["world_size"] == 1 and kept["starts"][0]["precision"] == "fp32"
