@@ -294,7 +294,9 @@ class Wire(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def floats(self, *names: str) -> str:
-        dtypes = {"float32", "bfloat16", "float16", "uint8"}  # uint8: the bytes of fp8
+        dtypes = {"float32", "bfloat16", "float16"}
+        if "allgather_" in names:
+            dtypes.add("uint8")  # the bytes of fp8; in sums, DeepSpeed's flag of an overflow
         found = set().union(*(self.seen.get(f"c10d::{name}", set()) for name in names)) & dtypes
         return ", ".join(sorted(found)) or "none"
 
