@@ -86,6 +86,8 @@ def _masked_attention_backward(
 
 def _calls(first_RT: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice, slice, Tensor | None]]:
     """Yields the rows, queries and keys of each call of the kernel and its mask: what to add to scores, or None if causal."""
+    if (first_RT == first_RT[0]).all():  # one call for all rows
+        first_RT = first_RT[:1]
     for row, first_T in enumerate(first_RT):
         rows = slice(None) if len(first_RT) == 1 else slice(row, row + 1)
         for start, end, key, causal in _blocks(first_T):
