@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from pretrain import train
-from pretrain.config import Config, ConfigError, EngineConfig, OptimizerConfig, validate
+from pretrain.config import Config, ConfigError, EngineConfig, OptimizerConfig, load, validate
 from pretrain.engines import fp8
 from pretrain.engines.start import start_engine
 from pretrain.engines.update_check import UpdateCheck, require_equal_replicas
 from pretrain.generate import generate
+from pretrain.interop.convert import export_model
+from pretrain.interop.load import open_run
 from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
@@ -31,6 +33,7 @@ from tests.distributed.test_engines import (
 )
 from tests.ranks import run_ranks
 from tests.test_step import LR, assemble, differences, make_optimizer, pieces_of, plain_run, prepare, window_of
+from tests.test_train import TINY, curve, final_bytes
 
 pytestmark = pytest.mark.timeout(600)
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is an extra")
@@ -203,6 +206,33 @@ def test_checkpoints_are_those_of_bf16_and_continue_to_the_bit(subtests, tmp_pat
     for name, config in TWO.items():
         plain = dataclasses.replace(config, precision="bf16")
         assert run_ranks(2, emulated, layout, config) == run_ranks(2, layout, plain), name
+
+
+WIDE = ["--model.hidden_size", "64", "--model.vocab_size", "256", "--run.directory"]
+
+
+def train_and_resume(folder: str, config_file: str) -> list[int]:
+    """Exit statuses of a run, of its first half, and of the rest of that, which resumes; rank 0 then exports it."""
+    flags = ["--config", config_file, *WIDE, folder, "--checkpoint.every_steps", "3"]
+    statuses = []
+    for name, steps in (("straight", 6), ("halves", 3), ("halves", 6)):
+        allow = ["--checkpoint.allow_changes", "[train.max_steps]"]
+        config = load([*flags, "--run.name", name, "--train.max_steps", str(steps), *allow], world_size=2)
+        engine = EngineConfig(name="fsdp2", precision="fp8", compile="none")
+        statuses.append(train.train(dataclasses.replace(config, engine=engine)))
+    return statuses
+
+
+@needs_torchao
+def test_a_run_resumes_validates_and_exports_as_under_bf16(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("name: wsd", "name: constant"))
+    assert run_ranks(2, emulated, train_and_resume, str(tmp_path), str(tmp_path / "tiny.yaml")) == 2 * [[0, 0, 0]]
+    straight, halves = curve(tmp_path / "straight"), curve(tmp_path / "halves")
+    assert final_bytes(tmp_path / "straight") == final_bytes(tmp_path / "halves")
+    assert [record for record in straight if "loss" in record] == [record for record in halves if "loss" in record]
+    assert "val_loss" in straight[-1] and straight[-1] == halves[-1]
+    export_model(open_run(tmp_path / "halves"), tmp_path / "exported")  # raises if transformers does not compute the same
+    assert (tmp_path / "exported" / "model.safetensors").exists()
 
 
 # ---------------------------------------------------------------- compilation
