@@ -121,7 +121,7 @@ class Engine:
         self.grad_clip = grad_clip
         self.model = self._make(make_model)
         if self.precision == "fp8":
-            fp8.convert(self.model, gather_fp8=self.config.name == "fsdp2", emulate=self.device.type == "cpu")
+            fp8.convert(self.model, gather_fp8=self.config.name == "fsdp2", emulate=target.kind(self.device) == "cpu")
         if self.config.activation_checkpointing != "none":
             checkpoint_activations(self.model, self.config.activation_checkpointing)
         self._compile(sum(parameter.numel() for parameter in self.model.parameters()))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError, Problem
+from pretrain.target import kind
 
 NARROWEST = 1536
 """Matrices with fewer rows or columns stay in bf16: rounding both factors then costs more than the product gains."""
@@ -23,20 +24,27 @@ MULTIPLE = 16
 
 def require_hardware() -> None:
     """Raises ConfigError if this process cannot compute products in fp8."""
+    problem = ""
     if importlib.util.find_spec("torchao") is None:
-        text = "is fp8, which needs torchao; install it (pip install -c constraints.txt -e '.[fp8]'), or use bf16"
-        raise ConfigError([Problem("engine.precision", text)])
-    reason = ""
+        problem = "needs torchao; install it (pip install -c constraints.txt -e '.[fp8]')"
+    elif lacking := _lacking():
+        problem = f"needs a GPU of compute capability 8.9 or newer (Ada, Hopper, Blackwell), and {lacking}; choose such a GPU"
+    if problem:
+        raise ConfigError([Problem("engine.precision", f"is fp8, which {problem}, or use bf16")])
+
+
+def _lacking() -> str:
+    """Why the device has no products in fp8; empty: it has, or a dry run plans for another device, and judges that one."""
+    if kind(torch.device("cpu")) != "cpu":
+        return ""
     if not torch.cuda.is_available():
-        reason = "there is no GPU here"
-    elif torch.version.hip:
-        supported, name = ("gfx94", "gfx95", "gfx12"), torch.cuda.get_device_properties().gcnArchName
-        reason = "" if name.startswith(supported) else f"{torch.cuda.get_device_name()} ({name}) has none"
-    elif (capability := torch.cuda.get_device_capability()) < (8, 9):
-        reason = f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}"
-    if reason:
-        text = f"is fp8, whose products need a GPU of compute capability 8.9 or newer (Ada, Hopper), and {reason}; use bf16"
-        raise ConfigError([Problem("engine.precision", text)])
+        return "there is no GPU here"
+    name = torch.cuda.get_device_name()
+    if torch.version.hip:
+        architecture = torch.cuda.get_device_properties().gcnArchName
+        return "" if architecture.startswith(("gfx94", "gfx95", "gfx12")) else f"{name} is {architecture}"
+    capability = torch.cuda.get_device_capability()
+    return "" if capability >= (8, 9) else f"{name} has {capability[0]}.{capability[1]}"
 
 
 def is_wide(rows: int, columns: int) -> bool:
