@@ -33,7 +33,7 @@ def test_a_rehearsal_runs_every_kind_of_part_and_writes_json_a_table_and_a_trace
     for name in ("G1-none", "G1-documents", "G3-blocks", "G1-muon"):
         assert results[name]["tokens_per_second"] > 0 and results[name]["last_loss"] < results[name]["first_loss"]
     assert len(results["generation"]["ms"]) == 8 and len(results["profile"]["operators"]) == 10
-    assert set(results["predictions"]) == set(gpu.cases(True)) and min(results["predictions"].values()) > 0
+    assert set(results["predictions"]) == {"G1-none", "G3-blocks"} and min(results["predictions"].values()) > 0
     assert (tmp_path / "gpu_trace.json.gz").stat().st_size > 1000
     table = output.with_suffix(".md").read_text()
     assert all(f"| {name} |" in table for name in REHEARSED)
@@ -70,7 +70,7 @@ def test_the_parts_all_have_a_place_in_the_order_and_leave_time_for_each_other()
     assert max(limits) <= 60 * gpu.MINUTES / 4
 
 
-@pytest.mark.parametrize("name", [name for name in gpu.cases(False) if name != "G2-fp8"])
+@pytest.mark.parametrize("name", gpu.cases(False))
 def test_the_settings_that_the_dry_run_gets_are_the_case_that_is_measured(name, tmp_path):
     case = gpu.cases(False)[name]
     settings = gpu._settings(SimpleNamespace(shape=SHAPES.__getitem__), **case)
