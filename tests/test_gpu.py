@@ -25,6 +25,9 @@ from pretrain.model.moe import grouped_product
 from pretrain.model.transformer import Transformer, build
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.report.metrics import Meter
+from pretrain.run.directory import read_state
+from tests.models import train_here
+from tests.ranks import run_ranks
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
@@ -57,7 +60,7 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.fixture
 def engine(device):
-    engine = start_engine(EngineConfig(precision="fp32"))
+    engine = start_engine(EngineConfig(precision="fp32", compile="none"))
     if engine.device.type != device:
         pytest.skip("engines run on the GPU of this machine")
     return engine
@@ -228,3 +231,22 @@ def test_products_of_fp8_train_like_those_of_bf16():
         engine.prepare(lambda: Transformer(model), lambda built: build_optimizer(built, OptimizerConfig()), 1.0, seed=0)
         losses[precision] = take_steps(engine, 0, 10)
     assert losses["fp8"] == pytest.approx(losses["bf16"], rel=0.01)
+
+
+def train_in_little_memory(argv: list[str]) -> int:
+    """Trains with 1 % of the card's memory, in a process of its own."""
+    torch.cuda.set_per_process_memory_fraction(0.01)
+    return train_here(argv)
+
+
+@pytest.mark.gpu
+@NO_GPU
+def test_a_run_without_enough_memory_ends_with_advice_in_flags_that_make_it_fit(tmp_path):
+    flags = ["--run.directory", str(tmp_path), "--model.hidden_size", "256", "--model.vocab_size", "512"]
+    flags += ["--data.synthetic.kind", "uniform", "--data.sequence_length", "1024", "--train.max_steps", "2"]
+    flags += ["--batch.global_batch_size", "256", "--batch.micro_batch_size", "256", "--engine.compile", "none"]
+    assert run_ranks(1, train_in_little_memory, [*flags, "--run.name", "full"]) == [2]
+    reason = read_state(tmp_path / "full")["reason"]
+    assert "--batch.micro_batch_size" in reason and "--engine.activation_checkpointing" in reason
+    fitting = [*flags, "--run.name", "fits", "--batch.micro_batch_size", "4"]
+    assert run_ranks(1, train_in_little_memory, fitting) == [0]

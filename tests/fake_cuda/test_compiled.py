@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.shapes import SHAPES
 from pretrain.config import EngineConfig
+from pretrain.engines.base import Engine
 from pretrain.model.flops import vocabulary_rows
 from pretrain.model.loss import IGNORED, chunk_positions, chunk_step
 from tests.fake_cuda import steps
@@ -65,8 +66,7 @@ def test_a_loss_that_scatters_the_labels_is_found():
 @pytest.mark.parametrize(("model", "documents"), [("dense", False), ("dense", True), ("moe", False), ("window", False)])
 @pytest.mark.parametrize("what", ["blocks", "model"])
 def test_a_compiled_step_has_no_graph_break_and_one_attention_kernel_per_block(monkeypatch, what, model, documents):
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, **options | {"backend": "aot_eager"}))
+    monkeypatch.setattr(Engine, "compile_backend", "aot_eager")
     torch._dynamo.reset()
     counters.clear()
     engine = steps.start(EngineConfig(compile=what))

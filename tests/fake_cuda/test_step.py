@@ -16,6 +16,7 @@ from pretrain.data.batches import Batch
 from pretrain.engines.update_check import UpdateCheck
 from pretrain.evaluate import evaluate
 from pretrain.model import transformer
+from pretrain.model.masked import block_mask, first_visible
 from pretrain.report.metrics import Meter
 from tests.fake_cuda import steps
 from tests.fake_cuda.watch import Watch
@@ -37,7 +38,7 @@ LINES = {  # what each planted line does to a step: (a line of train_step, what 
 
 @pytest.fixture(scope="module")
 def engine():
-    return steps.start(EngineConfig())
+    return steps.start(EngineConfig(compile="none"))
 
 
 @pytest.fixture
@@ -73,6 +74,14 @@ def test_a_step_neither_waits_for_the_device_nor_stores_all_logits_or_a_square_m
     assert watch.operators["aten::mm"] > 20, "no step ran"
 
 
+def test_the_tiles_of_flex_attention_are_found_without_waiting_and_without_a_square_mask(fake):
+    documents_BT = torch.zeros(steps.BATCH, steps.LENGTH, dtype=torch.int64, device="cuda")
+    with Watch(length=steps.LENGTH) as watch:
+        mask = block_mask(first_visible(steps.LENGTH, documents_BT.device, documents_BT, 512))
+    assert not watch.faults and watch.operators["aten::argsort"] == 2
+    assert mask.kv_indices.shape[0] == steps.BATCH
+
+
 def test_a_step_under_fsdp2_does_not_wait_either(monkeypatch):
     from accelerate.state import AcceleratorState
 
@@ -80,7 +89,7 @@ def test_a_step_under_fsdp2_does_not_wait_either(monkeypatch):
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))
     AcceleratorState._reset_state(reset_partial_state=True)
-    engine = steps.start(EngineConfig(name="fsdp2"), ranks=4)
+    engine = steps.start(EngineConfig(name="fsdp2", compile="none"), ranks=4)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             steps.prepare(engine)
