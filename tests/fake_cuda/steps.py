@@ -49,10 +49,11 @@ def prepare(engine: Engine, model: str = "dense", optimizer: str = "adamw") -> N
 
     def make():
         with torch.device(engine.device):
-            return Transformer(MODELS[model])
+            built = Transformer(MODELS[model])
+        built._apply = lambda function, recurse=True: built
+        return built
 
     engine._make = lambda _: make()
-    torch.nn.Module.to_empty = lambda self, **options: self
     engine.prepare(make, lambda built: build_optimizer(built, OptimizerConfig(name=optimizer)), 1.0, 0, lambda shard: None)
     engine._make_moments()
 

@@ -12,7 +12,7 @@ from benchmarks.shapes import SHAPES
 from pretrain.config import EngineConfig
 from pretrain.engines.base import Engine
 from pretrain.model.flops import vocabulary_rows
-from pretrain.model.loss import IGNORED, chunk_positions, chunk_step
+from pretrain.model.loss import IGNORED, chunk_step
 from tests.fake_cuda import steps
 from tests.fake_cuda.traffic import fused_bytes
 from tests.fake_cuda.watch import Watch
@@ -43,7 +43,7 @@ def test_counted_bytes_are_those_counted_by_hand(function, bytes_per_value):
 @pytest.mark.parametrize("shape", ["G1", "G2"])
 def test_the_compiled_loss_moves_at_most_8_bytes_per_logit_beside_its_product(shape):
     model = SHAPES[shape].model
-    rows, vocabulary = chunk_positions("cuda", vocabulary_rows(model)), vocabulary_rows(model)
+    rows, vocabulary = 4096, vocabulary_rows(model)
     inputs = matrix(rows, model.hidden_size), matrix(vocabulary, model.hidden_size)
     labels_n = torch.zeros(rows, dtype=torch.int64, device="cuda")
     moved = fused_bytes(lambda *args: chunk_step(*args, model.vocab_size, True), *inputs, labels_n)

@@ -78,8 +78,8 @@ def test_the_tiles_of_flex_attention_are_found_without_waiting_and_without_a_squ
     documents_BT = torch.zeros(steps.BATCH, steps.LENGTH, dtype=torch.int64, device="cuda")
     with Watch(length=steps.LENGTH) as watch:
         mask = block_mask(first_visible(steps.LENGTH, documents_BT.device, documents_BT, 512))
-    assert not watch.faults and watch.operators["aten::argsort"] == 2
-    assert mask.kv_indices.shape[0] == steps.BATCH
+    assert not watch.faults
+    assert mask.kv_indices.shape == (steps.BATCH, 1, steps.LENGTH // 128, steps.LENGTH // 128)
 
 
 def test_a_step_under_fsdp2_does_not_wait_either(monkeypatch):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
-from torch._functorch.aot_autograd import aot_function
-from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 from torch._guards import detect_fake_mode
 from torch._inductor.compile_fx import _recursive_post_grad_passes
 from torch._inductor.debug import DebugContext
@@ -28,13 +28,9 @@ def fused_bytes(function: Callable, *inputs: Tensor) -> int:
         traced.append((graph_module, example_inputs))
         return graph_module
 
-    aot_function(
-        function,
-        fw_compiler=keep,
-        bw_compiler=keep,
-        partition_fn=min_cut_rematerialization_partition,
-        decompositions=select_decomp_table(),
-    )(*inputs)
+    torch.compiler.reset()
+    backend = aot_autograd(fw_compiler=keep, inference_compiler=keep, decompositions=select_decomp_table())
+    torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*inputs)
     graph_module, example_inputs = traced[0]
     with V.set_fake_mode(detect_fake_mode(inputs)), V.set_debug_handler(DebugContext()):
         _recursive_post_grad_passes(graph_module, is_inference=False)
