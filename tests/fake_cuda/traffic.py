@@ -6,10 +6,11 @@ It counts each buffer of a kernel once; one that reads a buffer twice may move m
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest import mock
 
-import torch
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import aot_function
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import detect_fake_mode
 from torch._inductor.compile_fx import _recursive_post_grad_passes
 from torch._inductor.debug import DebugContext
@@ -28,9 +29,15 @@ def fused_bytes(function: Callable, *inputs: Tensor) -> int:
         traced.append((graph_module, example_inputs))
         return graph_module
 
-    torch.compiler.reset()
-    backend = aot_autograd(fw_compiler=keep, inference_compiler=keep, decompositions=select_decomp_table())
-    torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*inputs)
+    traced_function = aot_function(
+        function,
+        fw_compiler=keep,
+        bw_compiler=keep,
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    with mock.patch("torch.compiler.is_compiling", return_value=True):  # as torch.compile traces it
+        traced_function(*inputs)
     graph_module, example_inputs = traced[0]
     with V.set_fake_mode(detect_fake_mode(inputs)), V.set_debug_handler(DebugContext()):
         _recursive_post_grad_passes(graph_module, is_inference=False)
