@@ -76,7 +76,7 @@ class Muon(torch.optim.Optimizer):
         gradients = [gradient.contiguous() for gradient in _local([parameter.grad for parameter in group["params"]])]
         for average, gradient in zip(averages, gradients, strict=True):
             average.lerp_(gradient.masked_fill(skip, 0), (1 - momentum) * applied)
-        torch._foreach_add_(self._states(group, "step"), applied)
+        torch._foreach_add_(self._states(group, "step"), applied, alpha=1)  # without alpha, torch reads the number on the host
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"] * applied)
         # Newton-Schulz tolerates the rounding of bf16 (Jordan et al. 2024), which halves the messages; CPUs are slow in bf16.
         dtype = torch.float32 if target.kind(found_inf.device) == "cpu" else torch.bfloat16
