@@ -64,7 +64,7 @@ _TINY_MOE = dataclasses.replace(_TINY, moe=MoeConfig(num_experts=4, num_experts_
 
 
 class NoGpu(UserError):
-    """There is nothing to measure on."""
+    """There is no GPU."""
 
 
 class Bench:
@@ -134,8 +134,9 @@ def card(bench: Bench) -> dict:
 
 def smi(*fields: str) -> dict[str, str]:
     """Fields of nvidia-smi for the first visible GPU; empty where there is no nvidia-smi."""
+    gpu = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0]
     try:
-        command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id={_visible_gpu()}"]
+        command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id={gpu}"]
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except FileNotFoundError:
         return {}
@@ -143,10 +144,6 @@ def smi(*fields: str) -> dict[str, str]:
     return (
         dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {"nvidia-smi": answer.stdout + answer.stderr}
     )
-
-
-def _visible_gpu() -> str:
-    return (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0]
 
 
 def rates(bench: Bench) -> list[dict]:
@@ -254,7 +251,7 @@ def training(bench: Bench, shape: str, documents: bool = False, **settings) -> d
     sizes = bench.shape(shape)
     engine = start(bench, sizes, **settings)
     meter, window = Meter(engine.device, 0, 1), windows(bench, sizes, documents)
-    losses, first = [], time.perf_counter()
+    losses, began = [], time.perf_counter()
 
     def step(number: int) -> None:
         result = train_step(engine, window[number % len(window)], 3e-4)
@@ -263,7 +260,7 @@ def training(bench: Bench, shape: str, documents: bool = False, **settings) -> d
 
     step(0)
     losses[0].item()
-    first = time.perf_counter() - first
+    first = time.perf_counter() - began
     for number in range(1, bench.warm_up):
         step(number)
     if engine.device.type == "cuda":
@@ -335,11 +332,7 @@ def tests(bench: Bench) -> dict:
     options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
     subprocess.run([sys.executable, "-m", "pytest", "tests/test_gpu.py", *options], cwd=ROOT)
     suite = next(ElementTree.parse(report).iter("testsuite"))
-    bad = [
-        case.get("name")
-        for case in suite.iter("testcase")
-        if case.find("failure") is not None or case.find("error") is not None
-    ]
+    bad = [case.get("name") for case in suite.iter("testcase") if {"failure", "error"} & {child.tag for child in case}]
     counts = {key: int(suite.get(key)) for key in ("tests", "skipped", "failures", "errors")}
     if bad:
         raise RuntimeError(f"{counts}; failed: {', '.join(bad)}")
