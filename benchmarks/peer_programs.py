@@ -135,9 +135,9 @@ def litgpt() -> list[float]:
     config = Config(
         block_size=LENGTH, vocab_size=MODEL["vocab_size"], padded_vocab_size=MODEL["vocab_size"],
         n_layer=MODEL["num_hidden_layers"], n_head=MODEL["num_attention_heads"], n_embd=MODEL["hidden_size"],
-        n_query_groups=MODEL["num_key_value_heads"], head_size=MODEL["head_dim"], rotary_percentage=1.0, parallel_residual=False,
-        bias=False, norm_class_name="RMSNorm", norm_eps=MODEL["rms_norm_eps"], mlp_class_name="LLaMAMLP",
-        intermediate_size=MODEL["intermediate_size"], rope_base=MODEL["rope_theta"],
+        n_query_groups=MODEL["num_key_value_heads"], head_size=MODEL["head_dim"], rotary_percentage=1.0,
+        parallel_residual=False, bias=False, norm_class_name="RMSNorm", norm_eps=MODEL["rms_norm_eps"],
+        mlp_class_name="LLaMAMLP", intermediate_size=MODEL["intermediate_size"], rope_base=MODEL["rope_theta"],
     )  # fmt: skip
     FOLDER.mkdir(parents=True, exist_ok=True)
     weights: dict[str, torch.Tensor] = {}

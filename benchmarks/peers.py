@@ -5,27 +5,28 @@
     python benchmarks/peers.py --cases eager --rounds 4                one table
     python benchmarks/peers.py --litgpt --nanogpt PATH --output peers.json
 
-`--litgpt` installs litgpt from the package index into an environment of its own below `--environments`, with the same torch. On
-a CPU the programs of a table are all loaded and take turns of `--steps` steps (A B C, C B A, ...): only one of them computes at
-any time, and the others wait inside a hook after the optimizer's step. On a GPU, whose memory they cannot share, they are started
-anew for each turn, and their warm-up steps do not count.
+`--litgpt` installs litgpt from the package index into an environment of its own below `--environments`, with the same torch.
+On a CPU the programs of a table are all loaded and take turns of `--steps` steps (A B C, C B A, ...): only one of them
+computes at any time, and the others wait inside a hook after the optimizer's step. On a GPU, whose memory they cannot share,
+they are started anew for each turn, and their warm-up steps do not count.
 
-CPU seconds are those of all threads and ranks, and hold on a loaded machine; wall time holds on an idle one only. `speed` is the
-peer's CPU seconds (on a GPU: wall seconds) divided by ours, the median over the rounds, with the least and the most in brackets:
-above 1, ours is faster. `peak` is the largest resident set of a process (on a GPU: allocated memory), `first step` the time from
-the start of the process, with empty compiler caches.
+CPU seconds are those of all threads and ranks. `speed` is the peer's CPU seconds (on a GPU: wall seconds) divided by ours,
+the median over the rounds, with the least and the most in brackets: above 1, ours is faster. `wall` is the same ratio of wall
+time, for an idle machine. On a loaded one, measure with `--threads 1`: threads that wait for a preempted one spin, which also
+costs CPU time. `peak` is the largest resident set of a process (on a GPU: allocated memory), `first step` the time from the
+start of the process, with empty compiler caches.
 
 Cases: `eager` and `compiled` at the micro-batch of the shape, `small` eager at micro-batch 2, `ranks` eager on two ranks that
 share the threads. litgpt (FSDP) and nanoGPT (CUDA) have no CPU ranks.
 
-What is equal, and asserted: the number of parameters, the initial weights, the tokens of each step, the first loss to 1e-4 and the
-mean of the others to 0.02, the public version of torch. Also AdamW (lr 1e-3, betas 0.9 and 0.95, eps 1e-8, weight decay 0.1),
-clipping at 1.0, a constant learning rate, fp32 on CPUs and bf16 autocast on GPUs, micro-batch and accumulation.
+What is equal, and asserted: the number of parameters, the initial weights, the tokens of each step, the first loss to 1e-4
+and the mean of the others to 0.02, the public version of torch. Also AdamW (lr 1e-3, betas 0.9 and 0.95, eps 1e-8, weight
+decay 0.1), clipping at 1.0, a constant learning rate, fp32 on CPUs and bf16 autocast on GPUs, micro-batch and accumulation.
 
 What is not: each framework keeps its own choice of which parameters decay, of the implementation of AdamW (litgpt fuses it on
 GPUs only) and of how often it logs. nanoGPT's architecture is GPT-2's: as many layers, heads and the same width, but full
-multi-head attention, a GELU MLP of four times the width, learned positions and tied embeddings. Its FLOPs per token relative to
-ours are in the table; its losses are shown and not compared, because it draws its own crops.
+multi-head attention, a GELU MLP of four times the width, learned positions and tied embeddings. Its FLOPs per token relative
+to ours are in the table; its losses are shown and not compared, because it draws its own crops.
 """
 
 from __future__ import annotations
@@ -305,11 +306,11 @@ def show(rows: list[dict]) -> None:
     head = rows[0]
     print(f"\n{head['case']}: micro-batch {head['micro_batch_size']}, {head['ranks']} rank(s) x {head['threads']} thread(s)")
     print(
-        "program       CPU s/step  wall s/step  speed                wall    peak MiB  first step   FLOPs  first loss   mean loss"
+        "program      CPU s/step  wall s/step  speed                wall    peak MiB  first step   FLOPs  first loss  mean loss"
     )
     for row in rows:
         print(
-            f"{row['program']:12} {row['cpu_seconds']:11.3f} {row['wall_seconds']:12.3f}  {row['speed']:5.3f} "
+            f"{row['program']:12} {row['cpu_seconds']:10.3f} {row['wall_seconds']:12.3f}  {row['speed']:5.3f} "
             f"[{row['speed_least']:.3f}, {row['speed_most']:.3f}] {row['wall_speed']:6.3f} {row['peak_bytes'] / 2**20:10.0f} "
             f"{row['first_step_seconds']:9.1f} s {row['flops_ratio']:7.3f} {row['first_loss']:11.5f} {row['mean_loss']:11.5f}",
             flush=True,

@@ -1,20 +1,23 @@
 """Measures how long a run waits for a checkpoint, saved in the background or the foreground, and the memory that saving takes.
 
-    python benchmarks/checkpoint_stall.py [--hidden-size 640] [--layers 8] [--rounds 3] [--folder DIR] [--output FILE]
-    python benchmarks/checkpoint_stall.py --rounds 0 --hidden-size 1280 --layers 12        memory only, for a larger state
+    python benchmarks/checkpoint.py [--hidden-size 640] [--layers 8] [--rounds 3] [--folder DIR] [--output FILE]
+    python benchmarks/checkpoint.py --rounds 0 --hidden-size 1280 --layers 12        memory only, for a larger state
 
-Trains a model on random tokens in one process, saving in the foreground and in the background alternately. `stall` is the time
-inside calls of the saver, `durable` the time from the start of a save to its acknowledgement, `step` the median of the steps in
-between, or of steps without a save. All are medians over the rounds.
+Trains a model on random tokens in one process, saving in the foreground and in the background alternately. `stall` is the
+time inside calls of the saver, `durable` the time from the start of a save to its acknowledgement, `step` the median of the
+steps in between, or of steps without a save. All are medians over the rounds, in wall time: the disk is measured, too, and so
+is whatever else the machine does.
 
-Memory is the peak growth of the resident set during a save or a load, each in its own process, relative to the state's size
-(12 bytes per parameter: weights and two moments in fp32). Prints two tables and writes JSON.
+Memory is the peak growth of the resident set (Linux), each case in its own process, in bytes and relative to the state's size
+(12 bytes per parameter: weights and two moments in fp32). `first save in the background` includes the copy of the state that
+the saver keeps until the run ends, so a `second` one adds almost nothing. A save in the foreground and a load stream.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 import statistics
 import sys
 import tempfile
@@ -25,6 +28,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
+from benchmarks import machine
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.manifest import Checkpoint
 from pretrain.checkpoint.saver import Saver
@@ -107,37 +111,41 @@ def stalls(engine: Engine, folder: Path, rounds: int) -> list[dict]:
 # ---------------------------------------------------------------- memory
 
 
-def resident(peak: bool) -> int:
-    """Resident bytes of this process now, or their peak since `forget_peak`."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:" if peak else "VmRSS:")[1].split()[0])
-
-
-def forget_peak() -> None:
-    """Resets the peak of the resident set (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
+CASES = ("save in the foreground", "first save in the background", "second save in the background", "load")
 
 
 def grown(what: str, folder: Path, hidden_size: int, layers: int, results) -> None:
     """Puts bytes of the state and peak growth of the resident set during `what` into `results`. Runs in its own process."""
     engine = make_engine(hidden_size, layers)
     size = state_bytes(engine)
-    forget_peak()
-    before, began = resident(peak=False), time.perf_counter()
-    if what == "load":
-        storage.load(Checkpoint(folder / "step_00000001"), engine)
-    else:
-        config = CheckpointConfig(asynchronous=what == "save in the background")
-        with Saver(folder, engine, config, lambda saved: None) as saver:
-            saver.save(1, {"val_loss": None}, last=True)
-    seconds = time.perf_counter() - began
-    results.put({"what": what, "state_bytes": size, "grown_bytes": resident(peak=True) - before, "seconds": seconds})
+    config = CheckpointConfig(keep_last=1, keep_best=0, asynchronous="background" in what)
+    with Saver(folder, engine, config, lambda saved: None) as saver:
+        if what.startswith("second"):
+            saver.save(1, {"val_loss": None}, last=False)
+            saver.wait()
+        machine.forget_peak()
+        before, began = machine.resident_bytes(peak=False), time.perf_counter()
+        if what == "load":
+            storage.load(saved_checkpoint(folder), engine)
+        else:
+            saver.save(2, {"val_loss": None}, last=False)  # the last save of a job never copies the state
+            saver.wait()
+        seconds = time.perf_counter() - began
+    bytes_more = machine.resident_bytes(peak=True) - before
+    results.put({"what": what, "state_bytes": size, "grown_bytes": bytes_more, "seconds": seconds})
+
+
+def saved_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint that the case before left."""
+    return Checkpoint(folder / "step_00000002")
 
 
 def memory(folder: Path, hidden_size: int, layers: int) -> list[dict]:
-    """Rows for a save in the foreground, a save in the background, and a load."""
+    """Rows for a save in the foreground, a first and a second one in the background, and a load."""
     context, rows = multiprocessing.get_context("spawn"), []
-    for what in ("save in the foreground", "save in the background", "load"):
+    for what in CASES:
+        if what != "load":
+            shutil.rmtree(folder, ignore_errors=True)
         results = context.SimpleQueue()
         process = context.Process(target=grown, args=(what, folder, hidden_size, layers, results))
         process.start()
@@ -158,13 +166,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--folder", type=Path, help="on the disk to measure (default: that of temporary files)")
     parser.add_argument("--output", type=Path, help="JSON file to write (default: none)")
     arguments = parser.parse_args(argv)
-    report: dict = {"hidden_size": arguments.hidden_size, "layers": arguments.layers}
+    report: dict = {"machine": machine.facts(), "hidden_size": arguments.hidden_size, "layers": arguments.layers}
+    print(machine.describe(report["machine"]))
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         report["memory"] = memory(folder / "memory", arguments.hidden_size, arguments.layers)
         if arguments.rounds:
             engine = make_engine(arguments.hidden_size, arguments.layers)
-            report |= {"device": engine.device_name, "threads": torch.get_num_threads()}
             report["stalls"] = stalls(engine, folder, arguments.rounds)
     size = report["memory"][0]["state_bytes"]
     print(f"{size / 12e6:.0f} M parameters, state {size / 2**30:.2f} GiB")
@@ -174,7 +182,7 @@ def main(argv: list[str]) -> None:
     for row in report["memory"]:
         mib = row["grown_bytes"] / 2**20
         print(
-            f"{row['what']:24} memory +{mib:7.0f} MiB = {row['grown_bytes'] / size:6.1%} of the state   {row['seconds']:6.2f} s"
+            f"{row['what']:30} memory +{mib:7.0f} MiB = {row['grown_bytes'] / size:6.1%} of the state   {row['seconds']:6.2f} s"
         )
     if arguments.output:
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")
