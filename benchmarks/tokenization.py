@@ -113,9 +113,8 @@ def main(argv: list[str]) -> None:
         for number in range(options.rounds):
             for row in list(rows)[:: 1 if number % 2 else -1]:
                 seconds[row].append(rows[row]())
-    print(
-        f"{size / 1e6:.0f} MB of text, vocabulary {options.vocab_size}\n{'program':16} {'workers':>7} {'CPU MB/s':>9} {'wall MB/s':>10}"
-    )
+    print(f"{size / 1e6:.0f} MB of text, vocabulary {options.vocab_size}")
+    print(f"{'program':16} {'workers':>7} {'CPU MB/s':>9} {'wall MB/s':>10}")
     for (program, workers), times in seconds.items():
         cpu, wall = (size / 1e6 / statistics.median(each) for each in zip(*times, strict=True))
         print(f"{program:16} {workers:7} {cpu:9.2f} {wall:10.2f}")
