@@ -85,6 +85,7 @@ def arrow(folder: Path, tokens: np.ndarray, length: int, batch: int) -> Read:
     """Shuffled rows of an Arrow file."""
     import datasets
 
+    datasets.disable_progress_bars()
     rows = len(tokens) // (length + 1)
     table = datasets.Dataset.from_dict({"tokens": tokens[: rows * (length + 1)].reshape(rows, length + 1).astype(np.int32)})
     table.save_to_disk(str(folder / f"arrow-{length}"))

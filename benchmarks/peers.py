@@ -34,7 +34,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 import shutil
 import socket
 import statistics
@@ -188,7 +187,8 @@ def write_task(folder: Path, shape: Shape, compiled: bool, micro_batch_size: int
     tokens = source.read(np.arange(steps * rows + 1)).astype(np.uint16).ravel()
     for split in ("train", "val"):
         tokens.tofile(flat / f"{split}.bin")
-    (flat / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": model.vocab_size}))  # nanoGPT reads it; our own file
+    # nanoGPT reads the vocabulary from a pickle: a dict with one entry, as protocol 0 spells it.
+    (flat / "meta.pkl").write_text(f"(dVvocab_size\nI{model.vocab_size}\ns.")
     settings = {
         "run": {"name": "run", "directory": str(folder / "ours"), "seed": SEED},
         "model": {key: getattr(model, key) for key in SHARED if key != "max_position_embeddings"},

@@ -21,6 +21,8 @@ from pretrain.doctor.untrained import first_step
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 LOSS = ROOT / "docs" / "understanding_the_loss.md"
+PERFORMANCE = ROOT / "docs" / "performance.md"
+BENCHMARKS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if ".add_argument(" in path.read_text())
 TRANSLATED = [
     (ROOT / "README.md", ROOT / "README.zh-CN.md"),
     *((ROOT / "docs" / path.name, path) for path in sorted((ROOT / "docs" / "zh-CN").glob("*.md"))),
@@ -108,16 +110,21 @@ def is_setting(key: str) -> bool:
 def test_every_flag_in_a_command_exists_in_its_script_or_in_the_settings():
     seen = set()
     for document in DOCUMENTS:
-        whole = [span for span in spans(document) if re.match(r"(python )?(launch|tools)/\w+\.py ", span)]
+        whole = [span for span in spans(document) if re.match(r"(python )?(launch|tools|benchmarks)/\w+\.py ", span)]
         for line in [*commands(document), *whole]:
             words = line.split()
-            script = next((word for word in words if re.fullmatch(r"(launch|tools)/\w+\.py", word)), None)
+            script = next((word for word in words if re.fullmatch(r"(launch|tools|benchmarks)/\w+\.py", word)), None)
             for word in words[words.index(script) + 1 :] if script else ():
                 if word.startswith("--") and word != "--":
                     known = re.search(rf"{re.escape(word)}(?![\w-])", helps(script)) or is_setting(word.removeprefix("--"))
                     assert known, f"{name(document)}: {script} has no {word}"
                     seen.add(script)
     assert {"launch/pretrain.py", "launch/supervise.py", "tools/diagnose_loss.py", "tools/inspect_data.py"} <= seen
+
+
+@pytest.mark.parametrize("script", BENCHMARKS, ids=name)
+def test_every_benchmark_is_on_the_page_about_performance(script):
+    assert name(script) in PERFORMANCE.read_text()
 
 
 # ---------------------------------------------------------------- outputs

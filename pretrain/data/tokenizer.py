@@ -113,7 +113,7 @@ class Tokenizer:
         """(number of a text, how often it contains each character or word that its `ids` do not represent).
 
         Such text has become an unknown id, or nothing at all. Texts without a loss are left out. Text that a normalizer
-        changes or removes on purpose is not lost. Costs about 1 % of the encoding.
+        changes or removes on purpose is not lost.
         """
         if self._status is None:
             self._status = np.zeros(0x110000, np.uint8)

@@ -80,7 +80,7 @@ def _train_model(texts: list[str], vocab_size: int, num_threads: int) -> bytes:
         SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
             model_writer=model,
-            model_type="bpe",  # unigram takes 20 times as long to train and has no Hugging Face conversion with equal ids
+            model_type="bpe",  # unigram takes many times as long to train and has no Hugging Face conversion with equal ids
             vocab_size=vocab_size,
             byte_fallback=True,
             normalization_rule_name="identity",

@@ -97,7 +97,7 @@ class WandbRun:
     @contextmanager
     def open(self) -> Iterator[Write]:
         """Online if W&B answers in WANDB_START_SECONDS, else offline; WANDB_MODE overrides log.wandb.mode."""
-        # W&B's own telemetry delays the exit by 12 s when the server hangs.
+        # W&B's own telemetry delays the exit by seconds when the server hangs.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         if os.environ.pop("WANDB_DEBUG", None):
             self.info("WANDB_DEBUG is ignored: with it, W&B writes its API key to its logs.")
