@@ -94,24 +94,24 @@ def transformers() -> list[float]:
     shape = {key: value for key, value in MODEL.items() if key != "rope_theta"}
     model = LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope, use_cache=False))
     model.load_state_dict(torch.load(TASK["weights"], weights_only=True))
-    samples, first = read_samples(), []
+    samples, logged = read_samples(), []
 
-    class First(TrainerCallback):
+    class Losses(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **_):
-            first.extend([logs["loss"]] if state.global_step == 1 and "loss" in logs else [])
+            logged.extend([logs["loss"]] if "loss" in logs else [])
 
     arguments = TrainingArguments(
         output_dir=str(FOLDER), max_steps=STEPS, per_device_train_batch_size=TASK["micro_batch_size"],
         gradient_accumulation_steps=TASK["accumulation"], learning_rate=LR, lr_scheduler_type="constant",
         adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_epsilon=EPS, weight_decay=WEIGHT_DECAY, max_grad_norm=1.0,
         bf16=CUDA, torch_compile=TASK["compile"], save_strategy="no", report_to="none", disable_tqdm=True,
-        logging_first_step=True, remove_unused_columns=False, train_sampling_strategy="sequential", use_cpu=not CUDA,
-        ddp_backend="gloo" if "RANK" in os.environ and not CUDA else None,
+        logging_first_step=True, logging_steps=STEPS, remove_unused_columns=False, train_sampling_strategy="sequential",
+        use_cpu=not CUDA, ddp_backend="gloo" if "RANK" in os.environ and not CUDA else None,
     )  # fmt: skip
     # The labels are shifted already, so that it trains on the same T labels as the others, not on T - 1.
     data = [{"input_ids": row[:-1], "labels": row[1:], "shift_labels": row[1:]} for row in samples]
-    mean = Trainer(model, arguments, train_dataset=data, callbacks=[First()]).train().training_loss
-    return [*first, *[(STEPS * mean - first[0]) / (STEPS - 1)] * (STEPS - 1)]
+    Trainer(model, arguments, train_dataset=data, callbacks=[Losses()]).train()
+    return [logged[0], *[logged[1]] * (STEPS - 1)]
 
 
 def litgpt() -> list[float]:
