@@ -292,6 +292,8 @@ def test_every_imported_library_is_a_requirement():
             top = module.split(".")[0]
             if top in sys.stdlib_module_names or top in ours or not top:
                 continue
+            if path.name == "peer_programs.py" and top == "litgpt":  # peers.py installs it into an environment of its own
+                continue
             providers = {canonicalize_name(each) for each in distributions.get(top, [top])}
             assert providers & required, f"{name(path)} imports {top}, which setup.py does not list"
 
