@@ -22,13 +22,13 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.shapes import SHAPES
 from pretrain.report import environment
 from pretrain.run import command_line
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--model.hidden_size", "32", "--model.num_hidden_layers", "2", "--model.num_attention_heads", "2",
         "--model.vocab_size", "64", "--data.sequence_length", "16", "--batch.global_batch_size", "8",
         "--batch.micro_batch_size", "2"]  # fmt: skip
