@@ -71,7 +71,7 @@ def advised(reason: str) -> list[list[str]]:
 @pytest.fixture
 def settings(tmp_path) -> list[str]:
     (tmp_path / "tiny.yaml").write_text(SETTINGS)
-    return ["--config", str(tmp_path / "tiny.yaml"), "--run.directory", str(tmp_path)]
+    return ["--config", str(tmp_path / "tiny.yaml"), "--run.directory", str(tmp_path), "--engine.precision", "fp32"]
 
 
 BASES = {

@@ -75,6 +75,7 @@ class World:
         self.folder, self.ranks = folder, None
         self.train, self.valid, self.tokenizer = folder / "train", folder / "valid", folder / "tokenizer"
         self.flags = {
+            "engine.precision": "fp32",
             "run.directory": folder / "runs",
             "model.hidden_size": 32,
             "model.num_hidden_layers": 1,

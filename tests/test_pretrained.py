@@ -77,6 +77,7 @@ def flags(text: Path, runs: Path, name: str, steps: int, *more: str) -> list[str
         "batch.micro_batch_size": "4",
         "train.max_steps": str(steps),
         "optimizer.lr": "3e-3",
+        "engine.precision": "fp32",
         "log.every_steps": "1",
         "checkpoint.every_steps": "10",
         "checkpoint.keep_last": "4",
@@ -173,6 +174,7 @@ def test_a_larger_tokenizer_makes_the_model_larger(base, tmp_path):
     argv = ["--model.from_pretrained", str(base), "--tokenizer.path", str(tmp_path / "t"), "--run.directory", str(tmp_path)]
     argv += ["--data.synthetic.kind", "uniform", "--data.sequence_length", "16", "--train.max_steps", "1"]
     argv += ["--batch.global_batch_size", "2", "--batch.micro_batch_size", "2", "--optimizer.lr", "1e-12"]
+    argv += ["--engine.precision", "fp32"]
     assert train_here(argv) == 0
     before, after = (load_transformer(open_run(run).weights) for run in (base, tmp_path / "run"))
     assert (before.config.vocab_size, after.config.vocab_size) == (V, V + 40)
