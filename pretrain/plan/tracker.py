@@ -27,6 +27,7 @@ _PACKAGE = str(Path(__file__).resolve().parents[1])
 _SKIPPED = (str(Path(__file__).resolve().parent), str(Path(_PACKAGE) / "dry_run.py"))
 _NO_KERNEL = ("prim::", "profiler::", "aten::detach", "aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::lift_fresh")
 _READS_OF_THE_HOST = {"aten::_local_scalar_dense": "item", "aten::equal": "equal", "aten::is_nonzero": "bool"}
+_SOME_VALUE = {torch.bool: False, torch.uint8: 0}  # DeepSpeed's flags of an overflow are uint8
 _PRODUCTS = {
     "mm", "addmm", "addmm_", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm", "looped_product", "looped_product_backward",
 }  # fmt: skip
@@ -45,6 +46,7 @@ _COLLECTIVES = {
     "broadcast_": "broadcast",
     "reduce_": "reduce",
 }
+_WRITE_ONLY = {"aten::copy_", "aten::fill_", "aten::zero_"}
 _SHAPED_BY_VALUES = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive"}
 
 
@@ -240,7 +242,7 @@ class Tracker(TorchDispatchMode):
         if name in _READS_OF_THE_HOST and self._on_device(args):
             self._fault("host-read", name)
         if name == "aten::_local_scalar_dense" and isinstance(args[0], torch._subclasses.FakeTensor):
-            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
+            return _SOME_VALUE.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
         if name in _SHAPED_BY_VALUES and self._on_device(args):
             self._fault("shape-by-value", name)
         out = func(*args, **kwargs)
@@ -278,12 +280,13 @@ class Tracker(TorchDispatchMode):
             self.trace.faults[fault] = self.trace.faults.get(fault, 0) + 1
 
     def _work(self, func, name: str, args: tuple, kwargs: dict, out: Any) -> None:
-        kind, flops = kind_of_operator(name), 0.0
-        if (packet := func._overloadpacket) in flop_registry:
-            flops = flop_registry[packet](*args, **kwargs, out_val=out)
         tensors = {id(each): each for each in tree_leaves((args, kwargs, out)) if isinstance(each, Tensor)}
         size = sum(_bytes(_plain(each)) for each in tensors.values())
-        self.add_work(kind, flops, size)
+        if name not in _WRITE_ONLY:  # what is updated in place is read and written
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                if argument.alias_info and argument.alias_info.is_write:
+                    size += sum(_bytes(_plain(each)) for each in tree_leaves(value) if isinstance(each, Tensor))
+        self.add_work(kind_of_operator(name), flops_of(func, name, args, kwargs, out), size)
 
     def add_work(self, kind: str, flops: float, size: float) -> None:
         """Counts one operator of this phase."""
@@ -319,6 +322,21 @@ class Tracker(TorchDispatchMode):
             frame = frame.f_back
         node = torch._C._current_autograd_node()
         return self._forward_lines.get(node._sequence_nr(), outermost or "library") if node else outermost or "library"
+
+
+def flops_of(func, name: str, args: tuple, kwargs: dict, out: Any) -> float:
+    """FLOPs of an operator as torch.utils.flop_counter counts them: attention without regard to its mask, and its backward kernel
+    with the product that it repeats."""
+    if "scaled_dot_product" in name:
+        query, key = (args[1], args[2]) if "backward" in name else (args[0], args[1])
+        batch, heads, queries, size = query.shape
+        return (10 if "backward" in name else 4) * batch * heads * queries * key.shape[2] * size
+    if name == "pretrain::looped_product":
+        return 2 * args[0].numel() * args[1].shape[1]
+    if name == "pretrain::looped_product_backward":
+        return 4 * args[0].numel() * args[1].shape[1]
+    packet = func._overloadpacket
+    return flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
 
 
 def kind_of_operator(name: str) -> str:
