@@ -1,5 +1,5 @@
-"""A training step on a GPU that is not there: the real model, engine, optimizer and `train_step` on fake tensors, as one rank of
-many, and what they need: memory by phase, messages, FLOPs, and a time at assumed rates.
+"""A training step on a GPU that is not there: the real model, engine, optimizer and `train_step` on fake tensors, as one rank
+of many, and what they need: memory by phase, messages, FLOPs, and a time at assumed rates.
 
 Counted: every tensor of the step, rounded as CUDA's allocator rounds; every collective; every FLOP. Assumed: rates, and what a
 process needs besides its tensors. docs/planning.md says what each figure means and cannot know.
@@ -13,15 +13,14 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, unset_fake_temporarily
 
 from pretrain import UserError
-from pretrain.config import Config, accumulation
+from pretrain.config import Config, accumulation, validate
 from pretrain.data.batches import Batch
 from pretrain.data.checks import Finding
 from pretrain.engines.base import Engine
@@ -45,7 +44,11 @@ FRAGMENTATION = 0.04
 
 
 class CannotRun(UserError):
-    """The step would fail on the device."""
+    """The step would fail on the device, or could not be captured. `name` and `where` are those of a finding."""
+
+    def __init__(self, name: str, where: str, text: str):
+        super().__init__(text)
+        self.name, self.where = name, where
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class DryRun:
     cluster: Cluster
     trace: Trace
     state: dict[str, int]
-    """Bytes of weights, gradients (summed, when the optimizer takes them) and moments (with master weights), without rounding."""
+    """Bytes of weights, gradients (summed, when the optimizer takes them) and moments (with master weights), not rounded."""
     repeats: dict[str, int]
     """Phase -> how often a step runs it."""
     graphs: int
@@ -109,11 +112,15 @@ class DryRun:
                     sums[i] += repeats * value
         return [
             {
-                "collective": collective, "ranks": len(ranks), "across_nodes": len({r // self.cluster.gpus_per_node for r in ranks}) > 1,
-                "calls": calls, "payload_bytes": payload, "wire_bytes": wire,
+                "collective": collective,
+                "ranks": len(ranks),
+                "across_nodes": len({rank // self.cluster.gpus_per_node for rank in ranks}) > 1,
+                "calls": calls,
+                "payload_bytes": payload,
+                "wire_bytes": wire,
             }
             for (collective, ranks), (calls, payload, wire) in total.items()
-        ]  # fmt: skip
+        ]
 
     def work(self) -> dict[str, dict[str, float]]:
         """FLOPs and bytes of a step by kind of operator."""
@@ -150,33 +157,36 @@ def purpose(block: Allocation) -> str:
 # ---------------------------------------------------------------- one step
 
 
-def dry_run(config: Config, model: ModelConfig, cluster: Cluster, rank: int = 0) -> DryRun:
+def dry_run(config: Config, model: ModelConfig, cluster: Cluster, rank: int = 0, kind: str = "cuda") -> DryRun:
     """Runs one step of rank `rank` on fake tensors. Rank 0 holds the largest shards.
 
-    config: valid for `cluster.gpus` ranks. model: resolved. Raises CannotRun for a step that would fail on the device.
+    config: valid for `cluster.gpus` ranks. model: resolved. kind: of device to choose kernels for. Raises CannotRun for a step
+    that would fail on the device.
     """
     config = dataclasses.replace(config, engine=on_gpu(config))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     micro_batches = accumulation(config.batch, cluster.gpus)
     tracker = Tracker(DEVICE)
-    with warnings.catch_warnings(), fake_rank(rank, cluster.gpus, cluster.gpus_per_node, config.engine.name), tracker:
+    with warnings.catch_warnings(), fake_rank(rank, cluster.gpus, cluster.gpus_per_node, config.engine.name, kind), tracker:
         warnings.simplefilter("ignore")
         engine = start_engine(config.engine)
         engine.device, engine.compile_backend = DEVICE, compiled.backend(tracker)
         tracker.begin("start")
         try:
-            state = _one_step(engine, config, model, min(2, micro_batches), tracker)
+            state = one_step(engine, config, model, min(2, micro_batches), tracker, fill=lambda shard: None)
         except DynamicOutputShapeException as error:
-            raise CannotRun(f"{_line_of(error)}: the shape of a result depends on values, which the device would wait for") from error
+            text = "the shape of a result depends on values, which the host must wait for; the step ends here"
+            raise CannotRun("waits-for-device", _line_of(error), text) from error
         except RuntimeError as error:
             if "same device" not in str(error):
                 raise
-            raise CannotRun(f"{_line_of(error)}: a tensor of the host meets one of the device ({error})") from error
+            text = f"a tensor of the host meets one of the device; make it on the device of the others ({error})"
+            raise CannotRun("wrong-device", _line_of(error), text) from error
         tracker.end()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     if config.engine.compile != "none" and not graphs:
-        raise RuntimeError("this version of torch compiles nothing on fake tensors; set engine.compile to none, or use torch 2.13")
+        raise UserError("this version of torch compiles nothing on fake tensors; set engine.compile to none")
     names = [phase.name for phase in tracker.trace.phases if phase.name != "start"]
     repeats = {name: micro_batches - 1 if micro_batches > 1 and name.endswith(" 1") else 1 for name in names}
     return DryRun(model, config, cluster, tracker.trace, state, repeats, graphs)
@@ -187,8 +197,11 @@ def on_gpu(config: Config):
     return dataclasses.replace(config.engine, precision=config.engine.precision or "bf16")
 
 
-def _one_step(engine: Engine, config: Config, model: ModelConfig, micro_batches: int, tracker: Tracker) -> dict[str, int]:
-    """Builds, and trains one step of `micro_batches`. -> bytes of the training state."""
+def one_step(
+    engine: Engine, config: Config, model: ModelConfig, micro_batches: int, tracker: Tracker, fill: Callable | None = None
+) -> dict[str, int]:
+    """Builds the model of an engine that has started and trains one step of `micro_batches` on real or fake tensors, under a
+    `tracker` that is entered. fill: as for `Engine.prepare`. Returns the bytes of the training state."""
 
     def make() -> Transformer:
         if config.engine.name == "zero3":
@@ -197,7 +210,7 @@ def _one_step(engine: Engine, config: Config, model: ModelConfig, micro_batches:
             return Transformer(model)
 
     optimizer, state = config.optimizer, {}
-    engine.prepare(make, lambda module: build_optimizer(module, optimizer), optimizer.grad_clip, 0, lambda shard: None)
+    engine.prepare(make, lambda module: build_optimizer(module, optimizer), optimizer.grad_clip, 0, fill)
     engine._make_moments()
     parameters = list(engine.model.parameters())
     held = [tensor for each in engine.local_states(saving=False) for tensor in each.tensors.values()]
@@ -209,7 +222,7 @@ def _one_step(engine: Engine, config: Config, model: ModelConfig, micro_batches:
     tracker.label(engine.model.buffers(), "buffers")
     if (flat := getattr(getattr(engine, "_zero", None), "grad_partitions_flat_buffer", None)) is not None:
         tracker.label([flat], "gradients")
-    window = [_batch(config, model) for _ in range(micro_batches)]
+    window = [_batch(config, tracker.device) for _ in range(micro_batches)]
     for tensor in window[0]:
         if tensor is not None:
             tracker.label([tensor], "batch")
@@ -226,9 +239,9 @@ def _one_step(engine: Engine, config: Config, model: ModelConfig, micro_batches:
     return state
 
 
-def _batch(config: Config, model: ModelConfig) -> Batch:
+def _batch(config: Config, device: torch.device) -> Batch:
     shape = (config.batch.micro_batch_size, config.data.sequence_length)
-    tokens_BT, labels_BT, documents_BT = (torch.empty(shape, dtype=torch.int64, device=DEVICE) for _ in range(3))
+    tokens_BT, labels_BT, documents_BT = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(3))
     return Batch(tokens_BT, labels_BT, documents_BT if config.data.document_mask else None)
 
 
@@ -274,37 +287,219 @@ _FAULTS = {
 
 
 def fault_findings(run: DryRun) -> list[Finding]:
-    """What would make a GPU wait, or hold memory that no step needs, with the line of code. DeepSpeed reads values of the device
-    in every step, which only warns."""
+    """What would make a GPU wait, or hold memory that no step needs, with the line of code. DeepSpeed reads values of the
+    device in every step, which only warns."""
     zero = run.config.engine.name.startswith("zero")
     found = []
     for fault, times in run.trace.faults.items():
         name, text = _FAULTS[fault.name]
         stops = not (zero and (fault.where.startswith("pretrain/engines/zero.py") or fault.where == "library"))
-        found.append(Finding(name, fault.where, f"{fault.operator} {text}; {times} times in a step of two micro-batches", stops))
+        text = f"{fault.operator} {text}; {times} times in a step of at most two micro-batches"
+        found.append(Finding(name, fault.where, text, stops))
     return found + list(_oversized(run))
 
 
 def _oversized(run: DryRun) -> Iterator[Finding]:
-    length, size = run.config.data.sequence_length, run.config.batch.micro_batch_size
-    model, positions = run.model, run.config.batch.micro_batch_size * length
+    length, model = run.config.data.sequence_length, run.model
+    positions = run.config.batch.micro_batch_size * length
     rows = flops.vocabulary_rows(model)
     widths = {model.hidden_size, model.head_dim, model.intermediate_size, rows, model.vocab_size}
-    chunk = max(chunk_positions("cuda", rows), 2048)
+    kept = {
+        id(block) for phase in run.trace.phases if phase.name.startswith("forward") for block in run.trace.live(phase.end_event)
+    }
     seen = set()
     for block in run.trace.allocations:
         if block.phase == "start" or block.where in seen or block.kind in ("weights", "gradients", "moments"):
             continue
-        if block.shape[-2:] == (length, length) and (length not in widths or block.dtype == torch.bool or len(block.shape) == 4):
+        size = f"{tuple(block.shape)} in {str(block.dtype).removeprefix('torch.')}, {block.bytes / 2**20:,.0f} MiB"
+        surely_pairs = length not in widths or block.dtype == torch.bool or len(block.shape) == 4
+        if block.shape[-2:] == (length, length) and surely_pairs:
             seen.add(block.where)
-            text = f"{block.operator} makes a tensor {_shown(block)} with an entry for every pair of positions, {block.bytes / 2**20:.0f} MiB"
-            yield Finding("quadratic-mask", block.where, f"{text}; attention needs none", stops=True)
-        elif block.shape and block.shape[-1] in (rows, model.vocab_size) and positions > chunk and size:
-            if math.prod(block.shape[:-1]) == positions:
-                seen.add(block.where)
-                text = f"{block.operator} makes logits of all positions at once, {_shown(block)}, {block.bytes / 2**30:.1f} GiB"
-                yield Finding("full-logits", block.where, f"{text}; compute the loss in chunks of positions", stops=True)
+            text = f"{block.operator} makes a tensor with an entry for every pair of positions, {size}; attention needs none"
+            yield Finding("quadratic-mask", block.where, text, stops=True)
+        elif block.shape[-1:] in ((rows,), (model.vocab_size,)) and math.prod(block.shape[:-1]) == positions:
+            if positions <= chunk_positions("cuda", rows) and id(block) not in kept:
+                continue  # one chunk of the loss has all positions
+            seen.add(block.where)
+            text = f"{block.operator} makes the logits of all positions at once, {size}; compute the loss in chunks"
+            yield Finding("full-logits", block.where, text, stops=True)
 
 
-def _shown(block: Allocation) -> str:
-    return f"{tuple(block.shape)} in {str(block.dtype).removeprefix('torch.')}"
+# ---------------------------------------------------------------- what would fit
+
+
+Change = tuple[str, Config]
+"""(keys and values, the settings with them)."""
+
+
+def plan_findings(run: DryRun, progress: Callable[[str], None] = lambda text: None) -> list[Finding]:
+    """does-not-fit and communication-bound, with the changes of settings that mend them; each change is run as well.
+
+    progress: is told what is being tried.
+    """
+    device, found = run.cluster.device, []
+    if not run.fits:
+        text = (
+            f"needs {run.needed_gib:.1f} GiB of {device.memory_gib:g} GiB: {run.peak.peak_bytes / 2**30:.1f} GiB of tensors in "
+            f"{run.peak.name}, {FRAGMENTATION:.0%} for fragmentation, {OUTSIDE_GIB:g} GiB outside of torch"
+        )
+        mended = [f"{keys} ({tried.needed_gib:.1f} GiB)" for keys, tried in _fitting(run, progress)]
+        advice = f"; these fit: {'; '.join(mended)}" if mended else "; no single change fits: use more ranks or a smaller model"
+        found.append(Finding("does-not-fit", device.name, text + advice, stops=True))
+    elif (time := run.time).communication > time.computing:
+        text = (
+            f"messages take {time.communication:.3g} s of a step and computation {time.computing:.3g} s (estimates), so "
+            "they cannot be hidden"
+        )
+        tried = [(keys, other.time) for keys, other in _calmer(run, progress)]
+        mended = [f"{keys} ({other.communication:.3g} and {other.computing:.3g} s)" for keys, other in tried]
+        otherwise = "; a larger batch.global_batch_size gives a step more to compute"
+        advice = f"; better: {'; '.join(mended)}" if mended else otherwise
+        found.append(Finding("communication-bound", "engine", text + advice))
+    return found
+
+
+def _fitting(run: DryRun, progress: Callable[[str], None]) -> Iterator[tuple[str, DryRun]]:
+    """Single changes with which the run fits."""
+    if smaller := _largest_micro_batch(run, progress):
+        yield smaller
+    engine = run.config.engine
+    stronger = {"none": ("selective", "full"), "selective": ("full",), "full": ()}[engine.activation_checkpointing]
+    changes: list[dict[str, Any]] = [{"activation_checkpointing": each} for each in stronger]
+    if engine.compile == "none":
+        changes.append({"compile": "blocks"})
+    if engine.name != "fsdp2" and run.cluster.gpus > 1:
+        changes.append({"name": "fsdp2", "reduce_gradients": None, "bucket_mib": None, "offload": "none"})
+    if engine.reduce_gradients == "step" and engine.name in ("zero2", "zero3", "fsdp2"):
+        changes.append({"reduce_gradients": "micro_batch"})
+    if engine.replicas > 1:
+        changes.append({"replicas": 1})
+    both = {"activation_checkpointing": "full", "compile": "blocks" if engine.compile == "none" else engine.compile}
+    found = False
+    for change in [*changes, both]:
+        if change is both and found:
+            break
+        if (tried := _try(run, progress, engine=change)) and tried[1].fits:
+            found = True
+            yield tried
+
+
+def _calmer(run: DryRun, progress: Callable[[str], None]) -> Iterator[tuple[str, DryRun]]:
+    """Single changes with which computation hides the messages, and the run fits."""
+    engine, nodes = run.config.engine, run.cluster.gpus // run.cluster.gpus_per_node
+    tried = []
+    if engine.name == "fsdp2" and 1 < nodes != engine.replicas:
+        tried.append(_try(run, progress, engine={"replicas": nodes}))
+    if engine.name == "zero3" and nodes > 1:
+        tried.append(_try(run, progress, engine={"name": "fsdp2", "replicas": nodes}))
+    size, most = run.config.batch.micro_batch_size, run.config.batch.global_batch_size // run.cluster.gpus
+    for larger in [each for each in range(size + 1, most + 1) if most % each == 0][:3]:
+        tried.append(_try(run, progress, batch={"micro_batch_size": larger}))
+    for each in tried:
+        if each and each[1].fits and each[1].time.communication <= each[1].time.computing:
+            yield each
+
+
+def _largest_micro_batch(run: DryRun, progress: Callable[[str], None]) -> tuple[str, DryRun] | None:
+    """The largest smaller micro-batch with which the run fits: memory is linear in it, so two runs tell where to look."""
+    size = run.config.batch.micro_batch_size
+    most = run.config.batch.global_batch_size // run.cluster.gpus
+    sizes = [each for each in range(1, size) if most % each == 0]
+    if not sizes or (smallest := _try(run, progress, batch={"micro_batch_size": sizes[0]})) is None or not smallest[1].fits:
+        return None
+    slope = (run.needed_gib - smallest[1].needed_gib) / (size - sizes[0])
+    room = run.cluster.device.memory_gib - smallest[1].needed_gib
+    for each in sorted((each for each in sizes[1:] if (each - sizes[0]) * slope <= room), reverse=True):
+        if (tried := _try(run, progress, batch={"micro_batch_size": each})) and tried[1].fits:
+            return tried
+    return smallest
+
+
+def _try(run: DryRun, progress: Callable[[str], None], **sections: dict[str, Any]) -> tuple[str, DryRun] | None:
+    """Runs with other values of some keys. -> (keys and values, the run), or None if such settings are refused."""
+    config = run.config
+    for section, values in sections.items():
+        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+    keys = ", ".join(
+        f"{section}.{key}: {value}"
+        for section, values in sections.items()
+        for key, value in values.items()
+        if value is not None and value != getattr(getattr(run.config, section), key)
+    )
+    if validate(config, run.cluster.gpus):
+        return None
+    progress(keys)
+    return keys, dry_run(config, run.model, run.cluster)
+
+
+# ---------------------------------------------------------------- for people and for programs
+
+
+def describe(run: DryRun) -> list[str]:
+    """The run as lines of text."""
+    gib, config, cluster = 2**30, run.config, run.cluster
+    engine, batch = config.engine, config.batch
+    steps = accumulation(batch, cluster.gpus)
+    lines = [
+        f"{cluster.device.name}, {cluster.gpus} ranks ({cluster.gpus_per_node} per node); {engine.name}, {engine.precision}, "
+        f"compile {engine.compile}, activation checkpointing {engine.activation_checkpointing}; micro-batch "
+        f"{batch.micro_batch_size} x {config.data.sequence_length} tokens, accumulation {steps}; nothing was run on a GPU",
+        "state, GiB per rank: " + ", ".join(f"{kind} {size / gib:.2f}" for kind, size in run.state.items()),
+        "phase            start   peak    end   GiB per rank",
+    ]
+    for phase in run.trace.phases:
+        if phase.name not in ("start", "count"):
+            values = (phase.start_bytes, phase.peak_bytes, phase.end_bytes)
+            lines.append(f"{phase.name:14} " + " ".join(f"{value / gib:6.2f}" for value in values))
+    held = ", ".join(f"{name} {size / gib:.2f}" for name, size in run.held_at_peak().items() if size >= gib / 100)
+    lines.append(f"at the peak, in {run.peak.name}: {held}")
+    for row in run.largest_at_peak(6):
+        lines.append(f"  {row['bytes'] / gib:6.2f} GiB  {row['purpose']:16} {row['dtype']:8} {row['shape']}  {row['where']}")
+    for row in run.messages():
+        if row["wire_bytes"] >= 1e6:
+            where = "across nodes" if row["across_nodes"] else "inside a node"
+            lines.append(
+                f"{row['collective']:14} {row['wire_bytes'] / 1e9:8.2f} GB sent per rank and step, {row['calls']:.0f} calls "
+                f"among {row['ranks']} ranks, {where}"
+            )
+    for kind, row in run.work().items():
+        lines.append(f"{kind:14} {row['flops'] / 1e12:8.1f} TFLOP, {row['bytes'] / 1e9:8.1f} GB per rank and step")
+    time, rates = run.time, assumptions(cluster.device)
+    lines += [
+        f"estimate: {time.total:.3f} s per step ({time.products:.3f} products, {time.attention:.3f} attention, "
+        f"{time.other:.3f} other, {time.exposed:.3f} of {time.communication:.3f} messages not hidden), "
+        f"{run.tokens / time.total:,.0f} tokens/s per GPU, MFU {run.mfu:.0%}",
+        f"  assumed, of the data sheet: products {rates.products:.0%} at great width, attention {rates.attention:.0%}, "
+        f"memory {rates.memory:.0%}, links {rates.link:.0%}; network {cluster.network_gb_per_second * rates.network:g} GB/s "
+        "per node",
+        f"needs {run.needed_gib:.1f} of {cluster.device.memory_gib:g} GiB: peak {run.peak.peak_bytes / gib:.1f}, fragmentation "
+        f"{FRAGMENTATION:.0%}, outside of torch {OUTSIDE_GIB:g}",
+    ]
+    return lines
+
+
+def to_json(run: DryRun, findings: list[Finding]) -> dict[str, Any]:
+    """The run as plain values: bytes, seconds, FLOPs."""
+    cluster, time = run.cluster, run.time
+    return {
+        "device": cluster.device.name,
+        "ranks": cluster.gpus,
+        "ranks_per_node": cluster.gpus_per_node,
+        "engine": dataclasses.asdict(run.config.engine),
+        "batch": dataclasses.asdict(run.config.batch),
+        "parameters": flops.num_parameters(run.model).total,
+        "state_bytes": run.state,
+        "phases": [dataclasses.asdict(phase) for phase in run.trace.phases if phase.name != "start"],
+        "peak_bytes": run.peak.peak_bytes,
+        "held_at_peak_bytes": run.held_at_peak(),
+        "largest_at_peak": run.largest_at_peak(20),
+        "messages": run.messages(),
+        "work": run.work(),
+        "compiled_graphs": run.graphs,
+        "estimate": {**time._asdict(), "total": time.total, "mfu": run.mfu},
+        "tokens_per_second_per_gpu": run.tokens / time.total,
+        "assumptions": dataclasses.asdict(assumptions(cluster.device)),
+        "needed_gib": run.needed_gib,
+        "memory_gib": cluster.device.memory_gib,
+        "findings": [finding._asdict() for finding in findings],
+    }

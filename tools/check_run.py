@@ -7,6 +7,10 @@ With --invariance, it trains a shrunk model with the configuration's engine, opt
 this machine's CPUs, split into small and large micro-batches, and compares each step with one process that takes the entire
 batch: loss, gradient norm and weights must agree.
 
+With --device, a dry run: one step of the real model, engine and optimizer as one of --ranks on a GPU that is not there. It
+shows memory by phase, messages, FLOPs, an estimate of the time, and findings: whether it fits, what makes the device wait.
+docs/planning.md explains them.
+
 Exit status: 0 no finding stops a run, or passed; 1 failed; 2 findings that stop a run, or a wrong command.
 """
 
@@ -20,7 +24,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pretrain.config import Config, ConfigError, load
+from pretrain import devices
+from pretrain.config import Config, ConfigError, load, validate
 from pretrain.files import write_atomically
 from pretrain.run import command_line
 
@@ -34,12 +39,23 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--invariance", action="store_true", help="check that no number depends on the split of the batch")
     parser.add_argument("--processes", type=command_line.at_least(1), default=2, metavar="N", help="most processes for "
                         "--invariance (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--device", metavar="NAME", help="a dry run on this GPU, such as h100; --ranks is then 8 by default")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings, or the table, as JSON")
     options, settings = command_line.parse_with_settings(parser, argv)
+    if options.device and options.invariance:
+        parser.error("give either --device or --invariance")
+    device = devices.find(options.device) if options.device else None
+    if options.device and device is None:
+        parser.error(f"--device: {options.device!r} is not known; allowed: {', '.join(devices.names())}")
     try:
         config = load(settings, world_size=None, program="tools/check_run.py")
     except ConfigError as error:
         return refuse(error, options.json)
+    if device:
+        ranks = options.ranks or config.engine.world_size or 8
+        if problems := validate(config, ranks):
+            return refuse(ConfigError(problems), options.json)
+        return 2 if check_device(config, device, ranks, options.json) else 0
     if not options.invariance:
         return 2 if check(config, options.ranks, options.json) else 0
     if options.processes < config.engine.replicas:
@@ -65,13 +81,46 @@ def check(config: Config, ranks: int | None, output: Path | None) -> bool:
     report = preflight(config, ranks)
     for line in report.facts:
         print(line)
-    for finding in sorted(report.findings, key=lambda finding: not finding.stops):
-        print(f"{'STOP' if finding.stops else 'warn'}  {finding}")
-    stopping = sum(finding.stops for finding in report.findings)
-    warnings = len(report.findings) - stopping
-    print(f"{stopping} findings stop this run, {warnings} warnings ({time.monotonic() - began:.1f} s)")
+    stops = show_findings(report.findings, began)
     write_json(output, [each._asdict() for each in report.findings])
-    return report.stops
+    return stops
+
+
+def check_device(config: Config, device: devices.Device, ranks: int, output: Path | None) -> bool:
+    """Prints what a step needs on that GPU, and findings. -> whether any of them stops a run."""
+    from pretrain import dry_run
+    from pretrain.data.checks import Finding
+    from pretrain.model.config import resolve_model, vocabulary
+    from pretrain.plan.scaling import Cluster
+    from pretrain.run.parts import open_tokenizer
+
+    began = time.monotonic()
+    tokenizer = None if config.model.vocab_size else open_tokenizer(config)
+    ids, _ = vocabulary(config.model, tokenizer and tokenizer.vocab_size)
+    model = resolve_model(config.model, vocab_size=ids, sequence_length=config.data.sequence_length)
+    try:
+        run = dry_run.dry_run(config, model, Cluster(device, ranks))
+    except dry_run.CannotRun as error:
+        findings = [Finding(error.name, error.where, str(error), stops=True)]
+        content = {"findings": [each._asdict() for each in findings]}
+    else:
+        for line in dry_run.describe(run):
+            print(line, flush=True)
+        findings = dry_run.fault_findings(run)
+        findings += dry_run.plan_findings(run, lambda keys: print(f"trying {keys}", file=sys.stderr, flush=True))
+        content = dry_run.to_json(run, findings)
+    stops = show_findings(findings, began)
+    write_json(output, content)
+    return stops
+
+
+def show_findings(findings: list, began: float) -> bool:
+    """Prints findings, those that stop a run first, and their number. -> whether any of them stops it."""
+    for finding in sorted(findings, key=lambda finding: not finding.stops):
+        print(f"{'STOP' if finding.stops else 'warn'}  {finding}")
+    stopping = sum(finding.stops for finding in findings)
+    print(f"{stopping} findings stop this run, {len(findings) - stopping} warnings ({time.monotonic() - began:.1f} s)")
+    return stopping > 0
 
 
 def check_invariance(config: Config, processes: int, output: Path | None) -> bool:
@@ -104,7 +153,7 @@ def check_invariance(config: Config, processes: int, output: Path | None) -> boo
     return not failed
 
 
-def write_json(output: Path | None, content: list[dict]) -> None:
+def write_json(output: Path | None, content: list[dict] | dict) -> None:
     """Writes what was found, if --json asks for it."""
     if output:
         write_atomically(output, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

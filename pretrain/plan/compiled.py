@@ -1,9 +1,9 @@
 """A backend of torch.compile that runs a compiled graph on fake tensors as a fusing compiler would: with AOTAutograd's min-cut
 partition of what is saved for the backward pass, and without memory for what stays inside a fused kernel.
 
-Inductor is not called. A pointwise operation or reduction gets memory only if a product, an attention kernel or another operation
-that cannot be fused reads it, or if the graph returns it; what a fused kernel reads is what it was made from. Inductor may fuse less,
-so bytes moved are a lower bound for those operations.
+Inductor is not called. A pointwise operation or reduction gets memory only if a product, an attention kernel or another
+operation that cannot be fused reads it, or if the graph returns it; what a fused kernel reads is what it was made from.
+Inductor may fuse less, so the bytes moved by these operations are a lower bound.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pretrain.plan.tracker import Tracker
 _FUSED = {
     "convert_element_type", "_to_copy", "clone", "copy", "cat", "iota", "full", "full_like", "arange", "scalar_tensor",
     "zeros", "zeros_like", "ones", "ones_like", "empty", "lift_fresh_copy", "where", "constant_pad_nd", "gather", "index",
-    "embedding", "index_select", "sum", "amax", "amin", "mean", "max", "min", "any", "all", "argmax", "prod", "var_mean", "flip",
-    "repeat", "bucketize", "fma", "slice_scatter", "select_scatter",
+    "embedding", "index_select", "sum", "amax", "amin", "mean", "max", "min", "any", "all", "argmax", "prod", "flip", "repeat",
+    "bucketize", "fma", "slice_scatter", "select_scatter",
 }  # fmt: skip
 _INDEXING = {"gather", "index", "embedding", "index_select"}
 _LINE = re.compile(r'File "[^"]*/(pretrain/[^"]+)", line (\d+)')

@@ -1,7 +1,7 @@
 """One rank of many on fake tensors: a world in which the real engines start and train, without a GPU, other ranks or memory.
 
-Everything that torch, Accelerate and DeepSpeed do with the values of tensors while they start is replaced here, and nowhere else;
-what they do with memory and messages is theirs. On leaving the context all of it is undone.
+Everything that torch, Accelerate and DeepSpeed do with the values of tensors while they start is replaced here, and nowhere
+else; what they do with memory and messages is theirs. On leaving the context all of it is undone.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ DEVICE = torch.device("cpu", 0)
 
 
 @contextlib.contextmanager
-def fake_rank(rank: int, ranks: int, ranks_per_node: int, engine: str) -> Iterator[FakeTensorMode]:
-    """Makes this process rank `rank` of `ranks` for an engine (`engine.name`) that is built inside. Not reentrant.
+def fake_rank(rank: int, ranks: int, ranks_per_node: int, engine: str, kind: str = "cuda") -> Iterator[FakeTensorMode]:
+    """Makes this process rank `rank` of `ranks` for an engine (`engine.name`) that is built inside. kind: of device, whose
+    kernels, dtypes and chunks the code chooses.
 
     Raises RuntimeError if this process is already part of a process group.
     """
@@ -54,7 +55,7 @@ def fake_rank(rank: int, ranks: int, ranks_per_node: int, engine: str) -> Iterat
             stack.enter_context(mock.patch(at, lambda mesh: DEVICE))
         else:
             _enter_deepspeed(stack)
-        stack.enter_context(target.planned("cuda"))
+        stack.enter_context(target.planned(kind))
         yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
 
 

@@ -34,7 +34,8 @@ class Roofline(NamedTuple):
 def roofline(trace: Trace, repeats: dict[str, int], width: int, cluster: Cluster, rates: Assumptions) -> Roofline:
     """Returns the estimate. Each kind of operator takes what its FLOPs need or what its bytes need, whichever is longer.
 
-    repeats: phase -> how often a step runs it. width: hidden_size. Attention computes half of its FLOPs: what the causal mask leaves.
+    repeats: phase -> how often a step runs it. width: hidden_size. Attention computes half of its FLOPs, which is what the
+    causal mask leaves.
     """
     peak, bandwidth = cluster.device.bf16_tflops * 1e12, cluster.device.memory_gb_per_second * 1e9 * rates.memory
     speeds = {
@@ -60,8 +61,3 @@ def message_seconds(message: Message, cluster: Cluster, rates: Assumptions) -> f
     kind, stride = message.collective.replace("-", "_"), message.ranks[1] - message.ranks[0]
     collective = Collective(kind, message.payload_bytes, len(message.ranks), stride, message.calls)
     return collective_seconds(collective, cluster, rates)
-
-
-def crosses_nodes(message: Message, per_node: int) -> bool:
-    """Whether the ranks of a group are on more than one node."""
-    return len({rank // per_node for rank in message.ranks}) > 1

@@ -1,4 +1,5 @@
-"""A dispatch mode that watches every operator of a step: live memory, bytes moved, FLOPs, messages, and what would make a GPU wait.
+"""A dispatch mode that watches every operator of a step: live memory, bytes moved, FLOPs, messages, and what would make a GPU
+wait.
 
 It knows tensors, real or fake, and the lines of code that made them. It knows nothing of models, engines or devices' rates.
 Tensors of `device` are counted, others are on the host: on fake tensors the device is `cpu:0`, and `cpu` is the host.
@@ -6,11 +7,9 @@ Tensors of `device` are counted, others are on the host: on fake tensors the dev
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,10 @@ from torch.utils.flop_counter import flop_registry
 _GRANULE = 512  # bytes: the caching allocator of CUDA rounds every block up to a multiple of this
 _PACKAGE = str(Path(__file__).resolve().parents[1])
 _SKIPPED = (str(Path(__file__).resolve().parent), str(Path(_PACKAGE) / "dry_run.py"))
-_NO_KERNEL = ("prim::", "profiler::", "aten::detach", "aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::lift_fresh")
-_READS_OF_THE_HOST = {"aten::_local_scalar_dense": "item", "aten::equal": "equal", "aten::is_nonzero": "bool"}
+_NO_KERNEL = (
+    "prim::", "profiler::", "aten::detach", "aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::lift_fresh",
+)  # fmt: skip
+_HOST_READS = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero"}
 _SOME_VALUE = {torch.bool: False, torch.uint8: 0}  # DeepSpeed's flags of an overflow are uint8
 _PRODUCTS = {
     "mm", "addmm", "addmm_", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm", "looped_product", "looped_product_backward",
@@ -141,8 +142,8 @@ class Trace:
 class Tracker(TorchDispatchMode):
     """Fills `trace` with what runs inside. Enter it after a FakeTensorMode, if there is one.
 
-    device: counts its tensors. Between `step_begins` and `step_ends` faults are recorded; a read by the host of a fake tensor then
-    returns 1.
+    device: counts its tensors. Faults are recorded while `in_step` is True. A fake tensor has no value, so a read by the host
+    returns 1.0, 1 or False.
     """
 
     def __init__(self, device: torch.device):
@@ -239,7 +240,7 @@ class Tracker(TorchDispatchMode):
         name = func.name().partition(".")[0]
         if name == "prim::device":
             return func(*args, **kwargs)
-        if name in _READS_OF_THE_HOST and self._on_device(args):
+        if name in _HOST_READS and self._on_device(args):
             self._fault("host-read", name)
         if name == "aten::_local_scalar_dense" and isinstance(args[0], torch._subclasses.FakeTensor):
             return _SOME_VALUE.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
@@ -266,7 +267,8 @@ class Tracker(TorchDispatchMode):
         return torch._C._current_autograd_node() is None
 
     def _on_device(self, values: Any) -> bool:
-        return self.in_step and any(isinstance(each, Tensor) and _plain(each).device == self.device for each in tree_leaves(values))
+        tensors = (_plain(each) for each in tree_leaves(values) if isinstance(each, Tensor))
+        return self.in_step and any(tensor.device == self.device for tensor in tensors)
 
     def _copy(self, name: str, args: tuple, kwargs: dict, out: Tensor) -> None:
         source, result = (args[0], out) if name == "aten::_to_copy" else (args[1], args[0])
@@ -325,8 +327,8 @@ class Tracker(TorchDispatchMode):
 
 
 def flops_of(func, name: str, args: tuple, kwargs: dict, out: Any) -> float:
-    """FLOPs of an operator as torch.utils.flop_counter counts them: attention without regard to its mask, and its backward kernel
-    with the product that it repeats."""
+    """FLOPs of an operator as torch.utils.flop_counter counts them: attention without regard to its mask, and its backward
+    kernel with the product that it repeats."""
     if "scaled_dot_product" in name:
         query, key = (args[1], args[2]) if "backward" in name else (args[0], args[1])
         batch, heads, queries, size = query.shape

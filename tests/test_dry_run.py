@@ -1,0 +1,340 @@
+"""tools/check_run.py --device: what a dry run counts is what real tensors and ranks do, and faults of a step are found."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain import devices, dry_run
+from pretrain.config import BatchConfig, Config, DataConfig, EngineConfig, OptimizerConfig
+from pretrain.engines.start import start_engine
+from pretrain.model import transformer
+from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
+from pretrain.model.flops import flops_per_token, num_parameters, vocabulary_rows
+from pretrain.plan.scaling import Cluster
+from pretrain.plan.tracker import Tracker
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).parents[1]
+H100 = devices.find("h100")
+SIZES = ModelConfig(
+    hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=160, head_dim=16
+)
+MOE = dataclasses.replace(SIZES, moe=MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32))
+LENGTH, IDS = 48, 300
+
+
+def settings(ranks: int, model: ModelConfig = SIZES, micro_batch: int = 2, optimizer: str = "adamw", **engine) -> Config:
+    """Two micro-batches per step, in fp32 unless told otherwise."""
+    engine = {"precision": "fp32", "compile": "none", **engine}
+    return Config(
+        model=model,
+        data=DataConfig(sequence_length=LENGTH),
+        batch=BatchConfig(global_batch_size=2 * micro_batch * ranks, micro_batch_size=micro_batch),
+        optimizer=OptimizerConfig(name=optimizer),
+        engine=EngineConfig(**engine),
+    )
+
+
+def resolved(config: Config) -> ModelConfig:
+    return resolve_model(config.model, vocab_size=IDS, sequence_length=config.data.sequence_length)
+
+
+def fake(config: Config, ranks: int = 1, kind: str = "cpu") -> dry_run.DryRun:
+    return dry_run.dry_run(config, resolved(config), Cluster(H100, ranks), kind=kind)
+
+
+def real(config: Config) -> tuple[dict, list, list]:
+    """On a rank: (bytes of the state, peaks of the phases, messages of the step), of real tensors."""
+    engine = start_engine(config.engine)
+    engine.device = torch.device("cpu")
+    with Tracker(engine.device) as tracker:
+        state = dry_run.one_step(engine, config, resolved(config), 2, tracker)
+        tracker.end()
+    phases = [(phase.name, phase.peak_bytes, phase.end_bytes) for phase in tracker.trace.phases]
+    sent = [
+        (phase, kind, ranks, each.wire_bytes)
+        for (phase, kind, ranks), each in tracker.trace.messages.items()
+        if phase != "start"
+    ]
+    engine.close()
+    return state, phases, sent
+
+
+def phases_of(run: dry_run.DryRun) -> list[tuple]:
+    return [(phase.name, phase.peak_bytes, phase.end_bytes) for phase in run.trace.phases if phase.name != "start"]
+
+
+# ---------------------------------------------------------------- against real tensors and ranks
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        settings(1),
+        settings(1, activation_checkpointing="full"),
+        settings(1, activation_checkpointing="selective", precision="bf16"),
+        settings(1, MOE, optimizer="muon"),
+    ],
+    ids=["fp32", "full", "selective bf16", "experts muon"],
+)
+def test_every_peak_of_a_real_step_is_that_of_the_fake_one_to_the_byte(config):
+    state, phases, _ = real(config)
+    run = fake(config)
+    assert phases_of(run) == phases
+    assert run.state == state
+
+
+ENGINES = {
+    "ddp": {"name": "ddp"},
+    "fsdp2": {"name": "fsdp2"},
+    "zero1": {"name": "zero1"},
+    "zero2": {"name": "zero2"},
+    "zero3": {"name": "zero3", "keep_whole_below": 100},
+}
+
+
+def totals(messages) -> dict[str, float]:
+    """Collective -> bytes that a rank sends, over all phases; DeepSpeed sends some of them one phase earlier or later."""
+    sums: dict[str, float] = {}
+    for _, kind, _, size in messages:
+        sums[kind] = sums.get(kind, 0) + size
+    sums.pop("broadcast", None)  # by which ZeRO-3, in its first step, checks that ranks agree
+    return sums
+
+
+def check_ranks(ranks: int, **engine) -> None:
+    config = settings(ranks, **engine)
+    state, _, sent = run_ranks(ranks, real, config)[0]
+    run = fake(config, ranks)
+    counted = [(phase, *key, each.wire_bytes) for (phase, *key), each in run.trace.messages.items() if phase != "start"]
+    expected = totals(sent)
+    assert run.state == state
+    assert totals(counted) == {kind: pytest.approx(size, rel=0.01) for kind, size in expected.items()}
+    assert sum(expected.values()) > 2 * num_parameters(resolved(config)).total  # at least half a gradient, which 2 ranks send
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_bytes_on_the_wire_and_of_the_state_are_those_of_two_real_ranks(name):
+    check_ranks(2, **ENGINES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "ranks", "options"),
+    [
+        ("ddp", 4, {}),
+        ("fsdp2", 4, {"precision": "bf16"}),
+        ("fsdp2", 4, {"replicas": 2}),
+        ("fsdp2", 2, {"reduce_gradients": "step"}),
+        ("zero1", 2, {}),
+        ("zero1", 4, {"precision": "bf16"}),
+        ("zero2", 2, {}),
+        ("zero3", 2, {}),
+        ("zero3", 4, {"precision": "bf16"}),
+    ],
+)
+def test_bytes_on_the_wire_and_of_the_state_are_those_of_real_ranks_of_every_engine(name, ranks, options):
+    check_ranks(ranks, **ENGINES[name], **options)
+
+
+def test_the_state_is_that_of_the_table_in_the_documentation():
+    parameters = num_parameters(resolved(settings(1))).total
+    assert fake(settings(4)).state == {"weights": 4 * parameters, "gradients": 4 * parameters, "moments": 8 * parameters}
+    sharded = fake(settings(4, name="fsdp2"), ranks=4).state
+    assert sharded["gradients"] == sharded["weights"] and sharded["moments"] == 2 * sharded["weights"]
+    assert sharded["weights"] == pytest.approx(
+        parameters, rel=0.02
+    )  # 4 bytes / 4 ranks; rows that do not divide are rounded up
+
+
+def test_flops_are_those_of_the_flop_counter_and_of_the_formula():
+    config = settings(1)
+    engine = start_engine(config.engine)
+    with FlopCounterMode(display=False) as counter, Tracker(torch.device("cpu")) as tracker:
+        dry_run.one_step(engine, config, resolved(config), 2, tracker)
+    run = fake(config)
+    work = run.work()
+    products = sum(count for name, count in counter.get_flop_counts()["Global"].items() if "scaled_dot" not in str(name))
+    assert work["products"]["flops"] == products
+    model = resolved(config)
+    attention_flops = flops_per_token(model, LENGTH) - 6 * num_parameters(model).matmul
+    padding = 6 * (vocabulary_rows(model) - IDS) * model.hidden_size
+    # The formula does not count padding rows, nor the product that the backward kernel of attention repeats: 7 products, not 6.
+    expected = (flops_per_token(model, LENGTH) + padding + attention_flops // 6) * run.tokens
+    assert work["products"]["flops"] + work["attention"]["flops"] == expected
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_a_compiled_block_keeps_what_aot_autograd_saves(checkpointing, monkeypatch):
+    config = settings(1, compile="blocks", activation_checkpointing=checkpointing, precision="bf16")
+    torch._dynamo.reset()
+    engine = start_engine(config.engine)
+    engine.compile_backend = "aot_eager_decomp_partition"
+    with Tracker(torch.device("cpu")) as tracker:
+        dry_run.one_step(engine, config, resolved(config), 2, tracker)
+    run = fake(config)
+    after = {phase.name: phase.end_bytes for phase in tracker.trace.phases}
+    assert run.graphs > 0
+    assert {phase.name: phase.end_bytes for phase in run.trace.phases if phase.name != "start"} == {
+        name: size for name, size in after.items() if name != "start"
+    }
+    assert run.peak.peak_bytes < max(phase.peak_bytes for phase in tracker.trace.phases)  # fused kernels make fewer tensors
+
+
+# ---------------------------------------------------------------- faults
+
+
+def found(config: Config, kind: str = "cuda") -> set[tuple[str, bool]]:
+    """(name, stops) of the findings about the code of a step."""
+    return {(finding.name, finding.stops) for finding in dry_run.fault_findings(fake(config, kind=kind))}
+
+
+@pytest.mark.parametrize("engine", [{"name": "ddp"}, {"name": "fsdp2"}, {"compile": "blocks"}, {"compile": "model"}], ids=str)
+@pytest.mark.parametrize("model", [SIZES, MOE], ids=["dense", "experts"])
+def test_the_step_has_no_faults(model, engine):
+    assert found(settings(1, model, **engine)) == set()
+
+
+def plant(monkeypatch, fault) -> None:
+    """Runs `fault(hidden)` in the feed-forward of every block."""
+    genuine = transformer.FeedForward.forward
+
+    def forward(self, hidden_BTD):
+        return genuine(self, fault(hidden_BTD))
+
+    monkeypatch.setattr(transformer.FeedForward, "forward", forward)
+
+
+@pytest.mark.parametrize(
+    ("fault", "name"),
+    [
+        (lambda x: x * (1.0 if x.sum().item() else 2.0), "waits-for-device"),
+        (lambda x: x if x.isfinite().all() else x + 1, "waits-for-device"),
+        (lambda x: x * len(x.flatten().tolist()[:1]), "waits-for-device"),
+        (lambda x: x + x.detach().to("cpu").to(x.device), "waits-for-device"),
+        (lambda x: x * torch.tensor([2.0], device=x.device), "copies-from-host"),
+        (lambda x: x + torch.ones(x.shape[-1]).to(x.device), "copies-from-host"),
+        (lambda x: x + torch.ones(x.shape[-1]).to(x.device, non_blocking=True), "copies-from-host"),
+    ],
+    ids=["item", "branch", "tolist", "to the host", "from values", "pageable", "pageable, not blocking"],
+)
+def test_what_makes_a_gpu_wait_is_found(fault, name, monkeypatch):
+    plant(monkeypatch, fault)
+    assert (name, True) in found(settings(1))
+
+
+@pytest.mark.parametrize(
+    ("fault", "name"),
+    [
+        (lambda x: x + torch.ones(x.shape[-1]), "wrong-device"),
+        (lambda x: x[x.sum(-1) > 0].mean() + x, "waits-for-device"),
+    ],
+    ids=["a tensor of the host", "a shape by values"],
+)
+def test_a_step_that_cannot_run_or_be_followed_is_refused_with_the_line(fault, name, monkeypatch):
+    plant(monkeypatch, fault)
+    with pytest.raises(dry_run.CannotRun) as refused:
+        fake(settings(1), kind="cuda")
+    assert refused.value.name == name and refused.value.where.startswith("pretrain/model/transformer.py:")
+
+
+def full_logits(hidden_BTD, weight_VD, labels_BT, vocab_size, step=None):
+    logits_NV = (hidden_BTD @ weight_VD.T).flatten(0, 1).float()
+    return F.cross_entropy(logits_NV, labels_BT.flatten(), reduction="sum")
+
+
+def test_logits_of_all_positions_are_found(monkeypatch):
+    monkeypatch.setattr(transformer, "cross_entropy_sum", full_logits)
+    assert ("full-logits", True) in found(settings(1))
+
+
+def test_a_mask_with_an_entry_for_every_pair_is_found(monkeypatch):
+    plant(monkeypatch, lambda x: x * (torch.ones(LENGTH, LENGTH, device=x.device, dtype=torch.bool).tril().sum() > 0))
+    assert ("quadratic-mask", True) in found(settings(1))
+
+
+# ---------------------------------------------------------------- findings about the plan
+
+
+def wide(**engine) -> Config:
+    """Four layers as wide as a model of 1B, whose activations do not fit on a small card."""
+    model = ModelConfig(hidden_size=2048, num_hidden_layers=4, num_attention_heads=16, vocab_size=4096)
+    config = settings(1, model, micro_batch=16, **engine)
+    return dataclasses.replace(config, data=DataConfig(sequence_length=2048))
+
+
+def test_what_does_not_fit_is_refused_with_changes_that_fit():
+    config = wide(precision="bf16")
+    run = dry_run.dry_run(
+        config, resolve_model(config.model, vocab_size=4096, sequence_length=2048), Cluster(devices.find("l4"), 1)
+    )
+    (finding,) = dry_run.plan_findings(run)
+    assert finding.name == "does-not-fit" and finding.stops and run.needed_gib > 24
+    assert "batch.micro_batch_size: 8 (" in finding.text or "batch.micro_batch_size: 4 (" in finding.text
+    assert "engine.activation_checkpointing: full (" in finding.text
+
+
+def test_slow_links_make_a_plan_communication_bound_and_a_larger_micro_batch_mends_it():
+    model = ModelConfig(hidden_size=1024, num_hidden_layers=2, num_attention_heads=8, vocab_size=1024)
+    config = dataclasses.replace(
+        settings(64, model, micro_batch=1, name="fsdp2", precision="bf16"), data=DataConfig(sequence_length=512)
+    )
+    config = dataclasses.replace(config, batch=BatchConfig(global_batch_size=64 * 64, micro_batch_size=1))
+    shape = resolve_model(model, vocab_size=1024, sequence_length=512)
+    run = dry_run.dry_run(config, shape, Cluster(H100, 64))
+    (finding,) = dry_run.plan_findings(run)
+    assert finding.name == "communication-bound" and not finding.stops
+    assert "engine.replicas: 8" in finding.text or "micro_batch_size" in finding.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "ranks"), [("cloud", 8), ("cloud_moe", 8), ("cloud_zero3", 8), ("cloud_zero3", 64)])
+def test_the_cloud_configurations_fit_and_computation_hides_their_messages(name, ranks, tmp_path):
+    report = tmp_path / "report.json"
+    command = ["tools/check_run.py", "--device", "h100", "--config", f"configs/{name}.yaml", "--ranks", str(ranks)]
+    done = subprocess.run([sys.executable, *command, "--json", report], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    content = json.loads(report.read_text())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert content["needed_gib"] < content["memory_gib"] and content["estimate"]["exposed"] < 0.2 * content["estimate"]["total"]
+    assert not [finding for finding in content["findings"] if finding["stops"] or finding["name"] == "communication-bound"]
+
+
+# ---------------------------------------------------------------- the command
+
+
+def check(*flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "tools/check_run.py", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
+
+
+def test_the_command_prints_and_writes_what_a_step_needs(tmp_path):
+    report = tmp_path / "report.json"
+    done = check("--device", "h100", "--config", "configs/dummy.yaml", "--ranks", "1", "--json", str(report))
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads(report.read_text())
+    assert content["device"] == "H100" and content["ranks"] == 1 and content["engine"]["precision"] == "bf16"
+    assert content["state_bytes"]["weights"] == 4 * content["parameters"] and content["findings"] == []
+    assert {phase["name"] for phase in content["phases"]} >= {"forward 1", "backward 1", "update"}
+    assert content["peak_bytes"] == sum(content["held_at_peak_bytes"].values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--device", "h101"), "h100"),
+        (("--device", "h100", "--invariance"), "--invariance"),
+        (("--device", "h100", "--ranks", "7"), "global_batch_size"),
+    ],
+)
+def test_an_unknown_device_and_ranks_that_do_not_divide_the_batch_are_refused(flags, said):
+    done = check("--config", "configs/dummy.yaml", *flags)
+    assert done.returncode == 2 and said in done.stderr
