@@ -393,7 +393,8 @@ def _calmer(run: DryRun, progress: Callable[[str], None]) -> Iterator[tuple[str,
     if engine.name == "zero3" and nodes > 1:
         tried.append(_try(run, progress, engine={"name": "fsdp2", "replicas": nodes}))
     size, most = run.config.batch.micro_batch_size, run.config.batch.global_batch_size // run.cluster.gpus
-    for larger in [each for each in range(size + 1, most + 1) if most % each == 0][:3]:
+    wanted = size * run.time.communication / run.time.computing  # messages per micro-batch do not depend on its size
+    for larger in [each for each in range(size + 1, most + 1) if most % each == 0 and each >= wanted][:1]:
         tried.append(_try(run, progress, batch={"micro_batch_size": larger}))
     for each in tried:
         if each and each[1].fits and each[1].time.communication <= each[1].time.computing:

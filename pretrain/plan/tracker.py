@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -155,6 +156,8 @@ class Tracker(TorchDispatchMode):
         self.compiled_where = ""
         """Replaces the line of code while a compiled graph runs."""
 
+    supports_higher_order_operators = True
+
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         """True: compilation itself is not watched, only what the compiled code runs."""
@@ -237,12 +240,14 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            return func(*args, **kwargs)
         name = func.name().partition(".")[0]
         if name == "prim::device":
             return func(*args, **kwargs)
         if name in _HOST_READS and self._on_device(args):
             self._fault("host-read", name)
-        if name == "aten::_local_scalar_dense" and isinstance(args[0], torch._subclasses.FakeTensor):
+        if name == "aten::_local_scalar_dense" and isinstance(args[0], FakeTensor):
             return _SOME_VALUE.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
         if name in _SHAPED_BY_VALUES and self._on_device(args):
             self._fault("shape-by-value", name)
@@ -251,7 +256,7 @@ class Tracker(TorchDispatchMode):
             self._message(name, args, kwargs)
         elif name == "aten::lift_fresh" and self.in_step:
             self._fault("host-tensor", name)
-            out = out.to(self.device) if out.device != self.device else out
+            out = torch.empty(out.shape, dtype=out.dtype, device=self.device) if isinstance(out, FakeTensor) else out
         elif name in ("aten::_to_copy", "aten::copy_"):
             self._copy(name, args, kwargs, out)
         if self._forward():
@@ -337,6 +342,8 @@ def flops_of(func, name: str, args: tuple, kwargs: dict, out: Any) -> float:
         return 2 * args[0].numel() * args[1].shape[1]
     if name == "pretrain::looped_product_backward":
         return 4 * args[0].numel() * args[1].shape[1]
+    if name == "aten::addmm_":
+        return 2 * args[1].numel() * args[2].shape[1]
     packet = func._overloadpacket
     return flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
 
