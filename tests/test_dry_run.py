@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain import devices, dry_run
-from pretrain.config import BatchConfig, Config, DataConfig, EngineConfig, OptimizerConfig
+from pretrain.config import BatchConfig, Config, DataConfig, EngineConfig, OptimizerConfig, SyntheticConfig, TrainConfig
 from pretrain.engines.start import start_engine
 from pretrain.model import transformer
 from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
@@ -37,7 +37,8 @@ def settings(ranks: int, model: ModelConfig = SIZES, micro_batch: int = 2, optim
     engine = {"precision": "fp32", "compile": "none", **engine}
     return Config(
         model=model,
-        data=DataConfig(sequence_length=LENGTH),
+        data=DataConfig(sequence_length=LENGTH, synthetic=SyntheticConfig()),
+        train=TrainConfig(max_steps=10),
         batch=BatchConfig(global_batch_size=2 * micro_batch * ranks, micro_batch_size=micro_batch),
         optimizer=OptimizerConfig(name=optimizer),
         engine=EngineConfig(**engine),
@@ -269,7 +270,7 @@ def wide(**engine) -> Config:
     """Four layers as wide as a model of 1B, whose activations do not fit on a small card."""
     model = ModelConfig(hidden_size=2048, num_hidden_layers=4, num_attention_heads=16, vocab_size=4096)
     config = settings(1, model, micro_batch=32, **engine)
-    return dataclasses.replace(config, data=DataConfig(sequence_length=2048))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=2048))
 
 
 def test_what_does_not_fit_is_refused_with_changes_that_fit():
@@ -286,7 +287,8 @@ def test_what_does_not_fit_is_refused_with_changes_that_fit():
 def test_slow_links_make_a_plan_communication_bound_and_a_larger_micro_batch_mends_it():
     model = ModelConfig(hidden_size=1024, num_hidden_layers=2, num_attention_heads=8, vocab_size=1024)
     config = dataclasses.replace(
-        settings(64, model, micro_batch=1, name="fsdp2", precision="bf16"), data=DataConfig(sequence_length=512)
+        settings(64, model, micro_batch=1, name="fsdp2", precision="bf16"),
+        data=DataConfig(sequence_length=512, synthetic=SyntheticConfig()),
     )
     config = dataclasses.replace(config, batch=BatchConfig(global_batch_size=64 * 64, micro_batch_size=1))
     shape = resolve_model(model, vocab_size=1024, sequence_length=512)

@@ -342,6 +342,8 @@ def flops_of(func, name: str, args: tuple, kwargs: dict, out: Any) -> float:
         return 2 * args[0].numel() * args[1].shape[1]
     if name == "pretrain::looped_product_backward":
         return 4 * args[0].numel() * args[1].shape[1]
+    if name == "aten::_grouped_mm":
+        return 2 * args[0].numel() * args[1].shape[-1]
     if name == "aten::addmm_":
         return 2 * args[1].numel() * args[2].shape[1]
     packet = func._overloadpacket
