@@ -44,7 +44,6 @@ ROOMS_BELOW = {
     "checkpoint": {"engines"},
     "report": {"doctor"},
     "interop": {"data", "model", "engines", "checkpoint", "report"},
-    "plan": {"data", "model", "optim", "engines"},
     "run": {"doctor", "data", "model", "optim", "engines", "checkpoint", "report", "interop"},
 }
 """Room -> the rooms that it may import."""
