@@ -419,7 +419,7 @@ def parts(rehearse: bool) -> dict[str, tuple[int, Callable[[Bench], object]]]:
         "generation": (30, generation),
         "profile": (60, profile),
         "seam": (60, lambda bench: script(bench, "seam_cost", *where, "--steps", "3" if rehearse else "30")),
-        "checkpoint": (90, lambda bench: script(bench, "checkpoint_stall", "--rounds", "1")),
+        "checkpoint": (90, lambda bench: script(bench, "checkpoint", "--rounds", "1")),
     }
     for name, case in cases(rehearse).items():
         limit = {"G2-fp8": 120, "G1-model": 120, "G2-model": 150}.get(name, 90)
