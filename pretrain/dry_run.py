@@ -63,6 +63,8 @@ class DryRun:
     """Bytes of weights, gradients (summed, when the optimizer takes them) and moments (with master weights), not rounded."""
     repeats: dict[str, int]
     """Phase -> how often a step runs it."""
+    compiled: str
+    """What is compiled: none, blocks or model."""
     graphs: int
     """Compiled graphs."""
 
@@ -185,11 +187,12 @@ def dry_run(config: Config, model: ModelConfig, cluster: Cluster, rank: int = 0,
             raise CannotRun("wrong-device", _line_of(error), text) from error
         tracker.end()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    if engine.compiled != "none" and not graphs:
+    what = engine.compiled
+    if what != "none" and not graphs:
         raise UserError("this version of torch compiles nothing on fake tensors; set engine.compile to none")
     names = [phase.name for phase in tracker.trace.phases if phase.name != "start"]
     repeats = {name: micro_batches - 1 if micro_batches > 1 and name.endswith(" 1") else 1 for name in names}
-    return DryRun(model, config, cluster, tracker.trace, state, repeats, graphs)
+    return DryRun(model, config, cluster, tracker.trace, state, repeats, what, graphs)
 
 
 def on_gpu(config: Config):
@@ -366,7 +369,7 @@ def _fitting(run: DryRun, progress: Callable[[str], None]) -> Iterator[tuple[str
     engine = run.config.engine
     stronger = {"none": ("selective", "full"), "selective": ("full",), "full": ()}[engine.activation_checkpointing]
     changes: list[dict[str, Any]] = [{"activation_checkpointing": each} for each in stronger]
-    if engine.compile == "none":
+    if run.compiled == "none":
         changes.append({"compile": "blocks"})
     if engine.name != "fsdp2" and run.cluster.gpus > 1:
         changes.append({"name": "fsdp2", "reduce_gradients": None, "bucket_mib": None, "offload": "none"})
@@ -374,7 +377,7 @@ def _fitting(run: DryRun, progress: Callable[[str], None]) -> Iterator[tuple[str
         changes.append({"reduce_gradients": "micro_batch"})
     if engine.replicas > 1:
         changes.append({"replicas": 1})
-    both = {"activation_checkpointing": "full", "compile": "blocks" if engine.compile == "none" else engine.compile}
+    both = {"activation_checkpointing": "full", "compile": "blocks" if run.compiled == "none" else run.compiled}
     found = False
     for change in [*changes, both]:
         if change is both and found:
@@ -443,7 +446,7 @@ def describe(run: DryRun) -> list[str]:
     steps = accumulation(batch, cluster.gpus)
     lines = [
         f"{cluster.device.name}, {cluster.gpus} ranks ({cluster.gpus_per_node} per node); {engine.name}, {engine.precision}, "
-        f"compile {engine.compile}, activation checkpointing {engine.activation_checkpointing}; micro-batch "
+        f"compile {run.compiled}, activation checkpointing {engine.activation_checkpointing}; micro-batch "
         f"{batch.micro_batch_size} x {config.data.sequence_length} tokens, accumulation {steps}; nothing was run on a GPU",
         "state, GiB per rank: " + ", ".join(f"{kind} {size / gib:.2f}" for kind, size in run.state.items()),
         "phase            start   peak    end   GiB per rank",
@@ -496,6 +499,7 @@ def to_json(run: DryRun, findings: list[Finding]) -> dict[str, Any]:
         "largest_at_peak": run.largest_at_peak(20),
         "messages": run.messages(),
         "work": run.work(),
+        "compiled": run.compiled,
         "compiled_graphs": run.graphs,
         "estimate": {**time._asdict(), "total": time.total, "mfu": run.mfu},
         "tokens_per_second_per_gpu": run.tokens / time.total,

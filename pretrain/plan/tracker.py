@@ -29,9 +29,8 @@ _NO_KERNEL = (
     "prim::", "profiler::", "aten::detach", "aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::lift_fresh",
 )  # fmt: skip
 _HOST_READS = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero"}
-_SOME_VALUE = {torch.bool: False, torch.uint8: 0}  # DeepSpeed's flags of an overflow are uint8
 _PRODUCTS = {
-    "mm", "addmm", "addmm_", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm", "looped_product", "looped_product_backward",
+    "mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_grouped_mm", "_scaled_mm", "looped_product", "looped_product_backward",
 }  # fmt: skip
 _COLLECTIVES = {
     "allgather_": "all-gather",
@@ -144,7 +143,7 @@ class Tracker(TorchDispatchMode):
     """Fills `trace` with what runs inside. Enter it after a FakeTensorMode, if there is one.
 
     device: counts its tensors. Faults are recorded while `in_step` is True. A fake tensor has no value, so a read by the host
-    returns 1.0, 1 or False.
+    returns 1.0, 1 in a step, and 0 for flags and while an engine starts, where ranks agree on what is wrong: nothing.
     """
 
     def __init__(self, device: torch.device):
@@ -241,14 +240,14 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if isinstance(func, torch._ops.HigherOrderOperator):
-            return func(*args, **kwargs)
+            return self._higher_order(func, args, kwargs)
         name = func.name().partition(".")[0]
         if name == "prim::device":
             return func(*args, **kwargs)
         if name in _HOST_READS and self._on_device(args):
             self._fault("host-read", name)
         if name == "aten::_local_scalar_dense" and isinstance(args[0], FakeTensor):
-            return _SOME_VALUE.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
+            return 1.0 if args[0].is_floating_point() else int(self.in_step and args[0].dtype == torch.int64)
         if name in _SHAPED_BY_VALUES and self._on_device(args):
             self._fault("shape-by-value", name)
         out = func(*args, **kwargs)
@@ -266,6 +265,16 @@ class Tracker(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self.watch(tensor, name)
+        return out
+
+    def _higher_order(self, func, args: tuple, kwargs: dict) -> Any:
+        """FlexAttention, and what libraries wrap around operators."""
+        out = func(*args, **kwargs)
+        tensors = [each for each in tree_leaves((args, out)) if isinstance(each, Tensor)]
+        if "flex_attention" in (name := func.name()):
+            self.add_work("attention", flops_of(func, name, args, kwargs, out), sum(map(_bytes, tensors)))
+        for tensor in tensors:
+            self.watch(tensor, name)
         return out
 
     def _forward(self) -> bool:
@@ -334,19 +343,18 @@ class Tracker(TorchDispatchMode):
 def flops_of(func, name: str, args: tuple, kwargs: dict, out: Any) -> float:
     """FLOPs of an operator as torch.utils.flop_counter counts them: attention without regard to its mask, and its backward
     kernel with the product that it repeats."""
-    if "scaled_dot_product" in name:
-        query, key = (args[1], args[2]) if "backward" in name else (args[0], args[1])
+    short = name.rpartition("::")[2]
+    if "scaled_dot_product" in name or "flex_attention" in name:
+        query, key = (args[1], args[2]) if "scaled" in name and "backward" in name else (args[0], args[1])
         batch, heads, queries, size = query.shape
         return (10 if "backward" in name else 4) * batch * heads * queries * key.shape[2] * size
-    if name == "pretrain::looped_product":
-        return 2 * args[0].numel() * args[1].shape[1]
-    if name == "pretrain::looped_product_backward":
-        return 4 * args[0].numel() * args[1].shape[1]
-    if name == "aten::_grouped_mm":
+    if short in ("mm", "bmm", "_scaled_mm", "_grouped_mm"):
         return 2 * args[0].numel() * args[1].shape[-1]
-    if name == "aten::addmm_":
-        return 2 * args[1].numel() * args[2].shape[1]
-    packet = func._overloadpacket
+    if short in ("addmm", "addmm_", "baddbmm", "baddbmm_"):
+        return 2 * args[1].numel() * args[2].shape[-1]
+    if short.startswith("looped_product"):
+        return (4 if "backward" in short else 2) * args[0].numel() * args[1].shape[1]
+    packet = getattr(func, "_overloadpacket", None)
     return flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
 
 
