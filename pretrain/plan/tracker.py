@@ -30,7 +30,8 @@ _NO_KERNEL = (
 )  # fmt: skip
 _HOST_READS = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero"}
 _PRODUCTS = {
-    "mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_grouped_mm", "_scaled_mm", "looped_product", "looped_product_backward",
+    "mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_grouped_mm", "_scaled_mm", "looped_product",
+    "looped_product_backward",
 }  # fmt: skip
 _COLLECTIVES = {
     "allgather_": "all-gather",
