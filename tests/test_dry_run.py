@@ -147,6 +147,12 @@ def test_bytes_on_the_wire_and_of_the_state_are_those_of_real_ranks_of_every_eng
     check_ranks(ranks, **ENGINES[name], **options)
 
 
+@pytest.mark.slow
+def test_runs_of_every_engine_follow_each_other_in_one_process():
+    for name in ("zero3", "zero1", "fsdp2", "zero3", "ddp", "zero2"):
+        assert fake(settings(2, **ENGINES[name]), ranks=2).state["gradients"] > 0
+
+
 def test_the_state_is_that_of_the_table_in_the_documentation():
     parameters = num_parameters(resolved(settings(1))).total
     assert fake(settings(4)).state == {"weights": 4 * parameters, "gradients": 4 * parameters, "moments": 8 * parameters}

@@ -1,5 +1,6 @@
-"""RMSNorm and the rotary embedding with derivatives written by hand, for eager mode: autograd would keep and move more bytes.
-Compiled code uses the plain formulas, which a compiler fuses.
+"""RMSNorm and the rotary embedding with derivatives written by hand, for training in eager mode: autograd would keep and move
+more bytes. Compiled code uses the plain formulas, which a compiler fuses. So does what needs no gradient: rounded as other
+programs round, a model that is exported gives their logits.
 
 Both compute in fp32, or in fp64 if their input has it, and return the dtype of the input.
 """
@@ -16,7 +17,7 @@ from pretrain import target
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension. Source: Zhang and Sennrich 2019."""
-    if target.kind(x.device) == "cpu" and not torch.compiler.is_compiling():
+    if target.kind(x.device) == "cpu" and _trains_eagerly():
         return _RMSNorm.apply(x, weight_D, eps)
     wide = x.to(_wide(x))
     return F.rms_norm(wide, weight_D.shape, weight_D.to(wide.dtype), eps).to(x.dtype)
@@ -25,10 +26,14 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs (x[..., i], x[..., i + C / 2]) by angles whose cosines and sines, (..., C / 2), broadcast to them.
     Source: Su et al. 2021 (RoFormer), in Hugging Face's half-split layout."""
-    if not torch.compiler.is_compiling():
+    if _trains_eagerly():
         return _RotatePairs.apply(x, cos, sin)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def _trains_eagerly() -> bool:
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _wide(x: Tensor) -> torch.dtype:
