@@ -175,7 +175,7 @@ def test_flops_are_those_of_the_flop_counter_and_of_the_formula():
     model = resolved(config)
     attention_flops = flops_per_token(model, LENGTH) - 6 * num_parameters(model).matmul
     padding = 6 * (vocabulary_rows(model) - IDS) * model.hidden_size
-    # The formula does not count padding rows, nor the product that the backward kernel of attention repeats (7 products, not 6),
+    # The formula does not count padding rows, nor the product that the backward kernel of attention repeats (7, not 6),
     # nor that a norm on a CPU sums the gradient of its weight by a product.
     norms = 2 * model.hidden_size * (2 * model.num_hidden_layers + 1)
     expected = (flops_per_token(model, LENGTH) + padding + norms + attention_flops // 6) * run.tokens
