@@ -71,7 +71,7 @@ $(CUDA)/.installed: setup.py constraints.txt tests/fake_cuda/shim.cpp
 	$(PYTHON) -m venv $(CUDA)
 	version=$$(sed -n 's/^torch==//p' constraints.txt) && \
 	  { $(CUDA)/bin/python -m pip install "torch===$$version" || $(CUDA)/bin/python -m pip install "torch==$$version"; }
-	$(CUDA)/bin/python -c 'import sys, torch; torch.version.cuda or sys.exit("pip took a CPU build of torch: let it find the CUDA build, for example with PIP_INDEX_URL=https://pypi.org/simple")'
+	$(CUDA)/bin/python -c 'import sys, torch; torch.version.cuda or sys.exit("pip took a CPU build of torch: its indexes must offer the CUDA build, too")'
 	$(CUDA)/bin/python -m pip install -c constraints.txt -e '.[dev]'
 	$(CXX) -std=c++17 -shared -fPIC -Wl,-soname,libcuda.so.1 -o $(CUDA)/libcuda.so.1 tests/fake_cuda/shim.cpp
 	@touch $@
