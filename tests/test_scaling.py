@@ -41,8 +41,8 @@ def test_going_from_one_node_to_sixteen_costs_what_torchtitan_has_published(comp
     ("settings", "accumulation", "bytes_per_parameter"),
     [
         ({"name": "ddp"}, 4, 2 * 4),
-        ({"name": "zero1"}, 4, 4 + 2),
-        ({"name": "zero2"}, 4, 4 * 4 + 2),
+        ({"name": "zero1"}, 4, 2 * 4 + 2),
+        ({"name": "zero2"}, 4, 4 * 2 * 4 + 2),
         ({"name": "zero3"}, 4, 4 * (4 + 2 + 2)),
         ({"name": "zero3", "reduce_gradients": "step"}, 4, 4 + 4 * (2 + 2)),
     ],

@@ -98,7 +98,7 @@ def collectives(model: ModelConfig, engine: EngineConfig, ranks: int, accumulati
         reductions = accumulation if engine.name == "zero2" and engine.reduce_gradients != "step" else 1
         buckets = max(1, math.ceil(gradients / ((engine.bucket_mib or 200) * 2**20)))
         return [
-            Collective("reduce_scatter", gradients * reductions, ranks, 1, buckets * reductions),
+            Collective("all_reduce", gradients * reductions, ranks, 1, buckets * reductions),  # a rank then keeps its share
             Collective("all_gather", weights, ranks, 1, buckets),
         ]
     shards = ranks // engine.replicas
