@@ -36,10 +36,12 @@ def end_of(process: subprocess.Popen) -> tuple[int, str, float]:
 
 @pytest.fixture
 def stop():
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup, and then no request to stop
     request = StopRequest()
     request.training()
     yield request
     request.close()
+    signal.signal(signal.SIGHUP, hangup)
 
 
 def soon(condition) -> bool:
