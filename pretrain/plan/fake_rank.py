@@ -41,6 +41,7 @@ def fake_rank(rank: int, ranks: int, ranks_per_node: int, engine: str, kind: str
             os.environ.update({name: str(value) for name, value in place.items()})
             dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
             stack.callback(dist.destroy_process_group)
+        _forget_accelerate()  # an engine of this process may have left its own
         stack.callback(_forget_accelerate)
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
         if engine == "ddp":
