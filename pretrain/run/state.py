@@ -62,6 +62,7 @@ class Run:
 
         val_loss: of this step's validation, if there was one; the best checkpoints are chosen by it.
         """
+        self.saver.wait()  # what was saved while replicas were equal is kept, however slow the disk
         require_equal_replicas(self.engine)  # else the checkpoint would be made of parts of different models
         self.sinks.sync()
         state = {
