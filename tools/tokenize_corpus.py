@@ -297,7 +297,7 @@ def encoded(corpus: Corpus, folder: str, workers: int) -> Iterator[tuple[list[st
                 characters = sum(map(len, texts))
                 try:
                     future = pool.submit(encode_chunk, folder, names, texts, first)
-                except OSError as error:  # its pipes are closed while it notices the loss of a worker
+                except (OSError, ValueError) as error:  # its pipes are closed while it notices the loss of a worker
                     raise BrokenProcessPool from error
                 pending.append((names, characters, future))
                 in_flight += characters
