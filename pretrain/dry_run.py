@@ -337,7 +337,7 @@ Change = tuple[str, Config]
 def plan_findings(run: DryRun, progress: Callable[[str], None] = lambda text: None) -> list[Finding]:
     """does-not-fit and communication-bound, with the changes of settings that mend them; each change is run as well.
 
-    progress: is told what is being tried.
+    progress: called with what is being tried.
     """
     device, found = run.cluster.device, []
     if not run.fits:
