@@ -227,10 +227,10 @@ def peaks_of_start(config: EngineConfig) -> tuple[float, float, float]:
     def peak() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
+    engine = make_engine(config, "adamw")  # a tiny one takes the memory of any first start
     # Give every tensor its own mapping, which is returned when freed; otherwise glibc keeps a varying share of the model.
     m_mmap_threshold = -3
     assert ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**16)
-    engine = make_engine(config, "adamw")  # a tiny one takes the memory of any first start
     before = peak()
     engine._make(lambda: Transformer(LARGE))
     made = peak() - before

@@ -121,7 +121,7 @@ def test_evaluation_gives_the_same_value_and_computes_no_gradient():
     with_gradient = []
 
     def step(*arguments):
-        with_gradient.append(arguments[-1])
+        with_gradient.append(arguments[4])
         return chunk_step(*arguments)
 
     with torch.no_grad():
@@ -163,6 +163,13 @@ def test_eager_softmax_and_gradient_are_computed_in_the_memory_of_the_logits():
     with Largest(64 * 256 * 4) as largest:
         chunk_step(hidden_ND, weight_VD, labels_N, vocab_size, True)
     assert largest.made == 1  # the product
+
+
+def test_eager_chunks_share_the_memory_of_their_logits():
+    hidden_ND, weight_VD, labels_N, vocab_size = inputs(64, 256, 8, 250)
+    with Largest(16 * 256 * 4) as largest:
+        cross_entropy_sum(hidden_ND, weight_VD, labels_N, vocab_size, 16)
+    assert largest.made == 1
 
 
 class Largest(TorchDispatchMode):

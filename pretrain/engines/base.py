@@ -9,6 +9,7 @@ gradients over ranks and is configured with accumulation 1: the step (`train.py`
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import itertools
 import math
@@ -416,6 +417,15 @@ def _prefer_expandable_segments() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
+def _keep_freed_memory() -> None:
+    """Lets glibc reuse the memory of freed tensors of up to 32 MiB, the largest threshold that it accepts, where it would
+    otherwise return it to the system and have it mapped and zeroed again in each step. Other libraries have no `mallopt`."""
+    library, (m_trim_threshold, m_mmap_threshold) = ctypes.CDLL(None), (-1, -3)  # names and numbers of malloc.h
+    if hasattr(library, "mallopt"):
+        library.mallopt(m_mmap_threshold, 32 * 2**20)
+        library.mallopt(m_trim_threshold, 2**31 - 1)
+
+
 def _cores(place: Place) -> int:
     """This rank's share of the cores that its host gives to its ranks, at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -449,7 +459,9 @@ def _start_processes(config: EngineConfig, place: Place, store: dist.Store | Non
     from accelerate.utils import InitProcessGroupKwargs
 
     cpu = not torch.cuda.is_available()
-    if not cpu:
+    if cpu:
+        _keep_freed_memory()
+    else:
         _prefer_expandable_segments()
     if cpu and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
         # torchrun gives every process one thread, which leaves most of a CPU-only machine idle.
