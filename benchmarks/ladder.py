@@ -44,7 +44,7 @@ def plain_loss(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, vocab_s
 def chunked_loss(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, vocab_size: int, **_) -> Tensor:
     """Chunks of the logits, each with a softmax in memory of its own."""
 
-    def step(hidden_nD, weight_VD, labels_n, vocab_size, with_gradient):
+    def step(hidden_nD, weight_VD, labels_n, vocab_size, with_gradient, _):
         logits_nV = (hidden_nD @ weight_VD.T).float()
         loss_n = F.cross_entropy(logits_nV[:, :vocab_size], labels_n, reduction="none", ignore_index=IGNORED)
         target_n1 = torch.where(labels_n == IGNORED, 0, labels_n)[:, None]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import checkpoint, peers
+from benchmarks import checkpoint, ladder, peers
 from benchmarks.shapes import SHAPES, Shape
 from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.model.flops import num_parameters
@@ -91,3 +91,12 @@ def test_every_shape_is_resolved_and_divides_its_batch():
     for name, shape in SHAPES.items():
         assert shape.tokens_per_step % (shape.sequence_length * shape.micro_batch_size) == 0, name
         assert None not in (shape.model.head_dim, shape.model.intermediate_size, shape.model.vocab_size), name
+
+
+def test_every_rung_of_the_ladder_trains_to_the_same_loss():
+    shape = Shape(resolve_model(TINY, vocab_size=64, sequence_length=16), 16, 2, 64)
+    window, device = ladder.make_window(shape, 2, torch.device("cpu")), torch.device("cpu")
+    trainers = [ladder.Trainer(rung, shape, device) for rung in ladder.RUNGS if not rung.compiled]
+    losses = [[trainer.step(window) for _ in range(3)] for trainer in trainers]
+    for others in losses[1:]:
+        assert others == pytest.approx(losses[0], rel=1e-5)
