@@ -115,7 +115,7 @@ def train(config: Config, stop: StopRequest | None = None) -> int:
         except Exception as error:  # the others must learn of it; `meet` raises it again
             refusal = error
         store = meet(place, config.engine.timeout_seconds, facts, directory.path, refusal)  # raises on all ranks if one refuses
-        if config.engine.compile != "none":
+        if torch.cuda.is_available() or config.engine.compile not in (None, "none"):  # what may compile: masks on GPUs, too
             keep_cache(Path(config.run.directory) / ".cache")
         engine = outcome.engine = start_engine(config.engine, store)
         engine.watchdog.start(directory.path / "stacks")

@@ -357,3 +357,4 @@ def test_a_run_that_compiles_nothing_reaches_its_first_step_without_heavy_import
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert [line for line in done.stdout.splitlines() if line.startswith("loaded")][:1] == ["loaded"], done.stdout + done.stderr
+    assert not (Path(tiny[-1]) / ".cache").exists()  # of the compiler

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -248,6 +249,29 @@ def test_no_rank_holds_the_full_model_while_it_is_built(engine):
     for made, started, full in run_ranks(4, peaks_of_start, EngineConfig(**engine)):
         print(f"{engine['name']}: {made:.0f}, then {started:.0f} MiB at most; the model has {full:.0f} MiB")
         assert made < 0.35 * full and started < (0.9 if engine["name"] == "zero3" else 0.35) * full
+
+
+KEPT_MEMORY = """
+import torch
+from pathlib import Path
+from pretrain.config import EngineConfig
+from pretrain.engines.start import start_engine
+def resident():
+    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) // 1024
+start_engine(EngineConfig(name="ddp", precision="fp32"))
+before = resident()
+[torch.ones(6 * 2**20) for _ in range(10)]  # of 24 MiB; by its defaults, glibc then returns the end of the heap
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or torch.cuda.is_available(), reason="of glibc, for CPUs")
+@pytest.mark.parametrize(("variables", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "65536"}, False)])
+def test_on_cpus_the_memory_of_freed_tensors_is_kept_unless_the_environment_decides(variables, kept):
+    clean = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES" and not key.startswith("MALLOC_")}
+    command = [sys.executable, "-c", KEPT_MEMORY]
+    done = subprocess.run(command, cwd=ROOT, env=clean | variables, capture_output=True, text=True, check=True)
+    assert (int(done.stdout) > 120) == kept  # MiB of 240
 
 
 def test_every_engine_setting_is_documented():

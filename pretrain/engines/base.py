@@ -418,10 +418,12 @@ def _prefer_expandable_segments() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Lets glibc reuse the memory of freed tensors of up to 32 MiB, the largest threshold that it accepts, where it would
-    otherwise return it to the system and have it mapped and zeroed again in each step. Other libraries have no `mallopt`."""
+    """Lets glibc reuse the memory of freed tensors of up to 32 MiB, the largest threshold that all its versions accept, unless
+    the environment configures it. Otherwise much of it returns to the system, and is mapped and zeroed again in each step.
+    Other C libraries have no `mallopt`."""
     library, (m_trim_threshold, m_mmap_threshold) = ctypes.CDLL(None), (-1, -3)  # names and numbers of malloc.h
-    if hasattr(library, "mallopt"):
+    chosen = {"GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys()
+    if hasattr(library, "mallopt") and not chosen:
         library.mallopt(m_mmap_threshold, 32 * 2**20)
         library.mallopt(m_trim_threshold, 2**31 - 1)
 

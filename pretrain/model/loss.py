@@ -106,7 +106,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if needs_gradient:
             hidden_gradient_ND = torch.empty_like(hidden_ND)
             weight_gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        # Eager chunks share the memory of their logits: memory that is new to a CPU's cache takes 13 % of the head's time.
+        # Eager chunks share the memory of their logits; a CPU's products are slower into memory that is new to its cache.
         eager = step is chunk_step and not torch.compiler.is_compiling()
         memory_nV = inputs_ND.new_empty(min(chunk, len(labels_N)), len(matrix_VD)) if eager else None
         for start in range(0, len(labels_N), chunk):

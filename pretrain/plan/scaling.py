@@ -147,11 +147,6 @@ class StepTime(NamedTuple):
     """Of one GPU."""
     mfu: float
 
-    @property
-    def communication_bound(self) -> bool:
-        """True if collectives take longer than what could hide them."""
-        return self.communication > self.products + self.attention + self.other
-
 
 def step_time(
     model: ModelConfig, sequence_length: int, micro_batch_size: int, accumulation: int, engine: EngineConfig, cluster: Cluster,

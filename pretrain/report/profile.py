@@ -71,10 +71,8 @@ class StepProfile:
             (self._folder / f"steps_{steps}.txt").write_text("\n".join(lines[1:]) + "\n", encoding="utf-8")
             if self._device.type == "cuda":
                 torch.cuda.memory._dump_snapshot(str(self._folder / f"memory_{steps}.pickle"))
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # a full disk must not end a run; after an error of the device, that one counts
+        # A full disk must not end a run; after an error of the device, that one counts.
+        except (OSError, RuntimeError) as error:
             lines = [f"of steps {self._began} to {self._at}: none, {error}"]
         finally:
             if self._device.type == "cuda":
