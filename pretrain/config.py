@@ -166,6 +166,18 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Ranks that share a model or a sequence. docs/engines.md says which engine can do what, and when it pays."""
+
+    tensor: PositiveInt = free(1)
+    """ddp, fsdp2: ranks that share attention heads, feed-forward matrices and vocabulary. 1: off."""
+    sequence: PositiveInt = free(1)
+    """Ranks that share the tokens of a sequence, for long ones. 1: off."""
+    expert: PositiveInt = free(1)
+    """ddp, fsdp2: ranks that share the experts of a layer. 1: off, each rank has all of them (fsdp2: shards of all)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Distribution of the model over processes, and options that save memory. docs/engines.md compares the engines."""
 
@@ -187,6 +199,8 @@ class EngineConfig:
     off."""
     replicas: PositiveInt = free(1)
     """fsdp2: replicas of the sharded model; one per node keeps the gathering of weights within nodes. 1: off."""
+    parallel: ParallelConfig = free(ParallelConfig)
+    """Ranks that share a model or a sequence; the remaining factor of the number of ranks is data parallel."""
     reduce_gradients: Literal["step", "micro_batch"] | None = free(None)
     """step: once per step, each rank holding full fp32 gradients between micro-batches; micro_batch: after each, holding only
     its share. null: micro_batch for zero2, zero3, fsdp2; step for ddp, zero1."""

@@ -86,7 +86,7 @@ def score(
         fill=weight_loader(trained.weights, trained.model),
     )
     samples = [min(each.num_samples, max_samples or each.num_samples) for each in sets]
-    rounds = sum(math.ceil(count / (micro_batch_size * engine.world_size)) for count in samples)
+    rounds = sum(math.ceil(count / (micro_batch_size * engine.mesh.sample_ranks)) for count in samples)
     done = itertools.count()
 
     def requests() -> list[int]:
@@ -112,16 +112,16 @@ def _loss_sum_and_labels(
     of the round before."""
     samples = data.num_samples if max_samples is None else min(max_samples, data.num_samples)
     chosen = [i * data.num_samples // samples for i in range(samples)]
-    round_size = micro_batch_size * engine.world_size
+    round_size = micro_batch_size * engine.mesh.sample_ranks
     chosen += [None] * (-samples % round_size)  # masked, so that all ranks run the same number of micro-batches
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
 
     def read(first: int) -> tuple[Batch, int]:
-        batch = data.take(chosen[first : first + micro_batch_size])
-        return engine.pin(batch), int((batch.labels_BT != -100).sum())
+        batch = engine.part_of(data.take(chosen[first : first + micro_batch_size]))
+        return engine.pin(batch), int((batch.labels_BT != -100).sum()) if engine.mesh.tensor_rank == 0 else 0
 
     flags_of_last_round = list
-    rounds = range(engine.rank * micro_batch_size, len(chosen), round_size)
+    rounds = range(engine.mesh.sample_rank * micro_batch_size, len(chosen), round_size)
     with contextlib.closing(read_ahead(read, rounds)) as batches:
         for batch, labels in batches:
             flags = engine.copy_to_host(engine.all_reduce(engine.upload(requests())))

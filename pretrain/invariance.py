@@ -55,7 +55,7 @@ class Case:
     @property
     def accumulation(self) -> int:
         """Micro-batches per step and rank."""
-        return self.sequences // (self.ranks * self.micro_batch)
+        return self.sequences * self.engine.parallel.sequence * self.engine.parallel.tensor // (self.ranks * self.micro_batch)
 
 
 @dataclass(frozen=True)
@@ -182,10 +182,13 @@ def _run(case: Case, model: ModelConfig, grad_clip: float, seed: int) -> tuple[l
     engine.prepare(lambda: Transformer(model), _momentum, grad_clip, seed)
     gradients = _GradientBytes(engine)
     meter, shown = Meter(engine.device, engine.rank, engine.world_size), []
-    share = case.sequences // case.ranks
+    share = case.sequences // engine.mesh.sample_ranks
     for step in range(STEPS):
-        mine = [tensor[engine.rank * share :][:share].split(case.micro_batch) for tensor in _batch(case.sequences, step)[:2]]
-        window = [engine.to_device(Batch(*tensors, None)) for tensors in zip(*mine, strict=True)]
+        mine = [
+            tensor[engine.mesh.sample_rank * share :][:share].split(case.micro_batch)
+            for tensor in _batch(case.sequences, step)[:2]
+        ]
+        window = [engine.to_device(engine.part_of(Batch(*tensors, None))) for tensors in zip(*mine, strict=True)]
         meter.add(*train_step(engine, window, LR))
         figures = meter.read(engine.all_reduce)
         shown.append((figures["loss"], figures["grad_norm"]))

@@ -74,9 +74,9 @@ def train_step(engine: Engine, window: list[Batch], lr: float) -> StepResult:
     for i, batch in enumerate(window):
         with engine.micro_batch(last=i == len(window) - 1):
             nats, routing_LX = engine.forward(*batch)
-            # Engines average gradients over ranks: times world_size makes that the sum, over tokens makes it the mean.
+            # Engines average gradients over ranks: times their number makes that the sum, over tokens makes it the mean.
             # 0 x nats adds nothing to a finite loss; a loss that is not makes the gradient NaN, and so all ranks skip the step.
-            scale = engine.world_size / tokens.clamp(min=1) + 0 * nats.detach()
+            scale = engine.mesh.gradient_ranks / tokens.clamp(min=1) + 0 * nats.detach()
             engine.backward(nats * scale)
         loss_sum += nats.detach()
         routing.append(routing_LX)
@@ -264,10 +264,10 @@ def _evaluate(run: Run, stop: StopRequest) -> tuple[float | None, list[int]]:
 def _windows(run: Run) -> Iterator[list[Batch]]:
     """This rank's micro-batches of each step, on the device; those of the next step are read while these are used."""
     engine, batch = run.engine, run.config.batch
-    per_rank = batch.global_batch_size // engine.world_size
+    per_rank = batch.global_batch_size // engine.mesh.sample_ranks
 
     def read(position: int) -> list[Batch]:
-        samples = engine.pin(run.data.take(position + engine.rank * per_rank, per_rank))
+        samples = engine.pin(engine.part_of(run.data.take(position + engine.mesh.sample_rank * per_rank, per_rank)))
         parts = (None if tensor is None else tensor.split(batch.micro_batch_size) for tensor in samples)
         columns = [part or [None] * (per_rank // batch.micro_batch_size) for part in parts]
         return [Batch(*tensors) for tensors in zip(*columns, strict=True)]

@@ -40,7 +40,7 @@ ROOMS_BELOW = {
     "data": set(),
     "model": set(),
     "optim": set(),
-    "engines": set(),
+    "engines": {"model"},
     "plan": {"data", "model", "optim", "engines"},
     "checkpoint": {"engines"},
     "report": {"doctor"},

@@ -16,7 +16,7 @@ from pretrain.checkpoint.manifest import checkpoints
 from pretrain.checkpoint.storage import CheckpointReader
 from pretrain.config import load
 from pretrain.data.indexed import TokenFile
-from pretrain.engines.base import Shard
+from pretrain.engines.shards import Shard
 from pretrain.model.transformer import build
 from pretrain.run.parts import open_parts
 from pretrain.train import train

@@ -15,7 +15,8 @@ from pretrain.checkpoint.manifest import checkpoints
 from pretrain.checkpoint.saver import FAILED, GIVE_UP, WRITTEN, Saver
 from pretrain.checkpoint.storage import NotFinite
 from pretrain.config import CheckpointConfig, EngineConfig
-from pretrain.engines.base import Engine, Shard
+from pretrain.engines.base import Engine
+from pretrain.engines.shards import Shard
 from tests.ranks import run_ranks
 from tests.saving import save
 from tests.test_checkpoint import make_engine, take_steps

@@ -20,7 +20,7 @@ from pretrain.checkpoint.tensors import (
     read_values,
     shards_header,
 )
-from pretrain.engines.base import Shard
+from pretrain.engines.shards import Shard
 
 
 def write_shards(path: Path, change: Callable[[dict, dict], None] = lambda entries, pieces: None, rest: bytes = b"") -> Path:

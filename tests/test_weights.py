@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from pretrain.checkpoint.manifest import CheckpointError
 from pretrain.data.indexed import DataError
-from pretrain.engines.base import Shard
+from pretrain.engines.shards import Shard
 from pretrain.interop.convert import ConversionError, import_model
 from pretrain.interop.load import open_hf_folder, open_run
 from pretrain.interop.weights import HFWeights, MeanWeights, load_transformer, weight_loader, write_hf_folder

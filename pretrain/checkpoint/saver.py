@@ -32,7 +32,8 @@ from pretrain.checkpoint import storage
 from pretrain.checkpoint.manifest import Checkpoint
 from pretrain.checkpoint.storage import NotFinite
 from pretrain.config import CheckpointConfig
-from pretrain.engines.base import Engine, Shard
+from pretrain.engines.base import Engine
+from pretrain.engines.shards import Shard
 
 WRITTEN, FAILED, NOT_FINITE, GIVE_UP = VOTES = range(4)
 MOST_FAILURES = 3

@@ -33,7 +33,8 @@ from torch import nn
 from pretrain import UserError
 from pretrain.checkpoint.manifest import FORMAT_VERSION, Checkpoint, CheckpointError, UnsafeCheckpoint, checkpoints, digest_json
 from pretrain.checkpoint.tensors import BLOCK, StoredShard, read_values, shards_header
-from pretrain.engines.base import Engine, Shard
+from pretrain.engines.base import Engine
+from pretrain.engines.shards import Shard
 from pretrain.files import sync_folder, unused_name
 
 MAX_FILE_BYTES = 1 << 30

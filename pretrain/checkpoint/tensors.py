@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pretrain.engines.base import Shard
+    from pretrain.engines.shards import Shard
 
 MAX_JSON_BYTES = 64 << 20
 """Limit for a header, as for the JSON files of a checkpoint; a manifest of ten thousand ranks has 2 MB."""

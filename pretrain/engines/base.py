@@ -11,14 +11,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import itertools
 import math
 import os
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,40 +25,19 @@ from torch import Tensor, nn
 
 from pretrain import target
 from pretrain.config import ConfigError, EngineConfig, Problem
-from pretrain.engines import fp8
+from pretrain.engines import fp8, parallel
 from pretrain.engines.compile import checkpoint_activations, choose, compile_model, compiler_problem
+from pretrain.engines.mesh import Mesh
 from pretrain.engines.place import FOREIGN, Place, read_place
 from pretrain.engines.rendezvous import meet
+from pretrain.engines.shards import Cut, LocalState, Shard
 from pretrain.engines.watchdog import Watchdog, interval
 
 _KEPT_VARIABLES = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_LOG_LEVEL")
 
 
-class Shard(NamedTuple):
-    """A contiguous part of one flattened tensor of the training state, in this rank's memory."""
-
-    name: str
-    """`model/<parameter>`, `exp_avg/<parameter>`, ..."""
-    shape: tuple[int, ...]
-    """Shape of the full tensor."""
-    offset: int
-    """Index of the first value in the flattened full tensor."""
-    values: Tensor
-    """1-D view of live fp32 memory: reading it saves; `Engine.restore` writes into it."""
-
-
-class LocalState(NamedTuple):
-    """The part of one parameter that this rank holds: the same range of its master weight and of each of its moments."""
-
-    name: str
-    shape: tuple[int, ...]
-    offset: int
-    tensors: dict[str, Tensor]
-    """1-D views of live fp32 memory: `model` is the weight; the other keys are those of the optimizer's state."""
-
-
 class Engine:
-    """Base class of all engines. Attributes: rank, world_size, device, precision, watchdog; after `prepare` also model (the
+    """Base class of all engines. Attributes: rank, world_size, mesh, device, precision, watchdog; after `prepare` also model (the
     bare module), optimizer, compiled and compiled_why. A subclass defines `_distribute`, `micro_batch`, `local_states` and
     `replicated_weights`.
     """
@@ -83,6 +61,8 @@ class Engine:
         self.device = self.accelerator.device
         self.watchdog = Watchdog(self.rank, self.world_size, config.timeout_seconds)
         self._attached: list[Tensor] = []
+        self.mesh = Mesh(config, self.rank, self.world_size)
+        self.mesh.connect(self.device.type, weights=config.name == "fsdp2")
         ranks = self.place.world_size
         require(
             processes=(config.world_size or ranks, self.world_size),
@@ -121,6 +101,7 @@ class Engine:
         """
         self.grad_clip = grad_clip
         self.model = self._make(make_model)
+        self.cuts: dict[str, Cut] = parallel.cut_model(self.model, self.mesh) if self.mesh.cut else {}
         if self.precision == "fp8":
             fp8.convert(self.model, gather_fp8=self.config.name == "fsdp2", emulate=target.kind(self.device) == "cpu")
         if self.config.activation_checkpointing != "none":
@@ -169,15 +150,16 @@ class Engine:
     def _draw(self, seed: int) -> None:
         """Sets the initial weights of `seed`: several parameters at once, on this rank's share of the host's cores. Each has a
         generator of its own, so that their order does not matter."""
-        parts = list(self._held(saving=False, moments=False))
-        parts.sort(key=lambda part: part.offset + part.values.numel(), reverse=True)  # the longest draws first
+        states = list(self._held(saving=False))
+        states.sort(key=lambda state: state.offset + state.tensors["model"].numel(), reverse=True)  # the longest draws first
+
+        def draw(shard: Shard) -> None:
+            name = shard.name.removeprefix("model/")
+            self.model.fill_initial(shard.values, shard.offset, name, shard.shape, seed)
+
         with ThreadPoolExecutor(_cores(self.place), "draw") as pool:
-            draws = [
-                pool.submit(self.model.fill_initial, values, offset, name.removeprefix("model/"), shape, seed)
-                for name, shape, offset, values in parts
-            ]
-            for draw in draws:
-                draw.result()
+            for drawn in [pool.submit(state.fill, draw, moments=False) for state in states]:
+                drawn.result()
                 self.watchdog.alive("drawing its initial weights")
         self._refresh()
 
@@ -216,6 +198,7 @@ class Engine:
         return self._update()
 
     def _update(self) -> tuple[Tensor, Tensor]:
+        self._sum_gradients()
         grad_norm = self._clip()
         applied = torch.isfinite(grad_norm)
         # Fused optimizers leave weights, moments and step counters untouched where found_inf is 1, without asking the host.
@@ -223,6 +206,9 @@ class Engine:
         self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
         return grad_norm, applied
+
+    def _sum_gradients(self) -> None:
+        """Sums what ranks that share tokens or experts hold apart, after the engine has averaged gradients."""
 
     def _clip(self) -> Tensor:
         """Clips the gradient and returns the norm of the full gradient before clipping, ()."""
@@ -233,6 +219,8 @@ class Engine:
     def count_tokens(self, window: list) -> Tensor:
         """Valid labels (!= -100) of the global batch, (), int64. One collective, which also sums what `attach` was given."""
         valid = sum((batch.labels_BT != -100).sum() for batch in window)
+        if self.mesh.tensor_rank > 0:
+            valid = 0 * valid  # the first rank counts the tokens that they share
         attached, self._attached = self._attached, []
         sums = self.all_reduce(torch.cat([valid.double()[None], *attached]))  # float64: counts are exact to 2^53
         self.attached_sums = self.copy_to_host(sums[1:])
@@ -249,41 +237,35 @@ class Engine:
         """The training state of this rank. saving: only the shards that this rank must save; those of all ranks cover every
         tensor exactly once. To write into shards, use `restore`."""
         self._make_moments()
-        for shard in self._held(saving, moments=True):
-            self.watchdog.alive("saving" if saving else "reading its state")
-            yield shard
+        for state in self._held(saving):
+            for shard in state.saved():
+                self.watchdog.alive("saving" if saving else "reading its state")
+                yield shard
 
     def restore(self, fill: Callable[[Shard], None], *, moments: bool = True) -> None:
         """Calls `fill` with every shard of this rank's state, with or without moments, then updates what depends on them."""
         if moments:
             self._make_moments()
         with torch.no_grad():
-            for shard in self._held(saving=False, moments=moments):
+            for state in self._held(saving=False):
                 self.watchdog.alive("loading")
-                fill(shard)
+                state.fill(fill, moments)
         self._refresh()
 
-    def _held(self, saving: bool, moments: bool) -> Iterator[Shard]:
-        """The shards of weights and buffers and, if they exist, of moments."""
-        for name, shape, offset, tensors in itertools.chain(self.local_states(saving), self._buffers(saving)):
-            for kind, values in tensors.items():
-                if moments or kind == "model":
-                    yield Shard(f"{kind}/{name}", shape, offset, values)
+    def _held(self, saving: bool) -> Iterator[LocalState]:
+        """This rank's part of weights, of moments if they exist, and of buffers."""
+        yield from self.local_states(saving)
+        for name, buffer in self.model.named_buffers():  # fp32 and equal on all ranks, so rank 0 saves them
+            values = buffer.view(-1)[: 0 if saving and self.rank > 0 else None]
+            yield LocalState(name, tuple(buffer.shape), 0, {"model": values})
 
     def local_states(self, saving: bool) -> Iterator[LocalState]:
         """This rank's part of each parameter. saving: only the parts that this rank must save. Moments are included once they
         exist."""
         raise NotImplementedError
 
-    def _buffers(self, saving: bool) -> Iterator[LocalState]:
-        """The model's buffers: fp32 and equal on all ranks, so rank 0 saves them."""
-        for name, buffer in self.model.named_buffers():
-            values = buffer.view(-1)[: 0 if saving and self.rank > 0 else None]
-            yield LocalState(name, tuple(buffer.shape), 0, {"model": values})
-
-    def replicated_weights(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
-        """The weights that should be equal on all ranks of a group, in the same order everywhere, and the group; None: all
-        ranks."""
+    def replicated_weights(self) -> Iterator[tuple[list[Tensor], dist.ProcessGroup | None]]:
+        """Weights that should be equal on all ranks of a group, in the same order everywhere, and the group; None: all ranks."""
         raise NotImplementedError
 
     def _refresh(self) -> None:
@@ -337,6 +319,14 @@ class Engine:
         if self.device.type != "cuda":
             return batch
         return type(batch)(*(None if tensor is None else tensor.pin_memory() for tensor in batch))
+
+    def part_of(self, batch: tuple) -> tuple:
+        """This rank's tokens and labels of a batch (tokens_BT, labels_BT, documents_BT) whose sequences ranks share. Documents
+        stay complete: attention sees all tokens."""
+        if self.mesh.sequence == 1:
+            return batch
+        tokens_Bt, labels_Bt = (tensor.chunk(self.mesh.sequence, 1)[self.mesh.sequence_rank] for tensor in batch[:2])
+        return type(batch)(tokens_Bt, labels_Bt, *batch[2:])
 
     def to_device(self, batch: tuple) -> tuple:
         """Copies the tensors of a batch to this rank's device; None stays None."""

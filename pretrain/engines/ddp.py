@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.config import EngineConfig
-from pretrain.engines import fp8
-from pretrain.engines.base import Engine, LocalState, moments_of
+from pretrain.engines import fp8, parallel
+from pretrain.engines.base import Engine, moments_of
+from pretrain.engines.shards import LocalState
 
 
 class DdpEngine(Engine):
@@ -28,13 +29,16 @@ class DdpEngine(Engine):
         self.model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device))
         self._wrapped = self.model
         self._views: list[tuple[Tensor, Tensor]] = []  # (parameter, its part of a bucket), from `_warm_up`
-        if self.world_size > 1:
+        if self.mesh.gradient_ranks > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
             ddp = nn.parallel.DistributedDataParallel
+            # Every rank has other experts, and other tokens reach them: `_sum_gradients` sums theirs.
+            ddp._set_params_and_buffers_to_ignore_for_model(self.model, self._experts())
             newer = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters  # the older name warns from 2.13 on
             self._wrapped = ddp(
                 self.model,
                 device_ids=ids,
+                process_group=self.mesh.weights.get_group("shard") if self.mesh.tensor > 1 else None,
                 gradient_as_bucket_view=True,
                 bucket_cap_mb=self.config.bucket_mib or 25,
                 **{"forward_sync_buffers" if newer else "broadcast_buffers": False},  # they are already equal
@@ -44,9 +48,9 @@ class DdpEngine(Engine):
     def _warm_up(self) -> None:
         """DDP rebuilds its buckets after the first backward pass; from then on, sums over ranks round differently. Doing that
         pass here, on a few tokens, makes a resumed run compute its first step as an uninterrupted run does."""
-        if self.world_size == 1:
+        if self.mesh.gradient_ranks == 1:
             return
-        tokens_BT = torch.zeros(1, fp8.MULTIPLE, dtype=torch.int64, device=self.device)
+        tokens_BT = torch.zeros(1, math.lcm(fp8.MULTIPLE, self.mesh.tensor), dtype=torch.int64, device=self.device)
         with self.autocast(), torch.compiler.set_stance("force_eager"):
             for _ in range(2):  # it rebuilds in the second forward pass, which needs a backward pass, or step 1 would sum early
                 self._wrapped(tokens_BT, tokens_BT).loss_sum.backward()
@@ -55,7 +59,7 @@ class DdpEngine(Engine):
         self.model.zero_grad(set_to_none=True)
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager:
-        if self.world_size == 1 or last:
+        if self.mesh.gradient_ranks == 1 or last:
             return contextlib.nullcontext()
         if self._views[0][0].grad is None:  # the first of several micro-batches
             # Summed into the memory of DDP's buckets. Otherwise the sum would be a second copy of the gradient, 4 bytes per
@@ -65,13 +69,47 @@ class DdpEngine(Engine):
                 parameter.grad = view
         return self._wrapped.no_sync()
 
+    def _experts(self) -> list[str]:
+        """Names of the parameters of which ranks have different parts, whatever tokens they have."""
+        return [name for name in self.cuts if ".experts." in name] if self.mesh.expert > 1 else []
+
+    def _sum_gradients(self) -> None:
+        gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}
+        if experts := [gradients[name] for name in self._experts()]:
+            parallel.all_reduce_gradients(experts, self.mesh.experts.get_group("replica"))
+            torch._foreach_div_(experts, self.mesh.gradient_ranks)
+        if self.mesh.tensor > 1:  # each rank of a tensor group has the gradient of its own tokens
+            uncut = [gradient for name, gradient in gradients.items() if name not in self.cuts]
+            parallel.all_reduce_gradients(uncut, self.mesh.tensor_group)
+
+    def _clip(self) -> Tensor:
+        if not self.cuts:
+            return super()._clip()
+        gradients = [(p.grad, self.world_size // self._parts(name)) for name, p in self.model.named_parameters()]
+        return parallel.clip_gradients(gradients, self.grad_clip)
+
+    def _parts(self, name: str) -> int:
+        """Into how many parts ranks have cut a parameter."""
+        return self.cuts[name].parts if name in self.cuts else 1
+
     def local_states(self, saving: bool) -> Iterator[LocalState]:
         for name, parameter in self.model.named_parameters():
-            count = parameter.numel()
-            share = math.ceil(count / self.world_size)
-            start, stop = (min(r * share, count) for r in (self.rank, self.rank + 1)) if saving else (0, count)
+            cut, parts, start, stop = self.cuts.get(name), self._parts(name), 0, parameter.numel()
+            if saving:  # the ranks with the same part share it: full rows each, so that those that have its columns agree
+                rows, row = len(parameter), parameter.numel() // len(parameter)
+                copies, copy = self.world_size // parts, self.rank // parts
+                if cut is None or cut.dim == 0:
+                    rows, row = rows * row, 1
+                share = math.ceil(rows / copies)
+                start, stop = (min(each * share, rows) * row for each in (copy, copy + 1))
             tensors = {"model": parameter.detach(), **moments_of(self.optimizer, parameter)}
-            yield LocalState(name, tuple(parameter.shape), start, {kind: t.view(-1)[start:stop] for kind, t in tensors.items()})
+            shards = {kind: tensor.view(-1)[start:stop] for kind, tensor in tensors.items()}
+            yield LocalState(name, tuple(parameter.shape), start, shards, cut)
 
-    def replicated_weights(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
-        return list(self.model.parameters()), None
+    def replicated_weights(self) -> Iterator[tuple[list[Tensor], dist.ProcessGroup | None]]:
+        parameters, experts = dict(self.model.named_parameters()), self._experts()
+        yield [parameter for name, parameter in parameters.items() if name not in self.cuts], None
+        if experts:
+            yield [parameters[name] for name in experts], self.mesh.experts.get_group("replica")
+        if cut := [parameters[name] for name in self.cuts if name not in experts]:
+            yield cut, self.mesh.weights.get_group("shard")

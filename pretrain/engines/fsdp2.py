@@ -15,41 +15,41 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from pretrain.engines import fp8
-from pretrain.engines.base import Engine, LocalState, moments_of, require
+from pretrain.engines import fp8, parallel
+from pretrain.engines.base import Engine, moments_of, require
+from pretrain.engines.shards import LocalState
 
 
 class Fsdp2Engine(Engine):
     """One process of an `fsdp2` run."""
 
     def _distribute(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
-        replicas = self.config.replicas
-        shape = (self.world_size,) if replicas == 1 else (replicas, self.world_size // replicas)
-        self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replica", "shard")[-len(shape) :])
+        mesh = self.mesh.weights["shard"] if self.mesh.replicas == 1 else self.mesh.weights["replica", "shard"]
         mixed = {} if self.precision == "fp32" else {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
         policy = MixedPrecisionPolicy(**mixed)
         decoder = self.model.model
         for block in decoder.layers:
-            fully_shard(block, mesh=self.mesh, mp_policy=policy)
+            if self.mesh.expert > 1:
+                fully_shard(block.mlp.experts, mesh=self.mesh.experts["replica"], mp_policy=policy)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
         for block, following in itertools.pairwise(decoder.layers):
             # The gather of the next block's weights is queued before this block's kernels instead of after them, so that a host
             # which is late with those does not delay it. As many blocks are gathered at a time; backward passes do it anyway.
             block.set_modules_to_forward_prefetch([following])
         if not self.model.config.tie_word_embeddings:  # tied, both belong to the root, which stays gathered for the full pass
-            fully_shard(decoder.embed_tokens, mesh=self.mesh, mp_policy=policy)
+            fully_shard(decoder.embed_tokens, mesh=mesh, mp_policy=policy)
             # Used last in the forward pass and first in the backward pass: freeing it in between would gather it twice.
-            fully_shard([decoder.norm, self.model.lm_head], mesh=self.mesh, mp_policy=policy, reshard_after_forward=False)
-        self._wrapped = fully_shard(self.model, mesh=self.mesh, mp_policy=policy)
+            fully_shard([decoder.norm, self.model.lm_head], mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        self._wrapped = fully_shard(self.model, mesh=mesh, mp_policy=policy)
         self.model.to_empty(device=self.device)  # allocates only this rank's shards
         self.optimizer = make_optimizer(self.model)
         parameters = list(self.model.parameters())
         require(
             sharded_parameters=(len(parameters), sum(isinstance(parameter, DTensor) for parameter in parameters)),
-            mesh=(shape, tuple(parameters[0].device_mesh.shape)),
+            mesh=(tuple(mesh.shape), tuple(parameters[0].device_mesh.shape)),
             master_weights=({torch.float32}, {parameter.dtype for parameter in parameters}),
         )
 
@@ -70,14 +70,28 @@ class Fsdp2Engine(Engine):
         if self.precision == "fp8":
             fp8.store_scales(self.model)
 
+    def _sum_gradients(self) -> None:
+        gradients = {name: parameter.grad.to_local() for name, parameter in self.model.named_parameters()}
+        if self.mesh.expert > 1:  # averaged over the ranks with the same experts, not over those that average the rest
+            experts = [gradient for name, gradient in gradients.items() if self._is_expert(name)]
+            torch._foreach_mul_(experts, self.mesh.tensor / self.mesh.expert)
+        if self.mesh.tensor > 1:  # each rank of a tensor group has the gradient of its own tokens
+            uncut = [gradient for name, gradient in gradients.items() if name not in self.cuts]
+            parallel.all_reduce_gradients(uncut, self.mesh.tensor_group)
+
     def _clip(self) -> Tensor:
-        gradients = [p.grad.to_local() for p in self.model.parameters() if p.grad is not None]
-        square = torch.nn.utils.get_total_norm(gradients).to(self.device).square()
-        dist.all_reduce(square, group=self.mesh.get_group("shard"))
-        norm = square.sqrt()
-        if self.grad_clip:
-            torch._foreach_mul_(gradients, torch.clamp(self.grad_clip / (norm + 1e-6), max=1.0))
-        return norm
+        gradients = [(p.grad.to_local(), self._copies(name)) for name, p in self.model.named_parameters() if p.grad is not None]
+        return parallel.clip_gradients(gradients, self.grad_clip)
+
+    def _copies(self, name: str) -> int:
+        """Ranks that hold the same shard of a parameter."""
+        if self._is_expert(name):
+            return 1
+        return self.mesh.replicas * (1 if name in self.cuts else self.mesh.tensor)
+
+    def _is_expert(self, name: str) -> bool:
+        """Whether ranks have different experts, which are sharded over other ranks than the rest."""
+        return self.mesh.expert > 1 and ".experts." in name
 
     def _reshard(self) -> None:
         """Undoes what a forward pass without a backward pass (validation) leaves: the head is gathered."""
@@ -87,20 +101,29 @@ class Fsdp2Engine(Engine):
 
     def local_states(self, saving: bool) -> Iterator[LocalState]:
         self._reshard()
-        if saving and self.config.replicas > 1 and self.mesh.get_local_rank("replica") > 0:
-            return  # the first replica saves
-        shards, shard = self.mesh["shard"].size(), self.mesh.get_local_rank("shard")
         for name, parameter in self.model.named_parameters():
             # fully_shard splits as torch.chunk does: the first ranks have full chunks of rows, the last ones fewer or none.
+            mesh = parameter.device_mesh
+            shards, shard = mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1)
             rows = math.ceil(parameter.shape[0] / shards)
             offset = min(shard * rows, parameter.shape[0]) * math.prod(parameter.shape[1:])
             tensors = {"model": parameter.detach(), **moments_of(self.optimizer, parameter)}
-            yield LocalState(
-                name, tuple(parameter.shape), offset, {kind: fp8.plain(t.to_local()).view(-1) for kind, t in tensors.items()}
-            )
+            values = {kind: fp8.plain(t.to_local()).view(-1) for kind, t in tensors.items()}
+            if saving and not self._saves(name):
+                values = {kind: tensor[:0] for kind, tensor in values.items()}
+            yield LocalState(name, tuple(parameter.shape), offset, values, self.cuts.get(name))
 
-    def replicated_weights(self) -> tuple[list[Tensor], dist.ProcessGroup | None]:
-        if self.config.replicas == 1:
-            return [], None
+    def _saves(self, name: str) -> bool:
+        """Whether this rank saves its shard, as the first of those that have it."""
+        if self._is_expert(name):
+            return True
+        return self.mesh.rank < self.mesh.ranks // self.mesh.replicas and (name in self.cuts or self.mesh.tensor_rank == 0)
+
+    def replicated_weights(self) -> Iterator[tuple[list[Tensor], dist.ProcessGroup | None]]:
         self._reshard()
-        return [fp8.plain(parameter.to_local()) for parameter in self.model.parameters()], self.mesh.get_group("replica")
+        local = {name: fp8.plain(parameter.to_local()) for name, parameter in self.model.named_parameters()}
+        if self.mesh.replicas > 1:
+            same = [tensor for name, tensor in local.items() if not self._is_expert(name)]
+            yield same, self.mesh.weights.get_group("replica")
+        if self.mesh.tensor > 1:
+            yield [tensor for name, tensor in local.items() if name not in self.cuts], self.mesh.tensor_group

@@ -70,7 +70,7 @@ def require_equal_replicas(engine: Engine) -> None:
 def _differing(engine: Engine) -> Tensor:
     """(world_size,), float64: at this rank, number of its replicated weights and buffers that differ from the first rank's."""
     by_rank = torch.zeros(engine.world_size, dtype=torch.float64, device=engine.device)
-    for tensors, group in (engine.replicated_weights(), (list(engine.model.buffers()), None)):
+    for tensors, group in (*engine.replicated_weights(), (list(engine.model.buffers()), None)):
         if tensors and engine.world_size > 1:
             mine = torch.stack([_checksum(tensor) for tensor in tensors])
             reference = mine.clone()

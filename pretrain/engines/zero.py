@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError, EngineConfig, Problem
-from pretrain.engines.base import Engine, LocalState, make_moments, moments_of, require
+from pretrain.engines.base import Engine, make_moments, moments_of, require
+from pretrain.engines.shards import LocalState
 
 
 class ZeroEngine(Engine):
@@ -169,8 +170,8 @@ class ZeroEngine(Engine):
                     names[parameter], shape, offset, {kind: t[begin : begin + count] for kind, t in tensors.items()}
                 )
 
-    def replicated_weights(self) -> tuple[list[Tensor], None]:
-        return [p.data for p in self.model.parameters() if self.stage < 3 or p.ds_persist], None
+    def replicated_weights(self) -> Iterator[tuple[list[Tensor], None]]:
+        yield [p.data for p in self.model.parameters() if self.stage < 3 or p.ds_persist], None
 
     def _groups(self) -> list[tuple[list[Tensor], Tensor]]:
         """(parameters, this rank's part of them, flat, fp32) for each flat tensor that the optimizer updates."""

@@ -30,7 +30,7 @@ from pretrain import UserError, schema
 from pretrain.checkpoint.manifest import Checkpoint, CheckpointError, UnsafeCheckpoint
 from pretrain.checkpoint.storage import CheckpointReader, commit, write_file, write_part
 from pretrain.checkpoint.tensors import BLOCK, HeaderError, StoredTensor, make_header, read_header, read_values
-from pretrain.engines.base import Shard
+from pretrain.engines.shards import Shard
 from pretrain.model import hf_mapping
 from pretrain.model.config import CHECKS, ModelConfig, differences
 from pretrain.model.hf_mapping import HFTensor, UnsupportedModel

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,20 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 _CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+class Exchange(Protocol):
+    """Devices that share the tokens of a sequence: between attentions each has all heads of its t = T / parts tokens, in an
+    attention it has some heads of all T tokens."""
+
+    part: int
+    parts: int
+
+    def to_heads(self, query_BtHC: Tensor, key_BtKC: Tensor, value_BtKC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Exchanges this device's tokens for its heads: (B, T, H / parts, C), and as many key heads as these need."""
+
+    def to_tokens(self, out_BThC: Tensor) -> Tensor:
+        """Exchanges this device's heads for its tokens: (B, t, H, C)."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,9 @@ class AttentionContext:
     """Prefer cuDNN's kernel. Decided outside the compiled blocks: a query of the device would enter the graph."""
     valid_BT: Tensor | None = None
     """True at positions that have a label: routers count only those. None: no labels, and routers count nothing."""
+    exchange: Exchange | None = None
+    """Of devices that share the sequence; T is then the length of this device's part in cos_TC and that of the entire sequence
+    in first_RT. None: this device has all tokens."""
 
 
 def attention_context(
@@ -62,24 +79,29 @@ def attention_context(
     documents_BT: Tensor | None = None,
     cache: KeyValueCache | None = None,
     valid_BT: Tensor | None = None,
+    exchange: Exchange | None = None,
 ) -> AttentionContext:
-    """Builds the context of `length` tokens that follow those in the cache. Source: Su et al. 2021 (RoFormer).
+    """Builds the context of `length` tokens that follow those in the cache, or in the parts of other devices (`exchange`).
+    Source: Su et al. 2021 (RoFormer).
 
     Computed in fp32 on every call, so there is no table to outgrow and no buffer that an engine could cast or forget to fill.
-    documents_BT: document number of each token, int; tokens see only their own document. With `config.sliding_window`, a token
+    documents_BT: document number of each token of the entire sequence, int; tokens see only their own document. With `config.sliding_window`, a token
     sees that many tokens, including itself (Beltagy et al. 2020; as in Mistral 7B). No token sees the padding at the start of
     a row (`KeyValueCache.padding_B`), and the row's positions count from the token after it.
     """
     start, padding_B = (0, None) if cache is None else (cache.length, cache.padding_B)
+    entire = length
+    if exchange is not None:
+        start, entire = exchange.part * length, exchange.parts * length
     sliding_window = config.sliding_window
     index_T = torch.arange(start, start + length, dtype=torch.float32, device=device)
     position_T = index_T if padding_B is None else index_T - padding_B[:, None]
     angle_TC = position_T[..., None] * frequencies(config.head_dim, config.rope_theta, config.rope_scaling, device)
-    context = AttentionContext(angle_TC.cos(), angle_TC.sin(), valid_BT=valid_BT)
+    context = AttentionContext(angle_TC.cos(), angle_TC.sin(), valid_BT=valid_BT, exchange=exchange)
     if cache is not None and documents_BT is None:
         return replace(context, visible_BTS=_visible_in_cache(index_T, start + length, padding_B, sliding_window))
-    if documents_BT is not None or (sliding_window is not None and length > sliding_window):
-        first_RT = first_visible(length, device, documents_BT, sliding_window)
+    if documents_BT is not None or (sliding_window is not None and entire > sliding_window):
+        first_RT = first_visible(entire, device, documents_BT, sliding_window)
         # Fake tensors have no kernel to generate; the operator stands for it and saves tensors of the same sizes.
         if device.type != "cuda" or isinstance(first_RT, FakeTensor):
             return replace(context, first_RT=first_RT)
@@ -88,7 +110,7 @@ def attention_context(
         return replace(context, block_mask=block_mask(first_RT))
     # On Hopper 1.7 to 2.3 times as fast as the default flash kernel; slower than that on other generations. Not while
     # generating: cuDNN makes a plan for each pair of lengths, so for each token.
-    cudnn_first = length > 1 and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    cudnn_first = entire > 1 and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
     return replace(context, cudnn_first=cudnn_first)
 
 
@@ -158,6 +180,13 @@ class KeyValueCache:
 def attend(query_BTHC: Tensor, key_BSKC: Tensor, value_BSKC: Tensor, context: AttentionContext) -> Tensor:
     """Computes softmax(q k / sqrt(C)) v over the keys that each query may see. Query head h uses key head h // (H / K).
     Returns (B, T, H, C)."""
+    if context.exchange is None:
+        return _attend(query_BTHC, key_BSKC, value_BSKC, context)
+    heads = context.exchange.to_heads(query_BTHC, key_BSKC, value_BSKC)
+    return context.exchange.to_tokens(_attend(*heads, context))
+
+
+def _attend(query_BTHC: Tensor, key_BSKC: Tensor, value_BSKC: Tensor, context: AttentionContext) -> Tensor:
     if context.block_mask is not None:
         return flex_attention(query_BTHC, key_BSKC, value_BSKC, context.block_mask)
     if context.first_RT is not None:

@@ -15,6 +15,7 @@ a token and one of its experts) sorted by expert, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,9 @@ class Router(nn.Module):
     An expert's weight is the softmax or sigmoid of its logit, divided by the sum over the chosen experts (`norm_topk_prob`),
     times `routed_scaling_factor`. With sigmoid scores a bias influences the choice, but not the weights.
     """
+
+    total: Callable[[Tensor], Tensor] = staticmethod(lambda counts: counts)
+    """Sums counts of sequences over the devices that share these sequences; here, one device has them."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -92,8 +96,8 @@ class Router(nn.Module):
         if self.config.balance == "global_batch":
             aux_sum = experts * (share_BE * self.expert_share).sum()
         else:
-            tokens_B1 = valid_BT.sum(1, keepdim=True).clamp(min=1)
-            aux_sum = experts / chosen * (share_BE * tokens_BE / tokens_B1).sum()
+            counts = self.total(torch.cat([tokens_BE, valid_BT.sum(1, keepdim=True).float()], 1))
+            aux_sum = experts / chosen * (share_BE * counts[:, :-1] / counts[:, -1:].clamp(min=1)).sum()
         z_sum = (logits_NE.logsumexp(1, keepdim=True).square() * valid_N1).sum()
         return Routing(aux_sum, z_sum, tokens_BE.sum(0))
 
@@ -144,6 +148,7 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         experts, width = config.moe.num_experts, config.moe.moe_intermediate_size
+        self.num_experts = experts
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(experts, config.hidden_size, width))
 
@@ -151,17 +156,21 @@ class Experts(nn.Module):
         """Returns the sum over each token's chosen experts of weight * expert(hidden), (N, D)."""
         dtype = product_dtype(hidden_ND)
         expert_P, order_P = chosen_Nk.flatten().sort(stable=True)
-        all_E = torch.arange(len(self.gate_up_proj), device=hidden_ND.device)
+        all_E = torch.arange(self.num_experts, device=hidden_ND.device)
         ends_E = torch.searchsorted(expert_P, all_E, right=True, out_int32=True)
         row_Nk = torch.empty_like(order_P).scatter_(0, order_P, torch.arange(len(order_P), device=order_P.device))
         row_Nk = row_Nk.view_as(chosen_Nk)
         token_P = order_P // chosen_Nk.shape[1]
 
-        rows_PD = _Move.apply(hidden_ND.to(dtype), token_P, row_Nk, True)
-        gate_PF, up_PF = grouped_product(rows_PD, self.gate_up_proj.to(dtype), ends_E).chunk(2, dim=1)
+        rows_PD = MoveRows.apply(hidden_ND.to(dtype), token_P, row_Nk, True)
         weight_P1 = weights_Nk.flatten()[order_P, None].to(dtype)
-        out_PD = grouped_product(F.silu(gate_PF) * up_PF * weight_P1, self.down_proj.to(dtype), ends_E)
-        return _Move.apply(out_PD, token_P, row_Nk, False)
+        return MoveRows.apply(self.compute(rows_PD, weight_P1, ends_E), token_P, row_Nk, False)
+
+    def compute(self, rows_PD: Tensor, weight_P1: Tensor, ends_E: Tensor) -> Tensor:
+        """Returns weight * expert(row) for each row, (P, D). Expert e has the rows from ends_E[e - 1] up to ends_E[e]."""
+        dtype = rows_PD.dtype
+        gate_PF, up_PF = grouped_product(rows_PD, self.gate_up_proj.to(dtype), ends_E).chunk(2, dim=1)
+        return grouped_product(F.silu(gate_PF) * up_PF * weight_P1, self.down_proj.to(dtype), ends_E)
 
 
 class MixtureOfExperts(nn.Module):
@@ -183,7 +192,7 @@ class MixtureOfExperts(nn.Module):
 # ---------------------------------------------------------------- tokens to experts and back
 
 
-class _Move(torch.autograd.Function):
+class MoveRows(torch.autograd.Function):
     """Copies each token's hidden state to its k rows (`to_rows`), or sums them: each is the other's backward pass.
 
     token_P: the token of each row. row_Nk: the rows of each token, summed in a fixed order, without atomic additions, so the

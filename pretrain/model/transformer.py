@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.model.attention import AttentionContext, KeyValueCache, attend, attention_context, rotate
+from pretrain.model.attention import AttentionContext, Exchange, KeyValueCache, attend, attention_context, rotate
 from pretrain.model.config import ModelConfig
 from pretrain.model.flops import vocabulary_rows
 from pretrain.model.functions import rms_norm
@@ -105,6 +105,9 @@ def _experts(config: ModelConfig) -> MixtureOfExperts:
 class Decoder(nn.Module):
     """Embedding, blocks, final norm."""
 
+    exchange: Exchange | None = None
+    """Set where devices share the tokens of a sequence."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -124,7 +127,9 @@ class Decoder(nn.Module):
         embedded_BTD = self.embed_tokens(tokens_BT)
         # Autocast leaves the embedding in fp32, which would keep the entire residual stream in fp32: twice the memory traffic.
         hidden_BTD = embedded_BTD.to(product_dtype(embedded_BTD))
-        context = attention_context(self.config, tokens_BT.shape[1], tokens_BT.device, documents_BT, cache, valid_BT)
+        exchange = self.exchange if cache is None else None  # who generates has all tokens on each device
+        length, device = tokens_BT.shape[1], tokens_BT.device
+        context = attention_context(self.config, length, device, documents_BT, cache, valid_BT, exchange)
         routing = []
         for block in self.layers:
             hidden_BTD, figures = block(hidden_BTD, context, cache)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pretrain import target
+from pretrain.engines.mesh import Mesh
 
 DEVICE = torch.device("cpu", 0)
 """Stands for the GPU. Tensors of `cpu`, without a number, are on the host; mixing the two raises torch's own error."""
@@ -44,14 +45,12 @@ def fake_rank(rank: int, ranks: int, ranks_per_node: int, engine: str, kind: str
         _forget_accelerate()  # an engine of this process may have left its own
         stack.callback(_forget_accelerate)
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
+        stack.enter_context(mock.patch.object(Mesh, "_mesh", _real(Mesh._mesh)))
         if engine == "ddp":
             stack.enter_context(mock.patch("torch.nn.parallel.distributed._verify_param_shape_across_processes"))
             stack.enter_context(mock.patch.object(nn.parallel.DistributedDataParallel, "__init__", _start_ddp))
             stack.enter_context(torch._dynamo.config.patch(optimize_ddp=False))  # it would split what spans several buckets
         elif engine == "fsdp2":
-            from pretrain.engines import fsdp2
-
-            stack.enter_context(mock.patch.object(fsdp2, "init_device_mesh", _real(fsdp2.init_device_mesh)))
             at = "torch.distributed.fsdp._fully_shard._fully_shard._get_device_from_mesh"
             stack.enter_context(mock.patch(at, lambda mesh: DEVICE))
         else:

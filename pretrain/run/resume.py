@@ -17,7 +17,8 @@ import torch
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.manifest import Checkpoint, CheckpointError, checkpoints
 from pretrain.config import Config, ConfigError, EngineConfig, Problem, check_resume
-from pretrain.engines.base import Engine, Shard, default_precision
+from pretrain.engines.base import Engine, default_precision
+from pretrain.engines.shards import Shard
 from pretrain.model.config import ModelConfig
 from pretrain.run.directory import RunDirectory, read_state
 from pretrain.run.length import plan

@@ -29,7 +29,7 @@ from pretrain.checkpoint import storage
 from pretrain.checkpoint.manifest import Checkpoint, CheckpointError, checkpoints
 from pretrain.checkpoint.saver import Saver
 from pretrain.config import CheckpointConfig, EngineConfig
-from pretrain.engines.base import Shard
+from pretrain.engines.shards import Shard
 
 SIZES = {"model/embedding": 3000, "exp_avg/embedding": 3000, "model/norm": 7}
 LONGEST_SYNC_SECONDS = 0.002

@@ -1,0 +1,98 @@
+"""The training state of a rank as contiguous shards of full tensors, which is how checkpoints store it.
+
+A rank may hold a part of a tensor that was cut along its first or its second dimension (`parallel.py`), and engines may shard that
+part again. Parts of the first dimension are contiguous in the full tensor. Parts of the second one are not: to save, the ranks that
+share the tensor exchange columns for rows; to load or draw, a rank takes full rows and keeps its columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Shard(NamedTuple):
+    """A contiguous part of one flattened tensor of the training state, in this rank's memory."""
+
+    name: str
+    """`model/<parameter>`, `exp_avg/<parameter>`, ..."""
+    shape: tuple[int, ...]
+    """Shape of the full tensor."""
+    offset: int
+    """Index of the first value in the flattened full tensor."""
+    values: Tensor
+    """1-D view of live fp32 memory, or a copy of it: reading it saves; `Engine.restore` writes into it."""
+
+
+class Cut(NamedTuple):
+    """How a parameter is divided among consecutive ranks: evenly along one dimension."""
+
+    dim: int
+    """0 or 1."""
+    part: int
+    """Of this rank."""
+    parts: int
+    group: dist.ProcessGroup
+    """The ranks that together hold the full parameter, in the order of their parts."""
+
+
+class LocalState(NamedTuple):
+    """The part of one parameter that this rank holds: the same range of its master weight and of each of its moments."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Shape of the parameter on this rank, before the engine shards it: with `cut`, one part of the full one."""
+    offset: int
+    """Index of the first value in the flattened parameter of this shape."""
+    tensors: dict[str, Tensor]
+    """1-D views of live fp32 memory: `model` is the weight; the other keys are those of the optimizer's state."""
+    cut: Cut | None = None
+
+    def saved(self) -> Iterator[Shard]:
+        """A shard of each full tensor. A collective of `cut.group` where columns are cut."""
+        for kind, values in self.tensors.items():
+            yield self._shard(kind, values) if self._contiguous else self._exchange(kind, values)
+
+    def fill(self, fill: Callable[[Shard], None], moments: bool) -> None:
+        """Calls `fill` with a shard of each full tensor, with or without moments, and takes this rank's values from it."""
+        for kind, values in self.tensors.items():
+            if kind != "model" and not moments:
+                continue
+            if self._contiguous:
+                fill(self._shard(kind, values))
+                continue
+            columns, parts = self.shape[1], self.cut.parts
+            rows = values.new_empty(values.numel() * parts)
+            fill(Shard(f"{kind}/{self.name}", self.full_shape, self.offset * parts, rows))
+            values.view(-1, columns).copy_(rows.view(-1, parts, columns)[:, self.cut.part])
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """Shape of the full parameter."""
+        if self.cut is None:
+            return self.shape
+        return tuple(size * (self.cut.parts if dim == self.cut.dim else 1) for dim, size in enumerate(self.shape))
+
+    @property
+    def _contiguous(self) -> bool:
+        return self.cut is None or self.cut.dim == 0
+
+    def _shard(self, kind: str, values: Tensor) -> Shard:
+        before = 0 if self.cut is None else self.cut.part * math.prod(self.shape)
+        return Shard(f"{kind}/{self.name}", self.full_shape, before + self.offset, values)
+
+    def _exchange(self, kind: str, values: Tensor) -> Shard:
+        """Some full rows, for all columns of some rows: each rank of the group gets as many rows as the others, or one more."""
+        (_, part, parts, group), columns = self.cut, self.shape[1]
+        rows = values.numel() // columns
+        bounds = [rows * each // parts for each in range(parts + 1)]
+        counts = [(end - begin) * columns for begin, end in zip(bounds, bounds[1:], strict=False)]
+        received = values.new_empty(counts[part] * parts)
+        dist.all_to_all_single(received, values.contiguous(), [counts[part]] * parts, counts, group=group)
+        full = received.view(parts, -1, columns).transpose(0, 1).reshape(-1)
+        return Shard(f"{kind}/{self.name}", self.full_shape, (self.offset + bounds[part] * columns) * parts, full)
