@@ -37,8 +37,8 @@ _KEPT_VARIABLES = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERA
 
 
 class Engine:
-    """Base class of all engines. Attributes: rank, world_size, mesh, device, precision, watchdog; after `prepare` also model (the
-    bare module), optimizer, compiled and compiled_why. A subclass defines `_distribute`, `micro_batch`, `local_states` and
+    """Base class of all engines. Attributes: rank, world_size, mesh, device, precision, watchdog; after `prepare` also model (bare),
+    cuts (of its parameters, by name), optimizer, compiled and compiled_why. A subclass defines `_distribute`, `micro_batch`, `local_states` and
     `replicated_weights`.
     """
 
@@ -265,7 +265,7 @@ class Engine:
         raise NotImplementedError
 
     def replicated_weights(self) -> Iterator[tuple[list[Tensor], dist.ProcessGroup | None]]:
-        """Weights that should be equal on all ranks of a group, in the same order everywhere, and the group; None: all ranks."""
+        """Weights that should be equal on all ranks of a group, in one order everywhere, and the group; None: all ranks."""
         raise NotImplementedError
 
     def _refresh(self) -> None:
