@@ -1,13 +1,13 @@
-"""The ranks of a run as a grid: replicas x shards x sequence x tensor, the last one innermost, so that neighbouring ranks share a
-sequence or a matrix. It knows numbers and process groups; `parallel.py` cuts models by it.
+"""The ranks of a run as a grid: replicas x shards x sequence x tensor, the last one innermost, so that neighbouring ranks share
+a sequence or a matrix. It knows numbers and process groups; `parallel.py` cuts models by it.
 
     replicas    hold the same shards of the weights (`fsdp2` with engine.replicas)
     shards      the rest: every other data-parallel rank
     sequence    share the tokens of a sequence
     tensor      share heads, feed-forward matrices and vocabulary
 
-Experts do not follow the grid: of every `expert` consecutive ranks, each holds another part of the experts. Every rank has tokens
-of its own wherever experts, norms and routers run, so all ranks take part in their gradients.
+Experts do not follow the grid: of every `expert` consecutive ranks, each holds another part of the experts. Every rank has
+tokens of its own wherever experts, norms and routers run, so all ranks take part in their gradients.
 """
 
 from __future__ import annotations

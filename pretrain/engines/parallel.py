@@ -1,5 +1,5 @@
-"""Cuts a model over ranks: sequence, tensor and expert parallelism. It knows the modules of `pretrain.model` and the mesh; it knows no
-engine. The engine then distributes what is left of each parameter, as if there were no cut.
+"""Cuts a model over ranks: sequence, tensor and expert parallelism. It knows the modules of `pretrain.model` and the mesh; it
+knows no engine. The engine then distributes what is left of each parameter, as if there were no cut.
 
     sequence    each rank has T / sequence tokens of a sequence. Around each attention, an all-to-all exchanges tokens for heads
                 and back (Ulysses: Jacobs et al. 2023).
@@ -11,13 +11,13 @@ engine. The engine then distributes what is left of each parameter, as if there 
 
 A rank's loss, routing figures and gradients are sums over its own tokens; sums over all ranks are those of one process.
 
-Dimensions: B batch, T all tokens of a sequence, t those of this rank, D model, H heads, h those of this rank, C size of one head,
-V vocabulary, v rows of it on this rank, E experts, e those of this rank, N and n tokens, P rows sent to experts, Q rows received.
+Dimensions: B batch, T all tokens of a sequence, t those of this rank, D model, H heads, h those of this rank, C size of one
+head, V vocabulary, v rows of it on this rank, E experts, e those of this rank, N and n tokens, P rows sent to experts, Q rows
+received.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -277,8 +277,8 @@ def _chunk_step(
 
 
 def _exchange_rows(compute: Callable, cut: Cut, rows_PD: Tensor, weight_P1: Tensor, ends_E: Tensor) -> Tensor:
-    """`Experts.compute` of all ranks' experts: sends each row, sorted by expert, to the rank of its expert, and takes the result
-    back."""
+    """`Experts.compute` of all ranks' experts: sends each row, sorted by expert, to the rank of its expert, and takes the
+    result back."""
     counts_E = ends_E.diff(prepend=ends_E.new_zeros(1)).long()
     counts_Re = _wait(collectives.all_to_all_single(counts_E, None, None, cut.group)).view(cut.parts, -1)  # R: rank of origin
     sent, received = _sizes(counts_E.view(cut.parts, -1), counts_Re, len(rows_PD))

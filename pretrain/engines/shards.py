@@ -1,17 +1,17 @@
 """The training state of a rank as contiguous shards of full tensors, which is how checkpoints store it.
 
-A rank may hold a part of a tensor that was cut along its first or its second dimension (`parallel.py`), and engines may shard that
-part again. Parts of the first dimension are contiguous in the full tensor. Parts of the second one are not: to save, the ranks that
-share the tensor exchange columns for rows; to load or draw, a rank takes full rows and keeps its columns.
+A rank may hold a part of a tensor that was cut along its first or its second dimension (`parallel.py`), and engines may shard
+that part again. Parts of the first dimension are contiguous in the full tensor. Parts of the second one are not: to save, the
+ranks that share the tensor exchange columns for rows; to load or draw, a rank takes full rows and keeps its columns.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -91,7 +91,7 @@ class LocalState(NamedTuple):
         (_, part, parts, group), columns = self.cut, self.shape[1]
         rows = values.numel() // columns
         bounds = [rows * each // parts for each in range(parts + 1)]
-        counts = [(end - begin) * columns for begin, end in zip(bounds, bounds[1:], strict=False)]
+        counts = [(end - begin) * columns for begin, end in itertools.pairwise(bounds)]
         received = values.new_empty(counts[part] * parts)
         dist.all_to_all_single(received, values.contiguous(), [counts[part]] * parts, counts, group=group)
         full = received.view(parts, -1, columns).transpose(0, 1).reshape(-1)

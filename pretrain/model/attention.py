@@ -85,9 +85,9 @@ def attention_context(
     Source: Su et al. 2021 (RoFormer).
 
     Computed in fp32 on every call, so there is no table to outgrow and no buffer that an engine could cast or forget to fill.
-    documents_BT: document number of each token of the entire sequence, int; tokens see only their own document. With `config.sliding_window`, a token
-    sees that many tokens, including itself (Beltagy et al. 2020; as in Mistral 7B). No token sees the padding at the start of
-    a row (`KeyValueCache.padding_B`), and the row's positions count from the token after it.
+    documents_BT: document number of each token of the entire sequence, int; tokens see only their own document. With
+    `config.sliding_window`, a token sees that many tokens, including itself (Beltagy et al. 2020; as in Mistral 7B). No token
+    sees the padding at the start of a row (`KeyValueCache.padding_B`), and the row's positions count from the token after it.
     """
     start, padding_B = (0, None) if cache is None else (cache.length, cache.padding_B)
     entire = length
