@@ -57,6 +57,7 @@ WITHOUT_TORCH = [
     "pretrain.schema",
     "pretrain.doctor.compare_runs",
     "pretrain.optim.schedule",
+    "pretrain.engines.config",
     "pretrain.engines.place",
     "pretrain.data.order",
     "pretrain.data.indexed",
