@@ -1,4 +1,5 @@
-"""The settings of an engine, the checks of the ways to cut a model over ranks, and what is derived from them. It imports no torch.
+"""The settings of an engine, the checks of the ways to cut a model over ranks, and what is derived from them. Imports no
+torch.
 
 `pretrain/config.py` explains `frozen`, `guarded` and `free`.
 """
