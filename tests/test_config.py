@@ -276,6 +276,15 @@ def test_a_way_to_cut_that_cannot_work_is_one_problem_and_the_nearest_way_in_its
     assert advice_of(problem) and config.engine.name == engine
 
 
+def test_fsdp2_spreads_experts_over_as_many_ranks_as_share_a_stack_of_them():
+    flags = [*GOOD, "--engine.name", "fsdp2", "--batch.micro_batch_size", "1", "--model.moe.num_experts", "8"]
+    for ways in ("engine.replicas 2", "parallel.tensor 2"):
+        load([*flags, *flags_of(ways)], world_size=16)
+    for ways in ("engine.replicas 1", "parallel.sequence 2", "parallel.expert 2", "engine.replicas 4, parallel.expert 2"):
+        load([*flags, *flags_of(ways)], world_size=8)
+        assert keys_of([*flags, *flags_of(ways)], world_size=16) == ["engine.name"]
+
+
 def test_rows_of_the_vocabulary_can_be_padded_for_tensor_parallelism():
     flags = [*GOOD, *flags_of("parallel.tensor 2, model.vocab_size 101, model.vocab_multiple 1")]
     [problem] = problems_of(flags, world_size=2)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.config import BatchConfig, EngineConfig, load
+from pretrain.config import BatchConfig, EngineConfig, ParallelConfig, load
 from pretrain.plan.tracker import Tracker
 from pretrain.run import memory
 from pretrain.run.directory import read_state
@@ -204,3 +204,5 @@ def test_a_smaller_micro_batch_divides_the_share_of_a_rank():
     config = EngineConfig(name="fsdp2", compile="blocks", activation_checkpointing="full")
     assert flags_for(config, 2, micro_batch=16)[0] == "--batch.micro_batch_size 8"
     assert flags_for(config, 8, micro_batch=4)[0] == "--batch.micro_batch_size 2"
+    shared = EngineConfig(activation_checkpointing="full", compile="blocks", parallel=ParallelConfig(sequence=4))
+    assert flags_for(shared, 4, micro_batch=32)[0] == "--batch.micro_batch_size 16"  # four ranks have the same samples
