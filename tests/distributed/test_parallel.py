@@ -9,17 +9,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.config import EngineConfig, ParallelConfig
+from pretrain.config import EngineConfig, OptimizerConfig, ParallelConfig
 from pretrain.data.batches import Batch
 from pretrain.engines.base import Engine
+from pretrain.engines.update_check import Diverged, require_equal_replicas
 from pretrain.invariance import BOUNDS
 from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
 from pretrain.model.transformer import Transformer, build
+from pretrain.optim.optimizer import build_optimizer
 from pretrain.report.metrics import Meter
 from pretrain.train import train_step
 from tests.distributed.test_engines import engine_of
@@ -51,7 +54,8 @@ def row(
     """A row of engine `name`. moe: changes to MOE; None: a dense model. backend: of torch.compile."""
     experts = {} if moe is None else {"moe": MoeConfig(**MOE | moe)}
     config = ModelConfig(**DENSE | dict(vocab_multiple=16) | (model or {}) | experts)
-    settings = EngineConfig(**dict(name=name, precision="fp32", keep_whole_below=100, parallel=ParallelConfig(**kinds)) | engine)
+    options = dict(name=name, precision="fp32", keep_whole_below=100, parallel=ParallelConfig(**kinds))
+    settings = EngineConfig(**options | engine)
     return Row(settings, resolve_model(config, vocab_size=97, sequence_length=length), documents, micro_batch, backend)
 
 
@@ -67,10 +71,10 @@ def global_batch(model: ModelConfig, documents: bool, step: int) -> Batch:
 
 @functools.cache
 def alone(model: ModelConfig, documents: bool) -> tuple[list[tuple], dict[str, torch.Tensor]]:
-    """The reference, one process without engine, step or meter: (loss, norm) of each step; weights, and the clipped gradients of
-    the first step."""
+    """The reference, one process without engine, step or meter: (loss, norm, tokens, routing) of each step; final weights, and
+    the clipped gradients of the first step."""
     module, shown, state = build(model, "cpu", seed=0), [], {}
-    optimizer = Momentum(module.parameters(), lr=LR, momentum=0.9)
+    optimizer = momentum(module)
     for step in range(STEPS):
         batch = global_batch(model, documents, step)
         loss = F.cross_entropy(module(batch.tokens_BT, None, batch.documents_BT).flatten(0, 1), batch.labels_BT.flatten())
@@ -94,7 +98,7 @@ def together(rows: dict[str, Row]) -> dict[str, tuple]:
 
 
 def steps_of(row: Row) -> tuple[list[tuple], list[tuple]]:
-    engine = started(row)
+    engine = started(row, momentum)
     meter, shown = Meter(engine.device, engine.rank, engine.world_size), []
     for step in range(STEPS):
         result = train_step(engine, window_of(engine, row, step), LR)
@@ -107,13 +111,16 @@ def steps_of(row: Row) -> tuple[list[tuple], list[tuple]]:
     return shown, [*gradients, *pieces_of(engine, "model/")]
 
 
-def started(row: Row) -> Engine:
+def started(row: Row, make_optimizer: Callable[[Transformer], torch.optim.Optimizer]) -> Engine:
     engine = engine_of(row.engine)
     engine.compile_backend = row.backend
-    engine.prepare(
-        lambda: Transformer(row.model), lambda model: Momentum(model.parameters(), lr=LR, momentum=0.9), CLIP, seed=0
-    )
+    engine.prepare(lambda: Transformer(row.model), make_optimizer, CLIP, seed=0)
     return engine
+
+
+def momentum(model: Transformer) -> torch.optim.Optimizer:
+    """After its first step, the momentum is the clipped gradient."""
+    return Momentum(model.parameters(), lr=LR, momentum=0.9)
 
 
 def window_of(engine: Engine, row: Row, step: int) -> list[Batch]:
@@ -153,32 +160,132 @@ def compare(name: str, row: Row, shown: list[tuple], found: dict[str, torch.Tens
 
 
 WINDOW = dict(qk_norm=True, tie_word_embeddings=True, sliding_window=7)
+PADDED = WINDOW | dict(vocab_multiple=256)  # 97 ids: the second of two ranks has only padding
 SIGMOID = dict(score="sigmoid", num_shared_experts=1, bias_update_rate=0.01)
+GLOBAL = dict(balance="global_batch")
+SEQUENCE, TENSOR, EXPERT, BOTH = dict(sequence=2), dict(tensor=2), dict(expert=2), dict(tensor=2, expert=2)
+FULL, SELECTIVE = dict(activation_checkpointing="full"), dict(activation_checkpointing="selective")
 ROWS = {
-    "ddp": {
-        "sequence": row("ddp", dict(sequence=2), WINDOW | dict(num_key_value_heads=1), documents=True, length=26),
-        "sequence, experts": row("ddp", dict(sequence=2), moe={}, micro_batch=1, activation_checkpointing="selective"),
-        "tensor": row("ddp", dict(tensor=2), WINDOW | dict(vocab_multiple=256), documents=True, micro_batch=1),
-        "tensor, experts": row("ddp", dict(tensor=2), dict(qk_norm=True), moe=SIGMOID, activation_checkpointing="full"),
-        "experts": row("ddp", dict(expert=2), moe=SIGMOID, micro_batch=1),
-        "experts, global balance": row("ddp", dict(expert=2), moe=dict(balance="global_batch"), activation_checkpointing="full"),
-    },
-    "fsdp2": {
-        "sequence": row("fsdp2", dict(sequence=2), WINDOW | dict(num_key_value_heads=1), documents=True, length=26),
-        "sequence, experts": row("fsdp2", dict(sequence=2), moe=dict(balance="global_batch"), reduce_gradients="step", micro_batch=1),
-        "tensor": row("fsdp2", dict(tensor=2), WINDOW | dict(vocab_multiple=256), documents=True, micro_batch=1),
-        "tensor, experts": row("fsdp2", dict(tensor=2), dict(qk_norm=True), moe=SIGMOID, activation_checkpointing="selective"),
-        "experts": row("fsdp2", dict(expert=2), moe=SIGMOID, micro_batch=1, reduce_gradients="step"),
-        "experts, recomputed": row("fsdp2", dict(expert=2), moe={}, activation_checkpointing="selective"),
-        "tensor and experts": row("fsdp2", dict(tensor=2, expert=2), moe=SIGMOID, micro_batch=1),
-    },
-    "zero": {
-        f"{name} sequence": row(name, dict(sequence=2), WINDOW, documents=True, micro_batch=1)
-        for name in ("zero1", "zero2", "zero3")
+    "ddp sequence": row("ddp", SEQUENCE, WINDOW | dict(num_key_value_heads=1), documents=True, length=26),
+    "ddp sequence, experts": row("ddp", SEQUENCE, moe={}, micro_batch=1, **SELECTIVE),
+    "ddp tensor": row("ddp", TENSOR, PADDED, documents=True, micro_batch=1),
+    "ddp tensor, experts": row("ddp", TENSOR, dict(qk_norm=True), moe=SIGMOID, **FULL),
+    "ddp expert": row("ddp", EXPERT, moe=SIGMOID, micro_batch=1),
+    "ddp expert, global balance": row("ddp", EXPERT, moe=GLOBAL, **FULL),
+    "fsdp2 sequence": row("fsdp2", SEQUENCE, WINDOW | dict(num_key_value_heads=1), documents=True, length=26),
+    "fsdp2 sequence, experts": row("fsdp2", SEQUENCE, moe=GLOBAL, reduce_gradients="step", micro_batch=1),
+    "fsdp2 tensor": row("fsdp2", TENSOR, PADDED, documents=True, micro_batch=1),
+    "fsdp2 tensor, experts": row("fsdp2", TENSOR, dict(qk_norm=True), moe=SIGMOID, **SELECTIVE),
+    "fsdp2 expert": row("fsdp2", EXPERT, moe=SIGMOID, micro_batch=1, reduce_gradients="step"),
+    "fsdp2 expert, recomputed": row("fsdp2", EXPERT, moe={}, **SELECTIVE),
+    "fsdp2 tensor and expert": row("fsdp2", BOTH, moe=SIGMOID, micro_batch=1),
+}
+ZERO = {
+    "zero1": row("zero1", SEQUENCE, WINDOW, documents=True, micro_batch=1),
+    "zero2": row("zero2", SEQUENCE, WINDOW, documents=True, micro_batch=1),
+    "zero2 step": row("zero2", SEQUENCE, moe=SIGMOID, micro_batch=1, reduce_gradients="step"),
+    "zero2 offload": row("zero2", SEQUENCE, offload="optimizer", **FULL),
+    "zero3": row("zero3", SEQUENCE, WINDOW, documents=True, micro_batch=1),
+    "zero3 offload": row("zero3", SEQUENCE, moe=GLOBAL, offload="all", keep_whole_below=0),
+    "zero3 selective": row("zero3", SEQUENCE, WINDOW, **SELECTIVE),
+}
+BF16 = {
+    name: dataclasses.replace(each, engine=dataclasses.replace(each.engine, precision="bf16"))
+    for name, each in (ROWS | ZERO).items()
+    if name in ("zero1", "zero2", "zero3") or "," not in name
+}
+FOUR = {
+    "ddp tensor, 2 of data": row("ddp", TENSOR, WINDOW, documents=True, micro_batch=1),
+    "ddp expert, 2 of data": row("ddp", EXPERT, moe=SIGMOID, micro_batch=1),
+    "ddp sequence 4": row("ddp", dict(sequence=4), WINDOW, documents=True, length=28),
+    "ddp all three": row("ddp", BOTH | SEQUENCE, moe=SIGMOID, **SELECTIVE),
+    "ddp expert 4, tensor": row("ddp", dict(expert=4, tensor=2), moe=SIGMOID),
+    "fsdp2 sequence and tensor": row("fsdp2", SEQUENCE | TENSOR, WINDOW, documents=True, **FULL),
+    "fsdp2 sequence and expert": row("fsdp2", SEQUENCE | EXPERT, moe=SIGMOID, **SELECTIVE),
+    "fsdp2 all three": row("fsdp2", BOTH | SEQUENCE, moe=GLOBAL, reduce_gradients="step", micro_batch=1),
+    "fsdp2 tensor 4": row("fsdp2", dict(tensor=4), dict(num_key_value_heads=4), length=32),
+    "fsdp2 replicas, tensor": row("fsdp2", TENSOR, replicas=2, micro_batch=1),
+    "fsdp2 replicas, sequence": row("fsdp2", SEQUENCE, moe={}, replicas=2, micro_batch=1),
+    "fsdp2 replicas, expert": row("fsdp2", EXPERT, moe={}, replicas=2, micro_batch=1),
+    "fsdp2 replicas, expert 4": row("fsdp2", dict(expert=4), moe=SIGMOID, replicas=2, micro_batch=1),
+}
+
+
+def test_each_kind_equals_one_process(subtests):
+    check(subtests, 2, ROWS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "rows"), [(2, ZERO), (2, BF16), (4, FOUR)], ids=["zero", "bf16", "four ranks"])
+def test_each_kind_equals_one_process_with_every_option(subtests, ranks, rows):
+    check(subtests, ranks, rows)
+
+
+# ---------------------------------------------------------------- names, and faults of one rank
+
+NORM, EXPERTS, QUERY = "layers.1.input_layernorm.weight", "layers.1.mlp.experts.down_proj", "layers.1.self_attn.q_proj.weight"
+COPIES = {
+    2: {"ddp sequence": QUERY, "ddp tensor": NORM, "ddp expert": QUERY, "fsdp2 tensor": NORM},
+    4: {
+        "ddp tensor, 2 of data": QUERY, "ddp expert, 2 of data": EXPERTS, "ddp all three": NORM,
+        "fsdp2 sequence and tensor": NORM, "fsdp2 replicas, tensor": QUERY, "fsdp2 replicas, sequence": EXPERTS,
+        "fsdp2 replicas, expert": QUERY,
     },
 }  # fmt: skip
+"""Ranks: rows, each with a weight of which the last rank is not the only one to have its part."""
 
 
-@pytest.mark.parametrize("engine", ROWS)
-def test_each_kind_equals_one_process(subtests, engine):
-    check(subtests, 2, ROWS[engine])
+def look(rows: dict[str, Row], copies: dict[str, str]) -> dict[str, tuple]:
+    """On a rank, for each row, the results of `names_of`, `skip` and `drift`."""
+    found = {}
+    for name, each in rows.items():
+        engine = started(each, lambda model: build_optimizer(model, OptimizerConfig(lr=LR)))
+        found[name] = names_of(engine.model, engine.optimizer), skip(engine, each), drift(engine, copies[name])
+    return found
+
+
+def names_of(model: Transformer, optimizer: torch.optim.Optimizer) -> tuple[list[str], list[tuple]]:
+    """The names of all parameters that are trained, and weight decay and names of each group."""
+    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    groups = [(group["weight_decay"], [names[parameter] for parameter in group["params"]]) for group in optimizer.param_groups]
+    return list(names.values()), groups
+
+
+def skip(engine: Engine, row: Row) -> tuple[list[bool], bool, bool]:
+    """Makes the last rank's loss NaN in the first of two steps. Returns whether each was applied, whether the first one left
+    the state untouched, and whether the second one changed it."""
+    states, applied, forward = [state_of(engine)], [], engine.forward
+    for factor in (math.nan, 1.0):
+        bad = factor if engine.rank == engine.world_size - 1 else 1.0
+        engine.forward = lambda *batch, bad=bad: (out := forward(*batch))._replace(loss_sum=out.loss_sum * bad)
+        applied.append(bool(train_step(engine, window_of(engine, row, 0), LR).applied))
+        states.append(state_of(engine))
+    return applied, torch.equal(states[0], states[1]), not torch.equal(states[1], states[2])
+
+
+def state_of(engine: Engine) -> torch.Tensor:
+    return torch.cat([shard.values.flatten() for shard in engine.shards(saving=False)])
+
+
+def drift(engine: Engine, name: str) -> str:
+    """What is said after a weight of the last rank has changed."""
+    require_equal_replicas(engine)
+    if engine.rank == engine.world_size - 1:
+        next(state for state in engine.local_states(saving=False) if state.name == f"model.{name}").tensors["model"][0] += 1e-3
+    with pytest.raises(Diverged) as error:
+        require_equal_replicas(engine)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_names_stay_a_nan_of_one_rank_skips_all_and_a_drifted_rank_is_named(subtests, ranks):
+    rows = {name: (ROWS | FOUR)[name] for name in COPIES[ranks]}
+    found = run_ranks(ranks, look, rows, COPIES[ranks], timeout=600)
+    for name, each in rows.items():
+        with subtests.test(name):
+            model = build(each.model, "meta", seed=0)
+            names = names_of(model, build_optimizer(model, OptimizerConfig(lr=LR)))
+            for rank in found:
+                assert rank[name][0] == names
+                assert rank[name][1] == ([False, True], True, True)
+                assert f"rank {ranks - 1} differ" in rank[name][2]
