@@ -3,10 +3,10 @@
     python benchmarks/expert_parallel.py [--ranks 2 4] [--steps 10] [--output FILE]
 
 A small mixture of experts trains on a Markov chain under `ddp`, on CPU ranks of one thread; each rank has all experts, or a
-part of them. The forced-even router sends token n to the experts n and n + 1 modulo E. `seconds` is CPU time per step of the slowest
-rank. `most` and `least` are the rows (a token at one of its experts) of a layer on the rank with most and on that with least,
-relative to an even share. `sent` is what a rank sends to other ranks for the experts of a step: counts, rows, weights and their
-gradients. All are means over the second half of the steps.
+part of them. The forced-even router sends token n to the experts n and n + 1 modulo E. `seconds` is CPU time per step of the
+slowest rank. `most` and `least` are the rows (a token at one of its experts) of a layer on the rank with most and on that with
+least, relative to an even share. `sent` is what a rank sends to other ranks for the experts of a step: counts, rows, weights
+and their gradients. All are means over the second half of the steps.
 """
 
 from __future__ import annotations
