@@ -430,6 +430,7 @@ def test_every_key_has_a_resume_class_and_unknown_keys_have_that_of_their_sectio
     assert {each.resume for each in schema.walk(Config)} == {"frozen", "guarded", "free"}
     assert resume_class("model.hidden_size") == resume_class("data.sequence_length") == resume_class("run.seed") == "frozen"
     assert resume_class("model.moe.balance") == "frozen" and resume_class("model.moe.aux_loss_weight") == "guarded"
+    assert resume_class("engine.parallel.tensor") == resume_class("engine.parallel.of_another_version") == "free"
     assert resume_class("optimizer.lr") == resume_class("train.max_steps") == "guarded"
     assert resume_class("batch.micro_batch_size") == resume_class("log.wandb.project") == resume_class("data.train") == "free"
     assert resume_class("model.moe.of_another_version") == resume_class("data.of_another_version") == "frozen"

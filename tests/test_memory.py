@@ -82,6 +82,7 @@ EXPECTED = {
 }  # fmt: skip
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("base", ["alone", *(pytest.param(name, marks=pytest.mark.slow) for name in BASES if name != "alone")])
 def test_each_advised_flag_makes_the_run_fit(settings, tmp_path, subtests, base):
     ranks, flags = BASES[base]
