@@ -276,6 +276,14 @@ def test_a_way_to_cut_that_cannot_work_is_one_problem_and_the_nearest_way_in_its
     assert advice_of(problem) and config.engine.name == engine
 
 
+def test_the_reasons_of_all_kinds_are_reported_at_once_without_what_merely_follows():
+    flags = flags_of("engine.name zero2, parallel.tensor 2, parallel.expert 2, parallel.sequence 3, batch.global_batch_size 3")
+    problems = problems_of([*GOOD, *flags], world_size=1)
+    kinds = [problem.key.removeprefix("engine.parallel.") for problem in problems]
+    assert kinds == ["tensor", "expert", "sequence", "sequence"]
+    assert len({tuple(advice_of(problem)) for problem in problems}) == 1
+
+
 def test_fsdp2_spreads_experts_over_as_many_ranks_as_share_a_stack_of_them():
     flags = [*GOOD, "--engine.name", "fsdp2", "--batch.micro_batch_size", "1", "--model.moe.num_experts", "8"]
     for ways in ("engine.replicas 2", "parallel.tensor 2"):
