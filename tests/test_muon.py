@@ -15,10 +15,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from pretrain.checkpoint import storage
-from pretrain.config import Config, ConfigError, EngineConfig, OptimizerConfig, load, validate
+from pretrain.config import Config, ConfigError, EngineConfig, OptimizerConfig, ParallelConfig, load, validate
 from pretrain.data.batches import Batch
 from pretrain.engines.start import start_engine
-from pretrain.model.config import ModelConfig, resolve_model
+from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
 from pretrain.model.transformer import Transformer
 from pretrain.optim import partition
 from pretrain.optim.muon import Muon, newton_schulz
@@ -236,59 +236,86 @@ def test_updates_of_every_shape_are_as_large_as_those_of_adamw(shape):
 
 # ---------------------------------------------------------------- a model under an engine
 
-MODEL = resolve_model(
-    ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, qk_norm=True),
-    vocab_size=97,
-    sequence_length=24,
+SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, qk_norm=True)
+EXPERTS = MoeConfig(num_experts=4, moe_intermediate_size=24, num_shared_experts=1)
+DENSE, ROUTED = (
+    resolve_model(ModelConfig(**SHAPE, moe=moe), vocab_size=97, sequence_length=24) for moe in (None, EXPERTS)
 )
 SETTINGS = OptimizerConfig(name="muon", lr=0.01)
 
 
-def train_model(engine_settings: dict, first: int, last: int, folder: Path | None = None) -> dict:
-    """Returns the weights after steps `first` to `last` of 8 sequences, split over the ranks. With a folder: resumes from its
-    checkpoint of step first - 1, if first > 1, and saves one of the last step."""
-    engine = start_engine(EngineConfig(**engine_settings))
-    engine.prepare(lambda: Transformer(MODEL), lambda model: build_optimizer(model, SETTINGS), 0.5, 0)
+def train_model(model: ModelConfig, settings: EngineConfig, first: int, last: int, folder: Path | None = None) -> list[tuple]:
+    """Returns this rank's shards (name, offset, values) of the weights after steps `first` to `last` of 8 sequences, split over
+    the ranks. With a folder: resumes from its checkpoint of step first - 1, if first > 1, and saves one of the last step."""
+    engine = start_engine(settings)
+    engine.prepare(lambda: Transformer(model), lambda model: build_optimizer(model, SETTINGS), 0.5, 0)
     if first > 1:
         storage.load(storage.Checkpoint(folder / f"step_{first - 1:08d}"), engine)
     for step in range(first, last + 1):
-        mine = [tensor.chunk(engine.world_size)[engine.rank] for tensor in global_batch(step)[:2]]
-        train_step(engine, [Batch(*mine, None)], SETTINGS.lr)
+        mine = [tensor.chunk(engine.mesh.sample_ranks)[engine.mesh.sample_rank] for tensor in global_batch(step)[:2]]
+        train_step(engine, [engine.part_of(Batch(*mine, None))], SETTINGS.lr)
     if folder:
         save(folder, last, engine, {})
     assert engine.updates == last
-    weights = {name: full(parameter).numpy() for name, parameter in engine.model.named_parameters()}
+    held = [shard for shard in engine.shards(saving=False) if shard.name.startswith("model/")]
+    weights = [(shard.name, shard.offset, shard.values.numpy().copy()) for shard in held]
     engine.close()
     return weights
 
 
-def difference(found: dict, expected: dict) -> float:
-    assert found.keys() == expected.keys()
-    return max(abs(found[name] - expected[name]).max() for name in expected)
+def alone(model: ModelConfig, first: int, last: int, folder: Path | None = None) -> dict:
+    """The full weights of one process."""
+    return {name: values for name, _, values in train_model(model, EngineConfig(), first, last, folder)}
+
+
+def difference(found: list[tuple], expected: dict) -> float:
+    assert {name for name, *_ in found} == expected.keys()
+    parts = [values - expected[name][offset : offset + len(values)] for name, offset, values in found]
+    return max(abs(part).max() for part in parts if len(part))
+
+
+PLACES = {
+    "2 ddp": (2, DENSE, {}),
+    "2 fsdp2": (2, DENSE, {"name": "fsdp2"}),
+    "2 ddp tensor 2": (2, ROUTED, {"tensor": 2}),
+    "2 fsdp2 tensor 2": (2, ROUTED, {"name": "fsdp2", "tensor": 2}),
+    "2 ddp expert 2": (2, ROUTED, {"expert": 2}),
+    "2 fsdp2 expert 2": (2, ROUTED, {"name": "fsdp2", "expert": 2}),
+    "2 fsdp2 sequence 2": (2, DENSE, {"name": "fsdp2", "sequence": 2}),
+    "4 ddp": (4, DENSE, {}),
+    "4 fsdp2 in 2 replicas": (4, DENSE, {"name": "fsdp2", "replicas": 2}),
+    "4 ddp tensor 2": (4, ROUTED, {"tensor": 2}),
+    "4 fsdp2 tensor 2": (4, DENSE, {"name": "fsdp2", "tensor": 2}),
+    "4 fsdp2 tensor 2 in 2 replicas": (4, ROUTED, {"name": "fsdp2", "tensor": 2, "replicas": 2}),
+    "4 ddp tensor 2, expert 2": (4, ROUTED, {"tensor": 2, "expert": 2}),
+    "4 fsdp2 tensor 2, expert 2": (4, ROUTED, {"name": "fsdp2", "tensor": 2, "expert": 2}),
+    "4 fsdp2 tensor 2, expert 4": (4, ROUTED, {"name": "fsdp2", "tensor": 2, "expert": 4}),
+    "4 fsdp2 tensor 2, sequence 2": (4, DENSE, {"name": "fsdp2", "tensor": 2, "sequence": 2}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("ranks", "settings"),
-    [
-        (2, {}),
-        (2, {"name": "fsdp2"}),
-        pytest.param(4, {}, marks=pytest.mark.slow),
-        pytest.param(4, {"name": "fsdp2", "replicas": 2}, marks=pytest.mark.slow),
-    ],
-    ids=["2 ddp", "2 fsdp2", "4 ddp", "4 fsdp2 in 2 replicas"],
+    "place", [pytest.param(place, marks=[pytest.mark.slow] * (PLACES[place][0] > 2)) for place in PLACES]
 )
-def test_a_run_moves_from_one_process_to_any_engine_and_back(ranks, settings, tmp_path):
-    expected = [train_model({}, 1, last) for last in (5, 6)]
-    train_model({}, 1, 2, tmp_path)
-    for weights in run_ranks(ranks, train_model, settings, 3, 5, tmp_path):
-        print(f"{ranks} {settings}: {difference(weights, expected[0]):.1e}")
+def test_a_run_moves_from_one_process_to_any_engine_and_back(place, tmp_path):
+    ranks, model, settings = PLACES[place]
+    kinds = {kind: settings[kind] for kind in ("tensor", "sequence", "expert") if kind in settings}
+    engine = EngineConfig(
+        **{key: value for key, value in settings.items() if key not in kinds}, parallel=ParallelConfig(**kinds)
+    )
+    expected = [alone(model, 1, last) for last in (5, 6)]
+    alone(model, 1, 2, tmp_path)
+    for weights in run_ranks(ranks, train_model, model, engine, 3, 5, tmp_path):
+        print(f"{place}: {difference(weights, expected[0]):.1e}")
         assert difference(weights, expected[0]) < 2e-6
-    assert difference(train_model({}, 6, 6, tmp_path), expected[1]) < 2e-6
+    resumed = train_model(model, EngineConfig(), 6, 6, tmp_path)
+    assert difference(resumed, expected[1]) < 2e-6
 
 
 def test_one_process_resumes_from_a_checkpoint_bit_for_bit(tmp_path):
-    train_model({}, 1, 2, tmp_path)
-    assert difference(train_model({}, 3, 5, tmp_path), train_model({}, 1, 5)) == 0
+    alone(DENSE, 1, 2, tmp_path)
+    straight = alone(DENSE, 1, 5)
+    assert difference(train_model(DENSE, EngineConfig(), 3, 5, tmp_path), straight) == 0
 
 
 # ---------------------------------------------------------------- state, and what is refused

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from pretrain.engines import fp8, parallel
 from pretrain.engines.base import Engine, moments_of, require
-from pretrain.engines.shards import LocalState
+from pretrain.engines.shards import Holders, LocalState
 
 
 class Fsdp2Engine(Engine):
@@ -52,6 +52,13 @@ class Fsdp2Engine(Engine):
             mesh=(tuple(mesh.shape), tuple(parameters[0].device_mesh.shape)),
             master_weights=({torch.float32}, {parameter.dtype for parameter in parameters}),
         )
+
+    def _holders(self, name: str) -> Holders | None:
+        if self.mesh.tensor == 1 or self._is_expert(name):
+            return None
+        if cut := self.cuts.get(name):
+            return Holders(self.mesh.copies.get_group("replica"), self.mesh.copies.get_group("part"), cut.dim, cut.parts)
+        return Holders(self.mesh.tensor_group, self.mesh.weights.get_group("shard"))
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:

@@ -94,6 +94,11 @@ class Mesh:
         return self._mesh((self.replicas, self.shards * self.sequence, self.tensor), ("replica", "shard", "tensor"))
 
     @cached_property
+    def copies(self) -> DeviceMesh:
+        """replica x part: ranks that together hold one copy of every weight that is not an expert's."""
+        return self._mesh((self.replicas, self.ranks // self.replicas), ("replica", "part"))
+
+    @cached_property
     def tokens(self) -> DeviceMesh:
         """sample x sequence x tensor."""
         return self._mesh((self.sample_ranks, self.sequence, self.tensor), ("sample", "sequence", "tensor"))

@@ -41,6 +41,18 @@ class Cut(NamedTuple):
     """The ranks that together hold the full parameter, in the order of their parts."""
 
 
+class Holders(NamedTuple):
+    """The ranks that hold a parameter, for optimizers that work on full matrices (`pretrain.optim.partition` says more)."""
+
+    replicas: dist.ProcessGroup | None
+    """Hold the same values as this rank."""
+    shards: dist.ProcessGroup | None
+    """Together hold one copy."""
+    dim: int = 0
+    parts: int = 1
+    """As in the parameter's `Cut`."""
+
+
 class LocalState(NamedTuple):
     """The part of one parameter that this rank holds: the same range of its master weight and of each of its moments."""
 
