@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from pretrain.checkpoint import storage
 from pretrain.config import Config, ConfigError, EngineConfig, OptimizerConfig, ParallelConfig, load, validate
 from pretrain.data.batches import Batch
+from pretrain.engines.shards import Holders
 from pretrain.engines.start import start_engine
 from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
 from pretrain.model.transformer import Transformer
@@ -30,14 +31,21 @@ from tests.saving import save
 from tests.test_step import global_batch
 
 # Wide, tall, square, several of one shape, rows that no number of ranks divides, fewer rows than ranks, stacks of matrices.
-MATRICES = [(16, 48), (48, 16), (24, 24), (16, 48), (7, 20), (2, 8), (1, 6), (5, 12, 20), (2, 20, 12), (16, 48)]
+MATRICES = [(16, 48), (48, 16), (24, 24), (16, 48), (7, 20), (10, 4), (2, 8), (1, 6), (5, 12, 20), (2, 20, 12), (16, 48)]
 OTHERS = [(37, 8), (19,), (1,)]
+SHAPES = [*MATRICES, *OTHERS]
 RATES, DECAY, MOMENTUM, BETAS, EPS = (0.02, 0.03, 0.01, 0.02, 0.005), 0.3, 0.9, (0.8, 0.95), 1e-8
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
-# Number of ranks: {name: device mesh, whose last dimension shards the parameters; None: plain tensors, each rank holds all}.
+# Number of ranks: {name: replicas, shards and parts: `Placement`}.
 MESHES = {
-    2: {"2 replicas": None, "2 shards": (2,)},
-    4: {"4 replicas": None, "4 shards": (4,), "2 replicas of 2 shards": (2, 2)},
+    2: {"2 replicas": (2, 1, 1), "2 shards": (1, 2, 1), "2 parts": (1, 1, 2)},
+    4: {
+        "4 replicas": (4, 1, 1),
+        "4 shards": (1, 4, 1),
+        "2 replicas of 2 shards": (2, 2, 1),
+        "2 replicas of 2 parts": (2, 1, 2),
+        "2 shards of 2 parts": (1, 2, 2),
+    },
 }
 LAYERS = 6 * [(64, 64), (32, 64), (32, 64), (64, 64), (176, 64), (176, 64), (64, 176), (8, 32, 64)]
 
@@ -63,7 +71,7 @@ def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
 
 def expected_weights() -> list[torch.Tensor]:
     weights = []
-    for number, shape in enumerate([*MATRICES, *OTHERS]):
+    for number, shape in enumerate(SHAPES):
         w, m, v = initial(shape, number).double(), torch.zeros(shape).double(), torch.zeros(shape).double()
         for step, lr in enumerate(RATES, start=1):
             g = gradient(shape, number, step).double()
@@ -84,16 +92,50 @@ def expected_weights() -> list[torch.Tensor]:
 # ---------------------------------------------------------------- the same with Muon, on ranks
 
 
-def distributor(shape: tuple | None):
-    """Returns a function that distributes a tensor over a device mesh of that shape."""
-    if shape is None:
-        return torch.clone
-    mesh, placements = init_device_mesh("cpu", shape), [Replicate(), Shard(0)][-len(shape) :]
-    return lambda tensor: distribute_tensor(tensor, mesh, placements)
+class Placement:
+    """Distributes tensors over replicas x shards x parts ranks. Tensors that all ranks hold stay plain; matrices are cut into
+    parts along their longer dimension if it divides, then sharded along dimension 0."""
+
+    def __init__(self, replicas: int = 1, shards: int = 1, parts: int = 1):
+        self.parts, self.plain = parts, shards * parts == 1
+        if not self.plain:
+            self.mesh = init_device_mesh("cpu", (replicas, shards, parts), mesh_dim_names=("replica", "shard", "part"))
+            self.copies = init_device_mesh("cpu", (replicas, shards * parts))
+
+    def cut(self, shape: tuple) -> int | None:
+        """The dimension that is cut, if one is."""
+        dim = int(len(shape) == 2 and shape[1] > shape[0])
+        return dim if self.parts > 1 and len(shape) == 2 and shape[dim] % self.parts == 0 else None
+
+    def parameter(self, tensor: torch.Tensor) -> nn.Parameter:
+        parameter, dim = nn.Parameter(self.distribute(tensor)), self.cut(tuple(tensor.shape))
+        if dim is not None:
+            parameter.holders = Holders(*(self.copies.get_group(each) for each in (0, 1)), dim, self.parts)
+        elif self.parts > 1:
+            parameter.holders = Holders(self.mesh.get_group("part"), self.mesh.get_group("shard"))
+        return parameter
+
+    def distribute(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.plain:
+            return tensor.clone()
+        if (dim := self.cut(tuple(tensor.shape))) is not None:
+            tensor = tensor.chunk(self.parts, dim)[self.mesh.get_local_rank("part")].contiguous()
+        mesh = self.mesh["replica", "shard"] if self.mesh.size(0) > 1 else self.mesh["shard"]
+        return distribute_tensor(tensor, mesh, [Replicate(), Shard(0)][-mesh.ndim :])
+
+    def full(self, tensor: torch.Tensor, shape: tuple) -> torch.Tensor:
+        """The way back. shape: of the full tensor."""
+        tensor = full(tensor)
+        if (dim := self.cut(shape)) is None or tensor.shape == shape:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.parts)]
+        dist.all_gather(parts, tensor, group=self.mesh.get_group("part"))
+        return torch.cat(parts, dim)
 
 
-def make(distribute=torch.clone) -> tuple[list[nn.Parameter], Muon]:
-    parameters = [nn.Parameter(distribute(initial(shape, number))) for number, shape in enumerate([*MATRICES, *OTHERS])]
+def make(placement: Placement | None = None) -> tuple[list[nn.Parameter], Muon]:
+    placement = placement or Placement()
+    parameters = [placement.parameter(initial(shape, number)) for number, shape in enumerate(SHAPES)]
     muon, other = parameters[: len(MATRICES)], parameters[len(MATRICES) :]
     groups = [
         {"params": muon, "weight_decay": DECAY, "momentum": MOMENTUM},
@@ -102,11 +144,11 @@ def make(distribute=torch.clone) -> tuple[list[nn.Parameter], Muon]:
     return parameters, Muon(groups, lr=1.0)
 
 
-def set_gradients(parameters: list[nn.Parameter], step: int, optimizer: Muon, distribute=torch.clone) -> None:
+def set_gradients(parameters: list[nn.Parameter], step: int, optimizer: Muon, placement: Placement | None = None) -> None:
     for group in optimizer.param_groups:
         group["lr"] = RATES[step - 1]
-    for number, parameter in enumerate(parameters):
-        parameter.grad = distribute(gradient(tuple(parameter.shape), number, step))
+    for number, (parameter, shape) in enumerate(zip(parameters, SHAPES, strict=True)):
+        parameter.grad = (placement or Placement()).distribute(gradient(shape, number, step))
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -118,23 +160,24 @@ def state_of(optimizer: Muon, parameters: list[nn.Parameter]) -> list[torch.Tens
     return [full(tensor) for tensor in [*parameters, *states]]
 
 
-def five_steps(distribute=torch.clone) -> tuple[list, bool, set[float]]:
+def five_steps(placement: Placement) -> tuple[list, bool, set[float]]:
     """Returns the final weights, whether a poisoned step in the middle left everything untouched, and the step counts."""
-    parameters, optimizer = make(distribute)
+    parameters, optimizer = make(placement)
     untouched = True
     for step in range(1, len(RATES) + 1):
         if step == 3:
             before = state_of(optimizer, parameters)
-            for number, parameter in enumerate(parameters):
-                parameter.grad = distribute(torch.full(parameter.shape, math.nan if number % 2 else math.inf))
+            for number, (parameter, shape) in enumerate(zip(parameters, SHAPES, strict=True)):
+                parameter.grad = placement.distribute(torch.full(shape, math.nan if number % 2 else math.inf))
             optimizer.found_inf = torch.ones(())
             optimizer.step()
             untouched = all(map(torch.equal, before, state_of(optimizer, parameters)))
-        set_gradients(parameters, step, optimizer, distribute)
+        set_gradients(parameters, step, optimizer, placement)
         optimizer.found_inf = torch.zeros(())
         optimizer.step()
     counts = {optimizer.state[parameter]["step"].item() for parameter in parameters}
-    return [full(parameter).numpy() for parameter in parameters], untouched, counts
+    weights = [placement.full(parameter, shape).numpy() for parameter, shape in zip(parameters, SHAPES, strict=True)]
+    return weights, untouched, counts
 
 
 def shapes_worked_on() -> list[tuple]:
@@ -149,7 +192,7 @@ def shapes_worked_on() -> list[tuple]:
 
 def on_ranks(ranks: int) -> tuple[dict[str, tuple], list[tuple]]:
     dist.init_process_group("gloo")
-    results = {name: five_steps(distributor(shape)) for name, shape in MESHES[ranks].items()}, shapes_worked_on()
+    results = {name: five_steps(Placement(*shape)) for name, shape in MESHES[ranks].items()}, shapes_worked_on()
     gc.collect()
     dist.destroy_process_group()
     return results
@@ -163,14 +206,14 @@ def check(name: str, weights: list, untouched: bool, counts: set[float]) -> None
 
 
 def test_five_steps_equal_the_published_rule_and_a_poisoned_step_changes_nothing():
-    check("one rank", *five_steps())
+    check("one rank", *five_steps(Placement()))
 
 
 def test_many_small_passes_give_the_same_result_as_one(monkeypatch):
     monkeypatch.setattr(partition, "MAX_ELEMENTS_PER_RANK", 1000)
     sizes = [sum(rows.length for rows in plan.rows) for plan in Partition.of([torch.empty(shape) for shape in MATRICES])]
     assert len(sizes) > 3 and max(sizes) < 1000 + max(map(math.prod, MATRICES))
-    check("many passes", *five_steps())
+    check("many passes", *five_steps(Placement()))
 
 
 @pytest.mark.parametrize("ranks", MESHES)
@@ -238,9 +281,7 @@ def test_updates_of_every_shape_are_as_large_as_those_of_adamw(shape):
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, qk_norm=True)
 EXPERTS = MoeConfig(num_experts=4, moe_intermediate_size=24, num_shared_experts=1)
-DENSE, ROUTED = (
-    resolve_model(ModelConfig(**SHAPE, moe=moe), vocab_size=97, sequence_length=24) for moe in (None, EXPERTS)
-)
+DENSE, ROUTED = (resolve_model(ModelConfig(**SHAPE, moe=moe), vocab_size=97, sequence_length=24) for moe in (None, EXPERTS))
 SETTINGS = OptimizerConfig(name="muon", lr=0.01)
 
 
@@ -294,9 +335,7 @@ PLACES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "place", [pytest.param(place, marks=[pytest.mark.slow] * (PLACES[place][0] > 2)) for place in PLACES]
-)
+@pytest.mark.parametrize("place", [pytest.param(place, marks=[pytest.mark.slow] * (PLACES[place][0] > 2)) for place in PLACES])
 def test_a_run_moves_from_one_process_to_any_engine_and_back(place, tmp_path):
     ranks, model, settings = PLACES[place]
     kinds = {kind: settings[kind] for kind in ("tensor", "sequence", "expert") if kind in settings}

@@ -252,6 +252,11 @@ class Engine:
                 self.watchdog.alive("saving" if saving else "reading its state")
                 yield shard
 
+    def saved_values(self) -> int:
+        """Number of values in `shards(saving=True)`: of this rank alone, without a collective."""
+        self._make_moments()
+        return sum(state.saved_values for state in self._held(saving=True))
+
     def restore(self, fill: Callable[[Shard], None], *, moments: bool = True) -> None:
         """Calls `fill` with every shard of this rank's state, with or without moments, then updates what depends on them."""
         if moments:

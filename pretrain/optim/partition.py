@@ -11,15 +11,15 @@ replica r and shard s of R x S ranks, and each matrix has one owner among them:
 
 With one shard only step 4 communicates, with one replica only steps 1 and 3; a single rank does not communicate.
 
-Who holds a parameter follows from its placement: a plain tensor is equal on all ranks of the default process group, a DTensor is
-sharded along dimension 0 (FSDP2), replicated, or both. Where that does not describe it (tensor parallelism, experts of their own
-on each rank), the caller gives the parameter an attribute `holders` with
+Who holds a parameter follows from its placement: a plain tensor is equal on all ranks of the default process group; a DTensor
+is sharded along dimension 0 (FSDP2), replicated, or both. Where this is not so (a matrix that ranks have cut, experts that each
+rank has of its own), the caller gives the parameter an attribute `holders` with
 
     replicas, shards    the two process groups; None: this rank alone
-    dim, parts          the full matrix is cut along `dim` (0 or 1) into `parts`, and each part is sharded along dimension 0:
-                        rank s of `shards` holds shard s // parts of part s % parts. parts = 1: there is no such cut.
+    dim, parts          the matrix is cut along `dim` (0 or 1) into `parts`, and each part is sharded along dimension 0: rank s
+                        of `shards` holds shard s // parts of part s % parts. parts = 1: it is not cut
 
-A stack of matrices is cut only between matrices, so its parts are stacks of their own.
+Stacks are cut between their matrices, so that each part is a stack.
 """
 
 from __future__ import annotations
