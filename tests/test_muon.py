@@ -1,4 +1,4 @@
-"""Muon follows the published rule on one rank, on replicas, on shards, and on replicas of shards."""
+"""Muon follows the published rule on one rank, on replicas, on shards, on cut matrices, and on several of them at once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -285,28 +286,27 @@ DENSE, ROUTED = (resolve_model(ModelConfig(**SHAPE, moe=moe), vocab_size=97, seq
 SETTINGS = OptimizerConfig(name="muon", lr=0.01)
 
 
-def train_model(model: ModelConfig, settings: EngineConfig, first: int, last: int, folder: Path | None = None) -> list[tuple]:
-    """Returns this rank's shards (name, offset, values) of the weights after steps `first` to `last` of 8 sequences, split over
-    the ranks. With a folder: resumes from its checkpoint of step first - 1, if first > 1, and saves one of the last step."""
+def train_model(model: ModelConfig, settings: EngineConfig, steps: range, start: Path | None, end: Path | None) -> list[tuple]:
+    """Takes steps of 8 sequences, split over the ranks, from the checkpoint in the folder `start`, if any, and saves one in the
+    folder `end`. Returns this rank's shards (name, offset, values) of the weights."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     engine = start_engine(settings)
     engine.prepare(lambda: Transformer(model), lambda model: build_optimizer(model, SETTINGS), 0.5, 0)
-    if first > 1:
-        storage.load(storage.Checkpoint(folder / f"step_{first - 1:08d}"), engine)
-    for step in range(first, last + 1):
+    if start:
+        storage.load(storage.checkpoints(start)[0], engine)
+    for step in steps:
         mine = [tensor.chunk(engine.mesh.sample_ranks)[engine.mesh.sample_rank] for tensor in global_batch(step)[:2]]
         train_step(engine, [engine.part_of(Batch(*mine, None))], SETTINGS.lr)
-    if folder:
-        save(folder, last, engine, {})
-    assert engine.updates == last
+    if end:
+        save(end, steps[-1], engine, {})
+    assert engine.updates == steps[-1]
     held = [shard for shard in engine.shards(saving=False) if shard.name.startswith("model/")]
-    weights = [(shard.name, shard.offset, shard.values.numpy().copy()) for shard in held]
-    engine.close()
-    return weights
+    return [(shard.name, shard.offset, shard.values.numpy().copy()) for shard in held]
 
 
-def alone(model: ModelConfig, first: int, last: int, folder: Path | None = None) -> dict:
+def alone(model: ModelConfig, steps: range, start: Path | None = None, end: Path | None = None) -> dict:
     """The full weights of one process."""
-    return {name: values for name, _, values in train_model(model, EngineConfig(), first, last, folder)}
+    return {name: values for name, _, values in train_model(model, EngineConfig(), steps, start, end)}
 
 
 def difference(found: list[tuple], expected: dict) -> float:
@@ -316,45 +316,62 @@ def difference(found: list[tuple], expected: dict) -> float:
 
 
 PLACES = {
-    "2 ddp": (2, DENSE, {}),
-    "2 fsdp2": (2, DENSE, {"name": "fsdp2"}),
-    "2 ddp tensor 2": (2, ROUTED, {"tensor": 2}),
-    "2 fsdp2 tensor 2": (2, ROUTED, {"name": "fsdp2", "tensor": 2}),
-    "2 ddp expert 2": (2, ROUTED, {"expert": 2}),
-    "2 fsdp2 expert 2": (2, ROUTED, {"name": "fsdp2", "expert": 2}),
-    "2 fsdp2 sequence 2": (2, DENSE, {"name": "fsdp2", "sequence": 2}),
-    "4 ddp": (4, DENSE, {}),
-    "4 fsdp2 in 2 replicas": (4, DENSE, {"name": "fsdp2", "replicas": 2}),
-    "4 ddp tensor 2": (4, ROUTED, {"tensor": 2}),
-    "4 fsdp2 tensor 2": (4, DENSE, {"name": "fsdp2", "tensor": 2}),
-    "4 fsdp2 tensor 2 in 2 replicas": (4, ROUTED, {"name": "fsdp2", "tensor": 2, "replicas": 2}),
-    "4 ddp tensor 2, expert 2": (4, ROUTED, {"tensor": 2, "expert": 2}),
-    "4 fsdp2 tensor 2, expert 2": (4, ROUTED, {"name": "fsdp2", "tensor": 2, "expert": 2}),
-    "4 fsdp2 tensor 2, expert 4": (4, ROUTED, {"name": "fsdp2", "tensor": 2, "expert": 4}),
-    "4 fsdp2 tensor 2, sequence 2": (4, DENSE, {"name": "fsdp2", "tensor": 2, "sequence": 2}),
-}  # fmt: skip
+    2: {
+        "ddp": (DENSE, {}),
+        "fsdp2": (DENSE, {"name": "fsdp2"}),
+        "fsdp2 sequence 2": (DENSE, {"name": "fsdp2", "sequence": 2}),
+        "ddp tensor 2": (ROUTED, {"tensor": 2}),
+        "fsdp2 tensor 2": (ROUTED, {"name": "fsdp2", "tensor": 2}),
+        "ddp expert 2": (ROUTED, {"expert": 2}),
+        "fsdp2 expert 2": (ROUTED, {"name": "fsdp2", "expert": 2}),
+    },
+    4: {
+        "ddp": (DENSE, {}),
+        "fsdp2 in 2 replicas": (DENSE, {"name": "fsdp2", "replicas": 2}),
+        "ddp tensor 2": (ROUTED, {"tensor": 2}),
+        "fsdp2 tensor 2": (DENSE, {"name": "fsdp2", "tensor": 2}),
+        "fsdp2 tensor 2 in 2 replicas": (ROUTED, {"name": "fsdp2", "tensor": 2, "replicas": 2}),
+        "ddp tensor 2, expert 2": (ROUTED, {"tensor": 2, "expert": 2}),
+        "fsdp2 tensor 2, expert 2": (ROUTED, {"name": "fsdp2", "tensor": 2, "expert": 2}),
+        "fsdp2 tensor 2, expert 4": (ROUTED, {"name": "fsdp2", "tensor": 2, "expert": 4}),
+        "fsdp2 tensor 2, sequence 2": (DENSE, {"name": "fsdp2", "tensor": 2, "sequence": 2}),
+    },
+}
+"""Ranks -> name -> (model, settings of the engine)."""
 
 
-@pytest.mark.parametrize("place", [pytest.param(place, marks=[pytest.mark.slow] * (PLACES[place][0] > 2)) for place in PLACES])
-def test_a_run_moves_from_one_process_to_any_engine_and_back(place, tmp_path):
-    ranks, model, settings = PLACES[place]
-    kinds = {kind: settings[kind] for kind in ("tensor", "sequence", "expert") if kind in settings}
-    engine = EngineConfig(
-        **{key: value for key, value in settings.items() if key not in kinds}, parallel=ParallelConfig(**kinds)
-    )
-    expected = [alone(model, 1, last) for last in (5, 6)]
-    alone(model, 1, 2, tmp_path)
-    for weights in run_ranks(ranks, train_model, model, engine, 3, 5, tmp_path):
-        print(f"{place}: {difference(weights, expected[0]):.1e}")
-        assert difference(weights, expected[0]) < 2e-6
-    resumed = train_model(model, EngineConfig(), 6, 6, tmp_path)
-    assert difference(resumed, expected[1]) < 2e-6
+def train_places(ranks: int, folder: Path) -> dict:
+    """In each place, steps 3 to 5."""
+    weights = {}
+    for name, (model, settings) in PLACES[ranks].items():
+        kinds = {key: value for key, value in settings.items() if key in ("tensor", "sequence", "expert")}
+        others = {key: value for key, value in settings.items() if key not in kinds}
+        engine = EngineConfig(**others, parallel=ParallelConfig(**kinds))
+        start = folder / ("dense" if model is DENSE else "routed")
+        weights[name] = train_model(model, engine, range(3, 6), start, folder / name)
+    return weights
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_run_moves_from_one_process_to_any_engine_and_back(subtests, tmp_path, ranks):
+    models, expected = {"dense": DENSE, "routed": ROUTED}, {}
+    for name, model in models.items():
+        alone(model, range(1, 3), end=tmp_path / name)
+        expected[id(model)] = [alone(model, range(1, last)) for last in (6, 7)]
+    found = run_ranks(ranks, train_places, ranks, tmp_path, timeout=600)
+    for name, (model, _) in PLACES[ranks].items():
+        with subtests.test(name):
+            after_5, after_6 = expected[id(model)]
+            largest = max(difference(rank[name], after_5) for rank in found)
+            resumed = train_model(model, EngineConfig(), range(6, 7), tmp_path / name, None)
+            print(f"{name} on {ranks}: {largest:.1e}, back on one {difference(resumed, after_6):.1e}")
+            assert largest < 2e-6 and difference(resumed, after_6) < 2e-6
 
 
 def test_one_process_resumes_from_a_checkpoint_bit_for_bit(tmp_path):
-    alone(DENSE, 1, 2, tmp_path)
-    straight = alone(DENSE, 1, 5)
-    assert difference(train_model(DENSE, EngineConfig(), 3, 5, tmp_path), straight) == 0
+    alone(DENSE, range(1, 3), end=tmp_path)
+    straight = alone(DENSE, range(1, 6))
+    assert difference(train_model(DENSE, EngineConfig(), range(3, 6), tmp_path, None), straight) == 0
 
 
 # ---------------------------------------------------------------- state, and what is refused
