@@ -4,10 +4,10 @@ provides the work itself as a function.
 Ranks that hold the same values of a parameter are replicas; ranks that together hold one copy of it are shards. A rank is
 replica r and shard s of R x S ranks, and each matrix has one owner among them:
 
-    1. in each replica, all shards send their rows of that replica's matrices to the owners    all-to-all among shards
+    1. in each replica, all shards send what they hold of its matrices to the owners           all-to-all among shards
     2. owners work on full matrices, all of one shape at once
-    3. the rows return to the shards that sent them                                            all-to-all among shards
-    4. ranks exchange their results with the ranks that hold the same rows                     all-gather among replicas
+    3. the results return to the shards that sent their part                                   all-to-all among shards
+    4. ranks exchange their results with the ranks that hold the same values                   all-gather among replicas
 
 With one shard only step 4 communicates, with one replica only steps 1 and 3; a single rank does not communicate.
 
@@ -121,7 +121,7 @@ class Partition:
         mine = owned[replica, shard]
         self._counts_out = [sum(unit.held[shard] for unit in owned[replica, owner]) for owner in range(shard_count)]
         self._counts_in = [sum(unit.held[sender] for unit in mine) for sender in range(shard_count)]
-        # Messages arrive sender by sender, but a matrix needs its rows in order: the same blocks, sorted in another way.
+        # Messages arrive sender by sender, but a matrix needs its parts in order: the same blocks, sorted in another way.
         by_sender = [(sender, k) for sender in range(shard_count) for k, unit in enumerate(mine) if unit.held[sender]]
         to_units = sorted((k, *mine[k].order(sender), i) for i, (sender, k) in enumerate(by_sender))
         self._to_units = [i for *_, i in to_units]
