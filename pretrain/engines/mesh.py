@@ -83,7 +83,7 @@ class Mesh:
         self._device_type = device_type
         if weights or self.tensor > 1:
             self.weights  # noqa: B018
-        if self.sequence * self.tensor > 1:
+        if self.sequence > 1:
             self.tokens  # noqa: B018
         if self.expert > 1:
             self.experts  # noqa: B018
@@ -105,10 +105,13 @@ class Mesh:
 
     @cached_property
     def experts(self) -> DeviceMesh:
-        """replica x part: ranks with the same experts, and ranks that together have all of them."""
-        return self._mesh((self.ranks // self.expert, self.expert), ("replica", "part"))
+        """shard x part: ranks with the same experts, and ranks that together have all of them."""
+        return self._mesh((self.ranks // self.expert, self.expert), ("shard", "part"))
 
     def _mesh(self, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+        """Leaves out dimensions of size 1, for which torch would make as many groups as ranks; `fsdp2` needs only `shard`."""
+        kept = [(size, name) for size, name in zip(shape, names, strict=True) if size > 1 or name == "shard"]
+        shape, names = zip(*kept, strict=True)
         return DeviceMesh(self._device_type, torch.arange(self.ranks).view(shape), mesh_dim_names=names)
 
     @property
