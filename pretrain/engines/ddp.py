@@ -77,7 +77,7 @@ class DdpEngine(Engine):
         if name not in self.cuts:
             return None
         if name in self._experts():
-            return Holders(self.mesh.experts.get_group("replica"), None)
+            return Holders(self.mesh.experts.get_group("shard"), None)
         cut = self.cuts[name]
         return Holders(self.mesh.weights.get_group("shard"), cut.group, cut.dim, cut.parts)
 

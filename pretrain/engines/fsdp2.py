@@ -57,7 +57,8 @@ class Fsdp2Engine(Engine):
         if self.mesh.tensor == 1 or self._is_expert(name):
             return None
         if cut := self.cuts.get(name):
-            return Holders(self.mesh.copies.get_group("replica"), self.mesh.copies.get_group("part"), cut.dim, cut.parts)
+            replicas = self.mesh.weights.get_group("replica") if self.mesh.replicas > 1 else None
+            return Holders(replicas, self.mesh.copies.get_group("shard"), cut.dim, cut.parts)
         return Holders(self.mesh.tensor_group, self.mesh.weights.get_group("shard"))
 
     @contextlib.contextmanager

@@ -100,8 +100,8 @@ class Mesh:
 
     @cached_property
     def copies(self) -> DeviceMesh:
-        """replica x part: ranks that together hold one copy of every weight that is not an expert's."""
-        return self._mesh((self.replicas, self.ranks // self.replicas), ("replica", "part"))
+        """replica x shard: ranks that together hold one copy of every weight that is not an expert's, cut or not."""
+        return self._mesh((self.replicas, self.ranks // self.replicas), ("replica", "shard"))
 
     @cached_property
     def tokens(self) -> DeviceMesh:
