@@ -127,7 +127,7 @@ def require_state(engine: Engine, checkpoint: Checkpoint) -> None:
 def write_and_read(
     configs: dict[str, EngineConfig], model: ModelConfig, optimizer: str, pairs: dict[str, list[str]], folder: Path
 ) -> dict:
-    """Each engine takes two steps and saves; then each loads what those in `pairs` saved and takes two more. -> losses."""
+    """Each engine takes two steps and saves; then `read`. -> losses of two further steps."""
     losses = {}
     for name, config in configs.items():
         engine = prepare(config, model, optimizer)
@@ -140,6 +140,7 @@ def write_and_read(
 def read(
     configs: dict[str, EngineConfig], model: ModelConfig, optimizer: str, pairs: dict[str, list[str]], folder: Path
 ) -> dict:
+    """Each engine loads what those in `pairs` saved, and takes two steps after the last one. -> losses."""
     losses = {}
     for name, config in configs.items():
         engine = prepare(config, model, optimizer, seed=1)  # other weights
@@ -148,7 +149,7 @@ def read(
             storage.load(found, engine)
             require_state(engine, found)
             assert engine.updates == 2
-            losses[name, other] = two_steps(engine, 2)
+        losses[name, other] = two_steps(engine, 2)
     return losses
 
 
@@ -262,7 +263,7 @@ def curve(run: Path) -> dict[int, tuple[int, float]]:
 def test_a_run_that_moves_over_kinds_and_ranks_follows_the_curve_of_one_process(tmp_path, optimizer):
     (tmp_path / "moved.yaml").write_text(MOVED)
     argv = ["--config", str(tmp_path / "moved.yaml"), "--run.directory", str(tmp_path), "--optimizer.name", optimizer]
-    assert run_ranks(1, train_here, [*argv, "--run.name", "straight"]) == [0]
+    assert run_ranks(1, train_here, [*argv, "--run.name", "straight"], timeout=300) == [0]
     for ranks, last, settings in CHAINS[optimizer]:
         flags = [text for key, value in ({"train.max_steps": last} | settings).items() for text in (f"--{key}", str(value))]
         assert run_ranks(ranks, train_watched, [*argv, *flags], tmp_path / "moved", timeout=300) == [0] * ranks
