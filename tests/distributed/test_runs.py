@@ -26,6 +26,8 @@ from tests.ranks import run_ranks
 from tests.test_divergence import ROLLBACK, train_poisoned
 from tests.test_train import curve, final_bytes, records, run_of, signal_itself_at
 
+pytestmark = pytest.mark.timeout(600)
+
 LENGTH, SIZE, LAST_STEP = 16, 8, 8
 SETTINGS = f"""
 run: {{name: tiny}}
@@ -76,15 +78,18 @@ FEW = [
     Case("ddp", 2, ParallelConfig(expert=2)),
 ]
 MANY = [
-    *(Case(f"zero{stage}", 2, ParallelConfig(sequence=2)) for stage in (1, 2, 3)),
-    Case("ddp", 2, ParallelConfig(tensor=2)),
-    Case("fsdp2", 4, ParallelConfig(sequence=2)),
+    Case("zero3", 2, ParallelConfig(sequence=2)),
     Case("fsdp2", 4, ParallelConfig(tensor=2, sequence=2)),
     Case("ddp", 4, ParallelConfig(tensor=2, expert=4)),
     Case("fsdp2", 4, ParallelConfig(sequence=2, expert=2)),
 ]
-CASES = [pytest.param(case, id=str(case)) for case in FEW]
-CASES += [pytest.param(case, id=str(case), marks=pytest.mark.slow) for case in MANY]
+
+
+def cases(fast: list[Case], slow: list[Case]) -> list:
+    return [pytest.param(case, id=str(case), marks=[pytest.mark.slow] * (case in slow)) for case in fast + slow]
+
+
+CASES = cases(FEW, MANY)
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +209,7 @@ def test_throughput_and_mfu_count_each_token_and_flop_once(run_once, case):
     assert lines[-1]["tokens"] == LAST_STEP * SIZE * LENGTH
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases(FEW[1:2], FEW[:1] + FEW[2:] + MANY))
 def test_a_stopped_run_resumes_to_the_bit(run_once, settings, case):
     argv = case.flags(settings, f"stopped_{case}")
     assert run_ranks(case.ranks, signal_itself_at, argv, case.ranks - 1, 4, signal.SIGTERM) == [75] * case.ranks
@@ -231,9 +236,7 @@ def test_a_model_trained_under_a_kind_has_its_last_validation_loss_in_one_proces
         assert loss == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "case", [Case("ddp", 2, ParallelConfig(tensor=2)), Case("ddp", 2, ParallelConfig(sequence=2))], ids=str
-)
+@pytest.mark.parametrize("case", cases([Case("ddp", 2, ParallelConfig(tensor=2))], FEW[:1]))
 def test_a_run_that_diverges_rolls_back_and_skips_samples_as_one_process_does(settings, case):
     found = []
     for each in (case, ALONE):
