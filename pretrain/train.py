@@ -48,7 +48,7 @@ class StepResult(NamedTuple):
     """The result of one step; the tensors stay on the device."""
 
     loss_sum: Tensor
-    """(), float64: nats of this rank's valid tokens."""
+    """(), float64: nats of this rank's valid tokens; those that ranks share count on one of them."""
     tokens: Tensor
     """(), int64: valid tokens of the global batch."""
     grad_norm: Tensor
