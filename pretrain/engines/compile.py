@@ -83,7 +83,7 @@ def compile_model(model: nn.Module, what: str, backend: str | Callable = "induct
 
     Only a block's `forward` is compiled: the hooks by which an engine gathers weights run around it and break no graph.
     sent: ranks send tokens to each other's experts, as many as the host reads in each layer. A block's experts then run
-    uncompiled, between two graphs: other numbers compile nothing, and their own hooks run there, too.
+    uncompiled, between two graphs, so that other numbers compile nothing.
     """
     if sent:
         for block in model.model.layers:
