@@ -40,6 +40,11 @@ class Mesh:
     # ---------------------------------------------------------------- numbers
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The factors of the number of ranks, by name, and over how many ranks the experts lie."""
+        return {name: getattr(self, name) for name in ("replicas", "shards", "sequence", "tensor", "expert")}
+
+    @property
     def sample_ranks(self) -> int:
         """Groups of ranks that take different samples."""
         return self.replicas * self.shards
