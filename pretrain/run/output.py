@@ -30,7 +30,7 @@ LEGEND = """Columns (details: docs/understanding_the_loss.md)
   val loss   the same loss on text that is never trained on: the number to judge a model by"""
 
 
-def announce(run: Run, start: Start, why_precision: str, warnings: Sequence[object]) -> None:
+def announce(run: Run, start: Start, why_precision: str, certificate: str, warnings: Sequence[object]) -> None:
     """Prints what will be done, in arithmetic that a reader can check, and what the numbers will mean."""
     config, engine, batch = run.config, run.engine, run.config.batch
     length, ranks = config.data.sequence_length, engine.world_size
@@ -46,6 +46,7 @@ def announce(run: Run, start: Start, why_precision: str, warnings: Sequence[obje
         f"engine     {config.engine.name}, {ranks} process{'es' * (ranks > 1)} on {engine.device_name}",
         f"precision  {engine.precision}: {why_precision}",
         f"compile    {engine.compiled}: {engine.compiled_why}",
+        f"masks      {certificate}",
         f"batch      {batch.global_batch_size} sequences per step = ranks {ranks} x micro-batch {batch.micro_batch_size} x "
         f"accumulation {accumulation(batch, ranks)}; times {length} tokens = {tokens_per_step:,} tokens per step",
         f"length     {run.total_steps:,} steps = {tokens:,} tokens = {samples / run.data.samples_per_epoch:.2f} epochs, "

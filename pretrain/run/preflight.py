@@ -35,7 +35,7 @@ from pretrain.engines.base import Engine
 from pretrain.model import flops
 from pretrain.model.config import ModelConfig, vocabulary
 from pretrain.optim.schedule import lr_at
-from pretrain.run import resume
+from pretrain.run import mask_certificate, resume
 from pretrain.run.directory import NO_LOCKS
 from pretrain.run.length import Length, plan
 from pretrain.run.parts import Parts, open_parts, open_tokenizer
@@ -84,6 +84,9 @@ def preflight(config: Config, ranks: int | None = None) -> Report:
             report.findings.append(Finding("data-refused", "data", str(error), stops=True))
         return report
     report.findings += precision_findings(config, parts.model)
+    facts, found = mask_certificate.certify_here(config, parts.model)
+    report.facts += facts
+    report.findings += found
     batch = parts.data.take(0, min(4, config.batch.global_batch_size))
     report.facts += describe_batch(batch, tokenizer)
     report.findings += first_batch_findings(batch, tokenizer)
