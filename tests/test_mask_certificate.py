@@ -19,6 +19,7 @@ from pretrain.model import attention, masked, transformer
 from pretrain.model.config import resolve_model
 from pretrain.run import mask_certificate
 from pretrain.run.mask_certificate import MaskBroken, certify, certify_here
+from pretrain.run.preflight import preflight
 from tests.models import train_here
 from tests.ranks import run_ranks
 
@@ -46,9 +47,9 @@ def test_masks_hold_for_every_rule_length_and_grouping(rules, precision):
     for length, heads, key_heads, head_dim in ((16, 4, 4, 2), (101, 4, 2, 8), (384, 6, 2, 32), (4096, 8, 1, 64)):
         shape = [f"--data.sequence_length={length}", f"--model.num_attention_heads={heads}", f"--model.head_dim={head_dim}"]
         shape += [f"--model.num_key_value_heads={key_heads}", f"--model.qk_norm={length == 384}"]
-        facts, findings = certify_here(*parts([*rules, *shape, "--engine.precision", precision]))
-        assert findings == [], (length, heads)
-        assert ("window" in facts[0], "documents" in facts[0]) == (WINDOW[0] in rules and length > 100, DOCUMENTS[0] in rules)
+        line = certify_here(*parts([*rules, *shape, "--engine.precision", precision]))
+        found = "window" in line, "documents" in line
+        assert found == (WINDOW[0] in rules and length > 100, DOCUMENTS[0] in rules), line
 
 
 def test_the_certificate_takes_no_random_number_of_the_run():
@@ -182,7 +183,7 @@ def test_a_planted_fault_ends_the_start_with_status_2_and_the_name_of_the_rule(n
     assert train_here([*BASE, *flags, "--run.directory", str(tmp_path)]) == 2
     assert f"the rule '{rule}' is broken" in capfd.readouterr().err
     assert not list(tmp_path.glob("*/checkpoints/*"))
-    (finding,) = certify_here(*parts(flags))[1]
+    (finding,) = preflight(parts(flags)[0]).findings
     assert finding.name == "mask-broken" and finding.stops and f"'{rule}'" in finding.text
 
 

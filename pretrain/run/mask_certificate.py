@@ -38,7 +38,6 @@ from torch import Tensor, nn
 from pretrain import UserError
 from pretrain.config import Config, EngineConfig
 from pretrain.data.batches import MASKED, Batch, documents_of
-from pretrain.data.checks import Finding
 from pretrain.engines import parallel
 from pretrain.engines.base import Engine, default_precision
 from pretrain.engines.mesh import Mesh
@@ -102,17 +101,14 @@ def certify(config: Config, model: ModelConfig, engine: Engine) -> str:
     return f"{probe} ({time.perf_counter() - began:.1f} s)"
 
 
-def certify_here(config: Config, model: ModelConfig) -> tuple[list[str], list[Finding]]:
-    """Checks the masks on this process alone, without the run's parallelism: for the preflight. -> (facts, findings)."""
+def certify_here(config: Config, model: ModelConfig) -> str:
+    """`certify` in this process alone, without an engine: for the preflight."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if default_precision(config.engine) == "fp32" else torch.bfloat16
     probe = Probe(config, model, Mesh(EngineConfig(), 0, 1), device, dtype)
-    try:
-        if found := probe.violation(lambda batch: batch, contextlib.nullcontext):
-            raise MaskBroken(RULES[found.rule], probe.describe(found))
-    except UserError as error:  # on GPUs, documents and windows refuse very small heads
-        return [], [Finding("mask-broken", "model", str(error), stops=True)]
-    return [f"masks: {probe}, on one {device.type}"], []
+    if found := probe.violation(lambda batch: batch, contextlib.nullcontext):
+        raise MaskBroken(RULES[found.rule], probe.describe(found))
+    return f"{probe}, on one {device.type}"
 
 
 class Probe:

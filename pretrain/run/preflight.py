@@ -84,9 +84,6 @@ def preflight(config: Config, ranks: int | None = None) -> Report:
             report.findings.append(Finding("data-refused", "data", str(error), stops=True))
         return report
     report.findings += precision_findings(config, parts.model)
-    facts, found = mask_certificate.certify_here(config, parts.model)
-    report.facts += facts
-    report.findings += found
     batch = parts.data.take(0, min(4, config.batch.global_batch_size))
     report.facts += describe_batch(batch, tokenizer)
     report.findings += first_batch_findings(batch, tokenizer)
@@ -100,6 +97,11 @@ def preflight(config: Config, ranks: int | None = None) -> Report:
     report.facts += run_facts(config, parts, length)
     report.findings += run_findings(config, parts.data, length)
     report.findings += storage_findings(config, parts.model, folder, length.total_steps) + resuming
+    if not report.stops:
+        try:
+            report.facts.append(f"masks: {mask_certificate.certify_here(config, parts.model)}")
+        except mask_certificate.MaskBroken as error:
+            report.findings.append(Finding("mask-broken", "model", str(error), stops=True))
     return report
 
 
