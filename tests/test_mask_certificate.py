@@ -221,14 +221,14 @@ def parts_of_the_wrong_rank(monkeypatch):
     ))  # fmt: skip
 
 
+def swapped(tensor, dim: int = 1):
+    """With the two halves of a dimension in the wrong order, as parts of two ranks would be."""
+    return torch.cat(tensor.chunk(2, dim)[::-1], dim)
+
+
 def tokens_of_ranks_in_the_wrong_order(monkeypatch):
-    real = parallel._to_heads
-    monkeypatch.setattr(parallel, "_to_heads", lambda *args: torch.cat(real(*args).chunk(2, 1)[::-1], 1))
-
-
-def results_to_the_wrong_rank(monkeypatch):
-    real = parallel._to_tokens
-    monkeypatch.setattr(parallel, "_to_tokens", lambda x, *args: real(torch.cat(x.chunk(2, 1)[::-1], 1), *args))
+    real = parallel.HeadExchange.to_heads
+    monkeypatch.setattr(parallel.HeadExchange, "to_heads", lambda *args: [swapped(each) for each in real(*args)])
 
 
 def keys_alone_in_the_wrong_order(monkeypatch):
@@ -236,9 +236,14 @@ def keys_alone_in_the_wrong_order(monkeypatch):
 
     def wrong(exchange, *tensors):
         query, key, value = real(exchange, *tensors)
-        return query, torch.cat(key.chunk(2, 1)[::-1], 1), value
+        return query, swapped(key), value
 
     monkeypatch.setattr(parallel.HeadExchange, "to_heads", wrong)
+
+
+def results_to_the_wrong_rank(monkeypatch):
+    real = parallel.HeadExchange.to_tokens
+    monkeypatch.setattr(parallel.HeadExchange, "to_tokens", lambda exchange, out: real(exchange, swapped(out)))
 
 
 def no_exchange(monkeypatch):
@@ -257,16 +262,12 @@ def one_rank_is_not_causal(monkeypatch):
 
 def gathered_in_the_wrong_order(monkeypatch):
     real = parallel._all_gather
-    monkeypatch.setattr(parallel, "_all_gather", lambda *args: torch.cat(real(*args).chunk(2, args[1])[::-1], args[1]))
+    monkeypatch.setattr(parallel, "_all_gather", lambda *args: swapped(real(*args), args[1]))
 
 
 def scattered_in_the_wrong_order(monkeypatch):
     real = parallel._reduce_scatter
-
-    def wrong(x, how, dim, group):
-        return real(torch.cat(x.chunk(2, dim)[::-1], dim), how, dim, group)
-
-    monkeypatch.setattr(parallel, "_reduce_scatter", wrong)
+    monkeypatch.setattr(parallel, "_reduce_scatter", lambda x, how, dim, group: real(swapped(x, dim), how, dim, group))
 
 
 ON_RANKS: dict[str, tuple[str, list[str], PATCH]] = {
