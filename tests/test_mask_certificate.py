@@ -246,6 +246,11 @@ def results_to_the_wrong_rank(monkeypatch):
     monkeypatch.setattr(parallel.HeadExchange, "to_tokens", lambda exchange, out: real(exchange, swapped(out)))
 
 
+def heads_of_ranks_in_the_wrong_order(monkeypatch):
+    real = parallel.HeadExchange.to_tokens
+    monkeypatch.setattr(parallel.HeadExchange, "to_tokens", lambda exchange, out: swapped(real(exchange, out), 2))
+
+
 def no_exchange(monkeypatch):
     real = attention._attend
 
@@ -277,6 +282,7 @@ ON_RANKS: dict[str, tuple[str, list[str], PATCH]] = {
     "tokens for heads in the wrong order": ("causal", SEQUENCE, tokens_of_ranks_in_the_wrong_order),
     "results to the wrong rank": ("causal", SEQUENCE, results_to_the_wrong_rank),
     "keys alone in the wrong order": ("causal", SEQUENCE, keys_alone_in_the_wrong_order),
+    "heads in the wrong order": ("causal", SEQUENCE, heads_of_ranks_in_the_wrong_order),
     "no exchange": ("causal", SEQUENCE, no_exchange),
     "one rank is not causal": ("causal", TENSOR, one_rank_is_not_causal),
     "gathered in the wrong order": ("causal", TENSOR, gathered_in_the_wrong_order),

@@ -8,7 +8,7 @@ It runs twice:
                   result is not 0 exactly where that query sees that token. The rows together cover all pairs of each head.
     second pass   one token of each row is another one, with another key and value. The queries whose heads' results or whose
                   outputs change, bit by bit, must be those that may see it. This also finds keys that are read where their
-                  values are not, and tokens that return from an exchange in another order.
+                  values are not, and outputs of tokens in a wrong order.
 
 The probe has one dense block and the run's head size, grouping, rotary embedding, window and kernel. The code that cuts the
 run's model over ranks cuts it, too; it gets its part of the batch from the engine, and computes in the run's precision. DDP,
@@ -158,10 +158,10 @@ class Probe:
         if self.kernel == _FLEX:  # the compiler would take the run's length for a second one, and compile for any length
             torch._dynamo.reset()
             torch._dynamo.utils.counters.clear()
-        layouts = len(self._start_LT)
+        layouts, channels_HC = len(self._start_LT), self._channels(heads_RtHC.shape[2])
         layout_N, key_N = torch.arange(layouts).repeat_interleave(self.length), torch.arange(self.length).repeat(layouts)
-        seen_LTtH = (heads_RtHC != 0).permute(0, 3, 1, 2).unflatten(0, (layouts, -1)).flatten(1, 2)[:, : self.length]
-        seen_NtH = seen_LTtH.flatten(0, 1)
+        seen_RtHC = (heads_RtHC != 0).gather(3, channels_HC.to(heads_RtHC.device).expand_as(heads_RtHC))
+        seen_NtH = seen_RtHC.permute(0, 3, 1, 2).unflatten(0, (layouts, -1)).flatten(1, 2)[:, : self.length].flatten(0, 1)
         moved_RtH, out_Rt1 = (heads_RtHC != new_heads_RtHC).any(3), (out_RtD != new_out_RtD).any(2, keepdim=True)
         part = self.mesh.sequence_rank
         part_of_out = part * self.mesh.tensor + self.mesh.tensor_rank  # tensor ranks cut tokens, too, around the cut matrices
@@ -170,6 +170,12 @@ class Probe:
             or self._compare(0, moved_RtH, self._layout_R, self._key_R, part)
             or self._compare(1, out_Rt1, self._layout_R, self._key_R, part_of_out)
         )
+
+    def _channels(self, heads: int) -> Tensor:
+        """Where this rank's heads have the channels of the values, (H, C): see `_weight`."""
+        head_H = self.mesh.tensor_rank * heads + torch.arange(heads)
+        key_head_H = head_H // (self._small.num_attention_heads // self._small.num_key_value_heads)
+        return (torch.arange(self._small.head_dim) + key_head_H[:, None]) % self._small.head_dim
 
     def _run(self, batch: Batch, autocast: Callable[[], AbstractContextManager]) -> tuple[Tensor, Tensor]:
         """-> (heads' results, (R, t, H, C); outputs, (R, t, D)), without gradient."""
@@ -282,7 +288,8 @@ def _build(
 
 def _weight(name: str, shape: list[int], channels: int, generator: torch.Generator) -> Tensor:
     """A parameter's full value. An embedding has three parts. Queries come from the first, the same for all ids, so that a
-    token which changes keeps its query; what tells keys apart is the second; a value has the channel that is 1 in the third."""
+    token which changes keeps its query; what tells keys apart is the second; a value has the channel that is 1 in the third,
+    moved on by the number of its key head, so that heads which return from an exchange in a wrong order are found."""
     scale = 0.3 if "q_proj" in name or "q_norm" in name else 1.0  # small logits: no visible token has a share near 0
     if len(shape) == 1:
         return scale * torch.ones(shape)
@@ -292,7 +299,8 @@ def _weight(name: str, shape: list[int], channels: int, generator: torch.Generat
         full_VD = torch.cat([torch.ones(shape[0], _PART), keys[id_V // (channels + 1) % _VARIANTS], channel_VC], 1)
         return full_VD / 16  # all of one length, and short: what attention adds is not rounded away
     if name.endswith("v_proj.weight"):
-        return F.pad(torch.eye(channels), (2 * _PART, channels)).repeat(shape[0] // channels, 1)
+        moved = [torch.eye(channels).roll(head, 0) for head in range(shape[0] // channels)]
+        return F.pad(torch.cat(moved), (2 * _PART, channels))
     value = scale * torch.randn(shape, generator=generator) * shape[-1] ** -0.5
     if name.endswith("q_proj.weight"):
         value[:, _PART:] = 0
