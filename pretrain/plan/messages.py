@@ -1,5 +1,5 @@
-"""What the ranks of a run send in a step, from the settings alone: kinds of collectives, groups of ranks, bytes. A test compares
-the bytes with those that real ranks send.
+"""What the ranks of a run send in a step, from the settings alone: kinds of collectives, groups of ranks, bytes. A test
+compares the bytes with those that real ranks send.
 
 It knows shapes, engines and kinds of parallelism. It imports no torch and runs nothing.
 """
