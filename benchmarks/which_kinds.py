@@ -3,7 +3,7 @@
     python benchmarks/which_kinds.py [--device h100] [--gpus 1 8 64] [--output FILE]
 
 For each model and number of GPUs it tries ddp and fsdp2 with every product of kinds, every activation checkpointing and every
-micro-batch that divides the run, and prints the fastest that fits for each set of kinds: GiB of a rank, GB that a rank sends in a
+micro-batch that divides the run, and prints the fastest that fits for each set of kinds: GiB of a rank, GB that it sends in a
 step, and an estimate of the time. If nothing fits, it prints the plan that needs least. Bytes sent are counted
 (`pretrain/plan/messages.py`), memory and times are estimates (`memory.py`, `scaling.py`). It measures nothing, needs no GPU and
 takes seconds.
