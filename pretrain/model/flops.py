@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pretrain.model.config import ModelConfig
+from pretrain.model.config import ModelConfig, vocabulary_rows
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,6 @@ class ParameterCount:
     """Routed experts: expert parallelism divides them among ranks."""
     undivided: int
     """Norms and routers: no kind of parallelism divides them. Tensor parallelism divides all but these and routed experts."""
-
-
-def vocabulary_rows(config: ModelConfig) -> int:
-    """Number of rows of embedding and head: vocab_size rounded up to a multiple of vocab_multiple."""
-    return -(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple
 
 
 def num_parameters(config: ModelConfig) -> ParameterCount:
