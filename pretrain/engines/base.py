@@ -37,7 +37,7 @@ _KEPT_VARIABLES = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERA
 
 
 class Engine:
-    """Base class of all engines. Attributes: rank, world_size, mesh, device, precision, watchdog; after `prepare` also model (the
+    """Base class of engines. Attributes: rank, world_size, mesh, device, precision, watchdog; after `prepare` also model (the
     bare module), cuts (of its parameters, by name), optimizer, compiled and compiled_why. A subclass defines `_distribute`,
     `micro_batch`, `local_states` and `replicated_weights`.
     """
