@@ -24,6 +24,9 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from pretrain import schema
+from pretrain.engines import config as engine_settings
+from pretrain.engines.config import EngineConfig, Work
+from pretrain.engines.config import ParallelConfig as ParallelConfig
 from pretrain.model import config as model_settings
 from pretrain.model.config import ModelConfig, differences, model_from_dict, resolve_model
 from pretrain.schema import (
@@ -163,55 +166,6 @@ class TrainConfig:
     on_divergence: Literal["stop", "rollback"] = free("stop")
     """stop: exit with status 70; rollback: return to the last checkpoint and leave out the samples of those steps, at most
     twice."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
-    """Ranks that share a model or a sequence. docs/engines.md says which engine can do what, and when it pays."""
-
-    tensor: PositiveInt = free(1)
-    """ddp, fsdp2: ranks that share attention heads, feed-forward matrices and vocabulary. 1: off."""
-    sequence: PositiveInt = free(1)
-    """Ranks that share the tokens of a sequence, for long ones. 1: off."""
-    expert: PositiveInt = free(1)
-    """ddp, fsdp2: ranks that share the experts of a layer. 1: off, each rank has all of them (fsdp2: shards of all)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """Distribution of the model over processes, and options that save memory. docs/engines.md compares the engines."""
-
-    name: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = free("ddp")
-    """ddp: every rank holds everything; zero1, zero2, zero3 (DeepSpeed): ranks share the optimizer state (zero1), also the
-    gradients (zero2), also the weights (zero3); fsdp2 (PyTorch): as zero3."""
-    precision: Literal["fp32", "bf16", "fp8"] | None = guarded(None)
-    """bf16: compute in bf16; master weights, summed gradients and moments in fp32. fp8 (ddp, fsdp2): as bf16, but wide matrices
-    of blocks in fp8. null: the checkpoint's if the run resumes, else bf16 on GPUs and on CPUs with AMX, fp32 on other CPUs.
-    (fp16 needs loss scaling and skips steps: refused.)"""
-    compile: Literal["none", "blocks", "model"] | None = free(None)
-    """torch.compile: blocks compiles one block and uses it for all; model (not zero3) compiles everything. The first step takes
-    longer. none: off. null: on GPUs model for ddp alone up to 1e9 parameters, else blocks; on CPUs none."""
-    activation_checkpointing: Literal["none", "selective", "full"] = free("none")
-    """full: keep only the inputs of blocks and run each block twice (a third more FLOPs); selective: keep the matrix products
-    too. none: off."""
-    offload: Literal["none", "optimizer", "all"] = free("none")
-    """optimizer (zero1, zero2, zero3): optimizer state lives and is updated on the host; all (zero3): weights too. none:
-    off."""
-    replicas: PositiveInt = free(1)
-    """fsdp2: replicas of the sharded model; one per node keeps the gathering of weights within nodes. 1: off."""
-    parallel: ParallelConfig = free(ParallelConfig)
-    """Ranks that share a model or a sequence; the remaining factor of the number of ranks is data parallel."""
-    reduce_gradients: Literal["step", "micro_batch"] | None = free(None)
-    """step: once per step, each rank holding full fp32 gradients between micro-batches; micro_batch: after each, holding only
-    its share. null: micro_batch for zero2, zero3, fsdp2; step for ddp, zero1."""
-    bucket_mib: PositiveInt | None = free(None)
-    """ddp, zero1, zero2, zero3: MiB of gradients sent at once. null: 25 for ddp, 200 for the others."""
-    keep_whole_below: NonNegativeInt = free(100_000)
-    """zero3: parameters with fewer elements are not sharded."""
-    world_size: PositiveInt | None = free(None)
-    """Required number of processes; with another number the run refuses to start. null: any."""
-    timeout_seconds: PositiveFloat = free(600.0)
-    """Longest time that a collective may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -437,24 +391,7 @@ def _check_vocabulary(config: Config) -> Iterator[Problem]:
 
 
 def _check_engine(config: Config) -> Iterator[Problem]:
-    """An option that the chosen engine does not have is refused, never ignored."""
-    name, replicas = config.engine.name, config.engine.replicas
-    options = (
-        ("offload", "optimizer", ("zero1", "zero2", "zero3")),
-        ("offload", "all", ("zero3",)),
-        ("reduce_gradients", "micro_batch", ("zero2", "zero3", "fsdp2")),
-        ("precision", "fp8", ("ddp", "fsdp2")),
-    )
-    for key, value, names in options:
-        if getattr(config.engine, key) == value and name not in names:
-            yield Problem(f"engine.{key}", f"got {value}, which only {', '.join(names)} can do; engine.name is {name}")
-    if name != "fsdp2" and replicas != 1:
-        yield Problem("engine.replicas", f"got {replicas}, which only fsdp2 can do; engine.name is {name}")
-    if name == "fsdp2" and config.engine.bucket_mib is not None:
-        message = "has no meaning for fsdp2, which sends the gradients of a block at once; use null"
-        yield Problem("engine.bucket_mib", message)
-    if name == "zero3" and config.engine.compile == "model":
-        yield Problem("engine.compile", "got model, which the hooks of zero3 would cut into many graphs; use blocks")
+    yield from engine_settings.check_options(config.engine)
 
 
 def _check_optimizer(config: Config) -> Iterator[Problem]:
@@ -484,37 +421,14 @@ def _check_ranks(config: Config, world_size: int | None) -> Iterator[Problem]:
         yield Problem("engine.world_size", message)
 
 
-def _check_batch(config: Config, world_size: int | None) -> Iterator[Problem]:
-    """Every rank runs the same number of full micro-batches in every step: no remainder can exist."""
-    size, micro = config.batch.global_batch_size, config.batch.micro_batch_size
-    if world_size is not None and size % (product := micro * world_size):
-        nearest = max(product, round(size / product) * product)
-        message = (
-            f"got {size}, must be a multiple of micro_batch_size x ranks = {micro} x {world_size} = {product}; the nearest is "
-            f"{nearest}"
-        )
-        yield Problem("batch.global_batch_size", message)
-
-
-def _check_replicas(config: Config, world_size: int | None) -> Iterator[Problem]:
-    replicas = config.engine.replicas
-    if config.engine.name == "fsdp2" and world_size is not None and world_size % replicas:
-        yield Problem("engine.replicas", f"got {replicas}, must divide the number of processes, {world_size}")
-
-
-def _check_shards(config: Config, world_size: int | None) -> Iterator[Problem]:
-    moe, engine = config.model.moe, config.engine
-    if moe and engine.name == "fsdp2" and (shards := (world_size or 1) // engine.replicas) > moe.num_experts:
-        message = (
-            f"is fsdp2, which does not split an expert: over {shards} ranks, {moe.num_experts} experts leave some without any; "
-            f"use zero3, which splits evenly, or engine.replicas so that at most {moe.num_experts} ranks share a replica"
-        )
-        yield Problem("engine.name", message)
+def _check_mesh(config: Config, world_size: int | None) -> Iterator[Problem]:
+    if not isinstance(config.engine, schema.Partial) and not isinstance(config.model, schema.Partial):
+        yield from engine_settings.check_mesh(config.engine, work_of(config, config.model), world_size)
 
 
 _CHECKS = (_check_names, _check_length, _check_schedule, _check_sources, _check_vocabulary, _check_engine, _check_optimizer,
            _check_prompts)  # fmt: skip
-_CHECKS_OF_RANKS = (_check_ranks, _check_batch, _check_replicas, _check_shards)
+_CHECKS_OF_RANKS = (_check_ranks, _check_mesh)
 
 
 def _check_pretrained(model: ModelConfig, pretrained: ModelConfig) -> list[Problem]:
@@ -555,6 +469,20 @@ def check_resume(old: dict, new: dict, allow_changes: list[str], origin: str) ->
     return problems
 
 
-def accumulation(batch: BatchConfig, world_size: int) -> int:
-    """Micro-batches per step and rank."""
-    return batch.global_batch_size // (batch.micro_batch_size * world_size)
+def work_of(config: Config, model: ModelConfig) -> Work:
+    """What the engine distributes. model: that of `config`, resolved or not."""
+    batch = config.batch
+    return Work(model, config.data.sequence_length, batch.global_batch_size, batch.micro_batch_size)
+
+
+def accumulation(batch: BatchConfig, sample_ranks: int) -> int:
+    """Micro-batches per step and rank. sample_ranks: `engines.config.sample_ranks`."""
+    return batch.global_batch_size // (batch.micro_batch_size * sample_ranks)
+
+
+def batch_product(config: Config, ranks: int) -> str:
+    """The global batch in words, such as `16 sequences per step = ranks 2 x micro-batch 4 x accumulation 2`."""
+    batch, groups = config.batch, engine_settings.sample_ranks(config.engine, ranks)
+    who = f"ranks {ranks}" if groups == ranks else f"groups of {ranks // groups} ranks {groups}"
+    product = f"{who} x micro-batch {batch.micro_batch_size} x accumulation {accumulation(batch, groups)}"
+    return f"{batch.global_batch_size} sequences per step = {product}"

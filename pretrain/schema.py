@@ -227,7 +227,7 @@ class Partial:
         if key in self._wrong:
             raise Unread(key)
         value = getattr(self._settings, name)
-        return Partial(value, self._wrong, f"{key}.") if dataclasses.is_dataclass(value) else value
+        return Partial(value, self._wrong, f"{key}.") if any(each.startswith(f"{key}.") for each in self._wrong) else value
 
 
 def build(cls: type, tree: dict[str, Any], origins: Origins, problems: list[Problem]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -226,11 +227,107 @@ except SystemExit as left:
     assert done.stdout.strip() == "2 False" and "optimizer.lr" in done.stderr
 
 
-def test_fsdp2_is_refused_where_a_rank_would_hold_no_expert():
-    flags = [*GOOD, "--engine.name", "fsdp2", "--model.moe.num_experts", "4", "--batch.micro_batch_size", "1"]
-    load(flags, world_size=4)
-    load([*flags, "--engine.replicas", "2"], world_size=8)
-    assert keys_of(flags, world_size=8) == ["engine.name"]
+# ---------------------------------------------------------------- ways to cut a model over ranks
+
+REFUSED = [
+    ("engine.name zero1, parallel.tensor 2", 2, "tensor", "fsdp2"),
+    ("engine.name zero3, engine.offload all, parallel.tensor 2", 2, "tensor", "zero3"),
+    ("engine.name zero2, parallel.expert 2, model.moe.num_experts 4", 2, "expert", "fsdp2"),
+    ("engine.precision fp8, parallel.tensor 2", 2, "tensor", "ddp"),
+    ("parallel.expert 2", 2, "expert", "ddp"),
+    ("parallel.expert 3, model.moe.num_experts 8", 3, "expert", "ddp"),
+    ("parallel.expert 4, model.moe.num_experts 8", 2, "expert", "ddp"),
+    ("parallel.tensor 5", 5, "tensor", "ddp"),
+    ("parallel.tensor 2", 3, "tensor", "ddp"),
+    ("parallel.tensor 4, model.num_key_value_heads 2", 4, "tensor", "ddp"),
+    ("parallel.tensor 4, model.intermediate_size 66", 4, "tensor", "ddp"),
+    ("parallel.tensor 2, model.moe.num_experts 4, model.moe.num_shared_experts 1, model.intermediate_size 33", 2, "tensor",
+     "ddp"),
+    ("parallel.tensor 2, model.vocab_size 101, model.vocab_multiple 1", 2, "tensor", "ddp"),
+    ("parallel.tensor 2, data.sequence_length 33", 2, "tensor", "ddp"),
+    ("engine.name fsdp2, parallel.tensor 2, engine.replicas 3", 8, "replicas", "fsdp2"),
+    ("parallel.sequence 16", 16, "sequence", "ddp"),
+    ("parallel.sequence 2, data.sequence_length 33", 2, "sequence", "ddp"),
+    ("parallel.sequence 4, parallel.tensor 4", 16, "sequence", "ddp"),
+    ("parallel.sequence 2, parallel.tensor 2, data.sequence_length 34", 4, "sequence", "ddp"),
+    ("parallel.sequence 2, model.hidden_size 96, model.num_attention_heads 6, model.num_key_value_heads 3", 2, "sequence",
+     "ddp"),
+    ("parallel.sequence 2, parallel.tensor 2", 6, "sequence", "ddp"),
+    ("engine.name fsdp2, model.moe.num_experts 4", 8, "name", "fsdp2"),
+    ("engine.name fsdp2, model.moe.num_experts 4, parallel.expert 4", 8, "name", "fsdp2"),
+]  # fmt: skip
+
+
+def flags_of(text: str) -> list[str]:
+    pairs = (pair.replace("parallel.", "engine.parallel.").split(" ") for pair in text.split(", "))
+    return [word for key, value in pairs for word in (f"--{key}", value)]
+
+
+def advice_of(problem: schema.Problem) -> list[str]:
+    """The flags that the message of a refusal ends with."""
+    return problem.message.partition("; the nearest that works: ")[2].split()
+
+
+@pytest.mark.parametrize(("text", "ranks", "key", "engine"), REFUSED, ids=[text for text, *_ in REFUSED])
+def test_a_way_to_cut_that_cannot_work_is_one_problem_and_the_nearest_way_in_its_message_works(text, ranks, key, engine):
+    [problem] = problems_of([*GOOD, *flags_of(text)], world_size=ranks)
+    assert problem.key.removeprefix("engine.").removeprefix("parallel.") == key
+    config = load([*GOOD, *flags_of(text), *advice_of(problem)], world_size=ranks)
+    assert advice_of(problem) and config.engine.name == engine
+
+
+def test_rows_of_the_vocabulary_can_be_padded_for_tensor_parallelism():
+    flags = [*GOOD, *flags_of("parallel.tensor 2, model.vocab_size 101, model.vocab_multiple 1")]
+    [problem] = problems_of(flags, world_size=2)
+    load([*flags, *re.search(r"--model.vocab_multiple \d+", problem.message)[0].split()], world_size=2)
+
+
+def test_the_nearest_way_keeps_as_much_of_the_request_as_it_can():
+    def advice(text: str, ranks: int) -> list[str]:
+        return advice_of(problems_of([*GOOD, *flags_of(text)], world_size=ranks)[0])
+
+    assert advice("parallel.tensor 3", 12) == ["--engine.parallel.tensor", "4", "--batch.global_batch_size", "24"]
+    assert advice("parallel.sequence 16", 16) == ["--engine.parallel.sequence", "8"]
+    assert advice("engine.name zero3, parallel.tensor 2", 4) == ["--engine.name", "fsdp2"]
+    assert advice("engine.name fsdp2, model.moe.num_experts 4", 8)[:2] == ["--engine.replicas", "2"]
+
+
+def test_ranks_that_share_sequences_share_their_part_of_the_batch():
+    flags = [*GOOD, *flags_of("batch.global_batch_size 4, batch.micro_batch_size 2, model.num_key_value_heads 2")]
+    assert keys_of(flags, world_size=8) == ["batch.global_batch_size"]
+    for cut in ("parallel.sequence 4", "parallel.tensor 2, parallel.sequence 2", "parallel.tensor 2, parallel.sequence 4"):
+        load([*flags, *flags_of(cut)], world_size=8)
+    assert keys_of([*flags, *flags_of("parallel.sequence 2")], world_size=8) == ["batch.global_batch_size"]
+    experts = flags_of("parallel.expert 4, model.moe.num_experts 8")  # do not share sequences
+    assert keys_of([*flags, *experts], world_size=8) == ["batch.global_batch_size"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_refused_way_to_cut_becomes_valid_by_the_advice_of_each_of_its_messages(data):
+    def draw(*values: Any) -> str:
+        return str(data.draw(st.sampled_from(values)))
+
+    heads = int(draw(4, 6, 8, 12))
+    name, kinds = draw("ddp", "zero1", "zero3", "fsdp2"), ("tensor", "sequence", "expert")
+    flags = [*GOOD, "--engine.name", name, "--model.hidden_size", "192", "--model.num_attention_heads", str(heads)]
+    flags += ["--model.num_key_value_heads", draw(*(n for n in (1, 2, 3, 4, 6, 8, 12) if heads % n == 0))]
+    flags += ["--model.vocab_multiple", draw(1, 4, 6), "--data.sequence_length", draw(32, 36, 48, 49)]
+    flags += [word for kind in kinds for word in (f"--engine.parallel.{kind}", draw(1, 1, 2, 3, 4, 8))]
+    flags += ["--model.intermediate_size", draw(64, 66, 96), *(["--engine.replicas", draw(1, 2, 3)] if name == "fsdp2" else [])]
+    if draw(True, False) == "True":
+        flags += ["--model.moe.num_experts", draw(4, 6, 8), "--model.moe.num_shared_experts", draw(0, 1)]
+    ranks = data.draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16, None]))
+    try:
+        load(flags, world_size=ranks)
+    except ConfigError as error:
+        for problem in error.problems:
+            if problem.key != "batch.global_batch_size":
+                assert advice_of(problem), problem
+                load([*flags, *advice_of(problem)], world_size=ranks)
+
+
+# ---------------------------------------------------------------- other combinations
 
 
 def test_sample_prompts_need_a_tokenizer_and_validations():

@@ -26,7 +26,7 @@ from tools import diagnose_loss as tool
 ROOT = Path(__file__).resolve().parents[1]
 STORY = "Epoch:[1/2](100/442) loss:213.776 lr:0.000500000000 epoch_Time:12.0min:\n"
 TINY = """
-model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, vocab_size: 300}
+model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, vocab_size: 300}
 data: {synthetic: {kind: markov}, sequence_length: 32}
 batch: {global_batch_size: 8, micro_batch_size: 2}
 train: {max_steps: 4}
@@ -251,6 +251,14 @@ def test_the_chain_checks_every_stage_and_ends_at_the_trainers_number(config, ru
     assert "256 labels" in text and "2 ranks x 2 micro-batches" in text and "scaled by 2 / 256" in text
     status, text = run("chain", "--config", config, "--micro-batches", 2)
     assert status == 0 and "2 of 4 micro-batches" in text and "accumulation, ranks" not in text
+
+
+def test_the_chain_shows_ranks_that_share_sequences_as_one_and_counts_their_tokens_once(config, run):
+    config.write_text(TINY + "engine: {parallel: {sequence: 2, tensor: 2}}\n")
+    text = run("chain", "--config", config, "--ranks", 8)[1]
+    assert "ranks 0 to 3 together:" in text and "ranks 4 to 7 together:" in text and "256 labels" in text
+    assert "2 groups of 4 ranks x 2 micro-batches" in text and "scaled by 4 / 256" in text
+    assert "1 groups of 4 ranks x 4 micro-batches" in run("chain", "--config", config)[1]  # as few as the settings allow
 
 
 def test_a_checkpoint_that_learned_nothing_is_found_and_a_folder_without_one_is_refused(config, parts, tmp_path, run):

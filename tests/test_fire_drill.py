@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import load
+from pretrain.config import ParallelConfig, load
 from tests.test_train import ROOT, TINY
 
 DRILL = ["tools/fire_drill.py", "--model.vocab_size", "64", "--data.synthetic.kind", "markov", "--train.max_steps", "9"]
@@ -84,3 +84,6 @@ def test_the_shrunken_run_keeps_the_settings_under_test(tmp_path, monkeypatch):
     assert (small.engine.name, small.optimizer.weight_decay) == ("zero3", 0.3)
     assert small.model.num_key_value_heads < small.model.num_attention_heads and small.data.quarantine is None
     assert small.checkpoint.every_steps < small.train.max_steps and small.log.every_steps == 1
+    cut = ["--engine.parallel.tensor", "2", "--engine.parallel.sequence", "8", "--model.num_attention_heads", "16"]
+    config = load(["--config", str(tmp_path / "tiny.yaml"), *cut], world_size=16)
+    assert fire_drill.shrink_run(config, 4, tmp_path).engine.parallel == ParallelConfig(tensor=2, sequence=2)

@@ -33,6 +33,7 @@ SETTINGS = {
     "pretrain.config",
     "pretrain.model.config",
     "pretrain.model.hf_mapping",
+    "pretrain.engines.config",
 }
 """The leaf modules and the settings: every room but the doctor may import them, and takes only its own section."""
 ROOMS_BELOW = {
@@ -56,6 +57,7 @@ WITHOUT_TORCH = [
     "pretrain.schema",
     "pretrain.doctor.compare_runs",
     "pretrain.optim.schedule",
+    "pretrain.engines.config",
     "pretrain.engines.place",
     "pretrain.data.order",
     "pretrain.data.indexed",

@@ -71,9 +71,13 @@ BASES = {
 }
 EXPECTED = {
     "alone": {"batch.micro_batch_size", "engine.activation_checkpointing", "data.sequence_length"},
-    "ddp": {"batch.micro_batch_size", "engine.name", "engine.activation_checkpointing", "data.sequence_length"},
+    "ddp": {
+        "batch.micro_batch_size", "engine.name", "engine.activation_checkpointing", "engine.parallel.sequence",
+        "data.sequence_length",
+    },
     "fsdp2 that reduces once a step": {
-        "batch.micro_batch_size", "engine.reduce_gradients", "engine.activation_checkpointing", "data.sequence_length",
+        "batch.micro_batch_size", "engine.reduce_gradients", "engine.activation_checkpointing", "engine.parallel.sequence",
+        "data.sequence_length",
     },
 }  # fmt: skip
 
@@ -160,8 +164,9 @@ def test_other_errors_are_not_out_of_memory():
 # ---------------------------------------------------------------- advice for settings that a CPU cannot run
 
 
-def flags_for(engine: EngineConfig, ranks: int, micro_batch: int = 4) -> list[str]:
-    config = load(["--train.max_steps", "1", "--data.synthetic.kind", "uniform", "--model.vocab_size", "64"], world_size=None)
+def flags_for(engine: EngineConfig, ranks: int, micro_batch: int = 4, heads: int = 8) -> list[str]:
+    flags = ["--train.max_steps", "1", "--data.synthetic.kind", "uniform", "--model.vocab_size", "64"]
+    config = load([*flags, "--model.num_attention_heads", str(heads), "--model.hidden_size", "512"], world_size=None)
     batch = BatchConfig(global_batch_size=32, micro_batch_size=micro_batch)
     config = dataclasses.replace(config, engine=engine, batch=batch)
     return [flags for flags, _ in memory.advice(config, ranks, "cuda")]
@@ -169,19 +174,30 @@ def flags_for(engine: EngineConfig, ranks: int, micro_batch: int = 4) -> list[st
 
 def test_advice_is_only_what_the_settings_leave_open():
     rest = "--data.sequence_length 512 --run.name run_512"
-    save_activations = [f"--engine.activation_checkpointing {how}" for how in ("selective", "full")]
+    cuts = ["--engine.parallel.sequence 2", "--engine.parallel.tensor 2"]
     one = EngineConfig(compile="none")
-    assert flags_for(one, 1) == ["--engine.compile blocks", "--batch.micro_batch_size 2", *save_activations, rest]
+    recompute = [f"--engine.activation_checkpointing {how}" for how in ("selective", "full")]
+    assert flags_for(one, 1) == ["--engine.compile blocks", "--batch.micro_batch_size 2", *recompute, rest]
     exhausted = EngineConfig(name="fsdp2", compile="blocks", activation_checkpointing="full")
-    assert flags_for(exhausted, 8, micro_batch=1) == [rest]
+    assert flags_for(exhausted, 8, micro_batch=1) == [*cuts, rest]
+    assert flags_for(exhausted, 8, micro_batch=1, heads=1) == [rest]
     hybrid = dataclasses.replace(exhausted, replicas=2, reduce_gradients="step")
-    assert flags_for(hybrid, 8, micro_batch=1) == ["--engine.reduce_gradients micro_batch", "--engine.replicas 1", rest]
+    expected = ["--engine.reduce_gradients micro_batch", "--engine.replicas 1", *cuts, rest]
+    assert flags_for(hybrid, 8, micro_batch=1) == expected
     buckets = EngineConfig(name="zero2", compile="blocks", bucket_mib=100, activation_checkpointing="full")
-    expected = ["--engine.name fsdp2 --engine.bucket_mib null", "--engine.offload optimizer", rest]
+    expected = ["--engine.name fsdp2 --engine.bucket_mib null", cuts[0], "--engine.offload optimizer", rest]
     assert flags_for(buckets, 8, micro_batch=1) == expected
     offloading = EngineConfig(name="zero3", compile="blocks", offload="optimizer", activation_checkpointing="selective")
-    expected = ["--engine.activation_checkpointing full", "--engine.offload all", rest]
+    expected = [cuts[0], "--engine.activation_checkpointing full", "--engine.offload all", rest]
     assert flags_for(offloading, 8, micro_batch=1) == expected
+
+
+def test_ways_to_cut_are_advised_so_that_they_work_together():
+    config = load(["--train.max_steps", "1", "--data.synthetic.kind", "uniform", "--model.vocab_size", "64",
+                   "--model.moe.num_experts", "6", "--batch.micro_batch_size", "1", "--batch.global_batch_size", "6"],
+                  world_size=6)  # fmt: skip
+    cuts = [flags for flags, _ in memory.advice(config, 6, "cpu") if ".parallel." in flags]
+    assert cuts == ["--engine.parallel.expert 2", "--engine.parallel.sequence 2"]  # 8 heads: no third of them, nor a sixth
 
 
 def test_a_smaller_micro_batch_divides_the_share_of_a_rank():

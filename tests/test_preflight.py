@@ -232,6 +232,12 @@ def other_number_of_ranks(world):
     world.flags["engine.world_size"], world.ranks = 4, 2
 
 
+def rows_that_ranks_cannot_share(world):
+    """320 of them, which only the tokenizer shows."""
+    world.flags |= {"model.hidden_size": 96, "model.num_attention_heads": 3, "model.intermediate_size": 96}
+    world.flags |= {"data.sequence_length": 96, "model.vocab_multiple": 1, "engine.parallel.tensor": 3}
+
+
 def directory_that_is_a_file(world):
     (world.folder / "runs").write_text("in the way")
 
@@ -282,6 +288,8 @@ def an_id_that_wandb_refuses(world):
         (document_mask_without_documents, "no-document-index"),
         (batch_that_does_not_divide, "batch-arithmetic"),
         (other_number_of_ranks, "batch-arithmetic"),
+        ({"engine.parallel.sequence": 2, "engine.world_size": 3}, "batch-arithmetic"),
+        (rows_that_ranks_cannot_share, "settings-refused"),
         ({"train.max_steps": "null", "train.max_tokens": 1000}, "schedule-too-long"),
         (directory_that_is_a_file, "directory-not-writable"),
         ({"model.hidden_size": 2**19, "model.num_hidden_layers": 64}, "disk-too-small"),
@@ -298,6 +306,24 @@ def test_a_fault_that_stops_a_run_is_named(world, monkeypatch, fault, name):
     found = world.check().findings
     assert {each.name for each in found if each.stops} == {name}, found
     assert {each.name for each in found} - {"no-seal"} == {name}, found
+
+
+def test_rows_that_ranks_cannot_share_are_refused_by_every_rank_with_a_degree_that_works(world):
+    rows_that_ranks_cannot_share(world)
+    assert run_ranks(3, train_here, world.argv()) == [2, 2, 2]
+    [problem] = [each for each in world.check().findings if each.stops]
+    advice = problem.text.partition("; the nearest that works: ")[2].split()
+    assert advice[:2] == ["--engine.parallel.tensor", "1"]
+    world.flags |= {key.removeprefix("--"): value for key, value in zip(advice[::2], advice[1::2], strict=True)}
+    assert world.check().findings == []
+
+
+def test_the_mesh_is_shown_and_the_numbers_of_ranks_are_multiples_of_it(world):
+    world.flags |= {"engine.parallel.sequence": 2}
+    assert "Possible numbers of ranks: 2, 4, 8" in "\n".join(world.check().facts)
+    world.ranks = 4
+    report = world.check()
+    assert "mesh: 4 ranks = 2 shards x 2 sequence" in report.facts and report.findings == []
 
 
 # ---------------------------------------------------------------- planted faults that cause warnings

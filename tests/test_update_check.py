@@ -38,9 +38,10 @@ def check_steps(configs: dict[str, EngineConfig]) -> dict:
         prepare(engine, "adamw")
         healthy, still = watched_step(engine, 0, LR), watched_step(engine, 1, 0.0)
         require_equal_replicas(engine)
-        if engine.rank == engine.world_size - 1 and engine.replicated_weights()[0]:
+        replicated = [tensor for tensors, _ in engine.replicated_weights() for tensor in tensors]
+        if engine.rank == engine.world_size - 1 and replicated:
             with torch.no_grad():
-                engine.replicated_weights()[0][-1].view(-1)[0] += 0.01
+                replicated[-1].view(-1)[0] += 0.01
         update_check = UpdateCheck(engine)
         results[name] = healthy, still, update_check.figures(LR), status_of_a_save(engine)
     return results

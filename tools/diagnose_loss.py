@@ -32,6 +32,7 @@ from pretrain.doctor.diagnosis import Diagnosis
 from pretrain.doctor.findings import diagnose, summary
 from pretrain.doctor.scale import Setup
 from pretrain.doctor.training_log import TrainingLog, read_log
+from pretrain.engines.config import fewest_ranks, sample_ranks
 from pretrain.model.config import ModelConfig
 from pretrain.model.flops import num_parameters, vocabulary_rows
 from pretrain.run import command_line
@@ -152,11 +153,14 @@ def draw(result: Diagnosis, output: Path) -> None:
 
 
 def open_settings(settings: list[str], ranks: int | None = None) -> tuple[Config, Parts]:
-    """A configuration for so many ranks (None: engine.world_size, or 1), and its parts. Raises ConfigError, DataError."""
+    """A configuration for so many ranks (None: engine.world_size, or the fewest that it allows), and its parts. Raises
+    ConfigError, DataError."""
     from pretrain.run.parts import open_parts
 
     program = "tools/diagnose_loss.py"
-    ranks = ranks or load(settings, world_size=None, program=program).engine.world_size or 1
+    if ranks is None:
+        engine = load(settings, world_size=None, program=program).engine
+        ranks = engine.world_size or fewest_ranks(engine)
     config = load([*settings, "--engine.world_size", str(ranks)], world_size=ranks, program=program)
     return config, open_parts(config)
 
@@ -273,6 +277,7 @@ def judge_chain(options: argparse.Namespace, settings: list[str]) -> int:
     """Follows one global batch from the tokenizer to the number on the screen."""
     config, parts = open_settings(settings, options.ranks)
     ranks, vocab_size = config.engine.world_size, parts.model.vocab_size
+    groups = sample_ranks(config.engine, ranks)
     batch = parts.data.take(0, config.batch.global_batch_size)
     model = build_model(parts.model, config.run.seed, options.checkpoint)
     micro_batches = split(batch, config.batch.micro_batch_size)
@@ -297,7 +302,7 @@ def judge_chain(options: argparse.Namespace, settings: list[str]) -> int:
         "mean": mean_stage(run, sums, vocab_size, options.checkpoint is not None),
     }
     if complete := len(run) == len(micro_batches):
-        stages["accumulation, ranks"] = rank_stage(run, sums, accumulation(config.batch, ranks), ranks)
+        stages["accumulation, ranks"] = rank_stage(run, sums, config.engine, accumulation(config.batch, groups), ranks)
     stages["shown"] = shown_stage(config, model, parts.model, run, sums)
     problems += show_stages(4, stages)
     if not complete:
@@ -446,19 +451,25 @@ def mean_stage(run: list[Batch], sums: list[float], vocab_size: int, trained: bo
     return lines, [] if abs(loss / expected - 1) <= 0.03 else [problem]
 
 
-def rank_stage(run: list[Batch], sums: list[float], per_rank: int, ranks: int) -> Stage:
-    """Shows sums and counts per rank, the scaling of a backward pass, and the numbers that other scripts would show instead."""
+def rank_stage(run: list[Batch], sums: list[float], engine: EngineConfig, per_rank: int, ranks: int) -> Stage:
+    """Shows sums and counts per rank, the scaling of a backward pass, and the numbers that other scripts would show instead.
+
+    Ranks that share sequences appear as one, with the sums over their parts."""
     counts = [int((each.labels_BT != -100).sum()) for each in run]
+    groups, share = sample_ranks(engine, ranks), ranks // sample_ranks(engine, ranks)
     lines = []
-    for rank in range(min(ranks, 4)):
-        mine = slice(rank * per_rank, rank * per_rank + min(per_rank, 4))
+    for group in range(min(groups, 4)):
+        mine = slice(group * per_rank, group * per_rank + min(per_rank, 4))
         figures = ", ".join(f"{nats:,.1f} / {count:,}" for nats, count in zip(sums[mine], counts[mine], strict=True))
-        lines.append(f"rank {rank}: {figures}{', ...' if per_rank > 4 else ''}")
+        who = f"rank {group}" if share == 1 else f"ranks {group * share} to {(group + 1) * share - 1} together"
+        lines.append(f"{who}: {figures}{', ...' if per_rank > 4 else ''}")
     means = [nats / max(1, count) for nats, count in zip(sums, counts, strict=True)]
+    averaging = ranks // engine.parallel.tensor
+    split = f"{groups} {'ranks' if share == 1 else f'groups of {share} ranks'} x {per_rank} micro-batches"
     return [
         *lines,
-        f"the shown loss is all nats / all labels of {ranks} ranks x {per_rank} micro-batches; each backward pass is scaled by "
-        f"{ranks} / {sum(counts):,}, because engines average gradients over ranks",
+        f"the shown loss is all nats / all labels of {split}; each backward pass is scaled by {averaging} / {sum(counts):,}, "
+        f"because engines average gradients over {'ranks' if averaging == ranks else f'{averaging} ranks'}",
         f"other scripts would show: the last micro-batch of rank 0, {means[per_rank - 1]:.4f}; the mean of means, "
         f"{np.mean(means):.4f}; the sum over the accumulation, {sum(means[:per_rank]):.2f}",
     ], []

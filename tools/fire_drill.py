@@ -31,6 +31,7 @@ import psutil
 from pretrain import UserError
 from pretrain.checkpoint.manifest import checkpoints
 from pretrain.config import Config, load
+from pretrain.engines.config import Work, nearest
 from pretrain.files import read_json_lines
 from pretrain.model.config import shrink
 from pretrain.run import command_line
@@ -96,16 +97,19 @@ def main(argv: list[str]) -> int:
 def shrink_run(config: Config, processes: int, directory: Path) -> Config:
     """A run of a minute: a small model of the same kind, short samples, many checkpoints; engine, optimizer and data stay."""
     length = min(32, config.data.sequence_length)
-    replicas = config.engine.replicas if processes % config.engine.replicas == 0 else 1
+    model = shrink(config.model, length)
+    batch = dataclasses.replace(config.batch, global_batch_size=4 * processes, micro_batch_size=2)
+    engine = dataclasses.replace(config.engine, world_size=None, timeout_seconds=60.0)
+    work = Work(model, length, batch.global_batch_size, batch.micro_batch_size)
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, name="baseline", directory=str(directory)),
-        model=shrink(config.model, length),
+        model=model,
         data=dataclasses.replace(config.data, sequence_length=length, quarantine=None),
-        batch=dataclasses.replace(config.batch, global_batch_size=4 * processes, micro_batch_size=2),
+        batch=batch,
         schedule=dataclasses.replace(config.schedule, warmup_steps=min(8, config.schedule.warmup_steps), decay_steps=None),
         train=dataclasses.replace(config.train, max_steps=STEPS, max_tokens=None, epochs=None),
-        engine=dataclasses.replace(config.engine, world_size=None, replicas=replicas, timeout_seconds=60.0),
+        engine=nearest(engine, work, processes) or engine,
         evaluate=dataclasses.replace(config.evaluate, every_steps=STEPS // 4, max_batches=2),
         checkpoint=dataclasses.replace(
             config.checkpoint, every_steps=SAVE_EVERY, every_minutes=0, keep_last=2, resume="auto", allow_changes=[]

@@ -182,13 +182,15 @@ def samples_of_step(
     size, since = batch_since(start, config)
     first, of_rank = excluded.position_of_step(options.step, size, skipped, since), ""
     if options.rank is not None:
-        ranks = options.ranks or start.get("world_size")
-        if ranks is None or size % ranks or options.rank >= ranks:
+        ranks, mesh = options.ranks or start.get("world_size"), start.get("mesh", {})
+        share = mesh.get("sequence", 1) * mesh.get("tensor", 1)  # neighbouring ranks that share their sequences
+        if ranks is None or ranks % share or size % (ranks // share) or options.rank >= ranks:
             problem = f"--rank {options.rank} of {ranks or '?'} ranks"
-            raise DataError(f"{problem}: not allowed; give --ranks N that divides {size}, and a rank below N")
-        size //= ranks
-        first += options.rank * size
-        of_rank = f", rank {options.rank} of {ranks}"
+            groups = f"N / {share}" if share > 1 else "N"
+            raise DataError(f"{problem}: not allowed; give --ranks N so that {groups} divides {size}, and a rank below N")
+        size //= ranks // share
+        first += options.rank // share * size
+        of_rank = f", rank {options.rank} of {ranks}" + (f", {share} of which share sequences" if share > 1 else "")
     yield f"step {options.step}{of_rank}: positions {first:,} to {first + size - 1:,}"
     samples = [Sample(first + offset, *ids, None) for offset, ids in enumerate(data.sample_ids(first, size))]
     part_loss = None

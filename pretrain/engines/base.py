@@ -129,7 +129,7 @@ class Engine:
                 raise ConfigError([Problem("engine.compile", f"is {self.compiled}, but {text}; {advice}")])
             self.compiled, self.compiled_why = "none", f"slower than {self.compiled}, {self.compiled_why}, but {text}"
             return
-        compile_model(self.model, self.compiled, self.compile_backend)
+        compile_model(self.model, self.compiled, self.compile_backend, sent=self.mesh.expert > 1)
 
     def _compiler_problem(self) -> str | None:
         """Why the compiler does not work, here or on another rank; None: it works on all ranks. A collective."""

@@ -78,16 +78,21 @@ def _machine() -> str:
     return f"torch{torch.__version__.split('+')[0]}-{hashlib.blake2b(kind.encode(), digest_size=6).hexdigest()}"
 
 
-def compile_model(model: nn.Module, what: str, backend: str | Callable = "inductor") -> None:
+def compile_model(model: nn.Module, what: str, backend: str | Callable = "inductor", sent: bool = False) -> None:
     """Compiles each block and the loss of a chunk (`blocks`), or the entire `model`, in place, so that parameter names stay.
 
     Only a block's `forward` is compiled: the hooks by which an engine gathers weights run around it and break no graph.
+    sent: ranks send tokens to each other's experts, as many as the host reads in each layer. A block's experts then run
+    uncompiled, between two graphs: other numbers compile nothing, and their own hooks run there, too.
     """
+    if sent:
+        for block in model.model.layers:
+            block.mlp.experts.forward = torch.compiler.disable(block.mlp.experts.forward)
     if what == "model":
         model.compile(dynamic=False, backend=backend)
         return
     for block in model.model.layers:
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
+        block.forward = torch.compile(block.forward, fullgraph=not sent, dynamic=False, backend=backend)
     model.lm_head.chunk_step = torch.compile(model.lm_head.chunk_step, fullgraph=True, dynamic=False, backend=backend)
 
 

@@ -76,7 +76,7 @@ class DdpEngine(Engine):
     def _sum_gradients(self) -> None:
         gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}
         if experts := [gradients[name] for name in self._experts()]:
-            parallel.all_reduce_gradients(experts, self.mesh.experts.get_group("replica"))
+            parallel.all_reduce_gradients(experts, self.mesh.experts.get_group("shard"))
             torch._foreach_div_(experts, self.mesh.gradient_ranks)
         if self.mesh.tensor > 1:  # each rank of a tensor group has the gradient of its own tokens
             uncut = [gradient for name, gradient in gradients.items() if name not in self.cuts]
@@ -110,6 +110,6 @@ class DdpEngine(Engine):
         parameters, experts = dict(self.model.named_parameters()), self._experts()
         yield [parameter for name, parameter in parameters.items() if name not in self.cuts], None
         if experts:
-            yield [parameters[name] for name in experts], self.mesh.experts.get_group("replica")
+            yield [parameters[name] for name in experts], self.mesh.experts.get_group("shard")
         if cut := [parameters[name] for name in self.cuts if name not in experts]:
             yield cut, self.mesh.weights.get_group("shard")

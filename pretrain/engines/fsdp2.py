@@ -33,7 +33,7 @@ class Fsdp2Engine(Engine):
         decoder = self.model.model
         for block in decoder.layers:
             if self.mesh.expert > 1:
-                fully_shard(block.mlp.experts, mesh=self.mesh.experts["replica"], mp_policy=policy)
+                fully_shard(block.mlp.experts, mesh=self.mesh.experts["shard"], mp_policy=policy)
             fully_shard(block, mesh=mesh, mp_policy=policy)
         for block, following in itertools.pairwise(decoder.layers):
             # The gather of the next block's weights is queued before this block's kernels instead of after them, so that a host
@@ -71,6 +71,8 @@ class Fsdp2Engine(Engine):
             fp8.store_scales(self.model)
 
     def _sum_gradients(self) -> None:
+        if self.mesh.expert == self.mesh.tensor == 1:
+            return
         gradients = {name: parameter.grad.to_local() for name, parameter in self.model.named_parameters()}
         if self.mesh.expert > 1:  # averaged over the ranks with the same experts, not over those that average the rest
             experts = [gradient for name, gradient in gradients.items() if self._is_expert(name)]

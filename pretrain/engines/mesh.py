@@ -40,6 +40,11 @@ class Mesh:
     # ---------------------------------------------------------------- numbers
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The factors of the number of ranks, by name, and over how many ranks the experts lie."""
+        return {name: getattr(self, name) for name in ("replicas", "shards", "sequence", "tensor", "expert")}
+
+    @property
     def sample_ranks(self) -> int:
         """Groups of ranks that take different samples."""
         return self.replicas * self.shards
@@ -83,7 +88,7 @@ class Mesh:
         self._device_type = device_type
         if weights or self.tensor > 1:
             self.weights  # noqa: B018
-        if self.sequence * self.tensor > 1:
+        if self.sequence > 1:
             self.tokens  # noqa: B018
         if self.expert > 1:
             self.experts  # noqa: B018
@@ -100,10 +105,13 @@ class Mesh:
 
     @cached_property
     def experts(self) -> DeviceMesh:
-        """replica x part: ranks with the same experts, and ranks that together have all of them."""
-        return self._mesh((self.ranks // self.expert, self.expert), ("replica", "part"))
+        """shard x part: ranks with the same experts, and ranks that together have all of them."""
+        return self._mesh((self.ranks // self.expert, self.expert), ("shard", "part"))
 
     def _mesh(self, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+        """Leaves out dimensions of size 1, for which torch would make as many groups as ranks; `fsdp2` needs only `shard`."""
+        kept = [(size, name) for size, name in zip(shape, names, strict=True) if size > 1 or name == "shard"]
+        shape, names = zip(*kept, strict=True)
         return DeviceMesh(self._device_type, torch.arange(self.ranks).view(shape), mesh_dim_names=names)
 
     @property

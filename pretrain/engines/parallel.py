@@ -66,9 +66,10 @@ def cut_model(model: Transformer, mesh: Mesh) -> dict[str, Cut]:
 
 def _total(mesh: Mesh, counts: Tensor) -> Tensor:
     """Sums counts over the ranks that share the sequences."""
-    for name in ("sequence", "tensor"):
-        if getattr(mesh, name) > 1:
-            counts = collectives.all_reduce(counts, "sum", mesh.tokens.get_group(name))
+    if mesh.sequence > 1:
+        counts = _wait(collectives.all_reduce(counts, "sum", mesh.sequence_group))
+    if mesh.tensor > 1:
+        counts = _wait(collectives.all_reduce(counts, "sum", mesh.tensor_group))
     return counts
 
 
@@ -84,56 +85,42 @@ class HeadExchange:
     def to_heads(self, *tensors_BtHC: Tensor) -> tuple[Tensor, ...]:
         """All tokens of H / parts heads, for this rank's tokens of all heads, in one message. Of fewer heads than ranks, each
         rank gets the one that it needs."""
-        split = [self._of_ranks(x_BtHC) for x_BtHC in tensors_BtHC]
-        joined_BThC = _ToHeads.apply(torch.cat(split, 3).flatten(2, 3), self.parts, self._group)
-        return joined_BThC.split([part.shape[3] for part in split], 2)
+        for_ranks = [self._for_ranks(x_BtHC) for x_BtHC in tensors_BtHC]
+        received = _AllToAll.apply(torch.cat(for_ranks, 3), None, None, self._group)  # (parts, B, t, h, C)
+        joined_BThC = received.transpose(0, 1).flatten(1, 2)
+        return joined_BThC.split([part.shape[3] for part in for_ranks], 2)
 
     def to_tokens(self, out_BThC: Tensor) -> Tensor:
         """The way back."""
-        return _ToTokens.apply(out_BThC, self.parts, self._group)
+        message = out_BThC.unflatten(1, (self.parts, -1)).transpose(0, 1)  # (parts, B, t, h, C)
+        received = _AllToAll.apply(message, None, None, self._group)
+        return received.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
-    def _of_ranks(self, x_BtHC: Tensor) -> Tensor:
-        """(B, t, parts, h, C)."""
+    def _for_ranks(self, x_BtHC: Tensor) -> Tensor:
+        """(parts, B, t, h, C)."""
         heads = x_BtHC.shape[2]
         if heads < self.parts:
             x_BtHC = x_BtHC.repeat_interleave(self.parts // heads, 2)
-        return x_BtHC.unflatten(2, (self.parts, -1))
+        return x_BtHC.unflatten(2, (self.parts, -1)).permute(2, 0, 1, 3, 4)
 
 
-class _ToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_BtHC, parts, group):
-        ctx.ranks = parts, group
-        return _to_heads(x_BtHC, parts, group)
+class _AllToAll(torch.autograd.Function):
+    """Sends rows to each rank, in their order, and receives rows from each; `sent` and `received` count them, None: as many to
+    and from each. The backward pass sends gradients back."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient_BThC):
-        return _to_tokens(gradient_BThC, *ctx.ranks), None, None
-
-
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_BThC, parts, group):
-        ctx.ranks = parts, group
-        return _to_tokens(x_BThC, parts, group)
+    def forward(ctx, rows, sent, received, group):
+        ctx.way_back = received, sent, group
+        return _all_to_all(rows, sent, received, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient_BtHC):
-        return _to_heads(gradient_BtHC, *ctx.ranks), None, None
+    def backward(ctx, gradient):
+        return _all_to_all(gradient, *ctx.way_back), None, None, None
 
 
-def _to_heads(x_BtHC: Tensor, parts: int, group: dist.ProcessGroup) -> Tensor:
-    message = x_BtHC.unflatten(2, (parts, -1)).permute(2, 0, 1, 3, 4).contiguous()
-    received = _wait(collectives.all_to_all_single(message, None, None, group))  # (parts, B, t, h, C)
-    return received.transpose(0, 1).flatten(1, 2)
-
-
-def _to_tokens(x_BThC: Tensor, parts: int, group: dist.ProcessGroup) -> Tensor:
-    message = x_BThC.unflatten(1, (parts, -1)).transpose(0, 1).contiguous()
-    received = _wait(collectives.all_to_all_single(message, None, None, group))  # (parts, B, t, h, C)
-    return received.permute(1, 2, 0, 3, 4).flatten(2, 3)
+def _all_to_all(rows: Tensor, sent: list[int] | None, received: list[int] | None, group: dist.ProcessGroup) -> Tensor:
+    return _wait(collectives.all_to_all_single(rows.contiguous(), received, sent, group))
 
 
 def _wait(tensor: Tensor) -> Tensor:
@@ -182,12 +169,12 @@ class _TokenParts:
 
     def gather(self, module: nn.Module, args: tuple) -> tuple:
         hidden_BtD, *rest = args
-        return (_GatherTokens.apply(hidden_BtD, self.cut.group) if self.active else hidden_BtD, *rest)
+        return (_MoveTokens.apply(hidden_BtD, True, self.cut.group) if self.active else hidden_BtD, *rest)
 
     def scatter(self, module: nn.Module, args: tuple, out_BTD: Tensor) -> Tensor:
         """This rank's tokens of the sum over ranks."""
         if self.active:
-            return _ScatterTokens.apply(out_BTD, self.cut.group)
+            return _MoveTokens.apply(out_BTD, False, self.cut.group)
         return _wait(collectives.all_reduce(out_BTD, "sum", self.cut.group))
 
     def take_valid(self, module: nn.Module, args: tuple) -> tuple:
@@ -195,39 +182,33 @@ class _TokenParts:
         return hidden_BtD, None if valid_BT is None else valid_BT.chunk(self.cut.parts, 1)[self.cut.part]
 
 
-class _GatherTokens(torch.autograd.Function):
+class _MoveTokens(torch.autograd.Function):
+    """Gathers the tokens of all ranks (`gather`), or scatters the sum over ranks: each is the other's backward pass."""
+
     @staticmethod
-    def forward(ctx, x_BtD, group):
-        ctx.group = group
-        return _wait(_all_gather(x_BtD.contiguous(), 1, group))
+    def forward(ctx, hidden, gather, group):
+        ctx.way = gather, group
+        return _move_tokens(hidden, gather, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient_BTD):
-        return _wait(_reduce_scatter(gradient_BTD.contiguous(), "sum", 1, ctx.group)), None
+    def backward(ctx, gradient):
+        gather, group = ctx.way
+        return _move_tokens(gradient, not gather, group), None, None
 
 
-class _ScatterTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_BTD, group):
-        ctx.group = group
-        return _wait(_reduce_scatter(x_BTD.contiguous(), "sum", 1, group))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient_BtD):
-        return _wait(_all_gather(gradient_BtD.contiguous(), 1, ctx.group)), None
+def _move_tokens(hidden: Tensor, gather: bool, group: dist.ProcessGroup) -> Tensor:
+    hidden = hidden.contiguous()
+    return _wait(_all_gather(hidden, 1, group) if gather else _reduce_scatter(hidden, "sum", 1, group))
 
 
 def _embed(embedding: nn.Embedding, tokens: _TokenParts, tokens_BT: Tensor) -> Tensor:
-    """Each rank looks up the ids whose rows it has; the others add zeros."""
+    """Each rank looks up the ids whose rows it has; the others add zeros, so that the sum is exact in any dtype."""
     weight_vD, cut = embedding.weight, tokens.cut
     row_BT = tokens_BT - cut.part * len(weight_vD)
     mine_BT = (row_BT >= 0) & (row_BT < len(weight_vD))
     found_BTD = F.embedding(torch.where(mine_BT, row_BT, 0), weight_vD)
-    found_BTD = torch.where(mine_BT[..., None], found_BTD, 0).to(
-        product_dtype(found_BTD)
-    )  # one term is not 0: exact in any dtype
+    found_BTD = torch.where(mine_BT[..., None], found_BTD, 0).to(product_dtype(found_BTD))
     return tokens.scatter(embedding, (), found_BTD)
 
 
@@ -253,24 +234,22 @@ def _chunk_step(
     """`pretrain.model.loss.chunk_step` on this rank's rows of the vocabulary, of which true_rows are not padding. The loss is
     returned by the first rank, 0 by the others: they share the tokens, which must count once."""
     logits_nv = torch.mm(hidden_nD, weight_vD.T).float()
-    if true_rows < len(weight_vD):
+    rows = len(weight_vD)
+    if true_rows < rows:
         logits_nv[:, true_rows:] = -torch.inf
-    largest_n = _wait(collectives.all_reduce(logits_nv.amax(1), "max", cut.group))
-    exp_nv = torch.exp(logits_nv - largest_n[:, None])
-    valid_n = labels_n != IGNORED
-    row_n = labels_n - cut.part * len(weight_vD)
-    mine_n = valid_n & (row_n >= 0) & (row_n < len(weight_vD))
-    row_n1 = torch.where(mine_n, row_n, 0)[:, None]
-    label_logit_n = torch.where(mine_n, logits_nv.gather(1, row_n1)[:, 0], 0)
-    sums_2n = torch.stack([exp_nv.sum(1), label_logit_n])
-    sum_n, label_logit_n = _wait(collectives.all_reduce(sums_2n, "sum", cut.group)).unbind(0)
-    loss_n = largest_n + sum_n.log() - label_logit_n
-    loss_sum = torch.where(valid_n, loss_n, 0).sum() * (cut.part == 0)
+    row_n1 = (labels_n - cut.part * rows)[:, None]
+    mine_n1 = (row_n1 >= 0) & (row_n1 < rows)  # never where the label is ignored, a negative number
+    label_logit_n1 = torch.where(mine_n1, logits_nv.gather(1, torch.where(mine_n1, row_n1, 0)), 0)
+    sums_2n = torch.stack([logits_nv.logsumexp(1), label_logit_n1[:, 0]])
+    sums_R2n = _wait(_all_gather(sums_2n[None], 0, cut.group))  # R: rank
+    log_sum_n = sums_R2n[:, 0].logsumexp(0)  # a rank whose rows are all padding has -inf
+    loss_n = torch.where(labels_n != IGNORED, log_sum_n - sums_R2n[:, 1].sum(0), 0)
+    loss_sum = loss_n.sum() * (cut.part == 0)
     if not with_gradient:
         return loss_sum, None
-    gradient_nv = exp_nv / sum_n[:, None]
-    gradient_nv = gradient_nv.scatter_add(1, row_n1, -mine_n[:, None].to(gradient_nv.dtype))
-    return loss_sum, gradient_nv.to(hidden_nD.dtype)
+    softmax_nv = logits_nv.sub_(log_sum_n[:, None]).exp_()
+    is_label_nv = torch.arange(rows, device=labels_n.device) == row_n1  # fuses; see `pretrain.model.loss.chunk_step`
+    return loss_sum, (softmax_nv - is_label_nv.float()).to(hidden_nD.dtype)
 
 
 # ---------------------------------------------------------------- expert: rows to the ranks of their experts
@@ -280,10 +259,10 @@ def _exchange_rows(compute: Callable, cut: Cut, rows_PD: Tensor, weight_P1: Tens
     """`Experts.compute` of all ranks' experts: sends each row, sorted by expert, to the rank of its expert, and takes the
     result back."""
     counts_E = ends_E.diff(prepend=ends_E.new_zeros(1)).long()
-    counts_Re = _wait(collectives.all_to_all_single(counts_E, None, None, cut.group)).view(cut.parts, -1)  # R: rank of origin
+    counts_Re = _all_to_all(counts_E, None, None, cut.group).view(cut.parts, -1)  # R: rank of origin
     sent, received = _sizes(counts_E.view(cut.parts, -1), counts_Re, len(rows_PD))
-    rows_QD = _SendRows.apply(rows_PD, received, sent, cut.group)
-    weight_Q1 = _SendRows.apply(weight_P1, received, sent, cut.group)
+    rows_QD = _AllToAll.apply(rows_PD, sent, received, cut.group)
+    weight_Q1 = _AllToAll.apply(weight_P1, sent, received, cut.group)
     # They arrive sorted by rank, then by expert.
     experts_e = torch.arange(counts_Re.shape[1], device=counts_Re.device)
     expert_Q = experts_e.repeat(cut.parts).repeat_interleave(counts_Re.flatten(), output_size=len(rows_QD))
@@ -292,7 +271,7 @@ def _exchange_rows(compute: Callable, cut: Cut, rows_PD: Tensor, weight_P1: Tens
     ends_e = counts_Re.sum(0).cumsum(0).int()
     sorted_QD, sorted_Q1 = (MoveRows.apply(values, order_Q, back_Q1, True) for values in (rows_QD, weight_Q1))
     out_QD = MoveRows.apply(compute(sorted_QD, sorted_Q1, ends_e), order_Q, back_Q1, False)
-    return _SendRows.apply(out_QD, sent, received, cut.group)
+    return _AllToAll.apply(out_QD, received, sent, cut.group)
 
 
 def _sizes(counts_Re: Tensor, received_Re: Tensor, rows: int) -> tuple[list[int], list[int]]:
@@ -303,19 +282,6 @@ def _sizes(counts_Re: Tensor, received_Re: Tensor, rows: int) -> tuple[list[int]
         even = [rows * (i + 1) // parts - rows * i // parts for i in range(parts)]
         return even, even
     return tuple(torch.stack([counts_Re.sum(1), received_Re.sum(1)]).tolist())
-
-
-class _SendRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, received, sent, group):
-        ctx.way = sent, received, group
-        return _wait(collectives.all_to_all_single(rows.contiguous(), received, sent, group))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        received, sent, group = ctx.way
-        return _wait(collectives.all_to_all_single(gradient.contiguous(), received, sent, group)), None, None, None
 
 
 # ---------------------------------------------------------------- gradients

@@ -167,6 +167,11 @@ def vocabulary(model: ModelConfig, tokenizer_ids: int | None) -> tuple[int, int]
     return ids, ids
 
 
+def vocabulary_rows(model: ModelConfig) -> int:
+    """Number of rows of embedding and head: vocab_size rounded up to a multiple of vocab_multiple."""
+    return -(-model.vocab_size // model.vocab_multiple) * model.vocab_multiple
+
+
 def differences(old: ModelConfig, new: ModelConfig) -> list[tuple[str, Any, Any]]:
     """(key, old value, new value) of each setting that keeps `new` from taking the weights of `old`; both are resolved.
 

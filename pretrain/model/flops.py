@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pretrain.model.config import ModelConfig
+from pretrain.model.config import ModelConfig, vocabulary_rows
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,6 @@ class ParameterCount:
     """Those that multiply every token: matrices of the blocks, with the chosen experts only, and the head without padding."""
     embedding: int
     """The input embedding as built, including padding rows, even if it is also the head."""
-
-
-def vocabulary_rows(config: ModelConfig) -> int:
-    """Number of rows of embedding and head: vocab_size rounded up to a multiple of vocab_multiple."""
-    return -(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple
 
 
 def num_parameters(config: ModelConfig) -> ParameterCount:

@@ -17,6 +17,7 @@ import torch
 from pretrain import UserError
 from pretrain.config import Config, validate
 from pretrain.engines.base import Engine
+from pretrain.engines.config import sample_ranks
 from pretrain.files import write_atomically
 
 _FOLDER = "out_of_memory"
@@ -84,7 +85,7 @@ def _changes(config: Config, world_size: int, device: str) -> Iterator[tuple[dic
     engine, batch = config.engine, config.batch
     if engine.compile == "none" and device == "cuda":
         yield {"engine.compile": "blocks"}, "fewer activations within blocks, and faster; the first step takes longer"
-    per_rank = batch.global_batch_size // world_size
+    per_rank = batch.global_batch_size // sample_ranks(engine, world_size)
     smaller = [size for size in range(1, batch.micro_batch_size // 2 + 1) if per_rank % size == 0]
     if smaller:
         share = f"{smaller[-1]}/{batch.micro_batch_size}"
@@ -98,6 +99,7 @@ def _changes(config: Config, world_size: int, device: str) -> Iterator[tuple[dic
         yield {"engine.replicas": 1}, f"1/{world_size} of the state on each rank; more traffic between nodes"
     if engine.activation_checkpointing == "none":
         yield {"engine.activation_checkpointing": "selective"}, "only the products of blocks are kept; a few percent slower"
+    yield from _cuts(config, world_size)
     if engine.activation_checkpointing != "full":
         yield {"engine.activation_checkpointing": "full"}, "only the inputs of blocks are kept; a third more FLOPs"
     if engine.offload == "none" and device == "cuda":
@@ -109,8 +111,30 @@ def _changes(config: Config, world_size: int, device: str) -> Iterator[tuple[dic
         yield changes, "half of the activations or less; another run, which sees shorter texts"
 
 
+def _cuts(config: Config, world_size: int) -> Iterator[tuple[dict[str, Any], str]]:
+    """The next degree of each way to cut the model that is possible together with those before it."""
+    experts = "gathered experts of a block" if config.engine.name == "fsdp2" else "experts"
+    effects = {
+        "expert": f"{{}} of the {experts} on each rank; tokens travel to their experts",
+        "sequence": "{} of the activations; tokens and heads change places around each attention",
+        "tensor": "{} of the activations, and of the matrices of a block, but not of experts; more traffic in each block",
+    }
+    for kind, effect in effects.items():
+        degree = getattr(config.engine.parallel, kind)
+        for more in range(2 * degree, world_size + 1, degree):
+            changes = {f"engine.parallel.{kind}": more}
+            if not validate(_changed(config, changes), world_size):
+                config = _changed(config, changes)
+                yield changes, effect.format(f"{degree}/{more}")
+                break
+
+
 def _changed(config: Config, changes: dict[str, Any]) -> Config:
     for key, value in changes.items():
-        section, name = key.split(".")
-        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{name: value})})
+        config = _replaced(config, key.split("."), value)
     return config
+
+
+def _replaced(settings: Any, path: list[str], value: Any) -> Any:
+    name, *rest = path
+    return dataclasses.replace(settings, **{name: _replaced(getattr(settings, name), rest, value) if rest else value})

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from pretrain import devices
-from pretrain.config import accumulation
+from pretrain.config import batch_product
 from pretrain.doctor import untrained, verdict
 from pretrain.engines.compile import compile_report, graphs
 from pretrain.engines.update_check import UpdateCheck
@@ -44,10 +44,10 @@ def announce(run: Run, start: Start, why_precision: str, warnings: Sequence[obje
         f"model      {counts.total:,} parameters{active}, vocabulary {run.model.vocab_size:,}, "
         f"weights from {config.model.from_pretrained or f'seed {config.run.seed}'}",
         f"engine     {config.engine.name}, {ranks} process{'es' * (ranks > 1)} on {engine.device_name}",
+        *([f"mesh       {engine.mesh}"] if engine.mesh.cut else []),
         f"precision  {engine.precision}: {why_precision}",
         f"compile    {engine.compiled}: {engine.compiled_why}",
-        f"batch      {batch.global_batch_size} sequences per step = ranks {ranks} x micro-batch {batch.micro_batch_size} x "
-        f"accumulation {accumulation(batch, ranks)}; times {length} tokens = {tokens_per_step:,} tokens per step",
+        f"batch      {batch_product(config, ranks)}; times {length} tokens = {tokens_per_step:,} tokens per step",
         f"length     {run.total_steps:,} steps = {tokens:,} tokens = {samples / run.data.samples_per_epoch:.2f} epochs, "
         f"{tokens / counts.total:.1f} tokens per parameter",
         f"lr         {_lr_line(run)}",
@@ -65,6 +65,7 @@ def announce(run: Run, start: Start, why_precision: str, warnings: Sequence[obje
         run.sinks.info(line)
     if not start.checkpoint or run.sinks.lacks_start:
         record = {"step": 0, "reference_lines": run.data.reference_lines, "parameters": counts.total, "world_size": ranks}
+        record["mesh"] = engine.mesh.sizes
         run.sinks.log(record | {"tokens_per_step": tokens_per_step, "data": run.data.fingerprint})
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pretrain.config import Config
+from pretrain.config import Config, ConfigError, work_of
 from pretrain.data.batches import TrainData, ValidData, open_train, open_valid
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.engines.config import check_mesh
 from pretrain.model.config import ModelConfig, resolve_model, vocabulary
 
 
@@ -22,7 +23,7 @@ class Parts(NamedTuple):
 
 
 def open_parts(config: Config, tokenizer: Tokenizer | None = None) -> Parts:
-    """Opens everything that `config` names. Raises DataError.
+    """Opens everything that `config` names. Raises DataError, and ConfigError for a vocabulary that ranks cannot share.
 
     tokenizer: the one of `config`, if it is open already.
     """
@@ -30,6 +31,8 @@ def open_parts(config: Config, tokenizer: Tokenizer | None = None) -> Parts:
     model_ids, data_ids = vocabulary(config.model, tokenizer and tokenizer.vocab_size)
     opened = dict(seed=config.run.seed, vocab_size=data_ids, tokenizer_fingerprint=tokenizer and tokenizer.fingerprint)
     model = resolve_model(config.model, vocab_size=model_ids, sequence_length=config.data.sequence_length)
+    if problems := list(check_mesh(config.engine, work_of(config, model), ranks=None)):
+        raise ConfigError(problems)
     return Parts(tokenizer, open_train(config.data, **opened), open_valid(config.data, **opened), model)
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from pretrain.checkpoint.manifest import Checkpoint, CheckpointError
-from pretrain.config import Config, ConfigError, Problem, SourceConfig, accumulation, validate
+from pretrain.config import Config, ConfigError, Problem, SourceConfig, batch_product, validate, work_of
 from pretrain.data import checks
 from pretrain.data.batches import MASKED, Batch, FileSource, TrainData
 from pretrain.data.checks import Finding
@@ -32,6 +32,8 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.doctor.untrained import label_problem
 from pretrain.engines import fp8
 from pretrain.engines.base import Engine
+from pretrain.engines.config import fewest_ranks, sample_ranks, slow_links
+from pretrain.engines.mesh import Mesh
 from pretrain.model import flops
 from pretrain.model.config import ModelConfig, vocabulary
 from pretrain.optim.schedule import lr_at
@@ -83,6 +85,9 @@ def preflight(config: Config, ranks: int | None = None) -> Report:
         if not report.stops:
             report.findings.append(Finding("data-refused", "data", str(error), stops=True))
         return report
+    except ConfigError as error:
+        report.findings += [Finding("settings-refused", each.key, each.message, stops=True) for each in error.problems]
+        return report
     report.findings += precision_findings(config, parts.model)
     batch = parts.data.take(0, min(4, config.batch.global_batch_size))
     report.facts += describe_batch(batch, tokenizer)
@@ -122,6 +127,9 @@ def at_start(config: Config, engine: Engine, parts: Parts, found: Checkpoint | N
         findings += _quick_file_findings(parts) if not config.data.synthetic else []
         findings += sink_findings(config) + build_locks(config) + run_findings(config, parts.data, length)
         findings += precision_findings(config, parts.model)
+        if per_node := engine.place.local_world_size:
+            links = slow_links(config.engine, work_of(config, parts.model), engine.world_size, per_node)
+            findings += [Finding("slow-link", each.key, each.message) for each in links]
         findings += [each._replace(stops=False) for each in storage_findings(config, parts.model, folder, length.total_steps)]
     stops = [each for each in findings if each.stops]
     if engine.broadcast(len(stops)):
@@ -275,21 +283,22 @@ def first_batch_findings(batch: Batch, tokenizer: Tokenizer | None) -> list[Find
 
 
 def batch_facts(config: Config, ranks: int | None) -> list[str]:
-    """Shows the global batch as a product."""
-    batch, length = config.batch, config.data.sequence_length
+    """Shows the global batch, and ranks that share a model or a sequence, as products."""
+    engine, batch, length = config.engine, config.batch, config.data.sequence_length
     tokens = f"times {length:,} tokens = {batch.global_batch_size * length:,} tokens per step"
-    ranks = ranks or config.engine.world_size
+    ranks = ranks or engine.world_size
+    if ranks and ranks % fewest_ranks(engine) == 0:
+        mesh = Mesh(engine, 0, ranks)
+        return [f"batch: {batch_product(config, ranks)}; {tokens}", *([f"mesh: {mesh}"] if mesh.cut else [])]
     groups = batch.global_batch_size // batch.micro_batch_size
-    if ranks:
-        product = f"ranks {ranks} x micro-batch {batch.micro_batch_size} x accumulation {accumulation(batch, ranks)}"
-        return [f"batch: {batch.global_batch_size} sequences per step = {product}; {tokens}"]
-    fitting = ", ".join(str(n) for n in range(1, min(groups, 4096) + 1) if groups % n == 0)
+    possible = range(fewest_ranks(engine), 4097, fewest_ranks(engine))
+    fitting = ", ".join(str(n) for n in possible if groups % sample_ranks(engine, n) == 0)
     return [f"batch: {batch.global_batch_size} sequences per step; {tokens}. Possible numbers of ranks: {fitting or 'none'}"]
 
 
 def batch_findings(config: Config, ranks: int | None) -> list[Finding]:
     """Finds settings that do not fit the number of ranks."""
-    problems = validate(config, ranks or config.engine.world_size or 1)
+    problems = validate(config, ranks or config.engine.world_size or fewest_ranks(config.engine))
     return [Finding("batch-arithmetic", problem.key, problem.message, stops=True) for problem in problems]
 
 

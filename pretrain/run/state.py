@@ -147,7 +147,7 @@ def _environment(
     }
     start = {"step": progress.step, "position": progress.position, "global_batch_size": config.batch.global_batch_size}
     start |= {"length": length.state(), "time": time.time(), "world_size": engine.world_size, "device": engine.device_name}
-    start |= {"precision": engine.precision, **environment.here()}
+    start |= {"mesh": engine.mesh.sizes, "precision": engine.precision, **environment.here()}
     if engine.device.type == "cuda":
         start["gpu"] = environment.of_gpu(engine.device.index)
     return environment.with_start(environment.read(directory.path), facts, start)
