@@ -225,10 +225,12 @@ def _check_ranks(engine: EngineConfig, model: ModelConfig, ranks: int) -> Iterat
         names = " x ".join(key.rpartition(".")[2] for key in factors)
         got = f"got {product}," if len(factors) == 1 else f"{names} = {product}"
         yield Problem(next(iter(factors)), f"{got} must divide the number of processes, {ranks}")
-    if ranks % parallel.expert:
-        yield Problem("engine.parallel.expert", f"got {parallel.expert}, must divide the number of processes, {ranks}")
+    if (per_replica := ranks // engine.replicas) % parallel.expert:
+        of_replica = "" if engine.replicas == 1 else " of a replica"
+        message = f"got {parallel.expert}, must divide the number of processes{of_replica}, {per_replica}"
+        yield Problem("engine.parallel.expert", message)
     if model.moe and engine.name == "fsdp2":
-        shards = ranks // (engine.replicas * parallel.tensor) if parallel.expert == 1 else ranks // parallel.expert
+        shards = ranks // (engine.replicas * (parallel.tensor if parallel.expert == 1 else parallel.expert))
         if shards > (experts := model.moe.num_experts // parallel.expert):
             message = f"is fsdp2, which does not split an expert: {shards} ranks share {experts}, so that some have none"
             yield Problem("engine.name", message)
