@@ -286,9 +286,9 @@ def test_the_reasons_of_all_kinds_are_reported_at_once_without_what_merely_follo
 
 def test_fsdp2_spreads_experts_over_as_many_ranks_as_share_a_stack_of_them():
     flags = [*GOOD, "--engine.name", "fsdp2", "--batch.micro_batch_size", "1", "--model.moe.num_experts", "8"]
-    for ways in ("engine.replicas 2", "parallel.tensor 2"):
+    for ways in ("engine.replicas 2", "parallel.tensor 2", "engine.replicas 4, parallel.expert 2"):
         load([*flags, *flags_of(ways)], world_size=16)
-    for ways in ("engine.replicas 1", "parallel.sequence 2", "parallel.expert 2", "engine.replicas 4, parallel.expert 2"):
+    for ways in ("engine.replicas 1", "parallel.sequence 2", "parallel.expert 2"):
         load([*flags, *flags_of(ways)], world_size=8)
         assert keys_of([*flags, *flags_of(ways)], world_size=16) == ["engine.name"]
 

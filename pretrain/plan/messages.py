@@ -47,8 +47,8 @@ class Held(NamedTuple):
 
 
 def held(model: ModelConfig, engine: EngineConfig, ranks: int) -> tuple[Held, Held]:
-    """Returns all parameters but the experts of expert parallelism, and these. With `engine.replicas`, they are sharded over the
-    ranks of one replica."""
+    """Returns all parameters but the experts of expert parallelism, and these. With `engine.replicas`, they are sharded over
+    the ranks of one replica."""
     counts, parallel = flops.num_parameters(model), engine.parallel
     divided = (counts.total - counts.experts - counts.undivided) / parallel.tensor
     rest = _on_every_tensor_rank(model, engine)
