@@ -23,6 +23,7 @@ from pretrain import UserError
 from pretrain.config import Config, accumulation, validate
 from pretrain.data.batches import Batch
 from pretrain.data.checks import Finding
+from pretrain.engines import parallel
 from pretrain.engines.base import Engine
 from pretrain.engines.start import start_engine
 from pretrain.model import flops
@@ -70,9 +71,8 @@ class DryRun:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a rank in a step."""
-        batch = self.config.batch
-        return batch.global_batch_size // self.cluster.gpus * self.config.data.sequence_length
+        """Tokens of a rank in a step; ranks that share sequences have an equal part each."""
+        return self.config.batch.global_batch_size * self.config.data.sequence_length // self.cluster.gpus
 
     @property
     def peak(self):
@@ -115,13 +115,14 @@ class DryRun:
         return [
             {
                 "collective": collective,
+                "awaited": awaited,
                 "ranks": len(ranks),
                 "across_nodes": len({rank // self.cluster.gpus_per_node for rank in ranks}) > 1,
                 "calls": calls,
                 "payload_bytes": payload,
                 "wire_bytes": wire,
             }
-            for (collective, ranks), (calls, payload, wire) in total.items()
+            for (collective, ranks, awaited), (calls, payload, wire) in total.items()
         ]
 
     def work(self) -> dict[str, dict[str, float]]:
@@ -146,11 +147,15 @@ class DryRun:
         return model_flops / self.time.total / (self.cluster.device.bf16_tflops * 1e12)
 
 
+_LOSS_LINES = {f"pretrain/engines/parallel.py:{line}" for *_, line in parallel._chunk_step.__code__.co_lines()}
+"""Tensor parallelism computes the loss of a part of the vocabulary there."""
+
+
 def purpose(block: Allocation) -> str:
     """What a block of memory is for."""
     if block.kind:
         return block.kind
-    if block.where.startswith("pretrain/model/loss.py"):
+    if block.where.startswith("pretrain/model/loss.py") or block.where in _LOSS_LINES:
         return "logits and loss"
     part = block.phase.partition(" ")[0]
     return {"forward": "activations", "backward": "backward pass"}.get(part, part)
@@ -168,7 +173,7 @@ def dry_run(config: Config, model: ModelConfig, cluster: Cluster, rank: int = 0,
     config = dataclasses.replace(config, engine=on_gpu(config))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    micro_batches = accumulation(config.batch, cluster.gpus)
+    micro_batches = micro_batches_of(config, cluster.gpus)
     tracker = Tracker(DEVICE)
     with warnings.catch_warnings(), fake_rank(rank, cluster.gpus, cluster.gpus_per_node, config.engine.name, kind), tracker:
         warnings.simplefilter("ignore")
@@ -192,6 +197,12 @@ def dry_run(config: Config, model: ModelConfig, cluster: Cluster, rank: int = 0,
     names = [phase.name for phase in tracker.trace.phases if phase.name != "start"]
     repeats = {name: micro_batches - 1 if micro_batches > 1 and name.endswith(" 1") else 1 for name in names}
     return DryRun(model, config, cluster, tracker.trace, state, repeats, engine.compiled, graphs)
+
+
+def micro_batches_of(config: Config, ranks: int) -> int:
+    """Micro-batches per step and rank. Ranks that share sequences or matrices have the same ones."""
+    kinds = config.engine.parallel
+    return accumulation(config.batch, ranks // (kinds.sequence * kinds.tensor))
 
 
 def on_gpu(config: Config):
@@ -224,7 +235,7 @@ def one_step(
     tracker.label(engine.model.buffers(), "buffers")
     if (flat := getattr(getattr(engine, "_zero", None), "grad_partitions_flat_buffer", None)) is not None:
         tracker.label([flat], "gradients")
-    window = [_batch(config, tracker.device) for _ in range(micro_batches)]
+    window = [engine.part_of(_batch(config, tracker.device)) for _ in range(micro_batches)]
     for tensor in window[0]:
         if tensor is not None:
             tracker.label([tensor], "batch")
@@ -442,7 +453,7 @@ def describe(run: DryRun) -> list[str]:
     """The run as lines of text."""
     gib, config, cluster = 2**30, run.config, run.cluster
     engine, batch = config.engine, config.batch
-    steps = accumulation(batch, cluster.gpus)
+    steps = micro_batches_of(config, cluster.gpus)
     lines = [
         f"{cluster.device.name}, {cluster.gpus} ranks ({cluster.gpus_per_node} per node); {engine.name}, {engine.precision}, "
         f"compile {run.compiled}, activation checkpointing {engine.activation_checkpointing}; micro-batch "

@@ -20,6 +20,7 @@ from pretrain.config import (
     DataConfig,
     EngineConfig,
     OptimizerConfig,
+    ParallelConfig,
     SyntheticConfig,
     TrainConfig,
     accumulation,
@@ -29,7 +30,10 @@ from pretrain.engines.start import start_engine
 from pretrain.model import transformer
 from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
 from pretrain.model.flops import flops_per_token, num_parameters, vocabulary_rows
-from pretrain.plan.scaling import Cluster, collectives
+from pretrain.model.moe import Router
+from pretrain.plan.memory import memory
+from pretrain.plan.messages import collectives
+from pretrain.plan.scaling import Cluster
 from pretrain.plan.tracker import Tracker
 from tests.ranks import run_ranks
 
@@ -42,14 +46,17 @@ MOE = dataclasses.replace(SIZES, moe=MoeConfig(num_experts=4, num_experts_per_to
 LENGTH, IDS = 48, 300
 
 
-def settings(ranks: int, model: ModelConfig = SIZES, micro_batch: int = 2, optimizer: str = "adamw", **engine) -> Config:
-    """Two micro-batches per step, in fp32 unless told otherwise."""
-    engine = {"precision": "fp32", "compile": "none", **engine}
+def settings(
+    ranks: int, model: ModelConfig = SIZES, micro_batch: int = 2, optimizer: str = "adamw", kinds: dict | None = None, **engine
+) -> Config:
+    """Two micro-batches per step, in fp32 unless told otherwise. kinds: values of `engine.parallel`."""
+    engine = {"precision": "fp32", "compile": "none", "parallel": ParallelConfig(**(kinds or {})), **engine}
+    sample_ranks = ranks // (engine["parallel"].sequence * engine["parallel"].tensor)
     return Config(
         model=model,
         data=DataConfig(sequence_length=LENGTH, synthetic=SyntheticConfig()),
         train=TrainConfig(max_steps=10),
-        batch=BatchConfig(global_batch_size=2 * micro_batch * ranks, micro_batch_size=micro_batch),
+        batch=BatchConfig(global_batch_size=2 * micro_batch * sample_ranks, micro_batch_size=micro_batch),
         optimizer=OptimizerConfig(name=optimizer),
         engine=EngineConfig(**engine),
     )
@@ -63,21 +70,25 @@ def fake(config: Config, ranks: int = 1, kind: str = "cpu") -> dry_run.DryRun:
     return dry_run.dry_run(config, resolved(config), Cluster(H100, ranks), kind=kind)
 
 
-def real(config: Config) -> tuple[dict, list, list]:
-    """On a rank: (bytes of the state, peaks of the phases, messages of the step), of real tensors."""
+def real(config: Config, even: bool = True) -> tuple[dict, list, list]:
+    """On a rank: (bytes of the state, peaks of the phases, messages of the step), of real tensors. even: routers send as many
+    tokens to each expert."""
+    if even:
+        genuine, Router.forward = Router.forward, lambda *args: spread(*genuine(*args), args[0].config.num_experts)
     engine = start_engine(config.engine)
     engine.device = torch.device("cpu")
     with Tracker(engine.device) as tracker:
         state = dry_run.one_step(engine, config, resolved(config), 2, tracker)
         tracker.end()
     phases = [(phase.name, phase.peak_bytes, phase.end_bytes) for phase in tracker.trace.phases]
-    sent = [
-        (phase, kind, ranks, each.wire_bytes)
-        for (phase, kind, ranks), each in tracker.trace.messages.items()
-        if phase != "start"
-    ]
+    sent = sent_in_step(tracker.trace.messages)
     engine.close()
     return state, phases, sent
+
+
+def spread(chosen_Nk: torch.Tensor, weights_Nk: torch.Tensor, routing, experts: int) -> tuple:
+    """What a router returns, with tokens sent to all experts in turn."""
+    return torch.arange(chosen_Nk.numel()).view_as(chosen_Nk) % experts, weights_Nk, routing
 
 
 def phases_of(run: dry_run.DryRun) -> list[tuple]:
@@ -113,29 +124,77 @@ ENGINES = {
 }
 
 
-def totals(messages) -> dict[str, float]:
-    """Collective -> bytes that a rank sends, over all phases; DeepSpeed sends some of them one phase earlier or later."""
-    sums: dict[str, float] = {}
-    for _, kind, _, size in messages:
-        sums[kind] = sums.get(kind, 0) + size
-    sums.pop("broadcast", None)  # by which ZeRO-3, in its first step, checks that ranks agree
+def sent_in_step(messages: dict) -> dict[tuple, float]:
+    """(collective, ranks of the group, awaited) -> bytes that a rank sends in a step, over all phases: DeepSpeed sends some of
+    them one phase earlier or later."""
+    sums: dict[tuple, float] = {}
+    for (phase, collective, ranks, awaited), each in messages.items():
+        if phase != "start" and collective != "broadcast":  # by which ZeRO-3, in its first step, checks that ranks agree
+            key = collective, len(ranks), awaited
+            sums[key] = sums.get(key, 0) + each.wire_bytes
     return sums
 
 
-def check_ranks(ranks: int, **engine) -> None:
-    config = settings(ranks, **engine)
-    state, _, sent = run_ranks(ranks, real, config)[0]
+def check_ranks(ranks: int, model: ModelConfig = SIZES, **engine) -> None:
+    config = settings(ranks, model, **engine)
+    state, _, expected = run_ranks(ranks, real, config)[0]
     run = fake(config, ranks)
-    counted = [(phase, *key, each.wire_bytes) for (phase, *key), each in run.trace.messages.items() if phase != "start"]
-    expected = totals(sent)
     assert run.state == state
-    assert totals(counted) == {kind: pytest.approx(size, rel=0.01) for kind, size in expected.items()}
-    assert sum(expected.values()) > 2 * num_parameters(resolved(config)).total  # at least half a gradient, which 2 ranks send
+    assert sent_in_step(run.trace.messages) == {kind: pytest.approx(size, rel=0.01) for kind, size in expected.items()}
+    assert sum(expected.values()) > 2 * num_parameters(resolved(config)).active  # at least half a gradient, as 2 ranks send
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_bytes_on_the_wire_and_of_the_state_are_those_of_two_real_ranks(name):
     check_ranks(2, **ENGINES[name])
+
+
+SHARED = dataclasses.replace(MOE, moe=dataclasses.replace(MOE.moe, num_shared_experts=1))
+KINDS = [
+    ("fsdp2", 2, SIZES, {"sequence": 2}, {"activation_checkpointing": "full"}),
+    ("fsdp2", 2, SHARED, {"tensor": 2}, {}),
+    ("ddp", 2, MOE, {"expert": 2}, {}),
+]
+MORE_KINDS = [
+    ("ddp", 4, SIZES, {"sequence": 4}, {}),
+    ("ddp", 4, SHARED, {"sequence": 2, "tensor": 2}, {"activation_checkpointing": "full"}),
+    ("ddp", 4, SHARED, {"tensor": 2, "expert": 4}, {"precision": "bf16"}),
+    ("fsdp2", 4, SIZES, {"tensor": 2}, {"activation_checkpointing": "full"}),
+    ("fsdp2", 4, MOE, {"expert": 2}, {"activation_checkpointing": "full"}),
+    ("fsdp2", 4, SHARED, {"tensor": 2, "expert": 2}, {}),
+    ("fsdp2", 4, SHARED, {"sequence": 2, "expert": 4}, {"precision": "bf16"}),
+    ("fsdp2", 4, SHARED, {"sequence": 2}, {"replicas": 2}),
+    ("zero1", 2, SIZES, {"sequence": 2}, {}),
+    ("zero2", 4, SIZES, {"sequence": 2}, {}),
+    ("zero3", 2, SIZES, {"sequence": 2}, {}),
+]
+
+
+def check_kinds(name, ranks, model, kinds, options) -> None:
+    """What real ranks send is what the formula says, and what the dry run counts."""
+    config = settings(ranks, model, kinds=kinds, **ENGINES[name], **options)
+    _, _, sent = run_ranks(ranks, real, config)[0]
+    counted = sent_in_step(fake(config, ranks).trace.messages)
+    assert counted == {key: pytest.approx(size, rel=0.01) for key, size in sent.items()}
+    bf16 = config.engine.precision == "bf16"
+    expected: dict[tuple, float] = {}
+    for each in collectives(resolved(config), LENGTH, 2, 2, config.engine, ranks, bf16=bf16):
+        key = each.kind.replace("_", "-"), each.ranks, each.awaited
+        expected[key] = expected.get(key, 0) + each.sent_bytes
+    if name == "zero3":  # it keeps gathered what it uses again soon
+        expected, sent = ({key: size for key, size in each.items() if key[0] == "all-to-all"} for each in (expected, sent))
+    assert expected == {key: pytest.approx(size, rel=0.01) for key, size in sent.items() if size > 200}
+
+
+@pytest.mark.parametrize("row", KINDS, ids=lambda row: f"{row[0]} {row[1]} {row[3]}")
+def test_the_formula_gives_the_bytes_that_ranks_send_under_each_kind_of_parallelism(row):
+    check_kinds(*row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", MORE_KINDS, ids=lambda row: f"{row[0]} {row[1]} {row[3]} {row[4]}")
+def test_the_formula_gives_the_bytes_that_ranks_send_under_every_engine_with_kinds(row):
+    check_kinds(*row)
 
 
 @pytest.mark.slow
@@ -210,9 +269,39 @@ def test_the_formula_for_messages_gives_what_every_engine_sends(engine):
     config, counted, expected = settings(4, precision="bf16", **engine), {}, {}
     for message in fake(config, 4).messages():
         counted[message["collective"]] = counted.get(message["collective"], 0) + message["wire_bytes"]
-    for each in collectives(resolved(config), config.engine, 4, accumulation=2):
+    for each in collectives(resolved(config), LENGTH, 2, 2, config.engine, 4):
         expected[each.kind.replace("_", "-")] = expected.get(each.kind.replace("_", "-"), 0) + each.sent_bytes
     assert {kind: size for kind, size in counted.items() if size > 1000} == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("kinds", [{"sequence": 2}, {"tensor": 2}, {"expert": 2}], ids=str)
+def test_a_token_costs_the_same_flops_under_every_kind_of_parallelism(kinds):
+    config = settings(2, SHARED if "expert" in kinds else SIZES, kinds=kinds)
+    alone, shared = fake(settings(1, config.model)), fake(config, ranks=2)
+    assert shared.tokens * 2 == config.batch.global_batch_size * LENGTH
+    for kind in ("products", "attention"):
+        assert shared.work()[kind]["flops"] / shared.tokens == alone.work()[kind]["flops"] / alone.tokens
+
+
+@pytest.mark.parametrize(
+    ("model", "engine"),
+    [
+        (SIZES, {"name": "fsdp2", "kinds": {"sequence": 2}}),
+        (SIZES, {"name": "fsdp2", "kinds": {"sequence": 2}, "activation_checkpointing": "full"}),
+        (MOE, {"name": "ddp"}),
+    ],
+    ids=["sequence", "sequence, full recomputation", "experts"],
+)
+def test_the_formula_for_memory_is_close_to_a_dry_run(model, engine):
+    wide = dataclasses.replace(
+        model, hidden_size=512, intermediate_size=1408, num_attention_heads=4, num_key_value_heads=2, head_dim=128,
+        moe=model.moe and dataclasses.replace(model.moe, moe_intermediate_size=512),
+    )  # fmt: skip
+    config = settings(2, wide, micro_batch=1, **{**engine, "precision": "bf16", "compile": "blocks"})
+    config = dataclasses.replace(config, data=DataConfig(sequence_length=4096, synthetic=SyntheticConfig()))
+    shape = resolve_model(wide, vocab_size=8000, sequence_length=4096)
+    run = dry_run.dry_run(config, shape, Cluster(H100, 2))
+    assert memory(shape, 4096, 1, config.engine, 2).peak == pytest.approx(run.peak.peak_bytes, rel=0.1)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
@@ -340,7 +429,9 @@ def test_slow_links_make_a_plan_communication_bound_and_a_larger_micro_batch_men
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "ranks"), [("cloud", 8), ("cloud_moe", 8), ("cloud_zero3", 8), ("cloud_zero3", 64)])
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("cloud", 8), ("cloud_zero3", 8), ("cloud_zero3", 64), ("cloud_moe", 32), ("cloud_long_context", 8)]
+)
 def test_the_cloud_configurations_fit_and_computation_hides_their_messages(name, ranks, tmp_path):
     report = tmp_path / "report.json"
     command = ["tools/check_run.py", "--device", "h100", "--config", f"configs/{name}.yaml", "--ranks", str(ranks)]
@@ -351,7 +442,8 @@ def test_the_cloud_configurations_fit_and_computation_hides_their_messages(name,
     assert not [finding for finding in content["findings"] if finding["stops"] or finding["name"] == "communication-bound"]
     config = load(["--config", str(ROOT / f"configs/{name}.yaml")], world_size=ranks)
     model = resolve_model(config.model, vocab_size=32000, sequence_length=config.data.sequence_length)
-    sent = collectives(model, config.engine, ranks, accumulation(config.batch, ranks))
+    batch = config.data.sequence_length, config.batch.micro_batch_size, accumulation(config.batch, ranks)
+    sent = collectives(model, *batch, config.engine, ranks)
     wire_bytes = sum(message["wire_bytes"] for message in content["messages"])
     assert wire_bytes == pytest.approx(sum(each.sent_bytes for each in sent), rel=0.01)
 

@@ -9,10 +9,11 @@ import pytest
 
 from benchmarks.scaling import PUBLISHED, errors, estimate
 from pretrain import devices
-from pretrain.config import EngineConfig
+from pretrain.config import EngineConfig, ParallelConfig
 from pretrain.model import flops
-from pretrain.model.config import ModelConfig, resolve_model
-from pretrain.plan.scaling import HOPPER, Cluster, collective_seconds, collectives, step_time
+from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
+from pretrain.plan.messages import Collective, collectives, held
+from pretrain.plan.scaling import HOPPER, Cluster, collective_seconds, step_time
 
 H100 = devices.find("h100")
 MODEL = resolve_model(
@@ -51,13 +52,13 @@ def test_a_rank_sends_gradients_in_fp32_and_weights_in_bf16_as_often_as_its_engi
     settings, accumulation, bytes_per_parameter
 ):
     ranks = 8
-    sent = sum(each.sent_bytes for each in collectives(MODEL, EngineConfig(**settings), ranks, accumulation))
+    sent = sum(each.sent_bytes for each in collectives(MODEL, 4096, 2, accumulation, EngineConfig(**settings), ranks))
     expected = bytes_per_parameter * flops.num_parameters(MODEL).total * (ranks - 1) / ranks
     assert sent == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_process_alone_sends_nothing():
-    assert collectives(MODEL, EngineConfig(name="fsdp2"), 1, 4) == []
+    assert collectives(MODEL, 4096, 2, 4, EngineConfig(name="fsdp2"), 1) == []
 
 
 def test_replicas_take_the_gathering_off_the_network():
@@ -68,16 +69,17 @@ def test_replicas_take_the_gathering_off_the_network():
         return step_time(MODEL, 4096, 2, 8, engine, cluster).communication
 
     assert seconds(hybrid) < seconds(flat) / 4
-    across = next(each for each in collectives(MODEL, hybrid, 64, 8) if each.kind == "all_reduce")
+    across = next(each for each in collectives(MODEL, 4096, 2, 8, hybrid, 64) if each.kind == "all_reduce")
     assert (across.ranks, across.stride) == (8, 8)
 
 
 def test_a_ring_over_nodes_runs_on_all_network_cards_and_rings_beside_each_other_share_them():
     one, eight = Cluster(H100, 64, network_gb_per_second=50), Cluster(H100, 64, network_gb_per_second=400)
     rates = replace(HOPPER, hop_seconds=(0.0, 0.0))
-    gather = collectives(MODEL, EngineConfig(name="zero3"), 64, 1)[0]
+    gather = collectives(MODEL, 4096, 2, 1, EngineConfig(name="zero3"), 64)[0]
     assert collective_seconds(gather, one, rates) == pytest.approx(8 * collective_seconds(gather, eight, rates), rel=0.15)
-    across = next(each for each in collectives(MODEL, EngineConfig(name="fsdp2", replicas=8), 64, 1) if each.stride > 1)
+    hybrid = collectives(MODEL, 4096, 2, 1, EngineConfig(name="fsdp2", replicas=8), 64)
+    across = next(each for each in hybrid if each.stride > 1)
     assert collective_seconds(across, eight, rates) == pytest.approx(across.sent_bytes / (400e9 * rates.network / 8))
 
 
@@ -95,3 +97,63 @@ def test_more_gpus_never_raise_the_rate_of_one():
         for gpus in (8, 16, 64, 256, 1024)
     ]
     assert rates == sorted(rates, reverse=True)
+
+
+# ---------------------------------------------------------------- kinds of parallelism
+
+KINDS = [{"sequence": 4}, {"tensor": 4}, {"sequence": 2, "tensor": 4}]
+
+
+def with_kinds(name: str = "fsdp2", **kinds: int) -> EngineConfig:
+    return EngineConfig(name=name, parallel=ParallelConfig(**kinds))
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids=str)
+def test_under_each_kind_every_token_and_every_flop_counts_once(kinds):
+    """The ranks that share a sequence do the work of one rank, so each of them has its part of the tokens, and MFU is that of
+    its own tokens."""
+    engine, ranks, accumulation = with_kinds(**kinds), 8, 4
+    time = step_time(MODEL, 4096, 2, accumulation, engine, Cluster(H100, ranks))
+    samples = 2 * accumulation * ranks // (engine.parallel.sequence * engine.parallel.tensor)
+    assert time.tokens_per_second * ranks * time.total == pytest.approx(samples * 4096)
+    assert time.mfu == pytest.approx(time.tokens_per_second * flops.flops_per_token(MODEL, 4096) / (H100.bf16_tflops * 1e12))
+    alone = step_time(MODEL, 4096, 2, accumulation, with_kinds(), Cluster(H100, ranks))
+    assert time.products >= alone.products * samples / (2 * accumulation * ranks)
+    assert 0.7 * alone.mfu < time.mfu <= alone.mfu * 1.001
+
+
+def test_exchanges_of_tokens_are_awaited_and_cost_more_when_they_leave_the_node():
+    def sent(**kinds: int) -> list[Collective]:
+        return [each for each in collectives(MODEL, 4096, 2, 1, with_kinds(**kinds), 64) if each.awaited]
+
+    cluster = Cluster(H100, 64)
+    (within,), (beyond,) = sent(sequence=8), sent(sequence=16)
+    assert (within.kind, within.stride, beyond.ranks) == ("all_to_all", 1, 16)
+    seconds = [collective_seconds(each, cluster, HOPPER) for each in (within, beyond)]
+    assert seconds[1] > 1.5 * seconds[0]  # for about half as many bytes
+    assert sent(sequence=2, tensor=4)[0].stride == 4  # ranks that share matrices are neighbours
+
+
+def test_an_all_to_all_takes_the_time_of_its_slowest_links():
+    rates, cluster = replace(HOPPER, hop_seconds=(0.0, 0.0)), Cluster(H100, 64, network_gb_per_second=400)
+    size = 8e9
+    within = Collective("all_to_all", size, 8, 1, 1, True)
+    assert collective_seconds(within, cluster, rates) == pytest.approx(7e9 / (H100.link_gb_per_second * rates.link * 1e9))
+    across = Collective("all_to_all", size, 16, 1, 1, True)  # half of it to the other node, by eight ranks at once
+    assert collective_seconds(across, cluster, rates) == pytest.approx(8 * 4e9 / (400e9 * rates.network))
+
+
+def test_groups_of_the_kinds_hold_all_parameters_of_a_model_with_experts():
+    model = resolve_model(
+        ModelConfig(hidden_size=512, num_hidden_layers=3, num_attention_heads=8, moe=MoeConfig(num_experts=16)),
+        vocab_size=4096,
+        sequence_length=128,
+    )
+    total = flops.num_parameters(model).total
+    for kinds in ({}, {"sequence": 2}, {"expert": 4}, {"tensor": 2, "expert": 8}):
+        dense, experts = held(model, with_kinds(**kinds), 16)
+        tensor, expert = kinds.get("tensor", 1), kinds.get("expert", 1)
+        counts = flops.num_parameters(model)
+        kept = counts.undivided + (counts.experts if expert == 1 else 0)
+        assert (dense.parameters - kept) * tensor + kept + experts.parameters * expert == total
+        assert (dense.ranks * tensor, experts.ranks * expert) == (16, 16)

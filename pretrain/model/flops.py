@@ -23,6 +23,10 @@ class ParameterCount:
     """Those that multiply every token: matrices of the blocks, with the chosen experts only, and the head without padding."""
     embedding: int
     """The input embedding as built, including padding rows, even if it is also the head."""
+    experts: int
+    """Routed experts: expert parallelism divides them among ranks."""
+    undivided: int
+    """Norms and routers: no kind of parallelism divides them. Tensor parallelism divides all but these and routed experts."""
 
 
 def num_parameters(config: ModelConfig) -> ParameterCount:
@@ -30,17 +34,20 @@ def num_parameters(config: ModelConfig) -> ParameterCount:
     width, head_dim = config.hidden_size, config.head_dim
     layers, moe = config.num_hidden_layers, config.moe
     attention = 2 * width * head_dim * (config.num_attention_heads + config.num_key_value_heads)
-    feed_forward, idle = 3 * width * config.intermediate_size, 0
+    feed_forward, experts, routers, idle = 3 * width * config.intermediate_size, 0, 0, 0
     if moe:
-        expert = 3 * width * moe.moe_intermediate_size
+        expert, routers = 3 * width * moe.moe_intermediate_size, layers * width * moe.num_experts
         feed_forward = width * moe.num_experts + expert * (moe.num_experts + moe.num_shared_experts)
+        experts = layers * expert * moe.num_experts
         idle = layers * expert * (moe.num_experts - moe.num_experts_per_tok)
     matrices = layers * (attention + feed_forward)
     norms = layers * (2 * width + 2 * head_dim * config.qk_norm) + width
     embedding = vocabulary_rows(config) * width
     total = matrices + norms + embedding * (1 if config.tie_word_embeddings else 2)
     matmul = matrices - idle + config.vocab_size * width
-    return ParameterCount(total=total, active=total - idle, matmul=matmul, embedding=embedding)
+    return ParameterCount(
+        total=total, active=total - idle, matmul=matmul, embedding=embedding, experts=experts, undivided=norms + routers
+    )
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = False) -> int:

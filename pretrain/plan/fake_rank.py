@@ -100,11 +100,12 @@ def _start_ddp(self, *args, **kwargs) -> None:
     """DDP with a hook in place of its own reduction, which reads the result of a message, and without rebuilding its buckets,
     which changes their order and not their memory."""
     _ddp_init(self, *args, **kwargs)
-    ranks = dist.get_world_size()
+    group = self.process_group
+    ranks = dist.get_world_size(group)
 
     def reduce(state, bucket):  # DDP accepts no annotation in the form of a string
         buffer, future = bucket.buffer().div_(ranks), torch.futures.Future()
-        dist.all_reduce(buffer)
+        dist.all_reduce(buffer, group=group)
         future.set_result(buffer)
         return future
 

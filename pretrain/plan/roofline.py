@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pretrain.plan.scaling import Assumptions, Cluster, Collective, collective_seconds
+from pretrain.plan.messages import Collective
+from pretrain.plan.scaling import Assumptions, Cluster, collective_seconds
 from pretrain.plan.tracker import Message, Trace
 
 
@@ -18,7 +19,7 @@ class Roofline(NamedTuple):
     communication: float
     """All collectives, hidden or not."""
     exposed: float
-    """The part of them that computation does not hide."""
+    """The part of them that computation does not hide: all that it waits for, and some of the others."""
 
     @property
     def computing(self) -> float:
@@ -47,11 +48,11 @@ def roofline(trace: Trace, repeats: dict[str, int], width: int, cluster: Cluster
     for (phase, kind), work in trace.work.items():
         seconds[kind] += repeats.get(phase, 0) * max(work.flops / speeds[kind], work.bytes / bandwidth)
     seconds["other"] += rates.gaps * sum(seconds.values())
-    communication = sum(
-        repeats.get(phase, 0) * message_seconds(message, cluster, rates) for (phase, *_), message in trace.messages.items()
-    )
-    exposed = max((1 - rates.overlapped) * communication, communication - sum(seconds.values()))
-    return Roofline(**seconds, communication=communication, exposed=exposed)
+    sent = {True: 0.0, False: 0.0}
+    for (phase, *_), message in trace.messages.items():
+        sent[message.awaited] += repeats.get(phase, 0) * message_seconds(message, cluster, rates)
+    exposed = sent[True] + max((1 - rates.overlapped) * sent[False], sent[False] - sum(seconds.values()))
+    return Roofline(**seconds, communication=sum(sent.values()), exposed=exposed)
 
 
 def message_seconds(message: Message, cluster: Cluster, rates: Assumptions) -> float:

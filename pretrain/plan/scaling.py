@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from pretrain.config import EngineConfig
 from pretrain.devices import Device
 from pretrain.model import flops
 from pretrain.model.config import ModelConfig
+from pretrain.plan.messages import Collective, collectives, held
 
 
 @dataclass(frozen=True)
@@ -64,70 +65,25 @@ def assumptions(device: Device) -> Assumptions:
     return AMPERE if device.fp8_tflops is None else HOPPER
 
 
-class Collective(NamedTuple):
-    """Collectives of one kind in a step."""
-
-    kind: Literal["all_gather", "reduce_scatter", "all_reduce"]
-    size: int
-    """Bytes of the full tensors, of all calls of a step together."""
-    ranks: int
-    """Ranks that take part in each call."""
-    stride: int
-    """Distance between neighbouring ranks: 1 if the ranks of a node are neighbours."""
-    calls: int
-
-    @property
-    def sent_bytes(self) -> int:
-        """Bytes that each rank sends, if the library runs a ring."""
-        return round(self.size * (self.ranks - 1) / self.ranks * (2 if self.kind == "all_reduce" else 1))
-
-
-def collectives(model: ModelConfig, engine: EngineConfig, ranks: int, accumulation: int, bf16: bool = True) -> list[Collective]:
-    """Returns what an engine sends in a step: weights (2 bytes per parameter under bf16) and fp32 gradients. Omitted: the few
-    numbers of the token count and the gradient norm, the optimizer's own messages (Muon), and the parameters that
-    `engine.keep_whole_below` keeps on every rank.
-    """
-    if ranks == 1:
-        return []
-    parameters, layers = flops.num_parameters(model).total, model.num_hidden_layers
-    weights, gradients = parameters * (2 if bf16 else 4), parameters * 4
-    if engine.name == "ddp":
-        buckets = max(1, math.ceil(gradients / ((engine.bucket_mib or 25) * 2**20)))
-        return [Collective("all_reduce", gradients, ranks, 1, buckets)]
-    if engine.name in ("zero1", "zero2"):
-        reductions = accumulation if engine.name == "zero2" and engine.reduce_gradients != "step" else 1
-        buckets = max(1, math.ceil(gradients / ((engine.bucket_mib or 200) * 2**20)))
-        return [
-            Collective("all_reduce", gradients * reductions, ranks, 1, buckets * reductions),  # a rank then keeps its share
-            Collective("all_gather", weights, ranks, 1, buckets),
-        ]
-    shards = ranks // engine.replicas
-    passes = accumulation * 2 * weights
-    if engine.name == "fsdp2":  # the head and the last norm stay gathered; tied, the embedding with them
-        kept = flops.vocabulary_rows(model) * model.hidden_size + model.hidden_size
-        passes -= accumulation * kept * (2 if bf16 else 4)
-    reductions = 1 if engine.reduce_gradients == "step" else accumulation
-    found = [
-        Collective("all_gather", passes, shards, 1, 2 * (layers + 1) * accumulation),
-        Collective("reduce_scatter", gradients * reductions, shards, 1, (layers + 1) * reductions),
-    ]
-    if engine.replicas > 1:
-        found.append(Collective("all_reduce", math.ceil(gradients / shards), engine.replicas, shards, layers + 1))
-    return [each for each in found if each.ranks > 1]
-
-
 def collective_seconds(collective: Collective, cluster: Cluster, rates: Assumptions) -> float:
     """Returns the time of these collectives, one after the other: a ring over all ranks, which crosses the network on all cards
-    of a node at once."""
+    of a node at once; an all_to_all sends each part directly, those for other nodes on the card of its GPU."""
     per_node = max(1, cluster.gpus_per_node // collective.stride)  # ranks of one ring in a node
     nodes = math.ceil(collective.ranks / per_node)
-    rings_per_node = min(collective.stride, cluster.gpus_per_node)
-    speed = cluster.device.link_gb_per_second * rates.link if per_node > 1 else math.inf
-    if nodes > 1:
-        speed = min(speed, cluster.network_gb_per_second * rates.network / rings_per_node)
+    link = cluster.device.link_gb_per_second * rates.link * 1e9
+    network = cluster.network_gb_per_second * rates.network * 1e9
     near, far = rates.hop_seconds
+    if collective.kind == "all_to_all":
+        inside = min(per_node, collective.ranks)
+        parts = collective.size / collective.ranks  # all ranks of a node send at the same time
+        across = parts * (collective.ranks - inside) * cluster.gpus_per_node / network
+        return max(parts * (inside - 1) / link, across) + collective.calls * (far if nodes > 1 else near)
+    rings_per_node = min(collective.stride, cluster.gpus_per_node)
+    speed = link if per_node > 1 else math.inf
+    if nodes > 1:
+        speed = min(speed, network / rings_per_node)
     hops = (collective.ranks - nodes) * near + (nodes if nodes > 1 else 0) * far
-    return collective.sent_bytes / (speed * 1e9) + collective.calls * hops * (2 if collective.kind == "all_reduce" else 1)
+    return collective.sent_bytes / speed + collective.calls * hops * (2 if collective.kind == "all_reduce" else 1)
 
 
 class StepTime(NamedTuple):
@@ -140,7 +96,7 @@ class StepTime(NamedTuple):
     communication: float
     """All collectives, hidden or not."""
     exposed: float
-    """The part of them that computation does not hide."""
+    """The part of them that computation does not hide: all that it waits for, and some of the others."""
     optimizer: float
     total: float
     tokens_per_second: float
@@ -152,13 +108,18 @@ def step_time(
     model: ModelConfig, sequence_length: int, micro_batch_size: int, accumulation: int, engine: EngineConfig, cluster: Cluster,
     *, compiled: bool = True, rates: Assumptions | None = None,
 ) -> StepTime:  # fmt: skip
-    """Estimates a bf16 step. Recomputation (`engine.activation_checkpointing`) takes time, but adds nothing to MFU."""
+    """Estimates a bf16 step. Recomputation (`engine.activation_checkpointing`) takes time, but adds nothing to MFU.
+
+    accumulation: micro-batches per step and rank. Ranks that share sequences or matrices also share their work evenly; under
+    tensor parallelism products are narrower.
+    """
     rates = rates or assumptions(cluster.device)
-    counts, width = flops.num_parameters(model), model.hidden_size
-    tokens, peak = accumulation * micro_batch_size * sequence_length, cluster.device.bf16_tflops * 1e12
+    counts, width, parallel = flops.num_parameters(model), model.hidden_size, engine.parallel
+    tokens = accumulation * micro_batch_size * sequence_length / (parallel.sequence * parallel.tensor)  # of one GPU
+    narrowest, peak = width / parallel.tensor, cluster.device.bf16_tflops * 1e12
     bandwidth = cluster.device.memory_gb_per_second * 1e9 * rates.memory
     again = {"none": (0, 0), "selective": (0, 1 / 3), "full": (1 / 3, 1 / 3)}[engine.activation_checkpointing]
-    products = 6 * counts.matmul * tokens / (peak * rates.products * width / (width + rates.narrow)) * (1 + again[0])
+    products = 6 * counts.matmul * tokens / (peak * rates.products * narrowest / (narrowest + rates.narrow)) * (1 + again[0])
     causal = flops.flops_per_token(model, sequence_length, causal=True) - 6 * counts.matmul
     attention = causal * tokens * (3.5 / 3 + again[0]) / (peak * rates.attention)  # the backward kernel repeats a product
     moved = (rates.compiled_bytes if compiled else rates.eager_bytes) * model.num_hidden_layers * width * (1 + again[1])
@@ -166,14 +127,16 @@ def step_time(
     other += rates.gaps * (products + attention + other)
     computing = products + attention + other
 
-    sent = collectives(model, engine, cluster.gpus, accumulation)
-    communication = sum(collective_seconds(each, cluster, rates) for each in sent)
-    first_and_last = communication / (accumulation * (model.num_hidden_layers + 1))  # nothing can hide these
-    exposed = max((1 - rates.overlapped) * communication + first_and_last, communication - computing)
-    shards = 1 if engine.name == "ddp" else cluster.gpus // engine.replicas
-    optimizer = 28 * counts.total / shards / bandwidth  # weight, gradient and two moments read; three of them written
+    sent = collectives(model, sequence_length, micro_batch_size, accumulation, engine, cluster.gpus)
+    awaited, hidden = (
+        sum(collective_seconds(each, cluster, rates) for each in sent if each.awaited == waits) for waits in (True, False)
+    )
+    first_and_last = hidden / (accumulation * (model.num_hidden_layers + 1))  # nothing can hide these
+    exposed = awaited + max((1 - rates.overlapped) * hidden + first_and_last, hidden - computing)
+    updated = sum(each.parameters / (1 if engine.name == "ddp" else each.ranks) for each in held(model, engine, cluster.gpus))
+    optimizer = 28 * updated / bandwidth  # weight, gradient and two moments read; three of them written
     nodes = max(1, cluster.gpus // cluster.gpus_per_node)
     total = (computing + exposed + optimizer) * (1 + rates.straggling * math.log2(nodes))
     per_second = tokens / total
     mfu = per_second * flops.flops_per_token(model, sequence_length) / peak
-    return StepTime(products, attention, other, communication, exposed, optimizer, total, per_second, mfu)
+    return StepTime(products, attention, other, awaited + hidden, exposed, optimizer, total, per_second, mfu)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -48,6 +49,14 @@ _COLLECTIVES = {
     "broadcast_": "broadcast",
     "reduce_": "reduce",
 }
+_AWAITED = {
+    "all_gather_into_tensor": "all-gather",
+    "reduce_scatter_tensor": "reduce-scatter",
+    "all_reduce": "all-reduce",
+    "all_reduce_": "all-reduce",
+    "all_to_all_single": "all-to-all",
+}
+"""Functional collectives, whose results the code that follows needs: by these ranks exchange tokens."""
 _WRITE_ONLY = {"aten::copy_", "aten::fill_", "aten::zero_"}
 _SHAPED_BY_VALUES = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive"}
 
@@ -89,9 +98,11 @@ class Message:
     collective: str
     ranks: tuple[int, ...]
     """Of the group."""
+    awaited: bool = False
+    """True if computation waits for the result; otherwise the engine may hide it behind computation."""
     calls: int = 0
-    payload_bytes: int = 0
-    """Of the larger of input and output."""
+    payload_bytes: float = 0
+    """Of the larger of input and output. An all-to-all of unequal parts: of one that sends as much in equal parts."""
 
     @property
     def wire_bytes(self) -> float:
@@ -127,8 +138,8 @@ class Trace:
 
     allocations: list[Allocation] = field(default_factory=list)
     phases: list[Phase] = field(default_factory=list)
-    messages: dict[tuple[str, str, tuple[int, ...]], Message] = field(default_factory=dict)
-    """(phase, collective, ranks) -> message."""
+    messages: dict[tuple[str, str, tuple[int, ...], bool], Message] = field(default_factory=dict)
+    """(phase, collective, ranks, awaited) -> message."""
     work: dict[tuple[str, str], Work] = field(default_factory=dict)
     """(phase, kind of operator) -> work."""
     faults: dict[Fault, int] = field(default_factory=dict)
@@ -245,6 +256,8 @@ class Tracker(TorchDispatchMode):
         name = func.name().partition(".")[0]
         if name == "prim::device":
             return func(*args, **kwargs)
+        if name == "_c10d_functional::wait_tensor" and isinstance(args[0], FakeTensor):
+            return args[0]  # as it is with real tensors; PyTorch's fake one would be another tensor
         if name in _HOST_READS and self._on_device(args):
             self._fault("host-read", name)
         if name == "aten::_local_scalar_dense" and isinstance(args[0], FakeTensor):
@@ -252,8 +265,8 @@ class Tracker(TorchDispatchMode):
         if name in _SHAPED_BY_VALUES and self._on_device(args):
             self._fault("shape-by-value", name)
         out = func(*args, **kwargs)
-        if name.startswith("c10d::"):
-            self._message(name, args, kwargs)
+        if name.startswith(("c10d::", "_c10d_functional::")):
+            self._message(name.partition("::")[2], args, kwargs, out)
         elif name == "aten::lift_fresh" and self.in_step:
             self._fault("host-tensor", name)
             out = torch.empty(out.shape, dtype=out.dtype, device=self.device) if isinstance(out, FakeTensor) else out
@@ -310,14 +323,22 @@ class Tracker(TorchDispatchMode):
         work = self.trace.work.setdefault((self._phase.name, kind), Work())
         work.calls, work.flops, work.bytes = work.calls + 1, work.flops + flops, work.bytes + size
 
-    def _message(self, name: str, args: tuple, kwargs: dict) -> None:
-        if (collective := _COLLECTIVES.get(name.removeprefix("c10d::"))) is None:
+    def _message(self, name: str, args: tuple, kwargs: dict, out: Any) -> None:
+        if name in _AWAITED:  # (input, ..., the group or its name)
+            group = args[-1] if isinstance(args[-1], dist.ProcessGroup) else _resolve_process_group(args[-1])
+            collective, sides = _AWAITED[name], (args[0], out)
+        elif name in _COLLECTIVES:
+            values = (*args, *kwargs.values())
+            group = dist.ProcessGroup.unbox(next(each for each in values if isinstance(each, torch.ScriptObject)))
+            collective, sides = _COLLECTIVES[name], args[:2]
+        else:
             return
-        group = next(each for each in (*args, *kwargs.values()) if isinstance(each, torch.ScriptObject))
-        ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(group)))
-        tensors = [[each for each in tree_leaves(value) if isinstance(each, Tensor)] for value in args[:2]]
-        payload = max(sum(_bytes(_plain(each)) for each in side) for side in tensors)
-        message = self.trace.messages.setdefault((self._phase.name, collective, ranks), Message(collective, ranks))
+        ranks = tuple(dist.get_process_group_ranks(group))
+        payload = max(sum(_bytes(_plain(each)) for each in tree_leaves(side) if isinstance(each, Tensor)) for side in sides)
+        if name == "all_to_all_single" and len(ranks) > 1:
+            payload = _sent_to_others(args[0], args[2], ranks.index(dist.get_rank())) * len(ranks) / (len(ranks) - 1)
+        key = collective, ranks, name in _AWAITED
+        message = self.trace.messages.setdefault((self._phase.name, *key), Message(*key))
         message.calls, message.payload_bytes = message.calls + 1, message.payload_bytes + payload
 
     # ---------------------------------------------------------------- lines of code
@@ -370,6 +391,11 @@ def _bytes(tensor: Tensor) -> int:
     """Bytes that a kernel reads or writes; dimensions that a view repeats are read once."""
     values = math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or size == 0)
     return values * tensor.element_size()
+
+
+def _sent_to_others(tensor: Tensor, rows: list[int], mine: int) -> float:
+    """Bytes of an all-to-all that leave this rank, number `mine` of the group. rows: for each rank."""
+    return _bytes(tensor) * (1 - rows[mine] / max(1, sum(rows)))
 
 
 def _plain(tensor: Tensor) -> Tensor:
