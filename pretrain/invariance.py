@@ -192,7 +192,7 @@ def cases(config: Config, most_ranks: int) -> tuple[list[Case], dict[str, Proble
 
 def _splits(case: Case, config: Config) -> Iterator[Case]:
     """Small and large micro-batches in each precision, and with Muon; of pairs of kinds, one in fp32. Compiling takes most of
-    the time, so one split is compiled, if the configuration asks for it, and only with the kinds that the configuration uses."""
+    the time, so one split is compiled, if the configuration says so, and only with the kinds that the configuration uses."""
     largest, alone = max(1, case.accumulation // 2), len(case.kinds) < 2
     splits = [("fp32", 1), ("fp32", largest)] if alone else [("fp32", largest)]
     if config.engine.precision != "fp32" and alone:
