@@ -144,7 +144,7 @@ def check_invariance(config: Config, processes: int, output: Path | None) -> boo
         kinds, verdict = invariance.describe(case.kinds) or "-", "same as one process" if outcome.passed else "DIFFERENT"
         print(
             f"{case.engine.name:6}  {kinds:{width}}  {case.ranks:5}  {case.micro_batch:11}  {case.accumulation:12}  "
-            f"{case.engine.precision:9}  {outcome.loss_difference:7.1e}  {outcome.norm_difference:7.1e}  "
+            f"{case.numerics:9}  {outcome.loss_difference:7.1e}  {outcome.norm_difference:7.1e}  "
             f"{outcome.token_difference:6}  {outcome.routing_difference:7.1e}  {outcome.weight_difference:7.1e}  "
             f"{verdict}, {seconds_left:.0f} s left",
             flush=True,
