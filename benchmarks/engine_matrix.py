@@ -70,6 +70,8 @@ def main(argv: list[str]) -> int:
           "  weights gradients     state")  # fmt: skip
     rows = []
     for outcome in check_invariance(model, list(_cases(options)), GRAD_CLIP, SEED):
+        if outcome.error:
+            raise RuntimeError(outcome.error)
         expected = expected_bytes(outcome.case, shapes)
         rows.append(dataclasses.asdict(outcome) | {"passed": outcome.passed, "expected_bytes": expected})
         print(_row(outcome, expected), flush=True)

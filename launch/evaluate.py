@@ -5,8 +5,10 @@
     launch/evaluate.py --run runs/X --tasks lambada_openai,arc_easy
 
 The loss is in nats per token over all tokens of the files, the same figure for any number of processes; perplexity and bits per
-byte follow from it. Without --data a run is measured on its own validation data. --tasks needs pip install 'pretrain[eval]'; it
-first converts the model of a run for transformers and verifies the result.
+byte follow from it. Without --data a run is measured on its own validation data. How a run was distributed over processes does
+not matter: --engine says how those of this command share the model, and engine.parallel is off.
+
+--tasks needs pip install 'pretrain[eval]'; it first converts the model of a run for transformers and verifies the result.
 
 Exit status: 0 done, 2 refused, 130 interrupted.
 """

@@ -1,38 +1,47 @@
 """Checks, for a configuration, that no number depends on how a batch is split: five real steps on processes of this machine,
 against one process that takes the entire batch with PyTorch's own loss and no code of the step, the engine or the meter.
 
-The model is shrunk (grouped queries, query norm, tied embeddings, sliding window and experts stay); the engine and its options
-are those of the configuration. Steps are plain momentum steps: AdamW divides a gradient by its own size, and near zero its
-rounding errors would hide what the check looks for.
+The engine and its options are those of the configuration: without any kind of parallelism that shares a model or a sequence,
+then with each kind that configuration and engine allow, alone and in pairs. The model is shrunk (grouped queries, query norm,
+tied embeddings, sliding window, experts and documents stay). Steps are plain momentum steps: AdamW divides a gradient by its
+own size, and near zero its rounding errors would hide what the check looks for.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.config import Config, EngineConfig
+from pretrain.config import BatchConfig, Config, EngineConfig, ParallelConfig, Problem, validate
 from pretrain.data.batches import Batch
 from pretrain.engines.base import Engine
+from pretrain.engines.config import KINDS
 from pretrain.engines.start import start_engine
 from pretrain.model.config import ModelConfig, resolve_model, shrink
+from pretrain.model.moe import Router
 from pretrain.model.transformer import Transformer, build
-from pretrain.report.metrics import Meter
+from pretrain.report.metrics import Meter, routing_figures
 from pretrain.run.processes import run_processes
 from pretrain.train import train_step
 
-STEPS, LENGTH, VOCABULARY, LR = 5, 32, 128, 1e-2
+STEPS, LENGTH, VOCABULARY, LR = 5, 32, 100, 1e-2
+"""The vocabulary is no multiple of 64, so that a rank may have rows of padding."""
 BOUNDS = {"fp32": (1e-6, 1e-6, 1e-6), "bf16": (2e-3, 5e-3, 3e-4), "bf16 with experts": (1e-2, 3e-2, 4e-3)}
 """Largest differences allowed in loss (relative), norm (relative) and weights (absolute); in bf16 ten times those measured. In
-bf16 a token whose experts have nearly equal scores may go to another one, so weights differ by more."""
+bf16 a token whose experts have nearly equal scores may go to another one, so weights differ by more. Routing has the bound of
+the norm, and tokens are counted exactly."""
+PATIENCE_SECONDS = 600
+"""What a case may take; processes that wait for each other never end."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,8 @@ class Case:
     """In the global batch."""
     experts: bool = False
     """The model has experts."""
+    documents: bool = False
+    """Tokens see only their own document."""
 
     @property
     def bounds(self) -> tuple[float, float, float]:
@@ -57,69 +68,206 @@ class Case:
         """Micro-batches per step and rank."""
         return self.sequences * self.engine.parallel.sequence * self.engine.parallel.tensor // (self.ranks * self.micro_batch)
 
+    @property
+    def kinds(self) -> dict[str, int]:
+        """The kinds of parallelism in use, with their degrees."""
+        return {kind: degree for kind in KINDS if (degree := getattr(self.engine.parallel, kind)) > 1}
+
+
+class Steps(NamedTuple):
+    """What five steps showed and left: of one rank, or of the process that takes the entire batch."""
+
+    figures: list[dict[str, float]]
+    """Of each step: loss, norm, tokens, and, with experts, aux_loss and z_loss."""
+    first: dict[str, Tensor]
+    """Weights after the first step, by name."""
+    last: dict[str, Tensor]
+    """Weights, and routers' buffers, after the last one."""
+
+
+class Reference(NamedTuple):
+    """One process on the entire batch."""
+
+    steps: Steps
+    initial: dict[str, Tensor]
+    batch_seed: int
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a case, and its distance from the reference."""
+    """The result of a case, and its distance from the reference. Differences that are not a number are infinite."""
 
     case: Case
     losses: list[float]
     norms: list[float]
+    tokens: list[int]
+    """Valid tokens of each step, as counted by the ranks."""
     loss_difference: float
     norm_difference: float
+    token_difference: int
+    routing_difference: float
+    """Relative, of the routers' losses; 0 without experts."""
     weight_difference: float
+    wrong_gradients: list[str]
+    """Parameters whose gradient in the first step was wrong, before clipping, in the order of the model."""
+    wrong_weights: list[str]
+    """Parameters, and routers' buffers, that were wrong after the last step."""
+    parameters: int
     bytes_per_rank: dict[str, int]
     """weights; gradients (summed over micro-batches, until the optimizer has taken them); state (master weights that are not
     the weights, and momentum)."""
+    error: str = ""
+    """Why the ranks did not end, with a traceback."""
+
+    @property
+    def differences(self) -> dict[str, tuple[float, float]]:
+        """(found, allowed), by name."""
+        loss, norm, weights = self.case.bounds
+        return {
+            "loss": (self.loss_difference, loss),
+            "gradient norm": (self.norm_difference, norm),
+            "tokens": (self.token_difference, 0),
+            "routing": (self.routing_difference, norm),
+            "weights": (self.weight_difference, weights),
+        }
 
     @property
     def passed(self) -> bool:
         """True if every difference is within its bound; NaN never is."""
-        found = (self.loss_difference, self.norm_difference, self.weight_difference)
-        return all(value <= bound for value, bound in zip(found, self.case.bounds, strict=True))
+        return not self.error and all(found <= allowed for found, allowed in self.differences.values())
 
 
-def small_model(model: ModelConfig) -> ModelConfig:
-    """A model of the same kind that a CPU trains in seconds, resolved."""
-    return resolve_model(shrink(model, LENGTH), vocab_size=VOCABULARY, sequence_length=LENGTH)
+# ---------------------------------------------------------------- what is checked
 
 
-def cases(config: Config, most_ranks: int) -> list[Case]:
-    """The engine of a configuration on 1, 2, 4, ... ranks, with small and large micro-batches."""
-    found = []
-    precisions = ["fp32"] if config.engine.precision == "fp32" else ["fp32", "bf16"]
-    for precision in precisions:
-        ranks = max(1, config.engine.replicas)
-        while ranks <= most_ranks:
-            sequences = 4 * max(2, most_ranks)
-            for micro_batch in sorted({1, sequences // ranks // 2}):
-                engine = dataclasses.replace(config.engine, precision=precision, world_size=None, keep_whole_below=1000)
-                found.append(Case(engine, ranks, micro_batch, sequences, experts=config.model.moe is not None))
-            ranks *= 2
-    return found
+def small_model(model: ModelConfig, most_ranks: int = 2) -> ModelConfig:
+    """A model of the same kind that a CPU trains in seconds, resolved. `most_ranks` can share its heads, and its window ends at
+    no cut of a sequence."""
+    small = shrink(model, LENGTH)
+    heads, kv_heads = max(4, 2 * most_ranks), model.num_key_value_heads or model.num_attention_heads
+    grouped = kv_heads < model.num_attention_heads
+    small = dataclasses.replace(
+        small,
+        num_attention_heads=heads,
+        num_key_value_heads=min(kv_heads, heads // 2) if grouped else heads,
+        head_dim=small.hidden_size // 4,
+        sliding_window=small.sliding_window and LENGTH // 3,
+    )
+    return resolve_model(small, vocab_size=VOCABULARY, sequence_length=LENGTH)
+
+
+def cases(config: Config, most_ranks: int) -> tuple[list[Case], dict[str, Problem]]:
+    """The engine of a configuration on 1, 2, 4, ... ranks, then with each kind of parallelism and each pair of them. Also the
+    kinds that the configuration rules out on all of these numbers of ranks, such as `tensor 4`, and why."""
+    found, refused = [], {}
+    small, documents = small_model(config.model, most_ranks), config.data.document_mask
+    ranks = max(1, config.engine.replicas)
+    while ranks <= most_ranks:
+        for parallel in [ParallelConfig(), *_kinds(ranks)]:
+            engine = dataclasses.replace(config.engine, parallel=parallel, world_size=None, keep_whole_below=1000)
+            case = Case(engine, ranks, 1, 4 * max(2, most_ranks), config.model.moe is not None, documents)
+            if not case.kinds or not (problem := _problem(config, small, case)):
+                found += _splits(case, config.engine)
+            elif len(case.kinds) == 1:
+                refused.setdefault(describe(case.kinds), problem)
+        ranks *= 2
+    covered = {describe(case.kinds) for case in found}
+    return found, {kinds: problem for kinds, problem in refused.items() if kinds not in covered}
+
+
+def _splits(case: Case, engine: EngineConfig) -> Iterator[Case]:
+    """Small and large micro-batches in each precision, fewer with kinds. Compiling takes most of the time, so one of them is
+    compiled, if the configuration asks for it, and only without kinds and with those that the configuration uses."""
+    largest = max(1, case.accumulation // 2)
+    splits = [("fp32", 1), ("fp32", largest)] if len(case.kinds) < 2 else [("fp32", largest)]
+    if engine.precision != "fp32" and len(case.kinds) < 2:
+        splits += [("bf16", largest)] if case.kinds else [("bf16", 1), ("bf16", largest)]
+    used = all(getattr(engine.parallel, kind) > 1 for kind in case.kinds)
+    for precision, size in dict.fromkeys(splits):
+        compiled = engine.compile if used and (precision, size) == splits[-1] else "none"
+        options = dataclasses.replace(case.engine, precision=precision, compile=compiled)
+        yield dataclasses.replace(case, engine=options, micro_batch=size)
+
+
+def _kinds(ranks: int) -> Iterator[ParallelConfig]:
+    """Each kind, and each pair of kinds, that divides these ranks. Ranks that share experts may also share other things."""
+    degrees = [degree for degree in range(1, ranks + 1) if ranks % degree == 0]
+    every = (dict(zip(KINDS, each, strict=True)) for each in itertools.product(degrees, repeat=len(KINDS)))
+    used = sorted((each for each in every if each["tensor"] * each["sequence"] <= ranks), key=lambda each: _count(each))
+    yield from (ParallelConfig(**each) for each in used if _count(each) in (1, 2))
+
+
+def _count(degrees: dict[str, int]) -> int:
+    return sum(degree > 1 for degree in degrees.values())
+
+
+def _problem(config: Config, small: ModelConfig, case: Case) -> Problem | None:
+    """Why a run of this configuration, or of its shrunk model, cannot use the case's kinds on these ranks."""
+    batch = BatchConfig(global_batch_size=case.sequences, micro_batch_size=1)
+    mine = dataclasses.replace(config, engine=case.engine, batch=batch)
+    shrunk = dataclasses.replace(mine, model=small, data=dataclasses.replace(config.data, sequence_length=LENGTH))
+    return next(iter(validate(mine, case.ranks) + validate(shrunk, case.ranks)), None)
+
+
+def describe(kinds: dict[str, int]) -> str:
+    """Such as `tensor 2 x sequence 2`."""
+    return " x ".join(f"{kind} {degree}" for kind, degree in kinds.items())
+
+
+# ---------------------------------------------------------------- running and comparing
 
 
 def check_invariance(model: ModelConfig, tried: list[Case], grad_clip: float, seed: int) -> Iterator[Outcome]:
     """Runs each case on its own processes, on CPUs: fp32 products are precise enough there, those of GPUs are not.
 
-    model: resolved. Raises RuntimeError with the traceback of a rank that fails.
+    model: resolved. seed: of weights and batches.
     """
     os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     zero = ["deepspeed", "transformers"] if any(case.engine.name.startswith("zero") for case in tried) else []
     multiprocessing.set_forkserver_preload(["torch", "accelerate", "pretrain.train", "torch.distributed.fsdp", *zero])
-    references: dict[int, tuple] = {}
+    references: dict[tuple, Reference] = {}
     for case in tried:
-        if case.sequences not in references:
-            references[case.sequences] = _reference(model, case.sequences, grad_clip, seed)
-        shown, weights = references[case.sequences]
-        ranks = run_processes(case.ranks, _run, case, model, grad_clip, seed)
-        found = _assemble([piece for _, pieces, _ in ranks for piece in pieces])
-        pairs = [pair for mine, _, _ in ranks for pair in zip(mine, shown, strict=True)]
-        loss, norm = (max(_difference(a[i], b[i]) for a, b in pairs) for i in (0, 1))
-        weight = max(float((found[name] - true).abs().max()) for name, true in weights.items() if not _rounded(name, case))
-        most = {key: max(rank[2][key] for rank in ranks) for key in ranks[0][2]}
-        losses, norms = ([step[i] for step in ranks[0][0]] for i in (0, 1))
-        yield Outcome(case, losses, norms, loss, norm, weight, most)
+        key = case.sequences, case.documents
+        if key not in references:
+            references[key] = make_reference(model, case, grad_clip, seed)
+        reference = references[key]
+        try:
+            ranks = run_processes(
+                case.ranks, _run, case, model, grad_clip, seed, reference.batch_seed, timeout_seconds=PATIENCE_SECONDS
+            )
+        except (RuntimeError, TimeoutError) as error:  # of a rank: the other cases may tell more
+            nothing = math.inf, math.inf, 0, math.inf, math.inf, [], [], len(reference.initial), {}
+            yield Outcome(case, [], [], [], *nothing, error=str(error))
+        else:
+            yield compare(case, ranks, reference, grad_clip)
+
+
+def compare(case: Case, ranks: list[tuple], reference: Reference, grad_clip: float) -> Outcome:
+    """ranks: what `train` returned on each of them."""
+    figures = [pair for shown, *_ in ranks for pair in zip(shown, reference.steps.figures, strict=True)]
+    first, last = (_assemble([piece for rank in ranks for piece in rank[i]]) for i in (1, 2))
+    kept = {name: true for name, true in reference.steps.last.items() if not _rounded(name, case)}
+    errors = {name: _largest(last[name] - true) for name, true in kept.items()}
+    shown = ranks[0][0]
+    scale = _clipped(reference.steps.figures[0]["norm"], grad_clip) / _clipped(shown[0]["norm"], grad_clip)
+    moved = {
+        name: _largest((first[name] - start) * scale - (reference.steps.first[name] - start))
+        for name, start in reference.initial.items()
+    }
+    routing = [key for key in ("aux_loss", "z_loss") if key in shown[0]]
+    return Outcome(
+        case,
+        *([step[key] for step in shown] for key in ("loss", "norm", "tokens")),
+        loss_difference=max(_difference(a["loss"], b["loss"]) for a, b in figures),
+        norm_difference=max(_difference(a["norm"], b["norm"]) for a, b in figures),
+        token_difference=max(abs(a["tokens"] - b["tokens"]) for a, b in figures),
+        routing_difference=max((_difference(a[key], b[key]) for a, b in figures for key in routing), default=0.0),
+        weight_difference=max(errors.values()),
+        wrong_gradients=_beyond(moved, case.bounds[2]),
+        wrong_weights=_beyond(errors, case.bounds[2]),
+        parameters=len(reference.initial),
+        bytes_per_rank={key: max(rank[3][key] for rank in ranks) for key in ranks[0][3]},
+    )
 
 
 def _rounded(name: str, case: Case) -> bool:
@@ -131,14 +279,133 @@ def _difference(found: float, true: float) -> float:
     return abs(found / true - 1) if math.isfinite(found) else math.inf
 
 
-def _batch(sequences: int, step: int) -> Batch:
-    """Sequences with 3 to 90 % valid labels, one of them without any: a mean of means would be far off."""
-    generator = torch.Generator().manual_seed(1000 + step)
-    tokens_BT = torch.randint(0, VOCABULARY, (sequences, LENGTH), generator=generator)
-    labels_BT = torch.randint(0, VOCABULARY, (sequences, LENGTH), generator=generator)
-    shares_B1 = torch.tensor([0.9, 0.1, 0.5, 0.03, 0.7, 0.0, 0.3, 0.2]).repeat(sequences // 8 + 1)[:sequences, None]
-    valid_BT = torch.rand(sequences, LENGTH, generator=generator) < shares_B1
-    return Batch(tokens_BT, torch.where(valid_BT, labels_BT, -100), None)
+def _largest(difference: Tensor) -> float:
+    """The largest absolute value; infinity where one is not a number, which `max` would lose."""
+    return float(difference.abs().nan_to_num(nan=math.inf).max())
+
+
+def _beyond(errors: dict[str, float], bound: float) -> list[str]:
+    return [name.removeprefix("model/") for name, error in errors.items() if error > bound]
+
+
+def _clipped(norm: float, grad_clip: float) -> float:
+    """What clipping multiplies a gradient of this norm by."""
+    return min(1.0, grad_clip / (norm + 1e-6)) if grad_clip else 1.0
+
+
+# ---------------------------------------------------------------- naming the cause
+
+
+def causes(outcomes: list[Outcome]) -> list[str]:
+    """A sentence for each cause of the outcomes that did not pass, simple ones first: the engine, a kind, two kinds together. A
+    kind that is wrong alone explains each pair with it; a cause that shows in fp32 explains bf16."""
+    named: dict[tuple[frozenset, str], list[Outcome]] = {}
+    wrong = [outcome for outcome in outcomes if not outcome.passed]
+    for outcome in sorted(wrong, key=lambda each: (len(each.case.kinds), each.case.engine.precision != "fp32")):
+        cause = frozenset(outcome.case.kinds), outcome.case.engine.precision
+        if not any(kinds <= cause[0] and precision in ("fp32", cause[1]) for kinds, precision in named.keys() - {cause}):
+            named.setdefault(cause, []).append(outcome)
+    return [_sentence(failed, outcomes) for failed in named.values()]
+
+
+def _sentence(failed: list[Outcome], outcomes: list[Outcome]) -> str:
+    """Such as `sequence 2 is wrong under fsdp2 (2 of 2 splits): loss differs by 1.0e+00; ...`."""
+    case = failed[0].case
+    alike = [each for each in outcomes if (each.case.kinds, each.case.engine.precision) == (case.kinds, case.engine.precision)]
+    name, precision = case.engine.name, "" if case.engine.precision == "fp32" else f" in {case.engine.precision}"
+    what = f"{describe(case.kinds)} is wrong under {name}" if case.kinds else f"{name} is wrong by itself"
+    what += f"{precision} ({sum(not each.passed for each in alike)} of {len(alike)} splits)"
+    if ended := [each for each in failed if each.error]:
+        return f"{what}: {ended[0].error.strip().splitlines()[-1]}"
+    worst = {name: max(each.differences[name][0] for each in failed) for name in failed[0].differences}
+    beyond = [name for name, (_, allowed) in failed[0].differences.items() if not worst[name] <= allowed]
+    shown = ", ".join(f"{name} by {worst[name]:{'d' if name == 'tokens' else '.1e'}}" for name in beyond)
+    if wrong := next((each for each in failed if each.wrong_gradients), None):
+        names = wrong.wrong_gradients
+        return f"{what}: {shown}; {len(names)} of {wrong.parameters} gradients of step 1 are wrong, first {names[0]}"
+    wrong = next((each for each in failed if each.wrong_weights), None)
+    text = "" if wrong is None else f", but then weights, first {wrong.wrong_weights[0]}"
+    return f"{what}: {shown}; all gradients of step 1 are right{text}"
+
+
+# ---------------------------------------------------------------- one process
+
+
+def make_reference(model: ModelConfig, case: Case, grad_clip: float, seed: int) -> Reference:
+    """Takes the first batches on which every choice of the routers is clear: rounding may send a token to another expert where
+    two have nearly equal scores, which is no error of a split."""
+    initial = {f"model/{name}": tensor.detach() for name, tensor in build(model, "cpu", seed).named_parameters()}
+    for batch_seed in range(seed, seed + 1_000_000, 50_000):
+        steps, clear = _reference(model, case, grad_clip, seed, batch_seed)
+        if clear:
+            break
+    return Reference(steps, initial, batch_seed)
+
+
+def _reference(config: ModelConfig, case: Case, grad_clip: float, seed: int, batch_seed: int) -> tuple[Steps, bool]:
+    """-> what the steps showed and left; whether all choices of the routers were clear.
+
+    With experts, the gradient is that of the model's own loss on the entire batch: PyTorch has no router losses.
+    """
+    model = build(config, "cpu", seed)
+    choices = [_Choices(module) for module in model.modules() if isinstance(module, Router)]
+    optimizer, figures, first = _momentum(model), [], {}
+    for step in range(STEPS):
+        tokens_BT, labels_BT, documents_BT = _batch(config, case, batch_seed, step)
+        loss = F.cross_entropy(model(tokens_BT, documents_BT=documents_BT).flatten(0, 1), labels_BT.flatten())
+        loss_sum, routing_LX = model(tokens_BT, labels_BT, documents_BT)
+        valid = int((labels_BT != -100).sum())
+        objective = loss_sum / valid if config.moe else loss
+        optimizer.zero_grad()
+        objective.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        optimizer.step()
+        if model.needs_router_updates:
+            model.update_routers(routing_LX, torch.tensor(True))
+        routing = routing_figures(routing_LX, valid) if config.moe else {}
+        figures.append({"loss": loss.item(), "norm": norm.item(), "tokens": valid, **_router_losses(routing)})
+        first = first or {f"model/{name}": tensor.detach().clone() for name, tensor in model.named_parameters()}
+    last = {f"model/{name}": tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    return Steps(figures, first, last), all(each.clear for each in choices)
+
+
+class _Choices:
+    """Watches a router: whether the last expert that each token chose was clearly better than the next one."""
+
+    MARGIN = 3e-6
+    """Of scores, which rounding changes by up to 1e-7 in these steps."""
+
+    def __init__(self, router: Router):
+        self.clear = True
+        router.register_forward_hook(self._look)
+
+    @torch.no_grad()
+    def _look(self, router: Router, args: tuple, result: tuple) -> None:
+        logits_NE = F.linear(args[0].flatten(0, 1), router.weight)
+        sigmoid = router.config.score == "sigmoid"
+        score_NE = logits_NE.sigmoid() + router.e_score_correction_bias if sigmoid else logits_NE.softmax(1)
+        sorted_NE = score_NE.sort(1, descending=True).values
+        chosen = result[0].shape[1]
+        between_N = sorted_NE[:, chosen - 1 : chosen + 1].diff().abs()  # empty if every expert is chosen
+        self.clear &= bool((between_N > self.MARGIN).all())
+
+
+def _router_losses(routing: dict[str, float]) -> dict[str, float]:
+    return {key: routing[key] for key in ("aux_loss", "z_loss") if key in routing}
+
+
+def _batch(model: ModelConfig, case: Case, seed: int, step: int) -> Batch:
+    """Sequences with 3 to 90 % valid labels, one of them without any: a mean of means would be far off. Documents are longer
+    and shorter than a sliding window."""
+    generator = torch.Generator().manual_seed((1000 * seed + step) % 2**63)
+    shape = case.sequences, LENGTH
+    tokens_BT = torch.randint(0, model.vocab_size, shape, generator=generator)
+    labels_BT = torch.randint(0, model.vocab_size, shape, generator=generator)
+    shares_B1 = torch.tensor([0.9, 0.1, 0.5, 0.03, 0.7, 0.0, 0.3, 0.2]).repeat(shape[0] // 8 + 1)[: shape[0], None]
+    valid_BT = torch.rand(shape, generator=generator) < shares_B1
+    borders_B1 = torch.tensor([0.0, 0.3, 0.05, 0.15]).repeat(shape[0] // 4 + 1)[: shape[0], None]
+    documents_BT = (torch.rand(shape, generator=generator) < borders_B1).cumsum(1) if case.documents else None
+    return Batch(tokens_BT, torch.where(valid_BT, labels_BT, -100), documents_BT)
 
 
 class _Momentum(torch.optim.SGD):
@@ -154,49 +421,44 @@ def _momentum(model: nn.Module) -> torch.optim.Optimizer:
     return _Momentum(model.parameters(), lr=LR, momentum=0.9)
 
 
-def _reference(config: ModelConfig, sequences: int, grad_clip: float, seed: int) -> tuple[list[tuple], dict[str, Tensor]]:
-    """[(loss, norm)] of each step and the final weights, in one process.
-
-    With experts, the gradient is that of the model's own loss on the entire batch: PyTorch has no router losses.
-    """
-    model = build(config, "cpu", seed)
-    optimizer, shown = _momentum(model), []
-    for step in range(STEPS):
-        batch = _batch(sequences, step)
-        loss = F.cross_entropy(model(batch.tokens_BT).flatten(0, 1), batch.labels_BT.flatten())
-        loss_sum, routing_LX = model(batch.tokens_BT, batch.labels_BT)
-        objective = loss_sum / (batch.labels_BT != -100).sum() if config.moe else loss
-        optimizer.zero_grad()
-        objective.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        optimizer.step()
-        if model.needs_router_updates:
-            model.update_routers(routing_LX, torch.tensor(True))
-        shown.append((loss.item(), norm.item()))
-    return shown, {f"model/{name}": tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+# ---------------------------------------------------------------- on a rank
 
 
-def _run(case: Case, model: ModelConfig, grad_clip: float, seed: int) -> tuple[list[tuple], list[tuple], dict[str, int]]:
-    """On a rank: [(loss, norm)], its shards (name, shape, offset, values) of the weights, and its bytes."""
+def _run(case: Case, *args) -> tuple:
     engine = start_engine(case.engine)
+    engine.compile_backend = "aot_eager"  # the compiler's graphs without its kernels, which are other ones on GPUs: seconds
+    results = train(engine, case, *args)
+    engine.close()
+    return results
+
+
+def train(engine: Engine, case: Case, model: ModelConfig, grad_clip: float, seed: int, batch_seed: int) -> tuple:
+    """On each rank: the figures of each step (`Steps.figures`); this rank's pieces (name, shape, offset, values) of the weights
+    after the first step and after the last one; its bytes."""
     engine.prepare(lambda: Transformer(model), _momentum, grad_clip, seed)
     gradients = _GradientBytes(engine)
-    meter, shown = Meter(engine.device, engine.rank, engine.world_size), []
+    meter, shown, pieces = Meter(engine.device, engine.rank, engine.world_size), [], []
     share = case.sequences // engine.mesh.sample_ranks
     for step in range(STEPS):
         mine = [
-            tensor[engine.mesh.sample_rank * share :][:share].split(case.micro_batch)
-            for tensor in _batch(case.sequences, step)[:2]
+            None if tensor is None else tensor[engine.mesh.sample_rank * share :][:share]
+            for tensor in _batch(model, case, batch_seed, step)
         ]
-        window = [engine.to_device(engine.part_of(Batch(*tensors, None))) for tensors in zip(*mine, strict=True)]
+        parts = [[None] * share if tensor is None else tensor.split(case.micro_batch) for tensor in mine]
+        window = [engine.to_device(engine.part_of(Batch(*tensors))) for tensors in zip(*parts, strict=False)]
         meter.add(*train_step(engine, window, LR))
         figures = meter.read(engine.all_reduce)
-        shown.append((figures["loss"], figures["grad_norm"]))
+        named = {"loss": "loss", "norm": "grad_norm", "tokens": "interval_tokens"}
+        shown.append({name: figures[key] for name, key in named.items()} | _router_losses(figures["routing"]))
+        if step in (0, STEPS - 1):
+            pieces.append(_pieces(engine))
     sizes = _sizes(engine) | {"gradients": sum(gradients.of_steps) // STEPS}
+    return shown, *pieces, sizes
+
+
+def _pieces(engine: Engine) -> list[tuple]:
     shards = [shard for shard in engine.shards(saving=True) if shard.name.startswith("model/")]
-    pieces = [(shard.name, shard.shape, shard.offset, shard.values.numpy(force=True).copy()) for shard in shards]
-    engine.close()
-    return shown, pieces, sizes
+    return [(shard.name, shard.shape, shard.offset, shard.values.numpy(force=True).copy()) for shard in shards]
 
 
 class _GradientBytes:

@@ -32,7 +32,7 @@ from pretrain.optim.optimizer import build_optimizer
 from pretrain.optim.schedule import lr_at
 from pretrain.report.metrics import Clock
 from pretrain.report.profile import StepProfile
-from pretrain.run import agreement, divergence, memory, output, precision, preflight, resume
+from pretrain.run import agreement, divergence, mask_certificate, memory, output, precision, preflight, resume
 from pretrain.run.directory import take_directory
 from pretrain.run.outcome import DIVERGED, DONE, STORAGE_FAILED, Outcome
 from pretrain.run.parts import open_parts
@@ -48,7 +48,7 @@ class StepResult(NamedTuple):
     """The result of one step; the tensors stay on the device."""
 
     loss_sum: Tensor
-    """(), float64: nats of this rank's valid tokens."""
+    """(), float64: nats of this rank's valid tokens; those that ranks share count on one of them."""
     tokens: Tensor
     """(), int64: valid tokens of the global batch."""
     grad_norm: Tensor
@@ -126,6 +126,7 @@ def train(config: Config, stop: StopRequest | None = None) -> int:
         stop.stop_file = directory.stop_file if engine.rank == 0 else None
         start = resume.decide(config, engine, parts, directory)
         warnings = preflight.at_start(config, engine, parts, start.checkpoint)
+        certificate = mask_certificate.certify(config, parts.model, engine)
         engine.prepare(
             lambda: Transformer(parts.model),
             lambda model: build_optimizer(model, config.optimizer),
@@ -136,16 +137,18 @@ def train(config: Config, stop: StopRequest | None = None) -> int:
         directory.write_text("config.yaml", to_yaml(config))
         while start:
             run = open_run(config, engine, parts, directory, start)
-            status, reason, start = _train_from(start, run, stop, why_precision, warnings)
+            status, reason, start = _train_from(start, run, stop, why_precision, certificate, warnings)
             del run  # with its copy of the state on the host: after a rollback, the next run allocates another
         outcome.end(status, reason)
     return outcome.status
 
 
-def _train_from(start: Start, run: Run, stop: StopRequest, why_precision: str, warnings: list) -> tuple[int, str, Start | None]:
+def _train_from(
+    start: Start, run: Run, stop: StopRequest, why_precision: str, certificate: str, warnings: list
+) -> tuple[int, str, Start | None]:
     """-> (exit status, reason, where to roll back to after a divergence)."""
     with run.sinks:
-        output.announce(run, start, why_precision, warnings)
+        output.announce(run, start, why_precision, certificate, warnings)
         stop.training()
         with run.saver:
             status, reason = _loop(run, stop)

@@ -120,9 +120,11 @@ def losses(records: list[dict]) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["cloud", "cloud_zero3"])
-def test_the_cloud_configurations_run_to_their_end_with_a_small_model(tmp_path, config):
-    records = launch(tmp_path, "accelerate", config)
+@pytest.mark.parametrize(
+    ("config", "flags"), [("cloud", []), ("cloud_zero3", []), ("cloud_long_context", ["--engine.parallel.sequence", "2"])]
+)
+def test_the_cloud_configurations_run_to_their_end_with_a_small_model(tmp_path, config, flags):
+    records = launch(tmp_path, "accelerate", config, *flags)
     shown = losses(records)
     assert len(shown) == 10 and shown[0] == pytest.approx(4.852, rel=0.02) and shown[-1] < shown[0]
     assert records[-2]["stuck_parameters"] == records[-2]["diverged_ranks"] == 0 and "val_loss" in records[-1]
@@ -132,7 +134,8 @@ def test_the_cloud_configurations_run_to_their_end_with_a_small_model(tmp_path, 
 @pytest.mark.slow
 def test_the_cloud_mixture_of_experts_runs_to_its_end_with_a_small_model(tmp_path):
     flags = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-    records = launch(tmp_path, "accelerate", "cloud_moe", *(w for k, v in flags.items() for w in (f"--model.moe.{k}", str(v))))
+    flags = [word for key, value in flags.items() for word in (f"--model.moe.{key}", str(value))]
+    records = launch(tmp_path, "accelerate", "cloud_moe", *flags, "--engine.parallel.expert", "2")
     shown = losses(records)
     assert len(shown) == 10 and shown[0] == pytest.approx(4.852, rel=0.02) and shown[-1] < shown[0]
     assert records[-2]["stuck_parameters"] == records[-2]["diverged_ranks"] == 0 and "val_loss" in records[-1]
@@ -282,7 +285,8 @@ def test_every_engine_setting_is_documented():
 
 
 def test_the_cloud_configurations_fit_their_ranks():
-    for config, ranks in (("cloud", 8), ("cloud_moe", 8), ("cloud_zero3", 8), ("cloud_zero3", 64)):
+    shipped = (("cloud", 8), ("cloud_zero3", 8), ("cloud_zero3", 64), ("cloud_moe", 32), ("cloud_long_context", 8))
+    for config, ranks in shipped:
         load(["--config", str(ROOT / "configs" / f"{config}.yaml")], world_size=ranks)
 
 

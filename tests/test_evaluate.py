@@ -1,4 +1,4 @@
-"""A set has one validation loss, for any number of ranks and any micro-batch size; partial batches count."""
+"""A set has one validation loss, for any number of ranks, kind of parallelism and micro-batch size; partial batches count."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.config import DataConfig, EngineConfig, OptimizerConfig, SourceConfig
+from pretrain.config import DataConfig, EngineConfig, OptimizerConfig, ParallelConfig, SourceConfig
 from pretrain.data.batches import open_valid
 from pretrain.engines.start import start_engine
 from pretrain.evaluate import evaluate
@@ -23,8 +23,13 @@ from tests.ranks import run_ranks
 LENGTH, VOCAB = 8, 40
 SIZES = {"a": 8 * 11 + 4, "b": 8 * 3 + 1}  # tokens: `a` ends in a window of 3 labels, `b` in a full one
 MODEL = resolve_model(
-    ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2), vocab_size=VOCAB, sequence_length=LENGTH
+    ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=4), vocab_size=VOCAB, sequence_length=LENGTH
 )
+
+ALONE = EngineConfig(name="ddp")
+SEQUENCE = EngineConfig(name="ddp", parallel=ParallelConfig(sequence=2))
+TENSOR = EngineConfig(name="fsdp2", parallel=ParallelConfig(tensor=2))
+BOTH = EngineConfig(name="ddp", parallel=ParallelConfig(sequence=2, tensor=2))
 
 
 @pytest.fixture
@@ -39,8 +44,10 @@ def sets_of(folder: Path):
     return open_valid(data, seed=0, vocab_size=VOCAB, tokenizer_fingerprint=None)
 
 
-def evaluate_here(folder: Path, micro_batch_size: int, max_samples: int | None) -> dict[str, float]:
-    engine = start_engine(EngineConfig(name="ddp"))
+def evaluate_here(
+    folder: Path, micro_batch_size: int, max_samples: int | None, config: EngineConfig = ALONE
+) -> dict[str, float]:
+    engine = start_engine(config)
     engine.prepare(lambda: Transformer(MODEL), lambda model: build_optimizer(model, OptimizerConfig()), 1.0, seed=0)
     figures = evaluate(engine, sets_of(folder), micro_batch_size, max_samples)
     assert engine.model.training
@@ -62,12 +69,25 @@ def plain_losses(folder: Path) -> dict[str, tuple[float, int]]:
     return sums
 
 
-@pytest.mark.parametrize(("ranks", "micro_batch_size"), [(1, 1), (1, 5), (1, 64), (2, 3), (4, 2)])
-def test_every_label_of_every_set_counts_once(folder, ranks, micro_batch_size):
+@pytest.mark.parametrize(
+    ("ranks", "micro_batch_size", "config"),
+    [
+        (1, 1, ALONE),
+        (1, 5, ALONE),
+        (1, 64, ALONE),
+        (2, 3, ALONE),
+        (4, 2, ALONE),
+        (2, 3, SEQUENCE),
+        (2, 3, TENSOR),
+        pytest.param(4, 5, BOTH, marks=pytest.mark.slow),
+        pytest.param(4, 2, SEQUENCE, marks=pytest.mark.slow),
+    ],
+)
+def test_every_label_of_every_set_counts_once(folder, ranks, micro_batch_size, config):
     plain = plain_losses(folder)
     assert {name: labels for name, (_, labels) in plain.items()} == {name: size - 1 for name, size in SIZES.items()}
     total = sum(nats for nats, _ in plain.values()) / sum(labels for _, labels in plain.values())
-    for figures in run_ranks(ranks, evaluate_here, folder, micro_batch_size, None):
+    for figures in run_ranks(ranks, evaluate_here, folder, micro_batch_size, None, config):
         assert figures["val_loss"] == pytest.approx(total, rel=1e-6)
         assert figures["val_perplexity"] == pytest.approx(math.exp(total), rel=1e-5)
         for name, (nats, labels) in plain.items():

@@ -26,6 +26,12 @@ ROOT = Path(__file__).parents[1]
 OLD = ROOT / "tests" / "fixtures" / "old_formats"
 EXPECTED = json.loads((OLD / "expected.json").read_text())
 RANKS = {"dense": 1, "moe": 2, "zero": 2}
+KINDS = {
+    "dense": ["--engine.name", "fsdp2", "--engine.parallel.tensor", "2"],
+    "moe": ["--engine.name", "ddp", "--engine.parallel.expert", "2"],
+    "zero": ["--engine.parallel.sequence", "2"],
+}
+"""Kinds of parallelism that the old version did not have."""
 POSITIONS = 64
 FILES = ["prose_train", "prose_valid", "lists_train", "lists_valid"]
 
@@ -45,8 +51,8 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
 
 
-def resume(run: str) -> int:
-    return train(load(["--config", f"{run}/config.yaml"], world_size=RANKS[run]))
+def resume(run: str, ranks: int, flags: list[str]) -> int:
+    return train(load(["--config", f"{run}/config.yaml", *flags], world_size=ranks))
 
 
 @pytest.mark.parametrize("prefix", FILES)
@@ -81,17 +87,26 @@ def test_data_order_and_initial_weights_are_the_old_ones(old, run):
         torch.testing.assert_close(weights[name].flatten()[:20], torch.tensor(values), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("run", RANKS)
-def test_a_run_resumes_with_its_own_settings_and_follows_its_old_curve(old, run):
+def check_curve(old: Path, run: str, ranks: int, flags: list[str]) -> None:
     """Up to the checkpoint no byte of metrics.jsonl changes; after it, losses are within 1e-4 of those that the old version
     had when it resumed the same run."""
     before = (old / run / "metrics.jsonl").read_bytes()
-    status = [resume(run)] if RANKS[run] == 1 else run_ranks(RANKS[run], resume, run)
+    status = [resume(run, 1, flags)] if ranks == 1 else run_ranks(ranks, resume, run, ranks, flags)
     assert set(status) == {0}
     assert (old / run / "metrics.jsonl").read_bytes().startswith(before)
     records = [json.loads(line) for line in (old / run / "metrics.jsonl").read_text().splitlines()][1:]
     for record, expected in zip(records, EXPECTED[run]["records"], strict=True):
         assert {key: record.get(key) for key in expected} == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("run", RANKS)
+def test_a_run_resumes_with_its_own_settings_and_follows_its_old_curve(old, run):
+    check_curve(old, run, RANKS[run], [])
+
+
+@pytest.mark.parametrize("run", [run if run == "dense" else pytest.param(run, marks=pytest.mark.slow) for run in KINDS])
+def test_a_run_resumes_on_ranks_that_share_its_model_or_its_sequences(old, run):
+    check_curve(old, run, 2, KINDS[run])
 
 
 @pytest.mark.parametrize("run", RANKS)

@@ -4,8 +4,9 @@ Without --invariance, the preflight: data, tokenizer, batch, learning rate, stor
 finding has a stable name, such as id-outside-vocabulary, and either stops a run or warns; docs/data.md explains them all.
 
 With --invariance, it trains a shrunk model with the configuration's engine, options and clipping on 1, 2, ... N processes of
-this machine's CPUs, split into small and large micro-batches, and compares each step with one process that takes the entire
-batch: loss, gradient norm and weights must agree.
+this machine's CPUs, with small and large micro-batches, and with each kind of parallelism (engine.parallel) that the
+configuration allows. It compares every step with one process that takes the entire batch: loss, gradient norm, tokens counted,
+the routers' losses and weights must agree; if not, it names the kinds that are wrong. --run.seed chooses weights and batches.
 
 With --device, a dry run: one step of the real model, engine and optimizer as one of --ranks on a GPU that is not there. It
 shows memory by phase, messages, FLOPs, an estimate of the time, and findings: whether it fits, what makes the device wait.
@@ -124,22 +125,40 @@ def show_findings(findings: list, began: float) -> bool:
 
 
 def check_invariance(config: Config, processes: int, output: Path | None) -> bool:
-    """Prints the table and the verdict. -> whether all cases passed."""
+    """Prints the table, what is wrong and the verdict. -> whether all cases passed."""
     from pretrain import invariance
 
-    model, tried = invariance.small_model(config.model), invariance.cases(config, processes)
-    print("engine   ranks  micro-batch  accumulation  precision     loss     norm  weights")
-    outcomes = []
+    model = invariance.small_model(config.model, processes)
+    tried, not_checked = invariance.cases(config, processes)
+    for kinds, problem in not_checked.items():
+        print(f"not checked: {kinds} ({problem})")
+    width = max(5, *(len(invariance.describe(case.kinds)) for case in tried))
+    print(f"engine  {'kinds':{width}}  ranks  micro-batch  accumulation  precision     loss     norm  tokens  routing  weights")
+    outcomes, began, ranks = [], time.monotonic(), sum(case.ranks for case in tried)
     for outcome in invariance.check_invariance(model, tried, config.optimizer.grad_clip, config.run.seed):
         outcomes.append(outcome)
-        case = outcome.case
+        case, done = outcome.case, sum(each.case.ranks for each in outcomes)
+        seconds_left = (time.monotonic() - began) * (ranks - done) / done
+        kinds, verdict = invariance.describe(case.kinds) or "-", "same as one process" if outcome.passed else "DIFFERENT"
         print(
-            f"{case.engine.name:8} {case.ranks:5}  {case.micro_batch:11}  {case.accumulation:12}  {case.engine.precision:9}  "
-            f"{outcome.loss_difference:7.1e}  {outcome.norm_difference:7.1e}  {outcome.weight_difference:7.1e}  "
-            f"{'same as one process' if outcome.passed else 'DIFFERENT'}",
+            f"{case.engine.name:6}  {kinds:{width}}  {case.ranks:5}  {case.micro_batch:11}  {case.accumulation:12}  "
+            f"{case.engine.precision:9}  {outcome.loss_difference:7.1e}  {outcome.norm_difference:7.1e}  "
+            f"{outcome.token_difference:6}  {outcome.routing_difference:7.1e}  {outcome.weight_difference:7.1e}  "
+            f"{verdict}, {seconds_left:.0f} s left",
             flush=True,
         )
-    write_json(output, [dataclasses.asdict(outcome) for outcome in outcomes])
+    wrong = invariance.causes(outcomes)
+    write_json(output, {
+        "seed": config.run.seed,
+        "bounds": invariance.BOUNDS,
+        "not_checked": {kinds: str(problem) for kinds, problem in not_checked.items()},
+        "cases": [dataclasses.asdict(outcome) | {"passed": outcome.passed} for outcome in outcomes],
+        "wrong": wrong,
+    })  # fmt: skip
+    for error in dict.fromkeys(outcome.error for outcome in outcomes if outcome.error):
+        print(error)
+    for sentence in wrong:
+        print(f"WRONG  {sentence}")
     failed = sum(not outcome.passed for outcome in outcomes)
     bounds = "; ".join(
         f"{name}: {', '.join(f'{bound:.0e}' for bound in allowed)}" for name, allowed in invariance.BOUNDS.items()
@@ -147,7 +166,7 @@ def check_invariance(config: Config, processes: int, output: Path | None) -> boo
     verdict = (
         f"FAILED: {failed} of {len(outcomes)} splits differ from one process"
         if failed
-        else "passed: no number depends on the split"
+        else f"passed: no number depends on the split ({len(outcomes)} splits, {time.monotonic() - began:.0f} s)"
     )
     print(f"{verdict} (allowed differences of loss, norm, weights: {bounds})")
     return not failed

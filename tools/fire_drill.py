@@ -187,7 +187,7 @@ class Drill:
         folder.mkdir(parents=True, exist_ok=True)
         self.settings = folder / "drill.yaml"
         self.settings.write_text(to_yaml(shrink_run(config, processes, folder)))
-        load(["--config", str(self.settings)], world_size=processes)  # the shrunken one must be valid, too
+        self.engine = load(["--config", str(self.settings)], world_size=processes).engine  # it must be valid, too
         self.random = random.Random(config.run.seed)
 
     def start(self, name: str, *flags: str, **options) -> Job:
@@ -201,7 +201,9 @@ class Drill:
 
     def train_baseline(self) -> None:
         """Trains the run that all others are compared with. Raises Broken if it does not complete."""
-        print(f"baseline: {self.processes} processes, {STEPS} steps, a checkpoint every {SAVE_EVERY}", flush=True)
+        kinds = [f"{kind} {degree}" for kind, degree in dataclasses.asdict(self.engine.parallel).items() if degree > 1]
+        about = [self.engine.name, *kinds, f"{self.processes} processes", f"{STEPS} steps", f"a checkpoint every {SAVE_EVERY}"]
+        print(f"baseline: {', '.join(about)}", flush=True)
         job = self.start("baseline")
         job.end([])
         if exit_status(job.run) != 0:

@@ -10,13 +10,16 @@ ranks), allocated before the first step, kept until the run ends, and pinned if 
 every save with `asynchronous: false`, take no snapshot: the run waits while the thread writes from live memory. The files are
 the same to the byte.
 
+Where ranks hold columns of a matrix (tensor parallelism; a third of the state), they exchange them for rows before the thread
+starts, so no rank waits in a collective for the disk of another. The rows are copies on the device: of one file at a time for a
+snapshot, of all files without one.
+
 A failed save leaves earlier checkpoints alone, is reported, and does not stop the run; three in a row, or a failed last one,
 do (OSError).
 """
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import sys
 import threading
@@ -69,7 +72,7 @@ class Saver:
         self._began = time.monotonic()
         self._snapshot = _Snapshot(engine.device)
         if config.asynchronous and (config.every_steps or config.every_minutes):
-            self._snapshot.reserve(storage.files_of(engine.shards(saving=True)))  # pinning takes seconds: now, not in a save
+            self._snapshot.reserve(engine.saved_values())  # pinning takes seconds: now, not in a save
         self._save: _Save | None = None  # in progress
         self._pruning: threading.Thread | None = None
         self._not_removed: OSError | None = None
@@ -90,9 +93,12 @@ class Saver:
         except OSError as error:
             self._failed(step, error)
         else:
-            files = list(storage.files_of(self.engine.shards(saving=True)))  # views of live memory
+            files = storage.files_of(self.engine.shards(saving=True))  # views of live memory
             if background:
+                self._snapshot.reserve(self.engine.saved_values())
                 files = self._snapshot.take(files)
+            else:
+                files = list(files)
             self._save = _Save(temporary, step, storage.state_text(state, step, self.engine), self.engine, files)
         if not background:
             self.wait()
@@ -242,15 +248,14 @@ class _Snapshot:
         self.device = device
         self.buffers: list[Tensor] = []
 
-    def reserve(self, files: Iterable[list[Shard]]) -> None:
-        """Allocates the memory for these files, if it is not there yet."""
-        for file in itertools.islice(files, len(self.buffers), None):
-            count = sum(shard.values.numel() for shard in file)
-            self.buffers.append(torch.empty(count, pin_memory=self.device.type == "cuda"))
+    def reserve(self, count: int) -> None:
+        """Allocates the memory for the files of `count` values, if it is not there yet."""
+        most = storage.MAX_FILE_BYTES // 4
+        for first in range(sum(map(len, self.buffers)), count, most):
+            self.buffers.append(torch.empty(min(most, count - first), pin_memory=self.device.type == "cuda"))
 
-    def take(self, files: list[list[Shard]]) -> list[list[Shard]]:
-        """Copies the shards; the copies are valid until the next call."""
-        self.reserve(files)
+    def take(self, files: Iterable[list[Shard]]) -> list[list[Shard]]:
+        """Copies the shards, file by file; the copies are valid until the next call."""
         copied = []
         for file, buffer in zip(files, self.buffers, strict=True):
             begin, copies = 0, []

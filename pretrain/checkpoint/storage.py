@@ -61,8 +61,7 @@ def begin(folder: Path, step: int, engine: Engine) -> Path:
     """Makes an empty folder for the files of all ranks (a collective). Raises OSError on every rank if that fails, or if the
     disk has no room for the checkpoint."""
     temporary, failure = folder / f".tmp-step_{step:08d}", None
-    needed = torch.tensor(sum(shard.values.nbytes for shard in engine.shards(saving=True)), device=engine.device)
-    needed = int(engine.all_reduce(needed))
+    needed = int(engine.all_reduce(torch.tensor(4 * engine.saved_values(), device=engine.device)))
     if engine.rank == 0:
         try:
             _make_empty(temporary, needed)

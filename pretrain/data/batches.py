@@ -97,18 +97,24 @@ class FileSource:
         With a sidecar, which guarantees that the end-of-document id occurs nowhere else, they follow from the tokens; without
         one, from the index.
         """
-        starts = np.zeros((len(samples), self.sequence_length), dtype=bool)
         if self.sidecar:
-            starts[:, 1:] = tokens[:, :-2] == self.sidecar.end_of_document_id
-        else:
-            for row, first in enumerate((samples * self.sequence_length).tolist()):
-                last = first + self.sequence_length - 1
-                numbers = np.arange(self.file.document_at(first) + 1, self.file.document_at(last) + 1)
-                places = self.file.document_starts(numbers) - first
-                if places.size and not 0 <= places.min() <= places.max() < self.sequence_length:
-                    raise DataError(f"{self.file.path}.idx: contradicts itself around token {first:,}; restore it")
-                starts[row, places] = True
+            return documents_of(tokens, self.sidecar.end_of_document_id)
+        starts = np.zeros((len(samples), self.sequence_length), dtype=bool)
+        for row, first in enumerate((samples * self.sequence_length).tolist()):
+            last = first + self.sequence_length - 1
+            numbers = np.arange(self.file.document_at(first) + 1, self.file.document_at(last) + 1)
+            places = self.file.document_starts(numbers) - first
+            if places.size and not 0 <= places.min() <= places.max() < self.sequence_length:
+                raise DataError(f"{self.file.path}.idx: contradicts itself around token {first:,}; restore it")
+            starts[row, places] = True
         return np.cumsum(starts, axis=1)
+
+
+def documents_of(tokens: np.ndarray, end_of_document_id: int) -> np.ndarray:
+    """Document numbers (n, T) within windows (n, T + 1) in which that id ends each document and occurs nowhere else."""
+    starts = np.zeros((len(tokens), tokens.shape[1] - 1), dtype=bool)
+    starts[:, 1:] = tokens[:, :-2] == end_of_document_id
+    return np.cumsum(starts, axis=1)
 
 
 class TrainData:

@@ -30,7 +30,7 @@ from pretrain.engines.compile import checkpoint_activations, choose, compile_mod
 from pretrain.engines.mesh import Mesh
 from pretrain.engines.place import FOREIGN, Place, read_place
 from pretrain.engines.rendezvous import meet
-from pretrain.engines.shards import Cut, LocalState, Shard
+from pretrain.engines.shards import Cut, Holders, LocalState, Shard
 from pretrain.engines.watchdog import Watchdog, interval
 
 _KEPT_VARIABLES = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_LOG_LEVEL")
@@ -107,7 +107,7 @@ class Engine:
         if self.config.activation_checkpointing != "none":
             checkpoint_activations(self.model, self.config.activation_checkpointing)
         self._compile(sum(parameter.numel() for parameter in self.model.parameters()))
-        self._distribute(make_optimizer)
+        self._distribute(lambda model: make_optimizer(self._with_holders(model)))
         self._warm_up()
         if fill is None:
             self._draw(seed)
@@ -142,6 +142,16 @@ class Engine:
     def _make(self, make_model: Callable[[], nn.Module]) -> nn.Module:
         with torch.device("meta"):
             return make_model()
+
+    def _with_holders(self, model: nn.Module) -> nn.Module:
+        """Tells the optimizer who holds what, where the placement of a parameter does not."""
+        for name, parameter in model.named_parameters():
+            parameter.holders = self._holders(name)
+        return model
+
+    def _holders(self, name: str) -> Holders | None:
+        """The ranks that hold a parameter; None: as its placement says."""
+        return None
 
     def _distribute(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
         """Allocates `self.model`; sets `self.optimizer` and `self._wrapped`, the module to call in a forward pass."""
@@ -241,6 +251,11 @@ class Engine:
             for shard in state.saved():
                 self.watchdog.alive("saving" if saving else "reading its state")
                 yield shard
+
+    def saved_values(self) -> int:
+        """Number of values in `shards(saving=True)`: of this rank alone, without a collective."""
+        self._make_moments()
+        return sum(state.saved_values for state in self._held(saving=True))
 
     def restore(self, fill: Callable[[Shard], None], *, moments: bool = True) -> None:
         """Calls `fill` with every shard of this rank's state, with or without moments, then updates what depends on them."""

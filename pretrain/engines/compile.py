@@ -83,11 +83,12 @@ def compile_model(model: nn.Module, what: str, backend: str | Callable = "induct
 
     Only a block's `forward` is compiled: the hooks by which an engine gathers weights run around it and break no graph.
     sent: ranks send tokens to each other's experts, as many as the host reads in each layer. A block's experts then run
-    uncompiled, between two graphs: other numbers compile nothing, and their own hooks run there, too.
+    uncompiled, between two graphs, except what is not a product or a message, in one graph for any number of rows.
     """
     if sent:
-        for block in model.model.layers:
-            block.mlp.experts.forward = torch.compiler.disable(block.mlp.experts.forward)
+        for experts in (block.mlp.experts for block in model.model.layers):
+            experts.gated = torch.compile(experts.gated, fullgraph=True, dynamic=True, backend=backend)
+            experts.forward = torch.compiler.disable(experts.forward)
     if what == "model":
         model.compile(dynamic=False, backend=backend)
         return

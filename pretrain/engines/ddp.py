@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pretrain.config import EngineConfig
 from pretrain.engines import fp8, parallel
 from pretrain.engines.base import Engine, moments_of
-from pretrain.engines.shards import LocalState
+from pretrain.engines.shards import Holders, LocalState
 
 
 class DdpEngine(Engine):
@@ -72,6 +72,14 @@ class DdpEngine(Engine):
     def _experts(self) -> list[str]:
         """Names of the parameters of which ranks have different parts, whatever tokens they have."""
         return [name for name in self.cuts if ".experts." in name] if self.mesh.expert > 1 else []
+
+    def _holders(self, name: str) -> Holders | None:
+        if name not in self.cuts:
+            return None
+        if name in self._experts():
+            return Holders(self.mesh.experts.get_group("shard"), None)
+        cut = self.cuts[name]
+        return Holders(self.mesh.weights.get_group("shard"), cut.group, cut.dim, cut.parts)
 
     def _sum_gradients(self) -> None:
         gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}

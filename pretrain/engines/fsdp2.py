@@ -16,11 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_common
 from torch.distributed.tensor import DTensor
 
+from pretrain.config import ConfigError, Problem
 from pretrain.engines import fp8, parallel
 from pretrain.engines.base import Engine, moments_of, require
-from pretrain.engines.shards import LocalState
+from pretrain.engines.shards import Holders, LocalState
 
 
 class Fsdp2Engine(Engine):
@@ -32,9 +34,7 @@ class Fsdp2Engine(Engine):
         policy = MixedPrecisionPolicy(**mixed)
         decoder = self.model.model
         for block in decoder.layers:
-            if self.mesh.expert > 1:
-                fully_shard(block.mlp.experts, mesh=self.mesh.experts["shard"], mp_policy=policy)
-            fully_shard(block, mesh=mesh, mp_policy=policy)
+            fully_shard(block, mesh=mesh, mp_policy=policy, **self._place_experts(block, policy))
         for block, following in itertools.pairwise(decoder.layers):
             # The gather of the next block's weights is queued before this block's kernels instead of after them, so that a host
             # which is late with those does not delay it. As many blocks are gathered at a time; backward passes do it anyway.
@@ -52,6 +52,30 @@ class Fsdp2Engine(Engine):
             mesh=(tuple(mesh.shape), tuple(parameters[0].device_mesh.shape)),
             master_weights=({torch.float32}, {parameter.dtype for parameter in parameters}),
         )
+
+    def _holders(self, name: str) -> Holders | None:
+        if self.mesh.tensor == 1 or self._is_expert(name):
+            return None
+        if cut := self.cuts.get(name):
+            replicas = self.mesh.weights.get_group("replica") if self.mesh.replicas > 1 else None
+            return Holders(replicas, self.mesh.copies.get_group("shard"), cut.dim, cut.parts)
+        return Holders(self.mesh.tensor_group, self.mesh.weights.get_group("shard"))
+
+    def _place_experts(self, block: nn.Module, policy: MixedPrecisionPolicy) -> dict[str, Callable]:
+        """Options of `fully_shard` that shard a block's experts over the ranks with the same ones. A torch without such options
+        gathers them by hooks of their own, inside the block."""
+        if self.mesh.expert == 1:
+            return {}
+        mesh = self.mesh.experts["shard"]
+        if not hasattr(_fsdp_common, "ShardPlacementResult"):
+            if self.config.activation_checkpointing == "selective":  # it counts operations, and would count those of the hooks
+                problem = "is selective, which with experts over several ranks needs torch 2.13: choose full, or install it"
+                raise ConfigError([Problem("engine.activation_checkpointing", problem)])
+            fully_shard(block.mlp.experts, mesh=mesh, mp_policy=policy)
+            return {}
+        experts = set(block.mlp.experts.parameters())
+        placed = _fsdp_common.ShardPlacementResult(None, _fsdp_common.FSDPMeshInfo(mesh, shard_mesh_dim=0))
+        return {"shard_placement_fn": lambda parameter: placed if parameter in experts else None}
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:

@@ -99,6 +99,11 @@ class Mesh:
         return self._mesh((self.replicas, self.shards * self.sequence, self.tensor), ("replica", "shard", "tensor"))
 
     @cached_property
+    def copies(self) -> DeviceMesh:
+        """replica x shard: ranks that together hold one copy of every weight that is not an expert's, cut or not."""
+        return self._mesh((self.replicas, self.ranks // self.replicas), ("replica", "shard"))
+
+    @cached_property
     def tokens(self) -> DeviceMesh:
         """sample x sequence x tensor."""
         return self._mesh((self.sample_ranks, self.sequence, self.tensor), ("sample", "sequence", "tensor"))

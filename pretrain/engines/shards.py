@@ -41,6 +41,18 @@ class Cut(NamedTuple):
     """The ranks that together hold the full parameter, in the order of their parts."""
 
 
+class Holders(NamedTuple):
+    """The ranks that hold a parameter, for optimizers that work on full matrices (`pretrain.optim.partition` says more)."""
+
+    replicas: dist.ProcessGroup | None
+    """Hold the same values as this rank."""
+    shards: dist.ProcessGroup | None
+    """Together hold one copy."""
+    dim: int = 0
+    parts: int = 1
+    """As in the parameter's `Cut`."""
+
+
 class LocalState(NamedTuple):
     """The part of one parameter that this rank holds: the same range of its master weight and of each of its moments."""
 
@@ -57,6 +69,15 @@ class LocalState(NamedTuple):
         """A shard of each full tensor. A collective of `cut.group` where columns are cut."""
         for kind, values in self.tensors.items():
             yield self._shard(kind, values) if self._contiguous else self._exchange(kind, values)
+
+    @property
+    def saved_values(self) -> int:
+        """Number of values in the shards of `saved`, without making them."""
+        count = self._count
+        if not self._contiguous:
+            first, end = self._bounds[self.cut.part : self.cut.part + 2]
+            count = (end - first) * self.full_shape[1]
+        return count * len(self.tensors)
 
     def fill(self, fill: Callable[[Shard], None], moments: bool) -> None:
         """Calls `fill` with a shard of each full tensor, with or without moments, and takes this rank's values from it."""
@@ -87,12 +108,20 @@ class LocalState(NamedTuple):
         return Shard(f"{kind}/{self.name}", self.full_shape, before + self.offset, values)
 
     def _exchange(self, kind: str, values: Tensor) -> Shard:
-        """Some full rows, for all columns of some rows: each rank of the group gets as many rows as the others, or one more."""
-        (_, part, parts, group), columns = self.cut, self.shape[1]
-        rows = values.numel() // columns
-        bounds = [rows * each // parts for each in range(parts + 1)]
-        counts = [(end - begin) * columns for begin, end in itertools.pairwise(bounds)]
+        """All columns of some of the rows of which this rank has some columns."""
+        (_, part, parts, group), columns, bounds = self.cut, self.shape[1], self._bounds
+        counts = [(end - first) * columns for first, end in itertools.pairwise(bounds)]
         received = values.new_empty(counts[part] * parts)
         dist.all_to_all_single(received, values.contiguous(), [counts[part]] * parts, counts, group=group)
         full = received.view(parts, -1, columns).transpose(0, 1).reshape(-1)
         return Shard(f"{kind}/{self.name}", self.full_shape, (self.offset + bounds[part] * columns) * parts, full)
+
+    @property
+    def _bounds(self) -> list[int]:
+        """Where the rows begin and end that each rank of the group gets: as many as the others, or one more."""
+        rows = self._count // self.shape[1]
+        return [rows * part // self.cut.parts for part in range(self.cut.parts + 1)]
+
+    @property
+    def _count(self) -> int:
+        return len(self.tensors["model"])

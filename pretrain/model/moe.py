@@ -142,6 +142,11 @@ _router_logits.register_autograd(
 )
 
 
+def _gated(gate_up_PF: Tensor, weight_P1: Tensor) -> Tensor:
+    gate_PF, up_PF = gate_up_PF.chunk(2, dim=1)
+    return F.silu(gate_PF) * up_PF * weight_P1
+
+
 class Experts(nn.Module):
     """E feed-forward networks (SwiGLU) in two stacks of matrices, gate and up in one. Each computes only its own tokens."""
 
@@ -151,6 +156,7 @@ class Experts(nn.Module):
         self.num_experts = experts
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(experts, config.hidden_size, width))
+        self.gated = _gated
 
     def forward(self, hidden_ND: Tensor, chosen_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
         """Returns the sum over each token's chosen experts of weight * expert(hidden), (N, D)."""
@@ -169,8 +175,8 @@ class Experts(nn.Module):
     def compute(self, rows_PD: Tensor, weight_P1: Tensor, ends_E: Tensor) -> Tensor:
         """Returns weight * expert(row) for each row, (P, D). Expert e has the rows from ends_E[e - 1] up to ends_E[e]."""
         dtype = rows_PD.dtype
-        gate_PF, up_PF = grouped_product(rows_PD, self.gate_up_proj.to(dtype), ends_E).chunk(2, dim=1)
-        return grouped_product(F.silu(gate_PF) * up_PF * weight_P1, self.down_proj.to(dtype), ends_E)
+        gate_up_PF = grouped_product(rows_PD, self.gate_up_proj.to(dtype), ends_E)
+        return grouped_product(self.gated(gate_up_PF, weight_P1), self.down_proj.to(dtype), ends_E)
 
 
 class MixtureOfExperts(nn.Module):

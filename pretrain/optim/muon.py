@@ -33,7 +33,8 @@ class Muon(torch.optim.Optimizer):
     """Groups with a key `momentum` follow Muon, groups with `betas` and `eps` follow AdamW; all have `params`, `weight_decay`.
 
     Muon's parameters are matrices (rows, columns) or stacks of them (number, rows, columns): plain tensors that are equal on
-    all ranks of the default process group, if there is one, or DTensors that are sharded on dimension 0, replicated, or both.
+    all ranks of the default process group, if there is one; DTensors that are sharded on dimension 0, replicated, or both; or
+    parts of matrices that ranks have cut, whose attribute `holders` says so (`partition.py`).
     The constructor creates the state: `momentum_buffer` and `step` for Muon parameters; `exp_avg`, `exp_avg_sq` and `step` for
     AdamW parameters. `step` is 0-dim; the others have the parameter's shape and placement.
 

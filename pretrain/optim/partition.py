@@ -1,15 +1,25 @@
 """Assigns matrices to ranks, and moves them there and back. It knows shapes, ranks and placements; the caller
 provides the work itself as a function.
 
-Ranks that hold the same parameters (data parallelism) are replicas; ranks that each hold a part of one copy, cut along
-dimension 0 (FSDP2), are shards. A rank is replica r and shard s of R x S ranks, and each matrix has one owner among them:
+Ranks that hold the same values of a parameter are replicas; ranks that together hold one copy of it are shards. A rank is
+replica r and shard s of R x S ranks, and each matrix has one owner among them:
 
-    1. in each replica, all shards send their rows of that replica's matrices to the owners    all-to-all among shards
+    1. in each replica, all shards send what they hold of its matrices to the owners           all-to-all among shards
     2. owners work on full matrices, all of one shape at once
-    3. the rows return to the shards that sent them                                            all-to-all among shards
-    4. ranks exchange their results with the ranks that hold the same rows                     all-gather among replicas
+    3. the results return to the shards that sent their part                                   all-to-all among shards
+    4. ranks exchange their results with the ranks that hold the same values                   all-gather among replicas
 
 With one shard only step 4 communicates, with one replica only steps 1 and 3; a single rank does not communicate.
+
+Who holds a parameter follows from its placement: a plain tensor is equal on all ranks of the default process group; a DTensor
+is sharded along dimension 0 (FSDP2), replicated, or both. Where this is not so (a matrix that ranks have cut, experts that each
+rank has of its own), the caller gives the parameter an attribute `holders` with
+
+    replicas, shards    the two process groups; None: this rank alone
+    dim, parts          the matrix is cut along `dim` (0 or 1) into `parts`, and each part is sharded along dimension 0: rank s
+                        of `shards` holds shard s // parts of part s % parts. parts = 1: it is not cut
+
+Stacks are cut between their matrices, so that each part is a stack.
 """
 
 from __future__ import annotations
@@ -51,6 +61,19 @@ class _WorkUnit(NamedTuple):
     """Number of elements that each shard holds."""
     start: int
     """Index of this rank's first element in its part of the parameter."""
+    parts: int = 1
+    """Into how many parts the matrix is cut, along either dimension."""
+    column_parts: int = 1
+    """`parts` if it is cut between columns, else 1."""
+
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        """Units that one call of the function can take together have the same."""
+        return *self.shape[1:], self.column_parts
+
+    def order(self, shard: int) -> tuple[int, int]:
+        """Sort key of the shards' elements in the full matrix: parts, then shards of a part."""
+        return shard % self.parts, shard // self.parts
 
     @property
     def cost(self) -> int:
@@ -58,6 +81,24 @@ class _WorkUnit(NamedTuple):
         number, *shape = self.shape
         small, large = sorted(shape)
         return number * small * small * (2 * large + small)
+
+
+class _Batch(NamedTuple):
+    """Matrices of one shape, as they lie in memory: one after the other, each of its column parts after the other."""
+
+    number: int
+    rows: int
+    columns: int
+    column_parts: int
+
+    def matrices(self, values: Tensor) -> Tensor:
+        """(number, rows, columns) from flat values."""
+        parts = values.view(self.number, self.column_parts, self.rows, -1)
+        return parts.transpose(1, 2).reshape(self.number, self.rows, self.columns)
+
+    def flat(self, matrices: Tensor) -> Tensor:
+        """The way back."""
+        return matrices.reshape(self.number, self.rows, self.column_parts, -1).transpose(1, 2).reshape(-1)
 
 
 class Partition:
@@ -80,15 +121,18 @@ class Partition:
         mine = owned[replica, shard]
         self._counts_out = [sum(unit.held[shard] for unit in owned[replica, owner]) for owner in range(shard_count)]
         self._counts_in = [sum(unit.held[sender] for unit in mine) for sender in range(shard_count)]
-        # Messages arrive sender by sender, but a matrix needs its rows in order: the same blocks, sorted in another way.
+        # Messages arrive sender by sender, but a matrix needs its parts in order: the same blocks, sorted in another way.
         by_sender = [(sender, k) for sender in range(shard_count) for k, unit in enumerate(mine) if unit.held[sender]]
-        by_unit = sorted(by_sender, key=lambda block: (block[1], block[0]))
+        to_units = sorted((k, *mine[k].order(sender), i) for i, (sender, k) in enumerate(by_sender))
+        self._to_units = [i for *_, i in to_units]
+        by_unit = [by_sender[i] for i in self._to_units]
         self._sizes_by_sender = [mine[k].held[sender] for sender, k in by_sender]
         self._sizes_by_unit = [mine[k].held[sender] for sender, k in by_unit]
-        self._to_units = sorted(range(len(by_sender)), key=lambda i: (by_sender[i][1], by_sender[i][0]))
-        self._to_senders = sorted(range(len(by_unit)), key=lambda i: by_unit[i])
-        runs = itertools.groupby((unit.shape for unit in mine), key=lambda shape: shape[1:])
-        self._batches = [(sum(shape[0] for shape in run), *matrix) for matrix, run in runs]
+        self._to_senders = sorted(range(len(by_unit)), key=by_unit.__getitem__)
+        self._batches = [
+            _Batch(sum(unit.shape[0] for unit in units), *layout)
+            for layout, units in itertools.groupby(mine, key=lambda unit: unit.layout)
+        ]
 
     @classmethod
     def of(cls, parameters: list[Tensor]) -> list[Partition]:
@@ -98,12 +142,13 @@ class Partition:
         """
         units_of: dict[tuple, list[_WorkUnit]] = {}
         for number, parameter in enumerate(parameters):
-            groups = _groups(parameter)
-            units_of.setdefault(groups, []).extend(_work_units(number, parameter, *groups))
+            replicas, shards, dim, parts = _holders(parameter)
+            units = _work_units(number, parameter, replicas, shards, dim, parts)
+            units_of.setdefault((replicas, shards), []).extend(units)
         plans = []
         for (replicas, shards), units in units_of.items():
             limit = MAX_ELEMENTS_PER_RANK * _rank_and_size(replicas)[1] * _rank_and_size(shards)[1]
-            units.sort(key=lambda unit: unit.shape[1:])  # so that one pass has many matrices of few shapes
+            units.sort(key=lambda unit: unit.layout)  # so that one pass has many matrices of few shapes
             ends = itertools.accumulate(math.prod(unit.shape) for unit in units)
             passes = itertools.groupby(zip(units, ends, strict=True), key=lambda pair: (pair[1] - 1) // limit)
             plans += [cls([unit for unit, _ in members], replicas, shards) for _, members in passes]
@@ -117,8 +162,8 @@ class Partition:
         """
         received = self._exchange(values, self._counts_out, self._counts_in)
         matrices = _reorder(received, self._sizes_by_sender, self._to_units)
-        batches = matrices.split([math.prod(shape) for shape in self._batches])
-        done = [function(batch.view(shape)).reshape(-1) for batch, shape in zip(batches, self._batches, strict=True)]
+        values_of = matrices.split([batch.number * batch.rows * batch.columns for batch in self._batches])
+        done = [batch.flat(function(batch.matrices(each))) for batch, each in zip(self._batches, values_of, strict=True)]
         returned = _reorder(torch.cat([values[:0], *done]), self._sizes_by_unit, self._to_senders)
         gathered = self._gather(self._exchange(returned, self._counts_in, self._counts_out))
         for rows, results in zip(self._results, gathered, strict=True):
@@ -144,10 +189,12 @@ class Partition:
         return [row[:count] for row, count in zip(messages.view(len(counts), -1), counts, strict=True)]
 
 
-def _groups(parameter: Tensor) -> tuple[Group, Group]:
-    """Returns (ranks that hold the same elements as this rank, ranks that hold the other elements)."""
+def _holders(parameter: Tensor) -> tuple[Group, Group, int, int]:
+    """Returns (replicas, shards, dim, parts): the head of this file says what they are."""
+    if holders := getattr(parameter, "holders", None):
+        return holders.replicas, holders.shards, holders.dim, holders.parts
     if not isinstance(parameter, DTensor):
-        return (dist.group.WORLD if dist.is_available() and dist.is_initialized() else None), None
+        return (dist.group.WORLD if dist.is_available() and dist.is_initialized() else None), None, 0, 1
     groups = {}
     for dimension, placement in enumerate(parameter.placements):
         kind = "replicas" if placement.is_replicate() else "shards" if placement.is_shard(0) else None
@@ -156,24 +203,25 @@ def _groups(parameter: Tensor) -> tuple[Group, Group]:
                 f"Muon supports parameters sharded on dimension 0, replicated, or both; got {parameter.placements}"
             )
         groups[kind] = parameter.device_mesh.get_group(dimension)
-    return groups.get("replicas"), groups.get("shards")
+    return groups.get("replicas"), groups.get("shards"), 0, 1
 
 
 def _rank_and_size(group: Group) -> tuple[int, int]:
     return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
 
-def _work_units(number: int, parameter: Tensor, replicas: Group, shards: Group) -> list[_WorkUnit]:
+def _work_units(number: int, parameter: Tensor, replicas: Group, shards: Group, dim: int, parts: int) -> list[_WorkUnit]:
     """Divides parameter `number` into units. Dimension 0 is cut as by torch.chunk: the rows of a single matrix are spread over
     the shards, but each shard holds full matrices of a stack, which its replicas divide among themselves."""
     if parameter.ndim not in (2, 3):
         raise ValueError(f"Muon supports matrices and stacks of matrices, got a parameter of shape {tuple(parameter.shape)}")
     (_, replica_count), (shard, shard_count) = _rank_and_size(replicas), _rank_and_size(shards)
     *_, rows, columns = parameter.shape
-    chunk = math.ceil(parameter.shape[0] / shard_count)
-    chunks = [max(0, min(chunk, parameter.shape[0] - s * chunk)) for s in range(shard_count)]
+    chunk = math.ceil(parameter.shape[0] / (shard_count // parts))
+    chunks = [max(0, min(chunk, parameter.shape[0] - s // parts * chunk)) for s in range(shard_count)]
     if parameter.ndim == 2:
-        units = [_WorkUnit(number, (1, rows, columns), tuple(part * columns for part in chunks), 0)]
+        full = (1, rows * parts, columns) if dim == 0 else (1, rows, columns * parts)
+        units = [_WorkUnit(number, full, tuple(part * columns for part in chunks), 0, parts, parts if dim == 1 else 1)]
     else:
         units = []
         for holder, count in enumerate(chunks):
@@ -194,7 +242,7 @@ def _assign_owners(units: list[_WorkUnit], replicas: int, shards: int) -> dict[t
     """Assigns the most expensive units first, each to the least loaded rank; a unit that one shard holds alone stays there."""
     owned: dict[tuple[int, int], list[_WorkUnit]] = {(r, s): [] for r in range(replicas) for s in range(shards)}
     load = dict.fromkeys(owned, 0)
-    for unit in sorted(units, key=lambda unit: (-unit.cost // unit.shape[0], unit.shape[1:], -unit.shape[0])):
+    for unit in sorted(units, key=lambda unit: (-unit.cost // unit.shape[0], unit.layout, -unit.shape[0])):
         holders = [s for s in range(shards) if unit.held[s]]
         candidates = itertools.product(range(replicas), holders if len(holders) == 1 else range(shards))
         owner = min(candidates, key=load.__getitem__)

@@ -30,7 +30,7 @@ LEGEND = """Columns (details: docs/understanding_the_loss.md)
   val loss   the same loss on text that is never trained on: the number to judge a model by"""
 
 
-def announce(run: Run, start: Start, why_precision: str, warnings: Sequence[object]) -> None:
+def announce(run: Run, start: Start, why_precision: str, certificate: str, warnings: Sequence[object]) -> None:
     """Prints what will be done, in arithmetic that a reader can check, and what the numbers will mean."""
     config, engine, batch = run.config, run.engine, run.config.batch
     length, ranks = config.data.sequence_length, engine.world_size
@@ -47,6 +47,7 @@ def announce(run: Run, start: Start, why_precision: str, warnings: Sequence[obje
         *([f"mesh       {engine.mesh}"] if engine.mesh.cut else []),
         f"precision  {engine.precision}: {why_precision}",
         f"compile    {engine.compiled}: {engine.compiled_why}",
+        f"masks      {certificate}",
         f"batch      {batch_product(config, ranks)}; times {length} tokens = {tokens_per_step:,} tokens per step",
         f"length     {run.total_steps:,} steps = {tokens:,} tokens = {samples / run.data.samples_per_epoch:.2f} epochs, "
         f"{tokens / counts.total:.1f} tokens per parameter",

@@ -37,7 +37,7 @@ from pretrain.engines.mesh import Mesh
 from pretrain.model import flops
 from pretrain.model.config import ModelConfig, vocabulary
 from pretrain.optim.schedule import lr_at
-from pretrain.run import resume
+from pretrain.run import mask_certificate, resume
 from pretrain.run.directory import NO_LOCKS
 from pretrain.run.length import Length, plan
 from pretrain.run.parts import Parts, open_parts, open_tokenizer
@@ -102,6 +102,11 @@ def preflight(config: Config, ranks: int | None = None) -> Report:
     report.facts += run_facts(config, parts, length)
     report.findings += run_findings(config, parts.data, length)
     report.findings += storage_findings(config, parts.model, folder, length.total_steps) + resuming
+    if not report.stops:
+        try:
+            report.facts.append(f"masks: {mask_certificate.certify_here(config, parts.model)}")
+        except mask_certificate.MaskBroken as error:
+            report.findings.append(Finding("mask-broken", "model", str(error), stops=True))
     return report
 
 

@@ -14,10 +14,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.fsdp._fully_shard import _fsdp_common
 
-from pretrain.config import EngineConfig, OptimizerConfig, ParallelConfig
+from pretrain.config import ConfigError, EngineConfig, OptimizerConfig, ParallelConfig
 from pretrain.data.batches import Batch
 from pretrain.engines.base import Engine
+from pretrain.engines.compile import compile_report
 from pretrain.engines.update_check import Diverged, require_equal_replicas
 from pretrain.invariance import BOUNDS
 from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
@@ -65,7 +67,7 @@ def global_batch(model: ModelConfig, documents: bool, step: int) -> Batch:
     tokens_BT, labels_BT = (torch.randint(0, model.vocab_size, shape, generator=generator) for _ in range(2))
     share_B1 = torch.tensor([0.9, 0.1, 0.0, 0.5]).roll(step)[:, None]
     labels_BT = torch.where(torch.rand(shape, generator=generator) < share_B1, labels_BT, -100)
-    documents_BT = (torch.rand(shape, generator=generator) < 0.2).cumsum(1) if documents else None
+    documents_BT = (torch.rand(shape, generator=generator) < 0.1).cumsum(1) if documents else None
     return Batch(tokens_BT, labels_BT, documents_BT)
 
 
@@ -131,13 +133,14 @@ def window_of(engine: Engine, row: Row, step: int) -> list[Batch]:
     return [engine.part_of(Batch(*(None if x is None else x[i] for x in mine))) for i in range(count)]
 
 
-def check(subtests, ranks: int, rows: dict[str, Row]) -> None:
-    results = run_ranks(ranks, together, rows, timeout=600)
+def check(subtests, ranks: int, rows: dict[str, Row], function: Callable = together) -> list[dict]:
+    results = run_ranks(ranks, function, rows, timeout=600)
     for name, each in rows.items():
         with subtests.test(name):
             found = assemble([piece for rank in results for piece in rank[name][1]])
             shown = [figures for rank in results for figures in rank[name][0]]
             compare(name, each, shown, found)
+    return results
 
 
 def compare(name: str, row: Row, shown: list[tuple], found: dict[str, torch.Tensor]) -> None:
@@ -219,6 +222,48 @@ def test_each_kind_equals_one_process(subtests):
 @pytest.mark.parametrize(("ranks", "rows"), [(2, ZERO), (2, BF16), (4, FOUR)], ids=["zero", "bf16", "four ranks"])
 def test_each_kind_equals_one_process_with_every_option(subtests, ranks, rows):
     check(subtests, ranks, rows)
+
+
+def without_placement(rows: dict[str, Row]) -> dict[str, tuple]:
+    """`together` with a torch whose `fully_shard` has no option for the ranks of one parameter."""
+    del _fsdp_common.ShardPlacementResult
+    with pytest.raises(ConfigError, match="selective"):
+        steps_of(ROWS["fsdp2 expert, recomputed"])
+    return together(rows)
+
+
+def test_an_older_torch_shards_experts_apart_and_recomputes_only_full_blocks(subtests):
+    check(subtests, 2, {"fsdp2 expert": row("fsdp2", EXPERT, moe=SIGMOID, micro_batch=1, **FULL)}, without_placement)
+
+
+# ---------------------------------------------------------------- compiled
+
+
+def compiled(rows: dict[str, Row]) -> dict[str, tuple]:
+    """`together`, and the graphs and graph breaks of each row."""
+    found = {}
+    for name, each in rows.items():
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        found[name] = *steps_of(each), compile_report()
+    return found
+
+
+COMPILED = {
+    "ddp sequence": (row("ddp", SEQUENCE, WINDOW, documents=True, compile="model"), "1 graph, 0 graph breaks"),
+    "ddp tensor": (row("ddp", TENSOR, PADDED, documents=True, compile="blocks"), "2 graphs, 0 graph breaks"),
+    "fsdp2 sequence": (row("fsdp2", SEQUENCE, WINDOW, compile="blocks", **SELECTIVE), "2 graphs, 0 graph breaks"),
+    "fsdp2 tensor, experts": (row("fsdp2", TENSOR, moe=SIGMOID, compile="blocks", **FULL), "2 graphs, 0 graph breaks"),
+    "fsdp2 expert": (row("fsdp2", EXPERT, moe=SIGMOID, compile="blocks"), "6 graphs, 2 graph breaks"),
+}
+"""Rows, and what their runs report: blocks are one graph, and those with experts over ranks a few, however long it trains."""
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_numbers_and_compile_once(subtests):
+    results = check(subtests, 2, {name: each for name, (each, _) in COMPILED.items()}, compiled)
+    for name, (_, report) in COMPILED.items():
+        assert {rank[name][2] for rank in results} == {report}, name
 
 
 # ---------------------------------------------------------------- names, and faults of one rank
