@@ -2,16 +2,17 @@
 
     python benchmarks/long_context.py [--lengths 4096 16384 65536] [--ranks 1 2 4] [--longest-real 16384] [--output FILE]
 
-One sequence per step under `ddp`, fp32, a small model with grouped queries. Up to --longest-real tokens, real gloo ranks train a step
-on CPUs and count their tensors (`pretrain/plan/tracker.py`); longer sequences are a dry run, whose counts tests hold equal to real
-ones. `kept` is what the forward pass keeps for the backward pass, `peak` is the most that exists at any time, both without weights,
-gradients and moments. `widest` is the largest single tensor of the step, which falls, too: no rank has the hidden states or logits
-of the entire sequence. It measures no time: ranks of one CPU share its cores.
+One sequence per step under `ddp`, in fp32, for a small model with grouped queries. Up to --longest-real tokens, real gloo
+ranks train a step on CPUs and count their tensors (`pretrain/plan/tracker.py`); longer sequences are a dry run, whose counts
+tests hold equal to real ones. `kept` is what the forward pass keeps for the backward pass, `peak` is the most that exists at
+any time, both without weights, gradients and moments. `widest` is the largest tensor of the forward pass: no rank has hidden
+states or logits of the entire sequence. It measures no time: ranks on one CPU share its cores.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -99,6 +100,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--longest-real", type=positive, default=16384, help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file to write (default: none)")
     options = parser.parse_args(argv)
+    multiprocessing.set_forkserver_preload(["torch", "accelerate", "pretrain.train"])
     machine, rows = facts(), []
     print(describe(machine))
     print("tokens  sequence  ranks     kept, MiB  peak, MiB  widest, MiB   kept   peak  of one rank's")
