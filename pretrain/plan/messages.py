@@ -153,7 +153,7 @@ def _heads(model: ModelConfig, tokens: int, engine: EngineConfig, width: int, fo
 
 def _matrices(model: ModelConfig, tokens: int, engine: EngineConfig, width: int, forwards: int) -> Iterator[Collective]:
     """Tensor parallelism: tokens are gathered before each divided module, and its results are summed and scattered; backward,
-    the reverse. The embedding only scatters, the head only gathers. A loss needs the largest logit, then two sums."""
+    the reverse. The embedding only scatters, the head only gathers. For the loss of a token, ranks gather two numbers."""
     layers, ranks = model.num_hidden_layers, engine.parallel.tensor
     routed_only = model.moe is not None and not model.moe.num_shared_experts
     modules = layers * (1 if routed_only else 2)
@@ -161,9 +161,9 @@ def _matrices(model: ModelConfig, tokens: int, engine: EngineConfig, width: int,
     # A recomputation ends where the last module of a block has all that its backward pass needs: before the result is summed.
     last = 0 if routed_only else layers * (forwards - 1)
     size = tokens * model.hidden_size * width
+    yield Collective("all_gather", 2 * 4 * tokens * ranks, ranks, 1, 1, True)
     for kind, calls in (("all_gather", 2 * modules + 2 + again), ("reduce_scatter", 2 * modules + 2 + again - last)):
         yield Collective(kind, size * calls, ranks, 1, calls, True)
-    yield Collective("all_reduce", 3 * 4 * tokens, ranks, 1, 2, True)
 
 
 def _rows(model: ModelConfig, rows: int, engine: EngineConfig, width: int, forwards: int) -> Iterator[Collective]:
