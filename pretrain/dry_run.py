@@ -25,6 +25,7 @@ from pretrain.data.batches import Batch
 from pretrain.data.checks import Finding
 from pretrain.engines import parallel
 from pretrain.engines.base import Engine
+from pretrain.engines.config import sample_ranks
 from pretrain.engines.start import start_engine
 from pretrain.model import flops
 from pretrain.model.config import ModelConfig
@@ -173,7 +174,7 @@ def dry_run(config: Config, model: ModelConfig, cluster: Cluster, rank: int = 0,
     config = dataclasses.replace(config, engine=on_gpu(config))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    micro_batches = micro_batches_of(config, cluster.gpus)
+    micro_batches = accumulation(config.batch, sample_ranks(config.engine, cluster.gpus))
     tracker = Tracker(DEVICE)
     with warnings.catch_warnings(), fake_rank(rank, cluster.gpus, cluster.gpus_per_node, config.engine.name, kind), tracker:
         warnings.simplefilter("ignore")
@@ -197,12 +198,6 @@ def dry_run(config: Config, model: ModelConfig, cluster: Cluster, rank: int = 0,
     names = [phase.name for phase in tracker.trace.phases if phase.name != "start"]
     repeats = {name: micro_batches - 1 if micro_batches > 1 and name.endswith(" 1") else 1 for name in names}
     return DryRun(model, config, cluster, tracker.trace, state, repeats, engine.compiled, graphs)
-
-
-def micro_batches_of(config: Config, ranks: int) -> int:
-    """Micro-batches per step and rank. Ranks that share sequences or matrices have the same ones."""
-    kinds = config.engine.parallel
-    return accumulation(config.batch, ranks // (kinds.sequence * kinds.tensor))
 
 
 def on_gpu(config: Config):
@@ -453,7 +448,7 @@ def describe(run: DryRun) -> list[str]:
     """The run as lines of text."""
     gib, config, cluster = 2**30, run.config, run.cluster
     engine, batch = config.engine, config.batch
-    steps = micro_batches_of(config, cluster.gpus)
+    steps = accumulation(batch, sample_ranks(engine, cluster.gpus))
     lines = [
         f"{cluster.device.name}, {cluster.gpus} ranks ({cluster.gpus_per_node} per node); {engine.name}, {engine.precision}, "
         f"compile {run.compiled}, activation checkpointing {engine.activation_checkpointing}; micro-batch "

@@ -47,14 +47,14 @@ class Held(NamedTuple):
 
 
 def held(model: ModelConfig, engine: EngineConfig, ranks: int) -> tuple[Held, Held]:
-    """Returns all parameters but the experts of expert parallelism, and these. With `engine.replicas`, the former are sharded
-    over the ranks of one replica."""
+    """Returns all parameters but the experts of expert parallelism, and these. With `engine.replicas`, they are sharded over
+    the ranks of one replica."""
     counts, parallel = flops.num_parameters(model), engine.parallel
     divided = (counts.total - counts.experts - counts.undivided) / parallel.tensor
     rest = _on_every_tensor_rank(model, engine)
     dense = Held(divided + rest, ranks // (engine.replicas * parallel.tensor), parallel.tensor)
     experts = counts.experts / parallel.expert if parallel.expert > 1 else 0
-    return dense, Held(experts, ranks // parallel.expert, parallel.expert)
+    return dense, Held(experts, ranks // (engine.replicas * parallel.expert), parallel.expert)
 
 
 def _on_every_tensor_rank(model: ModelConfig, engine: EngineConfig) -> int:
@@ -117,8 +117,7 @@ def _fsdp2(model: ModelConfig, engine: EngineConfig, ranks: int, accumulation: i
         yield Collective("all_gather", accumulation * twice * width, each.ranks, each.stride, 2 * units * accumulation)
         size = 4 * each.parameters * reductions
         yield Collective("reduce_scatter", size, each.ranks, each.stride, units * reductions)
-    shard = 4 * dense.parameters / dense.ranks
-    yield Collective("all_reduce", shard, engine.replicas, dense.ranks * dense.stride, layers + 1)
+        yield Collective("all_reduce", 4 * each.parameters / each.ranks, engine.replicas, ranks // engine.replicas, units)
     shared = 4 * _on_every_tensor_rank(model, engine) / dense.ranks
     yield Collective("all_reduce", shared, engine.parallel.tensor, 1, 1)
 
@@ -154,7 +153,7 @@ def _heads(model: ModelConfig, tokens: int, engine: EngineConfig, width: int, fo
 
 def _matrices(model: ModelConfig, tokens: int, engine: EngineConfig, width: int, forwards: int) -> Iterator[Collective]:
     """Tensor parallelism: tokens are gathered before each divided module, and its results are summed and scattered; backward,
-    the reverse. The embedding only scatters, the head only gathers. A loss needs the largest logit, then two sums."""
+    the reverse. The embedding only scatters, the head only gathers. For the loss of a token, ranks gather two numbers."""
     layers, ranks = model.num_hidden_layers, engine.parallel.tensor
     routed_only = model.moe is not None and not model.moe.num_shared_experts
     modules = layers * (1 if routed_only else 2)
@@ -162,9 +161,9 @@ def _matrices(model: ModelConfig, tokens: int, engine: EngineConfig, width: int,
     # A recomputation ends where the last module of a block has all that its backward pass needs: before the result is summed.
     last = 0 if routed_only else layers * (forwards - 1)
     size = tokens * model.hidden_size * width
+    yield Collective("all_gather", 2 * 4 * tokens * ranks, ranks, 1, 1, True)
     for kind, calls in (("all_gather", 2 * modules + 2 + again), ("reduce_scatter", 2 * modules + 2 + again - last)):
         yield Collective(kind, size * calls, ranks, 1, calls, True)
-    yield Collective("all_reduce", 3 * 4 * tokens, ranks, 1, 2, True)
 
 
 def _rows(model: ModelConfig, rows: int, engine: EngineConfig, width: int, forwards: int) -> Iterator[Collective]:
