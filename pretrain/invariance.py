@@ -4,7 +4,8 @@ against one process that takes the entire batch with PyTorch's own loss and no c
 The engine and its options are those of the configuration: without any kind of parallelism that shares a model or a sequence,
 then with each kind that configuration and engine allow, alone and in pairs. The model is shrunk (grouped queries, query norm,
 tied embeddings, sliding window, experts and documents stay). Steps are plain momentum steps: AdamW divides a gradient by its
-own size, and near zero its rounding errors would hide what the check looks for.
+own size, and near zero its rounding errors would hide what the check looks for. With Muon, which joins the parts of a matrix,
+some steps are its own.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.config import BatchConfig, Config, EngineConfig, ParallelConfig, Problem, validate
+from pretrain.config import BatchConfig, Config, EngineConfig, OptimizerConfig, ParallelConfig, Problem, validate
 from pretrain.data.batches import Batch
 from pretrain.engines.base import Engine
 from pretrain.engines.config import KINDS
@@ -30,16 +31,22 @@ from pretrain.engines.start import start_engine
 from pretrain.model.config import ModelConfig, resolve_model, shrink
 from pretrain.model.moe import Router
 from pretrain.model.transformer import Transformer, build
+from pretrain.optim.optimizer import build_optimizer
 from pretrain.report.metrics import Meter, routing_figures
 from pretrain.run.processes import run_processes
 from pretrain.train import train_step
 
 STEPS, LENGTH, VOCABULARY, LR = 5, 32, 100, 1e-2
 """The vocabulary is no multiple of 64, so that a rank may have rows of padding."""
-BOUNDS = {"fp32": (1e-6, 1e-6, 1e-6), "bf16": (2e-3, 5e-3, 3e-4), "bf16 with experts": (1e-2, 3e-2, 4e-3)}
+BOUNDS = {
+    "fp32": (1e-6, 1e-6, 1e-6),
+    "fp32 Muon": (1e-5, 1e-5, 1e-5),
+    "bf16": (2e-3, 1e-2, 1e-3),
+    "bf16 with experts": (1e-2, 3e-2, 4e-3),
+}
 """Largest differences allowed in loss (relative), norm (relative) and weights (absolute); in bf16 ten times those measured. In
-bf16 a token whose experts have nearly equal scores may go to another one, so weights differ by more. Routing has the bound of
-the norm, and tokens are counted exactly."""
+bf16 a token whose experts have nearly equal scores may go to another one, so weights differ by more. Muon enlarges small
+directions of a gradient, with their rounding. Routing has the bound of the norm, and tokens are counted exactly."""
 PATIENCE_SECONDS = 600
 """What a case may take; processes that wait for each other never end."""
 
@@ -57,11 +64,18 @@ class Case:
     """The model has experts."""
     documents: bool = False
     """Tokens see only their own document."""
+    muon: OptimizerConfig | None = None
+    """Steps are those of Muon with these settings; None: momentum steps."""
+
+    @property
+    def numerics(self) -> str:
+        """How precise the results are: fp32, fp32 Muon or bf16."""
+        return f"{self.engine.precision}{' Muon' if self.muon else ''}"
 
     @property
     def bounds(self) -> tuple[float, float, float]:
         """The differences allowed."""
-        return BOUNDS["bf16 with experts" if self.experts and self.engine.precision == "bf16" else self.engine.precision]
+        return BOUNDS["bf16 with experts" if self.experts and self.numerics == "bf16" else self.numerics]
 
     @property
     def accumulation(self) -> int:
@@ -109,7 +123,8 @@ class Outcome:
     """Relative, of the routers' losses; 0 without experts."""
     weight_difference: float
     wrong_gradients: list[str]
-    """Parameters whose gradient in the first step was wrong, before clipping, in the order of the model."""
+    """Parameters whose gradient in the first step, before clipping, was wrong, in the order of the model; with Muon, whose
+    update was."""
     wrong_weights: list[str]
     """Parameters, and routers' buffers, that were wrong after the last step."""
     parameters: int
@@ -167,7 +182,7 @@ def cases(config: Config, most_ranks: int) -> tuple[list[Case], dict[str, Proble
             engine = dataclasses.replace(config.engine, parallel=parallel, world_size=None, keep_whole_below=1000)
             case = Case(engine, ranks, 1, 4 * max(2, most_ranks), config.model.moe is not None, documents)
             if not case.kinds or not (problem := _problem(config, small, case)):
-                found += _splits(case, config.engine)
+                found += _splits(case, config)
             elif len(case.kinds) == 1:
                 refused.setdefault(describe(case.kinds), problem)
         ranks *= 2
@@ -175,18 +190,21 @@ def cases(config: Config, most_ranks: int) -> tuple[list[Case], dict[str, Proble
     return found, {kinds: problem for kinds, problem in refused.items() if kinds not in covered}
 
 
-def _splits(case: Case, engine: EngineConfig) -> Iterator[Case]:
-    """Small and large micro-batches in each precision, fewer with kinds. Compiling takes most of the time, so one of them is
-    compiled, if the configuration asks for it, and only without kinds and with those that the configuration uses."""
-    largest = max(1, case.accumulation // 2)
-    splits = [("fp32", 1), ("fp32", largest)] if len(case.kinds) < 2 else [("fp32", largest)]
-    if engine.precision != "fp32" and len(case.kinds) < 2:
+def _splits(case: Case, config: Config) -> Iterator[Case]:
+    """Small and large micro-batches in each precision, and with Muon; of pairs of kinds, one in fp32. Compiling takes most of
+    the time, so one split is compiled, if the configuration says so, and only with the kinds that the configuration uses."""
+    largest, alone = max(1, case.accumulation // 2), len(case.kinds) < 2
+    splits = [("fp32", 1), ("fp32", largest)] if alone else [("fp32", largest)]
+    if config.engine.precision != "fp32" and alone:
         splits += [("bf16", largest)] if case.kinds else [("bf16", 1), ("bf16", largest)]
-    used = all(getattr(engine.parallel, kind) > 1 for kind in case.kinds)
+    used = all(getattr(config.engine.parallel, kind) > 1 for kind in case.kinds)
     for precision, size in dict.fromkeys(splits):
-        compiled = engine.compile if used and (precision, size) == splits[-1] else "none"
-        options = dataclasses.replace(case.engine, precision=precision, compile=compiled)
-        yield dataclasses.replace(case, engine=options, micro_batch=size)
+        compiled = config.engine.compile if used and (precision, size) == splits[-1] else "none"
+        engine = dataclasses.replace(case.engine, precision=precision, compile=compiled)
+        yield dataclasses.replace(case, engine=engine, micro_batch=size)
+    if config.optimizer.name == "muon" and alone:
+        engine = dataclasses.replace(case.engine, precision="fp32", compile="none")
+        yield dataclasses.replace(case, engine=engine, micro_batch=largest, muon=config.optimizer)
 
 
 def _kinds(ranks: int) -> Iterator[ParallelConfig]:
@@ -227,7 +245,7 @@ def check_invariance(model: ModelConfig, tried: list[Case], grad_clip: float, se
     multiprocessing.set_forkserver_preload(["torch", "accelerate", "pretrain.train", "torch.distributed.fsdp", *zero])
     references: dict[tuple, Reference] = {}
     for case in tried:
-        key = case.sequences, case.documents
+        key = case.sequences, case.documents, case.muon
         if key not in references:
             references[key] = make_reference(model, case, grad_clip, seed)
         reference = references[key]
@@ -249,7 +267,9 @@ def compare(case: Case, ranks: list[tuple], reference: Reference, grad_clip: flo
     kept = {name: true for name, true in reference.steps.last.items() if not _rounded(name, case)}
     errors = {name: _largest(last[name] - true) for name, true in kept.items()}
     shown = ranks[0][0]
-    scale = _clipped(reference.steps.figures[0]["norm"], grad_clip) / _clipped(shown[0]["norm"], grad_clip)
+    scale = (
+        1.0 if case.muon else _clipped(reference.steps.figures[0]["norm"], grad_clip) / _clipped(shown[0]["norm"], grad_clip)
+    )
     moved = {
         name: _largest((first[name] - start) * scale - (reference.steps.first[name] - start))
         for name, start in reference.initial.items()
@@ -298,12 +318,12 @@ def _clipped(norm: float, grad_clip: float) -> float:
 
 def causes(outcomes: list[Outcome]) -> list[str]:
     """A sentence for each cause of the outcomes that did not pass, simple ones first: the engine, a kind, two kinds together. A
-    kind that is wrong alone explains each pair with it; a cause that shows in fp32 explains bf16."""
+    kind that is wrong alone explains each pair with it; a cause that shows in fp32 explains bf16 and Muon."""
     named: dict[tuple[frozenset, str], list[Outcome]] = {}
     wrong = [outcome for outcome in outcomes if not outcome.passed]
-    for outcome in sorted(wrong, key=lambda each: (len(each.case.kinds), each.case.engine.precision != "fp32")):
-        cause = frozenset(outcome.case.kinds), outcome.case.engine.precision
-        if not any(kinds <= cause[0] and precision in ("fp32", cause[1]) for kinds, precision in named.keys() - {cause}):
+    for outcome in sorted(wrong, key=lambda each: (len(each.case.kinds), each.case.numerics != "fp32")):
+        cause = frozenset(outcome.case.kinds), outcome.case.numerics
+        if not any(kinds <= cause[0] and numerics in ("fp32", cause[1]) for kinds, numerics in named.keys() - {cause}):
             named.setdefault(cause, []).append(outcome)
     return [_sentence(failed, outcomes) for failed in named.values()]
 
@@ -311,21 +331,22 @@ def causes(outcomes: list[Outcome]) -> list[str]:
 def _sentence(failed: list[Outcome], outcomes: list[Outcome]) -> str:
     """Such as `sequence 2 is wrong under fsdp2 (2 of 2 splits): loss differs by 1.0e+00; ...`."""
     case = failed[0].case
-    alike = [each for each in outcomes if (each.case.kinds, each.case.engine.precision) == (case.kinds, case.engine.precision)]
-    name, precision = case.engine.name, "" if case.engine.precision == "fp32" else f" in {case.engine.precision}"
-    what = f"{describe(case.kinds)} is wrong under {name}" if case.kinds else f"{name} is wrong by itself"
-    what += f"{precision} ({sum(not each.passed for each in alike)} of {len(alike)} splits)"
+    alike = [each for each in outcomes if (each.case.kinds, each.case.numerics) == (case.kinds, case.numerics)]
+    what = (
+        f"{describe(case.kinds)} is wrong under {case.engine.name}" if case.kinds else f"{case.engine.name} is wrong by itself"
+    )
+    what += {"fp32": "", "fp32 Muon": " with Muon", "bf16": " in bf16"}[case.numerics]
+    what += f" ({sum(not each.passed for each in alike)} of {len(alike)} splits)"
     if ended := [each for each in failed if each.error]:
         return f"{what}: {ended[0].error.strip().splitlines()[-1]}"
     worst = {name: max(each.differences[name][0] for each in failed) for name in failed[0].differences}
     beyond = [name for name, (_, allowed) in failed[0].differences.items() if not worst[name] <= allowed]
     shown = ", ".join(f"{name} by {worst[name]:{'d' if name == 'tokens' else '.1e'}}" for name in beyond)
-    if wrong := next((each for each in failed if each.wrong_gradients), None):
-        names = wrong.wrong_gradients
-        return f"{what}: {shown}; {len(names)} of {wrong.parameters} gradients of step 1 are wrong, first {names[0]}"
-    wrong = next((each for each in failed if each.wrong_weights), None)
-    text = "" if wrong is None else f", but then weights, first {wrong.wrong_weights[0]}"
-    return f"{what}: {shown}; all gradients of step 1 are right{text}"
+    of_step = f"{'updates' if case.muon else 'gradients'} of step 1 are"
+    if wrong := next((each.wrong_gradients for each in failed if each.wrong_gradients), None):
+        return f"{what}: {shown}; {len(wrong)} of {failed[0].parameters} {of_step} wrong, first {wrong[0]}"
+    wrong = next((each.wrong_weights for each in failed if each.wrong_weights), None)
+    return f"{what}: {shown}; all {of_step} right" + (f", later weights are not, first {wrong[0]}" if wrong else "")
 
 
 # ---------------------------------------------------------------- one process
@@ -349,7 +370,7 @@ def _reference(config: ModelConfig, case: Case, grad_clip: float, seed: int, bat
     """
     model = build(config, "cpu", seed)
     choices = [_Choices(module) for module in model.modules() if isinstance(module, Router)]
-    optimizer, figures, first = _momentum(model), [], {}
+    optimizer, figures, first = _optimizer(model, case), [], {}
     for step in range(STEPS):
         tokens_BT, labels_BT, documents_BT = _batch(config, case, batch_seed, step)
         loss = F.cross_entropy(model(tokens_BT, documents_BT=documents_BT).flatten(0, 1), labels_BT.flatten())
@@ -417,7 +438,10 @@ class _Momentum(torch.optim.SGD):
         self.found_inf = found_inf
 
 
-def _momentum(model: nn.Module) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, case: Case) -> torch.optim.Optimizer:
+    """With Muon, AdamW updates the rest. Its eps is about as large as the gradients, so that it does not enlarge rounding."""
+    if case.muon:
+        return build_optimizer(model, dataclasses.replace(case.muon, lr=LR, eps=1e-3))
     return _Momentum(model.parameters(), lr=LR, momentum=0.9)
 
 
@@ -435,7 +459,7 @@ def _run(case: Case, *args) -> tuple:
 def train(engine: Engine, case: Case, model: ModelConfig, grad_clip: float, seed: int, batch_seed: int) -> tuple:
     """On each rank: the figures of each step (`Steps.figures`); this rank's pieces (name, shape, offset, values) of the weights
     after the first step and after the last one; its bytes."""
-    engine.prepare(lambda: Transformer(model), _momentum, grad_clip, seed)
+    engine.prepare(lambda: Transformer(model), lambda module: _optimizer(module, case), grad_clip, seed)
     gradients = _GradientBytes(engine)
     meter, shown, pieces = Meter(engine.device, engine.rank, engine.world_size), [], []
     share = case.sequences // engine.mesh.sample_ranks

@@ -161,6 +161,17 @@ def test_cases_cover_the_kinds_that_the_configuration_allows(engine, model, rank
     assert {case.micro_batch > 1 for case in found if case.kinds == {"sequence": 2}} == {True, False}
 
 
+def test_muon_has_cases_of_its_own_with_wider_bounds():
+    found, _ = invariance.cases(configuration(optimizer="{name: muon}", engine="{name: fsdp2}"), 2)
+    muon = [case for case in found if case.muon]
+    assert [case.kinds for case in muon] == [{}, {}, {"sequence": 2}, {"tensor": 2}] and {case.numerics for case in muon} == {
+        "fp32 Muon"
+    }
+    failed = dataclasses.replace(wrong(outcome(tensor=2)), case=muon[-1])
+    [sentence] = invariance.causes([failed])
+    assert sentence.startswith("tensor 2 is wrong under fsdp2 with Muon (1 of 1 splits)") and "updates of step 1" in sentence
+
+
 def test_another_seed_gives_other_batches_and_documents_appear_where_the_configuration_has_them():
     config = configuration(data="{document_mask: true}")
     model, case = invariance.small_model(config.model), invariance.cases(config, 2)[0][0]

@@ -276,6 +276,23 @@ def test_a_way_to_cut_that_cannot_work_is_one_problem_and_the_nearest_way_in_its
     assert advice_of(problem) and config.engine.name == engine
 
 
+def test_the_reasons_of_all_kinds_are_reported_at_once_without_what_merely_follows():
+    flags = flags_of("engine.name zero2, parallel.tensor 2, parallel.expert 2, parallel.sequence 3, batch.global_batch_size 3")
+    problems = problems_of([*GOOD, *flags], world_size=1)
+    kinds = [problem.key.removeprefix("engine.parallel.") for problem in problems]
+    assert kinds == ["tensor", "expert", "sequence", "sequence"]
+    assert len({tuple(advice_of(problem)) for problem in problems}) == 1
+
+
+def test_fsdp2_spreads_experts_over_as_many_ranks_as_share_a_stack_of_them():
+    flags = [*GOOD, "--engine.name", "fsdp2", "--batch.micro_batch_size", "1", "--model.moe.num_experts", "8"]
+    for ways in ("engine.replicas 2", "parallel.tensor 2", "engine.replicas 4, parallel.expert 2"):
+        load([*flags, *flags_of(ways)], world_size=16)
+    for ways in ("engine.replicas 1", "parallel.sequence 2", "parallel.expert 2"):
+        load([*flags, *flags_of(ways)], world_size=8)
+        assert keys_of([*flags, *flags_of(ways)], world_size=16) == ["engine.name"]
+
+
 def test_rows_of_the_vocabulary_can_be_padded_for_tensor_parallelism():
     flags = [*GOOD, *flags_of("parallel.tensor 2, model.vocab_size 101, model.vocab_multiple 1")]
     [problem] = problems_of(flags, world_size=2)
@@ -421,6 +438,7 @@ def test_every_key_has_a_resume_class_and_unknown_keys_have_that_of_their_sectio
     assert {each.resume for each in schema.walk(Config)} == {"frozen", "guarded", "free"}
     assert resume_class("model.hidden_size") == resume_class("data.sequence_length") == resume_class("run.seed") == "frozen"
     assert resume_class("model.moe.balance") == "frozen" and resume_class("model.moe.aux_loss_weight") == "guarded"
+    assert resume_class("engine.parallel.tensor") == resume_class("engine.parallel.of_another_version") == "free"
     assert resume_class("optimizer.lr") == resume_class("train.max_steps") == "guarded"
     assert resume_class("batch.micro_batch_size") == resume_class("log.wandb.project") == resume_class("data.train") == "free"
     assert resume_class("model.moe.of_another_version") == resume_class("data.of_another_version") == "frozen"

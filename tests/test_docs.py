@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 LOSS = ROOT / "docs" / "understanding_the_loss.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
+ENGINES = ROOT / "docs" / "engines.md"
 BENCHMARKS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if ".add_argument(" in path.read_text())
 TRANSLATED = [
     (ROOT / "README.md", ROOT / "README.zh-CN.md"),
@@ -187,3 +189,25 @@ def test_both_readmes_list_the_same_files_and_the_same_lines_of_python():
     assert tree(chinese) == tree(english)
     code, translated = (re.sub(r"  #.*", "", "".join(fences(each, "python"))) for each in (english, chinese))
     assert translated == code
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+def test_the_table_of_kinds_is_what_the_arithmetic_says(tmp_path):
+    """The script lists plans with the fastest first; the table has the first one without and the first one with kinds."""
+    command = [sys.executable, "benchmarks/which_kinds.py", "--output", tmp_path / "plans.json"]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=120)
+    rows: dict[tuple, str] = {}
+    for plan in json.loads((tmp_path / "plans.json").read_text())["plans"]:
+        if plan["needed_gib"] > 80:
+            continue
+        kinds = [f"{name} {size}" for name, size in plan["engine"]["parallel"].items() if size > 1]
+        hidden, awaited = (size / 1e9 for size in plan["sent"])
+        cells = [plan["job"], plan["gpus"], ", ".join([plan["engine"]["name"], *kinds])]
+        cells += [plan["engine"]["activation_checkpointing"], f"{plan['micro_batch']} x {plan['accumulation']}"]
+        cells += [f"{plan['needed_gib']:.1f}", f"{hidden:,.1f} + {awaited:,.1f}"]
+        cells += [f"{plan['total']:,.2f}", f"{plan['tokens_per_second']:,.0f}"]
+        rows.setdefault((plan["job"], plan["gpus"], bool(kinds)), f"| {' | '.join(map(str, cells))} |")
+    shown = ENGINES.read_text().split("<!-- which kinds -->\n")[1].split("<!-- end -->")[0].splitlines()[2:]
+    assert shown == list(rows.values())

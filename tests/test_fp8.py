@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from pretrain import train
-from pretrain.config import Config, ConfigError, EngineConfig, OptimizerConfig, load, validate
+from pretrain.config import (
+    BatchConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EngineConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    load,
+    validate,
+)
 from pretrain.engines import fp8
 from pretrain.engines.base import Engine
 from pretrain.engines.start import start_engine
@@ -22,6 +32,7 @@ from pretrain.interop.load import open_run
 from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
+from pretrain.run.preflight import precision_findings
 from tests.distributed.test_engines import (
     check_dtypes,
     engine_of,
@@ -304,6 +315,16 @@ def test_a_device_without_fp8_products_is_refused_with_the_reason(monkeypatch):
 def test_deepspeed_engines_refuse_fp8(name):
     config = replace(Config(), engine=EngineConfig(name=name, precision="fp8"))
     assert "engine.precision" in [problem.key for problem in validate(config, 2)]
+
+
+def test_the_tokens_of_a_rank_must_be_a_multiple_of_16_not_those_of_the_sequences_that_it_shares():
+    def names(sequence: int) -> list[str]:
+        engine = EngineConfig(precision="fp8", parallel=ParallelConfig(sequence=sequence))
+        config = replace(Config(), engine=engine, data=DataConfig(sequence_length=48), batch=BatchConfig(micro_batch_size=1))
+        model = ModelConfig(hidden_size=2048, num_attention_heads=16)
+        return [each.name for each in precision_findings(config, resolve_model(model, vocab_size=64, sequence_length=48))]
+
+    assert (names(1), names(2)) == ([], ["fp8-tokens"])
 
 
 def test_an_engine_refuses_fp8_on_a_cpu_before_anything_starts():

@@ -275,6 +275,15 @@ def scattered_in_the_wrong_order(monkeypatch):
     monkeypatch.setattr(parallel, "_reduce_scatter", lambda x, how, dim, group: real(swapped(x, dim), how, dim, group))
 
 
+def attention_returns_to_the_wrong_tokens(monkeypatch):
+    real = parallel._TokenParts.scatter
+
+    def wrong(tokens, module, args, out):
+        return real(tokens, module, args, swapped(out) if isinstance(module, transformer.Attention) else out)
+
+    monkeypatch.setattr(parallel._TokenParts, "scatter", wrong)
+
+
 ON_RANKS: dict[str, tuple[str, list[str], PATCH]] = {
     "window dropped under sequence": ("window", SEQUENCE + WINDOW, no_window_over_ranks),
     "documents of a part": ("documents", SEQUENCE + DOCUMENTS, documents_of_this_part),
@@ -287,6 +296,7 @@ ON_RANKS: dict[str, tuple[str, list[str], PATCH]] = {
     "one rank is not causal": ("causal", TENSOR, one_rank_is_not_causal),
     "gathered in the wrong order": ("causal", TENSOR, gathered_in_the_wrong_order),
     "scattered in the wrong order": ("causal", TENSOR, scattered_in_the_wrong_order),
+    "attention's outputs at the wrong tokens": ("causal", TENSOR, attention_returns_to_the_wrong_tokens),
 }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.config import BatchConfig, EngineConfig, load
+from pretrain.config import BatchConfig, EngineConfig, ParallelConfig, load
 from pretrain.plan.tracker import Tracker
 from pretrain.run import memory
 from pretrain.run.directory import read_state
@@ -82,6 +82,7 @@ EXPECTED = {
 }  # fmt: skip
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("base", ["alone", *(pytest.param(name, marks=pytest.mark.slow) for name in BASES if name != "alone")])
 def test_each_advised_flag_makes_the_run_fit(settings, tmp_path, subtests, base):
     ranks, flags = BASES[base]
@@ -204,3 +205,5 @@ def test_a_smaller_micro_batch_divides_the_share_of_a_rank():
     config = EngineConfig(name="fsdp2", compile="blocks", activation_checkpointing="full")
     assert flags_for(config, 2, micro_batch=16)[0] == "--batch.micro_batch_size 8"
     assert flags_for(config, 8, micro_batch=4)[0] == "--batch.micro_batch_size 2"
+    shared = EngineConfig(activation_checkpointing="full", compile="blocks", parallel=ParallelConfig(sequence=4))
+    assert flags_for(shared, 4, micro_batch=32)[0] == "--batch.micro_batch_size 16"  # four ranks have the same samples

@@ -87,6 +87,13 @@ def test_groups_that_span_nodes_are_named_with_degrees_that_do_not(parallel, ran
         assert advice and not list(slow_links(config.engine, work_of(config, config.model), ranks, per_node))
 
 
+def test_a_dry_run_warns_of_groups_that_span_nodes_of_8_gpus(capsys):
+    flags = [*TINY, "--model.moe.num_experts", "16", "--engine.parallel.expert", "16", "--batch.global_batch_size", "32"]
+    tool = runpy.run_path(str(ROOT / "tools" / "check_run.py"))
+    tool["main"](["--device", "h100", "--ranks", "16", *flags, "--engine.precision", "bf16", "--engine.compile", "none"])
+    assert "warn  slow-link: engine.parallel.expert: got 16" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- a run
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pretrain import devices
-from pretrain.config import Config, ConfigError, load, validate
+from pretrain.config import Config, ConfigError, load, validate, work_of
 from pretrain.files import write_atomically
 from pretrain.run import command_line
 
@@ -91,6 +91,7 @@ def check_device(config: Config, device: devices.Device, ranks: int, output: Pat
     """Prints what a step needs on that GPU, and findings. -> whether any of them stops a run."""
     from pretrain import dry_run
     from pretrain.data.checks import Finding
+    from pretrain.engines.config import slow_links
     from pretrain.model.config import resolve_model, vocabulary
     from pretrain.plan.scaling import Cluster
     from pretrain.run.parts import open_tokenizer
@@ -107,7 +108,8 @@ def check_device(config: Config, device: devices.Device, ranks: int, output: Pat
     else:
         for line in dry_run.describe(run):
             print(line, flush=True)
-        findings = dry_run.fault_findings(run)
+        links = slow_links(config.engine, work_of(config, model), ranks, run.cluster.gpus_per_node)
+        findings = [Finding("slow-link", each.key, each.message) for each in links] + dry_run.fault_findings(run)
         findings += dry_run.plan_findings(run, lambda keys: print(f"trying {keys}", file=sys.stderr, flush=True))
         content = dry_run.to_json(run, findings)
     stops = show_findings(findings, began)
@@ -142,7 +144,7 @@ def check_invariance(config: Config, processes: int, output: Path | None) -> boo
         kinds, verdict = invariance.describe(case.kinds) or "-", "same as one process" if outcome.passed else "DIFFERENT"
         print(
             f"{case.engine.name:6}  {kinds:{width}}  {case.ranks:5}  {case.micro_batch:11}  {case.accumulation:12}  "
-            f"{case.engine.precision:9}  {outcome.loss_difference:7.1e}  {outcome.norm_difference:7.1e}  "
+            f"{case.numerics:9}  {outcome.loss_difference:7.1e}  {outcome.norm_difference:7.1e}  "
             f"{outcome.token_difference:6}  {outcome.routing_difference:7.1e}  {outcome.weight_difference:7.1e}  "
             f"{verdict}, {seconds_left:.0f} s left",
             flush=True,

@@ -158,7 +158,10 @@ def slow_links(engine: EngineConfig, work: Work, ranks: int, per_node: int) -> I
 
 
 def _mesh_problems(engine: EngineConfig, work: Work, ranks: int | None) -> Iterator[Problem]:
-    yield from _check_kinds(engine, work.model)
+    impossible = list(_check_kinds(engine, work.model))
+    yield from impossible
+    off = dict.fromkeys((problem.key.rpartition(".")[2] for problem in impossible), 1)  # what merely follows is not reported
+    engine = dataclasses.replace(engine, parallel=dataclasses.replace(engine.parallel, **off))
     yield from _check_division(engine, work)
     if ranks is not None:
         yield from _check_ranks(engine, work.model, ranks)
@@ -172,9 +175,9 @@ def _check_kinds(engine: EngineConfig, model: ModelConfig) -> Iterator[Problem]:
         if kind not in KINDS_OF[engine.name]:
             able = ", ".join(name for name, kinds in KINDS_OF.items() if kind in kinds)
             yield Problem(key, f"got {degree}, which only {able} can do; engine.name is {engine.name}")
-        if kind == "expert" and model.moe is None:
+        elif kind == "expert" and model.moe is None:
             yield Problem(key, f"got {degree}, but the model has no experts (model.moe is null)")
-        if kind == "tensor" and engine.precision == "fp8":
+        elif kind == "tensor" and engine.precision == "fp8":
             yield Problem(key, f"got {degree}, which precision fp8 cannot do")
 
 
@@ -222,10 +225,12 @@ def _check_ranks(engine: EngineConfig, model: ModelConfig, ranks: int) -> Iterat
         names = " x ".join(key.rpartition(".")[2] for key in factors)
         got = f"got {product}," if len(factors) == 1 else f"{names} = {product}"
         yield Problem(next(iter(factors)), f"{got} must divide the number of processes, {ranks}")
-    if ranks % parallel.expert:
-        yield Problem("engine.parallel.expert", f"got {parallel.expert}, must divide the number of processes, {ranks}")
+    if (per_replica := ranks // engine.replicas) % parallel.expert:
+        of_replica = "" if engine.replicas == 1 else " of a replica"
+        message = f"got {parallel.expert}, must divide the number of processes{of_replica}, {per_replica}"
+        yield Problem("engine.parallel.expert", message)
     if model.moe and engine.name == "fsdp2":
-        shards = ranks // (engine.replicas * parallel.tensor) if parallel.expert == 1 else ranks // parallel.expert
+        shards = ranks // (engine.replicas * (parallel.tensor if parallel.expert == 1 else parallel.expert))
         if shards > (experts := model.moe.num_experts // parallel.expert):
             message = f"is fsdp2, which does not split an expert: {shards} ranks share {experts}, so that some have none"
             yield Problem("engine.name", message)

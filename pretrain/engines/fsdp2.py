@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_common
 from torch.distributed.tensor import DTensor
@@ -29,7 +30,7 @@ class Fsdp2Engine(Engine):
     """One process of an `fsdp2` run."""
 
     def _distribute(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
-        mesh = self.mesh.weights["shard"] if self.mesh.replicas == 1 else self.mesh.weights["replica", "shard"]
+        mesh = _over(self.mesh.weights)
         mixed = {} if self.precision == "fp32" else {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
         policy = MixedPrecisionPolicy(**mixed)
         decoder = self.model.model
@@ -66,7 +67,7 @@ class Fsdp2Engine(Engine):
         gathers them by hooks of their own, inside the block."""
         if self.mesh.expert == 1:
             return {}
-        mesh = self.mesh.experts["shard"]
+        mesh = _over(self.mesh.experts)
         if not hasattr(_fsdp_common, "ShardPlacementResult"):
             if self.config.activation_checkpointing == "selective":  # it counts operations, and would count those of the hooks
                 problem = "is selective, which with experts over several ranks needs torch 2.13: choose full, or install it"
@@ -74,7 +75,11 @@ class Fsdp2Engine(Engine):
             fully_shard(block.mlp.experts, mesh=mesh, mp_policy=policy)
             return {}
         experts = set(block.mlp.experts.parameters())
-        placed = _fsdp_common.ShardPlacementResult(None, _fsdp_common.FSDPMeshInfo(mesh, shard_mesh_dim=0))
+        if self.mesh.replicas == 1:
+            info = _fsdp_common.FSDPMeshInfo(mesh, shard_mesh_dim=0)
+        else:
+            info = _fsdp_common.HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
+        placed = _fsdp_common.ShardPlacementResult(None, info)
         return {"shard_placement_fn": lambda parameter: placed if parameter in experts else None}
 
     @contextlib.contextmanager
@@ -111,8 +116,6 @@ class Fsdp2Engine(Engine):
 
     def _copies(self, name: str) -> int:
         """Ranks that hold the same shard of a parameter."""
-        if self._is_expert(name):
-            return 1
         return self.mesh.replicas * (1 if name in self.cuts else self.mesh.tensor)
 
     def _is_expert(self, name: str) -> bool:
@@ -141,15 +144,17 @@ class Fsdp2Engine(Engine):
 
     def _saves(self, name: str) -> bool:
         """Whether this rank saves its shard, as the first of those that have it."""
-        if self._is_expert(name):
-            return True
         return self.mesh.rank < self.mesh.ranks // self.mesh.replicas and (name in self.cuts or self.mesh.tensor_rank == 0)
 
     def replicated_weights(self) -> Iterator[tuple[list[Tensor], dist.ProcessGroup | None]]:
         self._reshard()
         local = {name: fp8.plain(parameter.to_local()) for name, parameter in self.model.named_parameters()}
         if self.mesh.replicas > 1:
-            same = [tensor for name, tensor in local.items() if not self._is_expert(name)]
-            yield same, self.mesh.weights.get_group("replica")
+            yield list(local.values()), self.mesh.weights.get_group("replica")
         if self.mesh.tensor > 1:
             yield [tensor for name, tensor in local.items() if name not in self.cuts], self.mesh.tensor_group
+
+
+def _over(mesh: DeviceMesh) -> DeviceMesh:
+    """The dimensions over which weights are averaged: shards, and replicas if there are several."""
+    return mesh["replica", "shard"] if "replica" in mesh.mesh_dim_names else mesh["shard"]

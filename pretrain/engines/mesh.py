@@ -110,8 +110,9 @@ class Mesh:
 
     @cached_property
     def experts(self) -> DeviceMesh:
-        """shard x part: ranks with the same experts, and ranks that together have all of them."""
-        return self._mesh((self.ranks // self.expert, self.expert), ("shard", "part"))
+        """replica x shard x part: ranks with the same experts (both), and ranks that together have all of them."""
+        shards = self.ranks // (self.replicas * self.expert)
+        return self._mesh((self.replicas, shards, self.expert), ("replica", "shard", "part"))
 
     def _mesh(self, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
         """Leaves out dimensions of size 1, for which torch would make as many groups as ranks; `fsdp2` needs only `shard`."""

@@ -47,14 +47,14 @@ class Held(NamedTuple):
 
 
 def held(model: ModelConfig, engine: EngineConfig, ranks: int) -> tuple[Held, Held]:
-    """Returns all parameters but the experts of expert parallelism, and these. With `engine.replicas`, the former are sharded
-    over the ranks of one replica."""
+    """Returns all parameters but the experts of expert parallelism, and these. With `engine.replicas`, they are sharded over
+    the ranks of one replica."""
     counts, parallel = flops.num_parameters(model), engine.parallel
     divided = (counts.total - counts.experts - counts.undivided) / parallel.tensor
     rest = _on_every_tensor_rank(model, engine)
     dense = Held(divided + rest, ranks // (engine.replicas * parallel.tensor), parallel.tensor)
     experts = counts.experts / parallel.expert if parallel.expert > 1 else 0
-    return dense, Held(experts, ranks // parallel.expert, parallel.expert)
+    return dense, Held(experts, ranks // (engine.replicas * parallel.expert), parallel.expert)
 
 
 def _on_every_tensor_rank(model: ModelConfig, engine: EngineConfig) -> int:
@@ -117,8 +117,7 @@ def _fsdp2(model: ModelConfig, engine: EngineConfig, ranks: int, accumulation: i
         yield Collective("all_gather", accumulation * twice * width, each.ranks, each.stride, 2 * units * accumulation)
         size = 4 * each.parameters * reductions
         yield Collective("reduce_scatter", size, each.ranks, each.stride, units * reductions)
-    shard = 4 * dense.parameters / dense.ranks
-    yield Collective("all_reduce", shard, engine.replicas, dense.ranks * dense.stride, layers + 1)
+        yield Collective("all_reduce", 4 * each.parameters / each.ranks, engine.replicas, ranks // engine.replicas, units)
     shared = 4 * _on_every_tensor_rank(model, engine) / dense.ranks
     yield Collective("all_reduce", shared, engine.parallel.tensor, 1, 1)
 

@@ -365,8 +365,9 @@ def precision_findings(config: Config, model: ModelConfig) -> list[Finding]:
         text = f"fp8 takes matrices of at least {fp8.NARROWEST} rows and columns, both multiples of {fp8.MULTIPLE}, and the "
         text += f"blocks of this model (hidden_size {width}) have none; use bf16"
         found.append(Finding("fp8-too-narrow", "engine.precision", text, stops=True))
-    if (tokens := config.batch.micro_batch_size * config.data.sequence_length) % fp8.MULTIPLE:
-        text = f"a micro-batch has {tokens} tokens, which fp8 needs to be a multiple of {fp8.MULTIPLE}; use another "
+    tokens = config.batch.micro_batch_size * config.data.sequence_length // config.engine.parallel.sequence
+    if tokens % fp8.MULTIPLE:
+        text = f"a rank's micro-batch has {tokens} tokens, which fp8 needs to be a multiple of {fp8.MULTIPLE}; use another "
         text += "batch.micro_batch_size or data.sequence_length, or bf16"
         found.append(Finding("fp8-tokens", "batch.micro_batch_size", text, stops=True))
     if config.engine.compile == "none":

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from pretrain import invariance
-from pretrain.config import EngineConfig, ParallelConfig
+from pretrain.config import EngineConfig, OptimizerConfig, ParallelConfig
 from pretrain.data.batches import Batch
 from pretrain.engines import base, fsdp2, mesh, parallel
 from pretrain.engines.start import start_engine
@@ -29,6 +29,7 @@ DENSE = ModelConfig(hidden_size=2048, num_attention_heads=32, num_key_value_head
 ROUTED = MoeConfig(num_experts=64, num_shared_experts=1, score="sigmoid", bias_update_rate=0.01, aux_loss_weight=0.1)
 MODELS = {
     "dense": invariance.small_model(DENSE),
+    "muon": invariance.small_model(DENSE),
     "experts": invariance.small_model(dataclasses.replace(DENSE, tie_word_embeddings=True, moe=ROUTED)),
 }
 
@@ -232,6 +233,12 @@ def padding_rows_of_the_vocabulary_get_probability(patch):
     wrap(patch, parallel, "cut_model", padded)
 
 
+@mutant("tensor", "fsdp2", "muon", "loss", "weights")
+def muon_orthogonalizes_each_part_of_a_matrix(patch):
+    """deepspeedai/DeepSpeed#8437."""
+    patch.setattr(fsdp2.Fsdp2Engine, "_holders", lambda engine, name: None)
+
+
 # ---------------------------------------------------------------- expert
 
 
@@ -266,7 +273,8 @@ def expert_gradients_averaged_over_too_few_ranks(patch):
 def case_of(kind: str, engine: str, model: str) -> Case:
     config = EngineConfig(name=engine, precision="fp32", parallel=ParallelConfig(**{kind: 2}))
     micro_batch = 2 if kind == "expert" else 4
-    return Case(config, 2, micro_batch, 8, experts=model == "experts", documents=model == "dense")
+    muon = OptimizerConfig(name="muon") if model == "muon" else None
+    return Case(config, 2, micro_batch, 8, experts=model == "experts", documents=model == "dense", muon=muon)
 
 
 def train_each(plan: list[tuple[str | None, tuple[str, str, str]]], batch_seeds: dict[str, int]) -> list[tuple]:
@@ -338,6 +346,8 @@ def check_parameters(name: str, outcome: Outcome) -> None:
         assert math.isclose(first, 2 * math.log(invariance.VOCABULARY), rel_tol=0.05)
     elif name in ("tokens_counted_on_every_tensor_rank", "loss_counted_on_every_tensor_rank"):
         assert not wrong and not outcome.wrong_weights
+    elif name == "muon_orthogonalizes_each_part_of_a_matrix":
+        assert wrong and all("proj" in each for each in wrong)
     elif name == "norm_counts_equal_gradients_on_every_tensor_rank":
         assert not wrong and outcome.wrong_weights
     else:
