@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, unset_fake_temporarily
 
-from pretrain import UserError
+from pretrain import UserError, schema
 from pretrain.config import Config, accumulation, validate
 from pretrain.data.batches import Batch
 from pretrain.data.checks import Finding
 from pretrain.engines import parallel
 from pretrain.engines.base import Engine
-from pretrain.engines.config import sample_ranks
+from pretrain.engines.config import KINDS_OF, ParallelConfig, sample_ranks
+from pretrain.engines.mesh import Mesh
 from pretrain.engines.start import start_engine
 from pretrain.model import flops
 from pretrain.model.config import ModelConfig
@@ -34,6 +35,7 @@ from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.plan import compiled
 from pretrain.plan.fake_rank import DEVICE, fake_rank
+from pretrain.plan.memory import memory
 from pretrain.plan.roofline import Roofline, roofline
 from pretrain.plan.scaling import Cluster, assumptions
 from pretrain.plan.tracker import Allocation, Trace, Tracker
@@ -309,8 +311,9 @@ def fault_findings(run: DryRun) -> list[Finding]:
 
 def _oversized(run: DryRun) -> Iterator[Finding]:
     length, model = run.config.data.sequence_length, run.model
-    positions = run.config.batch.micro_batch_size * length
-    rows = flops.vocabulary_rows(model)
+    kinds = run.config.engine.parallel
+    positions = run.config.batch.micro_batch_size * length // kinds.sequence
+    rows = flops.vocabulary_rows(model) // kinds.tensor
     widths = {model.hidden_size, model.head_dim, model.intermediate_size, rows, model.vocab_size}
     kept = {
         id(block) for phase in run.trace.phases if phase.name.startswith("forward") for block in run.trace.live(phase.end_event)
@@ -382,6 +385,7 @@ def _fitting(run: DryRun, progress: Callable[[str], None]) -> Iterator[tuple[str
         changes.append({"reduce_gradients": "micro_batch"})
     if engine.replicas > 1:
         changes.append({"replicas": 1})
+    changes += [{"parallel": parallel} for parallel in _smallest_kinds(run)]
     both = {"activation_checkpointing": "full", "compile": "blocks" if run.compiled == "none" else run.compiled}
     found = False
     for change in [*changes, both]:
@@ -390,6 +394,22 @@ def _fitting(run: DryRun, progress: Callable[[str], None]) -> Iterator[tuple[str
         if (tried := _try(run, progress, engine=change)) and tried[1].fits:
             found = True
             yield tried
+
+
+def _smallest_kinds(run: DryRun) -> Iterator[ParallelConfig]:
+    """Each kind of parallelism with its smallest degree that should fit, within a node."""
+    config, gpus = run.config, run.cluster.gpus
+    engine, batch = config.engine, (config.data.sequence_length, config.batch.micro_batch_size)
+    for kind in KINDS_OF[engine.name]:
+        for degree in (2, 4, 8):
+            parallel = dataclasses.replace(engine.parallel, **{kind: degree})
+            changed = dataclasses.replace(engine, parallel=parallel)
+            if validate(dataclasses.replace(config, engine=changed), gpus) or getattr(engine.parallel, kind) >= degree:
+                continue
+            peak = memory(run.model, *batch, changed, gpus).peak
+            if peak * (1 + FRAGMENTATION) / 2**30 + OUTSIDE_GIB <= run.cluster.device.memory_gib:
+                yield parallel
+                break
 
 
 def _calmer(run: DryRun, progress: Callable[[str], None]) -> Iterator[tuple[str, DryRun]]:
@@ -429,12 +449,8 @@ def _try(run: DryRun, progress: Callable[[str], None], **sections: dict[str, Any
     config = run.config
     for section, values in sections.items():
         config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
-    keys = ", ".join(
-        f"{section}.{key}: {value}"
-        for section, values in sections.items()
-        for key, value in values.items()
-        if value is not None and value != getattr(getattr(run.config, section), key)
-    )
+    before, after = (schema.flatten(schema.to_dict(each)) for each in (run.config, config))
+    keys = ", ".join(f"{key}: {value}" for key, value in after.items() if value is not None and value != before[key])
     if validate(config, run.cluster.gpus):
         return None
     progress(keys)
@@ -453,6 +469,7 @@ def describe(run: DryRun) -> list[str]:
         f"{cluster.device.name}, {cluster.gpus} ranks ({cluster.gpus_per_node} per node); {engine.name}, {engine.precision}, "
         f"compile {run.compiled}, activation checkpointing {engine.activation_checkpointing}; micro-batch "
         f"{batch.micro_batch_size} x {config.data.sequence_length} tokens, accumulation {steps}; nothing was run on a GPU",
+        str(Mesh(engine, 0, cluster.gpus)),
         "state, GiB per rank: " + ", ".join(f"{kind} {size / gib:.2f}" for kind, size in run.state.items()),
         "phase            start   peak    end   GiB per rank",
     ]
@@ -473,6 +490,9 @@ def describe(run: DryRun) -> list[str]:
             )
     for kind, row in run.work().items():
         lines.append(f"{kind:14} {row['flops'] / 1e12:8.1f} TFLOP, {row['bytes'] / 1e9:8.1f} GB per rank and step")
+    if engine.parallel.expert > 1:
+        waits = run.model.num_hidden_layers * steps * (1 if engine.activation_checkpointing == "none" else 2)
+        lines.append(f"the host reads how many rows go to each rank, and waits for the device, {waits} times per step")
     time, rates = run.time, assumptions(cluster.device)
     lines += [
         f"estimate: {time.total:.3f} s per step ({time.products:.3f} products, {time.attention:.3f} attention, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -287,14 +288,16 @@ def test_a_token_costs_the_same_flops_under_every_kind_of_parallelism(kinds):
         assert shared.work()[kind]["flops"] / shared.tokens == alone.work()[kind]["flops"] / alone.tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "engine"),
     [
         (SIZES, {"name": "fsdp2", "kinds": {"sequence": 2}}),
         (SIZES, {"name": "fsdp2", "kinds": {"sequence": 2}, "activation_checkpointing": "full"}),
         (MOE, {"name": "ddp"}),
+        (MOE, {"name": "fsdp2", "kinds": {"expert": 2}, "activation_checkpointing": "full"}),
     ],
-    ids=["sequence", "sequence, full recomputation", "experts"],
+    ids=["sequence", "sequence, full recomputation", "experts", "experts of several ranks, full recomputation"],
 )
 def test_the_formula_for_memory_is_close_to_a_dry_run(model, engine):
     wide = dataclasses.replace(
@@ -397,6 +400,20 @@ def test_a_mask_with_an_entry_for_every_pair_is_found(monkeypatch):
     assert ("quadratic-mask", True) in found(settings(1))
 
 
+def test_no_rank_has_hidden_states_or_logits_of_an_entire_sequence_that_ranks_share():
+    def of_all_positions(config: Config, ranks: int) -> set[str]:
+        positions, rows = 2 * LENGTH, vocabulary_rows(resolved(config))
+        found = set()
+        for block in fake(config, ranks).trace.allocations:
+            *leading, last = block.shape or (0,)
+            if block.dtype.is_floating_point and math.prod(leading) == positions and block.phase != "start":
+                found |= {"hidden"} if last == SIZES.hidden_size else {"logits"} if last in (IDS, rows) else set()
+        return found
+
+    assert of_all_positions(settings(1), 1) == {"hidden", "logits"}
+    assert of_all_positions(settings(2, name="fsdp2", kinds={"sequence": 2}), 2) == set()
+
+
 # ---------------------------------------------------------------- findings about the plan
 
 
@@ -416,6 +433,16 @@ def test_what_does_not_fit_is_refused_with_changes_that_fit():
     assert finding.name == "does-not-fit" and finding.stops and run.needed_gib > 24
     assert "batch.micro_batch_size: " in finding.text
     assert "engine.activation_checkpointing: full (" in finding.text
+
+
+@pytest.mark.slow
+def test_kinds_of_parallelism_with_which_a_run_fits_are_proposed():
+    config = wide(precision="bf16", name="fsdp2", compile="blocks", activation_checkpointing="full")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=2**18))
+    config = dataclasses.replace(config, batch=BatchConfig(global_batch_size=8, micro_batch_size=1))
+    shape = resolve_model(config.model, vocab_size=4096, sequence_length=2**18)
+    (finding,) = dry_run.plan_findings(dry_run.dry_run(config, shape, Cluster(devices.find("l4"), 8)))
+    assert finding.name == "does-not-fit" and "engine.parallel.sequence: " in finding.text
 
 
 def test_slow_links_make_a_plan_communication_bound_and_a_larger_micro_batch_mends_it():

@@ -99,8 +99,8 @@ class _Graph:
         if node.op == "get_attr":
             values[node] = getattr(self.module, node.target)
         elif node in self.fused and node in self.held:
-            meta = node.meta["val"]
-            tensor = torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype, device=self.tracker.device)
+            shape, stride = _shape(node.meta["val"])
+            tensor = torch.empty_strided(shape, stride, dtype=node.meta["val"].dtype, device=self.tracker.device)
             self.tracker.add_work("other", 0, _size(node) + sum(self.sources[node].values()))
             values[node] = tensor
         elif node in self.held or (node in self.views and all(read in values for read in node.all_input_nodes)):
@@ -132,8 +132,17 @@ def _size(node: fx.Node) -> int:
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return 0
-    values = math.prod(size for size, stride in zip(value.shape, value.stride(), strict=True) if stride or size == 0)
+    values = math.prod(size for size, stride in zip(*_shape(value), strict=True) if stride or size == 0)
     return values * value.element_size()
+
+
+def _shape(tensor: Tensor) -> tuple[list[int], list[int]]:
+    """(shape, strides). In a graph for any number of rows they are symbols; a dry run has no other sizes than their hints."""
+
+    def number(size: int | torch.SymInt) -> int:
+        return size.node.hint if isinstance(size, torch.SymInt) else size
+
+    return [number(size) for size in tensor.shape], [number(step) for step in tensor.stride()]
 
 
 def _line(node: fx.Node) -> str:
