@@ -28,6 +28,7 @@ from pretrain.config import (
     accumulation,
     load,
 )
+from pretrain.engines.config import sample_ranks
 from pretrain.engines.start import start_engine
 from pretrain.model import transformer
 from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
@@ -473,7 +474,8 @@ def test_the_cloud_configurations_fit_and_computation_hides_their_messages(name,
     assert not [finding for finding in content["findings"] if finding["stops"] or finding["name"] == "communication-bound"]
     config = load(["--config", str(ROOT / f"configs/{name}.yaml")], world_size=ranks)
     model = resolve_model(config.model, vocab_size=32000, sequence_length=config.data.sequence_length)
-    batch = config.data.sequence_length, config.batch.micro_batch_size, accumulation(config.batch, ranks)
+    steps = accumulation(config.batch, sample_ranks(config.engine, ranks))
+    batch = config.data.sequence_length, config.batch.micro_batch_size, steps
     sent = collectives(model, *batch, config.engine, ranks)
     wire_bytes = sum(message["wire_bytes"] for message in content["messages"])
     assert wire_bytes == pytest.approx(sum(each.sent_bytes for each in sent), rel=0.01)
