@@ -465,6 +465,7 @@ def test_slow_links_make_a_plan_communication_bound_and_a_larger_micro_batch_men
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("name", "ranks"), [("cloud", 8), ("cloud_zero3", 8), ("cloud_zero3", 64), ("cloud_moe", 32), ("cloud_long_context", 8)]
 )
@@ -478,8 +479,8 @@ def test_the_cloud_configurations_fit_and_computation_hides_their_messages(name,
     assert not [finding for finding in content["findings"] if finding["stops"] or finding["name"] == "communication-bound"]
     config = load(["--config", str(ROOT / f"configs/{name}.yaml")], world_size=ranks)
     model = resolve_model(config.model, vocab_size=32000, sequence_length=config.data.sequence_length)
-    steps = accumulation(config.batch, sample_ranks(config.engine, ranks))
-    batch = config.data.sequence_length, config.batch.micro_batch_size, steps
+    micro_batches = accumulation(config.batch, sample_ranks(config.engine, ranks))
+    batch = config.data.sequence_length, config.batch.micro_batch_size, micro_batches
     sent = collectives(model, *batch, config.engine, ranks)
     wire_bytes = sum(message["wire_bytes"] for message in content["messages"])
     assert wire_bytes == pytest.approx(sum(each.sent_bytes for each in sent), rel=0.01)

@@ -104,9 +104,14 @@ class Engine:
         self.cuts: dict[str, Cut] = parallel.cut_model(self.model, self.mesh) if self.mesh.cut else {}
         if self.precision == "fp8":
             fp8.convert(self.model, gather_fp8=self.config.name == "fsdp2", emulate=target.kind(self.device) == "cpu")
-        if self.config.activation_checkpointing != "none":
-            checkpoint_activations(self.model, self.config.activation_checkpointing)
-        self._compile(sum(parameter.numel() for parameter in self.model.parameters()))
+        recomputed, parameters = self.config.activation_checkpointing, sum(p.numel() for p in self.model.parameters())
+        # Experts of several ranks break a block's graph, and a compiled checkpoint with a break inside would run uncompiled.
+        around_graphs = recomputed == "full" and self.mesh.expert > 1
+        if recomputed != "none" and not around_graphs:
+            checkpoint_activations(self.model, recomputed)
+        self._compile(parameters)
+        if around_graphs:
+            checkpoint_activations(self.model, recomputed)
         self._distribute(lambda model: make_optimizer(self._with_holders(model)))
         self._warm_up()
         if fill is None:
