@@ -50,6 +50,7 @@ def test_the_mesh_is_shown_as_a_product_whose_factors_multiply_to_the_number_of_
     assert str(Mesh(engine_of(replicas=2, expert=4), 0, 8)) == "8 ranks = 2 replicas x 4 shards; experts over 4"
     assert str(Mesh(EngineConfig(), 0, 1)) == "1 rank = 1"
     assert fewest_ranks(engine_of(replicas=2, tensor=2, expert=3)) == 12
+    assert fewest_ranks(engine_of(replicas=2, expert=2)) == 4
 
 
 def test_the_batch_is_shown_as_a_product():

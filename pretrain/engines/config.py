@@ -99,7 +99,7 @@ def sample_ranks(engine: EngineConfig, ranks: int) -> int:
 def fewest_ranks(engine: EngineConfig) -> int:
     """The smallest number of ranks that these settings can run on."""
     parallel = engine.parallel
-    return math.lcm(engine.replicas * parallel.sequence * parallel.tensor, parallel.expert)
+    return engine.replicas * math.lcm(parallel.sequence * parallel.tensor, parallel.expert)
 
 
 # ---------------------------------------------------------------- combinations that cannot work
