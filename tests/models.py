@@ -145,9 +145,8 @@ def loaded_by(paths: list[Path], engine_name: str, target) -> list[tuple[str, in
     tokens_BT, found = torch.arange(16).view(1, 16) % V, []
     for path in paths:
         engine.restore(weight_loader(open_weights(path), target), moments=False)
-        found += [
-            (name, offset, pieces["model"].numpy().copy()) for name, _, offset, pieces in engine.local_states(saving=False)
-        ]
+        for state in engine.local_states(saving=False):
+            found.append((state.name, state.offset, state.tensors["model"].numpy().copy()))
         found.append(("loss", 0, engine.forward(tokens_BT, tokens_BT, None).loss_sum.detach().view(1).numpy()))
     engine.close()
     return found

@@ -28,7 +28,7 @@ MODEL = resolve_model(
 )
 SPLITS = [(1, 8, 1), (1, 2, 4), (1, 1, 8), (2, 2, 2), (2, 1, 4), (4, 1, 2)]
 
-SCALE = "engine.world_size / tokens.clamp(min=1)"
+SCALE = "engine.mesh.gradient_ranks / tokens.clamp(min=1)"
 OWN_MEAN = "1 / (batch.labels_BT != -100).sum().clamp(min=1)"
 REDUCED = "all_reduce(torch.cat([self.loss_sum[None], memory, routing]))"
 # name: (function, its code, the code with the bug)

@@ -58,6 +58,9 @@ class Rank:
             start, stop = (self.rank * share, (self.rank + 1) * share) if saving else (0, len(tensor))
             yield Shard(name, tuple(tensor.shape), start, tensor[start:stop])
 
+    def saved_values(self) -> int:
+        return sum(shard.values.numel() for shard in self.shards(saving=True))
+
     def restore(self, fill: Callable[[Shard], None]) -> None:
         for shard in self.shards(saving=False):
             fill(shard)
