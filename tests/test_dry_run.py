@@ -299,10 +299,11 @@ def test_a_token_costs_the_same_flops_under_every_kind_of_parallelism(kinds):
     [
         (SIZES, {"name": "fsdp2", "kinds": {"sequence": 2}}),
         (SIZES, {"name": "fsdp2", "kinds": {"sequence": 2}, "activation_checkpointing": "full"}),
+        (SIZES, {"name": "fsdp2", "kinds": {"tensor": 2}, "activation_checkpointing": "selective"}),
         (MOE, {"name": "ddp"}),
         (MOE, {"name": "fsdp2", "kinds": {"expert": 2}, "activation_checkpointing": "full"}),
     ],
-    ids=["sequence", "sequence, full recomputation", "experts", "experts of several ranks, full recomputation"],
+    ids=["sequence", "sequence, full", "tensor, selective", "experts", "experts of several ranks, full"],
 )
 def test_the_formula_for_memory_is_close_to_a_dry_run(model, engine):
     wide = dataclasses.replace(
