@@ -299,21 +299,31 @@ def test_a_token_costs_the_same_flops_under_every_kind_of_parallelism(kinds):
     [
         (SIZES, {"name": "fsdp2", "kinds": {"sequence": 2}}),
         (SIZES, {"name": "fsdp2", "kinds": {"sequence": 2}, "activation_checkpointing": "full"}),
+        (SIZES, {"name": "fsdp2", "kinds": {"tensor": 2}, "activation_checkpointing": "selective"}),
         (MOE, {"name": "ddp"}),
         (MOE, {"name": "fsdp2", "kinds": {"expert": 2}, "activation_checkpointing": "full"}),
     ],
-    ids=["sequence", "sequence, full recomputation", "experts", "experts of several ranks, full recomputation"],
+    ids=["sequence", "sequence, full", "tensor, selective", "experts", "experts of several ranks, full"],
 )
 def test_the_formula_for_memory_is_close_to_a_dry_run(model, engine):
-    wide = dataclasses.replace(
-        model, hidden_size=512, intermediate_size=1408, num_attention_heads=4, num_key_value_heads=2, head_dim=128,
-        moe=model.moe and dataclasses.replace(model.moe, moe_intermediate_size=512),
-    )  # fmt: skip
-    config = settings(2, wide, micro_batch=1, **{**engine, "precision": "bf16", "compile": "blocks"})
-    config = dataclasses.replace(config, data=DataConfig(sequence_length=4096, synthetic=SyntheticConfig()))
-    shape = resolve_model(wide, vocab_size=8000, sequence_length=4096)
-    run = dry_run.dry_run(config, shape, Cluster(H100, 2))
-    assert memory(shape, 4096, 1, config.engine, 2).peak == pytest.approx(run.peak.peak_bytes, rel=0.1)
+    def compared(layers: int) -> tuple[float, float, float, float]:
+        """Peak and what blocks keep: of the formula, of a dry run."""
+        wide = dataclasses.replace(
+            model, hidden_size=512, num_hidden_layers=layers, intermediate_size=1408, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=128, moe=model.moe and dataclasses.replace(model.moe, moe_intermediate_size=512),
+        )  # fmt: skip
+        config = settings(2, wide, micro_batch=1, **{**engine, "precision": "bf16", "compile": "blocks"})
+        config = dataclasses.replace(config, data=DataConfig(sequence_length=4096, synthetic=SyntheticConfig()))
+        shape = resolve_model(wide, vocab_size=8000, sequence_length=4096)
+        run = dry_run.dry_run(config, shape, Cluster(H100, 2))
+        event = next(phase.end_event for phase in run.trace.phases if phase.name == "forward 1")
+        kept = sum(block.bytes for block in run.trace.live(event) if not block.kind and block.phase.startswith("forward"))
+        formula = memory(shape, 4096, 1, config.engine, 2)
+        return formula.peak, run.peak.peak_bytes, formula.activations, kept
+
+    few, more = compared(2), compared(3)
+    assert more[0] == pytest.approx(more[1], rel=0.1)
+    assert more[2] - few[2] == pytest.approx(more[3] - few[3], rel=0.05)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
@@ -417,6 +427,19 @@ def test_no_rank_has_hidden_states_or_logits_of_an_entire_sequence_that_ranks_sh
 
     assert of_all_positions(settings(1), 1) == {"hidden", "logits"}
     assert of_all_positions(settings(2, name="fsdp2", kinds={"sequence": 2}), 2) == set()
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_positions_stay_in_fp32_where_products_are_in_bf16(engine, monkeypatch):
+    genuine, seen = transformer.rotate, set()
+
+    def rotate(x_BTHC, context):
+        seen.add((x_BTHC.dtype, context.cos_TC.dtype, context.sin_TC.dtype))
+        return genuine(x_BTHC, context)
+
+    monkeypatch.setattr(transformer, "rotate", rotate)
+    fake(settings(2, name=engine, precision="bf16"), ranks=2)
+    assert seen == {(torch.bfloat16, torch.float32, torch.float32)}
 
 
 # ---------------------------------------------------------------- findings about the plan

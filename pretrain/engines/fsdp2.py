@@ -32,7 +32,9 @@ class Fsdp2Engine(Engine):
     def _distribute(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
         mesh = _over(self.mesh.weights)
         mixed = {} if self.precision == "fp32" else {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-        policy = MixedPrecisionPolicy(**mixed)
+        # Hidden states have the dtype of the weights already, and cosines and sines must stay in fp32: it casts the fields of
+        # dataclasses, too (torch/distributed/utils.py, `_apply_to_tensors`).
+        policy = MixedPrecisionPolicy(**mixed, cast_forward_inputs=False)
         decoder = self.model.model
         for block in decoder.layers:
             fully_shard(block, mesh=mesh, mp_policy=policy, **self._place_experts(block, policy))

@@ -48,8 +48,7 @@ class Exchange(Protocol):
 class AttentionContext:
     """Positions and mask of one forward pass, shared by all layers.
 
-    A plain object on purpose: engines that cast the floating-point arguments of a module (FSDP2's mixed precision) do not look
-    inside it, and cosines in bf16 would blur the positions.
+    Engines must not cast it as they cast the arguments of modules: cosines in bf16 would blur the positions.
     """
 
     cos_TC: Tensor

@@ -87,7 +87,9 @@ def _activations(model: ModelConfig, length: int, micro_batch: int, engine: Engi
     none = shared * (2 * width + copies * queries + 2 * keys + 3 * dense) + mine * 2 * width
     if moe:
         none += mine * moe.num_experts_per_tok * (width + 3 * moe.moe_intermediate_size)
-    selective = shared * (copies * queries + 2 * keys + 2 * dense) + mine * 2 * width
+    # Recomputed: inputs, and the product of gate and up. Results of products are kept before tensor parallelism sums them.
+    results = 2 if parallel.tensor > 1 else 1
+    selective = shared * (results * width + copies * queries + 2 * keys + 2 * dense) + mine * width
     if moe:
         selective += mine * moe.num_experts_per_tok * (width + 2 * moe.moe_intermediate_size)
     kept = {"none": none, "selective": selective, "full": mine * width}[engine.activation_checkpointing]
