@@ -429,7 +429,7 @@ def test_no_rank_has_hidden_states_or_logits_of_an_entire_sequence_that_ranks_sh
     assert of_all_positions(settings(2, name="fsdp2", kinds={"sequence": 2}), 2) == set()
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero3", "fsdp2"])
 def test_positions_stay_in_fp32_where_products_are_in_bf16(engine, monkeypatch):
     genuine, seen = transformer.rotate, set()
 
