@@ -161,7 +161,7 @@ def check_losses(found: dict) -> None:
 # ---------------------------------------------------------------- any kind resumes any other
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_each_kind_resumes_the_state_of_another_to_the_bit(tmp_path, optimizer):
     """In a ring; one process then reads all. All pairs are in the slow test below."""
     names = list(ON_2) if optimizer == "adamw" else ["fsdp2 tensor", "ddp expert"]
@@ -327,7 +327,7 @@ def fill_a_disk(folder: Path, asynchronous: bool) -> tuple[list[str], list[int]]
     return messages, [each.step for each in checkpoints(folder)]
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_no_rank_hangs_when_the_disk_of_another_is_full_and_the_next_save_succeeds(tmp_path, asynchronous):
     (messages, found), (messages_1, found_1) = run_ranks(2, fill_a_disk, tmp_path, asynchronous)
     assert found == found_1 == [3, 1] and not messages_1

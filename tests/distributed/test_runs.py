@@ -243,7 +243,8 @@ def train_with_a_bad_rank(argv: list[str]) -> int:
     return train_poisoned(argv, 5, 7, math.nan if last else 1.0)
 
 
-@pytest.mark.parametrize("case", cases([Case("ddp", 2, ParallelConfig(tensor=2))], FEW[:1]))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [Case("ddp", 2, ParallelConfig(tensor=2)), FEW[0]], ids=str)
 def test_a_run_that_diverges_on_one_rank_rolls_back_and_skips_samples_as_one_process_does(settings, case):
     found = []
     for each in (case, ALONE):
