@@ -483,6 +483,6 @@ def accumulation(batch: BatchConfig, sample_ranks: int) -> int:
 def batch_product(config: Config, ranks: int) -> str:
     """The global batch in words, such as `16 sequences per step = ranks 2 x micro-batch 4 x accumulation 2`."""
     batch, groups = config.batch, engine_settings.sample_ranks(config.engine, ranks)
-    who = f"ranks {ranks}" if groups == ranks else f"groups of {ranks // groups} ranks {groups}"
+    who = f"ranks {ranks}" if groups == ranks else f"groups {groups} (of {ranks // groups} ranks)"
     product = f"{who} x micro-batch {batch.micro_batch_size} x accumulation {accumulation(batch, groups)}"
     return f"{batch.global_batch_size} sequences per step = {product}"

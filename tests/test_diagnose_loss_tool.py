@@ -258,7 +258,7 @@ def test_the_chain_shows_ranks_that_share_sequences_as_one_and_counts_their_toke
     text = run("chain", "--config", config, "--ranks", 8)[1]
     assert "ranks 0 to 3 together:" in text and "ranks 4 to 7 together:" in text and "256 labels" in text
     assert "2 groups of 4 ranks x 2 micro-batches" in text and "scaled by 4 / 256" in text
-    assert "1 groups of 4 ranks x 4 micro-batches" in run("chain", "--config", config)[1]  # as few as the settings allow
+    assert "1 group of 4 ranks x 4 micro-batches" in run("chain", "--config", config)[1]  # as few as the settings allow
 
 
 def test_a_checkpoint_that_learned_nothing_is_found_and_a_folder_without_one_is_refused(config, parts, tmp_path, run):

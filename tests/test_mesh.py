@@ -55,7 +55,7 @@ def test_the_mesh_is_shown_as_a_product_whose_factors_multiply_to_the_number_of_
 
 def test_the_batch_is_shown_as_a_product():
     config = load([*TINY, "--engine.parallel.sequence", "2"], world_size=4)
-    assert batch_product(config, 4) == "8 sequences per step = groups of 2 ranks 2 x micro-batch 2 x accumulation 2"
+    assert batch_product(config, 4) == "8 sequences per step = groups 2 (of 2 ranks) x micro-batch 2 x accumulation 2"
     assert batch_product(load(TINY, world_size=4), 4) == "8 sequences per step = ranks 4 x micro-batch 2 x accumulation 1"
 
 
@@ -115,9 +115,9 @@ def train_on_small_nodes(argv: list[str], per_node: int, reads: Path) -> int:
 @pytest.mark.parametrize(
     ("kind", "ranks", "product", "batch"),
     [
-        ("tensor", 2, "2 ranks = 2 tensor", "groups of 2 ranks 1 x micro-batch 2 x accumulation 4"),
+        ("tensor", 2, "2 ranks = 2 tensor", "groups 1 (of 2 ranks) x micro-batch 2 x accumulation 4"),
         pytest.param(
-            "sequence", 4, "4 ranks = 2 shards x 2 sequence", "groups of 2 ranks 2 x micro-batch 2 x accumulation 2",
+            "sequence", 4, "4 ranks = 2 shards x 2 sequence", "groups 2 (of 2 ranks) x micro-batch 2 x accumulation 2",
             marks=pytest.mark.slow,
         ),
     ],

@@ -465,7 +465,9 @@ def rank_stage(run: list[Batch], sums: list[float], engine: EngineConfig, per_ra
         lines.append(f"{who}: {figures}{', ...' if per_rank > 4 else ''}")
     means = [nats / max(1, count) for nats, count in zip(sums, counts, strict=True)]
     averaging = ranks // engine.parallel.tensor
-    split = f"{groups} {'ranks' if share == 1 else f'groups of {share} ranks'} x {per_rank} micro-batches"
+    several = "" if groups == 1 else "s"
+    split = f"{groups} rank{several}" if share == 1 else f"{groups} group{several} of {share} ranks"
+    split = f"{split} x {per_rank} micro-batches"
     return [
         *lines,
         f"the shown loss is all nats / all labels of {split}; each backward pass is scaled by {averaging} / {sum(counts):,}, "
