@@ -44,6 +44,7 @@ def check(*flags: str, root: Path = ROOT) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=400, check=False)
 
 
+@pytest.mark.slow
 def test_a_correct_configuration_passes_and_the_table_is_written(tmp_path):
     done = check(
         "--config", "configs/dummy.yaml", "--invariance", "--engine.precision", "fp32", "--json", str(tmp_path / "t.json")
