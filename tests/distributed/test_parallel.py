@@ -210,7 +210,7 @@ FOUR = {
     "fsdp2 replicas, tensor": row("fsdp2", TENSOR, replicas=2, micro_batch=1),
     "fsdp2 replicas, sequence": row("fsdp2", SEQUENCE, moe={}, replicas=2, micro_batch=1),
     "fsdp2 replicas, expert": row("fsdp2", EXPERT, moe={}, replicas=2, micro_batch=1),
-    "fsdp2 replicas, expert 4": row("fsdp2", dict(expert=4), moe=SIGMOID, replicas=2, micro_batch=1),
+    "fsdp2 expert 4": row("fsdp2", dict(expert=4), moe=SIGMOID, micro_batch=1),
 }
 
 
