@@ -137,7 +137,8 @@ def test_the_cloud_mixture_of_experts_runs_to_its_end_with_a_small_model(tmp_pat
     flags = [word for key, value in flags.items() for word in (f"--model.moe.{key}", str(value))]
     records = launch(tmp_path, "accelerate", "cloud_moe", *flags, "--engine.parallel.expert", "2")
     shown = losses(records)
-    assert len(shown) == 10 and shown[0] == pytest.approx(4.852, rel=0.03) and shown[-1] < shown[0]
+    # As of `fill_initial`: ln 128 and half the variance of the initial logits, 0.16.
+    assert len(shown) == 10 and shown[0] == pytest.approx(4.852 + 0.08, rel=0.01) and shown[-1] < shown[0]
     assert records[-2]["stuck_parameters"] == records[-2]["diverged_ranks"] == 0 and "val_loss" in records[-1]
     for record in records:
         if "loss" in record:
