@@ -225,6 +225,10 @@ class Engine:
     def _sum_gradients(self) -> None:
         """Sums what ranks that share tokens or experts hold apart, after the engine has averaged gradients."""
 
+    def _is_expert(self, name: str) -> bool:
+        """Whether each rank has another part of this parameter, whatever tokens it has, as with experts over several ranks."""
+        return self.mesh.expert > 1 and ".experts." in name
+
     def _clip(self) -> Tensor:
         """Clips the gradient and returns the norm of the full gradient before clipping, ()."""
         return nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)

@@ -33,7 +33,8 @@ class DdpEngine(Engine):
             ids = [self.device.index] if self.device.type == "cuda" else None
             ddp = nn.parallel.DistributedDataParallel
             # Every rank has other experts, and other tokens reach them: `_sum_gradients` sums theirs.
-            ddp._set_params_and_buffers_to_ignore_for_model(self.model, self._experts())
+            experts = [name for name in self.cuts if self._is_expert(name)]
+            ddp._set_params_and_buffers_to_ignore_for_model(self.model, experts)
             newer = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters  # the older name warns from 2.13 on
             self._wrapped = ddp(
                 self.model,
@@ -69,21 +70,19 @@ class DdpEngine(Engine):
                 parameter.grad = view
         return self._wrapped.no_sync()
 
-    def _experts(self) -> list[str]:
-        """Names of the parameters of which ranks have different parts, whatever tokens they have."""
-        return [name for name in self.cuts if ".experts." in name] if self.mesh.expert > 1 else []
-
     def _holders(self, name: str) -> Holders | None:
         if name not in self.cuts:
             return None
-        if name in self._experts():
+        if self._is_expert(name):
             return Holders(self.mesh.experts.get_group("shard"), None)
         cut = self.cuts[name]
         return Holders(self.mesh.weights.get_group("shard"), cut.group, cut.dim, cut.parts)
 
     def _sum_gradients(self) -> None:
+        if not self.cuts:
+            return
         gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}
-        if experts := [gradients[name] for name in self._experts()]:
+        if experts := [gradient for name, gradient in gradients.items() if self._is_expert(name)]:
             parallel.all_reduce_gradients(experts, self.mesh.experts.get_group("shard"))
             torch._foreach_div_(experts, self.mesh.gradient_ranks)
         if self.mesh.tensor > 1:  # each rank of a tensor group has the gradient of its own tokens
@@ -115,9 +114,9 @@ class DdpEngine(Engine):
             yield LocalState(name, tuple(parameter.shape), start, shards, cut)
 
     def replicated_weights(self) -> Iterator[tuple[list[Tensor], dist.ProcessGroup | None]]:
-        parameters, experts = dict(self.model.named_parameters()), self._experts()
+        parameters = dict(self.model.named_parameters())
         yield [parameter for name, parameter in parameters.items() if name not in self.cuts], None
-        if experts:
-            yield [parameters[name] for name in experts], self.mesh.experts.get_group("shard")
-        if cut := [parameters[name] for name in self.cuts if name not in experts]:
-            yield cut, self.mesh.weights.get_group("shard")
+        if self.mesh.expert > 1:
+            yield [parameters[name] for name in self.cuts if self._is_expert(name)], self.mesh.experts.get_group("shard")
+        if self.mesh.tensor > 1:
+            yield [parameters[name] for name in self.cuts if not self._is_expert(name)], self.mesh.weights.get_group("shard")

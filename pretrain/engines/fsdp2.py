@@ -120,10 +120,6 @@ class Fsdp2Engine(Engine):
         """Ranks that hold the same shard of a parameter."""
         return self.mesh.replicas * (1 if name in self.cuts else self.mesh.tensor)
 
-    def _is_expert(self, name: str) -> bool:
-        """Whether ranks have different experts, which are sharded over other ranks than the rest."""
-        return self.mesh.expert > 1 and ".experts." in name
-
     def _reshard(self) -> None:
         """Undoes what a forward pass without a backward pass (validation) leaves: the head is gathered."""
         for module in self.model.modules():

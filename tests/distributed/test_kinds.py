@@ -7,30 +7,13 @@ import itertools
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
-from pretrain import train
-from pretrain.config import ConfigError, EngineConfig, ParallelConfig, Problem, load
-from pretrain.data.batches import Batch
-from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
-from pretrain.model.transformer import Transformer, build
-from pretrain.report.metrics import Meter
-from tests.distributed.test_engines import engine_of
-from tests.ranks import run_ranks
+from pretrain.config import ConfigError, Problem, load
+from tests.distributed.test_parallel import Row, check, row
 
 pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("tensor", "sequence", "expert")
-LENGTH, SEQUENCES, STEPS, LR, CLIP, BOUND = 32, 4, 3, 0.1, 0.5, 1e-5
-MODEL = resolve_model(
-    ModelConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
-        moe=MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, num_shared_experts=1),
-    ),
-    vocab_size=100,
-    sequence_length=LENGTH,
-)  # fmt: skip
 
 
 def table() -> dict[tuple[str, tuple[str, ...]], bool]:
@@ -49,80 +32,20 @@ TABLE = table()
 CUT = [pair for pair, able in TABLE.items() if able]
 
 
-def engine_config(name: str, kinds: tuple[str, ...]) -> EngineConfig:
-    parallel = ParallelConfig(**dict.fromkeys(kinds, 2))
-    return EngineConfig(name=name, precision="fp32", parallel=parallel, keep_whole_below=100, timeout_seconds=60)
-
-
-def batch_of(step: int) -> Batch:
-    generator = torch.Generator().manual_seed(step)
-    tokens_BT, labels_BT = torch.randint(0, 100, (2, SEQUENCES, LENGTH), generator=generator)
-    valid_BT = torch.rand(SEQUENCES, LENGTH, generator=generator) < torch.tensor([[0.9], [0.1], [0.5], [0.0]])
-    return Batch(tokens_BT, torch.where(valid_BT, labels_BT, -100), None)
-
-
-class Sgd(torch.optim.SGD):
-    """All gradients are finite here, so found_inf, which only fused optimizers accept, is set aside."""
-
-    def step(self) -> None:
-        found_inf = self.__dict__.pop("found_inf", None)
-        super().step()
-        self.found_inf = found_inf
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return Sgd(model.parameters(), lr=LR, momentum=0.9)
-
-
-def one_process() -> list[tuple[float, float]]:
-    """[(loss, gradient norm)] of the steps, by the model alone on entire batches."""
-    model, shown = build(MODEL, "cpu", seed=1), []
-    optimizer = sgd(model)
-    for step in range(STEPS):
-        tokens_BT, labels_BT, _ = batch_of(step)
-        loss = model(tokens_BT, labels_BT).loss_sum / (labels_BT != -100).sum()
-        loss.backward()
-        shown.append((loss.item(), nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()))
-        optimizer.step()
-        optimizer.zero_grad()
-    return shown
-
-
-def on_ranks(pairs: list[tuple[str, tuple[str, ...]]]) -> list[list[tuple[float, float]]]:
-    """On each rank, for each (engine, kinds): [(loss, gradient norm)] of the steps."""
-    results = []
-    for pair in pairs:
-        engine = engine_of(engine_config(*pair))
-        engine.prepare(lambda: Transformer(MODEL), sgd, CLIP, seed=1)
-        meter, shown = Meter(engine.device, engine.rank, engine.world_size), []
-        share = SEQUENCES // engine.mesh.sample_ranks
-        for step in range(STEPS):
-            mine = [tensor[engine.mesh.sample_rank * share :][:share] for tensor in batch_of(step)[:2]]
-            meter.add(*train.train_step(engine, [engine.part_of(Batch(*mine, None))], LR))
-            figures = meter.read(engine.all_reduce)
-            shown.append((figures["loss"], figures["grad_norm"]))
-        results.append(shown)
-    return results
-
-
-def check(subtests, ranks: int, pairs: list[tuple[str, tuple[str, ...]]]) -> None:
-    expected = one_process()
-    for rank, results in enumerate(run_ranks(ranks, on_ranks, pairs, timeout=300)):
-        for (name, kinds), shown in zip(pairs, results, strict=True):
-            with subtests.test(f"{name} {' + '.join(kinds)}, rank {rank} of {ranks}"):
-                difference = float((torch.tensor(shown) / torch.tensor(expected) - 1).abs().max())
-                print(f"{name} {' + '.join(kinds)} on {ranks}: {difference:.1e}")
-                assert difference < BOUND
+def rows(pairs: list[tuple[str, tuple[str, ...]]]) -> dict[str, Row]:
+    """A row for each (engine, kinds)."""
+    shared = dict(num_shared_experts=1)
+    return {f"{name} {' + '.join(kinds)}": row(name, dict.fromkeys(kinds, 2), moe=shared) for name, kinds in pairs}
 
 
 def test_each_kind_that_the_table_promises_equals_one_process(subtests):
-    check(subtests, 2, [(name, kinds) for name, kinds in CUT if len(kinds) == 1 and not name.startswith("zero")])
+    check(subtests, 2, rows([(name, kinds) for name, kinds in CUT if len(kinds) == 1 and not name.startswith("zero")]))
 
 
 @pytest.mark.slow
 def test_each_combination_that_the_table_promises_equals_one_process(subtests):
-    check(subtests, 2, [(name, kinds) for name, kinds in CUT if len(kinds) == 1 and name.startswith("zero")])
-    check(subtests, 4, [(name, kinds) for name, kinds in CUT])
+    check(subtests, 2, rows([(name, kinds) for name, kinds in CUT if len(kinds) == 1 and name.startswith("zero")]))
+    check(subtests, 4, rows(CUT))
 
 
 def problems_of(argv: list[str], world_size: int) -> list[Problem]:

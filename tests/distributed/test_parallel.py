@@ -314,7 +314,7 @@ def state_of(engine: Engine) -> torch.Tensor:
 
 
 def drift(engine: Engine, name: str) -> str:
-    """What is said after a weight of the last rank has changed."""
+    """Returns the error that names the last rank after one of its weights was changed."""
     require_equal_replicas(engine)
     if engine.rank == engine.world_size - 1:
         next(state for state in engine.local_states(saving=False) if state.name == f"model.{name}").tensors["model"][0] += 1e-3
