@@ -26,13 +26,10 @@ from pretrain.config import EngineConfig, ParallelConfig
 from pretrain.devices import Device
 from pretrain.model import flops
 from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
-from pretrain.plan.memory import Memory, memory
+from pretrain.plan.memory import Memory, memory, needed_gib
 from pretrain.plan.messages import collectives
 from pretrain.plan.scaling import Cluster, StepTime, step_time
 from pretrain.run import command_line
-
-OUTSIDE_GIB, FRAGMENTATION = 3.0, 0.04
-"""As in a dry run: `pretrain/dry_run.py`, which imports torch."""
 
 
 class Job(NamedTuple):
@@ -76,7 +73,7 @@ class Plan(NamedTuple):
     @property
     def needed_gib(self) -> float:
         """With what a process needs besides its tensors."""
-        return self.memory.peak * (1 + FRAGMENTATION) / 2**30 + OUTSIDE_GIB
+        return needed_gib(self.memory.peak)
 
     @property
     def kinds(self) -> tuple[str, ...]:

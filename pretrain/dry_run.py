@@ -35,16 +35,11 @@ from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.plan import compiled
 from pretrain.plan.fake_rank import DEVICE, fake_rank
-from pretrain.plan.memory import memory
+from pretrain.plan.memory import FRAGMENTATION, OUTSIDE_GIB, memory, needed_gib
 from pretrain.plan.roofline import Roofline, roofline
 from pretrain.plan.scaling import Cluster, assumptions
 from pretrain.plan.tracker import Allocation, Trace, Tracker
 from pretrain.train import train_step
-
-OUTSIDE_GIB = 3.0
-"""Driver and error correction, CUDA context, NCCL and kernels' code: what a card's memory loses before the first tensor."""
-FRAGMENTATION = 0.04
-"""Share of the peak that the allocator cannot use, and the workspaces of products and attention. With expandable segments."""
 
 
 class CannotRun(UserError):
@@ -85,7 +80,7 @@ class DryRun:
     @property
     def needed_gib(self) -> float:
         """Memory of a device that the run needs, with the margins."""
-        return self.peak.peak_bytes * (1 + FRAGMENTATION) / 2**30 + OUTSIDE_GIB
+        return needed_gib(self.peak.peak_bytes)
 
     @property
     def fits(self) -> bool:
@@ -407,7 +402,7 @@ def _smallest_kinds(run: DryRun) -> Iterator[ParallelConfig]:
             if validate(dataclasses.replace(config, engine=changed), gpus) or getattr(engine.parallel, kind) >= degree:
                 continue
             peak = memory(run.model, *batch, changed, gpus).peak
-            if peak * (1 + FRAGMENTATION) / 2**30 + OUTSIDE_GIB <= run.cluster.device.memory_gib:
+            if needed_gib(peak) <= run.cluster.device.memory_gib:
                 yield parallel
                 break
 

@@ -13,6 +13,16 @@ from pretrain.model import flops
 from pretrain.model.config import ModelConfig
 from pretrain.plan.messages import held
 
+OUTSIDE_GIB = 3.0
+"""Driver and error correction, CUDA context, NCCL and kernels' code: what a card's memory loses before the first tensor."""
+FRAGMENTATION = 0.04
+"""Share of the peak that the allocator cannot use, and the workspaces of products and attention. With expandable segments."""
+
+
+def needed_gib(peak: float) -> float:
+    """GiB of a GPU whose tensors take `peak` bytes."""
+    return peak * (1 + FRAGMENTATION) / 2**30 + OUTSIDE_GIB
+
 
 class Memory(NamedTuple):
     """Bytes of a rank in a bf16 step with AdamW."""
