@@ -266,10 +266,9 @@ def test_flops_are_those_of_the_flop_counter_and_of_the_formula():
         {"name": "fsdp2"},
         {"name": "fsdp2", "replicas": 2},
         {"name": "fsdp2", "reduce_gradients": "step"},
-        {"name": "zero1"},
-        {
-            "name": "zero2"
-        },  # zero3 keeps gathered what it uses again soon, so only a large model sends all that the formula says
+        # zero3 keeps gathered what it uses again soon, so only a large model sends all that the formula says.
+        pytest.param({"name": "zero1"}, marks=pytest.mark.slow),
+        {"name": "zero2"},
     ],
     ids=lambda engine: "-".join(str(value) for value in engine.values()),
 )
@@ -326,7 +325,7 @@ def test_the_formula_for_memory_is_close_to_a_dry_run(model, engine):
     assert more[2] - few[2] == pytest.approx(more[3] - few[3], rel=0.05)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_compiled_block_keeps_what_aot_autograd_saves(checkpointing, monkeypatch):
     config = settings(1, compile="blocks", activation_checkpointing=checkpointing, precision="bf16")
     torch._dynamo.reset()
@@ -454,6 +453,7 @@ def wide(**engine) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=2048))
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_changes_that_fit():
     config = wide(precision="bf16")
     run = dry_run.dry_run(

@@ -103,6 +103,7 @@ def test_narrow_matrices_and_those_that_the_kernels_refuse_stay_in_bf16(rows, co
 
 
 @needs_torchao
+@pytest.mark.slow
 def test_training_follows_fp32_by_less_than_a_bit_of_fp8_and_all_engines_agree(subtests):
     """The same rounding everywhere: activations per micro-batch, weights by the scale of the full matrix on any ranks."""
     bf16 = {"bf16": EngineConfig(precision="bf16")}
@@ -215,6 +216,7 @@ def layouts(configs: dict[str, EngineConfig]) -> dict[str, list[tuple]]:
 
 
 @needs_torchao
+@pytest.mark.slow
 def test_checkpoints_are_those_of_bf16_and_continue_to_the_bit(subtests, tmp_path):
     written = run_ranks(2, emulated, save_with, TWO, tmp_path)
     readers = TWO | {"fsdp2 fp32": EngineConfig(name="fsdp2", precision="fp32")}

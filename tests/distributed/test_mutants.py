@@ -308,7 +308,6 @@ QUICK = (
     "document_masks_dropped",
     "tokens_counted_on_every_tensor_rank",
     "gradients_of_norms_not_summed",
-    "loss_times_the_expert_degree",
     "expert_gradients_averaged_over_too_few_ranks",
 )
 

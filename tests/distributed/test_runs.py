@@ -185,7 +185,7 @@ def losses_for_spikes(run: Path) -> tuple[list[float], float]:
     return state["spikes"]["accepted"], state["meter"]["last_loss"]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases(FEW[:1], FEW[1:] + MANY))
 def test_a_run_logs_what_one_process_logs(run_once, case):
     """Losses, norms, routing, tokens, validations, and texts; and the same losses enter the search for spikes."""
     (run, _), (alone, _) = run_once(case), run_once(ALONE)

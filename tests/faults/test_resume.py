@@ -66,6 +66,7 @@ def check_resume(folder: Path, writer: tuple[str, int], readers: list[tuple[str,
         assert last_progress(run)["position"] == last_progress(folder / "runs" / "straight")["position"] == SEQUENCES * STEPS
 
 
+@pytest.mark.faults
 def test_another_engine_on_fewer_ranks_resumes_the_run(tmp_path):
     check_resume(tmp_path, ("zero2", 2), [("fsdp2", 1)])
 
