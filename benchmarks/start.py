@@ -1,7 +1,7 @@
 """Measures the time from a command to its first step: of a tiny run, and, with --compile, of shape C1 whose compiler finds its
 cache empty (cold) and filled (warm).
 
-    python benchmarks/start.py [--rounds 5] [--baseline FOLDER] [--compile blocks model] [--output FILE]
+    python benchmarks/start.py [--rounds 5] [--baseline FOLDER] [--engine zero1] [--compile blocks model] [--output FILE]
 
 Each start is a process of its own, `python launch/pretrain.py` on generated data, on CPUs in fp32; it ends when the run prints
 its first step. CPU seconds are those of the process and of the children that it has waited for, such as compilers; wall seconds
@@ -41,11 +41,12 @@ def main(argv: list[str]) -> int:
     parser = command_line.make_parser(__doc__)
     parser.add_argument("--rounds", type=command_line.at_least(1), default=5, help="counted starts of each (%(default)s)")
     parser.add_argument("--baseline", type=Path, metavar="FOLDER", help="a checkout to compare with")
+    parser.add_argument("--engine", default="ddp", metavar="NAME", help="engine of the tiny run (%(default)s)")
     parser.add_argument("--compile", nargs="+", choices=("blocks", "model"), default=[], help="also measure compiled starts")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write")
     options = parser.parse_args(argv)
     checkouts = {"this": ROOT} | ({"baseline": options.baseline.resolve()} if options.baseline else {})
-    figures: dict = {"tiny": tiny(checkouts, options.rounds)}
+    figures: dict = {f"tiny {options.engine}": tiny(checkouts, options.engine, options.rounds)}
     for what in options.compile:
         figures[f"C1 {what}"] = compiled(what)
     print(f"{'start':22} {'CPU s':>7} {'wall s':>7}")
@@ -57,13 +58,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def tiny(checkouts: dict[str, Path], rounds: int) -> dict[str, tuple[float, float]]:
+def tiny(checkouts: dict[str, Path], engine: str, rounds: int) -> dict[str, tuple[float, float]]:
     """-> (CPU seconds, wall seconds) of each checkout, and their ratios if there are two."""
     found: dict[str, list] = {name: [] for name in checkouts}
     for number in range(rounds + 1):
         for name in list(checkouts)[:: -1 if number % 2 else 1]:
             with tempfile.TemporaryDirectory() as folder:
-                seconds = start(checkouts[name], TINY, Path(folder))
+                seconds = start(checkouts[name], [*TINY, "--engine.name", engine], Path(folder))
             if number:
                 found[name].append(seconds)
     medians = {name: tuple(statistics.median(column) for column in zip(*starts, strict=True)) for name, starts in found.items()}

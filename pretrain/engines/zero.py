@@ -8,6 +8,7 @@ internals of DeepSpeed and may change: constraints.txt pins the version, tests/d
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import logging
@@ -46,6 +47,7 @@ class ZeroEngine(Engine):
 
             # Otherwise DeepSpeed compiles a C++ extension at its first start: half a minute, or forever behind a stale lock.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _import_muon()
         from accelerate.utils import DeepSpeedPlugin
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -241,3 +243,15 @@ def _full_shapes(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, data in zip(sharded, empty, strict=True):
             parameter.data = data
+
+
+def _import_muon() -> None:
+    """Imports DeepSpeed's Muon, as DeepSpeed will, but without compiling it: `torch.compile` would load the compiler, which
+    takes longer than the rest of a start, for an optimizer that no run uses."""
+    from deepspeed.runtime import compiler
+
+    compile, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compile

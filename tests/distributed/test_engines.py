@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,6 +137,17 @@ def test_every_engine_equals_one_process_on_any_ranks(subtests, ranks, micro_bat
     hybrid = {"fsdp2 hybrid": EngineConfig(name="fsdp2", replicas=2)} if ranks == 4 else {}
     for optimizer_name in ("sgd", "adamw"):
         check_equality(subtests, ranks, ENGINES | hybrid, micro_batch, optimizer_name, [])
+
+
+def loads_the_compiler(config: EngineConfig) -> bool:
+    prepare(engine_of(config), "adamw")
+    return "torch._inductor.compile_fx" in sys.modules
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero3"])
+def test_an_engine_that_compiles_nothing_does_not_load_the_compiler(name):
+    """DeepSpeed imports functions that `torch.compile` wraps."""
+    assert run_ranks(1, loads_the_compiler, EngineConfig(name=name)) == [False]
 
 
 # ---------------------------------------------------------------- steps that are not finite
