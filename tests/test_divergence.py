@@ -122,7 +122,7 @@ def test_a_run_that_diverges_before_its_first_checkpoint_ends_with_70(tiny):
     assert run_ranks(1, train_poisoned, tiny, 2, 4, math.nan) == [70]
 
 
-@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("stopped", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_spike_is_reported_once_with_its_step_and_samples(tiny, stopped):
     """Even when the run is stopped between the step and its verdict, which comes one step later."""
     tiny = ["--train.max_steps", "30", "--optimizer.lr", "1e-4", "--log.every_steps", "5", *tiny]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -18,6 +21,7 @@ import pytest
 from pretrain.config import Config, SyntheticConfig
 from pretrain.doctor.diagnosis import FAULTS
 from pretrain.doctor.untrained import first_step
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -88,16 +92,21 @@ def test_every_make_target_and_every_file_of_the_project_exists(document):
         assert (ROOT / path).exists(), path
 
 
+def show_help(script: str, command: list[str]) -> str:
+    """What a script prints; in a process of its own, which has imported torch."""
+    sys.argv = [script, *command, "--help"]
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")) as shown, pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert not ended.value.code, sys.argv
+    shown.flush()
+    return shown.buffer.getvalue().decode()
+
+
 @cache
 def helps(script: str) -> str:
     """The --help of a script and of its subcommands."""
-    shown = ""
-    for command in ((), *((each,) for each in HELP_OF_ITS_COMMANDS.get(script, ()))):
-        arguments = [sys.executable, script, *command, "--help"]
-        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, f"{arguments}: {done.stderr}"
-        shown += done.stdout
-    return shown
+    commands = [], *([each] for each in HELP_OF_ITS_COMMANDS.get(script, ()))
+    return "".join(run_ranks(1, show_help, script, command)[0] for command in commands)
 
 
 def is_setting(key: str) -> bool:

@@ -86,8 +86,9 @@ EXPECTED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("base", ["alone", *(pytest.param(name, marks=pytest.mark.slow) for name in BASES if name != "alone")])
+@pytest.mark.parametrize("base", BASES)
 def test_each_advised_flag_makes_the_run_fit(settings, tmp_path, subtests, base):
     ranks, flags = BASES[base]
     argv, free = [*settings, *flags], [float("inf")] * 2

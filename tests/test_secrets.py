@@ -29,7 +29,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("crash", [False, True])
+@pytest.mark.parametrize("crash", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_no_secret_of_the_environment_reaches_a_file_or_the_terminal(tmp_path, crash):
     (tmp_path / "tiny.yaml").write_text(TINY.replace("[console, jsonl]", "[console, jsonl, wandb, tensorboard]"))
     command = [sys.executable, *(["-c", CRASH] if crash else []), "launch/pretrain.py", "--config", str(tmp_path / "tiny.yaml")]

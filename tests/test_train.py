@@ -98,6 +98,7 @@ def signal_itself_at(argv: list[str], rank: int, step: int, number: int) -> int:
     return train_here(argv)
 
 
+@pytest.mark.faults
 def test_a_run_killed_by_kill_9_resumes_bit_for_bit(tiny, tmp_path):
     """The real launcher, two ranks, SIGKILL to every process of the job; then the same command again."""
     tiny = ["--train.max_steps", "60", "--checkpoint.every_steps", "7", *tiny]

@@ -161,7 +161,8 @@ def check_losses(found: dict) -> None:
 # ---------------------------------------------------------------- any kind resumes any other
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_each_kind_resumes_the_state_of_another_to_the_bit(tmp_path, optimizer):
     """In a ring; one process then reads all. All pairs are in the slow test below."""
     names = list(ON_2) if optimizer == "adamw" else ["fsdp2 tensor", "ddp expert"]

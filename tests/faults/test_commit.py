@@ -47,7 +47,7 @@ def violations(counts: dict[str, int]) -> dict[str, int]:
 @pytest.mark.parametrize(
     "trials",
     [
-        50,
+        20,
         pytest.param(1000, marks=[pytest.mark.faults, pytest.mark.timeout(900)]),
         pytest.param(10_000, marks=[pytest.mark.soak, pytest.mark.timeout(9000)]),
     ],
