@@ -49,10 +49,10 @@ def main(argv: list[str]) -> int:
     figures: dict = {f"tiny {options.engine}": tiny(checkouts, options.engine, options.rounds)}
     for what in options.compile:
         figures[f"C1 {what}"] = compiled(what)
-    print(f"{'start':22} {'CPU s':>7} {'wall s':>7}")
+    print(f"{'start':28} {'CPU s':>7} {'wall s':>7}")
     for name, starts in figures.items():
         for which, (cpu, wall) in starts.items():
-            print(f"{name + ', ' + which:22} {cpu:7.2f} {wall:7.2f}")
+            print(f"{name + ', ' + which:28} {cpu:7.2f} {wall:7.2f}")
     if options.output:
         options.output.write_text(json.dumps({"figures": figures, "environment": environment.here()}, indent=1) + "\n")
     return 0

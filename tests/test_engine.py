@@ -149,7 +149,7 @@ def test_the_cloud_mixture_of_experts_runs_to_its_end_with_a_small_model(tmp_pat
 
 
 ENGINES_OF = {
-    "python": ("fsdp2", "zero3"),
+    "python": ("ddp", "fsdp2", "zero3"),
     "torchrun": ("fsdp2", "zero3"),
     "torchrun of one": ("ddp", "zero1"),
     "accelerate": ("ddp", "zero1", "fsdp2", "zero3"),

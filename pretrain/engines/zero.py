@@ -8,7 +8,6 @@ internals of DeepSpeed and may change: constraints.txt pins the version, tests/d
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import io
 import logging
@@ -250,8 +249,13 @@ def _import_muon() -> None:
     takes longer than the rest of a start, for an optimizer that no run uses."""
     from deepspeed.runtime import compiler
 
-    compile, compiler.compile = compiler.compile, lambda: lambda function: function
+    genuine = getattr(compiler, "compile", None)
+    compiler.compile = lambda *_, **__: lambda function: function
     try:
-        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+        with contextlib.suppress(ModuleNotFoundError):  # earlier versions of DeepSpeed have no Muon
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     finally:
-        compiler.compile = compile
+        if genuine is None:
+            del compiler.compile
+        else:
+            compiler.compile = genuine
