@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pretrain.config import load
 from pretrain.engines.place import LAUNCHER
 from pretrain.run.agreement import facts
 from pretrain.run.parts import open_parts
+from pretrain.run.processes import free_port
 from tests.test_train import ROOT, curve, run_of
 
 
@@ -88,10 +88,7 @@ class Machines:
     """Launches of the same command on machines that differ in some flags, folders or variables."""
 
     def __init__(self, folder: Path):
-        self.folder, self.jobs = folder, []
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.folder, self.jobs, self.port = folder, [], free_port()
 
     def start(self, settings: list[str], *, rank: int, processes: int = 2, cwd: Path = ROOT, **variables: str) -> None:
         launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]

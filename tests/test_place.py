@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from pretrain.engines.place import LAUNCHER, Place, read_place
+from pretrain.run.processes import free_port
 from pretrain.schema import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -88,3 +91,25 @@ def test_a_program_refuses_what_another_launcher_left_before_torch_is_imported(t
     code += "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\nfinally:\n    assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code, *tiny], cwd=ROOT, env=clean | left, capture_output=True, text=True)
     assert done.returncode == 2 and "LOCAL_RANK" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("settings", [["--optimizr.lr", "1"], ["--data.train.0.path", "/nowhere"]])  # by the parser; by `meet`
+def test_only_the_first_rank_of_a_machine_reports_what_all_ranks_refuse(tiny, settings):
+    """The launcher ends all ranks when one has exited: another one that exits first would silence the message."""
+    place = COMPLETE | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    first, other = (
+        subprocess.Popen(
+            [sys.executable, "launch/pretrain.py", *tiny, *settings],
+            env=os.environ | place | {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "none"},
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    )
+    said = first.communicate(timeout=60)[1]
+    assert first.returncode == 2 and settings[0].removeprefix("--") in said
+    time.sleep(1)
+    assert other.poll() is None
+    other.terminate()
+    assert (other.communicate(timeout=10)[1], other.returncode) == ("", -signal.SIGTERM)

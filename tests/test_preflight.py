@@ -27,6 +27,7 @@ from pretrain.model import hf_mapping
 from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.run.directory import RunDirectory
 from pretrain.run.preflight import Report, _is_in_netrc, build_locks, first_batch_findings, port_findings, preflight
+from pretrain.run.processes import free_port
 from pretrain.train import train
 from tests.models import make_tokenizer, train_here, write_token_file
 from tests.ranks import run_ranks
@@ -124,12 +125,6 @@ def world(made, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     monkeypatch.setattr("pretrain.run.preflight.DEFAULT_PORT", free_port())
     return World(made, tmp_path)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 # ---------------------------------------------------------------- nothing wrong

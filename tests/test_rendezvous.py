@@ -15,6 +15,7 @@ from pretrain import UserError
 from pretrain.engines import rendezvous
 from pretrain.engines.place import Place, read_place
 from pretrain.engines.rendezvous import Refused, meet
+from pretrain.run.processes import free_port
 from pretrain.schema import ConfigError
 from tests.ranks import run_ranks
 
@@ -99,12 +100,6 @@ def brief(monkeypatch):
     monkeypatch.setattr(rendezvous, "LEAST_SECONDS", 2.0)
     monkeypatch.setattr(rendezvous, "_FIRST_WORD_SECONDS", 0.5)
     monkeypatch.setattr(rendezvous, "_FAREWELL_SECONDS", 0.5)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from pretrain import UserError
 
 INTERRUPTED, OUTPUT_CLOSED = 130, 141
+_FIRST_RANK_SECONDS = 10  # in which it reports what all ranks of its machine have refused
 
 
 def run(main: Callable[[list[str]], int | None]) -> int:
     """Calls `main` with the command line's words and returns the exit status.
 
-    UserError and OSError become one line `program: message` on standard error, of the first rank of each node; any other
-    exception is a bug and keeps its traceback. Ctrl-C is 130. When the reader of standard output has gone (`| head`) the
+    UserError and OSError become one line `program: message` on standard error, once per node for an error of all its ranks; any
+    other exception is a bug and keeps its traceback. Ctrl-C is 130. When the reader of standard output has gone (`| head`) the
     program ends without a message, with the status that a shell gives for SIGPIPE, 141.
     """
     program = Path(sys.argv[0]).stem
@@ -31,7 +34,7 @@ def run(main: Callable[[list[str]], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its own flush
         return OUTPUT_CLOSED
     except (UserError, OSError) as error:
-        if not _is_another_rank():
+        if not first_rank_reports():
             print(f"{program}: {error}", file=sys.stderr, flush=True)
         return getattr(error, "status", UserError.status)
     except KeyboardInterrupt:
@@ -39,10 +42,20 @@ def run(main: Callable[[list[str]], int | None]) -> int:
         return INTERRUPTED
 
 
-def _is_another_rank() -> bool:
-    """True for a rank that is not the first on its machine, by the variables of a launcher; a shell may hold some of them."""
-    numbers = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
-    return all(map(str.isdecimal, numbers)) and int(numbers[2]) > 0
+def first_rank_reports() -> bool:
+    """True for a rank that leaves it to the first one of its machine to report an error that all ranks meet.
+
+    When any rank exits, torch's launcher ends the others at once, perhaps before the first one has printed the message: under
+    this launcher, another rank waits here for its SIGTERM. If none comes the error is its own: False.
+    """
+    numbers = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]  # a shell may hold some of them
+    if not all(map(str.isdecimal, numbers)) or int(numbers[2]) == 0:
+        return False
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return True
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(_FIRST_RANK_SECONDS)
+    return False
 
 
 def make_parser(description: str | None, **options) -> argparse.ArgumentParser:

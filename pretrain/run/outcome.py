@@ -9,7 +9,7 @@ from types import TracebackType
 from pretrain import UserError
 from pretrain.config import Config
 from pretrain.engines.base import Engine
-from pretrain.run import memory
+from pretrain.run import command_line, memory
 from pretrain.run.directory import RunDirectory
 from pretrain.run.stop import PEER_LOST, StopRequest, is_peer_lost
 
@@ -43,6 +43,8 @@ class Outcome:
         if isinstance(error, UserError | OSError):
             self.status, self.reason = getattr(error, "status", STORAGE_FAILED), str(error)
             self._record("stopped", self.status, self.reason)
+            if not self._stop.is_training:  # all ranks refuse the start together
+                command_line.first_rank_reports()
         elif error is not None:
             cause = f"{type(error).__name__}: {error}"
             if is_peer_lost(error):

@@ -20,10 +20,7 @@ def run_processes(world_size: int, function: Callable, *args: Any, timeout_secon
     RuntimeError if a rank fails (with its traceback) or dies, TimeoutError if one is too slow; the others are killed.
     """
     context = multiprocessing.get_context("forkserver")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pipes, processes, patience_seconds = [], [], 1
+    port, pipes, processes, patience_seconds = free_port(), [], [], 1
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
@@ -41,6 +38,13 @@ def run_processes(world_size: int, function: Callable, *args: Any, timeout_secon
             process.join(patience_seconds)
             process.kill()
     return results
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _receive(pipe: Any, rank: int, timeout_seconds: float | None) -> Any:

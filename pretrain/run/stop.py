@@ -46,6 +46,7 @@ class StopRequest:
     stop_file: the path of the file STOP, on the rank that watches it.
     folder_lost(): why the run's directory cannot be used any longer, on the rank that watches it; empty: it can.
     reason_of_peer(): status and reason of another rank that ended this job, where it has left word; None: it has not.
+    is_training: whether the first step may have begun; before it, all ranks refuse to start together.
     last_words(status, reason): called before the process exits at once; on rank 0 it writes run_state.json.
     """
 
@@ -56,7 +57,7 @@ class StopRequest:
         self.reason_of_peer: Callable[[], tuple[int, str] | None] = lambda: None
         self.last_words: Callable[[int, str], None] = lambda status, reason: None
         self.received: str | None = None
-        self._training, self._deadline, self._saved_status = False, None, None
+        self.is_training, self._deadline, self._saved_status = False, None, None
         # A launcher that is killed cannot tell its workers; a shell that ends must not end a job started by hand.
         self._parent = os.getppid() if _is_launched() else None
         self._notices, wakeup = os.pipe()
@@ -83,7 +84,7 @@ class StopRequest:
 
     def training(self) -> None:
         """Leaves requests to the loop from now on: there is something to save."""
-        self._training = True
+        self.is_training = True
 
     def flags(self) -> list[int]:
         """This rank's requests in the order of STOPPED: 1 where there is one, else 0."""
@@ -137,7 +138,7 @@ class StopRequest:
         if number not in _FLAG:
             return  # only a wake-up, or another signal that has a handler in Python
         name = _FLAG[number]
-        if not self._training:
+        if not self.is_training:
             who = who or signal.Signals(number).name
             self.leave(dict(STOPPED)[name], f"stopped by {who} before the first step: nothing to save")
         if name == self.received == "SIGINT":
