@@ -12,7 +12,7 @@ LAUNCH := $(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml laun
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart dummy test test-slow test-faults test-soak test-fake-cuda gpu check clean
+.PHONY: help install quickstart dummy test test-slow test-faults test-release test-soak test-fake-cuda gpu check clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
@@ -27,11 +27,14 @@ dummy: $(INSTALLED)  ## train on random tokens: half a minute that shows a loss 
 	$(LAUNCH) --config configs/dummy.yaml
 
 test: $(INSTALLED)  ## run the fast tests
-	$(PYTEST) -m "not slow and not faults and not soak"
+	$(PYTEST) -m "not slow and not faults and not release and not soak"
 
 test-slow: $(INSTALLED)  ## run the slow tests, including `launch/evaluate.py --tasks`, whose libraries it installs
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[all,dev,eval]'
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not release"
+
+test-release: $(INSTALLED)  ## run the tests of what changes rarely: versions of other libraries, benchmarks, large plans, planted bugs
+	$(PYTEST) -m release
 
 test-faults: $(INSTALLED)  ## run the fault tests: kills, power loss, full disks, other engines on other ranks
 	$(PYTEST) -m faults

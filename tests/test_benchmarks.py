@@ -62,7 +62,7 @@ def test_a_program_that_ends_early_is_reported_with_the_end_of_its_output(tmp_pa
         peers.Program("ours", sys.executable, task, ranks=1, threads=1)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("case", ["eager", "small", "ranks"])
 def test_trainer_and_ours_take_turns_and_reach_the_same_losses(case):
     """Through both real training loops; `measure` refuses unequal parameters and losses itself."""
@@ -79,7 +79,7 @@ def test_trainer_and_ours_take_turns_and_reach_the_same_losses(case):
     assert len(theirs["turns"]) == 2 and min(turn["cpu"] for turn in theirs["turns"]) > 0
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is in /proc")
 def test_the_first_save_in_the_background_takes_a_copy_of_the_state_and_the_others_stream(tmp_path):
     rows = {row["what"]: row["grown_bytes"] / row["state_bytes"] for row in checkpoint.memory(tmp_path / "memory", 256, 2)}

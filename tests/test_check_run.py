@@ -200,7 +200,7 @@ def test_batches_on_which_a_router_hesitates_are_not_used(monkeypatch):
     assert invariance.make_reference(model, outcome().case, 0.5, 7).batch_seed == 100_007
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("flags", "file", "true", "planted", "sentence"),

@@ -274,7 +274,7 @@ print("cache", found["fxgraph_cache_hit"], found["fxgraph_cache_miss"])
 """
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_another_run_in_the_folder_compiles_nothing_again(tiny):
     """Two processes, with the real code generator; the second has no graph to generate code for."""
     counts = []

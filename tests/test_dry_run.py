@@ -499,7 +499,14 @@ def test_slow_links_make_a_plan_communication_bound_and_a_larger_micro_batch_men
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("name", "ranks"), [("cloud", 8), ("cloud_zero3", 8), ("cloud_zero3", 64), ("cloud_moe", 32), ("cloud_long_context", 8)]
+    ("name", "ranks"),
+    [
+        ("cloud", 8),
+        ("cloud_zero3", 8),
+        pytest.param("cloud_zero3", 64, marks=pytest.mark.release),
+        pytest.param("cloud_moe", 32, marks=pytest.mark.release),
+        ("cloud_long_context", 8),
+    ],
 )
 def test_the_cloud_configurations_fit_and_computation_hides_their_messages(name, ranks, tmp_path):
     report = tmp_path / "report.json"

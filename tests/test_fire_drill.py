@@ -54,11 +54,12 @@ def inject(build: Path, fault: str, keep: Path) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("fault", "mutant", "message"),
     [
-        ("kill_in_save", {}, "no incomplete checkpoint was used; curve bit-identical"),
-        ("kill_in_save", VISIBLE_FIRST, "a checkpoint is not complete"),
-        ("sigterm", RESUMES_WRONG, "the baseline's is"),
+        pytest.param("kill_in_save", {}, "no incomplete checkpoint was used; curve bit-identical", id="sound"),
+        pytest.param(
+            "kill_in_save", VISIBLE_FIRST, "a checkpoint is not complete", marks=pytest.mark.release, id="visible_first"
+        ),
+        pytest.param("sigterm", RESUMES_WRONG, "the baseline's is", marks=pytest.mark.release, id="resumes_wrong"),
     ],
-    ids=["sound", "visible_first", "resumes_wrong"],
 )
 def test_the_drill_passes_without_a_bug_and_fails_with_one(fault, mutant, message, tmp_path):
     done = inject(build_with(mutant, tmp_path / "build"), fault, tmp_path / "runs")

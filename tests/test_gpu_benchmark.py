@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REHEARSED = ["card", "rates", "G1-none", "G1-documents", "G3-blocks", "G1-muon", "generation", "profile", "predictions"]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_rehearsal_runs_every_kind_of_part_and_writes_json_a_table_and_a_trace(tmp_path):
     output = tmp_path / "gpu.json"
     command = [sys.executable, "benchmarks/gpu.py", "--rehearse", "--parts", *REHEARSED, "--output", str(output)]
