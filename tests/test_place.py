@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -93,15 +92,26 @@ def test_a_program_refuses_what_another_launcher_left_before_torch_is_imported(t
     assert done.returncode == 2 and "LOCAL_RANK" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+WAITS = """
+import runpy, sys, time
+from pretrain.run import command_line
+sleep = time.sleep
+time.sleep = lambda seconds: (seconds == command_line._FIRST_RANK_SECONDS and print("waits", flush=True), sleep(seconds))
+sys.argv[0] = "launch/pretrain.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.parametrize("settings", [["--optimizr.lr", "1"], ["--data.train.0.path", "/nowhere"]])  # by the parser; by `meet`
 def test_only_the_first_rank_of_a_machine_reports_what_all_ranks_refuse(tiny, settings):
     """The launcher ends all ranks when one has exited: another one that exits first would silence the message."""
     place = COMPLETE | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     first, other = (
         subprocess.Popen(
-            [sys.executable, "launch/pretrain.py", *tiny, *settings],
+            [sys.executable, "-c", WAITS, *tiny, *settings],
             env=os.environ | place | {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "none"},
             cwd=ROOT,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -109,7 +119,6 @@ def test_only_the_first_rank_of_a_machine_reports_what_all_ranks_refuse(tiny, se
     )
     said = first.communicate(timeout=60)[1]
     assert first.returncode == 2 and settings[0].removeprefix("--") in said
-    time.sleep(1)
-    assert other.poll() is None
+    assert other.stdout.readline() == "waits\n"
     other.terminate()
     assert (other.communicate(timeout=10)[1], other.returncode) == ("", -signal.SIGTERM)
