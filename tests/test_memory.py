@@ -88,7 +88,9 @@ EXPECTED = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("base", ["alone", "ddp", pytest.param("fsdp2 that reduces once a step", marks=pytest.mark.release)])
+@pytest.mark.parametrize(
+    "base", [pytest.param(name, marks=pytest.mark.release) if name.startswith("fsdp2") else name for name in BASES]
+)
 def test_each_advised_flag_makes_the_run_fit(settings, tmp_path, subtests, base):
     ranks, flags = BASES[base]
     argv, free = [*settings, *flags], [float("inf")] * 2

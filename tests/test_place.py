@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from pretrain import UserError
 from pretrain.engines.place import LAUNCHER, Place, read_place
+from pretrain.run import command_line
 from pretrain.run.processes import free_port
 from pretrain.schema import ConfigError
 
@@ -102,8 +104,14 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("settings", [["--optimizr.lr", "1"], ["--data.train.0.path", "/nowhere"]])  # by the parser; by `meet`
-def test_only_the_first_rank_of_a_machine_reports_what_all_ranks_refuse(tiny, settings):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--optimizr.lr", "1"], "did you mean optimizer"),  # by the parser
+        (["--data.synthetic", "null", "--data.train", "[{path: /nowhere}]"], "/nowhere.idx not found"),  # by `meet`
+    ],
+)
+def test_only_the_first_rank_of_a_machine_reports_what_all_ranks_refuse(tiny, settings, message):
     """The launcher ends all ranks when one has exited: another one that exits first would silence the message."""
     place = COMPLETE | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     first, other = (
@@ -118,7 +126,21 @@ def test_only_the_first_rank_of_a_machine_reports_what_all_ranks_refuse(tiny, se
         for rank in "01"
     )
     said = first.communicate(timeout=60)[1]
-    assert first.returncode == 2 and settings[0].removeprefix("--") in said
+    assert first.returncode == 2 and message in said
     assert other.stdout.readline() == "waits\n"
     other.terminate()
     assert (other.communicate(timeout=10)[1], other.returncode) == ("", -signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("launcher", "reports"), [({}, False), ({"TORCHELASTIC_RUN_ID": "none"}, True)])
+def test_a_rank_that_no_launcher_ends_reports_its_own_error(monkeypatch, capsys, launcher, reports):
+    for name, value in (COMPLETE | launcher).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(command_line, "_FIRST_RANK_SECONDS", 0)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # those of the tests stay
+
+    def refuse(_: list[str]) -> None:
+        raise UserError("its own")
+
+    assert command_line.run(refuse) == 2
+    assert ("its own" in capsys.readouterr().err) == reports

@@ -34,7 +34,7 @@ def run(main: Callable[[list[str]], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its own flush
         return OUTPUT_CLOSED
     except (UserError, OSError) as error:
-        if not first_rank_reports():
+        if is_to_report():
             print(f"{program}: {error}", file=sys.stderr, flush=True)
         return getattr(error, "status", UserError.status)
     except KeyboardInterrupt:
@@ -42,20 +42,21 @@ def run(main: Callable[[list[str]], int | None]) -> int:
         return INTERRUPTED
 
 
-def first_rank_reports() -> bool:
-    """True for a rank that leaves it to the first one of its machine to report an error that all ranks meet.
+def is_to_report() -> bool:
+    """Whether this rank is to print the error that ends it. One that all ranks meet is printed by the first of each machine.
 
     When any rank exits, torch's launcher ends the others at once, perhaps before the first one has printed the message: under
-    this launcher, another rank waits here for its SIGTERM. If none comes the error is its own: False.
+    this launcher, another rank waits here to be ended. If that does not happen the error is its own.
     """
     numbers = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]  # a shell may hold some of them
     if not all(map(str.isdecimal, numbers)) or int(numbers[2]) == 0:
-        return False
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
         return True
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
     time.sleep(_FIRST_RANK_SECONDS)
-    return False
+    return True
 
 
 def make_parser(description: str | None, **options) -> argparse.ArgumentParser:

@@ -43,8 +43,6 @@ class Outcome:
         if isinstance(error, UserError | OSError):
             self.status, self.reason = getattr(error, "status", STORAGE_FAILED), str(error)
             self._record("stopped", self.status, self.reason)
-            if not self._stop.is_training:  # all ranks refuse the start together
-                command_line.first_rank_reports()
         elif error is not None:
             cause = f"{type(error).__name__}: {error}"
             if is_peer_lost(error):
@@ -52,12 +50,19 @@ class Outcome:
             self._record("failed", FAILED, cause)
             self._stop.close()
             return False
-        if self.reason and (int(os.environ.get("LOCAL_RANK") or 0) == 0 or isinstance(error, memory.OutOfMemory)):
+        if self.reason and self._is_to_report(error):
             print(f"pretrain: {self.reason}", file=sys.stderr, flush=True)
         if self.engine and (self._agreed or self.engine.world_size == 1):  # after an error of one rank, the others may not join
             self.engine.close()
         self._stop.close()
         return True
+
+    def _is_to_report(self, error: BaseException | None) -> bool:
+        if isinstance(error, memory.OutOfMemory):
+            return True
+        if error and not self._stop.is_training:
+            return command_line.is_to_report()
+        return int(os.environ.get("LOCAL_RANK") or 0) == 0
 
     def _record(self, how: str, status: int, reason: str) -> None:
         """Writes run_state.json; where the storage refuses that, the status of the process still tells."""

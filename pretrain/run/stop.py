@@ -46,7 +46,7 @@ class StopRequest:
     stop_file: the path of the file STOP, on the rank that watches it.
     folder_lost(): why the run's directory cannot be used any longer, on the rank that watches it; empty: it can.
     reason_of_peer(): status and reason of another rank that ended this job, where it has left word; None: it has not.
-    is_training: whether the first step may have begun; before it, all ranks refuse to start together.
+    is_training: whether the first step may have begun.
     last_words(status, reason): called before the process exits at once; on rank 0 it writes run_state.json.
     """
 
