@@ -60,6 +60,7 @@ WITHOUT_TORCH = [
     "pretrain.engines.config",
     "pretrain.engines.place",
     "pretrain.data.order",
+    "pretrain.data.sources",
     "pretrain.data.indexed",
     "pretrain.data.corpus",
     "pretrain.data.tokenizer",

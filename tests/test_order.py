@@ -7,7 +7,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from pretrain.data.order import Blend, Order, Permutation, keys, splitmix64
+from pretrain.data.order import Blend, Order
+from pretrain.data.permutation import Permutation, keys, splitmix64
 
 MASK32, MASK64 = 2**32 - 1, 2**64 - 1
 EIGHT = [0.45, 0.2, 0.12, 0.1, 0.06, 0.04, 0.02, 0.01]

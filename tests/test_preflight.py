@@ -26,8 +26,9 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.model import hf_mapping
 from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.run.directory import RunDirectory
-from pretrain.run.preflight import Report, _is_in_netrc, build_locks, first_batch_findings, port_findings, preflight
+from pretrain.run.preflight import Report, first_batch_findings, preflight
 from pretrain.run.processes import free_port
+from pretrain.run.surroundings import _is_in_netrc, build_locks, port_findings
 from pretrain.train import train
 from tests.models import make_tokenizer, train_here, write_token_file
 from tests.ranks import run_ranks
@@ -123,7 +124,7 @@ class World:
 def world(made, tmp_path, monkeypatch):
     monkeypatch.delenv("MASTER_PORT", raising=False)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    monkeypatch.setattr("pretrain.run.preflight.DEFAULT_PORT", free_port())
+    monkeypatch.setattr("pretrain.run.surroundings.DEFAULT_PORT", free_port())
     return World(made, tmp_path)
 
 
@@ -546,9 +547,8 @@ def test_the_exit_status_of_the_command_agrees_with_its_json(world):
 
 
 def test_the_documentation_explains_every_finding_and_no_other_name():
-    source = "".join(
-        (ROOT / path).read_text() for path in ("pretrain/run/preflight.py", "pretrain/data/checks.py", "tools/check_run.py")
-    )
+    files = ("run/preflight.py", "run/surroundings.py", "data/checks.py", "../tools/check_run.py")
+    source = "".join((ROOT / "pretrain" / path).read_text() for path in files)
     names = set(re.findall(r'"([a-z]+(?:-[a-z]+)+)"', source))
     rows = [line.split("|")[1] for line in (ROOT / "docs" / "data.md").read_text().splitlines() if line.startswith("| `")]
     assert names == {name for row in rows for name in re.findall(r"`([a-z-]+)`", row)}

@@ -32,7 +32,8 @@ from pretrain.report.progress import Progress
 from pretrain.run import command_line
 
 if TYPE_CHECKING:
-    from pretrain.data.batches import FileSource, TrainData
+    from pretrain.data.batches import TrainData
+    from pretrain.data.sources import FileSource
     from pretrain.run.parts import Parts
 
 _EPOCHS_SHOWN = 3

@@ -35,7 +35,7 @@ import xxhash
 
 from pretrain.data.corpus import Corpus
 from pretrain.data.indexed import DataError, Sidecar, TokenWriter, read_ranges, token_dtype
-from pretrain.data.order import Permutation, splitmix64
+from pretrain.data.permutation import Permutation, splitmix64
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.report.progress import Progress
 from pretrain.run import command_line

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pretrain.data.corpus import Corpus
-from pretrain.data.order import splitmix64
+from pretrain.data.permutation import splitmix64
 from pretrain.data.tokenizer_training import chunks, train
 from pretrain.report.progress import Progress
 from pretrain.run import command_line

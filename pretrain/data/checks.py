@@ -18,7 +18,7 @@ from pretrain.config import DataConfig
 
 from .entropy import bigram_entropy, unigram_entropy
 from .indexed import DataError, TokenFile
-from .order import splitmix64
+from .permutation import splitmix64
 
 _UNKNOWN_NOTED = 0.001
 _CONSTANT_RUN = 4096  # equal tokens in a row: not text but a hole in a badly copied file

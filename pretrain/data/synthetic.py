@@ -20,7 +20,7 @@ import numpy as np
 
 from pretrain.config import SyntheticConfig
 
-from .order import Permutation, keys, splitmix64
+from .permutation import Permutation, keys, splitmix64
 
 _SPLITS = {"train": 0, "valid": 1}
 _TEXTS = 8

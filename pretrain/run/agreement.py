@@ -19,7 +19,7 @@ import xxhash
 
 from pretrain.checkpoint.manifest import checkpoints
 from pretrain.config import Config
-from pretrain.data.batches import FileSource
+from pretrain.data.sources import FileSource
 from pretrain.engines.base import default_precision
 from pretrain.run.parts import Parts
 from pretrain.schema import flatten, shown, to_dict

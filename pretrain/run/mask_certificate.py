@@ -37,7 +37,8 @@ from torch import Tensor, nn
 
 from pretrain import UserError
 from pretrain.config import Config, EngineConfig
-from pretrain.data.batches import MASKED, Batch, documents_of
+from pretrain.data.batches import MASKED, Batch
+from pretrain.data.sources import documents_of
 from pretrain.engines import parallel
 from pretrain.engines.base import Engine, default_precision
 from pretrain.engines.mesh import Mesh

@@ -8,26 +8,17 @@ findings.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import importlib
-import netrc
-import os
-import shutil
-import socket
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from pretrain.checkpoint.manifest import Checkpoint, CheckpointError
 from pretrain.config import Config, ConfigError, Problem, SourceConfig, batch_product, validate, work_of
 from pretrain.data import checks
-from pretrain.data.batches import MASKED, Batch, FileSource, TrainData
+from pretrain.data.batches import MASKED, Batch, TrainData
 from pretrain.data.checks import Finding
 from pretrain.data.indexed import DataError, DataMissing, TokenFile
+from pretrain.data.sources import FileSource
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.doctor.untrained import label_problem
 from pretrain.engines import fp8
@@ -37,16 +28,11 @@ from pretrain.engines.mesh import Mesh
 from pretrain.model import flops
 from pretrain.model.config import ModelConfig, vocabulary
 from pretrain.optim.schedule import lr_at
-from pretrain.run import mask_certificate, resume
-from pretrain.run.directory import NO_LOCKS
+from pretrain.run import mask_certificate, resume, surroundings
 from pretrain.run.length import Length, plan
 from pretrain.run.parts import Parts, open_parts, open_tokenizer
 
 MOST_PASSES = 16  # Muennighoff et al. 2023: up to 4 passes are nearly as good as new text, after 16 nothing is left to gain
-LOCK_IS_STALE_SECONDS = 600.0
-NETWORK_SECONDS = 5.0
-DEFAULT_PORT = 29500  # of accelerate launch and torchrun
-_NOT_IN_WANDB_IDS = ":;,#?/'"
 _TOKENS_SHOWN, _CHARACTERS_SHOWN = 8, 160
 
 
@@ -69,8 +55,10 @@ class Report:
 def preflight(config: Config, ranks: int | None = None) -> Report:
     """All checks that need no device. ranks: processes of the run; None: engine.world_size, else unknown."""
     report, folder = Report(), Path(config.run.directory) / config.run.name
-    report.findings += directory_findings(folder) + sink_findings(config) + wandb_findings(config)
-    report.findings += build_locks(config) + port_findings(ranks)
+    report.findings += surroundings.directory_findings(folder) + surroundings.sink_findings(config)
+    report.findings += (
+        surroundings.wandb_findings(config) + surroundings.build_locks(config) + surroundings.port_findings(ranks)
+    )
     report.facts += batch_facts(config, ranks)
     report.findings += batch_findings(config, ranks)
     tokenizer, found = _open_tokenizer(config)
@@ -101,7 +89,7 @@ def preflight(config: Config, ranks: int | None = None) -> Report:
         return report
     report.facts += run_facts(config, parts, length)
     report.findings += run_findings(config, parts.data, length)
-    report.findings += storage_findings(config, parts.model, folder, length.total_steps) + resuming
+    report.findings += surroundings.storage_findings(config, parts.model, folder, length.total_steps) + resuming
     if not report.stops:
         try:
             report.facts.append(f"masks: {mask_certificate.certify_here(config, parts.model)}")
@@ -130,12 +118,17 @@ def at_start(config: Config, engine: Engine, parts: Parts, found: Checkpoint | N
         length = plan(config, parts.data, found and found.state())
         folder = Path(config.run.directory) / config.run.name
         findings += _quick_file_findings(parts) if not config.data.synthetic else []
-        findings += sink_findings(config) + build_locks(config) + run_findings(config, parts.data, length)
+        findings += (
+            surroundings.sink_findings(config) + surroundings.build_locks(config) + run_findings(config, parts.data, length)
+        )
         findings += precision_findings(config, parts.model)
         if per_node := engine.place.local_world_size:
             links = slow_links(config.engine, work_of(config, parts.model), engine.world_size, per_node)
             findings += [Finding("slow-link", each.key, each.message) for each in links]
-        findings += [each._replace(stops=False) for each in storage_findings(config, parts.model, folder, length.total_steps)]
+        findings += [
+            each._replace(stops=False)
+            for each in surroundings.storage_findings(config, parts.model, folder, length.total_steps)
+        ]
     stops = [each for each in findings if each.stops]
     if engine.broadcast(len(stops)):
         problems = [Problem(each.name, each.text, each.where) for each in stops]
@@ -406,57 +399,6 @@ def pass_findings(config: Config, data: TrainData, samples: int) -> list[Finding
     ]
 
 
-# ---------------------------------------------------------------- storage and surroundings
-
-
-def directory_findings(folder: Path) -> list[Finding]:
-    """Checks that the run's directory can be created, written and locked."""
-    found = []
-    if (folder / "STOP").exists():
-        found.append(Finding("stop-file", str(folder / "STOP"), "exists, so the run would not start; remove it", stops=True))
-    try:
-        with tempfile.NamedTemporaryFile(dir=_existing(folder)) as file:
-            os.fsync(file.fileno())
-    except OSError as error:
-        text = f"{folder} cannot be written ({error.strerror or error}); choose another"
-        return [*found, Finding("directory-not-writable", "run.directory", text, stops=True)]
-    try:
-        with open(folder / "run.lock", "r+b") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = (folder / "run.lock").read_text(errors="replace").strip()
-        text = f"is in use by {holder}; stop it or choose another run.name"
-        found.append(Finding("run-locked", str(folder), text, stops=True))
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-            text = f"run.lock cannot be locked here ({error.strerror}): make sure that no second job uses the directory"
-            found.append(Finding("run-locked", str(folder), text, stops=error.errno not in NO_LOCKS))
-    return found
-
-
-def _existing(folder: Path) -> Path:
-    return next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
-
-
-def storage_findings(config: Config, model: ModelConfig, folder: Path, steps: int) -> list[Finding]:
-    """Checks that the disk has room for all checkpoints kept at a time and the one being written."""
-    each, needed = checkpoint_bytes(config, model, steps)
-    there = sum(file.stat().st_size for file in (folder / "checkpoints").glob("step_*/*") if file.is_file())
-    free = shutil.disk_usage(_existing(folder)).free
-    if needed <= free + there:
-        return []
-    text = f"checkpoints will take {needed / 2**30:,.1f} GiB ({needed // each} of {each / 2**30:,.2f} GiB), and "
-    text += f"{free / 2**30:,.1f} GiB are free; keep fewer (checkpoint.keep_last, keep_best) or choose another run.directory"
-    return [Finding("disk-too-small", "run.directory", text, stops=True)]
-
-
-def checkpoint_bytes(config: Config, model: ModelConfig, steps: int) -> tuple[int, int]:
-    """(bytes of one, bytes of all that exist at a time): fp32 weights and moments, and one more while it is being written."""
-    each, every = flops.state_bytes(model), config.checkpoint.every_steps
-    made = 1 + (steps - 1) // every if every else 2**31 if config.checkpoint.every_minutes else 1
-    return each, each * min(made, config.checkpoint.keep_last + config.checkpoint.keep_best + 1)
-
-
 def resume_findings(config: Config, parts: Parts, folder: Path) -> list[Finding]:
     """Checks that an existing run would resume with these settings; `folder` holds its checkpoints."""
     named = False
@@ -471,80 +413,3 @@ def resume_findings(config: Config, parts: Parts, folder: Path) -> list[Finding]
             return [Finding("resume-refused", "checkpoint.resume", str(error), stops=True)]
         return [Finding("checkpoint-damaged", str(found.path), f"{error}; the run would resume from an older one")]
     return []
-
-
-def build_locks(config: Config) -> list[Finding]:
-    """Finds locks that a killed build of DeepSpeed's extensions left behind: every later start would wait for them silently."""
-    if not config.engine.name.startswith("zero"):
-        return []
-    home = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions"))
-    found = []
-    for lock in [*home.glob("*/lock"), *home.glob("*/*/lock")]:
-        age = time.time() - lock.stat().st_mtime
-        if stale := age > LOCK_IS_STALE_SECONDS:
-            text = f"is {age / 60:.0f} minutes old: its build was killed, and every start waits for it; remove it"
-        else:
-            text = "is new: an extension is being built. Wait for it, or remove the lock if no build is running"
-        found.append(Finding("build-lock", str(lock), text, stops=stale))
-    return found
-
-
-def port_findings(ranks: int | None) -> list[Finding]:
-    """Checks that the port where ranks meet is free on this machine."""
-    text = os.environ.get("MASTER_PORT", str(DEFAULT_PORT))
-    if not text.isdecimal() or int(text) >= 2**16:
-        return [Finding("port-in-use", "MASTER_PORT", f"got {text!r}, must be a number from 1 to 65535", stops=True)]
-    port = int(text)
-    if ranks == 1 or port == 0:
-        return []
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        if probe.connect_ex(("127.0.0.1", port)) != 0:
-            return []
-    text = f"port {port} is in use on this machine; set MASTER_PORT (torchrun) or --main_process_port 0 (accelerate launch)"
-    return [Finding("port-in-use", "MASTER_PORT", text, stops="MASTER_PORT" in os.environ)]
-
-
-def sink_findings(config: Config) -> list[Finding]:
-    """Finds trackers in log.sinks that would show nothing of the run: their package is missing, or W&B refuses the id."""
-    found = []
-    wandb_id = os.environ.get("WANDB_RUN_ID", "")
-    if "wandb" in config.log.sinks and (wandb_id != wandb_id.strip() or set(wandb_id) & set(_NOT_IN_WANDB_IDS)):
-        text = f"got {wandb_id!r}, but W&B allows none of {_NOT_IN_WANDB_IDS} and no spaces at the ends; change or unset it"
-        found.append(Finding("wandb-id", "WANDB_RUN_ID", text, stops=True))
-    for sink, module in (("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")):
-        if sink in config.log.sinks:
-            try:
-                importlib.import_module(module)
-            except Exception as error:  # of broken packages, anything
-                text = f"{sink} cannot be imported ({type(error).__name__}: {error}); install it with pip install {sink}, or "
-                found.append(Finding("sink-missing", "log.sinks", f"{text}remove {sink} from log.sinks", stops=True))
-    return found
-
-
-def wandb_findings(config: Config) -> list[Finding]:
-    """Checks that W&B can receive records now; otherwise they go to files, for `wandb sync` later."""
-    if "wandb" not in config.log.sinks or os.environ.get("WANDB_MODE", config.log.wandb.mode) != "online":
-        return []
-    later = "its records would go to files, for `wandb sync` later"
-    found = []
-    address = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    host, port = address.hostname or "", address.port or (80 if address.scheme == "http" else 443)
-    if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or _is_in_netrc(host)):
-        found.append(Finding("wandb-no-key", "log.wandb", f"no API key: set WANDB_API_KEY or run `wandb login`; {later}"))
-    try:
-        socket.create_connection((host, port), NETWORK_SECONDS).close()
-    except OSError as error:
-        found.append(Finding("wandb-unreachable", "log.wandb", f"{host}:{port} cannot be reached ({error}); {later}"))
-    return found
-
-
-def _is_in_netrc(host: str) -> bool:
-    """True if `wandb login` has stored a key for this host."""
-    for path in (os.environ.get("NETRC"), os.path.expanduser("~/.netrc"), os.path.expanduser("~/_netrc")):
-        try:
-            if path and netrc.netrc(path).authenticators(host):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
