@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from pretrain import schema
+from pretrain import schema, stages
 from pretrain.engines import config as engine_settings
 from pretrain.engines.config import EngineConfig, Work
 from pretrain.engines.config import ParallelConfig as ParallelConfig
@@ -101,6 +101,8 @@ class DataConfig:
     """Generated data instead of train and valid; null: off."""
     sequence_length: PositiveInt = frozen(1024)
     """Tokens T that a sample feeds to the model; a sample is T + 1 tokens."""
+    block_length: PositiveInt | None = frozen(None)
+    """Tokens of the blocks whose order is drawn; every sequence length of the run divides it. null: the smallest such."""
     document_mask: bool = frozen(False)
     """Tokens attend only within their document."""
     quarantine: str | None = free(None)
@@ -152,8 +154,31 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """A later stage of a run: weights and moments stay, and so does every setting that is null here."""
+
+    after_steps: PositiveInt | None = free(None)
+    """Begins after this many steps over all starts; null: see after_tokens."""
+    after_tokens: PositiveInt | None = free(None)
+    """Begins with the first step after this many tokens were fed to the model; null: see after_steps."""
+    sources: list[SourceConfig] | None = free(None)
+    """Training sources from here on: [{path, weight}]. A source that an earlier stage has read goes on where it was."""
+    sequence_length: PositiveInt | None = free(None)
+    """Tokens per sample from here on."""
+    global_batch_size: PositiveInt | None = free(None)
+    """Sequences per step from here on."""
+    micro_batch_size: PositiveInt | None = free(None)
+    """Sequences per forward pass from here on."""
+    lr: PositiveFloat | None = free(None)
+    """Peak learning rate of a new schedule that begins here."""
+    schedule: ScheduleConfig | None = free(None)
+    """A new schedule that begins here and ends with the next one or with the run; its warm-up rises or falls from the rate that
+    was reached. null: the schedule continues, or begins again if lr is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Length of the run: exactly one of max_steps, max_tokens, epochs. And what to do when it diverges."""
+    """Length of the run: exactly one of max_steps, max_tokens, epochs. Its stages. And what to do when it diverges."""
 
     max_steps: PositiveInt | None = guarded(None)
     """Optimizer steps over all starts, of any batch."""
@@ -161,6 +186,8 @@ class TrainConfig:
     """Tokens fed to the model over all starts, whatever their batch (rounded up to full steps)."""
     epochs: PositiveFloat | None = guarded(None)
     """Passes over all training sources together, over all starts."""
+    stages: list[StageConfig] | None = guarded(None)
+    """Later stages with other data, lengths, batches or learning rates (docs/data.md); null: none."""
     max_skipped_steps: PositiveInt = free(10)
     """Consecutive non-finite steps after which the run counts as diverged."""
     on_divergence: Literal["stop", "rollback"] = free("stop")
@@ -421,6 +448,11 @@ def _check_ranks(config: Config, world_size: int | None) -> Iterator[Problem]:
         yield Problem("engine.world_size", message)
 
 
+def _check_stages(config: Config, world_size: int | None) -> Iterator[Problem]:
+    if not isinstance(config, schema.Partial):
+        yield from stages.check(config, lambda each: validate(each, world_size))
+
+
 def _check_mesh(config: Config, world_size: int | None) -> Iterator[Problem]:
     if not isinstance(config.engine, schema.Partial) and not isinstance(config.model, schema.Partial):
         yield from engine_settings.check_mesh(config.engine, work_of(config, config.model), world_size)
@@ -428,7 +460,7 @@ def _check_mesh(config: Config, world_size: int | None) -> Iterator[Problem]:
 
 _CHECKS = (_check_names, _check_length, _check_schedule, _check_sources, _check_vocabulary, _check_engine, _check_optimizer,
            _check_prompts)  # fmt: skip
-_CHECKS_OF_RANKS = (_check_ranks, _check_mesh)
+_CHECKS_OF_RANKS = (_check_ranks, _check_mesh, _check_stages)
 
 
 def _check_pretrained(model: ModelConfig, pretrained: ModelConfig) -> list[Problem]:
@@ -458,7 +490,7 @@ def check_resume(old: dict, new: dict, allow_changes: list[str], origin: str) ->
     before, after = schema.flatten(old), schema.flatten(new)
     problems = []
     for key in sorted(before.keys() | after.keys()):
-        change = f"{shown(before.get(key))} -> {shown(after.get(key))}"
+        change = " -> ".join(shown(_given(each.get(key))) for each in (before, after))
         if before.get(key) == after.get(key) or resume_class(key) == "free":
             continue
         if resume_class(key) == "frozen":
@@ -467,6 +499,13 @@ def check_resume(old: dict, new: dict, allow_changes: list[str], origin: str) ->
             advice = f"confirm with --checkpoint.allow_changes [{key}], or use the old value"
             problems.append(Problem(key, f"{change} changes the training dynamics; {advice}", origin))
     return problems
+
+
+def _given(value: Any) -> Any:
+    """A value whose lists of sections have no null keys, as people write them."""
+    if isinstance(value, list):
+        return [_given(each) for each in value]
+    return {key: _given(each) for key, each in value.items() if each is not None} if isinstance(value, dict) else value
 
 
 def work_of(config: Config, model: ModelConfig) -> Work:

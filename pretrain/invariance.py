@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain import stages
 from pretrain.config import BatchConfig, Config, EngineConfig, OptimizerConfig, ParallelConfig, Problem, validate
 from pretrain.data.batches import Batch
 from pretrain.engines.base import Engine
@@ -222,8 +223,9 @@ def _count(degrees: dict[str, int]) -> int:
 def _problem(config: Config, small: ModelConfig, case: Case) -> Problem | None:
     """Why a run of this configuration, or of its shrunk model, cannot use the case's kinds on these ranks."""
     batch = BatchConfig(global_batch_size=case.sequences, micro_batch_size=1)
-    mine = dataclasses.replace(config, engine=case.engine, batch=batch)
-    shrunk = dataclasses.replace(mine, model=small, data=dataclasses.replace(config.data, sequence_length=LENGTH))
+    mine = dataclasses.replace(stages.largest(config), engine=case.engine, batch=batch)
+    data = dataclasses.replace(config.data, sequence_length=LENGTH, block_length=None)
+    shrunk = dataclasses.replace(mine, model=small, data=data)
     return next(iter(validate(mine, case.ranks) + validate(shrunk, case.ranks)), None)
 
 

@@ -443,7 +443,11 @@ def json_schema(cls: type) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """A value as YAML writes it."""
+    """A value as YAML writes it, on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {shown(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list) and any(isinstance(each, dict) for each in value):
+        return "[" + ", ".join(map(shown, value)) + "]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

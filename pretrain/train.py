@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pretrain import UserError
+from pretrain import UserError, stages
 from pretrain.checkpoint.saver import VOTES
-from pretrain.config import Config
+from pretrain.config import BatchConfig, Config
 from pretrain.data import excluded
 from pretrain.data.batches import Batch, read_ahead
 from pretrain.engines import fp8
@@ -29,7 +29,6 @@ from pretrain.evaluate import Stopped, evaluate
 from pretrain.generate import continue_prompts
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
-from pretrain.optim.schedule import lr_at
 from pretrain.report.metrics import Clock
 from pretrain.report.profile import StepProfile
 from pretrain.run import agreement, divergence, mask_certificate, memory, output, precision, preflight, resume
@@ -40,6 +39,7 @@ from pretrain.run.resume import Start
 from pretrain.run.state import Run, open_run
 from pretrain.run.stop import STOPPED_BY_PERSON, StopRequest, exit_status, who_asked
 from pretrain.schema import to_yaml
+from pretrain.stages import Stage
 
 # ================================================================ the step
 
@@ -213,7 +213,7 @@ def _take_step(run: Run, clock: Clock, windows: Iterator[list[Batch]], stop: Sto
     engine.watchdog.begin_step(step)
     with clock.waiting():
         window = next(windows)
-    lr = lr_at(step, config.schedule, config.optimizer.lr, run.total_steps, run.length.course)
+    lr = run.length.lr(step)
     update_check = UpdateCheck(engine) if _due(step, 10 * config.log.every_steps) else None
     save_wanted = engine.rank == 0 and 0 < 60 * config.checkpoint.every_minutes < run.saver.seconds_since_save
     engine.attach([*run.saver.votes(), int(save_wanted), *stop.flags()], run.meter.last_loss)
@@ -226,9 +226,10 @@ def _take_step(run: Run, clock: Clock, windows: Iterator[list[Batch]], stop: Sto
     with clock.paused():
         run.saver.settle(votes)
     divergence.report_spike(run, last_loss)
-    _advance(run)
-    if step in (1, run.total_steps) or _due(step, config.log.every_steps):
-        output.log_step(run, clock, lr, update_check)
+    ended = _advance(run)
+    if step in (1, run.total_steps) or ended is not run.stage or _due(step, config.log.every_steps):
+        output.log_step(run, clock, ended, lr, update_check)
+        output.log_stage(run, ended)
     run.sinks.progress(step)
     return bool(save_due), flags
 
@@ -237,21 +238,23 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _advance(run: Run) -> None:
-    """Advances by one step. Skipped positions are logged with the step that skips them."""
+def _advance(run: Run) -> Stage:
+    """Advances by one step. Skipped positions are logged with the step that skips them. -> the stage of the step."""
     progress, skipped = run.progress, run.progress.skipped_positions
     begin = excluded.next_position(progress.position, skipped)
     progress.step += 1
     if begin > progress.position:
         record = {"step": progress.step, "rollbacks": progress.rollbacks, "skipped_positions": [progress.position, begin]}
         run.sinks.log(record)
-    progress.position = begin + run.config.batch.global_batch_size
+    stage = stages.stage_at(run.length.stages, begin)
+    progress.position = begin + stage.config.batch.global_batch_size
     run.directory.reached(progress.step)
+    return stage
 
 
 def _evaluate(run: Run, stop: StopRequest) -> tuple[float | None, list[int]]:
     """Validation, logged; cut short when a rank is asked to stop. A collective. -> (val_loss, requests to stop)."""
-    batch, max_batches = run.config.batch, run.config.evaluate.max_batches
+    batch, max_batches = run.config.batch, run.config.evaluate.max_batches  # the same set in every stage
     samples = None if max_batches is None else max_batches * batch.global_batch_size
     try:
         figures = evaluate(run.engine, run.valid, batch.micro_batch_size, samples, stop.flags)
@@ -266,10 +269,14 @@ def _evaluate(run: Run, stop: StopRequest) -> tuple[float | None, list[int]]:
 
 def _windows(run: Run) -> Iterator[list[Batch]]:
     """This rank's micro-batches of each step, on the device; those of the next step are read while these are used."""
-    engine, batch = run.engine, run.config.batch
-    per_rank = batch.global_batch_size // engine.mesh.sample_ranks
+    engine = run.engine
+
+    def batch_at(position: int) -> BatchConfig:
+        return stages.stage_at(run.length.stages, position).config.batch
 
     def read(position: int) -> list[Batch]:
+        batch = batch_at(position)
+        per_rank = batch.global_batch_size // engine.mesh.sample_ranks
         samples = engine.pin(engine.part_of(run.data.take(position + engine.mesh.sample_rank * per_rank, per_rank)))
         parts = (None if tensor is None else tensor.split(batch.micro_batch_size) for tensor in samples)
         columns = [part or [None] * (per_rank // batch.micro_batch_size) for part in parts]
@@ -279,7 +286,7 @@ def _windows(run: Run) -> Iterator[list[Batch]]:
         position, skipped = run.progress.position, run.progress.skipped_positions
         while True:
             yield (position := excluded.next_position(position, skipped))
-            position += batch.global_batch_size
+            position += batch_at(position).global_batch_size
 
     with contextlib.closing(read_ahead(read, positions())) as windows:
         try:

@@ -15,7 +15,7 @@ import pytest
 from pretrain import train as training
 from pretrain.config import load
 from pretrain.doctor.compare_runs import CompareError, Difference, Parting, differences, parting, read_run, verdict
-from pretrain.optim.schedule import lr_at
+from pretrain.run.length import Length
 from tests.ranks import run_ranks
 from tests.test_indexed import write, write_megatron
 from tools import compare_runs as tool
@@ -92,7 +92,8 @@ def bending(found: list[Difference]) -> list[str]:
 def test_a_learning_rate_that_is_stepped_twice_per_update_is_named(pairs, base):
     """A scheduler does this if each of two processes steps it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "lr_at", lambda step, *rest: lr_at(min(40, 2 * step), *rest))
+        rate = Length.lr
+        patch.setattr(Length, "lr", lambda length, step: rate(length, min(40, 2 * step)))
         assert train_here(pairs.argv("stepped")) == 0
     found, where, words = compared(base, tool.read(pairs.folder / "runs" / "stepped"))
     assert bending(found) == ["learning-rate"]

@@ -38,7 +38,7 @@ def test_the_stream_is_the_full_one_minus_the_quarantine(sources, chosen, seed):
     left_out = {(source, sample) for source, sample in left_out if sample < sizes[source]}
     order = Order(sizes, weights, seed)
     ids = list(zip(*(column.tolist() for column in order.locate(0, 1200)), strict=True))
-    kept = [full for full, (source, _, sample) in enumerate(ids) if (source, sample) not in left_out]
+    kept = [full for full, (source, _, sample, _) in enumerate(ids) if (source, sample) not in left_out]
     without = Quarantine(order, merge((source, sample, sample + 1) for source, sample in left_out))
     found = np.concatenate([without.locate(position, 7) for position in range(0, len(kept) - 7, 7)] or [np.empty(0, int)])
     assert found.tolist() == kept[: len(found)]
@@ -50,7 +50,7 @@ def test_the_stream_is_the_full_one_minus_the_quarantine(sources, chosen, seed):
 
 def test_a_change_of_the_quarantine_matters_only_if_its_samples_were_read():
     order = Order([100, 50], [2, 1], 7)
-    sources, _, samples = order.locate(0, 150)
+    sources, _, samples, _ = order.locate(0, 150)
     early, late = ((int(sources[i]), int(samples[i]), int(samples[i]) + 1) for i in (10, 120))
     none, first, second, both = (Quarantine(order, merge(each)) for each in ([], [early], [late], [early, late]))
     assert second.changed_before(none, 60) is None and none.changed_before(second, 60) is None
@@ -132,8 +132,9 @@ def test_steps_counted_forwards_backwards_and_by_number_agree(left_out, size, kn
             assert excluded.position_of_step(step, size, ranges, since) == start
             assert excluded.step_of_position(start, size, ranges, since) == step
     assert all(excluded.step_of_position(number * size, size, ranges) is None for number in left_out)
-    for steps in range(1, 41):
-        assert excluded.start_of_last_steps(position, steps, size, ranges) == starts[-steps]
+    for start in reversed(starts):
+        position = excluded.start_of_last_step(position, size, ranges)
+        assert position == start
 
 
 def test_ranges_that_touch_or_overlap_are_merged():
@@ -237,7 +238,7 @@ def test_the_batches_are_the_old_ones_minus_the_quarantine(poisoned, explained, 
     read = [new.take(step * BATCH + rank * share, share).tokens_BT for step in range(100) for rank in range(world_size)]
     assert np.array_equal(np.concatenate(read), full[keep][: 100 * BATCH])
     assert new.samples_per_epoch == old.samples_per_epoch - POISONED
-    assert new.fingerprint == old.fingerprint and new.quarantine.sizes == [POISONED]
+    assert new.fingerprint == old.fingerprint and sum(end - first for _, first, end in new.quarantine) == POISONED
 
 
 def test_a_resume_with_a_quarantine_equals_a_run_that_always_had_it(poisoned, explained, tmp_path, capsys):

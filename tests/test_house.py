@@ -31,6 +31,7 @@ SETTINGS = {
     "pretrain.schema",
     "pretrain.target",
     "pretrain.config",
+    "pretrain.stages",
     "pretrain.model.config",
     "pretrain.model.hf_mapping",
     "pretrain.engines.config",

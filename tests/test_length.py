@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import Config, ConfigError, load
+from pretrain.data.passes import Cut
 from pretrain.optim.schedule import lr_at
 from pretrain.run.length import Length, plan
 from pretrain.run.preflight import preflight, schedule_findings
@@ -22,7 +23,7 @@ from tests.test_train import curve, records, run_of, train_here
 from tools import compare_runs
 
 PEAK, LENGTH = 1e-3, 16
-DATA = SimpleNamespace(samples_per_epoch=700)
+DATA = SimpleNamespace(samples_per_epoch=700, stages=[SimpleNamespace(cut=Cut(LENGTH, LENGTH))])
 
 
 def config_of(batch: int, train: dict, **schedule) -> Config:
@@ -48,7 +49,7 @@ def changed(config: Config, batch: int, **train) -> Config:
 def saved(config: Config, length: Length, step: int, consumed: int, **progress) -> dict:
     """The state of a checkpoint, as it is read back."""
     progress = {"step": step, "position": consumed, "skipped_positions": []} | progress
-    return json.loads(json.dumps({"progress": progress, "settings": to_dict(config), "length": length.state()}))
+    return json.loads(json.dumps({"progress": progress, "settings": to_dict(config), "length": length.state(step)}))
 
 
 def rate(config: Config, length: Length, step: int) -> float:
@@ -152,7 +153,7 @@ def test_a_run_that_is_extended_after_its_decay_is_warned_that_its_rate_stays_lo
     after = changed(before, 8, max_steps=60)
     for step, warned in ((40, True), (20, False)):
         length = plan(after, DATA, saved(before, plan(before, DATA, None), step, 8 * step))
-        names = [finding.name for finding in schedule_findings(after, length)]
+        names = [finding.name for finding in schedule_findings(length)]
         assert names == ["lr-ends-early"] * warned and (rate(after, length, 50) == rate(before, length, 60)) == warned
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pretrain import devices
+from pretrain import devices, stages
 from pretrain.config import Config, ConfigError, load, validate, work_of
 from pretrain.files import write_atomically
 from pretrain.run import command_line
@@ -96,7 +96,11 @@ def check_device(config: Config, device: devices.Device, ranks: int, output: Pat
     from pretrain.plan.scaling import Cluster
     from pretrain.run.parts import open_tokenizer
 
-    began = time.monotonic()
+    began, number = time.monotonic(), len(config.train.stages or [])
+    config = stages.largest(config)
+    if number:
+        length, size = config.data.sequence_length, config.batch.micro_batch_size
+        print(f"of {number + 1} stages, the one with the largest forward passes: {size} x {length:,} tokens")
     tokenizer = None if config.model.vocab_size else open_tokenizer(config)
     ids, _ = vocabulary(config.model, tokenizer and tokenizer.vocab_size)
     model = resolve_model(config.model, vocab_size=ids, sequence_length=config.data.sequence_length)

@@ -15,13 +15,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 
-from pretrain import schema
+from pretrain import schema, stages
 from pretrain.config import Config, SourceConfig, load
 from pretrain.data.indexed import DataError, TokenFile
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.doctor.compare_runs import Run, differences, parting, read_run, verdict
 from pretrain.files import write_atomically
-from pretrain.optim.schedule import Course, lr_at
+from pretrain.optim.schedule import Course, Curve, lr_at
 from pretrain.report import environment
 from pretrain.run import command_line
 
@@ -63,11 +63,14 @@ def read(folder: Path) -> Run:
 
     def scheduled_lr(step: int) -> float:
         length = environment.start_of_step(run.environment, step).get("length") or {}  # older versions did not write it
+        curves = [Curve.read(curve) for curve in length.get("curves", [])]
+        if curve := next((curve for curve in reversed(curves) if curve.step < step), None):
+            return curve.lr(step)
         course = Course(*length["course"]) if length.get("course") else None
         return lr_at(step, config.schedule, config.optimizer.lr, length.get("total_steps", run.total_steps), course)
 
     run.scheduled_lr = scheduled_lr
-    for facts, source in zip(run.sources, config.data.train, strict=True):
+    for facts, (_, source) in zip(run.sources, stages.sources(config), strict=True):
         facts |= facts_of_file(source, facts, config)
     return run
 

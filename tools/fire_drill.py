@@ -105,10 +105,10 @@ def shrink_run(config: Config, processes: int, directory: Path) -> Config:
         config,
         run=dataclasses.replace(config.run, name="baseline", directory=str(directory)),
         model=model,
-        data=dataclasses.replace(config.data, sequence_length=length, quarantine=None),
+        data=dataclasses.replace(config.data, sequence_length=length, block_length=None, quarantine=None),
         batch=batch,
         schedule=dataclasses.replace(config.schedule, warmup_steps=min(8, config.schedule.warmup_steps), decay_steps=None),
-        train=dataclasses.replace(config.train, max_steps=STEPS, max_tokens=None, epochs=None),
+        train=dataclasses.replace(config.train, max_steps=STEPS, max_tokens=None, epochs=None, stages=None),
         engine=nearest(engine, work, processes) or engine,
         evaluate=dataclasses.replace(config.evaluate, every_steps=STEPS // 4, max_batches=2),
         checkpoint=dataclasses.replace(

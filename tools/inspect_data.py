@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -21,6 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import numpy as np
 from tqdm import tqdm
 
+from pretrain import stages
 from pretrain.config import Config, load
 from pretrain.data import checks, excluded
 from pretrain.data.flat import DTYPES
@@ -160,10 +162,18 @@ def about_run(options: argparse.Namespace) -> Iterator[str]:
         raise DataError(f"{settings}: not found; --run takes the folder of a run that was started")
     config = load(["--config", str(settings)], world_size=None)
     parts = open_parts(config, Tokenizer.load(options.tokenizer) if options.tokenizer else None)
+    parts = parts._replace(data=as_in_run(parts.data, options.run))
     skipped = skipped_positions(options.run)
     if options.document is not None:
         return steps_of_document(parts.data, options, config, skipped)
     return samples_of_step(parts, options, config, skipped)
+
+
+def as_in_run(data: TrainData, run: Path) -> TrainData:
+    """`data` with its stages where they began in the run, by its environment.json; older versions had no stages."""
+    starts = environment.read(run).get("starts", [])
+    rows = starts[-1].get("stages", []) if starts else []
+    return data.starting_at([(row[1], row[3]) for row in rows]) if len(rows) == len(data.stages) else data
 
 
 def skipped_positions(run: Path) -> excluded.PositionRanges:
@@ -180,7 +190,7 @@ def samples_of_step(
 ) -> Iterator[str]:
     """The samples of a step, or of one rank's slice of it, with their documents; sorted by loss with --loss."""
     data, start = parts.data, environment.start_of_step(environment.read(options.run), options.step)
-    size, since = batch_since(start, config)
+    size, since = batch_since(start, config, options.step)
     first, of_rank = excluded.position_of_step(options.step, size, skipped, since), ""
     if options.rank is not None:
         ranks, mesh = options.ranks or start.get("world_size"), start.get("mesh", {})
@@ -197,7 +207,7 @@ def samples_of_step(
     part_loss = None
     if options.loss:
         part_loss = open_part_loss(data, options.run, options.checkpoint)
-        length = config.data.sequence_length
+        length = data.stage_at(first).cut.sequence_length
         losses = [part_loss(sample, 1, length + 1) for sample in tqdm(samples, "losses", disable=None)]
         samples = [sample._replace(loss=loss) for sample, loss in zip(samples, losses, strict=True)]
         samples.sort(key=lambda sample: -sample.loss)
@@ -212,19 +222,23 @@ def samples_of_step(
         yield put_into_quarantine(data, options.quarantine, samples, comments, config)
 
 
-def batch_since(start: dict, config: Config) -> tuple[int, tuple[int, int]]:
-    """(global batch size, (step, position after it)) of a start in environment.json; older versions wrote neither."""
-    if "position" not in start:
-        return config.batch.global_batch_size, (0, 0)
-    return start["global_batch_size"], (start["step"], start["position"])
+def batch_since(start: dict, config: Config, step: int) -> tuple[int, tuple[int, int]]:
+    """(global batch size of `step`, (an earlier step with it, position after that)) by its start in environment.json."""
+    size, since = config.batch.global_batch_size, (0, 0)  # older versions wrote neither
+    if "position" in start:
+        size, since = start["global_batch_size"], (start["step"], start["position"])
+    for stage, (begin, position, *_) in zip(stages.settings(config), start.get("stages", []), strict=False):
+        if since[0] <= begin < step and begin:
+            size, since = stage.batch.global_batch_size, (begin, position)
+    return size, since
 
 
 def about_sample(
     data: TrainData, sample: Sample, tokenizer: Tokenizer | None, characters: int, part_loss: PartLoss | None
 ) -> Iterator[str]:
     """The place of a sample, then each document of which it contains a part."""
-    source = data.sources[sample.source]
-    tokens = source.read(np.array([sample.number]))[0]
+    source, cut = data.sources[sample.source], data.stage_at(sample.position).cut
+    tokens = source.read(np.array([sample.number]), cut)[0]
     loss = "" if sample.loss is None else f"loss {sample.loss:.3f}  "
     place = f"{loss}{sample.position}: source {sample.source} ({source.name}), epoch {sample.epoch}, sample {sample.number}"
     file = getattr(source, "file", None)
@@ -232,7 +246,7 @@ def about_sample(
         yield f"{place}: {shown(tokens, tokenizer, characters)}"
         return
     yield place
-    first = sample.number * source.sequence_length
+    first = sample.number * cut.sequence_length
     end = first + len(tokens)
     for document in range(file.document_at(first), file.document_at(end - 1) + 1):
         begin, after = file.document_range(document)
@@ -266,10 +280,13 @@ def open_part_loss(data: TrainData, run: Path, checkpoint: str | None) -> PartLo
 
 def put_into_quarantine(data: TrainData, path: Path, samples: list[Sample], comments: list[str], config: Config) -> str:
     """Adds the samples to the file and returns a line that reports it."""
-    names = [data.sources[sample.source].name for sample in samples]
-    numbers = [sample.number for sample in samples]
-    excluded.append_to_quarantine(path, config.data.sequence_length, zip(names, numbers, comments, strict=True))
-    return f"{path}: samples added: {len(samples)}; train without them with --data.quarantine {path}"
+    length, rows = config.data.sequence_length, []  # the file counts in samples of the first stage
+    for sample, comment in zip(samples, comments, strict=True):
+        own = data.stage_at(sample.position).cut.sequence_length
+        (_, first, end), *_ = excluded.recut([[sample.source, sample.number, sample.number + 1]], own, length)
+        rows += [(data.sources[sample.source].name, number, comment) for number in range(first, end)]
+    excluded.append_to_quarantine(path, length, rows)
+    return f"{path}: samples added: {len(rows)}; train without them with --data.quarantine {path}"
 
 
 def steps_of_document(
@@ -279,20 +296,30 @@ def steps_of_document(
     number, document, source = find_document(data, options.document)
     first, end = source.file.document_range(document)
     yield f"document {document} of source {number} ({source.name}): tokens {first:,} to {end - 1:,}"
-    length, starts = source.sequence_length, environment.read(options.run).get("starts", [])
+    starts, found = environment.read(options.run).get("starts", []), []
 
     def step_of(position: int) -> int | None:
         start = next((each for each in reversed(starts) if each.get("position", 0) <= position), {})
-        size, since = batch_since(start, config)
+        begun = [row[0] for row in start.get("stages", []) if row[1] <= position]
+        size, since = batch_since(start, config, max([start.get("step", 0), *begun]) + 1)
         return excluded.step_of_position(position, size, skipped, since)
 
-    samples = range(first // length, min((end - 1) // length, source.num_samples - 1) + 1)
-    for sample in samples:
-        positions = [data.position(number, epoch, sample) for epoch in range(_EPOCHS_SHOWN)]
-        steps = [None if each is None else step_of(each) for each in positions]
-        yield f"sample {sample}: steps " + ", ".join(f"{step or 'none'} (epoch {epoch})" for epoch, step in enumerate(steps))
+    ends = [stage.position for stage in data.stages[1:]] + [math.inf]
+    for stage, after in zip(data.stages, ends, strict=True):
+        if number not in stage.order.passes:
+            continue
+        length, count = stage.cut.sequence_length, stage.order.num_samples[number]
+        epoch = stage.order.passes[number].cursor.epoch
+        epochs = range(epoch, epoch + _EPOCHS_SHOWN)
+        of_stage = f"stage {data.stages.index(stage)}, " if len(data.stages) > 1 else ""
+        for sample in range(first // length, min((end - 1) // length, count - 1) + 1):
+            positions = [data.position(number, each, sample, stage) for each in epochs]
+            read = [None if each is None or each >= after else each for each in positions]
+            steps = [None if each is None else step_of(each) for each in read]
+            shown = ", ".join(f"{step or 'none'} (epoch {epoch})" for epoch, step in zip(epochs, steps, strict=True))
+            yield f"{of_stage}sample {sample}: steps {shown}"
+            found.append(Sample(stage.position, number, epoch, sample, None))
     if options.quarantine:
-        found = [Sample(0, number, 0, sample, None) for sample in samples]
         yield put_into_quarantine(data, options.quarantine, found, [f"document {document}"] * len(found), config)
 
 

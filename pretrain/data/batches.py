@@ -9,6 +9,7 @@ This module knows no ranks: a rank asks for its slice of positions. `take` is th
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -21,10 +22,11 @@ import torch
 from pretrain.config import DataConfig
 
 from . import excluded
-from .excluded import Quarantine
+from .excluded import Quarantine, SampleRanges
 from .indexed import DataError
-from .order import Order
-from .sources import FileSource, open_sources
+from .order import Order, Places
+from .passes import NEVER, Cursor, Cut
+from .sources import FileSource, Opener
 
 MASKED = -100  # the label that cross-entropy ignores
 _Place = TypeVar("_Place")
@@ -45,73 +47,193 @@ class Batch(NamedTuple):
     the loss, with and without the mask: a model should learn how documents start."""
 
 
+class Mixture(NamedTuple):
+    """What the settings say about the data of one stage."""
+
+    position: int
+    """The first position of the stage."""
+    cut: Cut
+    weights: list[float]
+    """Of all sources of the run; 0: not in this stage."""
+
+
+class DataStage:
+    """The samples of one stage of a run, from `position` on. A run without stages is one stage."""
+
+    def __init__(self, mixture: Mixture, sources: list, seed: int, cursors: list[Cursor], ranges: SampleRanges):
+        """sources: of the run. cursors: of these. ranges: the quarantine, in samples of this stage."""
+        self.position, self.cut, self.weights = mixture
+        self.shares = [weight / math.fsum(self.weights) for weight in self.weights]
+        blocks = [source.num_blocks(self.cut.block_length) for source in sources]
+        self.order = Order(blocks, self.weights, seed, self.cut, cursors)
+        self.quarantine = Quarantine(self.order, ranges)
+
+    def locate(self, position: int, count: int) -> Places:
+        """Places of the samples at positions [position, position + count) of the run."""
+        position -= self.position
+        if not self.quarantine.ranges:
+            return self.order.locate(position, count)
+        return self.order.at(self.quarantine.locate(position, count))
+
+    def cursors(self, position: int) -> list[Cursor]:
+        """How far each source is read when the run is at `position`."""
+        return self.order.cursors(self.quarantine.start(position - self.position))
+
+
 class TrainData:
     """The endless, ordered stream of training samples.
 
-    sources
+    sources            of all stages
     vocab_size         number of ids that the samples may contain
-    samples_per_epoch  samples of all sources, without those in quarantine. If weights are proportional to sizes, an epoch
-                       reads each sample once; otherwise some sources repeat while others are not finished
-    fingerprint        changes with content, weights, seed and sequence length: a run resumes only with the same data
-    quarantine         excluded samples
-    reference_lines    nats per token
+    stages             in order; the first begins at position 0
+    samples_per_epoch  of the first stage: samples of its sources, without those in quarantine. If weights are proportional to
+                       sizes, an epoch reads each sample once; otherwise some sources repeat while others are not finished
+    quarantine         excluded samples, in samples of the first stage's length
+    reference_lines    nats per token, of the first stage
     """
 
-    def __init__(self, sources: list, weights: list[float], data: DataConfig, *, seed: int, vocab_size: int):
-        self.sources, self.vocab_size, self._data = sources, vocab_size, data
-        self._shares = [weight / math.fsum(weights) for weight in weights]
-        self._order = Order([source.num_samples for source in sources], weights, seed)
-        ranges: excluded.SampleRanges = []
-        if data.quarantine is not None:
-            sizes = [source.num_samples for source in sources]
-            ranges = excluded.read_quarantine(data.quarantine, [source.name for source in sources], sizes, data.sequence_length)
-        self.quarantine = Quarantine(self._order, ranges)
-        self.samples_per_epoch = sum(source.num_samples for source in sources) - sum(self.quarantine.sizes)
-        self.reference_lines = _blended_lines(sources, self._shares, vocab_size)
-        blend = ", ".join(f"{share:.9g} of {s.fingerprint()}" for share, s in zip(self._shares, sources, strict=True))
-        self.fingerprint = f"order 1, seed {seed}, sequence_length {data.sequence_length}, {blend}"
+    def __init__(self, sources: list, mixtures: list[Mixture], data: DataConfig, *, seed: int, vocab_size: int):
+        """mixtures: one per stage. Raises DataError for a quarantine that does not fit."""
+        self.sources, self.vocab_size, self._mixtures, self._seed = sources, vocab_size, mixtures, seed
+        self._document_mask = data.document_mask
+        self.quarantine = self._read_quarantine(data.quarantine) if data.quarantine is not None else []
+        self.stages = self._stages(self.quarantine)
+        first = self.stages[0]
+        left_out = sum(end - begin for source, begin, end in self.quarantine if source in first.order.passes)
+        self.samples_per_epoch = sum(first.order.num_samples[source] for source in first.order.passes) - left_out
+        self.reference_lines = self.reference_lines_at(0)
+
+    def _read_quarantine(self, path: str) -> SampleRanges:
+        cut, names = self._mixtures[0].cut, [source.name for source in self.sources]
+        if any(mixture.cut.block_length != cut.block_length for mixture in self._mixtures):
+            text = "its sample numbers hold for one data.block_length, and a stage of this run has another; remove one of them"
+            raise DataError(f"data.quarantine: {path}: {text}")
+        return excluded.read_quarantine(path, names, self.num_samples, cut.sequence_length)
+
+    @property
+    def num_samples(self) -> list[int]:
+        """Samples of the first stage's length in each source, whether that stage reads it or not."""
+        cut = self._mixtures[0].cut
+        return [source.num_blocks(cut.block_length) * cut.samples_per_block for source in self.sources]
+
+    def _stages(self, quarantine: SampleRanges) -> list[DataStage]:
+        stages: list[DataStage] = []
+        for mixture in self._mixtures:
+            cursors = [Cursor()] * len(self.sources)
+            if stages:
+                cursors = stages[-1].cursors(mixture.position)
+                if stages[-1].cut.block_length != mixture.cut.block_length:  # other blocks: passes begin again
+                    cursors = [Cursor(cursor.epoch + (cursor != Cursor(cursor.epoch))) for cursor in cursors]
+            ranges = excluded.recut(quarantine, self._mixtures[0].cut.sequence_length, mixture.cut.sequence_length)
+            stages.append(DataStage(mixture, self.sources, self._seed, cursors, ranges))
+        return stages
+
+    def starting_at(self, begins: list[tuple[int, int]]) -> TrainData:
+        """The same stages, beginning at other (position, block length)."""
+        mixtures = [
+            mixture._replace(position=position, cut=mixture.cut._replace(block_length=block_length))
+            for mixture, (position, block_length) in zip(self._mixtures, begins, strict=True)
+        ]
+        data = copy.copy(self)
+        data._mixtures = mixtures
+        data.stages = data._stages(self.quarantine)
+        return data
+
+    def stage_at(self, position: int) -> DataStage:
+        """The stage that provides the sample at `position`."""
+        return next(stage for stage in reversed(self.stages) if stage.position <= position)
 
     def take(self, position: int, count: int) -> Batch:
-        """The samples at positions [position, position + count). Raises DataError, OSError."""
-        numbers, _, samples = self._locate(position, count)
-        batch = _masked_batch(count, self._data)
-        for number in np.unique(numbers).tolist():
-            rows = np.flatnonzero(numbers == number)
-            _fill(batch, rows, self.sources[number], samples[rows])
+        """The samples at positions [position, position + count) of one stage. Raises DataError, OSError."""
+        stage = self.stage_at(position)
+        places = stage.locate(position, count)
+        batch = _masked_batch(count, stage.cut.sequence_length, self._document_mask)
+        for number in np.unique(places.sources).tolist():
+            rows = np.flatnonzero(places.sources == number)
+            _fill(batch, rows, self.sources[number], places.samples[rows], stage.cut)
+        for row in np.flatnonzero(places.seen).tolist():
+            batch.labels_BT[row, : places.seen[row]] = MASKED
         return batch
 
     def sample_ids(self, position: int, count: int) -> list[tuple[int, int, int]]:
-        """(source number, epoch, sample) of the positions [position, position + count)."""
-        return list(zip(*(ids.tolist() for ids in self._locate(position, count)), strict=True))
+        """(source number, epoch, sample) of the positions [position, position + count) of one stage."""
+        places = self.stage_at(position).locate(position, count)
+        return list(zip(*(ids.tolist() for ids in places[:3]), strict=True))
 
-    def _locate(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        if not self.quarantine.ranges:
-            return self._order.locate(position, count)
-        return self._order.at(self.quarantine.locate(position, count))
+    def position(self, source: int, epoch: int, sample: int, stage: DataStage | None = None) -> int | None:
+        """The position of a sample of `stage` (None: the first) in an epoch of its source: the inverse of `sample_ids`.
 
-    def position(self, source: int, epoch: int, sample: int) -> int | None:
-        """The position of a sample in an epoch of its source: the inverse of `sample_ids`. None: it is in quarantine."""
-        return self.quarantine.position(int(self._order.positions(source, epoch, np.array([sample]))[0]))
+        None: the stage does not read it in that epoch, or it is in quarantine. The stage may end before that position.
+        """
+        stage = stage or self.stages[0]
+        full = int(stage.order.positions(source, epoch, np.array([sample]))[0])
+        kept = None if full == NEVER else stage.quarantine.position(full)
+        return None if kept is None else stage.position + kept
 
-    def history_changed(self, old: excluded.SampleRanges, position: int) -> str | None:
+    def history_changed(self, old: SampleRanges, position: int) -> str | None:
         """A sample whose exclusion changes what a run with quarantine `old` read before `position`. None: nothing changes."""
-        changed = self.quarantine.changed_before(Quarantine(self._order, old), position)
-        return changed and f"sample {changed[1]} of {self.sources[changed[0]].name}, whose place in the order has passed"
+        ends = [stage.position for stage in self.stages[1:]] + [position]
+        for stage, other, end in zip(self.stages, self._stages(old), ends, strict=True):
+            if stage.position < position:
+                read = min(end, position) - stage.position
+                if changed := stage.quarantine.changed_before(other.quarantine, read):
+                    return f"sample {changed[1]} of {self.sources[changed[0]].name}, whose place in the order has passed"
+        return None
 
-    def passes(self, samples: int) -> list[float]:
-        """Epochs of each source in the first `samples` positions."""
-        counts = self._order.blend.counts(self.quarantine.start(samples))
-        return [count / source.num_samples for count, source in zip(counts, self.sources, strict=True)]
+    def passes(self, position: int) -> list[float]:
+        """Epochs of each source in the first `position` positions."""
+        stage = self.stage_at(max(position - 1, 0))
+        cursors, block_length = stage.cursors(position), stage.cut.block_length
+        blocks = [source.num_blocks(block_length) for source in self.sources]
+        return [cursor.epochs(count, block_length) for cursor, count in zip(cursors, blocks, strict=True)]
 
-    def description(self) -> list[str]:
-        """Lines for the console: tokens, samples, and the share and epochs of each source."""
-        tokens = sum(source.num_tokens for source in self.sources)
-        length = f"{self._data.sequence_length:,} tokens"
-        lines = [f"training data: {tokens:,} tokens, {self.samples_per_epoch:,} samples of {length} per epoch"]
-        for source, share in zip(self.sources, self._shares, strict=True):
-            passes = share * self.samples_per_epoch / source.num_samples
+    def tokens(self, position: int) -> int:
+        """Tokens that the first `position` positions feed to the model."""
+        ends = [stage.position for stage in self.stages[1:]] + [position]
+        spans = (max(0, min(end, position) - stage.position) for stage, end in zip(self.stages, ends, strict=True))
+        return sum(span * stage.cut.sequence_length for span, stage in zip(spans, self.stages, strict=True))
+
+    def epochs(self, position: int) -> float:
+        """Epochs of the first stage's sources together in the first `position` positions, counted in tokens."""
+        return self.tokens(position) / (self.stages[0].cut.sequence_length * self.samples_per_epoch)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with content, weights, seed, lengths and stages."""
+        return self.fingerprint_at(self.stages[-1].position + 1)
+
+    def fingerprint_at(self, position: int) -> str:
+        """The same for the samples before `position` only: a run resumes there only with the same history."""
+        return "; ".join(self._described(stage) for stage in self.stages if stage.position < max(position, 1))
+
+    def _described(self, stage: DataStage) -> str:
+        blend = ", ".join(
+            f"{share:.9g} of {source.fingerprint()}" for share, source in zip(stage.shares, self.sources, strict=True) if share
+        )
+        lengths = f"sequence_length {stage.cut.sequence_length}"
+        if stage.cut.samples_per_block > 1:
+            lengths += f" in blocks of {stage.cut.block_length}"
+        begin = f"from {stage.position} on" if stage.position else f"order 1, seed {self._seed}"
+        return f"{begin}, {lengths}, {blend}"
+
+    def reference_lines_at(self, position: int) -> dict[str, float]:
+        """Reference losses of the stage at `position`, nats per token."""
+        return _blended_lines(self.sources, self.stage_at(position).shares, self.vocab_size)
+
+    def description(self, position: int = 0) -> list[str]:
+        """Lines for the console about the stage at `position`: tokens, samples, and the share and epochs of each source."""
+        stage = self.stage_at(position)
+        sources = [(source, share) for source, share in zip(self.sources, stage.shares, strict=True) if share]
+        tokens = sum(source.num_tokens for source, _ in sources)
+        samples = sum(stage.order.num_samples[source] for source in stage.order.passes)
+        if stage is self.stages[0]:
+            samples = self.samples_per_epoch
+        length = f"{stage.cut.sequence_length:,} tokens"
+        lines = [f"training data: {tokens:,} tokens, {samples:,} samples of {length} per epoch"]
+        for source, share in sources:
+            passes = share * samples / (source.num_blocks(stage.cut.block_length) * stage.cut.samples_per_block)
             line = f"  {source.name}: {source.num_tokens:,} tokens, {100 * share:.4g} % of the samples"
-            if len(self.sources) > 1:
+            if len(sources) > 1:
                 line += f", read {passes:.3g} times per epoch"
             if source.sidecar is None and isinstance(source, FileSource):
                 read_as = "" if source.file.num_documents else f", a flat file read as {source.file.dtype.name}"
@@ -132,8 +254,9 @@ class ValidData:
     """
 
     def __init__(self, source, data: DataConfig, *, vocab_size: int):
-        self.name, self.source, self._data = source.name, source, data
-        self.num_labels = source.num_samples * data.sequence_length
+        self.name, self.source, self._document_mask = source.name, source, data.document_mask
+        self._cut = Cut(data.sequence_length, data.sequence_length)
+        self.num_labels = source.num_blocks(data.sequence_length) * data.sequence_length
         self.bytes_per_token = source.sidecar.utf8_bytes / source.sidecar.num_tokens if source.sidecar else None
         self.reference_lines = _blended_lines([source], [1.0], vocab_size)
         if isinstance(source, FileSource):
@@ -143,35 +266,69 @@ class ValidData:
     def take(self, indices: list[int | None]) -> Batch:
         """The samples with these numbers. None, or a number past the end, gives a sample with all labels masked."""
         numbers = np.array([-1 if index is None else index for index in indices], dtype=np.int64)
-        batch = _masked_batch(len(numbers), self._data)
+        batch = _masked_batch(len(numbers), self._cut.sequence_length, self._document_mask)
         rows = np.flatnonzero((numbers >= 0) & (numbers < self.num_samples))
         if rows.size:
-            _fill(batch, rows, self.source, numbers[rows])
-        last = self.num_labels - (self.num_samples - 1) * self._data.sequence_length
+            _fill(batch, rows, self.source, numbers[rows], self._cut)
+        last = self.num_labels - (self.num_samples - 1) * self._cut.sequence_length
         batch.labels_BT[numbers == self.num_samples - 1, last:] = MASKED
         return batch
 
 
-def open_train(data: DataConfig, *, seed: int, vocab_size: int, tokenizer_fingerprint: str | None) -> TrainData:
-    """The training stream of `data`. Raises DataError with every problem of every source."""
+def open_train(
+    data: DataConfig,
+    *,
+    seed: int,
+    vocab_size: int,
+    tokenizer_fingerprint: str | None,
+    stages: list[tuple[int, DataConfig]] | None = None,
+) -> TrainData:
+    """The training stream of `data`. Raises DataError with every problem of every source.
+
+    stages: (position, settings) of each stage; None: `data` is the only one.
+    """
     if data.synthetic and (data.train or data.valid):
         raise DataError("data.synthetic: cannot be combined with data.train or data.valid; remove one of them")
     if not data.synthetic and not data.train:
         raise DataError("data.train: no sources; give at least one {path: PREFIX}, or data.synthetic")
-    problems = [
-        f"data.train[{i}].weight: got {source.weight}, must be finite and more than 0"
-        for i, source in enumerate(data.train)
-        if not (math.isfinite(source.weight) and source.weight > 0)
-    ]
-    sources = open_sources("train", data, problems, seed, vocab_size, tokenizer_fingerprint)
-    weights = [1.0] if data.synthetic else [source.weight for source in data.train]
-    return TrainData(sources, weights, data, seed=seed, vocab_size=vocab_size)
+    stages = stages or [(0, data)]
+    block_length = block_length_of([each for _, each in stages])
+    if data.synthetic:
+        sources = [_synthetic(data, "train", seed, vocab_size, block_length)]
+        weights = [[1.0] for _ in stages]
+    else:
+        opener = Opener(vocab_size, tokenizer_fingerprint)
+        first = [next(i for i, (_, other) in enumerate(stages) if other.train == each.train) for _, each in stages]
+        places = ["data.train" if i == 0 else f"train.stages[{i - 1}].sources" for i in first]
+        blends = [opener.mixture(each, place, block_length) for (_, each), place in zip(stages, places, strict=True)]
+        sources = opener.close()
+        weights = [[math.fsum(weight for each, weight in blend if each is source) for source in sources] for blend in blends]
+    cuts = [Cut(each.sequence_length, block_length) for _, each in stages]
+    mixtures = [Mixture(position, cut, each) for (position, _), cut, each in zip(stages, cuts, weights, strict=True)]
+    return TrainData(sources, mixtures, data, seed=seed, vocab_size=vocab_size)
+
+
+def block_length_of(stages: list[DataConfig]) -> int:
+    """L: `data.block_length`, or the smallest that every sequence length divides."""
+    return stages[0].block_length or math.lcm(*(each.sequence_length for each in stages))
 
 
 def open_valid(data: DataConfig, *, seed: int, vocab_size: int, tokenizer_fingerprint: str | None) -> list[ValidData]:
     """The validation sets of `data`; may be empty. Raises DataError with every problem of every source."""
-    sources = open_sources("valid", data, [], seed, vocab_size, tokenizer_fingerprint)
+    if data.synthetic:
+        sources = [_synthetic(data, "valid", seed, vocab_size, data.sequence_length)]
+    else:
+        opener = Opener(vocab_size, tokenizer_fingerprint)
+        opener.files(data.valid, "data.valid", data, least_tokens=2)
+        sources = opener.close()
     return [ValidData(source, data, vocab_size=vocab_size) for source in sources]
+
+
+def _synthetic(data: DataConfig, split: str, seed: int, vocab_size: int, block_length: int):
+    """The source of generated samples."""
+    from .synthetic import SyntheticSource  # most runs need none of this
+
+    return SyntheticSource(data.synthetic, split, seed=seed, vocab_size=vocab_size, block_length=block_length)
 
 
 def _blended_lines(sources: list, shares: list[float], vocab_size: int) -> dict[str, float]:
@@ -183,18 +340,18 @@ def _blended_lines(sources: list, shares: list[float], vocab_size: int) -> dict[
     return lines
 
 
-def _masked_batch(count: int, data: DataConfig) -> Batch:
+def _masked_batch(count: int, sequence_length: int, document_mask: bool) -> Batch:
     """`count` samples of zeros whose labels are all masked."""
-    tokens_BT = torch.zeros(count, data.sequence_length, dtype=torch.int64)
-    return Batch(tokens_BT, torch.full_like(tokens_BT, MASKED), torch.zeros_like(tokens_BT) if data.document_mask else None)
+    tokens_BT = torch.zeros(count, sequence_length, dtype=torch.int64)
+    return Batch(tokens_BT, torch.full_like(tokens_BT, MASKED), torch.zeros_like(tokens_BT) if document_mask else None)
 
 
-def _fill(batch: Batch, rows: np.ndarray, source, samples: np.ndarray) -> None:
+def _fill(batch: Batch, rows: np.ndarray, source, samples: np.ndarray, cut: Cut) -> None:
     """Writes the `samples` (n,) of `source` into the `rows` (n,) of the batch."""
-    windows = source.read(samples)
+    windows = source.read(samples, cut)
     batch.tokens_BT.numpy()[rows], batch.labels_BT.numpy()[rows] = windows[:, :-1], windows[:, 1:]
     if batch.documents_BT is not None:
-        batch.documents_BT.numpy()[rows] = source.documents(samples, windows)
+        batch.documents_BT.numpy()[rows] = source.documents(samples, windows, cut)
 
 
 def read_ahead(read: Callable[[_Place], _Content], places: Iterable[_Place]) -> Iterator[_Content]:

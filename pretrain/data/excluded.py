@@ -7,7 +7,7 @@ moves. It stays a pure function of the position, the same for any number of rank
 may be resumed with a larger quarantine as long as the added samples lie ahead of it. The file (data.quarantine) is written
 by hand or by tools/inspect_data.py:
 
-    sequence_length 1024             # sample numbers depend on it
+    sequence_length 1024             # sample numbers depend on it; that of data.sequence_length, in every stage
     web_train 17                     # name of the source, as inspect_data prints it, and sample
     web_train 20-23                  # both ends are excluded
 
@@ -27,6 +27,7 @@ from pretrain.files import write_atomically
 
 from .indexed import DataError
 from .order import Order
+from .passes import NEVER
 
 SampleRanges = list[list[int]]
 """[source number, first, end): sorted, disjoint and not adjacent."""
@@ -98,30 +99,42 @@ def append_to_quarantine(path: str | Path, sequence_length: int, samples: Iterab
     write_atomically(path, text)
 
 
+def recut(ranges: SampleRanges, sequence_length: int, other_length: int) -> SampleRanges:
+    """The samples of `other_length` tokens that contain a label of these samples of `sequence_length` tokens."""
+    return merge(
+        (source, first * sequence_length // other_length, -(-end * sequence_length // other_length))
+        for source, first, end in ranges
+    )
+
+
 class Quarantine:
-    """Maps between positions of the full stream and positions of the stream without the samples in `ranges`."""
+    """Maps between positions of the full stream of a stage and positions of the stream without the samples in `ranges`."""
 
     def __init__(self, order: Order, ranges: SampleRanges):
         self._order, self.ranges = order, ranges
-        self._samples = [
-            np.concatenate([np.arange(first, end) for each, first, end in ranges if each == source] or [np.empty(0, np.int64)])
-            for source in range(len(order.num_samples))
-        ]
-        self.sizes = [len(samples) for samples in self._samples]
-        """Samples in quarantine per source."""
+        self._samples = {
+            source: np.concatenate([np.arange(first, end) for each, first, end in ranges if each == source])
+            for source in sorted({source for source, _, _ in ranges} & order.passes.keys())
+        }
+        """Of each source of the stage that has any."""
         self._positions = lru_cache(maxsize=4 * len(order.num_samples))(self._find_positions)
 
     def _find_positions(self, source: int, epoch: int) -> np.ndarray:
         """Sorted positions in the full stream of the samples in quarantine, in one epoch of their source."""
-        return np.sort(self._order.positions(source, epoch, self._samples[source]))
+        positions = self._order.positions(source, epoch, self._samples[source])
+        return np.sort(positions[positions != NEVER])
+
+    def _epoch(self, source: int, count: int) -> int:
+        return int(self._order.passes[source].epoch_of(np.array([count]))[0])
 
     def count(self, end: int) -> int:
         """Number of the first `end` positions of the full stream that are excluded."""
-        total = 0
-        for source, provided in enumerate(self._order.blend.counts(end)):
-            if self.sizes[source]:
-                epoch = provided // self._order.num_samples[source]
-                total += epoch * self.sizes[source] + int(np.searchsorted(self._positions(source, epoch), end))
+        total, counts = 0, self._order.counts(end)
+        for source, samples in self._samples.items():
+            first, epoch = self._order.passes[source].cursor.epoch, self._epoch(source, counts[source])
+            if epoch > first:  # an earlier stage has read a part of the first epoch
+                total += len(self._positions(source, first)) + (epoch - first - 1) * len(samples)
+            total += int(np.searchsorted(self._positions(source, epoch), end))
         return total
 
     def start(self, position: int) -> int:
@@ -135,12 +148,11 @@ class Quarantine:
         """Positions in the full stream (count,) of the positions [position, position + count)."""
         first, end = self.start(position), self.start(position + count)
         kept = np.ones(end - first, dtype=bool)
-        before, after = self._order.blend.counts(first), self._order.blend.counts(end)
-        for source, size in enumerate(self._order.num_samples):
-            if self.sizes[source]:
-                for epoch in range(before[source] // size, after[source] // size + 1):
-                    excluded = self._positions(source, epoch)
-                    kept[excluded[(excluded >= first) & (excluded < end)] - first] = False
+        before, after = self._order.counts(first), self._order.counts(end)
+        for source in self._samples:
+            for epoch in range(self._epoch(source, before[source]), self._epoch(source, after[source]) + 1):
+                excluded = self._positions(source, epoch)
+                kept[excluded[(excluded >= first) & (excluded < end)] - first] = False
         return first + np.flatnonzero(kept)
 
     def position(self, full: int) -> int | None:
@@ -151,12 +163,15 @@ class Quarantine:
     def changed_before(self, other: Quarantine, position: int) -> tuple[int, int] | None:
         """A (source, sample) that only one of the two excludes, and whose first place a run with `other` has passed at
         `position`. None: both give such a run the same samples up to there."""
-        read_up_to = other.start(position)
-        for source, (mine, theirs) in enumerate(zip(self._samples, other._samples, strict=True)):
-            different = np.setxor1d(mine, theirs)
-            early = self._order.positions(source, 0, different) < read_up_to
-            if early.any():
-                return source, int(different[early][0])
+        read_up_to, none = other.start(position), np.empty(0, np.int64)
+        for source in sorted(self._samples.keys() | other._samples.keys()):
+            different = np.setxor1d(self._samples.get(source, none), other._samples.get(source, none))
+            first = self._order.passes[source].cursor.epoch
+            for epoch in (first, first + 1):  # an earlier stage may have read it in the first
+                places = self._order.positions(source, epoch, different)
+                early = (places != NEVER) & (places < read_up_to)
+                if early.any():
+                    return source, int(different[early][0])
         return None
 
 
@@ -173,18 +188,20 @@ def next_position(position: int, skipped: PositionRanges) -> int:
     return next((end for first, end in skipped if first <= position < end), position)
 
 
-def start_of_last_steps(position: int, steps: int, global_batch_size: int, skipped: PositionRanges) -> int:
-    """Start of the last `steps` steps before `position`."""
-    for _ in range(steps):
-        position = next((first for first, end in skipped if end == position), position) - global_batch_size
-    return position
+def start_of_last_step(position: int, global_batch_size: int, skipped: PositionRanges) -> int:
+    """Start of the last step before `position`."""
+    return next((first for first, end in skipped if end == position), position) - global_batch_size
 
 
 def position_of_step(step: int, global_batch_size: int, skipped: PositionRanges, since: tuple[int, int] = (0, 0)) -> int:
     """Start of `step`, counted from 1. since: a (step, position after it) before it, from which on the batch size is this."""
-    position = since[1] + (step - 1 - since[0]) * global_batch_size
+    return past_skipped(since[1] + (step - 1 - since[0]) * global_batch_size, skipped, since[1])
+
+
+def past_skipped(position: int, skipped: PositionRanges, since: int) -> int:
+    """A position counted from `since` without skipped ones, with those that lie between."""
     for first, end in skipped:
-        if since[1] < end and position >= first:
+        if since < end and position >= first:
             position += end - first
     return position
 

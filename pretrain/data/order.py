@@ -1,6 +1,6 @@
 """The order of samples: maps a position to a sample and back; integers only, nothing stored.
 
-    position -> Blend -> (source, index in that source) -> epoch, rank in the epoch -> Permutation -> sample
+    position -> Blend -> (source, index in that source) -> Passes -> epoch, sample
 
 Every arrow is a pure function of (seed, weights, sizes), in O(1) time and memory per sample, from a thousand to 10^12
 samples. So a run seeks to any position without replaying, and the sequence of global batches cannot depend on ranks,
@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import heapq
 import math
-from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
-from .permutation import Permutation
+from .passes import NEVER, ONE_PER_BLOCK, Cursor, Cut, Passes
 
 
 class Blend:
@@ -91,39 +91,87 @@ def _left_count(x: np.ndarray, share: np.uint64) -> np.ndarray:
     return high * share + ((low * share + np.uint64(2**31)) >> np.uint64(32))
 
 
-class Order:
-    """position -> (source, epoch, sample) for sources of `num_samples` samples each, blended by `weights`, keyed by `seed`.
+class Places(NamedTuple):
+    """Where samples are; int64 (n,) each."""
 
-    Each source is read epoch by epoch: every sample once per epoch, in a fresh order keyed by (seed, source, epoch).
+    sources: np.ndarray
+    epochs: np.ndarray
+    samples: np.ndarray
+    seen: np.ndarray
+    """Labels at the front of the sample that an earlier stage read in this epoch; 0 in runs without stages."""
+
+
+class Order:
+    """position -> source, epoch, sample, for one stage of a run; its positions count from 0.
+
+    num_blocks  of each source
+    weights     of each source; 0: this stage does not read it
+    seed
+    cut         of the sources into samples
+    cursors     how far each source was read before the stage; None: not at all
+
+    Each source is read epoch by epoch, every sample once per epoch, as in passes.py.
     """
 
-    def __init__(self, num_samples: list[int], weights: list[float], seed: int):
-        self.num_samples, self.seed = num_samples, seed
-        self.blend = Blend(weights)
-        self._permutation = lru_cache(maxsize=4 * len(num_samples))(self._build)
+    def __init__(
+        self,
+        num_blocks: list[int],
+        weights: list[float],
+        seed: int,
+        cut: Cut = ONE_PER_BLOCK,
+        cursors: list[Cursor] | None = None,
+    ):
+        if any(weight < 0 for weight in weights):
+            raise ValueError(f"weights must be finite and > 0, got {weights}")
+        self.num_samples = [cut.samples_per_block * blocks for blocks in num_blocks]
+        self._read = np.flatnonzero(weights)  # sources of this stage
+        self._number = {source: number for number, source in enumerate(self._read.tolist())}
+        self._blend = Blend([weights[source] for source in self._number])
+        self._cursors = cursors or [Cursor()] * len(num_blocks)
+        of_source = zip(num_blocks, self._cursors, strict=True)
+        self.passes = {
+            source: Passes(blocks, cut, (seed, source), cursor)
+            for source, (blocks, cursor) in enumerate(of_source)
+            if weights[source]
+        }
+        """Of each source that this stage reads."""
 
-    def _build(self, source: int, epoch: int) -> Permutation:
-        return Permutation(self.num_samples[source], (self.seed, source, epoch))
-
-    def locate(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(sources, epochs, samples), int64 (count,) each, of the positions [position, position + count)."""
+    def locate(self, position: int, count: int) -> Places:
+        """The places of the positions [position, position + count)."""
         if position < 0 or count < 0:
             raise ValueError(f"position and count must be >= 0, got {position} and {count}")
         return self.at(np.arange(position, position + count, dtype=np.uint64))
 
-    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(sources, epochs, samples), int64 (n,) each, of sorted positions (n,)."""
-        sources, samples = self.blend.locate(positions)
-        epochs = np.zeros_like(samples)
-        for source in np.unique(sources).tolist():
-            of_source = np.flatnonzero(sources == source)
-            epochs[of_source], ranks = np.divmod(samples[of_source], self.num_samples[source])
-            for epoch in np.unique(epochs[of_source]).tolist():
-                chosen = epochs[of_source] == epoch
-                samples[of_source[chosen]] = self._permutation(source, epoch)(ranks[chosen])
-        return sources, epochs, samples
+    def at(self, positions: np.ndarray) -> Places:
+        """The places of sorted positions (n,)."""
+        numbers, indices = self._blend.locate(positions)
+        places = Places(self._read[numbers], *(np.zeros_like(indices) for _ in range(3)))
+        for source in np.unique(places.sources).tolist():
+            of_source = np.flatnonzero(places.sources == source)
+            found = self.passes[source].locate(indices[of_source])
+            places.epochs[of_source], places.samples[of_source], places.seen[of_source] = found
+        return places
+
+    def counts(self, position: int) -> list[int]:
+        """Samples that each source provides for the first `position` positions."""
+        counts = [0] * len(self.num_samples)
+        for source, count in zip(self._number, self._blend.counts(position), strict=True):
+            counts[source] = count
+        return counts
 
     def positions(self, source: int, epoch: int, samples: np.ndarray) -> np.ndarray:
-        """Positions of samples of `source` in that source's `epoch`, (n,) -> (n,) int64: the inverse of `locate`."""
-        ranks = self._permutation(source, epoch).inverse(samples) + epoch * self.num_samples[source]
-        return np.array([self.blend.position(source, rank) for rank in ranks.tolist()], dtype=np.int64)
+        """Positions of samples of `source` in that source's `epoch`, (n,) -> (n,) int64: the inverse of `locate`. NEVER: the
+        stage does not read the sample in it."""
+        if source not in self._number:
+            return np.full(len(samples), NEVER)
+        numbers = self.passes[source].numbers(epoch, samples).tolist()
+        blend, number = self._blend, self._number[source]
+        return np.array([NEVER if each == NEVER else blend.position(number, each) for each in numbers], dtype=np.int64)
+
+    def cursors(self, position: int) -> list[Cursor]:
+        """How far each source is read after the first `position` positions."""
+        counts = self.counts(position)
+        return [
+            self.passes[source].after(counts[source]) if source in self.passes else cursor
+            for source, cursor in enumerate(self._cursors)
+        ]

@@ -20,6 +20,7 @@ import numpy as np
 
 from pretrain.config import SyntheticConfig
 
+from .passes import Cut
 from .permutation import Permutation, keys, splitmix64
 
 _SPLITS = {"train": 0, "valid": 1}
@@ -28,17 +29,18 @@ _VALID_SAMPLES = 256
 
 
 class SyntheticSource:
-    """Samples of T + 1 tokens with ids below `vocab_size`. `reference_lines`: known losses, nats per token."""
+    """Texts of L + 1 tokens with ids below `vocab_size`, from which samples are cut. `reference_lines`: known losses, nats per
+    token."""
 
     sidecar = None
 
     def __init__(
-        self, config: SyntheticConfig, split: Literal["train", "valid"], *, seed: int, vocab_size: int, sequence_length: int
+        self, config: SyntheticConfig, split: Literal["train", "valid"], *, seed: int, vocab_size: int, block_length: int
     ):
-        self.kind, self.vocab_size, self.length = config.kind, vocab_size, sequence_length + 1
+        self.kind, self.vocab_size, self.length = config.kind, vocab_size, block_length + 1
         self.name = f"synthetic-{config.kind}"
-        self.num_samples = config.num_samples if split == "train" else min(config.num_samples, _VALID_SAMPLES)
-        self.num_tokens = self.num_samples * sequence_length
+        self._texts = config.num_samples if split == "train" else min(config.num_samples, _VALID_SAMPLES)
+        self.num_tokens = self._texts * block_length
         self._ids = (seed, _SPLITS[split])
         self._alphabet = Permutation(vocab_size, (seed, vocab_size))  # same for both splits: a model of markov must learn it
         weights = 1 / np.arange(1, vocab_size + 1)
@@ -49,10 +51,19 @@ class SyntheticSource:
 
     def fingerprint(self) -> str:
         """Names everything that determines the samples, except the seed."""
-        return f"{self.name} of {self.num_samples} samples of {self.vocab_size} ids"
+        return f"{self.name} of {self._texts} samples of {self.vocab_size} ids"
 
-    def read(self, samples: np.ndarray) -> np.ndarray:
+    def num_blocks(self, block_length: int) -> int:
+        """Texts; block_length is that of the source."""
+        return self._texts
+
+    def read(self, samples: np.ndarray, cut: Cut) -> np.ndarray:
         """Tokens (n, T + 1) int64 of the samples (n,)."""
+        blocks, parts = np.divmod(samples, cut.samples_per_block)
+        places = parts[:, None] * cut.sequence_length + np.arange(cut.sequence_length + 1)
+        return np.take_along_axis(self._read(blocks), places, axis=1)
+
+    def _read(self, samples: np.ndarray) -> np.ndarray:
         if self.kind == "repeat":  # a text is the uniform sample of a small index
             texts = splitmix64(samples.astype(np.uint64)) % np.uint64(_TEXTS)
             tokens = _below(self._bits(texts), self.vocab_size)
@@ -73,9 +84,9 @@ class SyntheticSource:
             tokens = tokens[:, np.arange(self.length) % half]
         return tokens
 
-    def documents(self, samples: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    def documents(self, samples: np.ndarray, tokens: np.ndarray, cut: Cut) -> np.ndarray:
         """Document numbers (n, T): zeros, each sample is one document."""
-        return np.zeros((len(samples), self.length - 1), dtype=np.int64)
+        return np.zeros((len(samples), cut.sequence_length), dtype=np.int64)
 
     def _bits(self, samples: np.ndarray) -> np.ndarray:
         """64 random bits per token, uint64 (n, T + 1): the SplitMix64 sequence of the sample's key."""

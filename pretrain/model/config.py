@@ -19,15 +19,15 @@ Several = Annotated[int, ("ge", 2)]
 class RopeScalingConfig:
     """Slower rotary embedding, for contexts longer than those a model was first trained on."""
 
-    kind: Literal["linear", "llama3"] = frozen()
+    kind: Literal["linear", "llama3"] = guarded()
     """linear: all frequencies divided by factor; llama3: low ones divided, high ones kept, those between blended."""
-    factor: Annotated[float, ("ge", 1)] = frozen()
+    factor: Annotated[float, ("ge", 1)] = guarded()
     """Divisor of the frequencies."""
-    low_freq_factor: PositiveFloat | None = frozen(None)
+    low_freq_factor: PositiveFloat | None = guarded(None)
     """llama3: a frequency with fewer turns than this in original_max_position_embeddings is low. Llama 3.1: 1."""
-    high_freq_factor: float | None = frozen(None)
+    high_freq_factor: float | None = guarded(None)
     """llama3: a frequency with more turns than this is high; greater than low_freq_factor. Llama 3.1: 4."""
-    original_max_position_embeddings: PositiveInt | None = frozen(None)
+    original_max_position_embeddings: PositiveInt | None = guarded(None)
     """llama3: the context before, in tokens. Llama 3.1: 8192."""
 
 
@@ -87,11 +87,11 @@ class ModelConfig:
     """Number of token ids V; null: taken from the tokenizer."""
     vocab_multiple: PositiveInt = frozen(64)
     """Embedding rows are padded up to a multiple of this; padded ids never enter the loss. 1: no padding."""
-    max_position_embeddings: PositiveInt | None = frozen(None)
+    max_position_embeddings: PositiveInt | None = free(None)
     """Longest context in tokens, recorded for converters, at least data.sequence_length; null: data.sequence_length."""
-    rope_theta: PositiveFloat = frozen(10000.0)
+    rope_theta: PositiveFloat = guarded(10000.0)
     """Base of the rotary position embedding."""
-    rope_scaling: RopeScalingConfig | None = frozen(None)
+    rope_scaling: RopeScalingConfig | None = guarded(None)
     """Rotary embedding for long contexts; null: off."""
     sliding_window: PositiveInt | None = frozen(None)
     """Tokens that a token sees, itself included, in every block; null: all before it."""

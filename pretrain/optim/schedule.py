@@ -7,8 +7,9 @@ function of step and course.
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, fields
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pretrain.config import ScheduleConfig
 
@@ -40,10 +41,17 @@ class Course(NamedTuple):
         return self.decayed + (1.0 - self.decayed) * min(max(part, 0.0), 1.0)
 
 
-def lr_at(step: int, config: ScheduleConfig, peak_lr: float, total_steps: int, course: Course | None = None) -> float:
+def lr_at(
+    step: int,
+    config: ScheduleConfig,
+    peak_lr: float,
+    total_steps: int,
+    course: Course | None = None,
+    start_lr: float = 0.0,
+) -> float:
     """Returns the learning rate of update `step`; the first update is step 1, the last is step total_steps.
 
-    Warm-up rises linearly from 0 and reaches peak_lr exactly at step warmup_steps. The decay ends exactly at
+    Warm-up goes linearly from start_lr and reaches peak_lr exactly at step warmup_steps. The decay ends exactly at
     final_lr_fraction * peak_lr: wsd stays at the peak and decays linearly over the last decay_steps (None: 40 % of all steps,
     or those that follow warm-up if fewer); cosine and linear decay right after warm-up over decay_steps (None: all the rest),
     then stay at the final value. constant does not decay. Sources: Loshchilov and Hutter 2017 (cosine); Hu et al. 2024 (wsd).
@@ -54,12 +62,43 @@ def lr_at(step: int, config: ScheduleConfig, peak_lr: float, total_steps: int, c
     course = course or course_of(config, total_steps)
     place = course.place_of(step)
     if place <= course.warmup_end:
-        return peak_lr * (place / course.warmup_end)
+        return start_lr + (peak_lr - start_lr) * (place / course.warmup_end)
     if config.name == "constant":
         return peak_lr
     progress = course.decay_at(step)
     remaining = 0.5 * (1 + math.cos(math.pi * progress)) if config.name == "cosine" else 1.0 - progress
     return peak_lr * (config.final_lr_fraction + (1.0 - config.final_lr_fraction) * remaining)
+
+
+class Curve(NamedTuple):
+    """The learning rate from one step to another."""
+
+    step: int
+    """Steps before it."""
+    end: int
+    """Its last step."""
+    schedule: ScheduleConfig
+    peak_lr: float
+    start_lr: float = 0.0
+    """From which its warm-up rises or falls."""
+    course: Course | None = None
+    """None: that of a run that never changed. Its steps count from the start of the curve."""
+
+    def state(self) -> dict[str, Any]:
+        """For JSON."""
+        return self._asdict() | {"schedule": asdict(self.schedule), "course": self.course and list(self.course)}
+
+    @classmethod
+    def read(cls, state: dict[str, Any]) -> Curve:
+        """The curve that `state` returned."""
+        course = state["course"] and Course(*state["course"])
+        known = {field.name for field in fields(ScheduleConfig)}
+        schedule = ScheduleConfig(**{key: value for key, value in state["schedule"].items() if key in known})
+        return cls(**state | {"schedule": schedule, "course": course})
+
+    def lr(self, step: int) -> float:
+        """Learning rate of `step`, counted from the start of the run."""
+        return lr_at(step - self.step, self.schedule, self.peak_lr, self.end - self.step, self.course, self.start_lr)
 
 
 def course_of(config: ScheduleConfig, total_steps: int) -> Course:

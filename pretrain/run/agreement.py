@@ -7,6 +7,7 @@ included: they decide when the ranks meet in a collective.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 from dataclasses import asdict
@@ -25,7 +26,15 @@ from pretrain.run.parts import Parts
 from pretrain.schema import flatten, shown, to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
-_PATHS = ("run.directory", "tokenizer.path", "data.train", "data.valid", "data.quarantine", "model.from_pretrained")
+_PATHS = (
+    "run.directory",
+    "tokenizer.path",
+    "data.train",
+    "data.valid",
+    "train.stages",
+    "data.quarantine",
+    "model.from_pretrained",
+)
 _LIBRARIES = ("torch", "accelerate", "deepspeed", "numpy", "safetensors")
 _SAMPLE_BYTES, _SAMPLES = 2**16, 16
 
@@ -34,13 +43,15 @@ def facts(config: Config, parts: Parts, folder: Path) -> dict[str, str]:
     """The facts of this rank by key, with values for people. folder: of the run. Raises OSError."""
     known = flatten(to_dict(config) | {"model": asdict(parts.model)})
     known = {key: shown(value) for key, value in known.items() if key not in _PATHS}
+    known["train.stages"] = shown([to_dict(dataclasses.replace(each, sources=None)) for each in config.train.stages or []])
     known["engine.precision"] = default_precision(config.engine)
     known["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     if not config.data.synthetic:
-        for i, (source, opened) in enumerate(zip(config.data.train, parts.data.sources, strict=True)):
-            known[f"data.train[{i}]"] = f"{_content(opened)}, weight {source.weight:g}"
+        for i, source in enumerate(parts.data.sources):
+            weights = ", ".join(f"{stage.weights[i]:g}" for stage in parts.data.stages)
+            known[source.where] = f"{_content(source)}, weight {weights}"
         known |= {f"data.valid[{i}]": _content(each.source) for i, each in enumerate(parts.valid)}
-    known["data.quarantine"] = _digest(json.dumps(parts.data.quarantine.ranges).encode())
+    known["data.quarantine"] = _digest(json.dumps(parts.data.quarantine).encode())
     known["tokenizer"] = parts.tokenizer.fingerprint if parts.tokenizer else "none"
     if config.checkpoint.resume not in ("auto", "never"):
         known["checkpoint.resume"] = weights_digest(Path(config.checkpoint.resume))

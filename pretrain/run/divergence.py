@@ -8,6 +8,7 @@ repeats the divergence, and with it the rollback.
 
 from __future__ import annotations
 
+from pretrain import stages
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.manifest import Checkpoint, CheckpointError
 from pretrain.data import excluded
@@ -27,7 +28,8 @@ def report_spike(run: Run, loss: float) -> None:
     spike = run.spikes.judge(loss)
     if spike is None:
         return
-    progress, count = run.progress, run.config.batch.global_batch_size
+    progress, stage = run.progress, stages.stage_at(run.length.stages, run.progress.position - 1)
+    count = stage.config.batch.global_batch_size
     ids = run.data.sample_ids(progress.position - count, count)
     run.sinks.log({"step": progress.step + 1, "spike": {"step": progress.step, **spike._asdict()}, "samples": ids})
     shown = ", ".join(f"{run.data.sources[source].name}:{epoch}:{sample}" for source, epoch, sample in ids[:_SAMPLES_SHOWN])
@@ -74,7 +76,8 @@ def rollback(run: Run) -> Start | None:
 def _bad_positions(run: Run) -> tuple[int, int]:
     """[first, end) of the samples of the steps that were skipped in a row, up to now."""
     progress, steps = run.progress, int(run.meter.figures["skipped_in_a_row"])
-    first = excluded.start_of_last_steps(
-        progress.position, steps, run.config.batch.global_batch_size, progress.skipped_positions
-    )
+    first = progress.position
+    for _ in range(steps):
+        size = stages.stage_at(run.length.stages, first - 1).config.batch.global_batch_size
+        first = excluded.start_of_last_step(first, size, progress.skipped_positions)
     return first, progress.position

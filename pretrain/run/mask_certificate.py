@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain import UserError
+from pretrain import UserError, stages
 from pretrain.config import Config, EngineConfig
 from pretrain.data.batches import MASKED, Batch
 from pretrain.data.sources import documents_of
@@ -118,7 +118,7 @@ class Probe:
     def __init__(self, config: Config, model: ModelConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype):
         self.mesh, self.dtype, self.kernel = mesh, dtype, ""
         self.documents, self.window = config.data.document_mask, model.sliding_window
-        ranks, sequence_length = mesh.sequence * mesh.tensor, config.data.sequence_length
+        ranks, sequence_length = mesh.sequence * mesh.tensor, stages.longest(config)
         self.length = min(_LENGTH, sequence_length, max(_MOST_ROWS * model.head_dim, ranks)) // ranks * ranks
         if self.window is not None and self.window >= sequence_length:  # it hides nothing
             self.window = None

@@ -7,18 +7,19 @@ import statistics
 import time
 from collections.abc import Sequence
 
-from pretrain import devices
+from pretrain import devices, stages
 from pretrain.config import batch_product
 from pretrain.doctor import untrained, verdict
 from pretrain.engines.compile import compile_report, graphs
 from pretrain.engines.update_check import UpdateCheck
 from pretrain.model import flops
-from pretrain.optim.schedule import lr_at
 from pretrain.report.metrics import Clock, perplexity
 from pretrain.report.records import RecordsError
+from pretrain.run import receipt
 from pretrain.run.precision import cpu_multiplies_bf16
 from pretrain.run.resume import Start
 from pretrain.run.state import Run
+from pretrain.stages import Stage
 
 FORWARD_SHARE = 0.33  # of a training step
 SAVED_BYTES_PER_SECOND = 5e8
@@ -32,12 +33,11 @@ LEGEND = """Columns (details: docs/understanding_the_loss.md)
 
 def announce(run: Run, start: Start, why_precision: str, certificate: str, warnings: Sequence[object]) -> None:
     """Prints what will be done, in arithmetic that a reader can check, and what the numbers will mean."""
-    config, engine, batch = run.config, run.engine, run.config.batch
-    length, ranks = config.data.sequence_length, engine.world_size
+    config, engine = run.config, run.engine
+    length, ranks = run.stage.config.data.sequence_length, engine.world_size
     counts = flops.num_parameters(run.model)
     active = f" ({counts.active:,} active per token)" if counts.active < counts.total else ""
-    tokens_per_step, samples = batch.global_batch_size * length, run.length.samples
-    tokens = samples * length
+    tokens_per_step, tokens = stages.tokens_per_step(run.stage.config), run.length.tokens
     resumed = f", resuming after step {run.progress.step:,}" if start.checkpoint else ""
     lines = [
         f"run        {run.directory.path}{resumed}",
@@ -48,13 +48,14 @@ def announce(run: Run, start: Start, why_precision: str, certificate: str, warni
         f"precision  {engine.precision}: {why_precision}",
         f"compile    {engine.compiled}: {engine.compiled_why}",
         f"masks      {certificate}",
-        f"batch      {batch_product(config, ranks)}; times {length} tokens = {tokens_per_step:,} tokens per step",
-        f"length     {run.total_steps:,} steps = {tokens:,} tokens = {samples / run.data.samples_per_epoch:.2f} epochs, "
+        f"batch      {batch_product(run.stage.config, ranks)}; times {length} tokens = {tokens_per_step:,} tokens per step",
+        f"length     {run.total_steps:,} steps = {tokens:,} tokens = {run.data.epochs(run.length.position):.2f} epochs, "
         f"{tokens / counts.total:.1f} tokens per parameter",
         f"lr         {_lr_line(run)}",
-        *(f"data       {line}" for line in run.data.description()),
+        *(f"stages     {line}" for line in receipt.stage_lines(run.length, run.data, engine.world_size)),
+        *(f"data       {line}" for line in run.data.description(run.progress.position)),
         "reference losses of this data, in nats per token:",
-        *verdict.reference_lines(run.data.reference_lines),
+        *verdict.reference_lines(run.data.reference_lines_at(run.progress.position)),
         LEGEND,
         *(f"warning    {warning}" for warning in warnings),
     ]
@@ -72,19 +73,23 @@ def announce(run: Run, start: Start, why_precision: str, certificate: str, warni
 
 def _lr_line(run: Run) -> str:
     """The learning rate at the steps where it turns, in words."""
-    schedule, peak, total, course = run.config.schedule, run.config.optimizer.lr, run.total_steps, run.length.course
-    last = f"last step {lr_at(total, schedule, peak, total, course):.2e}"
+    step, total = run.progress.step, run.total_steps
+    curve = run.length.curve(min(step + 1, total))
+    schedule, course = curve.schedule, curve.course
+    last = f"step {curve.end:,}" if curve.end < total else "last step"
+    last += f" {curve.lr(curve.end):.2e}"
     if course is None:
-        first = f"step 1 {lr_at(1, schedule, peak, total):.2e}"
-        return f"{schedule.name}: {first}, peak {peak:.2e} at step {max(1, schedule.warmup_steps)}, {last}"
-    now = min(run.progress.step + 1, total)
+        first = f"step {curve.step + 1} {curve.lr(curve.step + 1):.2e}"
+        return (
+            f"{schedule.name}: {first}, peak {curve.peak_lr:.2e} at step {curve.step + max(1, schedule.warmup_steps)}, {last}"
+        )
+    now = f"{schedule.name}: step {min(step + 1, total):,} {curve.lr(min(step + 1, total)):.2e}, {last}"
     done = f", {course.decayed:.0%} of the decay was done by then" if course.decayed else ""
-    changed = f"since step {course.step:,}, when length, batch or schedule changed{done}"
-    return f"{schedule.name}: step {now:,} {lr_at(now, schedule, peak, total, course):.2e}, {last}; {changed}"
+    return f"{now}; since step {curve.step + course.step:,}, when length, batch or schedule changed{done}"
 
 
-def log_step(run: Run, clock: Clock, lr: float, update_check: UpdateCheck | None) -> None:
-    """Logs the interval since the previous logging line. A collective."""
+def log_step(run: Run, clock: Clock, stage: Stage, lr: float, update_check: UpdateCheck | None) -> None:
+    """Logs the interval since the previous logging line, which lies in `stage`. A collective."""
     progress, figures = run.progress, run.meter.read(run.engine.all_reduce)
     seconds = clock.train_seconds
     progress.tokens += figures["interval_tokens"]
@@ -99,7 +104,7 @@ def log_step(run: Run, clock: Clock, lr: float, update_check: UpdateCheck | None
         "grad_norm": figures["grad_norm"],
         "lr": lr,
         "tokens": progress.tokens,
-        "epoch": progress.position / run.data.samples_per_epoch,
+        "epoch": run.data.epochs(progress.position),
         "tokens_per_second": rate,
         "data_seconds": clock.data_seconds,
         **figures["memory"],
@@ -107,7 +112,7 @@ def log_step(run: Run, clock: Clock, lr: float, update_check: UpdateCheck | None
         "eta_seconds": _seconds_left(run, clock),
         "goodput": progress.train_seconds / max(progress.train_seconds, time.time() - progress.started),
         "train_hours": progress.train_seconds / 3600,
-        **_model_flops_utilization(run, rate),
+        **_model_flops_utilization(run, stage.config.data.sequence_length, rate),
         **figures["routing"],
     }
     checked, warnings = update_check.figures(lr) if update_check and not figures["skipped_in_a_row"] else ({}, [])
@@ -120,6 +125,19 @@ def log_step(run: Run, clock: Clock, lr: float, update_check: UpdateCheck | None
             untrained.first_step(figures["loss"], run.model.vocab_size, trained=bool(run.config.model.from_pretrained))
         )
     clock.restart()
+
+
+def log_stage(run: Run, ended: Stage) -> None:
+    """Logs that a stage has begun, if the last step was the last one of `ended`, and what changes."""
+    stage, step = run.stage, run.progress.step
+    if stage is ended or step == run.total_steps:
+        return
+    changes = receipt.stage_change(run.length, run.data, ended, stage)
+    run.sinks.info(f"stage      {stage.number} begins after step {step:,}: {changes}")
+    shares = run.data.stage_at(stage.position).shares
+    record = {"sequence_length": stage.config.data.sequence_length, "global_batch_size": stage.config.batch.global_batch_size}
+    record["shares"] = {source.name: share for source, share in zip(run.data.sources, shares, strict=True) if share}
+    run.sinks.log({"step": step, "stage": stage.number, **record})
 
 
 def _report_compiler(run: Run, what: str, where: str) -> None:
@@ -160,13 +178,13 @@ def _still_due(step: int, total: int, every: int) -> int:
     return 1 + ((total - 1) // every - (step - 1) // every if every and step < total else 0)
 
 
-def _model_flops_utilization(run: Run, tokens_per_second: float) -> dict[str, float]:
+def _model_flops_utilization(run: Run, length: int, tokens_per_second: float) -> dict[str, float]:
     """mfu and mfu_causal; empty where the peak of the device is unknown."""
     device = devices.find(run.engine.device_name)
     peak_tflops = run.config.log.peak_tflops or (device and device.bf16_tflops)
     if not peak_tflops:
         return {}
-    peak, length = run.engine.world_size * peak_tflops * 1e12, run.config.data.sequence_length
+    peak = run.engine.world_size * peak_tflops * 1e12
     return {
         name: flops.flops_per_token(run.model, length, causal=causal) * tokens_per_second / peak
         for name, causal in (("mfu", False), ("mfu_causal", True))

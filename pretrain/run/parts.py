@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from pretrain import stages
 from pretrain.config import Config, ConfigError, work_of
 from pretrain.data.batches import TrainData, ValidData, open_train, open_valid
 from pretrain.data.tokenizer import Tokenizer
@@ -30,10 +31,11 @@ def open_parts(config: Config, tokenizer: Tokenizer | None = None) -> Parts:
     tokenizer = tokenizer or open_tokenizer(config)
     model_ids, data_ids = vocabulary(config.model, tokenizer and tokenizer.vocab_size)
     opened = dict(seed=config.run.seed, vocab_size=data_ids, tokenizer_fingerprint=tokenizer and tokenizer.fingerprint)
-    model = resolve_model(config.model, vocab_size=model_ids, sequence_length=config.data.sequence_length)
+    model = resolve_model(config.model, vocab_size=model_ids, sequence_length=stages.longest(config))
     if problems := list(check_mesh(config.engine, work_of(config, model), ranks=None)):
         raise ConfigError(problems)
-    return Parts(tokenizer, open_train(config.data, **opened), open_valid(config.data, **opened), model)
+    planned = [(stage.position, stage.config.data) for stage in stages.layout(config)]
+    return Parts(tokenizer, open_train(config.data, stages=planned, **opened), open_valid(config.data, **opened), model)
 
 
 def open_tokenizer(config: Config) -> Tokenizer | None:

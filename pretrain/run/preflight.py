@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pretrain import stages
 from pretrain.checkpoint.manifest import Checkpoint, CheckpointError
 from pretrain.config import Config, ConfigError, Problem, SourceConfig, batch_product, validate, work_of
 from pretrain.data import checks
-from pretrain.data.batches import MASKED, Batch, TrainData
+from pretrain.data.batches import MASKED, Batch, TrainData, block_length_of
 from pretrain.data.checks import Finding
 from pretrain.data.indexed import DataError, DataMissing, TokenFile
 from pretrain.data.sources import FileSource
@@ -25,12 +26,11 @@ from pretrain.engines import fp8
 from pretrain.engines.base import Engine
 from pretrain.engines.config import fewest_ranks, sample_ranks, slow_links
 from pretrain.engines.mesh import Mesh
-from pretrain.model import flops
 from pretrain.model.config import ModelConfig, vocabulary
-from pretrain.optim.schedule import lr_at
 from pretrain.run import mask_certificate, resume, surroundings
 from pretrain.run.length import Length, plan
 from pretrain.run.parts import Parts, open_parts, open_tokenizer
+from pretrain.run.receipt import run_facts
 
 MOST_PASSES = 16  # Muennighoff et al. 2023: up to 4 passes are nearly as good as new text, after 16 nothing is left to gain
 _TOKENS_SHOWN, _CHARACTERS_SHOWN = 8, 160
@@ -87,7 +87,8 @@ def preflight(config: Config, ranks: int | None = None) -> Report:
         found = [Finding("schedule-too-long", each.key, each.message, stops=True) for each in error.problems]
         report.findings += resuming or found
         return report
-    report.facts += run_facts(config, parts, length)
+    parts = parts._replace(data=length.place(parts.data))
+    report.facts += run_facts(config, parts, length, ranks or config.engine.world_size)
     report.findings += run_findings(config, parts.data, length)
     report.findings += surroundings.storage_findings(config, parts.model, folder, length.total_steps) + resuming
     if not report.stops:
@@ -116,11 +117,10 @@ def at_start(config: Config, engine: Engine, parts: Parts, found: Checkpoint | N
     findings: list[Finding] = []
     if engine.rank == 0:
         length = plan(config, parts.data, found and found.state())
+        data = length.place(parts.data)
         folder = Path(config.run.directory) / config.run.name
         findings += _quick_file_findings(parts) if not config.data.synthetic else []
-        findings += (
-            surroundings.sink_findings(config) + surroundings.build_locks(config) + run_findings(config, parts.data, length)
-        )
+        findings += surroundings.sink_findings(config) + surroundings.build_locks(config) + run_findings(config, data, length)
         findings += precision_findings(config, parts.model)
         if per_node := engine.place.local_world_size:
             links = slow_links(config.engine, work_of(config, parts.model), engine.world_size, per_node)
@@ -152,9 +152,10 @@ def _file_findings(config: Config, tokenizer: Tokenizer | None, vocab_size: int,
     found: list[Finding] = []
     files: dict[str, list[TokenFile]] = {"train": [], "valid": []}
     end = tokenizer.end_of_document_id if tokenizer else None
-    for key, sources in (("train", config.data.train), ("valid", config.data.valid)):
-        for i, source in enumerate(sources):
-            where = f"data.{key}[{i}].path"
+    valid = [(f"data.valid[{i}]", source) for i, source in enumerate(config.data.valid)]
+    for key, sources in (("train", stages.sources(config)), ("valid", valid)):
+        for place, source in sources:
+            where = f"{place}.path"
             file, problems = _open_file(source, where, vocab_size)
             found += problems
             if file is None:
@@ -167,7 +168,7 @@ def _file_findings(config: Config, tokenizer: Tokenizer | None, vocab_size: int,
                 config.data,
                 vocab_size=vocab_size,
                 tokenizer_fingerprint=tokenizer and tokenizer.fingerprint,
-                least_tokens=config.data.sequence_length + 1 if key == "train" else 2,
+                least_tokens=block_length_of([each.data for each in stages.settings(config)]) + 1 if key == "train" else 2,
             )
             unknown = tokenizer.unknown_ids if tokenizer else frozenset()
             found += checks.check_sample(file, where, vocab_size=vocab_size, end_of_document_id=end, unknown_ids=unknown)
@@ -181,8 +182,7 @@ def _file_findings(config: Config, tokenizer: Tokenizer | None, vocab_size: int,
 def _quick_file_findings(parts: Parts) -> list[Finding]:
     """Checks on a sample of each file, and on the entropies in its metadata sidecar, if it has one."""
     train, valid = parts.data.sources, [each.source for each in parts.valid]
-    files = [(f"data.train[{i}].path", source) for i, source in enumerate(train)]
-    files += [(f"data.valid[{i}].path", source) for i, source in enumerate(valid)]
+    files = [(f"{source.where}.path", source) for source in [*train, *valid]]
     found = _same_files([source.file for source in train], [source.file for source in valid])
     for where, source in files:
         found += checks.check_sample(source.file, where, vocab_size=parts.data.vocab_size, end_of_document_id=None)
@@ -300,50 +300,33 @@ def batch_findings(config: Config, ranks: int | None) -> list[Finding]:
     return [Finding("batch-arithmetic", problem.key, problem.message, stops=True) for problem in problems]
 
 
-def run_facts(config: Config, parts: Parts, length: Length) -> list[str]:
-    """Length, learning rates as the engine will get them, and passes over each source."""
-    schedule, peak, steps, samples = config.schedule, config.optimizer.lr, length.total_steps, length.samples
-    total, tokens = flops.num_parameters(parts.model).total, samples * config.data.sequence_length
-    places = {"step 1": 1, "end of warm-up": max(1, schedule.warmup_steps), "middle": max(1, steps // 2), "last": steps}
-    if length.course:  # the run has changed at this step
-        places = {"next step": min(length.course.step + 1, steps), "last": steps}
-    rates = ", ".join(f"{name} ({at:,}) {lr_at(at, schedule, peak, steps, length.course):.3g}" for name, at in places.items())
-    lines = [
-        f"model: {total:,} parameters, vocabulary {parts.model.vocab_size:,}",
-        f"length: {steps:,} steps = {tokens:,} tokens = {tokens / total:.3g} tokens per parameter",
-        f"learning rate ({schedule.name}): {rates}",
-    ]
-    passes = zip(parts.data.sources, parts.data.passes(samples), strict=True)
-    return lines + [f"{source.name}: read {times:.3g} times" for source, times in passes]
-
-
 def run_findings(config: Config, data: TrainData, length: Length) -> list[Finding]:
     """Problems of weights, schedule and data together."""
-    return weights_findings(config, data) + schedule_findings(config, length) + pass_findings(config, data, length.samples)
+    return weights_findings(config, data) + schedule_findings(length) + pass_findings(data, length.position)
 
 
-def schedule_findings(config: Config, length: Length) -> list[Finding]:
+def schedule_findings(length: Length) -> list[Finding]:
     """Finds learning rates that are probably mistakes."""
-    schedule, peak, steps, found = config.schedule, config.optimizer.lr, length.total_steps, []
-    if not 1e-7 <= peak <= 0.1:
-        text = f"peak {peak:.3g}; nearly every model trains between 1e-5 and 1e-2"
-        found.append(Finding("lr-out-of-range", "optimizer.lr", text))
-    if length.course:  # its steps are not of one size; the start of the run was checked
-        left = steps - length.course.step
-        if schedule.name != "constant" and length.course.decayed == 1 and left > 0:
-            text = f"the decay is complete, so the remaining {left:,} steps stay at {schedule.final_lr_fraction * peak:.3g}; "
-            text += "resume a checkpoint from before the decay (checkpoint.resume), or change a key of schedule"
-            found.append(Finding("lr-ends-early", "schedule", text))
-        return found
-    if schedule.warmup_steps > 0.5 * steps:
-        text = f"{schedule.warmup_steps:,} of {steps:,} steps are warm-up; 1 to 10 % is usual"
-        found.append(Finding("warmup-too-long", "schedule.warmup_steps", text))
-    end = schedule.warmup_steps + (schedule.decay_steps or steps)
-    if schedule.name in ("cosine", "linear") and end < 0.9 * steps:
-        text = (
-            f"the decay ends at step {end:,} of {steps:,}, and the rate stays at its lowest after that; null decays to the end"
-        )
-        found.append(Finding("lr-ends-early", "schedule.decay_steps", text))
+    found = []
+    for curve in length.curves:
+        schedule, peak, steps = curve.schedule, curve.peak_lr, curve.end - curve.step
+        if not 1e-7 <= peak <= 0.1:
+            text = f"peak {peak:.3g}; nearly every model trains between 1e-5 and 1e-2"
+            found.append(Finding("lr-out-of-range", "optimizer.lr", text))
+        if curve.course:  # its steps are not of one size; the start of the run was checked
+            left, lowest = steps - curve.course.step, schedule.final_lr_fraction * peak
+            if schedule.name != "constant" and curve.course.decayed == 1 and left > 0:
+                text = f"the decay is complete, so the remaining {left:,} steps stay at {lowest:.3g}; resume a checkpoint from "
+                text += "before the decay (checkpoint.resume), or change a key of schedule"
+                found.append(Finding("lr-ends-early", "schedule", text))
+            continue
+        if schedule.warmup_steps > 0.5 * steps:
+            text = f"{schedule.warmup_steps:,} of {steps:,} steps are warm-up; 1 to 10 % is usual"
+            found.append(Finding("warmup-too-long", "schedule.warmup_steps", text))
+        end = schedule.warmup_steps + (schedule.decay_steps or steps)
+        if schedule.name in ("cosine", "linear") and end < 0.9 * steps:
+            text = f"the decay ends at step {end:,} of {steps:,}, and the rate stays at its lowest after that; "
+            found.append(Finding("lr-ends-early", "schedule.decay_steps", f"{text}null decays to the end"))
     return found
 
 
@@ -379,22 +362,22 @@ def weights_findings(config: Config, data: TrainData) -> list[Finding]:
     theirs = tokenizer_of(Path(path))
     text = f"was not made with the tokenizer that {path} was trained with; correct only if it extends that tokenizer's ids"
     return [
-        Finding("weights-of-another-tokenizer", f"data.train[{i}].path", text)
-        for i, source in enumerate(data.sources)
+        Finding("weights-of-another-tokenizer", f"{source.where}.path", text)
+        for source in data.sources
         if theirs and isinstance(source, FileSource) and source.sidecar and source.sidecar.tokenizer_fingerprint != theirs
     ]
 
 
-def pass_findings(config: Config, data: TrainData, samples: int) -> list[Finding]:
+def pass_findings(data: TrainData, position: int) -> list[Finding]:
     """Finds sources that are read so often that nothing is left to learn from them."""
     return [
         Finding(
             "many-passes",
-            f"data.train[{i}]",
+            source.where,
             f"{source.name} is read {times:.0f} times, and after {MOST_PASSES} passes a model memorizes it; lower its weight, "
             "train shorter or add text",
         )
-        for i, (source, times) in enumerate(zip(data.sources, data.passes(samples), strict=True))
+        for source, times in zip(data.sources, data.passes(position), strict=True)
         if times > MOST_PASSES and isinstance(source, FileSource)
     ]
 

@@ -75,8 +75,16 @@ _METER = _object(
 )
 _SPIKES = _object({"accepted": core.list_schema(_NUMBER), "high": core.list_schema(_NUMBER)})
 _COURSE = core.tuple_schema([*[_COUNT] * 6, core.float_schema(ge=0, le=1, strict=True)])
-_LENGTH = _object({"total_steps": _COUNT, "course": core.nullable_schema(_COURSE)})
 _SECTION = core.dict_schema(core.str_schema())
+_CURVE = _object(
+    {"step": _COUNT, "end": _COUNT, "schedule": _SECTION, "course": core.nullable_schema(_COURSE)},
+    dict.fromkeys(("peak_lr", "start_lr"), _SECONDS),
+)
+_STAGE = core.list_schema(_COUNT, min_length=4, max_length=4)
+_LENGTH = _object(
+    {"total_steps": _COUNT, "course": core.nullable_schema(_COURSE)},
+    {"curve": _CURVE, "stages": core.list_schema(_STAGE, min_length=1)},
+)
 _STATE = SchemaValidator(
     _object(
         {

@@ -17,6 +17,7 @@ import torch
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.manifest import Checkpoint, CheckpointError, checkpoints
 from pretrain.config import Config, ConfigError, EngineConfig, Problem, check_resume
+from pretrain.data.batches import TrainData
 from pretrain.engines.base import Engine, default_precision
 from pretrain.engines.shards import Shard
 from pretrain.model.config import ModelConfig
@@ -128,14 +129,10 @@ def check_settings(config: Config, parts: Parts, found: Checkpoint) -> None:
     problems = check_resume(before, now, config.checkpoint.allow_changes, origin)
     if not problems:  # else its settings may be of another shape
         try:
-            plan(config, parts.data, state)
+            data = plan(config, parts.data, state).place(parts.data)
+            problems += [replace(each, origin=origin) for each in _data_problems(config, data, state)]
         except ConfigError as error:
             problems += [replace(each, origin=origin) for each in error.problems]
-    if state["data"] != parts.data.fingerprint:
-        text = "the training data, its order or its weights differ from the checkpoint's; "
-        problems.append(Problem("data", text + "restore the files, or start another run with another run.name", origin))
-    elif problem := _quarantine_problem(config, parts, state):
-        problems.append(Problem("data.quarantine", problem, origin))
     if problems:
         raise ConfigError(problems)
 
@@ -148,15 +145,25 @@ def precision_of(state: dict) -> str:
     return written if written in ("fp32", "bf16", "fp8") else default_precision(EngineConfig())
 
 
-def _quarantine_problem(config: Config, parts: Parts, state: dict) -> str | None:
+def _data_problems(config: Config, data: TrainData, state: dict) -> list[Problem]:
+    """What the run has read must be what these settings say; what is ahead of it may differ."""
+    if state["data"] != data.fingerprint_at(state["progress"]["position"]):
+        text = "the training data, its order or its weights differ from the checkpoint's; restore the files and the settings; "
+        text += f"other data from here on are a stage: train.stages: [{{after_steps: {state['step']}, sources: [...]}}]"
+        return [Problem("data", text)]
+    problem = _quarantine_problem(config, data, state)
+    return [Problem("data.quarantine", problem)] if problem else []
+
+
+def _quarantine_problem(config: Config, data: TrainData, state: dict) -> str | None:
     """A quarantine may change only for samples that are still ahead of the run, and only if the user confirms it."""
     excluded, position = state.get("quarantine", []), state["progress"]["position"]
-    if excluded == parts.data.quarantine.ranges:
+    if excluded == data.quarantine:
         return None
-    sizes = [source.num_samples for source in parts.data.sources]
+    sizes = data.num_samples
     if any(source >= len(sizes) or not first < end <= sizes[source] for source, first, end in excluded):
         return "differs from the checkpoint's, which names samples that the data do not have; resume from another checkpoint"
-    if changed := parts.data.history_changed(excluded, position):
+    if changed := data.history_changed(excluded, position):
         return f"differs from the checkpoint's in {changed}; resume from an earlier checkpoint, or restore the file"
     if any(end > position for _, end in state["progress"].get("skipped_positions", [])):
         return "has changed while the run skips samples after a rollback; let it pass them first, or restore the file"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
+from pretrain import stages
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.manifest import Checkpoint
 from pretrain.checkpoint.saver import Saver
@@ -26,6 +27,7 @@ from pretrain.run.parts import Parts
 from pretrain.run.progress import Progress, read_saved
 from pretrain.run.resume import Start
 from pretrain.schema import to_dict
+from pretrain.stages import Stage
 
 
 @dataclass
@@ -53,6 +55,11 @@ class Run:
     (`all`)."""
 
     @property
+    def stage(self) -> Stage:
+        """The stage of the next step, as far as its position is known; after the last step, that of the last."""
+        return stages.stage_at(self.length.stages, self.progress.position)
+
+    @property
     def total_steps(self) -> int:
         """Steps over all starts."""
         return self.length.total_steps
@@ -71,10 +78,10 @@ class Run:
             "spikes": self.spikes.state(),
             "model": asdict(self.model),
             "settings": to_dict(self.config),
-            "data": self.data.fingerprint,
-            "quarantine": self.data.quarantine.ranges,
+            "data": self.data.fingerprint_at(self.progress.position),
+            "quarantine": self.data.quarantine,
             "tokenizer": self.tokenizer and self.tokenizer.fingerprint,
-            "length": self.length.state(),
+            "length": self.length.state(self.progress.step),
             "val_loss": val_loss,
             "wandb_id": self.sinks.wandb_id,
         }
@@ -87,9 +94,11 @@ def open_run(config: Config, engine: Engine, parts: Parts, directory: RunDirecto
     state = read_saved(found) if found else {}
     if found:
         storage.load(found, engine)
-    length = plan(config, parts.data, state or None)
+    if found:
+        state["progress"] |= start.changes
     progress = Progress(**state["progress"]) if found else Progress(started=time.time())
-    progress = replace(progress, **start.changes)
+    length = plan(config, parts.data, state or None)
+    parts = parts._replace(data=length.place(parts.data))
     own = found is not None and found.path.parent.resolve() == directory.checkpoints.resolve()
     if not own:  # the time between another run's checkpoint and this start is no loss of this run
         progress.started = time.time() - progress.train_seconds
@@ -140,13 +149,20 @@ def _environment(
         | {key: value for key, value in (asdict(source.sidecar) if source.sidecar else {}).items() if key != "block_checksums"}
         for source in data.sources
     }
-    per_token = flops.flops_per_token(model, config.data.sequence_length)
+    stage = stages.stage_at(length.stages, progress.position)
+    per_token = flops.flops_per_token(model, stage.config.data.sequence_length)
     facts = {
         "model": asdict(flops.num_parameters(model)) | {"flops_per_token": per_token, "settings": asdict(model)},
-        "data": {"order": data.fingerprint, "quarantine": data.quarantine.ranges, "seals": seals},
+        "data": {"order": data.fingerprint, "quarantine": data.quarantine, "seals": seals},
     }
-    start = {"step": progress.step, "position": progress.position, "global_batch_size": config.batch.global_batch_size}
-    start |= {"length": length.state(), "time": time.time(), "world_size": engine.world_size, "device": engine.device_name}
+    start = {"step": progress.step, "position": progress.position}
+    start |= {"global_batch_size": stage.config.batch.global_batch_size, "stages": length.rows()}
+    start |= {
+        "length": length.state(progress.step) | {"curves": [curve.state() for curve in length.curves]},
+        "time": time.time(),
+        "world_size": engine.world_size,
+        "device": engine.device_name,
+    }
     start |= {"mesh": engine.mesh.sizes, "precision": engine.precision, **environment.here()}
     if engine.device.type == "cuda":
         start["gpu"] = environment.of_gpu(engine.device.index)
