@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from pretrain.data.corpus import Corpus
+from pretrain.data.division import Shard
 from pretrain.data.indexed import DataError
 
 TEXTS = ["First line\nsecond\r\nthird\t\x00 end ", "  spaces  ", "ünïcode \u2581 中文 🏳️‍🌈\n\n\n", "x"]
@@ -137,6 +138,15 @@ def test_hub_data_are_streamed(tmp_path):
         texts(Corpus.from_hub(str(tmp_path), text_key="body"))
     with pytest.raises(DataError, match="--hf "):
         texts(Corpus.from_hub(str(tmp_path / "nowhere")))
+
+
+def test_shards_of_hub_data_are_their_files(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.jsonl").write_bytes(jsonl({"text": f"file {i}, line {j}"} for j in range(3)))
+    shards = [texts(Corpus.from_hub(str(tmp_path), shard=Shard(i, 3))) for i in range(3)]
+    assert all(shards) and [text for shard in shards for text in shard] == texts(Corpus.from_hub(str(tmp_path)))
+    with pytest.raises(DataError, match="4 files"):
+        texts(Corpus.from_hub(str(tmp_path), shard=Shard(0, 5)))
 
 
 def test_counts_and_checksum_describe_the_documents(tmp_path):

@@ -58,6 +58,7 @@ def open_corpus(options: argparse.Namespace) -> Corpus:
         split=options.text_split,
         on_bad_line=options.on_bad_line,
         near_duplicates=near_duplicates,
+        shard=getattr(options, "shard", None),
     )
     if options.hf:
         if options.format:

@@ -24,10 +24,11 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from . import readers
 from .compressions import COMPRESSIONS, READ_ERRORS, compression, decompressed, named_compression, open_archive, open_member
+from .division import Lines, Part, Shard, divide, files_fingerprint
 from .fields import Bad, Key, Template
 from .indexed import DataError
 from .near_duplicates import NearDuplicates
@@ -56,7 +57,8 @@ class Corpus:
     names. Without it, standard input is text. `text_key`: key or column of the text, "a.b" if it is nested. `template`: instead
     of a key, as in `fields.Template`. `split`: "file" (a .txt is one document), "line", "blank-line", or a separator such as
     "<|endoftext|>". `on_bad_line`: "error" raises DataError at a line or row without usable text, "skip" counts it in `bad`.
-    `near_duplicates`: leaves out documents that resemble an earlier one.
+    `near_duplicates`: leaves out documents that resemble an earlier one. `shard`: only this part of the files; all shards in
+    order are the input in order.
 
     Counts: `num_documents`, `utf8_bytes`, `bad` (lines and rows that were skipped, by reason), `empty_documents` (left out),
     `text_counts` (of plain text), `other_files` (in folders and archives, not read, by the end of their names).
@@ -72,6 +74,7 @@ class Corpus:
         on_bad_line: Literal["error", "skip"] = "error",
         format: str | None = None,
         near_duplicates: NearDuplicates | None = None,
+        shard: Shard | None = None,
     ):
         """Raises DataError."""
         self.inputs, self.split, self.on_bad_line, self._near_duplicates = list(inputs), split, on_bad_line, near_duplicates
@@ -83,25 +86,32 @@ class Corpus:
         if STDIN in self.inputs and self._given_format in COLUMNAR:
             raise DataError(f"--format {format}: cannot be read from standard input; name the files")
         self.other_files: Counter[str] = Counter()
-        self._files = [file for name in inputs for file in ([name] if name in (STDLIB, STDIN) else self._find(Path(name)))]
-        sized = not {STDLIB, STDIN}.intersection(self._files)
-        self.total_bytes: int | None = sum(Path(file).stat().st_size for file in self._files) if sized else None
+        files = [file for name in inputs for file in ([name] if name in (STDLIB, STDIN) else self._find(Path(name)))]
+        self._sizes = [(file, 0 if file in (STDLIB, STDIN) else Path(file).stat().st_size) for file in files]
+        sized = not {STDLIB, STDIN}.intersection(files)
+        if shard and not sized:
+            raise DataError(f"--shard: {STDIN} and {STDLIB} cannot be divided; write the text to files, and name these")
+        whole = [Part(name, 0, size, size) for name, size in self._sizes]
+        self._parts = divide(self._sizes, shard, self._is_divisible) if shard else whole
+        self.total_bytes: int | None = sum(part.end - part.begin for part in self._parts) if sized else None
         self.num_documents = self.utf8_bytes = self.empty_documents = 0
         self.text_counts = readers.TextCounts()
         self.bad: Counter[str] = Counter()
         self._first_bad: dict[str, str] = {}
         self._digest = hashlib.sha256()
         self._finished_bytes, self._opened = 0, None
-        self._hub: tuple[str, str | None, str] | None = None
+        self._hub: tuple | None = None  # arguments of `hub_records`
 
     @classmethod
-    def from_hub(cls, name: str, config: str | None = None, hub_split: str = "train", **options) -> Corpus:
+    def from_hub(
+        cls, name: str, config: str | None = None, hub_split: str = "train", shard: Shard | None = None, **options
+    ) -> Corpus:
         """A data set of the Hugging Face hub (or a local folder that `datasets` can load), streamed. Raises DataError."""
         if any((Path(name) / each).is_file() for each in _DATASETS_METADATA):
             raise DataError(f"--hf {name}: this folder was written by save_to_disk; read it with --input {name}")
         corpus = cls([], **options)
         corpus.inputs = [f"hf:{name}" + (f"/{config}" if config else "") + f":{hub_split}"]
-        corpus.total_bytes, corpus._hub = None, (name, config, hub_split)
+        corpus.total_bytes, corpus._hub = None, (name, config, hub_split, shard)
         return corpus
 
     def documents(self) -> Iterator[tuple[str, str]]:
@@ -132,8 +142,12 @@ class Corpus:
         """No text is longer than this, over all documents. None: unknown, as files are compressed or streamed, or texts are
         made by a template."""
         plain = self.total_bytes is not None and self._template is None and self._given_format is None
-        plain = plain and not any(named_compression(file) or _format(file) in COLUMNAR for file in self._files)
-        return self.total_bytes if plain else None
+        plain = plain and not any(named_compression(part.name) or _format(part.name) in COLUMNAR for part in self._parts)
+        return sum(part.size for part in self._parts) if plain else None
+
+    def files_fingerprint(self) -> str:
+        """Hash of names and sizes of all files, those of other shards included."""
+        return files_fingerprint(self._sizes)
 
     @property
     def sha256(self) -> str:
@@ -233,19 +247,36 @@ class Corpus:
             return None
         return data
 
+    def _is_divisible(self, name: str) -> bool:
+        """Whether every line of a file is a document. Raises DataError, OSError."""
+        form = self._given_format or _format(name)
+        if named_compression(name) or form not in (".txt", ".jsonl", ".json") or (form == ".txt" and self.split != "line"):
+            return False
+        with open(name, "rb") as file:
+            if compression(name, file, by_content=self._given_format is not None):
+                return False
+            return form == ".txt" or readers.has_json_lines(Opened(name, form, file))
+
     def _all_files(self) -> Iterator[tuple[str, str | Bad]]:
-        for name in self._files:
-            if name == STDLIB:
+        for part in self._parts:
+            if part.name == STDLIB:
                 yield from readers.standard_library()
-            elif name == STDIN:
+            elif part.name == STDIN:
                 file = io.BufferedReader(sys.stdin.buffer, 1 << 20)
                 yield from self._one_file(Opened("standard input", self._given_format or ".txt", file))
             else:
-                with open(name, "rb") as file:
-                    opened = Opened(name, self._given_format or _format(name), file, Path(name).stat().st_size)
-                    yield from self._one_file(opened)
-                self._finished_bytes += opened.size
+                with open(part.name, "rb") as file:
+                    yield from self._one_file(self._opened_part(part, file))
+                self._finished_bytes += part.end - part.begin
             self._opened = None
+
+    def _opened_part(self, part: Part, file: BinaryIO) -> Opened:
+        form = self._given_format or _format(part.name)
+        if part.is_whole:
+            return Opened(part.name, form, file, part.size)
+        lines = Lines(file, part)
+        name = f"{part.name} from byte {lines.begin:,}" if lines.begin else part.name
+        return Opened(name, form, io.BufferedReader(lines, 1 << 20), part.end - part.begin, begin=lines.begin)
 
     def _one_file(self, opened: Opened) -> Iterator[tuple[str, str | Bad]]:
         self._opened = opened
@@ -253,7 +284,8 @@ class Corpus:
             if opened.format in COLUMNAR:
                 yield from self._texts(opened)
                 return
-            suffix = compression(opened.name, opened.file, by_content=self._given_format is not None)
+            by_content = self._given_format is not None
+            suffix = "" if opened.begin else compression(opened.name, opened.file, by_content)
             if suffix == ".zip":
                 yield from self._archive(opened)
             else:

@@ -8,8 +8,10 @@ one look for the end of a line; all others stay whole.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import io
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -42,15 +44,57 @@ class Shard(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The documents that begin at the bytes [begin, end) of a file."""
+    """The documents that begin at the bytes [begin, end) of a file of `size` bytes."""
 
     name: str
     begin: int
     end: int
+    size: int
+
+    @property
+    def is_whole(self) -> bool:
+        """True: all documents of the file."""
+        return self.end - self.begin == self.size
+
+
+class Lines(io.RawIOBase):
+    """The lines of an open file that begin at the bytes of `part`, as a file."""
+
+    def __init__(self, file: BinaryIO, part: Part):
+        end, self.begin = _line_start(file, part.end), _line_start(file, part.begin)
+        self._file, self._left, self._done = file, end - self.begin, 0
+        file.seek(self.begin)
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def readinto(self, buffer) -> int:
+        """Fills the buffer as far as it can at once. Returns the number of bytes, 0 at the end."""
+        count = self._file.readinto(memoryview(buffer)[: self._left])
+        self._left, self._done = self._left - count, self._done + count
+        return count
+
+    def tell(self) -> int:
+        """Number of bytes that have been read."""
+        return self._done
+
+
+def _line_start(file: BinaryIO, offset: int) -> int:
+    """Where the first line begins that does not begin before `offset`."""
+    file.seek(max(0, offset - 1))
+    while offset and (data := file.readline(1 << 20)) and not data.endswith(b"\n"):
+        pass
+    return file.tell()
+
+
+def files_fingerprint(files: list[tuple[str, int]]) -> str:
+    """Hash of the names and sizes that a division depends on."""
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
 
 def divide(files: list[tuple[str, int]], shard: Shard, is_divisible: Callable[[str], bool]) -> list[Part]:
-    """The parts of the files (name, bytes) that belong to a shard, in order. Raises DataError if there are too few for all.
+    """The parts of the files (name, bytes) that belong to a shard, in order. Raises DataError if some shard would get none.
 
     `is_divisible`: whether the documents of a file are its lines; asked only of files that are larger than a piece.
     """
@@ -58,7 +102,7 @@ def divide(files: list[tuple[str, int]], shard: Shard, is_divisible: Callable[[s
     pieces = []
     for name, size in files:
         step = piece if size > piece and is_divisible(name) else max(1, size)
-        pieces += [Part(name, begin, min(begin + step, size)) for begin in range(0, max(1, size), step)]
+        pieces += [Part(name, begin, min(begin + step, size), size) for begin in range(0, max(1, size), step)]
     if len(pieces) < shard.count:
         raise DataError(
             f"--shard: {shard.count:,} shards, but the input has {len(files):,} files, of which only .jsonl files that are not "
@@ -85,6 +129,6 @@ def _joined(pieces: list[Part]) -> list[Part]:
     parts: list[Part] = []
     for piece in pieces:
         if parts and parts[-1].name == piece.name and parts[-1].end == piece.begin:
-            piece = Part(piece.name, parts.pop().begin, piece.end)
+            piece = piece._replace(begin=parts.pop().begin)
         parts.append(piece)
     return parts

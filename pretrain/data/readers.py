@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from .division import Shard
 from .fields import Bad, Key, Template
 from .indexed import DataError
 
@@ -51,6 +52,8 @@ class Opened:
     """Bytes on disk; 0 for standard input."""
     tell: Callable[[], int] | None = None
     """Bytes on disk that have been read."""
+    begin: int = 0
+    """Where in a file of one document per line the content begins."""
 
     def __post_init__(self):
         if self.tell is None:
@@ -79,20 +82,24 @@ def records(opened: Opened, fields: Key | Template) -> Iterator[tuple[str, objec
     return _json(opened)
 
 
-def _json(opened: Opened) -> Iterator[tuple[str, object]]:
-    """Objects on a line each; or in an array or over several lines, which is found out from the start of the file."""
+def has_json_lines(opened: Opened) -> bool:
+    """Whether a file of JSON has one value per line, as far as its start tells; not an array or values over several lines."""
     start = opened.file.peek(1 << 10).removeprefix(b"\xef\xbb\xbf").lstrip()
     first, more, _ = start.partition(b"\n")
     torn = more and start.startswith(b"{") and not first.rstrip().endswith(b"}")
-    if start.startswith(b"[") or (torn and (opened.format == ".json" or first.strip() == b"{")):
-        yield from ((f"{opened.name}:{number}", value) for number, value in enumerate(_json_values(opened), 1))
-    else:
+    return not start.startswith(b"[") and not (torn and (opened.format == ".json" or first.strip() == b"{"))
+
+
+def _json(opened: Opened) -> Iterator[tuple[str, object]]:
+    if opened.begin or has_json_lines(opened):
         yield from _json_lines(opened)
+    else:
+        yield from ((f"{opened.name}:{number}", value) for number, value in enumerate(_json_values(opened), 1))
 
 
 def _json_lines(opened: Opened) -> Iterator[tuple[str, object]]:
     for number, line in enumerate(iter(lambda: opened.file.readline(_LARGEST_DOCUMENT + 1), b""), 1):
-        if number == 1:
+        if number == 1 and not opened.begin:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if line.isspace():
             continue
@@ -246,7 +253,7 @@ def plain_texts(opened: Opened, split: str, counts: TextCounts, key: str) -> Ite
     parts = [opened.file.read(_LARGEST_DOCUMENT + 1)] if split == "file" else _parts(opened.file, split)
     number = broken = characters = 0
     for number, data in enumerate(parts, 1):
-        if number == 1:
+        if number == 1 and not opened.begin:
             data = data.removeprefix(b"\xef\xbb\xbf")
         if len(data) > _LARGEST_DOCUMENT:
             size = f"a document of more than {_LARGEST_DOCUMENT >> 20} MiB, which may not fit into memory"
@@ -302,16 +309,23 @@ def _joined(lines: Iterable[bytes]) -> bytes:
     return b"".join(held)
 
 
-def hub_records(name: str, config: str | None, split: str, shown: str) -> Iterator[tuple[str, object]]:
-    """(place, row) of a data set that the `datasets` library streams; `shown` stands for it in places. Raises DataError."""
+def hub_records(name: str, config: str | None, split: str, shard: Shard | None, shown: str) -> Iterator[tuple[str, object]]:
+    """(place, row) of a data set that the `datasets` library streams, or of some of its files. Raises DataError.
+
+    `shown` stands for the data set in places.
+    """
     import datasets
 
     try:
-        number = 0
-        for batch in datasets.load_dataset(name, config, split=split, streaming=True).iter(batch_size=_BATCH_ROWS):
+        number, rows = 0, datasets.load_dataset(name, config, split=split, streaming=True)
+        if shard and rows.num_shards < shard.count:
+            raise DataError(f"--shard: {shown} has {rows.num_shards:,} files; use at most as many shards")
+        for batch in (rows.shard(shard.count, shard.index) if shard else rows).iter(batch_size=_BATCH_ROWS):
             for row in zip(*batch.values(), strict=True):
                 number += 1
                 yield f"{shown}:{number}", dict(zip(batch, row, strict=True))
+    except DataError:
+        raise
     except Exception as error:  # the library passes on the exceptions of parsers, network and cache
         raise DataError(f"--hf {name}: {type(error).__name__}: {error}") from error
 
