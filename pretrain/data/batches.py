@@ -45,6 +45,13 @@ class Batch(NamedTuple):
 
     An end-of-document token belongs to the document that it ends. Its label, the first token of the next document, counts in
     the loss, with and without the mask: a model should learn how documents start."""
+    sources_B: torch.Tensor | None = None
+    """int64, number of each sample's source. None: there is only one, or it does not matter."""
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(tokens_BT, labels_BT, documents_BT): what a model takes."""
+        return self.tokens_BT, self.labels_BT, self.documents_BT
 
 
 class Mixture(NamedTuple):
@@ -153,7 +160,7 @@ class TrainData:
             _fill(batch, rows, self.sources[number], places.samples[rows], stage.cut)
         for row in np.flatnonzero(places.seen).tolist():
             batch.labels_BT[row, : places.seen[row]] = MASKED
-        return batch
+        return batch._replace(sources_B=torch.from_numpy(places.sources)) if len(self.sources) > 1 else batch
 
     def sample_ids(self, position: int, count: int) -> list[tuple[int, int, int]]:
         """(source number, epoch, sample) of the positions [position, position + count) of one stage."""
