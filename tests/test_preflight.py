@@ -630,6 +630,23 @@ def test_the_longest_run_within_max_epochs_is_named_and_fits(world, batch):
         assert {each.name for each in world.check().findings if each.stops} == names
 
 
+def test_max_epochs_counts_all_stages_and_the_smallest_limit_holds(world):
+    """The second stage has another batch, twice the length, and the first source again, with a smaller limit."""
+    again = f"{{path: {world.train}, max_epochs: 2}}"
+    world.flags["data.train"] = f"[{{path: {world.train}, max_epochs: 5}}]"
+    stage = f"{{after_steps: 40, global_batch_size: 6, micro_batch_size: 2, sequence_length: 128, sources: [{again}]}}"
+    world.flags |= {"train.stages": f"[{stage}]", "train.max_steps": 5000}
+    config = load(world.argv(), world_size=None)
+    data = open_parts(config).data
+    length = plan(config, data, None)
+    assert [length.position_after(step) for step in (0, 1, 40, 41, 5000)] == [0, 8, 320, 326, 320 + 6 * 4960]
+    (found,) = epoch_findings(length.place(data), length)
+    assert found.where == "data.train[0].max_epochs" and "max_epochs allows 2;" in found.text
+    steps = int(re.search(r"train\.max_steps (\d+)", found.text)[1])
+    tokens = data.sources[0].num_blocks(128) * 128
+    assert 40 * 8 * 64 + (steps - 41) * 6 * 128 <= 2 * tokens < 40 * 8 * 64 + (steps - 40) * 6 * 128
+
+
 def test_one_epoch_is_within_max_epochs_of_1_whatever_the_batch(world):
     world.flags["data.train"] = ", ".join(
         f"{{path: {path}, weight: null, max_epochs: 1}}" for path in (world.train, world.valid)
