@@ -6,7 +6,9 @@ TRANSFORMERS = ["transformers>=5.0", "protobuf"]  # conversion and its tests
 EVALUATION = ["lm-eval[hf]>=0.4.9"]  # launch/evaluate.py --tasks
 TENSORBOARD = ["tensorboard"]
 FP8 = ["torchao>=0.18"]  # engine.precision fp8 and its tests; earlier ones lack a workaround for NaN in compiled fp8 kernels
-DEVELOPMENT = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "codespell"]
+NEAR_DUPLICATES = ["datasketch>=2"]  # --near-duplicates drop; earlier ones give other numbers
+SNAPPY = ["python-snappy"]  # reading .snappy files
+DEVELOPMENT = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "pandas", "ruff", "codespell"]
 
 setup(
     name="pretrain",
@@ -39,7 +41,9 @@ setup(
         "eval": TRANSFORMERS + EVALUATION,
         "tensorboard": TENSORBOARD,
         "fp8": FP8,
-        "all": TRANSFORMERS + TENSORBOARD + FP8,
+        "near-duplicates": NEAR_DUPLICATES,
+        "snappy": SNAPPY,
+        "all": TRANSFORMERS + TENSORBOARD + FP8 + NEAR_DUPLICATES + SNAPPY,
         "dev": DEVELOPMENT,
     },
 )

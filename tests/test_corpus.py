@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from pretrain.data.corpus import Corpus
+from pretrain.data.division import Shard
 from pretrain.data.indexed import DataError
 
 TEXTS = ["First line\nsecond\r\nthird\t\x00 end ", "  spaces  ", "ünïcode \u2581 中文 🏳️‍🌈\n\n\n", "x"]
@@ -139,6 +140,15 @@ def test_hub_data_are_streamed(tmp_path):
         texts(Corpus.from_hub(str(tmp_path / "nowhere")))
 
 
+def test_shards_of_hub_data_are_their_files(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.jsonl").write_bytes(jsonl({"text": f"file {i}, line {j}"} for j in range(3)))
+    shards = [texts(Corpus.from_hub(str(tmp_path), shard=Shard(i, 3))) for i in range(3)]
+    assert all(shards) and [text for shard in shards for text in shard] == texts(Corpus.from_hub(str(tmp_path)))
+    with pytest.raises(DataError, match="4 files"):
+        texts(Corpus.from_hub(str(tmp_path), shard=Shard(0, 5)))
+
+
 def test_counts_and_checksum_describe_the_documents(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl({"text": text} for text in [*TEXTS, "", "\n \t"]))
     corpus = Corpus([str(tmp_path / "a.jsonl")])
@@ -159,7 +169,7 @@ def test_folders_are_read_in_sorted_order(tmp_path):
 @pytest.mark.parametrize(("stdin_format", "data"), [("jsonl", jsonl({"text": text} for text in TEXTS)), ("txt", b"a\nb\n")])
 def test_standard_input_is_read_in_its_format(monkeypatch, stdin_format, data):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
-    corpus = Corpus(["-"], split="line", stdin_format=stdin_format)
+    corpus = Corpus(["-"], split="line", format=stdin_format)
     assert texts(corpus) == (TEXTS if stdin_format == "jsonl" else ["a", "b"]) and corpus.total_bytes is None
 
 
@@ -191,7 +201,7 @@ def test_invalid_bytes_are_replaced_and_counted_and_byte_order_marks_dropped(tmp
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfab\xe9 \xff\xef\xbf\xbd")
     corpus = Corpus([str(tmp_path / "a.txt")])
     assert texts(corpus) == ["ab\ufffd \ufffd\ufffd"]
-    assert corpus.replaced_bytes == 2
+    assert corpus.text_counts.replaced_bytes == 2
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl([{"text": "x"}]) + b"\r\n\n" + b'{"text": "no line end"}')
     assert texts(Corpus([str(tmp_path / "a.jsonl")])) == ["x", "no line end"]
 
@@ -204,10 +214,10 @@ def test_a_file_in_another_encoding_is_bad(tmp_path, encoding):
         with pytest.raises(DataError, match=r"a\.txt.*UTF-8.*--on-bad-line skip"):
             texts(Corpus([str(tmp_path / "a.txt")], split=split))
     corpus = Corpus([str(tmp_path / "a.txt")], on_bad_line="skip")
-    assert texts(corpus) == [] and corpus.bad.total() == 1 and corpus.replaced_bytes == 0
+    assert texts(corpus) == [] and corpus.bad.total() == 1 and corpus.text_counts.replaced_bytes == 0
     (tmp_path / "a.txt").write_bytes(b"plain text " * 10_000 + b"\xfcber " * 100)
     corpus = Corpus([str(tmp_path / "a.txt")])
-    assert len(texts(corpus)) == 1 and corpus.replaced_bytes == 100
+    assert len(texts(corpus)) == 1 and corpus.text_counts.replaced_bytes == 100
 
 
 def test_files_that_were_not_read_or_not_split_are_reported(tmp_path):
@@ -216,14 +226,14 @@ def test_files_that_were_not_read_or_not_split_are_reported(tmp_path):
     (tmp_path / "linked").symlink_to(tmp_path)
     corpus = Corpus([str(tmp_path)], split="<SEP>")
     assert texts(corpus) == ["some", "text", "some text"]
-    assert (corpus.unsplit_files, corpus.other_files.total()) == (1, 3)
+    assert (corpus.text_counts.unsplit_files, corpus.other_files.total()) == (1, 3)
     assert [problem.partition(" ")[0] for problem in corpus.problems()] == ["1", "3"]
     with pytest.raises(DataError, match="--text-split"):
         Corpus([str(tmp_path)], split="")
 
 
 def test_a_document_too_large_for_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("pretrain.data.corpus._LARGEST_DOCUMENT", 1000)
+    monkeypatch.setattr("pretrain.data.readers._LARGEST_DOCUMENT", 1000)
     (tmp_path / "a.txt").write_text("one story\n" * 100)
     assert len(texts(Corpus([str(tmp_path / "a.txt")]))) == 1
     (tmp_path / "a.txt").write_text("one story\n" * 101)
@@ -261,7 +271,7 @@ def test_json_lines_read_as_plain_text_are_noted(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text('{"a": 1} "text": is no JSON line with a text')
     corpus = Corpus(["-", str(tmp_path / "a.txt")])
     assert len(texts(corpus)) == 2
-    assert [each for each in corpus.problems() if each.startswith("1") and "--stdin-format" in each]
+    assert [each for each in corpus.problems() if each.startswith("1") and "--format jsonl" in each]
 
 
 def test_each_reason_for_leaving_text_out_has_its_own_count(tmp_path):
@@ -279,7 +289,7 @@ def test_each_reason_for_leaving_text_out_has_its_own_count(tmp_path):
 
 
 def test_a_line_too_large_for_memory_is_refused_with_its_place_or_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr("pretrain.data.corpus._LARGEST_DOCUMENT", 1000)
+    monkeypatch.setattr("pretrain.data.readers._LARGEST_DOCUMENT", 1000)
     (tmp_path / "a.jsonl").write_bytes(jsonl({"text": text} for text in ("one", "x" * 5000, "two")))
     with pytest.raises(DataError, match=r"a\.jsonl:2: "):
         texts(Corpus([str(tmp_path / "a.jsonl")]))
@@ -289,10 +299,11 @@ def test_a_line_too_large_for_memory_is_refused_with_its_place_or_skipped(tmp_pa
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        ("a.zip", "unzip"),
+        ("a.rar", "unrar x"),
         ("a.tar.gz", "tar -xf"),
-        ("a.log.gz", r"gzip -dc .*a\.log\.gz \|.*--input -"),
-        ("a.md", r"cat .*a\.md \|.*--input -"),
+        ("a.log.gz", r"--format .*jsonl"),
+        ("a.md", r"--format txt\|"),
+        ("a.parquet.gz", r"\.gz.*unpack"),
     ],
 )
 def test_other_formats_are_refused_with_the_command_that_helps(tmp_path, name, way):

@@ -139,6 +139,36 @@ def test_the_report_has_the_numbers_of_the_files(folder):
     assert all(number in report for number in numbers), report
 
 
+def test_templates_formats_and_near_duplicates_are_recorded_and_counted(folder, tmp_path):
+    rows = [
+        ("One", "a b c d e f g h " * 9),
+        ("Two", "i j k l m n o p " * 9),
+        ("Three", "a b c d e f g h " * 8 + "A B; C d e f g"),
+    ]
+    table = "title,text\n" + "".join(f'"{title}","{text}"\n' for title, text in rows)
+    (tmp_path / "part-00000").write_bytes(gzip.compress(table.encode()))
+    flags = [
+        "--input",
+        tmp_path / "part-00000",
+        "--format",
+        "csv",
+        "--template",
+        r"{title}:\n{text}",
+        "--near-duplicates",
+        "drop",
+    ]
+    flags += ["--duplicate-similarity", 0.7]
+    done = tokenize(folder, "", *flags, "--output", tmp_path / "new", "--no-shuffle", fraction=0)
+    assert texts_of(tmp_path / "new", Tokenizer.load(folder / "tokenizer")) == [f"{title}:\n{text}" for title, text in rows[:2]]
+    corpus = TokenFile(tmp_path / "new").sidecar.corpus
+    assert corpus["template"] == r"{title}:\n{text}" and corpus["near_duplicates"]["dropped"] == 1
+    assert "1 near-duplicate" in done.stderr and "read 2 documents" in done.stdout
+    tool("train_tokenizer", *flags, "--output", tmp_path / "t", "--vocab-size", 280)
+    info = json.loads((tmp_path / "t" / "tokenizer_info.json").read_text())
+    assert info["corpus"]["near_duplicates"] == corpus["near_duplicates"] and info["corpus"]["num_documents"] == 2
+    assert not {"template", "near_duplicates"} & TokenFile(folder / "one_train").sidecar.corpus.keys()
+
+
 def test_a_killed_run_leaves_no_file_under_a_final_name_and_no_process(folder, tmp_path):
     for i in range(20):
         os.link(folder / "text.jsonl", tmp_path / f"{i}.jsonl")
@@ -171,7 +201,7 @@ def children(pid: int) -> list[int]:
 def test_a_killed_worker_names_memory_and_the_flag_that_lowers_it(folder, tmp_path):
     command = [sys.executable, ROOT / "tools" / "tokenize_corpus.py", *map(str, tokenize_flags(folder, tmp_path / "new"))]
     process = subprocess.Popen([*command, "--workers", "2"], stderr=subprocess.PIPE, text=True)
-    while not (workers := [pid for pid in children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]):
+    while not (workers := children(process.pid)):
         assert process.poll() is None
         time.sleep(0.005)
     os.kill(workers[0], signal.SIGKILL)
@@ -285,6 +315,11 @@ def test_a_long_line_needs_little_more_memory_than_its_text(tmp_path, lossy):
         (["--input", "nowhere.txt"], "nowhere.txt"),
         (["--hf", "also"], "--hf"),
         (["--text-key", "body"], "text.jsonl:1"),
+        (["--text-key", "body", "--template", "{{text}}"], "--template"),
+        (["--template", "{{text"], "--template"),
+        (["--format", "xml"], "--format"),
+        (["--format", "parquet"], "text.jsonl"),
+        (["--near-duplicates", "drop", "--duplicate-similarity", "1"], "--duplicate-similarity"),
         (["--output", "{folder}/one"], "one_valid.json"),
         (["--valid-fraction", "1e-12"], "new_valid"),
     ],

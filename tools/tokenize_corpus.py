@@ -1,32 +1,29 @@
 """Turns raw text into token files for training: PREFIX.bin and .idx (Megatron's format) and the metadata sidecar PREFIX.json.
 
     python tools/tokenize_corpus.py --input stdlib --tokenizer data/tokenizer --output data/stdlib --valid-fraction 0.02
+    sbatch --array=0-63 tools/tokenize_slurm.sh 64 --input web/ --tokenizer data/tokenizer --output data/web/text
 
-Two passes. The first reads documents in order and encodes them on all cores into an unnamed staging file. The second copies
-them, shuffled by a keyed permutation, into the training and the validation file. The result depends on the text, the tokenizer
-and the seed only, not on the number of workers, and memory does not grow with the corpus. Text that the tokenizer cannot
-represent is counted over everything: it is reported, and above --max-unknown-fraction an error.
+Two passes. The first reads documents in order and encodes them on all cores into staging files. The second copies them,
+shuffled by a keyed permutation, into the training and the validation file. The result depends on the text, the tokenizer and
+the seed only, not on the number of workers, and memory does not grow with the corpus. Text that the tokenizer cannot represent
+is counted over everything: it is reported, and above --max-unknown-fraction an error.
+
+A job that was killed leaves PREFIX.*.tmp, and the same command resumes there: it reads again what is encoded already, which
+verifies that the text is the same, and writes the same bytes as a job that nobody disturbed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import glob
+import json
 import math
-import multiprocessing
 import os
 import re
-import signal
 import sys
-import tempfile
-import threading
-from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
-from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -34,18 +31,20 @@ import numpy as np
 import xxhash
 
 from pretrain.data.corpus import Corpus
-from pretrain.data.indexed import DataError, Sidecar, TokenWriter, read_ranges, token_dtype
-from pretrain.data.permutation import Permutation, splitmix64
+from pretrain.data.division import Shard
+from pretrain.data.encoding import Chunk, Encoder, chunked
+from pretrain.data.indexed import DataError, Sidecar, TokenWriter, token_dtype
+from pretrain.data.lost_text import LostText
+from pretrain.data.permutation import Permutation
+from pretrain.data.staging import Staging
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.files import read_json_object
 from pretrain.report.progress import Progress
 from pretrain.run import command_line
 from tools import common
 
-_CHUNK_CHARACTERS, _CHARACTERS_IN_FLIGHT = 1 << 18, 1 << 26
-_LONG_TEXT = 1 << 20  # is encoded in parts
-_COMPARED_ONE_IN = 64
-_NOTED_FRACTION, _EARLY_CHARACTERS, _PIECES_KEPT = 0.001, 1 << 22, 100_000
-_BLOCK_DOCUMENTS, _BLOCK_TOKENS = 256, 1 << 22
+_BLOCK_DOCUMENTS = 256
+_NOT_ENCODING = ("output", "workers", "max_unknown_fraction", "valid_fraction", "seed", "no_shuffle", "overwrite")
 
 
 def main(argv: list[str]) -> None:
@@ -65,14 +64,20 @@ def main(argv: list[str]) -> None:
                         "tokens; 1: never (%(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=1234, metavar="S", help="seed of the shuffle and the split (%(default)s)")
     parser.add_argument("--no-shuffle", action="store_true", help="keep the documents in the order of the input")
-    parser.add_argument("--overwrite", action="store_true", help="replace existing output")
+    parser.add_argument("--shard", type=Shard.parse, metavar="I/N", help="tokenize only part I of N, counted from 0, into "
+                        "PREFIX-0000I-of-0000N: N independent jobs write all of the text")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace existing output, and unfinished work of a job with "
+                        "other settings")  # fmt: skip
     options = parser.parse_args(argv)
     if not os.path.basename(options.output) or options.output.endswith((".bin", ".idx", ".json")):
         parser.error(
             f"--output: got {options.output!r}, must be a prefix to which .bin, .idx and .json are added, as data/text"
         )
     with common.writing(options.output):
-        sidecars, corpus = tokenize(options)
+        if (result := tokenize(options)) is None:
+            print(f"{options.output}, shard {options.shard}: is complete already")
+            return
+    sidecars, corpus = result
     for problem in corpus.problems():
         print(f"note: {problem}", file=sys.stderr)
     print("\n".join(summary(sidecars, corpus)))
@@ -92,312 +97,174 @@ def unknown_fraction(text: str) -> float:
     return number
 
 
-def tokenize(options: argparse.Namespace) -> tuple[dict[str, Sidecar], Corpus]:
-    """Both passes. Returns the sidecars of the files written, by prefix."""
-    tokenizer = Tokenizer.load(options.tokenizer)
-    corpus = common.open_corpus(options)
-    split = {"_valid": True, "_train": False} if options.valid_fraction else {"": False}  # training data are complete last
-    with ExitStack() as stack:
+def tokenize(options: argparse.Namespace) -> tuple[dict[str, Sidecar], Corpus] | None:
+    """Both passes. Returns the sidecars of the files written, by prefix; None for a shard that is complete."""
+    with contextlib.ExitStack() as stack:
+        encoder = stack.enter_context(Encoder(options.tokenizer, options.workers))
+        tokenizer, corpus = encoder.tokenizer, common.open_corpus(options)
+        settings = encoding_settings(options, tokenizer, corpus)
+        about_shard = shard_description(options, settings)
+        parts = {"_valid": True, "_train": False} if options.valid_fraction else {"": False}  # training data are complete last
+        ending = options.shard.ending if options.shard else ""
+        prefixes = {f"{options.output}{part}{ending}": is_valid for part, is_valid in parts.items()}
+        if options.shard and not options.overwrite and is_complete([*prefixes][-1], about_shard):
+            return None
+        if options.shard:
+            check_other_shards(options, [*parts][-1], about_shard)
+        staging = stack.enter_context(opened_staging(options, ending, token_dtype(tokenizer.vocab_size), settings))
         writers = {
-            options.output + suffix: TokenWriter(
-                options.output + suffix,
+            prefix: TokenWriter(
+                prefix,
                 vocab_size=tokenizer.vocab_size,
                 end_of_document_id=tokenizer.end_of_document_id,
                 tokenizer_fingerprint=tokenizer.fingerprint,
                 tokenizer_path=options.tokenizer,
                 shuffled=not options.no_shuffle,
-                overwrite=options.overwrite,
+                overwrite=options.overwrite or staging.progress.get("renaming", False),
             )
-            for suffix in split
+            for prefix in prefixes
         }
         for writer in writers.values():
             stack.enter_context(writer)
-        staging = stack.enter_context(Staging(Path(options.output).parent, token_dtype(tokenizer.vocab_size)))
-        description = encode_all(corpus, options, staging).description()
-        distribute(staging, dict(zip(split.values(), writers.values(), strict=True)), options)
-        for prefix, writer in writers.items():
-            if writer.num_documents == 0:
-                advice = "use another --valid-fraction or --seed; duplicates stay together"
-                if staging.num_documents == 1:
-                    advice = "a document is never split; say where documents end (--text-split), or use other text to validate"
-                raise DataError(f"{prefix}: gets none of the {staging.num_documents:,} documents; {advice}")
-        return {prefix: writer.finish(corpus.description() | description) for prefix, writer in writers.items()}, corpus
+        lost = encode_all(corpus, options, encoder, staging)
+        distribute(staging, dict(zip(prefixes.values(), writers.values(), strict=True)), options)
+        filled = {prefix: writer for prefix, writer in writers.items() if is_filled(prefix, writer, prefixes[prefix], options)}
+        # From here on, files under the final names are of this job, which replaces them if it is killed and resumes.
+        staging.commit(progress_of(corpus, corpus.sha256, lost) | {"renaming": True})
+        description = corpus.description() | lost.description() | about_shard
+        return {prefix: writer.finish(description) for prefix, writer in filled.items()}, corpus
 
 
-class Staging:
-    """Encoded documents in the order of the input, in two unnamed files that disappear with the process."""
-
-    def __init__(self, folder: Path, dtype: np.dtype):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.dtype = dtype
-        self._tokens, self._ends = tempfile.TemporaryFile(dir=folder), tempfile.TemporaryFile(dir=folder)
-        self.num_documents = self.num_tokens = 0
-
-    def __enter__(self) -> Staging:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._tokens.close()
-        self._ends.close()
-
-    def add(self, tokens: np.ndarray, lengths: np.ndarray, utf8_bytes: np.ndarray) -> None:
-        """Appends documents: tokens back to back, lengths in tokens (n,), lengths in bytes of text (n,)."""
-        ends = self.num_tokens + np.cumsum(lengths)
-        self._tokens.write(tokens.astype(self.dtype).tobytes())
-        self._ends.write(np.stack([ends, lengths, utf8_bytes], axis=1).astype(np.int64).tobytes())
-        self.num_documents += len(lengths)
-        self.num_tokens += len(tokens)
-
-    def flush(self) -> None:
-        """Must be called between the last `add` and the first `read`."""
-        self._tokens.flush()
-        self._ends.flush()
-
-    def read(self, numbers: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(tokens back to back, lengths in tokens (n,), bytes of text (n,)) of the documents `numbers`, in order.
-
-        Several documents at a time, of together about 4 million tokens, or one that is longer.
-        """
-        rows = read_ranges(self._ends, numbers * 24, np.full(len(numbers), 24)).view(np.int64).reshape(-1, 3)
-        width = self.dtype.itemsize
-        groups = (np.cumsum(rows[:, 1]) - 1) // _BLOCK_TOKENS
-        for group in np.unique(groups):
-            ends, lengths, utf8_bytes = rows[groups == group].T
-            tokens = read_ranges(self._tokens, (ends - lengths) * width, lengths * width).view(self.dtype)
-            yield tokens, lengths, utf8_bytes
+def is_filled(prefix: str, writer: TokenWriter, is_valid: bool, options: argparse.Namespace) -> bool:
+    """Whether a part has documents. Raises DataError if it has none, except for the validation part of a shard."""
+    if writer.num_documents:
+        return True
+    if options.shard and is_valid:
+        print(f"note: {prefix}: gets no documents, and is not written", file=sys.stderr)
+        for end in (".idx", ".json", ".bin"):
+            Path(prefix + end).unlink(missing_ok=True)
+        return False
+    advice = "use another --valid-fraction or --seed; duplicates stay together"
+    advice += ". A document is never split: if there are few, say where documents end (--text-split)"
+    raise DataError(f"{prefix}: gets none of the documents; {advice}")
 
 
-def encode_all(corpus: Corpus, options: argparse.Namespace, staging: Staging) -> Losses:
-    """First pass: encodes the corpus into `staging`. Raises DataError if too much of the text has no ids."""
-    losses = Losses(options.tokenizer, options.max_unknown_fraction, corpus.most_characters)
-    with Progress("encoding", corpus.total_bytes) as progress:
-        for names, chunk in encoded(corpus, options.tokenizer, options.workers):
-            staging.add(chunk.tokens, chunk.lengths, chunk.utf8_bytes)
-            losses.add(names, chunk)
-            progress.update(corpus.read_bytes if corpus.total_bytes else corpus.utf8_bytes, staging.num_tokens)
+def encoding_settings(options: argparse.Namespace, tokenizer: Tokenizer, corpus: Corpus) -> dict:
+    """What the encoded documents of a job depend on, besides the text itself, as a JSON object."""
+    settings = {name: value for name, value in vars(options).items() if name not in _NOT_ENCODING}
+    settings |= {"tokenizer": tokenizer.fingerprint}
+    if options.shard:
+        settings |= {"shard": str(options.shard), "files": corpus.files_fingerprint()}
+    return json.loads(json.dumps(settings))
+
+
+def shard_description(options: argparse.Namespace, settings: dict) -> dict:
+    """What the sidecar of a shard says about it: its number, and settings that all shards share. Empty without --shard."""
+    if not options.shard:
+        return {}
+    common_settings = {name: value for name, value in settings.items() if name not in ("input", "shard")}
+    common_settings |= {"valid_fraction": options.valid_fraction, "seed": options.seed, "no_shuffle": options.no_shuffle}
+    return {"shard": {"index": options.shard.index, "count": options.shard.count, "settings": common_settings}}
+
+
+def is_complete(prefix: str, about_shard: dict) -> bool:
+    """Whether a job with the same settings has written this shard."""
+    found = read_json_object(Path(f"{prefix}.json")).get("corpus", {})
+    return found.get("shard") == about_shard["shard"] and Path(f"{prefix}.idx").is_file()
+
+
+def check_other_shards(options: argparse.Namespace, part: str, about_shard: dict) -> None:
+    """Raises DataError if finished shards of the same output were made from other files or with other settings.
+
+    Together they would lack documents, or have them twice, or in the training and in the validation data.
+    """
+    own = about_shard["shard"]
+    for path in sorted(map(Path, glob.glob(f"{glob.escape(options.output + part)}-*-of-*.json"))):
+        if not (match := re.search(r"-\d+-of-(\d+)\.json$", path.name)):
+            continue
+        if int(match[1]) != own["count"]:
+            counts = f"one of {int(match[1]):,} shards, not of {own['count']:,}"
+            raise DataError(f"{path}: is {counts}; remove all of the other division, or choose another output")
+        other = read_json_object(path).get("corpus", {}).get("shard", {}).get("settings", {})
+        differ = [f"{name} {other.get(name)!r}, not {own['settings'][name]!r}" for name in own["settings"]
+                  if other.get(name) != own["settings"][name]]  # fmt: skip
+        if differ and not options.overwrite:
+            raise DataError(
+                f"{path}: this shard was made with {'; '.join(differ)}. Shards with different settings do not belong together: "
+                "repeat the settings, choose another output, or replace all shards (--overwrite)"
+            )
+
+
+@contextlib.contextmanager
+def opened_staging(options: argparse.Namespace, ending: str, dtype: np.dtype, settings: dict) -> Iterator[Staging]:
+    """The staging files beside the output; a note tells if they remain. Raises DataError."""
+    staging = Staging(options.output + ending, dtype, settings, discard=options.overwrite)
+    try:
+        with staging:
+            yield staging
+    finally:
+        if staging.is_kept:
+            what = f"{staging.committed_documents:,} documents are encoded and kept in {staging.prefix}.*.tmp"
+            print(f"note: {what}; the same command resumes there", file=sys.stderr)
+
+
+def encode_all(corpus: Corpus, options: argparse.Namespace, encoder: Encoder, staging: Staging) -> LostText:
+    """First pass: encodes what `staging` does not hold yet into it. Raises DataError if too much of the text has no ids."""
+    lost = LostText(options.tokenizer, options.max_unknown_fraction, corpus.most_characters)
+    chunks = chunked(corpus)
+    if staging.num_documents:
+        lost.restore(staging.progress["lost"])
+        skip_encoded(chunks, corpus, staging)
+    with Progress("encoding", corpus.total_bytes, done=read_so_far(corpus), tokens=staging.num_tokens) as progress:
+        for chunk, encoded in encoder.encode(chunks):
+            staging.add(encoded.tokens, encoded.lengths, encoded.utf8_bytes)
+            lost.add(chunk.names, encoded)
+            progress.update(read_so_far(corpus), staging.num_tokens)
+            if staging.is_commit_due:
+                staging.commit(progress_of(corpus, chunk.sha256, lost))
     staging.flush()
     if staging.num_documents == 0:
         raise DataError(
             f"{', '.join(corpus.inputs)}: no documents with text{''.join(f'; {each}' for each in corpus.problems())}"
         )
-    losses.end()
-    return losses
+    lost.end()
+    return lost
 
 
-class Encoded(NamedTuple):
-    """A chunk of documents, encoded."""
-
-    tokens: np.ndarray
-    """Of all documents, back to back, each ended by the end-of-document id."""
-    lengths: np.ndarray
-    """Tokens of each document."""
-    utf8_bytes: np.ndarray
-    """Bytes of text of each document."""
-    characters: np.ndarray
-    """Of each document."""
-    lost: dict[int, Counter[str]]
-    """Characters or words that no id represents, with their counts, by the number of the document in the chunk."""
-    unknown_tokens: int
-    """Unknown ids in these documents; in other documents they stand for a text such as "<unk>"."""
-    compared: int
-    """Documents that were decoded and compared with their text."""
-    changed: list[tuple[str, str]]
-    """(text, what it decodes to) at the first difference, for each document that has one."""
+def progress_of(corpus: Corpus, sha256: str, lost: LostText) -> dict:
+    """What a later job needs to resume: `sha256` of the encoded text, and counts."""
+    return {"sha256": sha256, "bytes": read_so_far(corpus), "lost": lost.state()}
 
 
-class Losses:
-    """Text that the tokenizer does not represent: how much of all documents, which text, and where.
+def skip_encoded(chunks: Iterator[Chunk], corpus: Corpus, staging: Staging) -> None:
+    """Reads the documents that an earlier job has encoded. Raises DataError if they are not the same.
 
-    `limit`: the fraction of the characters or of the tokens that is an error. `most_characters`: an upper bound of the
-    characters of the corpus (None: unknown), with which the error is certain before the end.
+    Reading is many times faster than encoding, verifies the text, and brings readers of all formats to the right place.
     """
-
-    def __init__(self, tokenizer: str, limit: float, most_characters: int | None):
-        self._tokenizer, self._limit, self._most_characters = tokenizer, limit, most_characters
-        self.characters = self._of_characters = self.tokens = self._of_tokens = 0
-        self._pieces: Counter[str] = Counter()
-        self._files: list[tuple[int, int, str]] = []  # (lost characters, all characters, name) of the worst files
-        self._file, self._warned = (0, 0, ""), False
-        self._compared, self._changed = 0, []
-
-    def add(self, names: list[str], chunk: Encoded) -> None:
-        """Counts a chunk of the documents `names`. Raises DataError as soon as the end cannot be within the limit."""
-        for number, (name, characters) in enumerate(zip(names, chunk.characters.tolist(), strict=True)):
-            lost = sum(len(piece) * count for piece, count in chunk.lost[number].items()) if number in chunk.lost else 0
-            file = re.sub(r":\d+$", "", name)
-            if file != self._file[2]:
-                self._files, self._file = self._worst_files(), (0, 0, file)
-            self._file = (self._file[0] + lost, self._file[1] + characters, file)
-            self.characters += lost
-        self._of_characters += int(chunk.characters.sum())
-        self.tokens, self._of_tokens = self.tokens + chunk.unknown_tokens, self._of_tokens + len(chunk.tokens)
-        for pieces in chunk.lost.values():
-            self._pieces.update(pieces)
-        if len(self._pieces) > _PIECES_KEPT:
-            self._pieces = Counter(dict(self._pieces.most_common(_PIECES_KEPT // 2)))
-        self._compared, self._changed = self._compared + chunk.compared, self._changed + chunk.changed
-        if self._most_characters and self.characters > self._limit * self._most_characters:
-            raise self._error()
-        if not self._warned and self._of_characters >= _EARLY_CHARACTERS and self.fraction > self._limit:
-            self._warned = True
-            print(f"note: {self._text()}; if this continues, it is an error at the end", file=sys.stderr, flush=True)
-
-    def _worst_files(self) -> list[tuple[int, int, str]]:
-        return sorted([*self._files, self._file], reverse=True)[:3] if self._file[0] else self._files
-
-    @property
-    def fraction(self) -> float:
-        """The larger of two fractions: of the characters that were lost, of the tokens that are unknown ids."""
-        return max(self.characters / max(1, self._of_characters), self.tokens / max(1, self._of_tokens))
-
-    def end(self) -> None:
-        """Prints notes. Raises DataError if more was lost than the limit allows."""
-        if self.fraction > self._limit:
-            raise self._error()
-        if self.fraction > _NOTED_FRACTION:
-            print(f"note: {self._text()}", file=sys.stderr)
-        if self._changed:
-            written, decoded = self._changed[0]
-            print(
-                f"note: {len(self._changed):,} of {self._compared:,} compared documents decode to another text, as {written!r}"
-                f" to {decoded!r}: this tokenizer is lossy, bits per byte are not exact",
-                file=sys.stderr,
-            )
-
-    def description(self) -> dict:
-        """For the sidecar; empty if nothing was lost."""
-        counts = {"unknown_characters": self.characters, "unknown_tokens": self.tokens, "unknown_fraction": self.fraction}
-        return counts if self.characters else {}
-
-    def _error(self) -> DataError:
-        return DataError(
-            f"{self._text()}. A model would never see this text, and nothing was written. Use a tokenizer with byte fallback, "
-            f"as tools/train_tokenizer.py makes, or accept it with --max-unknown-fraction (now {self._limit:g})"
+    print(f"note: resumes after {staging.num_documents:,} documents, which it reads again to compare them", file=sys.stderr)
+    end, sha256 = 0, ""
+    with Progress("reading again", staging.progress["bytes"]) as progress:
+        for chunk in chunks:
+            progress.update(read_so_far(corpus))
+            if (end := chunk.end) >= staging.num_documents:
+                sha256 = chunk.sha256
+                break
+    if (end, sha256) != (staging.num_documents, staging.progress["sha256"]):
+        raise DataError(
+            f"{', '.join(corpus.inputs)}: the text is no longer that of the unfinished job, which has encoded "
+            f"{staging.num_documents:,} documents. Restore the text, or remove {staging.prefix}.*.tmp to start again"
         )
 
-    def _text(self) -> str:
-        lost = f"{self.characters:,} of {self._of_characters:,} characters ({self.characters / self._of_characters:.2%})"
-        became = (
-            f"{self.tokens:,} unknown ids ({self.tokens / self._of_tokens:.2%} of the tokens)" if self.tokens else "nothing"
-        )
-        often = ", ".join(f"{piece[:20]!r} {count:,} times" for piece, count in self._pieces.most_common(5))
-        files = ", ".join(f"{name} ({lost / characters:.2%})" for lost, characters, name in self._worst_files())
-        return f"{self._tokenizer}: {lost} have no ids in this tokenizer and became {became}: {often}; most in {files}"
 
-
-def encoded(corpus: Corpus, folder: str, workers: int) -> Iterator[tuple[list[str], Encoded]]:
-    """(names, result of `encode_chunk`) of all chunks of the corpus, in order; a bounded amount of text is in flight."""
-    if workers == 1:
-        yield from ((names, encode_chunk(folder, names, texts, first)) for names, texts, first in chunked(corpus))
-        return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
-        pending, in_flight = deque(), 0
-        try:
-            for names, texts, first in chunked(corpus):
-                characters = sum(map(len, texts))
-                try:
-                    future = pool.submit(encode_chunk, folder, names, texts, first)
-                except (OSError, ValueError) as error:  # its pipes are closed while it notices the loss of a worker
-                    raise BrokenProcessPool from error
-                pending.append((names, characters, future))
-                in_flight += characters
-                while len(pending) > 3 * workers or (in_flight > _CHARACTERS_IN_FLIGHT and len(pending) > 1):
-                    yield pending[0][0], pending[0][2].result()
-                    in_flight -= pending.popleft()[1]
-            while pending:
-                yield pending[0][0], pending[0][2].result()
-                pending.popleft()
-        except BrokenProcessPool:
-            for process in multiprocessing.active_children():
-                process.terminate()  # the pool waits forever for one that it started while it noticed the loss
-            names = pending[0][0] if pending else names
-            raise DataError(
-                f"a worker process was killed, most likely because memory ran out, while it encoded {names[0]} or one of the "
-                f"documents after it; use fewer --workers than {workers} (each takes about 0.2 GB, and 10 times the size of a "
-                "long document), or divide long documents (--text-split)"
-            ) from None
-
-
-def _start_worker() -> None:
-    """Leaves interrupts to the parent, and exits with it: the pool's queues would keep an orphan waiting forever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-
-
-def chunked(corpus: Corpus) -> Iterator[tuple[list[str], list[str], int]]:
-    """(names, texts, number of the first document) in chunks of about 256k characters.
-
-    That is large enough to hide the transfer, and small enough to balance the workers.
-    """
-    names, texts, characters, first = [], [], 0, 0
-    for name, text in corpus.documents():
-        names.append(name)
-        texts.append(text)
-        characters += len(text)
-        if characters >= _CHUNK_CHARACTERS:
-            yield names, texts, first
-            names, texts, characters, first = [], [], 0, first + len(texts)
-    if texts:
-        yield names, texts, first
-
-
-def encode_chunk(folder: str, names: list[str], texts: list[str], first: int) -> Encoded:
-    """Encodes documents, and compares some with their text: one of 64, and one of each chunk at a place that varies.
-
-    `first`: number of the first document in the corpus, from which the choice is made. Raises DataError.
-    """
-    tokenizer = _tokenizer(folder)
-    end, unknown = tokenizer.end_of_document_id, list(tokenizer.unknown_ids)
-    compared = {splitmix64(first) % len(texts)}
-    compared |= {number for number in range(len(texts)) if splitmix64(first + number) % _COMPARED_ONE_IN == 0}
-    lengths, arrays, unknown_tokens = np.zeros(len(texts), dtype=np.int64), [], 0
-    lost: dict[int, Counter[str]] = {}
-    changed: dict[int, tuple[str, str]] = {}
-    for number, part, ids, lost_in_part in _encoded_parts(tokenizer, texts):
-        arrays.append(np.array(ids, dtype=token_dtype(tokenizer.vocab_size)))
-        lengths[number] += len(ids)
-        if lost_in_part:
-            lost.setdefault(number, Counter()).update(lost_in_part)
-            unknown_tokens += int(np.isin(arrays[-1], unknown).sum())
-        if number in compared and number not in changed and (decoded := tokenizer.decode(ids)) != part:
-            changed[number] = _first_difference(part, decoded)
-    tokens, ends = np.concatenate(arrays), np.cumsum(lengths)
-    if (inside := np.flatnonzero(tokens == end)).size:
-        name = names[int(np.searchsorted(ends, inside[0], side="right"))]
-        raise DataError(f"{name}: {folder} gives unknown text the end-of-document id {end}; use another tokenizer")
-    utf8_bytes = np.array([len(text) if text.isascii() else len(text.encode()) for text in texts])
-    characters = np.array([len(text) for text in texts])
-    tokens = np.insert(tokens, ends, end)
-    return Encoded(tokens, lengths + 1, utf8_bytes, characters, lost, unknown_tokens, len(compared), list(changed.values()))
-
-
-def _encoded_parts(tokenizer: Tokenizer, texts: list[str]) -> Iterator[tuple[int, str, list[int], Counter[str]]]:
-    """(number of the text, a part of it, its ids, what they do not represent), all in order; short texts are one part."""
-    short = [text for text in texts if len(text) < _LONG_TEXT]
-    ids = tokenizer.encode_batch(short)
-    lost, done = dict(tokenizer.lost(short, ids)), 0
-    for number, text in enumerate(texts):
-        if len(text) < _LONG_TEXT:
-            yield number, text, ids[done], lost.get(done, Counter())
-            done += 1
-        else:
-            for part, part_ids in tokenizer.encode_parts(text):
-                yield number, part, part_ids, dict(tokenizer.lost([part], [part_ids])).get(0, Counter())
-
-
-def _first_difference(text: str, decoded: str) -> tuple[str, str]:
-    """The surroundings of the first character that differs."""
-    equal = next((i for i, (a, b) in enumerate(zip(text, decoded, strict=False)) if a != b), min(len(text), len(decoded)))
-    start = max(0, equal - 10)
-    return text[start : start + 30], decoded[start : start + 30]
-
-
-_tokenizer = lru_cache(maxsize=1)(Tokenizer.load)
+def read_so_far(corpus: Corpus) -> int:
+    """Bytes in the unit of `corpus.total_bytes`, or bytes of text if that is unknown."""
+    return corpus.utf8_bytes if corpus.total_bytes is None else corpus.read_bytes
 
 
 def distribute(staging: Staging, writers: dict[bool, TokenWriter], options: argparse.Namespace) -> None:
     """Second pass: copies the documents, shuffled, to the writers for training (False) and validation (True)."""
-    order, threshold = Permutation(staging.num_documents, (options.seed,)), int(options.valid_fraction * 2**64)
+    key = (options.seed, *([options.shard.index] if options.shard else []))
+    order, threshold = Permutation(staging.num_documents, key), int(options.valid_fraction * 2**64)
     with Progress("writing", staging.num_tokens * staging.dtype.itemsize) as progress:
         written = 0
         for start in range(0, staging.num_documents, _BLOCK_DOCUMENTS):

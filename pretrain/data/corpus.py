@@ -7,76 +7,61 @@
     .csv .tsv  a header, then one document per row, with the text in a column
     .parquet   one document per row, with the text in a column
     .arrow     the same; a folder written by save_to_disk of the `datasets` library consists of such files
-    -          standard input: text, or JSON
+    .zip       an archive of any of the others but the last two
+    -          standard input: any of the above but the last three
     stdlib     modules and language reference of the running Python: 8 MB of real text on every machine, without a network
 
-All but .parquet and .arrow may be compressed (.gz, .zst, .bz2, .xz). In folders, .json, .csv and .tsv often describe the data:
-they are read only if they are named. Texts are not changed: no stripping, no conversion of line ends (except that the parts of
-a split file lose the line ends around them).
+All but .parquet and .arrow may be compressed, in the ways of `compressions.py`. A format that is given overrides all names. In
+folders, .json, .csv and .tsv often describe the data: they are read only if they are named, as are archives. Texts are not
+changed: no stripping, no conversion of line ends (except that the parts of a split file lose the line ends around them).
 """
 
 from __future__ import annotations
 
-import bz2
-import csv
-import fnmatch
-import gzip
 import hashlib
 import io
-import itertools
-import json
-import lzma
-import os
-import re
 import sys
-import sysconfig
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal
 
+from . import readers
+from .compressions import COMPRESSIONS, READ_ERRORS, compression, decompressed, named_compression, open_archive, open_member
+from .division import Lines, Part, Shard, divide, files_fingerprint
+from .fields import Bad, Key, Template
 from .indexed import DataError
+from .near_duplicates import NearDuplicates
+from .readers import COLUMNAR, Opened
 
 STDLIB, STDIN = "stdlib", "-"
 FORMATS = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+FORMAT_NAMES = tuple(each[1:] for each in FORMATS if each != ".ndjson")
+"""What `format` of `Corpus` may be."""
 _SYNONYMS = {".ndjson": ".jsonl", ".jsonlines": ".jsonl", ".jl": ".jsonl", ".feather": ".arrow"}
 _ONLY_IF_NAMED = (".json", ".csv", ".tsv")
 _DATASETS_METADATA = ("dataset_dict.json", "dataset_info.json", "state.json")
-_COLUMNAR = (".parquet", ".arrow")
 _UNPACK = {
-    ".zip": "unzip {path} -d FOLDER",
     ".tar": "tar -xf {path} -C FOLDER",
     ".tgz": "tar -xf {path} -C FOLDER",
     ".7z": "7z x {path} -oFOLDER",
     ".rar": "unrar x {path} FOLDER/",
 }
-_BATCH_ROWS, _BATCH_BYTES = 1000, 16 << 20
-_MAGIC = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ", ".zst": b"\x28\xb5\x2f\xfd"}
-_LARGEST_DOCUMENT = 256 << 20  # bytes of a document, of which several copies are in memory
-_BROKEN_CHARACTERS, _BROKEN_SHARE = 100, 0.01  # a file with more has another encoding
-# Tests, generated tables and vendored copies are repetitive, and distributors remove some of them.
-_STDLIB_FOLDERS_LEFT_OUT = (
-    *("__pycache__", "site-packages", "dist-packages", "lib-dynload", "config-*"),
-    *("test", "tests", "idle_test", "lib2to3", "idlelib", "turtledemo", "ensurepip"),
-    *("encodings", "pydoc_data", "tkinter", "distutils", "msilib", "curses"),
-)
-_BETWEEN = (" ", "\t", "\n", "\r", ",")  # JSON values
-_STDLIB_FILES_LEFT_OUT = ("_sysconfigdata*", "sitecustomize.py", "usercustomize.py")
 
 
 class Corpus:
     """A source of documents, with counts of what has been read so far.
 
-    `inputs`: files, folders (searched for known formats, in sorted order), "-" (standard input) or "stdlib".
-    `text_key`: key or column of the text. `split`: "file" (a .txt is one document), "line", "blank-line", or a separator such
-    as "<|endoftext|>". `on_bad_line`: "error" raises DataError at a line or row without usable text, "skip" counts it in
-    `bad`. `stdin_format`: format of standard input. `text_key` can be nested: "a.b" is the key "b" of the object under "a".
+    `inputs`: files, folders (searched for known formats, in sorted order), "-" (standard input) or "stdlib". `format`: one of
+    FORMAT_NAMES, which overrides the names of all files; the compression is then told by their first bytes if not by their
+    names. Without it, standard input is text. `text_key`: key or column of the text, "a.b" if it is nested. `template`: instead
+    of a key, as in `fields.Template`. `split`: "file" (a .txt is one document), "line", "blank-line", or a separator such as
+    "<|endoftext|>". `on_bad_line`: "error" raises DataError at a line or row without usable text, "skip" counts it in `bad`.
+    `near_duplicates`: leaves out documents that resemble an earlier one. `shard`: only this part of the files; all shards in
+    order are the input in order.
 
     Counts: `num_documents`, `utf8_bytes`, `bad` (lines and rows that were skipped, by reason), `empty_documents` (left out),
-    `replaced_bytes` (not UTF-8), `unsplit_files` (one document in spite of `split`), `json_files` (text that looks
-    like JSON), `other_files` (in folders, not read, by the end of their names).
+    `text_counts` (of plain text), `other_files` (in folders and archives, not read, by the end of their names).
     """
 
     def __init__(
@@ -84,44 +69,57 @@ class Corpus:
         inputs: list[str],
         *,
         text_key: str = "text",
+        template: str | None = None,
         split: str = "file",
         on_bad_line: Literal["error", "skip"] = "error",
-        stdin_format: Literal["txt", "jsonl"] = "txt",
+        format: str | None = None,
+        near_duplicates: NearDuplicates | None = None,
+        shard: Shard | None = None,
     ):
-        self.inputs, self.text_key, self.split, self.on_bad_line = list(inputs), text_key, split, on_bad_line
+        """Raises DataError."""
+        self.inputs, self.split, self.on_bad_line, self._near_duplicates = list(inputs), split, on_bad_line, near_duplicates
+        self._template = template
+        self._fields = Key(text_key) if template is None else Template(template)
+        self._given_format = f".{format}" if format else None
         if not split:
             raise DataError("--text-split is empty; allowed: file, line, blank-line, or the text between two documents")
+        if STDIN in self.inputs and self._given_format in COLUMNAR:
+            raise DataError(f"--format {format}: cannot be read from standard input; name the files")
         self.other_files: Counter[str] = Counter()
-        self._stdin_format = stdin_format
-        self._files = [file for name in inputs for file in ([name] if name in (STDLIB, STDIN) else self._find(Path(name)))]
-        sized = all(isinstance(file, Path) for file in self._files)
-        self.total_bytes: int | None = sum(file.stat().st_size for file in self._files) if sized else None
-        self.num_documents = self.utf8_bytes = self.empty_documents = self.replaced_bytes = self.unsplit_files = 0
-        self.json_files = 0
+        files = [file for name in inputs for file in ([name] if name in (STDLIB, STDIN) else self._find(Path(name)))]
+        self._sizes = [(file, 0 if file in (STDLIB, STDIN) else Path(file).stat().st_size) for file in files]
+        sized = not {STDLIB, STDIN}.intersection(files)
+        if shard and not sized:
+            raise DataError(f"--shard: {STDIN} and {STDLIB} cannot be divided; write the text to files, and name these")
+        whole = [Part(name, 0, size, size) for name, size in self._sizes]
+        self._parts = divide(self._sizes, shard, self._is_divisible) if shard else whole
+        self.total_bytes: int | None = sum(part.end - part.begin for part in self._parts) if sized else None
+        self.num_documents = self.utf8_bytes = self.empty_documents = 0
+        self.text_counts = readers.TextCounts()
         self.bad: Counter[str] = Counter()
         self._first_bad: dict[str, str] = {}
         self._digest = hashlib.sha256()
-        self._finished_bytes, self._tell = 0, lambda: 0
-        self._hub: tuple[str, str | None, str] | None = None
+        self._finished_bytes, self._opened = 0, None
+        self._hub: tuple | None = None  # arguments of `hub_records`
 
     @classmethod
-    def from_hub(cls, name: str, config: str | None = None, hub_split: str = "train", **options) -> Corpus:
-        """A data set of the Hugging Face hub (or a local folder that `datasets` can load), streamed."""
+    def from_hub(
+        cls, name: str, config: str | None = None, hub_split: str = "train", shard: Shard | None = None, **options
+    ) -> Corpus:
+        """A data set of the Hugging Face hub (or a local folder that `datasets` can load), streamed. Raises DataError."""
+        if any((Path(name) / each).is_file() for each in _DATASETS_METADATA):
+            raise DataError(f"--hf {name}: this folder was written by save_to_disk; read it with --input {name}")
         corpus = cls([], **options)
         corpus.inputs = [f"hf:{name}" + (f"/{config}" if config else "") + f":{hub_split}"]
-        corpus.total_bytes, corpus._hub = None, (name, config, hub_split)
+        corpus.total_bytes, corpus._hub = None, (name, config, hub_split, shard)
         return corpus
 
     def documents(self) -> Iterator[tuple[str, str]]:
         """(name, text) of every non-empty document, in a fixed order. Raises DataError."""
-        for name, text in self._hub_rows(*self._hub) if self._hub else self._all_files():
-            try:
-                data = text.encode()
-            except UnicodeEncodeError as error:
-                self._bad(name, "not valid Unicode", f" ({error})")
-                continue
-            if not data or data.isspace():
-                self.empty_documents += 1
+        texts = self._with_text(readers.hub_records(*self._hub, self.inputs[0])) if self._hub else self._all_files()
+        for name, text in texts:
+            data = self._usable(name, text)
+            if data is None or (self._near_duplicates and not self._near_duplicates.is_new(name, text)):
                 continue
             self._digest.update(data)
             self._digest.update(b"\0")
@@ -137,15 +135,19 @@ class Corpus:
     @property
     def read_bytes(self) -> int:
         """Bytes read from the inputs so far; compressed bytes of compressed files."""
-        return self._finished_bytes + self._tell()
+        return self._finished_bytes + (self._opened.tell() if self._opened else 0)
 
     @property
     def most_characters(self) -> int | None:
-        """No text is longer than this, over all documents. None: unknown, since files are compressed or streamed."""
-        plain = self.total_bytes is not None and all(
-            path.suffix.lower() not in COMPRESSIONS and _format(path) not in _COLUMNAR for path in self._files
-        )
-        return self.total_bytes if plain else None
+        """No text is longer than this, over all documents. None: unknown, as files are compressed or streamed, or texts are
+        made by a template."""
+        plain = self.total_bytes is not None and self._template is None and self._given_format is None
+        plain = plain and not any(named_compression(part.name) or _format(part.name) in COLUMNAR for part in self._parts)
+        return sum(part.size for part in self._parts) if plain else None
+
+    def files_fingerprint(self) -> str:
+        """Hash of names and sizes of all files, those of other shards included."""
+        return files_fingerprint(self._sizes)
 
     @property
     def sha256(self) -> str:
@@ -154,7 +156,12 @@ class Corpus:
 
     def description(self) -> dict:
         """Summary of what has been read so far, for sidecars and tokenizers."""
-        return {"inputs": self.inputs, "num_documents": self.num_documents, "sha256": self.sha256}
+        description = {"inputs": self.inputs, "num_documents": self.num_documents, "sha256": self.sha256}
+        if self._template is not None:
+            description["template"] = self._template
+        if self._near_duplicates:
+            description["near_duplicates"] = self._near_duplicates.description()
+        return description
 
     def problems(self) -> list[str]:
         """One sentence for each kind of text that was left out or changed."""
@@ -163,34 +170,38 @@ class Corpus:
             for reason, count in self.bad.items()
         }
         others = ", ".join(f"{count:,} {suffix}" for suffix, count in self.other_files.most_common(5))
-        named = "; name files to read them" if any(_format(Path(f"x{each}")) in FORMATS for each in self.other_files) else ""
+        named = "; name files to read them" if any(_is_readable(f"x{each}") for each in self.other_files) else ""
+        counts = self.text_counts
         found |= {
             "documents without any text were left out": self.empty_documents,
-            "byte sequences that are not UTF-8 became U+FFFD": self.replaced_bytes,
-            f"files do not contain the separator --text-split {self.split!r}: each is one document": self.unsplit_files,
-            "texts look like JSON lines but were read as plain text: name files .jsonl, or use --stdin-format": self.json_files,
-            f"files in the folders were left out: {others}{named}": self.other_files.total(),
+            "byte sequences that are not UTF-8 became U+FFFD": counts.replaced_bytes,
+            f"files do not contain the separator --text-split {self.split!r}: each is one document": counts.unsplit_files,
+            "texts look like JSON lines but were read as plain text; read them with --format jsonl": counts.json_files,
+            f"files in the folders and archives were left out: {others}{named}": self.other_files.total(),
         }
-        return [f"{count:,} {text}" for text, count in found.items() if count]
+        sentences = [f"{count:,} {text}" for text, count in found.items() if count]
+        return sentences + (self._near_duplicates.problems() if self._near_duplicates else [])
 
-    def _find(self, path: Path) -> list[Path]:
+    def _find(self, path: Path) -> list[str]:
         """The files to read at `path`. Raises DataError."""
         if path.is_dir():
             return self._find_in_folder(path)
         if not path.is_file():
             raise DataError(f"{path}: no such file; --input accepts files, folders, {STDIN} (standard input) and {STDLIB}")
-        if (form := _format(path)) not in FORMATS:
-            if form in _UNPACK:
-                raise DataError(f"{path}: an archive; unpack it with `{_UNPACK[form].format(path=path)}` and name the folder")
-            pack = {".gz": "gzip -dc", ".zst": "zstd -dc", ".bz2": "bzip2 -dc", ".xz": "xz -dc"}.get(path.suffix.lower(), "cat")
-            raise DataError(
-                f"{path}: unknown format; allowed: {', '.join(FORMATS)} (also {', '.join(COMPRESSIONS)}). If it is plain text, "
-                f"use `{pack} {path} |` and --input {STDIN}; else convert it to a .jsonl with one object per line: "
-                f'{{"{self.text_key}": "the text of a document"}}'
-            )
-        return [path]
+        name, form = str(path), self._given_format or _format(str(path))
+        if form in COLUMNAR and (suffix := named_compression(name)):
+            raise DataError(f"{path}: a {form} file cannot be read compressed ({suffix}); unpack it, and name the result")
+        if self._given_format or _is_readable(name):
+            return [name]
+        if form in _UNPACK:
+            raise DataError(f"{path}: an archive; unpack it with `{_UNPACK[form].format(path=path)}` and name the folder")
+        raise DataError(
+            f"{path}: unknown format; allowed: {', '.join(FORMATS)} (also {', '.join(COMPRESSIONS)}). If its content is one of "
+            f"them, name it with --format {'|'.join(FORMAT_NAMES)}; else convert it to a .jsonl with one object per line: "
+            f'{{"{self._fields.keys[0]}": "the text of a document"}}'
+        )
 
-    def _find_in_folder(self, folder: Path) -> list[Path]:
+    def _find_in_folder(self, folder: Path) -> list[str]:
         for path in sorted(folder.rglob("dataset_dict.json")):
             splits = sorted(each.parent.name for each in path.parent.glob("*/state.json"))
             if len(splits) > 1:  # reading all would train on the test set
@@ -198,349 +209,135 @@ class Corpus:
                 names = f"the splits {', '.join(splits)}; choose one: --input {path.parent / one}"
                 raise DataError(f"{path.parent}: was written by save_to_disk of `datasets` and has {names}")
         files = sorted(file for file in folder.rglob("*") if file.is_symlink() or not file.is_dir())
-        found = [file for file in files if file.is_file() and _is_read_in_folders(file)]
+        found = [file for file in files if file.is_file() and self._is_read_in_folders(file)]
         left = [file for file in files if not file.name.startswith(".") and file.name not in _DATASETS_METADATA]
         others = Counter("".join(file.suffixes[-2:]).lower() or "without an ending" for file in set(left).difference(found))
         if not found:
-            named = sorted({f"{folder}/*{suffix}" for suffix in others if _format(Path(f"x{suffix}")) in _ONLY_IF_NAMED})
+            named = sorted({f"{folder}/*{suffix}" for suffix in others if _is_readable(f"x{suffix}")})
             way = f"; name its files: --input {' '.join(named)}" if named else f"; it has {', '.join(others) or 'no files'}"
+            way += "" if named or not others else "; if these have a known format, name it with --format"
             raise DataError(
                 f"{folder}: this folder has no {', '.join(f for f in FORMATS if f not in _ONLY_IF_NAMED)} files{way}"
             )
         self.other_files += others
-        return found
+        return [str(file) for file in found]
 
-    def _bad(self, place: str, reason: str, detail: str = "") -> None:
-        """Counts a line, row or file without usable text under its `reason`, or raises DataError."""
-        self.bad[reason] += 1
-        self._first_bad.setdefault(reason, place)
-        if self.on_bad_line == "error":
-            raise DataError(f"{place}: {reason}{detail}; correct it, or skip such lines with --on-bad-line skip")
+    def _is_read_in_folders(self, file: Path) -> bool:
+        if self._given_format:  # hidden files, and those of programs such as _SUCCESS of Spark, are not data
+            return not file.name.startswith((".", "_")) and file.name not in _DATASETS_METADATA
+        form = _format(file.name)
+        computed = file.name.startswith("cache-") and file.suffix == ".arrow"  # by `datasets`, from the files beside it
+        return form in FORMATS and form not in _ONLY_IF_NAMED and not computed
 
-    def _text_of(self, record, place: str) -> str | None:
-        """The text of a JSON object or a row. None: bad, and skipped."""
-        keys = [self.text_key] if isinstance(record, dict) and self.text_key in record else self.text_key.split(".")
-        to = f"{place.rpartition(':')[0]} > NEW.jsonl"
-        for number, key in enumerate(keys):
-            parent = f"{'.'.join(keys[:number])!r} is " if number else ""
-            if not isinstance(record, dict):
-                way = f" (`jq -c '.[] | {{{key}: .}}' {to}` makes objects of strings)" if isinstance(record, str) else ""
-                return self._bad(place, f"{parent}not an object with the key {key!r}", way)
-            if key not in record:
-                lists = [each for each, value in record.items() if isinstance(value, list) and isinstance([*value, 0][0], dict)]
-                way = f" or `jq -c '.{lists[0]}[]' {to}` to take the objects out of {lists[0]!r}" if lists else ""
-                among = f" among {', '.join(map(repr, record))} (--text-key{way})"
-                return self._bad(place, f"no key {self.text_key!r}", among)
-            record = record[key]
-        if isinstance(record, bytes):  # a column of a parquet file that was not declared as text
+    def _usable(self, name: str, text: str | Bad) -> bytes | None:
+        """The text in UTF-8. None: none, which is counted here, or raises DataError."""
+        if not isinstance(text, Bad):
             try:
-                return record.decode()
-            except UnicodeDecodeError as error:
-                return self._bad(place, f"{self.text_key!r} is not UTF-8", f" ({error})")
-        if not isinstance(record, str):
-            way = f" with the keys {', '.join(record)} (--text-key {self.text_key}.KEY)" if isinstance(record, dict) else ""
-            way = f" (`jq -c '.{self.text_key} |= join(\"\\n\")' {to}` joins its parts)" if isinstance(record, list) else way
-            return self._bad(place, f"{self.text_key!r} is {type(record).__name__}, not text", way)
-        return record
+                data = text.encode()
+            except UnicodeEncodeError as error:
+                text = Bad("not valid Unicode", f" ({error})")
+        if isinstance(text, Bad):
+            self.bad[text.reason] += 1
+            self._first_bad.setdefault(text.reason, name)
+            if self.on_bad_line == "error":
+                raise DataError(f"{name}: {text.reason}{text.detail}; correct it, or skip such lines with --on-bad-line skip")
+            return None
+        if not data or data.isspace():
+            self.empty_documents += 1
+            return None
+        return data
 
-    def _all_files(self) -> Iterator[tuple[str, str]]:
-        for path in self._files:
-            if path == STDLIB:
-                yield from _standard_library()
-                continue
-            if path == STDIN:
-                read = self._json if self._stdin_format == "jsonl" else self._text
-                yield from read(Path("standard input"), io.BufferedReader(sys.stdin.buffer, 1 << 20))
-                continue
-            try:
-                with open(path, "rb") as raw:
-                    yield from self._one_file(path, raw)
-            except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-                raise DataError(f"{path}: cannot be read to the end ({error}); copy it again") from None
-            self._finished_bytes, self._tell = self._finished_bytes + path.stat().st_size, lambda: 0
+    def _is_divisible(self, name: str) -> bool:
+        """Whether every line of a file is a document. Raises DataError, OSError."""
+        form = self._given_format or _format(name)
+        if named_compression(name) or form not in (".txt", ".jsonl", ".json") or (form == ".txt" and self.split != "line"):
+            return False
+        with open(name, "rb") as file:
+            if compression(name, file, by_content=self._given_format is not None):
+                return False
+            return form == ".txt" or readers.has_json_lines(Opened(name, form, file))
 
-    def _one_file(self, path: Path, raw: io.BufferedReader) -> Iterator[tuple[str, str]]:
-        size = path.stat().st_size
-        self._tell = lambda: size if raw.closed else raw.tell()  # a decompressor may close it before its last text is consumed
-        if _format(path) in _COLUMNAR:
-            return self._columns(path, raw)
-        _check_compression(path, raw)
-        file = io.BufferedReader(_decompressed(path, raw), 1 << 20)
-        if _format(path) in (".csv", ".tsv"):
-            return self._table(path, file, "," if _format(path) == ".csv" else "\t")
-        return self._text(path, file) if _format(path) == ".txt" else self._json(path, file)
+    def _all_files(self) -> Iterator[tuple[str, str | Bad]]:
+        for part in self._parts:
+            if part.name == STDLIB:
+                yield from readers.standard_library()
+            elif part.name == STDIN:
+                file = io.BufferedReader(sys.stdin.buffer, 1 << 20)
+                yield from self._one_file(Opened("standard input", self._given_format or ".txt", file))
+            else:
+                with open(part.name, "rb") as file:
+                    yield from self._one_file(self._opened_part(part, file))
+                self._finished_bytes += part.end - part.begin
+            self._opened = None
 
-    def _json(self, path: Path, file: io.BufferedReader) -> Iterator[tuple[str, str]]:
-        """Objects on a line each; or in an array or over several lines, which is found out from the start of the file."""
-        start = file.peek(1 << 10).removeprefix(b"\xef\xbb\xbf").lstrip()
-        first, more, _ = start.partition(b"\n")
-        torn = more and start.startswith(b"{") and not first.rstrip().endswith(b"}")
-        if start.startswith(b"[") or (torn and (_format(path) == ".json" or first.strip() == b"{")):
-            for number, record in enumerate(_json_values(path, file), 1):
-                if (text := self._text_of(record, f"{path}:{number}")) is not None:
-                    yield f"{path}:{number}", text
-            return
-        for number, line in enumerate(iter(lambda: file.readline(_LARGEST_DOCUMENT + 1), b""), 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.isspace():
-                continue
-            name = f"{path}:{number}"
-            if len(line) > _LARGEST_DOCUMENT:
-                self._bad(name, f"a document of more than {_LARGEST_DOCUMENT >> 20} MiB, which may not fit into memory")
-                while line and not line.endswith(b"\n"):
-                    line = file.readline(1 << 20)
-                continue
-            try:
-                record = json.loads(line.decode())
-            except (ValueError, RecursionError) as error:
-                self._bad(name, "not JSON", f" ({error})")
-                continue
-            if (text := self._text_of(record, name)) is not None:
-                yield name, text
+    def _opened_part(self, part: Part, file: BinaryIO) -> Opened:
+        form = self._given_format or _format(part.name)
+        if part.is_whole:
+            return Opened(part.name, form, file, part.size)
+        lines = Lines(file, part)
+        name = f"{part.name} from byte {lines.begin:,}" if lines.begin else part.name
+        return Opened(name, form, io.BufferedReader(lines, 1 << 20), part.end - part.begin, begin=lines.begin)
 
-    def _table(self, path: Path, file: BinaryIO, delimiter: str) -> Iterator[tuple[str, str]]:
-        csv.field_size_limit(_LARGEST_DOCUMENT)
-        rows = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
-        complete = 0
+    def _one_file(self, opened: Opened) -> Iterator[tuple[str, str | Bad]]:
+        self._opened = opened
         try:
-            header = next(rows, [])
-            if self.text_key not in header:
-                names = ", ".join(map(repr, header))
-                raise DataError(f"{path}: no column {self.text_key!r} in its first line: {names}; choose one with --text-key")
-            complete = rows.line_num
-            for row in rows:
-                complete = rows.line_num
-                name = f"{path}:{rows.line_num}"
-                if row and len(row) != len(header):
-                    self._bad(name, f"not as many values as the header has ({len(header)})", f" but {len(row)}")
-                elif row:
-                    yield name, row[header.index(self.text_key)]
-        except (csv.Error, UnicodeDecodeError) as error:
-            way = "write it again" if isinstance(error, csv.Error) else "convert it with `iconv -f ENCODING -t UTF-8`"
-            raise DataError(f"{path}: not a readable table in UTF-8 after line {complete} ({error}); {way}") from None
+            if opened.format in COLUMNAR:
+                yield from self._texts(opened)
+                return
+            by_content = self._given_format is not None
+            suffix = "" if opened.begin else compression(opened.name, opened.file, by_content)
+            if suffix == ".zip":
+                yield from self._archive(opened)
+            else:
+                yield from self._texts(opened, suffix)
+        except READ_ERRORS as error:
+            raise DataError(f"{opened.name}: cannot be read to the end ({error}); copy it again") from None
 
-    def _text(self, path: Path, file: BinaryIO) -> Iterator[tuple[str, str]]:
-        parts = [file.read(_LARGEST_DOCUMENT + 1)] if self.split == "file" else _parts(file, self.split)
-        number = broken = characters = 0
-        for number, data in enumerate(parts, 1):
-            if number == 1:
-                data = data.removeprefix(b"\xef\xbb\xbf")
-            if len(data) > _LARGEST_DOCUMENT:
-                size = f"a document of more than {_LARGEST_DOCUMENT >> 20} MiB, which may not fit into memory"
-                raise DataError(f"{path}: {size}; say where documents end with --text-split line, blank-line or a separator")
-            name, text = (str(path) if self.split == "file" else f"{path}:{number}"), data.decode(errors="replace")
-            replaced = text.count("\ufffd") - data.count("\ufffd".encode())
-            broken, characters = broken + replaced + text.count("\0"), characters + len(text)
-            if replaced + text.count("\0") and broken > max(_BROKEN_CHARACTERS, _BROKEN_SHARE * characters):
-                problem = f": {broken:,} of the first {characters:,} characters cannot be decoded or are zero"
-                self._bad(name, "not UTF-8", f"{problem}; convert it with `iconv -f ENCODING -t UTF-8`")
-                continue
-            self.replaced_bytes += replaced
-            if number == 1 and re.match(rf'\s*\{{[^\n]*"{re.escape(self.text_key)}": *"', text[:10_000]):
-                self.json_files += 1
-            yield name, text
-        self.unsplit_files += self.split != "file" and number == 1
+    def _archive(self, opened: Opened) -> Iterator[tuple[str, str | Bad]]:
+        """The files of a .zip in sorted order. That of a lone file may be told by the archive's name, as in text.jsonl.zip."""
+        with open_archive(opened.name, opened.file) as archive:
+            members = [each for each in archive.infolist() if not each.is_dir() and not _is_hidden(each.filename)]
+            alone, found = _format(opened.name) if len(members) == 1 else "", 0
+            for member in sorted(members, key=lambda each: each.filename):
+                name, form = f"{opened.name}/{member.filename}", self._given_format or _format(member.filename)
+                form = form if form in FORMATS else alone
+                with open_member(opened.name, archive, member) as file:
+                    file = io.BufferedReader(file, 1 << 20)
+                    suffix = compression(name, file, by_content=self._given_format is not None)
+                    if form not in FORMATS or form in COLUMNAR or suffix == ".zip":
+                        self.other_files["".join(PurePosixPath(name).suffixes[-2:]).lower() or "without an ending"] += 1
+                        continue
+                    found += 1
+                    yield from self._texts(Opened(name, form, file, opened.size, opened.tell), suffix)
+            if not found:
+                names = ", ".join(each.filename for each in members[:5]) or "no files"
+                allowed = ", ".join(each for each in FORMATS if each not in COLUMNAR)
+                way = f"unpack it with `unzip {opened.name} -d FOLDER`, or name the format of its files with --format"
+                raise DataError(f"{opened.name}: this archive has {names}; allowed: {allowed}. Else {way}")
 
-    def _columns(self, path: Path, raw: BinaryIO) -> Iterator[tuple[str, str]]:
-        """Rows of a parquet or an Arrow file; only the column of the text is read, a few megabytes at a time."""
-        import pyarrow
+    def _texts(self, opened: Opened, suffix: str = "") -> Iterator[tuple[str, str | Bad]]:
+        """The documents of one file with the compression `suffix`."""
+        if opened.format not in COLUMNAR:
+            opened.file = io.BufferedReader(decompressed(opened.name, opened.file, suffix), 1 << 20)
+        if opened.format == ".txt":
+            return readers.plain_texts(opened, self.split, self.text_counts, self._fields.keys[0])
+        return self._with_text(readers.records(opened, self._fields))
 
-        try:
-            done, batches = 0, self._parquet(path, raw) if _format(path) == ".parquet" else _arrow_batches(raw)
-            for batch in batches:
-                names = batch.schema.names
-                column = self.text_key if self.text_key in names else self.text_key.split(".")[0]
-                if column not in names:
-                    among = ", ".join(map(repr, names))
-                    raise DataError(f"{path}: no column {self.text_key!r} among {among}; choose one with --text-key")
-                for start in range(0, len(batch), _BATCH_ROWS):
-                    for value in batch.column(column).slice(start, _BATCH_ROWS).to_pylist():
-                        done += 1
-                        if (text := self._text_of({column: value}, f"{path}:{done}")) is not None:
-                            yield f"{path}:{done}", text
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{path}: not a readable {_format(path)} file ({error}); copy it again") from None
-
-    def _parquet(self, path: Path, raw: BinaryIO) -> Iterator:
-        import pyarrow.parquet
-
-        table = pyarrow.parquet.ParquetFile(raw)
-        size, rows, done, about = path.stat().st_size, max(table.metadata.num_rows, 1), 0, table.metadata
-        self._tell = lambda: size * done // rows
-        groups = [about.row_group(i) for i in range(about.num_row_groups)]
-        leaves = {each: groups[0].column(each).path_in_schema for each in range(about.num_columns)} if groups else {}
-        own = [each for each, leaf in leaves.items() if leaf == self.text_key]
-        column_bytes = sum(group.column(each).total_uncompressed_size for group in groups for each in own)
-        at_once = max(1, min(_BATCH_ROWS, _BATCH_BYTES * rows // max(1, column_bytes)))
-        for batch in table.iter_batches(at_once, columns=[self.text_key] if own else None):
-            yield batch
-            done += len(batch)
-
-    def _hub_rows(self, name: str, config: str | None, split: str) -> Iterator[tuple[str, str]]:
-        import datasets
-
-        if any((Path(name) / each).is_file() for each in _DATASETS_METADATA):
-            raise DataError(f"--hf {name}: this folder was written by save_to_disk; read it with --input {name}")
-        try:
-            number = 0
-            for batch in datasets.load_dataset(name, config, split=split, streaming=True).iter(batch_size=_BATCH_ROWS):
-                for row in zip(*batch.values(), strict=True):
-                    number += 1
-                    place = f"{self.inputs[0]}:{number}"
-                    if (text := self._text_of(dict(zip(batch, row, strict=True)), place)) is not None:
-                        yield place, text
-        except (DataError, GeneratorExit):
-            raise
-        except Exception as error:  # the library passes on the exceptions of parsers, network and cache
-            raise DataError(f"--hf {name}: {type(error).__name__}: {error}") from error
+    def _with_text(self, records: Iterator[tuple[str, object]]) -> Iterator[tuple[str, str | Bad]]:
+        return ((place, record if isinstance(record, Bad) else self._fields.text(record, place)) for place, record in records)
 
 
-def _format(path: Path) -> str:
+def _format(name: str) -> str:
     """The format of a file by its name, one of FORMATS; another ending if it is not known."""
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSIONS]
+    suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes if suffix.lower() not in COMPRESSIONS]
     suffix = suffixes[-1] if suffixes else ""
     return _SYNONYMS.get(suffix, suffix)
 
 
-def _is_read_in_folders(path: Path) -> bool:
-    computed = path.name.startswith("cache-") and path.suffix == ".arrow"  # by `datasets`, from the files beside it
-    return _format(path) in FORMATS and _format(path) not in _ONLY_IF_NAMED and not computed
+def _is_readable(name: str) -> bool:
+    return _format(name) in FORMATS or named_compression(name) == ".zip"
 
 
-def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
-    suffix = path.suffix.lower()
-    if suffix == ".zst":
-        import pyarrow
-
-        return pyarrow.input_stream(raw, compression="zstd")
-    open_as = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix)
-    return open_as(raw) if open_as else raw
-
-
-def _json_values(path: Path, file: BinaryIO) -> Iterator:
-    """The elements of a JSON array, or JSON values one after another. One at a time is in memory. Raises DataError."""
-    text, decoder, number = io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), json.JSONDecoder(), 0
-    try:
-        held = text.read(1 << 20).lstrip()
-        array, complete = held.startswith("["), False
-        held = held[1:] if array else held
-        while True:
-            at = 0
-            while True:
-                while held[at : at + 1] in _BETWEEN:
-                    at += 1
-                if array and held.startswith("]", at):
-                    complete, at = True, at + 1
-                    break
-                try:
-                    value, at = decoder.raw_decode(held, at)
-                except ValueError as error:
-                    problem = error
-                    break
-                number += 1
-                yield value
-            held = held[at:].lstrip()
-            if complete and held:
-                raise DataError(f"{path}: has text behind the end of the array; correct it")
-            if len(held) > _LARGEST_DOCUMENT:
-                raise DataError(f"{path}:{number + 1}: not JSON, or a document of more than {_LARGEST_DOCUMENT >> 20} MiB")
-            more = text.read(max(1 << 20, len(held)))
-            if not more:
-                if held or (array and not complete):
-                    where = f"{path}: is not JSON after its element {number:,}"
-                    raise DataError(f"{where} ({problem}); correct it, or copy it again if it is not complete")
-                return
-            held += more
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: is not JSON in UTF-8 after its element {number:,} ({error}); correct it") from None
-
-
-def _check_compression(path: Path, raw: io.BufferedReader) -> None:
-    """Raises DataError if a file's content is not compressed as its name says. Consumes nothing."""
-    head, named = raw.peek(6)[:6], path.suffix.lower()
-    content = next((suffix for suffix, magic in _MAGIC.items() if head.startswith(magic)), None)
-    if content and content != named:
-        raise DataError(f"{path}: is compressed, but its name does not end in {content}; rename it")
-    if head and named in _MAGIC and content != named:
-        raise DataError(f"{path}: is not compressed, although its name ends in {named}; rename it")
-
-
-def _arrow_batches(raw: BinaryIO) -> Iterator:
-    """Record batches of an Arrow stream, which `datasets` writes, or of an Arrow file."""
-    import pyarrow
-
-    head = raw.read(6)
-    raw.seek(0)
-    if head == b"ARROW1":
-        reader = pyarrow.ipc.open_file(raw)
-        yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
-    else:
-        yield from pyarrow.ipc.open_stream(raw)
-
-
-def _parts(file: BinaryIO, split: str) -> Iterator[bytes]:
-    """Documents of a text file, without the line ends around them. One document at a time is in memory.
-
-    A document that is too large is cut after _LARGEST_DOCUMENT bytes or little more, for the caller to refuse.
-    """
-    if split == "blank-line":
-        for blank, lines in itertools.groupby(iter(lambda: file.readline(_LARGEST_DOCUMENT + 1), b""), key=bytes.isspace):
-            if not blank:
-                yield _joined(lines).strip(b"\r\n")
-        return
-    separator = b"\n" if split == "line" else split.encode()
-    held, end, size = [], b"", 0  # blocks without a separator, and the end of the last one
-    while data := file.read(1 << 20):
-        held.append(data)
-        size += len(data)
-        if separator in end + data:
-            *complete, rest = b"".join(held).split(separator)
-            yield from (part.strip(b"\r\n") for part in complete)
-            held, size, data = [rest], len(rest), rest
-        elif size > _LARGEST_DOCUMENT:
-            break
-        end = (end + data)[-len(separator) + 1 :] if len(separator) > 1 else b""
-    if any(held):
-        yield b"".join(held).strip(b"\r\n")
-
-
-def _joined(lines: Iterable[bytes]) -> bytes:
-    """The lines up to _LARGEST_DOCUMENT, and the line that goes beyond it."""
-    held, size = [], 0
-    for line in lines:
-        held.append(line)
-        size += len(line)
-        if size > _LARGEST_DOCUMENT:
-            break
-    return b"".join(held)
-
-
-def _standard_library() -> Iterator[tuple[str, str]]:
-    """Language reference, then modules, of the running Python. Differs between releases, not between machines."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        topics = {}
-    for name in sorted(topics):
-        yield f"topics/{name}", topics[name]
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found = False
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if not _matches(name, _STDLIB_FOLDERS_LEFT_OUT))
-        for name in sorted(files):
-            if name.endswith(".py") and not _matches(name, _STDLIB_FILES_LEFT_OUT):
-                path = Path(folder, name)
-                try:
-                    yield str(Path(STDLIB, path.relative_to(root))), path.read_bytes().decode()
-                except UnicodeDecodeError:
-                    continue
-                found = True
-    if not found:
-        raise DataError(
-            f"{STDLIB}: Python {sys.version.split()[0]} has no source files in {root}; pass text with --input FILES"
-        )
-
-
-def _matches(name: str, patterns) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+def _is_hidden(member: str) -> bool:
+    """True for files that archivers add: those with a dot first, and the resource forks of macOS."""
+    return PurePosixPath(member).name.startswith(".") or member.startswith("__MACOSX/")

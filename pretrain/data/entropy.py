@@ -33,8 +33,7 @@ def bigram_entropy(runs: list[np.ndarray], vocab_size: int) -> float:
 
     `runs`: 1-D integer arrays of consecutive tokens. Memory grows with the distinct pairs, never with V * V.
     """
-    pairs = np.concatenate([run[:-1].astype(np.int64) * vocab_size + run[1:] for run in runs])
-    pairs, count = np.unique(pairs, return_counts=True)
+    pairs, count = _counted(runs, vocab_size)
     total = int(count.sum())
     if total < 2:
         return math.log(vocab_size)
@@ -51,3 +50,12 @@ def bigram_entropy(runs: list[np.ndarray], vocab_size: int) -> float:
 
     best = min(loss(discount, strength) for discount in _DISCOUNTS for strength in _STRENGTHS)
     return min(best, math.log(vocab_size))  # very few tokens mislead the model: then guessing is better
+
+
+def _counted(runs: list[np.ndarray], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(pairs, count) of the distinct pairs of neighbours, sorted, both int64; the pair (a, b) is a * vocab_size + b."""
+    dtype = np.uint32 if vocab_size**2 <= 2**32 else np.int64  # half the bytes sort in 0.6 of the time
+    pairs = np.concatenate([run[:-1].astype(dtype) * dtype(vocab_size) + run[1:].astype(dtype) for run in runs])
+    pairs.sort()
+    starts = np.flatnonzero(np.concatenate([[True], pairs[1:] != pairs[:-1]])) if len(pairs) else np.empty(0, np.int64)
+    return pairs[starts].astype(np.int64), np.diff(starts, append=len(pairs))

@@ -44,6 +44,7 @@ class Tokenizer:
     fingerprint: str
     unknown_ids: frozenset[int] = frozenset()
     _status: np.ndarray | None = None  # of every character, once needed
+    _represented_ascii = b""
 
     @staticmethod
     def load(folder: str | Path) -> Tokenizer:
@@ -117,7 +118,8 @@ class Tokenizer:
         """
         if self._status is None:
             self._status = np.zeros(0x110000, np.uint8)
-        if not (self._status_of("".join(texts)) == _LOST).any():
+        suspect = (text for text in texts if not text.isascii() or text.encode().translate(None, self._represented_ascii))
+        if not (self._status_of("".join(suspect)) == _LOST).any():
             return []
         found = []
         for number, text in enumerate(texts):
@@ -135,6 +137,7 @@ class Tokenizer:
         if (untested := status == _UNTESTED).any():
             for code in np.unique(codes[untested]).tolist():
                 self._status[code] = _LOST if self._is_lost(chr(code)) else _REPRESENTED
+            self._represented_ascii = np.flatnonzero(self._status[:128] == _REPRESENTED).astype(np.uint8).tobytes()
             status = self._status[codes]
         return status
 
