@@ -457,8 +457,8 @@ def weights_of_this_tokenizer(world):
 
 
 def shards_of_little_more_than_a_sample(world):
-    split_into_shards(world, 100)
-    world.flags |= {"data.sequence_length": 300, "train.max_steps": 50}
+    split_into_shards(world, 30)
+    world.flags |= {"data.sequence_length": 800, "train.max_steps": 15}
 
 
 def busy_port(world):
