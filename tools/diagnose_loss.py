@@ -220,6 +220,7 @@ def judge_initial(options: argparse.Namespace, settings: list[str]) -> int:
 def data_findings(data: TrainData) -> tuple[list[str], list[str]]:
     """(lines about generated data, problems of token files): the lowest loss that training on each source can reach."""
     from pretrain.data.checks import check_entropies
+    from pretrain.data.shards import shortened
 
     uniform, lines, problems = data.reference_lines["uniform"], [], []
     for source in data.sources:
@@ -227,8 +228,8 @@ def data_findings(data: TrainData) -> tuple[list[str], list[str]]:
             stays = f"nothing can be learned, so training stays at ln({data.vocab_size}) = {uniform:.4f}"
             falls = f"training can fall to {floor:.4f} nats per token, its floor, and not below"
             lines.append(f"data: {source.name} is generated, not text; {stays if floor > 0.99 * uniform else falls}")
-        elif hasattr(source, "file"):
-            problems += map(str, check_entropies(source.file, source.name, data.vocab_size))
+        found = (each for file in source.files for each in check_entropies(file, source.name, data.vocab_size))
+        problems += map(str, shortened(found))
     return lines, problems
 
 
