@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 
+import pandas
 import pyarrow
 import pytest
 import snappy
@@ -163,6 +164,22 @@ def test_a_lone_file_of_an_archive_has_the_format_of_the_archives_name(tmp_path)
     (tmp_path / "a.zip").rename(tmp_path / "more" / "b.zip")
     corpus = Corpus([str(tmp_path / "more")])  # what b.zip has is not known before it is named
     assert len(list(corpus.documents())) == len(TEXTS) and "name files to read them" in corpus.problems()[0]
+
+
+def test_the_archives_name_tells_no_format_if_it_has_several_files(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.jsonl.zip", "w") as archive:
+        archive.writestr("a.jsonl", JSONL)
+        archive.writestr("LICENSE", "all rights reserved")
+    corpus = Corpus([str(tmp_path / "a.jsonl.zip")])
+    assert [text for _, text in corpus.documents()] == TEXTS and corpus.other_files == {"without an ending": 1}
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zip"])
+def test_what_pandas_compresses_is_read_exactly(tmp_path, suffix):
+    frame = pandas.DataFrame({"id": range(len(TEXTS)), "text": TEXTS})
+    frame.to_json(tmp_path / f"a.jsonl{suffix}", orient="records", lines=True)
+    frame.to_csv(tmp_path / f"a.csv{suffix}", index=False)
+    assert texts(tmp_path / f"a.jsonl{suffix}") == texts(tmp_path / f"a.csv{suffix}") == TEXTS
 
 
 def test_an_archive_that_python_cannot_read_is_refused_with_the_command_that_unpacks_it(tmp_path):

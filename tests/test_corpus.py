@@ -312,6 +312,31 @@ def test_other_formats_are_refused_with_the_command_that_helps(tmp_path, name, w
         Corpus([str(tmp_path / name)])
 
 
+def test_a_given_format_reads_every_file_of_a_folder_but_those_of_programs(tmp_path):
+    """As Spark and Hadoop write them."""
+    for name in ("part-00000", "part-00001.gz", "z.data"):
+        data = jsonl([{"text": name}])
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    for name in ("_SUCCESS", ".part-00000.crc", "dataset_info.json"):
+        (tmp_path / name).write_bytes(b"not JSON")
+    corpus = Corpus([str(tmp_path)], format="jsonl")
+    assert texts(corpus) == ["part-00000", "part-00001.gz", "z.data"] and corpus.other_files.total() == 1  # _SUCCESS
+    with pytest.raises(DataError, match="--format"):
+        Corpus([str(tmp_path)])
+    with pytest.raises(DataError, match=r"part-00000:1: .*'body'"):
+        texts(Corpus([str(tmp_path)], format="jsonl", text_key="body"))
+
+
+def test_column_files_that_are_compressed_or_come_from_standard_input_are_not_read(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.parquet.gz").write_bytes(gzip.compress(b"PAR1"))
+    corpus = Corpus([str(tmp_path)])
+    assert texts(corpus) == ["text"] and corpus.other_files == {".parquet.gz": 1}
+    for form in ("parquet", "arrow"):
+        with pytest.raises(DataError, match="standard input"):
+            Corpus(["-"], format=form)
+
+
 def test_a_folder_of_json_files_is_refused_with_the_way_to_read_them(tmp_path):
     (tmp_path / "part-1.json.gz").write_bytes(gzip.compress(b"[]"))
     with pytest.raises(DataError, match=r"--input .*/\*\.json\.gz"):

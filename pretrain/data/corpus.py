@@ -223,9 +223,11 @@ class Corpus:
         return [str(file) for file in found]
 
     def _is_read_in_folders(self, file: Path) -> bool:
+        form = self._given_format or _format(file.name)
+        if form in COLUMNAR and named_compression(file.name):
+            return False
         if self._given_format:  # hidden files, and those of programs such as _SUCCESS of Spark, are not data
             return not file.name.startswith((".", "_")) and file.name not in _DATASETS_METADATA
-        form = _format(file.name)
         computed = file.name.startswith("cache-") and file.suffix == ".arrow"  # by `datasets`, from the files beside it
         return form in FORMATS and form not in _ONLY_IF_NAMED and not computed
 

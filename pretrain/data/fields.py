@@ -35,10 +35,14 @@ class Key:
 
     def text(self, record: object, place: str) -> str | Bad:
         """The text of `record`, which was read at `place`."""
-        value = lookup(record, self.keys[0], place)
-        if isinstance(value, str | Bad):
+        key = self.keys[0]
+        value = record.get(key) if isinstance(record, dict) else None
+        if isinstance(value, str):  # nearly always, and fast
             return value
-        file, key = place.rpartition(":")[0], self.keys[0]
+        value = lookup(record, key, place)
+        if isinstance(value, (str, Bad)):
+            return value
+        file = place.rpartition(":")[0]
         way = f" with the keys {', '.join(value)} (--text-key {key}.KEY)" if isinstance(value, dict) else ""
         way = f" (`jq -c '.{key} |= join(\"\\n\")' {file} > NEW.jsonl` joins its parts)" if isinstance(value, list) else way
         return Bad(f"{key!r} is {_type_name(value)}, not text", way)
