@@ -161,7 +161,7 @@ def test_router_losses_equal_their_formulas_on_the_logits_of_transformers():
         z.append((logits_BTE.logsumexp(-1)[valid_BT] ** 2).sum())
     nats = F.cross_entropy(out.logits.flatten(0, 1), labels_BT.flatten(), reduction="sum")
     (nats + 0.7 * (aux[0] + aux[1]) / 2 + 0.3 * (z[0] + z[1]) / 2).backward()
-    (loss_sum, routing_LX), found = run(model, tokens_BT, labels_BT)
+    (loss_sum, _, routing_LX), found = run(model, tokens_BT, labels_BT)
     assert loss_sum.item() == pytest.approx(nats.item(), rel=1e-6)
     expected_L2 = torch.tensor([[a.item(), b.item()] for a, b in zip(aux, z, strict=True)], dtype=torch.float64)
     torch.testing.assert_close(routing_LX[:, :2], expected_L2, rtol=1e-5, atol=0)

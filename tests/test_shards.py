@@ -189,7 +189,7 @@ def test_validation_counts_every_token_but_the_first_of_each_file_once(tmp_path,
 def test_a_single_shard_gives_the_batches_and_the_fingerprint_of_the_file(web):
     one, same = (open_train(settings(path, document_mask=True), **OPEN) for path in (web / "part-9", web / "part-9*"))
     assert one.fingerprint == same.fingerprint
-    assert all(torch.equal(a, b) for a, b in zip(one.take(3, 40), same.take(3, 40), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one.take(3, 40).inputs, same.take(3, 40).inputs, strict=True))
     assert one.reference_lines == same.reference_lines
 
 
@@ -203,7 +203,7 @@ def test_files_of_several_types_and_without_sidecars_are_one_source(tmp_path):
         write_megatron(tmp_path / "foreign" / str(number), part, **({"dtype": "<i4", "code": 4} if number == 1 else {}))
     both = [open_train(settings(tmp_path / name, document_mask=True), **OPEN) for name in ("sealed", "foreign")]
     n = both[0].samples_per_epoch
-    assert all(torch.equal(a, b) for a, b in zip(both[0].take(0, n), both[1].take(0, n), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(both[0].take(0, n).inputs, both[1].take(0, n).inputs, strict=True))
     assert {file.dtype.name for file in both[1].sources[0].files} == {"uint16", "int32"}
     ids = np.unique(np.concatenate(docs), return_counts=True)[1] / sum(map(len, docs))
     assert both[1].reference_lines["unigram"] == pytest.approx(-(ids * np.log(ids)).sum())
@@ -312,7 +312,7 @@ def test_batches_do_not_depend_on_how_many_files_are_open(web):
         file._open_files = few
     with ThreadPoolExecutor(4) as pool:
         for batch in pool.map(lambda _: data.take(0, 300), range(8)):
-            assert all(torch.equal(a, b) for a, b in zip(batch, expected, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(batch.inputs, expected.inputs, strict=True))
 
 
 def test_more_files_than_a_process_may_open_are_read(web, tmp_path):
