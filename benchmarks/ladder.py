@@ -30,18 +30,19 @@ from benchmarks.machine import describe, facts
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.step import LR, WARM_UP, make_window, now
 from pretrain.data.batches import Batch
-from pretrain.model.loss import IGNORED, cross_entropy_sum
+from pretrain.model.loss import IGNORED, cross_entropy_sums
 from pretrain.model.transformer import build
 from pretrain.run import command_line
 
 
-def plain_loss(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, vocab_size: int, **_) -> Tensor:
+def plain_loss(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, vocab_size: int, **_) -> tuple[Tensor, Tensor]:
     """All logits at once, in fp32."""
     logits_NV = F.linear(hidden_BTD.flatten(0, 1), weight_VD).float()[:, :vocab_size]
-    return F.cross_entropy(logits_NV, labels_BT.flatten(), reduction="sum", ignore_index=IGNORED)
+    loss_N = F.cross_entropy(logits_NV, labels_BT.flatten(), reduction="none", ignore_index=IGNORED)
+    return loss_N.sum(), loss_N.detach().view_as(labels_BT).sum(1)
 
 
-def chunked_loss(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, vocab_size: int, **_) -> Tensor:
+def chunked_loss(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, vocab_size: int, **_) -> tuple[Tensor, Tensor]:
     """Chunks of the logits, each with a softmax in memory of its own."""
 
     def step(hidden_nD, weight_VD, labels_n, vocab_size, with_gradient, _):
@@ -50,9 +51,9 @@ def chunked_loss(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, vocab
         target_n1 = torch.where(labels_n == IGNORED, 0, labels_n)[:, None]
         softmax_nV = torch.softmax(logits_nV, 1)
         minus_n1 = torch.full_like(target_n1, -1, dtype=softmax_nV.dtype)
-        return loss_n.sum(), softmax_nV.scatter_add(1, target_n1, minus_n1).to(hidden_nD.dtype)
+        return loss_n, softmax_nV.scatter_add(1, target_n1, minus_n1).to(hidden_nD.dtype)
 
-    return cross_entropy_sum(hidden_BTD, weight_VD, labels_BT, vocab_size, step=step)
+    return cross_entropy_sums(hidden_BTD, weight_VD, labels_BT, vocab_size, step=step)
 
 
 def plain_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -101,7 +102,7 @@ class Trainer:
         """Takes one step; returns its loss."""
         replaced = {}
         if self.rung.loss:
-            replaced["transformer.cross_entropy_sum"] = self.rung.loss
+            replaced["transformer.cross_entropy_sums"] = self.rung.loss
         if not self.rung.functions:
             replaced |= {"transformer.rms_norm": plain_norm, "attention.rotate_pairs": plain_rotation}
         with contextlib.ExitStack() as stack:

@@ -35,7 +35,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     command_line.add_trained_model(parser, average=True)
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the figures to this file, as JSON")
     data = parser.add_argument_group("loss on token files")
-    data.add_argument("--data", nargs="+", metavar="PREFIX", help="token files written by tools/tokenize_corpus.py")
+    data.add_argument("--data", nargs="+", metavar="PREFIX", help="token files written by tools/tokenize_corpus.py; a folder, "
+                      "or a pattern in quotes, is one source of many files")  # fmt: skip
     data.add_argument("--sequence-length", type=at_least(1), metavar="TOKENS",
                       help="tokens of context; default: the run's, else 1024 or the model's limit")  # fmt: skip
     data.add_argument("--micro-batch-size", type=at_least(1), default=8, metavar="N",
@@ -64,12 +65,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def facts_of(options: argparse.Namespace) -> dict[str, str]:
     """What must be equal on all ranks; paths may differ where the content is the same. Raises DataError."""
-    from pretrain.data.indexed import TokenFile
+    from pretrain.data.shards import common_fingerprint, open_shards
     from pretrain.run.agreement import weights_digest
 
     paths = ("run", "model", "data", "output", "include_path")
     flags = {f"--{name.replace('_', '-')}": str(value) for name, value in vars(options).items() if name not in paths}
-    data = {f"--data {i}": TokenFile(path).fingerprint() for i, path in enumerate(options.data or [])}
+    opened = [open_shards(path, options.dtype) for path in options.data or []]
+    data = {f"--data {i}": common_fingerprint([file.fingerprint() for file in files]) for i, files in enumerate(opened)}
     return flags | data | {"--run, --model": weights_digest(options.run or options.model)}
 
 

@@ -68,14 +68,18 @@ class TokenizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One tokenized dataset."""
+    """One tokenized dataset, in one file or in many (shards)."""
 
-    path: str = free()
-    """Prefix of a .bin/.idx pair, or a nanoGPT-style flat .bin file."""
+    path: str | list[str] = free()
+    """Prefix of a .bin/.idx pair, or a nanoGPT-style flat .bin file; or a folder of them, a pattern such as data/web/part-*,
+    or a list of these (docs/data.md)."""
     dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"] | None = free(None)
     """Type of the tokens of a flat .bin; null: judged by its content and named at the start."""
-    weight: float = free(1.0)
-    """Share of the blend relative to the other sources; > 0. Ignored for validation."""
+    weight: float | None = free(1.0)
+    """Share of the blend relative to the other sources; > 0; token counts are fine. null: its tokens, so that each source
+    whose weight is null is read as often as the others. Ignored for validation."""
+    max_epochs: PositiveFloat | None = free(None)
+    """Most epochs of this source that a run may read; a longer run does not start. null: no limit. Ignored for validation."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -128,6 +128,6 @@ def _loss_sum_and_labels(
             if any(flags_sum := flags_of_last_round()):  # one round late, so that no rank waits for the device
                 raise Stopped(flags_sum)
             flags_of_last_round = flags
-            sums[0] += engine.forward(*engine.to_device(batch)).loss_sum
+            sums[0] += engine.forward(*engine.to_device(batch).inputs).loss_sum
             sums[1] += labels
     return sums

@@ -374,9 +374,9 @@ def _reference(config: ModelConfig, case: Case, grad_clip: float, seed: int, bat
     choices = [_Choices(module) for module in model.modules() if isinstance(module, Router)]
     optimizer, figures, first = _optimizer(model, case), [], {}
     for step in range(STEPS):
-        tokens_BT, labels_BT, documents_BT = _batch(config, case, batch_seed, step)
+        tokens_BT, labels_BT, documents_BT = _batch(config, case, batch_seed, step).inputs
         loss = F.cross_entropy(model(tokens_BT, documents_BT=documents_BT).flatten(0, 1), labels_BT.flatten())
-        loss_sum, routing_LX = model(tokens_BT, labels_BT, documents_BT)
+        loss_sum, _, routing_LX = model(tokens_BT, labels_BT, documents_BT)
         valid = int((labels_BT != -100).sum())
         objective = loss_sum / valid if config.moe else loss
         optimizer.zero_grad()

@@ -17,6 +17,7 @@ import functools
 import inspect
 import itertools
 import math
+import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -275,6 +276,8 @@ def _core(hint: Any, docs: bool = False) -> CoreSchema:
     kind, args = typing.get_origin(hint), typing.get_args(hint)
     if type(None) in args:
         return core.no_info_before_validator_function(_read_null, core.nullable_schema(_core(args[0], docs)))
+    if kind is types.UnionType:  # one error for all of it: the value fits none
+        return core.union_schema([_core(each, docs) for each in args], custom_error_type="union", custom_error_message="")
     if kind is list:
         return core.list_schema(_core(args[0], docs))
     if kind is tuple:
@@ -340,6 +343,8 @@ def words(hint: Any) -> str:
         return f"{words(args[0])}, or null"
     if kind is typing.Literal:
         return f"one of {', '.join(args)}"
+    if kind is types.UnionType:
+        return ", or ".join(map(words, args))
     if dataclasses.is_dataclass(hint):
         return f"a section with keys {', '.join(_hints(hint))}"
     if kind is tuple:

@@ -29,7 +29,7 @@ from pretrain.evaluate import Stopped, evaluate
 from pretrain.generate import continue_prompts
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
-from pretrain.report.metrics import Clock
+from pretrain.report.metrics import Clock, SampleLosses
 from pretrain.report.profile import StepProfile
 from pretrain.run import agreement, divergence, mask_certificate, memory, output, precision, preflight, resume
 from pretrain.run.directory import take_directory
@@ -57,6 +57,8 @@ class StepResult(NamedTuple):
     """(), bool: False where loss or gradient were not finite; weights and moments are then untouched."""
     routing_LX: Tensor | None
     """(L, 2 + E), float64: what the routers did with this rank's valid tokens (`LossOutput.routing_LX`); None: no routers."""
+    samples: SampleLosses | None
+    """Losses of this rank's samples; None: the batches do not say where their samples come from."""
 
 
 def train_step(engine: Engine, window: list[Batch], lr: float) -> StepResult:
@@ -70,21 +72,30 @@ def train_step(engine: Engine, window: list[Batch], lr: float) -> StepResult:
     to the value.
     """
     tokens = engine.count_tokens(window)
-    loss_sum, routing = torch.zeros((), dtype=torch.float64, device=engine.device), []
+    loss_sum, losses, routing = torch.zeros((), dtype=torch.float64, device=engine.device), [], []
     for i, batch in enumerate(window):
         with engine.micro_batch(last=i == len(window) - 1):
-            nats, routing_LX = engine.forward(*batch)
+            nats, nats_B, routing_LX = engine.forward(*batch.inputs)
             # Engines average gradients over ranks: times their number makes that the sum, over tokens makes it the mean.
             # 0 x nats adds nothing to a finite loss; a loss that is not makes the gradient NaN, and so all ranks skip the step.
             scale = engine.mesh.gradient_ranks / tokens.clamp(min=1) + 0 * nats.detach()
             engine.backward(nats * scale)
         loss_sum += nats.detach()
+        losses.append(nats_B)
         routing.append(routing_LX)
     grad_norm, applied = engine.update(lr)
     routing_LX = None if routing[0] is None else torch.stack(routing).sum(0)
     if engine.model.needs_router_updates:
         engine.model.update_routers(engine.all_reduce(routing_LX.clone()), applied)
-    return StepResult(loss_sum, tokens, grad_norm, applied, routing_LX)
+    return StepResult(loss_sum, tokens, grad_norm, applied, routing_LX, _sample_losses(engine, window, losses))
+
+
+def _sample_losses(engine: Engine, window: list[Batch], losses: list[Tensor]) -> SampleLosses | None:
+    """The losses (B,) of the samples of each micro-batch, with their sources and numbers of tokens."""
+    if window[0].sources_B is None:
+        return None
+    rows = [(batch.sources_B, nats_B, engine.count_labels(batch)) for batch, nats_B in zip(window, losses, strict=True)]
+    return SampleLosses(*(torch.cat(column) for column in zip(*rows, strict=True)))
 
 
 # ================================================================ the job

@@ -129,7 +129,7 @@ def test_files_without_a_sidecar_give_the_same_documents_from_their_index(tmp_pa
     write_megatron(tmp_path / "foreign", docs)
     sealed, foreign = (open_train(config(tmp_path / name, document_mask=True), **OPEN) for name in ("sealed", "foreign"))
     n = sealed.samples_per_epoch
-    assert all(torch.equal(a, b) for a, b in zip(sealed.take(0, n), foreign.take(0, n), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(sealed.take(0, n).inputs, foreign.take(0, n).inputs, strict=True))
     valid = config(document_mask=True, valid=[tmp_path / "sealed", tmp_path / "foreign"])
     one, other = (v.take(list(range(v.num_samples))) for v in open_valid(valid, **OPEN))
     counted = one.labels_BT != -100

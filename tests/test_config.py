@@ -111,7 +111,7 @@ ONE_VALUE = [
     ("data.synthetic.kind", ("unifrom", "[uniform]")),
     ("data.train", ("a", "{path: a}", "[" * 100 + "]" * 100)),
     ("data.train[0]", ("[3]", "[null]")),
-    ("data.train[0].path", ("[{weight: 2}]", "[{path: ''}]", "[{path: [1]}]")),
+    ("data.train[0].path", ("[{weight: 2}]", "[{path: ''}]", "[{path: [[a]]}]")),
     ("log.sinks", ("console",)),
     ("log.sinks[1]", ("[jsonl, file]",)),
     ("run.name", ("", "../x", "a/../b", "a\0b", "\udcff", "x" * 201)),

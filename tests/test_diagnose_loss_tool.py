@@ -306,7 +306,7 @@ class Leaky(torch.nn.Module):
             return hidden_BTV
         padded = torch.nn.functional.pad(hidden_BTV, (0, 20))
         nats = torch.nn.functional.cross_entropy(padded.flatten(0, 1), labels_BT.flatten(), reduction="sum")
-        return LossOutput(nats, None)
+        return LossOutput(nats, nats.detach(), None)
 
 
 def test_attention_that_looks_ahead_and_a_loss_over_padded_ids_are_found(parts):

@@ -226,7 +226,7 @@ def test_activation_checkpointing_keeps_less_and_recomputes_what_it_says():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss_sum = engine.forward(*window_of(engine, 0, 8)[0]).loss_sum
+            loss_sum = engine.forward(*window_of(engine, 0, 8)[0].inputs).loss_sum
         with Operations() as operations:
             loss_sum.backward()
         kept[how], again[how] = sum(seen.values()), operations.count
@@ -352,7 +352,7 @@ def bf16_copies_kept(compute: EngineConfig) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        engine.forward(*window_of(engine, 0, 8)[0])
+        engine.forward(*window_of(engine, 0, 8)[0].inputs)
     return sum(kept.values()) / sum(
         parameter.numel() for parameter in engine.model.model.layers.parameters() if parameter.ndim == 2
     )
@@ -377,10 +377,10 @@ def test_numbers_go_to_a_gpu_from_pinned_memory_and_the_host_does_not_wait(monke
     assert asked == [True, ((cuda,), {"non_blocking": True})]
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tensor), tensor)[1])
-    assert engine.pin(batch) == batch and len(pinned) == 2
+    assert engine.pin(batch) == batch and len(pinned) == 3
     engine.device = torch.device("cpu")
     engine.pin(batch)
-    assert len(pinned) == 2
+    assert len(pinned) == 3
 
 
 def test_the_allocator_grows_its_segments_unless_the_environment_configures_it(monkeypatch):
@@ -438,7 +438,7 @@ def gathers_of_a_pass() -> tuple[list[str], int]:
     for block in blocks:
         block.input_layernorm.register_forward_pre_hook(begin)
     with Gathers(order):
-        engine.forward(*window_of(engine, 0, 4)[0])
+        engine.forward(*window_of(engine, 0, 4)[0].inputs)
     engine.close()
     return order, max(gathered)
 

@@ -177,3 +177,43 @@ def test_the_tool_draws_and_refuses_with_status_2(tmp_path, capsys, monkeypatch)
 def test_importing_the_module_loads_no_matplotlib():
     code = "import sys, pretrain.report.plot, pretrain.report.sinks; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+def write_sources(directory: Path) -> Path:
+    """60 logging lines of a run that reads `web` always, and `code` up to step 200 and from step 500 on."""
+    lines = [{"step": 0, "reference_lines": {"uniform": 8.3}}]
+    for step in range(10, 610, 10):
+        losses = {"loss/web": 5 - step / 300} | ({"loss/code": 3 - step / 400} if not 200 < step < 500 else {})
+        lines.append({"step": step, "loss": 4 - step / 300, **losses, "tokens": 100 * step, "train_hours": step / 100})
+        if step in (200, 490):
+            lines.append({"step": step, "stage": 1 + (step == 490), "sequence_length": 64})
+    directory.mkdir()
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return directory
+
+
+def test_the_losses_of_sources_have_a_panel_of_their_own_with_a_gap_where_they_are_not_read(tmp_path):
+    run = read_curves(write_sources(tmp_path / "r"))
+    assert run.stages == [200, 490] and list(run.sources) == ["web", "code"]
+    assert run.sources["web"].tolist() == pytest.approx([5 - step / 300 for step in range(10, 610, 10)])
+    assert np.flatnonzero(np.isnan(run.sources["code"])).tolist() == list(range(20, 49))
+    figure = draw([run], "tokens")
+    main, below = figure.axes[:2]
+    drawn = {line.get_color(): line.get_xydata() for line in below.lines if len(line.get_xydata()) > 2}
+    web, code = (np.array(each) for each in drawn.values())
+    assert len(web) == 60 and len(code) == 31 + 1
+    assert np.flatnonzero(np.isnan(code[:, 1])).tolist() == [20] and code[19, 0] == 20_000 and code[21, 0] == 50_000
+    marks = [[line.get_xdata()[0] for line in axes.lines if len(set(line.get_xdata())) == 1] for axes in (main, below)]
+    assert marks == [[20_000, 49_000]] * 2
+    texts = [text.get_text() for text in below.texts]
+    assert [text.split()[0] for text in texts] == ["code", "web"] and float(texts[1].split()[1]) == pytest.approx(3, abs=0.1)
+    assert "each source" in below.get_title("left")
+
+
+def test_only_a_single_run_with_several_sources_has_the_panel(tmp_path):
+    run = read_curves(write_sources(tmp_path / "r"))
+    other = read_curves(write_run(tmp_path / "other", [8.0, 7.0]))
+    assert not any("source" in axes.get_title("left") for axes in draw([run, other], "tokens").axes)
+    assert len(draw([replace(run, sources={"web": run.sources["web"]})], "step").axes) == 1
+    many = {f"s{i}": run.sources["web"] for i in range(20)}
+    assert "8 of 20 sources" in draw([replace(run, sources=many)], "step").axes[1].get_title("left")

@@ -26,12 +26,15 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.model import hf_mapping
 from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.run.directory import RunDirectory
-from pretrain.run.preflight import Report, first_batch_findings, preflight
+from pretrain.run.length import plan
+from pretrain.run.parts import open_parts
+from pretrain.run.preflight import Report, epoch_findings, first_batch_findings, preflight
 from pretrain.run.processes import free_port
 from pretrain.run.surroundings import _is_in_netrc, build_locks, port_findings
 from pretrain.train import train
 from tests.models import make_tokenizer, train_here, write_token_file
 from tests.ranks import run_ranks
+from tests.test_batches import sparse_pair
 from tests.test_indexed import write_megatron
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,6 +160,28 @@ def test_files_of_other_programs_need_no_sidecar(world):
     assert names(world) == ["no-seal"]
 
 
+def split_into_shards(world, count: int) -> Path:
+    """Replaces the training data by a folder of `count` shards with the same documents."""
+    folder, documents, sidecar = world.folder / "shards", world.tokens(), TokenFile(world.train).sidecar
+    about = {key: getattr(sidecar, key) for key in ("vocab_size", "end_of_document_id", "tokenizer_fingerprint", "shuffled")}
+    for number in range(count):
+        part = documents[number::count]
+        with TokenWriter(folder / f"{number:03}", **about, tokenizer_path=sidecar.tokenizer_path) as writer:
+            writer.add(np.concatenate(part), np.array(list(map(len, part))), sidecar.utf8_bytes // count)
+            writer.finish({})
+    world.flags["data.train"] = f"[{{path: {folder}, max_epochs: 3}}]"
+    return folder
+
+
+def test_a_folder_of_shards_has_no_finding_and_is_described_as_one_source(world):
+    folder, tokens = split_into_shards(world, 25), TokenFile(world.train).num_tokens
+    report = world.check()
+    assert report.findings == []
+    text = "\n".join(report.facts)
+    assert f"{folder}/000 to {folder}/024 (25 files): {tokens:,} tokens (uint16) in 500 documents" in text
+    assert "shards: read" in text and "(all 600 documents)" in text
+
+
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_the_shipped_configurations_lack_at_most_their_data(config, world):
     flags = ["--config", str(config), "--run.directory", str(world.folder / "runs")]
@@ -260,6 +285,33 @@ def checkpoints_that_must_not_be_resumed(world):
     world.flags["checkpoint.resume"] = "never"
 
 
+def a_shard_of_another_tokenizer(world):
+    folder = split_into_shards(world, 5)
+    path = folder / "003.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"end_of_document_id": 5}))
+
+
+def a_shard_that_is_missing(world):
+    folder = split_into_shards(world, 5)
+    for path in folder.iterdir():
+        if path.stem != "003":
+            path.rename(folder / f"web-00{path.stem}-of-00005{path.suffix}")
+        else:
+            path.unlink()
+
+
+def a_shard_that_is_damaged(world):
+    folder = split_into_shards(world, 5)
+    content = bytearray((folder / "004.bin").read_bytes())  # the last is always verified
+    content[len(content) // 2] ^= 1
+    (folder / "004.bin").write_bytes(content)
+
+
+def too_many_epochs(world):
+    split_into_shards(world, 5)
+    world.flags["train.max_steps"] = 2000
+
+
 def an_id_that_wandb_refuses(world):
     os.environ["WANDB_RUN_ID"] = "sweep/7"
     world.flags |= {"log.sinks": "[jsonl, wandb]", "log.wandb.mode": "offline"}
@@ -294,6 +346,9 @@ def an_id_that_wandb_refuses(world):
         (stale_build_lock, "build-lock"),
         (checkpoints_that_must_not_be_resumed, "resume-refused"),
         (an_id_that_wandb_refuses, "wandb-id"),
+        (a_shard_of_another_tokenizer, "shards-differ"),
+        (a_shard_that_is_damaged, "checksum-wrong"),
+        (too_many_epochs, "max-epochs-exceeded"),
     ],
 )
 def test_a_fault_that_stops_a_run_is_named(world, monkeypatch, fault, name):
@@ -401,6 +456,11 @@ def weights_of_this_tokenizer(world):
     world.flags["model.from_pretrained"] = folder
 
 
+def shards_of_little_more_than_a_sample(world):
+    split_into_shards(world, 30)
+    world.flags |= {"data.sequence_length": 800, "train.max_steps": 15}
+
+
 def busy_port(world):
     world.server = socket.create_server(("127.0.0.1", 0))
     os.environ["MASTER_PORT"] = str(world.server.getsockname()[1])
@@ -444,6 +504,8 @@ def new_build_lock(world):
         ({"schedule.warmup_steps": 150}, "warmup-too-long"),
         ({"schedule.decay_steps": 50}, "lr-ends-early"),
         ({"train.max_steps": 20_000}, "many-passes"),
+        (shards_of_little_more_than_a_sample, "tokens-unused"),
+        (a_shard_that_is_missing, "shards-missing"),
         (busy_port, "port-in-use"),
         (no_wandb, "wandb-unreachable"),
         (no_wandb_key, "wandb-no-key"),
@@ -544,6 +606,76 @@ def test_the_exit_status_of_the_command_agrees_with_its_json(world):
     assert status == 2 and "STOP  batch-arithmetic: batch.global_batch_size" in said and found[0]["name"] == "batch-arithmetic"
     status, said, found = command("--optimizer.lr", "fast")
     assert status == 2 and "STOP  settings-refused: optimizer.lr" in said and found[0]["name"] == "settings-refused"
+
+
+@pytest.mark.parametrize("batch", [8, 7])
+def test_the_longest_run_within_max_epochs_is_named_and_fits(world, batch):
+    """A run may end within the step that uses the source up; counted here by listing all samples."""
+    world.flags |= {"batch.global_batch_size": batch, "batch.micro_batch_size": 1, "train.max_steps": 1000}
+    path = f"{{path: {world.train}, max_epochs: 1.5}}"
+    world.flags["data.train"] = f"[{path}, {{path: {world.valid}, weight: 0.25}}]"
+    (found,) = [each for each in world.check().findings if each.name == "max-epochs-exceeded"]
+    assert found.stops and found.where == "data.train[0].max_epochs"
+    steps, share = (
+        int(re.search(r"at most ([\d,]+) steps", found.text)[1].replace(",", "")),
+        re.search(r"or ([\d.]+)%", found.text),
+    )
+    data = open_parts(load(world.argv(), world_size=None)).data
+    read = np.array([source == 0 for source, _, _ in data.sample_ids(0, (steps + 1) * batch)])
+    allowed = 1.5 * data.num_samples[0]
+    assert read[: (steps - 1) * batch].sum() <= allowed < read[: steps * batch].sum()
+    assert float(share[1]) / 100 == pytest.approx(allowed / (1000 * batch), rel=1e-3)
+    for length, names in ((steps, set()), (steps + 1, {"max-epochs-exceeded"})):
+        world.flags["train.max_steps"] = length
+        assert {each.name for each in world.check().findings if each.stops} == names
+
+
+def test_max_epochs_counts_all_stages_and_the_smallest_limit_holds(world):
+    """The second stage has another batch, twice the length, and the first source again, with a smaller limit."""
+    again = f"{{path: {world.train}, max_epochs: 2}}"
+    world.flags["data.train"] = f"[{{path: {world.train}, max_epochs: 5}}]"
+    stage = f"{{after_steps: 40, global_batch_size: 6, micro_batch_size: 2, sequence_length: 128, sources: [{again}]}}"
+    world.flags |= {"train.stages": f"[{stage}]", "train.max_steps": 5000}
+    config = load(world.argv(), world_size=None)
+    data = open_parts(config).data
+    length = plan(config, data, None)
+    assert [length.position_after(step) for step in (0, 1, 40, 41, 5000)] == [0, 8, 320, 326, 320 + 6 * 4960]
+    (found,) = epoch_findings(length.place(data), length)
+    assert found.where == "data.train[0].max_epochs" and "max_epochs allows 2;" in found.text
+    steps = int(re.search(r"train\.max_steps (\d+)", found.text)[1])
+    tokens = data.sources[0].num_blocks(128) * 128
+    assert 40 * 8 * 64 + (steps - 41) * 6 * 128 <= 2 * tokens < 40 * 8 * 64 + (steps - 40) * 6 * 128
+
+
+def test_one_epoch_is_within_max_epochs_of_1_whatever_the_batch(world):
+    world.flags["data.train"] = ", ".join(
+        f"{{path: {path}, weight: null, max_epochs: 1}}" for path in (world.train, world.valid)
+    ).join("[]")
+    world.flags |= {"train.max_steps": "null", "train.epochs": 1, "data.valid": "[]"}
+    for batch in (1, 2, 7, 64, 999):
+        world.flags |= {"batch.global_batch_size": batch, "batch.micro_batch_size": 1, "schedule.warmup_steps": 0}
+        assert not world.check().stops, batch
+
+
+def test_rounding_in_a_blend_of_a_trillion_tokens_does_not_exceed_max_epochs(tmp_path):
+    for number, tokens in enumerate((6.1e11, 2.9e11, 0.7e11)):
+        sparse_pair(tmp_path / str(number), int(tokens))
+    sources = ", ".join(f"{{path: {tmp_path / str(number)}, weight: null, max_epochs: 1}}" for number in range(3))
+    flags = {"data.train": f"[{sources}]", "data.sequence_length": 8, "model.vocab_size": 64, "train.epochs": 1}
+    flags |= {"batch.global_batch_size": 1, "batch.micro_batch_size": 1}
+    config = load([word for key, value in flags.items() for word in (f"--{key}", str(value))])
+    data = open_parts(config).data
+    length = plan(config, data, None)
+    assert max(data.passes(length.position_after(length.total_steps - 1))) > 1
+    assert epoch_findings(data, length) == []
+
+
+def test_a_start_beyond_max_epochs_is_refused(world, capsys):
+    too_many_epochs(world)
+    assert train_here(world.argv()) == 2
+    said = capsys.readouterr().err
+    assert "shards would be read 10.5 times, and max_epochs allows 3" in said and "data.train[0].max_epochs" in said
+    assert not list(world.folder.glob("runs/*/checkpoints/*"))
 
 
 def test_the_documentation_explains_every_finding_and_no_other_name():

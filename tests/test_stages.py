@@ -298,7 +298,7 @@ def test_each_step_trains_on_the_samples_of_its_position(folder):
     run = folder / "runs" / "still"
     for loss, each in zip(logged(run, "loss"), steps_of(run), strict=True):
         batch = parts.data.take(*each)
-        assert loss == pytest.approx(float(model(*batch).loss_sum) / int((batch.labels_BT != MASKED).sum()), rel=1e-5)
+        assert loss == pytest.approx(float(model(*batch.inputs).loss_sum) / int((batch.labels_BT != MASKED).sum()), rel=1e-5)
 
 
 def test_a_border_is_logged_with_what_changes(straight, folder):

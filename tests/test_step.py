@@ -1,4 +1,5 @@
-"""The shown loss is the loss being minimized, however a global batch is split over ranks and micro-batches."""
+"""The shown loss is the loss being minimized, and that of a source the mean over its labels, however a batch is split over
+ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -30,14 +31,19 @@ SPLITS = [(1, 8, 1), (1, 2, 4), (1, 1, 8), (2, 2, 2), (2, 1, 4), (4, 1, 2)]
 
 SCALE = "engine.mesh.gradient_ranks / tokens.clamp(min=1)"
 OWN_MEAN = "1 / (batch.labels_BT != -100).sum().clamp(min=1)"
-REDUCED = "all_reduce(torch.cat([self.loss_sum[None], memory, routing]))"
+SUMS = "torch.cat([self.loss_sum[None], memory, sources, routing])"
+SOURCES = ("books", "code")
 # name: (function, its code, the code with the bug)
 MUTANTS = {
     "divided by accumulation twice": (train.train_step, SCALE, f"{SCALE} / len(window)"),
     "not divided by accumulation": (train.train_step, SCALE, OWN_MEAN),
     "last micro-batch only": (train.train_step, "loss_sum += nats.detach()", "loss_sum = nats.detach().double()"),
-    "rank 0 only": (metrics.Meter.read, REDUCED, "torch.cat([self.loss_sum[None], memory, routing])"),
+    "rank 0 only": (metrics.Meter.read, f"all_reduce({SUMS})", SUMS),
     "mean of means": (train.train_step, SCALE, f"{OWN_MEAN} / len(window)"),
+    "sources of rank 0 only": (metrics.Meter.read, SUMS, SUMS.replace("sources", "sources * (self.rank == 0)")),
+    "sources of another micro-batch": (train._sample_losses, "zip(window, losses", "zip(window[::-1], losses"),
+    "counts of another micro-batch": (train._sample_losses, "count_labels(batch)", "count_labels(window[0])"),
+    "a source's masked labels": (train._sample_losses, "engine.count_labels(batch)", "(batch.labels_BT >= -100).sum(1)"),
 }
 
 
@@ -48,7 +54,8 @@ def global_batch(step: int) -> Batch:
     labels_BT = torch.randint(0, VOCAB, (SEQUENCES, LENGTH), generator=generator)
     share_B1 = torch.tensor([0.9, 0.1, 0.5, 0.03, 0.7, 0.0, 0.3, 0.2]).roll(step)[:, None]
     valid_BT = torch.rand(SEQUENCES, LENGTH, generator=generator) < share_B1
-    return Batch(tokens_BT, torch.where(valid_BT, labels_BT, -100), None)
+    sources_B = torch.tensor([0, 1, 0, 0, 1, 1, 0, 1])
+    return Batch(tokens_BT, torch.where(valid_BT, labels_BT, -100), None, sources_B)
 
 
 def plain_run(optimizer_name: str):
@@ -58,13 +65,20 @@ def plain_run(optimizer_name: str):
     shown = []
     for step in range(STEPS):
         batch = global_batch(step)
-        loss = F.cross_entropy(model(batch.tokens_BT).flatten(0, 1), batch.labels_BT.flatten())
+        logits_BTV = model(batch.tokens_BT)
+        of_sources = [loss_of(logits_BTV, batch.labels_BT, batch.sources_B == number).item() for number in range(len(SOURCES))]
+        loss = loss_of(logits_BTV, batch.labels_BT)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
-        shown.append((loss.item(), norm.item()))
+        shown.append(([loss.item(), *of_sources], norm.item()))
     return shown, {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def loss_of(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+    """PyTorch's mean over the labels of these rows that are not -100."""
+    return F.cross_entropy(logits_BTV[rows].flatten(0, 1), labels_BT[rows].flatten())
 
 
 def make_optimizer(model, name: str):
@@ -95,15 +109,17 @@ def optimizer_lr(name: str) -> float:
 
 def mutate(mutant: str | None):
     """(train_step, Meter.read) with this bug planted into their source; None: unchanged."""
-    functions = {function: function for function in (train.train_step, metrics.Meter.read)}
-    if mutant:
-        function, old, new = MUTANTS[mutant]
+    if mutant is None:
+        return train.train_step, metrics.Meter.read
+    changed, old, new = MUTANTS[mutant]
+    space = vars(train) | vars(metrics)
+    for function in (train._sample_losses, train.train_step, metrics.Meter.read):
         source = inspect.cleandoc("\n" + inspect.getsource(function))
-        assert old in source, f"the mutant '{mutant}' no longer fits the code"
-        space = dict(function.__globals__)
-        exec(source.replace(old, new), space)
-        functions[function] = space[function.__name__]
-    return functions.values()
+        if function is changed:
+            assert old in source, f"the mutant '{mutant}' no longer fits the code"
+            source = source.replace(old, new)
+        exec(source, space)
+    return space["train_step"], space["read"]
 
 
 def make_engine(config: EngineConfig, optimizer_name: str, grad_clip: float = CLIP) -> Engine:
@@ -119,8 +135,9 @@ def prepare(engine: Engine, optimizer_name: str, grad_clip: float = CLIP) -> Non
 def window_of(engine: Engine, step: int, micro_batch: int) -> list[Batch]:
     """This rank's micro-batches of the global batch."""
     per_rank = SEQUENCES // engine.world_size
-    mine = [tensor[engine.rank * per_rank :][:per_rank].split(micro_batch) for tensor in global_batch(step)[:2]]
-    return [Batch(*tensors, None) for tensors in zip(*mine, strict=True)]
+    tokens_BT, labels_BT, _, sources_B = global_batch(step)
+    mine = [tensor[engine.rank * per_rank :][:per_rank].split(micro_batch) for tensor in (tokens_BT, labels_BT, sources_B)]
+    return [Batch(tokens, labels, None, sources) for tokens, labels, sources in zip(*mine, strict=True)]
 
 
 def run_split(config: EngineConfig, micro_batch: int, optimizer_name: str, mutants: list[str | None]):
@@ -137,12 +154,12 @@ def run_steps(engine: Engine, micro_batch: int, optimizer_name: str, mutants: li
     for mutant in mutants:
         step_function, read = mutate(mutant)
         prepare(engine, optimizer_name)
-        meter, shown = metrics.Meter(engine.device, engine.rank, engine.world_size), []
+        meter, shown = metrics.Meter(engine.device, engine.rank, engine.world_size, sources=SOURCES), []
         for step in range(STEPS):
-            result = step_function(engine, window_of(engine, step, micro_batch), optimizer_lr(optimizer_name))
-            meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
+            meter.add(*step_function(engine, window_of(engine, step, micro_batch), optimizer_lr(optimizer_name)))
             figures = read(meter, engine.all_reduce)
-            shown.append((figures["loss"], figures["grad_norm"]))
+            losses = [figures["loss"], *(figures["sources"].get(f"loss/{name}", math.inf) for name in SOURCES)]
+            shown.append((losses, figures["grad_norm"]))
         results[mutant] = shown, pieces_of(engine, "model/")
     return results
 
@@ -166,11 +183,12 @@ def assemble(pieces: list[tuple]) -> dict[str, torch.Tensor]:
 
 
 def differences(results: list[dict], expected, mutant: str | None = None) -> tuple[float, float, float]:
-    """Largest relative difference in loss and norm on any rank, largest absolute one in weights."""
+    """Largest relative difference in losses and norm on any rank, largest absolute one in weights."""
     true_shown, true_weights = expected
     weights = assemble([piece for rank in results for piece in rank[mutant][1]])
-    shown = [pair for rank in results for pair in zip(rank[mutant][0], true_shown, strict=True)]
-    loss, norm = (max(abs(a[i] / b[i] - 1) for a, b in shown) for i in (0, 1))
+    steps = [pair for rank in results for pair in zip(rank[mutant][0], true_shown, strict=True)]
+    loss = max(abs(a / b - 1) for (mine, _), (true, _) in steps for a, b in zip(mine, true, strict=True))
+    norm = max(abs(mine / true - 1) for (_, mine), (_, true) in steps)
     return loss, norm, max((weights[f"model/{name}"] - true).abs().max().item() for name, true in true_weights.items())
 
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from pretrain import schema, stages
 from pretrain.config import Config, SourceConfig, load
-from pretrain.data.indexed import DataError, TokenFile
+from pretrain.data import shards
+from pretrain.data.indexed import DataError
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.doctor.compare_runs import Run, differences, parting, read_run, verdict
 from pretrain.files import write_atomically
@@ -76,14 +77,16 @@ def read(folder: Path) -> Run:
 
 
 def facts_of_file(source: SourceConfig, sidecar: dict, config: Config) -> dict:
-    """Sizes of a token file and the share of its tokens that end a document; {} if it is missing or was rewritten since."""
+    """Sizes of the token files of a source and the share of its tokens that end a document; {} if one is missing or was
+    rewritten since."""
     try:
-        file = TokenFile(source.path, source.dtype, config.model.vocab_size)
-        if file.fingerprint() != sidecar.get("fingerprint"):
+        files = shards.open_shards(source.path, source.dtype, config.model.vocab_size)
+        if shards.common_fingerprint([file.fingerprint() for file in files]) != sidecar.get("fingerprint"):
             return {}
-        facts = {"num_tokens": file.num_tokens, "num_documents": file.num_documents, "dtype": file.dtype.name}
+        facts = {"num_tokens": sum(file.num_tokens for file in files), "dtype": shards.common_dtype(files).name}
+        facts["num_documents"] = sum(file.num_documents or 0 for file in files) or None
         end = sidecar.get("end_of_document_id", end_of_document(config))
-        return facts if end is None else facts | {"ends": float(np.mean(file.sample() == end))}
+        return facts if end is None else facts | {"ends": float(np.mean(shards.common_sample(files) == end))}
     except (DataError, OSError):
         return {}  # the facts in the sidecar must suffice
 

@@ -195,7 +195,7 @@ def nats_of(model: Transformer, batch: Batch, sample: int) -> tuple[np.ndarray, 
     import torch
 
     device = next(model.parameters()).device
-    rows = [None if part is None else part[sample : sample + 1].to(device) for part in batch]
+    rows = [None if part is None else part[sample : sample + 1].to(device) for part in batch.inputs]
     with torch.no_grad():
         logits_TV = model(rows[0], documents_BT=rows[2])[0].double()
     labels_T = rows[1][0]
@@ -220,6 +220,7 @@ def judge_initial(options: argparse.Namespace, settings: list[str]) -> int:
 def data_findings(data: TrainData) -> tuple[list[str], list[str]]:
     """(lines about generated data, problems of token files): the lowest loss that training on each source can reach."""
     from pretrain.data.checks import check_entropies
+    from pretrain.data.shards import shortened
 
     uniform, lines, problems = data.reference_lines["uniform"], [], []
     for source in data.sources:
@@ -227,8 +228,8 @@ def data_findings(data: TrainData) -> tuple[list[str], list[str]]:
             stays = f"nothing can be learned, so training stays at ln({data.vocab_size}) = {uniform:.4f}"
             falls = f"training can fall to {floor:.4f} nats per token, its floor, and not below"
             lines.append(f"data: {source.name} is generated, not text; {stays if floor > 0.99 * uniform else falls}")
-        elif hasattr(source, "file"):
-            problems += map(str, check_entropies(source.file, source.name, data.vocab_size))
+        found = (each for file in source.files for each in check_entropies(file, source.name, data.vocab_size))
+        problems += map(str, shortened(found))
     return lines, problems
 
 
@@ -430,7 +431,7 @@ def sum_stage(model: Transformer, run: list[Batch], sums: list[float]) -> Stage:
 
     device = next(model.parameters()).device
     with torch.no_grad():
-        theirs = [float(model(*(part if part is None else part.to(device) for part in each)).loss_sum) for each in run]
+        theirs = [float(model(*(part if part is None else part.to(device) for part in each.inputs)).loss_sum) for each in run]
     lines = [f"micro-batch 0: {theirs[0]:,.4f} nats from the model, {sums[0]:,.4f} from its logits in float64"]
     wrong = [i for i, (a, b) in enumerate(zip(theirs, sums, strict=True)) if not math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-2)]
     problem = "micro-batch {}: the model's sum {:,.3f} is not that from its logits, {:,.3f}"
@@ -496,7 +497,7 @@ def shown_stage(config: Config, model: Transformer, resolved: ModelConfig, run: 
         meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
         shown = meter.read(engine.all_reduce)
         for each in run:
-            (engine.model(*engine.to_device(each)).loss_sum / count).backward()
+            (engine.model(*engine.to_device(each).inputs).loss_sum / count).backward()
         grads = [parameter.grad for parameter in engine.model.parameters()]
         grad_norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in grads if grad is not None))
     finally:

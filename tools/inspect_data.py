@@ -8,6 +8,7 @@ python tools/inspect_data.py --run runs/first --document 0:17
 from __future__ import annotations
 
 import argparse
+import bisect
 import json
 import math
 import re
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from pretrain import stages
 from pretrain.config import Config, load
-from pretrain.data import checks, excluded
+from pretrain.data import checks, excluded, shards
 from pretrain.data.flat import DTYPES
 from pretrain.data.indexed import DataError, Sidecar, TokenFile
 from pretrain.data.tokenizer import Tokenizer
@@ -35,7 +36,7 @@ from pretrain.run import command_line
 
 if TYPE_CHECKING:
     from pretrain.data.batches import TrainData
-    from pretrain.data.sources import FileSource
+    from pretrain.data.sources import FileSource, ShardedSource
     from pretrain.run.parts import Parts
 
 _EPOCHS_SHOWN = 3
@@ -48,7 +49,8 @@ def main(argv: list[str]) -> None:
     """Raises UserError, OSError."""
     parser = command_line.make_parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data", metavar="PREFIX", help="token file: prefix of a .bin/.idx pair, or a flat .bin")
+    what.add_argument("--data", metavar="PREFIX",
+                      help="token file: prefix of a .bin/.idx pair, or a flat .bin; or a folder or pattern")  # fmt: skip
     what.add_argument("--run", metavar="FOLDER", type=Path, help="a run, runs/<name>; with --step or --document")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=command_line.at_least(1), metavar="N", help="with --run: show the samples of this step")
@@ -82,7 +84,10 @@ def main(argv: list[str]) -> None:
 
 def about_file(options: argparse.Namespace) -> Iterator[str]:
     """Lines about one token file."""
-    file = TokenFile(options.data, options.dtype)
+    files = shards.open_shards(options.data, options.dtype)
+    if len(files) > 1:
+        yield from about_shards(files)
+    file = files[0]
     tokenizer = tokenizer_of(file, options.tokenizer)
     sampled, sidecar = file.sample(), file.sidecar
     documents = f" in {file.num_documents:,} documents" if file.num_documents else ", a flat file without a document index"
@@ -101,14 +106,37 @@ def about_file(options: argparse.Namespace) -> Iterator[str]:
     else:
         yield "no metadata sidecar: tokenizer, vocabulary and checksums are unknown"
     if file.num_documents:
-        yield f"tokens per document, quantiles: {checks.length_quantiles(file)}"
+        yield f"tokens per document, quantiles: {checks.length_quantiles([file])}"
         count = min(options.documents, file.num_documents)
         for i in np.linspace(0, file.num_documents - 1, count).astype(int).tolist():
             yield f"document {i}: {shown(file.document(i), tokenizer, options.characters)}"
     if options.verify:
-        with Progress("verifying", file.num_tokens * file.dtype.itemsize) as progress:
-            file.check_checksums(progress.update)
-        yield f"verified: {file.bin_path} and its index match all {file.num_blocks + 1} checksums"
+        yield verify(files)
+
+
+def about_shards(files: list[TokenFile]) -> Iterator[str]:
+    """Lines about many token files that are one source."""
+    sidecar, counts = shards.common_sidecar(files), [file.num_documents for file in files]
+    sizes = sorted(file.num_tokens for file in files)
+    documents = f" in {sum(counts):,} documents" if all(counts) else ""
+    yield f"{len(files):,} files: {sum(sizes):,} tokens ({shards.common_dtype(files).name}){documents}"
+    yield f"tokens per file: {sizes[0]:,} to {sizes[-1]:,}, median {statistics.median(sizes):,.0f}"
+    if sidecar:
+        yield f"text: {sidecar.utf8_bytes:,} bytes, {sidecar.utf8_bytes / sidecar.num_tokens:.3f} per token"
+    yield f"the first of them, {files[0].path}, in detail:"
+
+
+def verify(files: list[TokenFile]) -> str:
+    """Compares all checksums. Raises DataError."""
+    sizes, before = [file.num_tokens * file.dtype.itemsize for file in files], 0
+    with Progress("verifying", sum(sizes)) as progress:
+        for file, size in zip(files, sizes, strict=True):
+            file.check_checksums(lambda done, before=before: progress.update(before + done))
+            before += size
+    checksums = sum(file.num_blocks + 1 for file in files)
+    if len(files) == 1:
+        return f"verified: {files[0].bin_path} and its index match all {checksums} checksums"
+    return f"verified: {len(files):,} files and their indexes match all {checksums:,} checksums"
 
 
 def about_sidecar(sidecar: Sidecar) -> Iterator[str]:
@@ -241,12 +269,18 @@ def about_sample(
     tokens = source.read(np.array([sample.number]), cut)[0]
     loss = "" if sample.loss is None else f"loss {sample.loss:.3f}  "
     place = f"{loss}{sample.position}: source {sample.source} ({source.name}), epoch {sample.epoch}, sample {sample.number}"
-    file = getattr(source, "file", None)
+    file, first, first_document = None, 0, 0
+    if source.files:
+        first_samples = source.first_samples(cut)
+        number = bisect.bisect_right(first_samples, sample.number) - 1
+        file, first_document = source.files[number], int(source.first_documents[number])
+        first = (sample.number - int(first_samples[number])) * cut.sequence_length
+    if len(source.files) > 1:
+        place += f", in {file.path}"
     if file is None or not file.num_documents:
         yield f"{place}: {shown(tokens, tokenizer, characters)}"
         return
     yield place
-    first = sample.number * cut.sequence_length
     end = first + len(tokens)
     for document in range(file.document_at(first), file.document_at(end - 1) + 1):
         begin, after = file.document_range(document)
@@ -255,7 +289,7 @@ def about_sample(
         if part_loss and stop - max(start, first + 1) > 0:  # the first token of a sample is not a label
             loss = f"loss {part_loss(sample, max(start, first + 1) - first, stop - first):.3f}  "
         text = shown(tokens[start - first : stop - first], tokenizer, characters)
-        yield f"  {loss}document {document}, from its token {start - begin}: {text}"
+        yield f"  {loss}document {first_document + document}, from its token {start - begin}: {text}"
 
 
 def open_part_loss(data: TrainData, run: Path, checkpoint: str | None) -> PartLoss:
@@ -294,8 +328,10 @@ def steps_of_document(
 ) -> Iterator[str]:
     """The steps, in the first epochs, that read each sample that contains a part of the document."""
     number, document, source = find_document(data, options.document)
-    first, end = source.file.document_range(document)
-    yield f"document {document} of source {number} ({source.name}): tokens {first:,} to {end - 1:,}"
+    shard = bisect.bisect_right(source.first_documents, document) - 1
+    first, end = source.files[shard].document_range(document - int(source.first_documents[shard]))
+    of_file = f" of {source.files[shard].path}" if len(source.files) > 1 else ""
+    yield f"document {document} of source {number} ({source.name}): tokens {first:,} to {end - 1:,}{of_file}"
     starts, found = environment.read(options.run).get("starts", []), []
 
     def step_of(position: int) -> int | None:
@@ -308,11 +344,12 @@ def steps_of_document(
     for stage, after in zip(data.stages, ends, strict=True):
         if number not in stage.order.passes:
             continue
-        length, count = stage.cut.sequence_length, stage.order.num_samples[number]
+        length, first_sample = stage.cut.sequence_length, int(source.first_samples(stage.cut)[shard])
+        count = source.shards[shard].num_blocks(stage.cut.block_length) * stage.cut.samples_per_block
         epoch = stage.order.passes[number].cursor.epoch
         epochs = range(epoch, epoch + _EPOCHS_SHOWN)
         of_stage = f"stage {data.stages.index(stage)}, " if len(data.stages) > 1 else ""
-        for sample in range(first // length, min((end - 1) // length, count - 1) + 1):
+        for sample in range(first_sample + first // length, first_sample + min((end - 1) // length, count - 1) + 1):
             positions = [data.position(number, each, sample, stage) for each in epochs]
             read = [None if each is None or each >= after else each for each in positions]
             steps = [None if each is None else step_of(each) for each in read]
@@ -323,13 +360,12 @@ def steps_of_document(
         yield put_into_quarantine(data, options.quarantine, found, [f"document {document}"] * len(found), config)
 
 
-def find_document(data: TrainData, text: str) -> tuple[int, int, FileSource]:
+def find_document(data: TrainData, text: str) -> tuple[int, int, FileSource | ShardedSource]:
     """(source number, document number, source) of SOURCE:NUMBER. Raises DataError."""
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         number, document = int(match[1]), int(match[2])
         source = data.sources[number] if number < len(data.sources) else None
-        file = getattr(source, "file", None)
-        if file and document < (file.num_documents or 0):
+        if source and document < sum(file.num_documents or 0 for file in source.files):
             return number, document, source
     raise DataError(f"--document {text}: not found; give SOURCE:NUMBER, as 0:17, of a source with a document index")
 

@@ -2,7 +2,7 @@
 
     train   position -> source, epoch, sample -> window of T + 1 tokens -> Batch. The entire state is the position.
             Samples in quarantine (excluded.py) have no position.
-    valid   every token of the file but the first is a label exactly once; the last partial window is padded.
+    valid   every token of a file but the first is a label exactly once; the last partial window of each file is padded.
 
 This module knows no ranks: a rank asks for its slice of positions. `take` is thread-safe.
 """
@@ -26,7 +26,7 @@ from .excluded import Quarantine, SampleRanges
 from .indexed import DataError
 from .order import Order, Places
 from .passes import NEVER, Cursor, Cut
-from .sources import FileSource, Opener
+from .sources import Opener
 
 MASKED = -100  # the label that cross-entropy ignores
 _Place = TypeVar("_Place")
@@ -45,6 +45,13 @@ class Batch(NamedTuple):
 
     An end-of-document token belongs to the document that it ends. Its label, the first token of the next document, counts in
     the loss, with and without the mask: a model should learn how documents start."""
+    sources_B: torch.Tensor | None = None
+    """int64, number of each sample's source. None: there is only one, or it does not matter."""
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(tokens_BT, labels_BT, documents_BT): what a model takes."""
+        return self.tokens_BT, self.labels_BT, self.documents_BT
 
 
 class Mixture(NamedTuple):
@@ -153,7 +160,7 @@ class TrainData:
             _fill(batch, rows, self.sources[number], places.samples[rows], stage.cut)
         for row in np.flatnonzero(places.seen).tolist():
             batch.labels_BT[row, : places.seen[row]] = MASKED
-        return batch
+        return batch._replace(sources_B=torch.from_numpy(places.sources)) if len(self.sources) > 1 else batch
 
     def sample_ids(self, position: int, count: int) -> list[tuple[int, int, int]]:
         """(source number, epoch, sample) of the positions [position, position + count) of one stage."""
@@ -232,12 +239,15 @@ class TrainData:
         lines = [f"training data: {tokens:,} tokens, {samples:,} samples of {length} per epoch"]
         for source, share in sources:
             passes = share * samples / (source.num_blocks(stage.cut.block_length) * stage.cut.samples_per_block)
-            line = f"  {source.name}: {source.num_tokens:,} tokens, {100 * share:.4g} % of the samples"
+            files = f" in {len(source.files):,} files" if len(source.files) > 1 else ""
+            line = f"  {source.name}: {source.num_tokens:,} tokens{files}, {100 * share:.4g} % of the samples"
             if len(sources) > 1:
                 line += f", read {passes:.3g} times per epoch"
-            if source.sidecar is None and isinstance(source, FileSource):
-                read_as = "" if source.file.num_documents else f", a flat file read as {source.file.dtype.name}"
-                line += f"{read_as}, without a metadata sidecar: its tokenizer cannot be checked"
+            if source.sidecar is None and source.files:
+                flat = sorted({file.dtype.name for file in source.files if file.num_documents is None})
+                if flat:
+                    line += f", {'a flat file' if len(source.files) == 1 else 'flat files'} read as {' and '.join(flat)}"
+                line += ", without a metadata sidecar: its tokenizer cannot be checked"
             lines.append(line)
         return lines
 
@@ -255,13 +265,10 @@ class ValidData:
 
     def __init__(self, source, data: DataConfig, *, vocab_size: int):
         self.name, self.source, self._document_mask = source.name, source, data.document_mask
-        self._cut = Cut(data.sequence_length, data.sequence_length)
-        self.num_labels = source.num_blocks(data.sequence_length) * data.sequence_length
+        self._cut, length = Cut(data.sequence_length, data.sequence_length), data.sequence_length
+        self.num_samples, self.num_labels = source.num_blocks(length), source.num_labels(length)
         self.bytes_per_token = source.sidecar.utf8_bytes / source.sidecar.num_tokens if source.sidecar else None
         self.reference_lines = _blended_lines([source], [1.0], vocab_size)
-        if isinstance(source, FileSource):
-            self.num_labels = source.num_tokens - 1
-        self.num_samples = -(-self.num_labels // data.sequence_length)
 
     def take(self, indices: list[int | None]) -> Batch:
         """The samples with these numbers. None, or a number past the end, gives a sample with all labels masked."""
@@ -270,8 +277,8 @@ class ValidData:
         rows = np.flatnonzero((numbers >= 0) & (numbers < self.num_samples))
         if rows.size:
             _fill(batch, rows, self.source, numbers[rows], self._cut)
-        last = self.num_labels - (self.num_samples - 1) * self._cut.sequence_length
-        batch.labels_BT[numbers == self.num_samples - 1, last:] = MASKED
+            padded = np.arange(self._cut.sequence_length) >= self.source.labels_of(numbers[rows], self._cut)[:, None]
+            batch.labels_BT[rows] = batch.labels_BT[rows].masked_fill(torch.from_numpy(padded), MASKED)
         return batch
 
 
@@ -319,7 +326,7 @@ def open_valid(data: DataConfig, *, seed: int, vocab_size: int, tokenizer_finger
         sources = [_synthetic(data, "valid", seed, vocab_size, data.sequence_length)]
     else:
         opener = Opener(vocab_size, tokenizer_fingerprint)
-        opener.files(data.valid, "data.valid", data, least_tokens=2)
+        opener.files(data.valid, "data.valid", data, least_tokens=2, partial=True)
         sources = opener.close()
     return [ValidData(source, data, vocab_size=vocab_size) for source in sources]
 

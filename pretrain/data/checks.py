@@ -8,6 +8,7 @@ their length, since duplicates have equal lengths.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,11 +20,15 @@ from pretrain.config import DataConfig
 from .entropy import bigram_entropy, unigram_entropy
 from .indexed import DataError, TokenFile
 from .permutation import splitmix64
+from .reads import SAMPLE_RUNS
+from .shards import common_sidecar
 
-_UNKNOWN_NOTED = 0.001
+_UNKNOWN_NOTED, _UNUSED_NOTED = 0.001, 0.05
 _CONSTANT_RUN = 4096  # equal tokens in a row: not text but a hole in a badly copied file
 _VERIFIED_BLOCKS, _VERIFIED_INDEX_BYTES = 3, 1 << 28
-_LENGTHS_READ, _HASHED_TOKENS, _HASHED_DOCUMENTS = 20_000_000, 1 << 25, 200_000
+_LENGTHS_SAMPLED = 10_000
+_LENGTHS_READ, _LENGTHS_READ_OF_ALL = 20_000_000, 64_000_000  # to find duplicates: of one file, and of all files
+_HASHED_TOKENS, _HASHED_DOCUMENTS, _FLAT_TOKENS_OF_ALL = 1 << 25, 200_000, 1 << 28
 _READ_TOKENS = 1 << 22
 _QUANTILES = (0, 1, 10, 50, 90, 99, 100)
 
@@ -45,6 +50,32 @@ class Finding(NamedTuple):
 
 
 # ---------------------------------------------------------------- fit for the model: O(1)
+
+
+def check_files(
+    files: list[TokenFile],
+    where: str,
+    data: DataConfig,
+    *,
+    vocab_size: int,
+    tokenizer_fingerprint: str | None,
+    least_tokens: int,
+) -> list[Finding]:
+    """Reasons why the `files` of a source cannot be trained on; all stop a run. Of many files, some may have less than
+    `least_tokens`, and all must be made with one tokenizer."""
+    many = len(files) > 1
+    model = dict(vocab_size=vocab_size, tokenizer_fingerprint=tokenizer_fingerprint)
+    found = [each for file in files for each in check_fit(file, where, data, **model, least_tokens=1 if many else least_tokens)]
+    if many and all(file.num_tokens < least_tokens for file in files):
+        text = (
+            f"none of the {len(files):,} files contains {least_tokens:,} tokens (data.sequence_length {data.sequence_length:,})"
+        )
+        found.append(Finding("too-few-tokens", where, text, stops=True))
+    try:
+        common_sidecar(files)
+    except DataError as error:
+        found.append(Finding("shards-differ", where, str(error), stops=True))
+    return found
 
 
 def check_fit(
@@ -78,6 +109,25 @@ def check_fit(
         needed = f"{least_tokens:,} are needed (data.sequence_length {data.sequence_length:,})"
         found.append(("too-few-tokens", f"contains {file.num_tokens:,} tokens, {needed}"))
     return [Finding(name, where, f"{file.path}: {text}", stops=True) for name, text in found]
+
+
+def check_shards(files: list[TokenFile], where: str, block_length: int) -> list[Finding]:
+    """Files that are missing among many training files, by their names; and tokens that are in no sample, if they are many."""
+    found, numbers = [], {}
+    for file in files if len(files) > 1 else []:
+        if match := re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})(\.bin)?", file.path):
+            numbers.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
+    for (prefix, count), present in numbers.items():
+        first = 1 if count in present else 0
+        if missing := sorted(set(range(first, first + count)) - present):
+            text = f"{len(missing):,} of the {count:,} files {prefix}-*-of-{count:05} are not there: "
+            text += f"{', '.join(map(str, missing[:8]))}{', ...' if len(missing) > 8 else ''}; copy or write them"
+            found.append(Finding("shards-missing", where, text))
+    unused = sum((file.num_tokens - 1) % block_length for file in files) / sum(file.num_tokens for file in files)
+    if len(files) > 1 and unused > _UNUSED_NOTED:
+        text = f"{unused:.0%} of the tokens are in no sample, because samples do not cross files; write fewer, larger files"
+        found.append(Finding("tokens-unused", where, text))
+    return found
 
 
 # ---------------------------------------------------------------- plausible text: from samples
@@ -136,7 +186,8 @@ def _document_ends(file: TokenFile, tokens: np.ndarray, end: int | None) -> Iter
         if file.num_tokens < 16 * documents and documents > 100:
             text = f"{file.num_tokens / documents:.1f} tokens per document: was each line mistaken for a document?"
             yield "documents-tiny", text, False
-        empty = float(np.mean(document_lengths(file, 10_000) <= 1))
+        lengths = document_lengths([file], _LENGTHS_SAMPLED * file.sample_runs // SAMPLE_RUNS)
+        empty = float(np.mean(lengths <= 1))
         if empty > 0.01:
             yield "documents-empty", f"{empty:.0%} of the documents contain no text; remove them and tokenize again", False
     if end is None or file.sidecar:  # the writer of the sidecar checked it
@@ -176,29 +227,34 @@ def check_entropies(file: TokenFile, where: str, vocab_size: int) -> list[Findin
     ]
 
 
-def check_checksums(file: TokenFile, where: str) -> list[Finding]:
-    """Compares the index and the first, middle and last block of tokens with the checksums in the sidecar."""
-    if file.sidecar is None:
-        return []
+def check_checksums(files: list[TokenFile], where: str) -> list[Finding]:
+    """Compares the first, middle and last block of the tokens of `files`, and the index of the files that they are in, with the
+    checksums in the sidecars."""
+    blocks = [(file, i) for file in files for i in range(file.num_blocks)]
+    chosen = [blocks[i * (len(blocks) - 1) // (_VERIFIED_BLOCKS - 1)] for i in range(_VERIFIED_BLOCKS)] if blocks else []
     try:
-        if (file.num_documents or 0) * 20 < _VERIFIED_INDEX_BYTES:
-            file.check_index()
-        for i in sorted({i * (file.num_blocks - 1) // (_VERIFIED_BLOCKS - 1) for i in range(_VERIFIED_BLOCKS)}):
+        for file in dict.fromkeys(file for file, _ in chosen):
+            if (file.num_documents or 0) * 20 < _VERIFIED_INDEX_BYTES:
+                file.check_index()
+        for file, i in dict.fromkeys(chosen):
             file.check_block(i)
     except DataError as error:
         return [Finding("checksum-wrong", where, str(error), stops=True)]
     return []
 
 
-def document_lengths(file: TokenFile, at_most: int) -> np.ndarray:
-    """Lengths in tokens of at most `at_most` documents, evenly spaced: int64."""
-    numbers = np.unique(np.linspace(0, file.num_documents - 1, min(at_most, file.num_documents)).astype(np.int64))
-    return file.document_starts(numbers + 1) - file.document_starts(numbers)
+def document_lengths(files: list[TokenFile], at_most: int) -> np.ndarray:
+    """Lengths in tokens of about `at_most` documents, evenly spaced; int64. All `files` have a document index."""
+    at_most, lengths = max(2, at_most // len(files)), []
+    for file in files:
+        numbers = np.unique(np.linspace(0, file.num_documents - 1, min(at_most, file.num_documents)).astype(np.int64))
+        lengths.append(file.document_starts(numbers + 1) - file.document_starts(numbers))
+    return np.concatenate(lengths)
 
 
-def length_quantiles(file: TokenFile) -> str:
+def length_quantiles(files: list[TokenFile]) -> str:
     """Quantiles of the tokens per document, for people."""
-    values = np.percentile(document_lengths(file, 10_000), _QUANTILES)
+    values = np.percentile(document_lengths(files, _LENGTHS_SAMPLED), _QUANTILES)
     return ", ".join(f"{q} % {value:,.0f}" for q, value in zip(_QUANTILES, values, strict=True))
 
 
@@ -224,7 +280,8 @@ def duplicates(train: list[TokenFile], valid: list[TokenFile], end_of_document_i
     Documents are selected by a hash of their length until the budget is used up. Duplicates have equal lengths, so all or
     none of them are selected, and the fractions are unbiased although only a part of a large file is read.
     """
-    parts = [(file, _documents(file, end_of_document_id)) for file in [*train, *valid]]
+    files = [*train, *valid]
+    parts = [(file, _documents(file, end_of_document_id, len(files))) for file in files]
     if not any(starts is not None for _, starts in parts[: len(train)]):
         return None
     lengths = np.concatenate([np.diff(starts) for _, starts in parts if starts is not None])
@@ -247,11 +304,13 @@ def duplicates(train: list[TokenFile], valid: list[TokenFile], end_of_document_i
     return Duplicates(float(1 - train_tokens[first].sum() / total), overlap, documents, bool(fits.all()))
 
 
-def _documents(file: TokenFile, end: int | None) -> np.ndarray | None:
-    """Token numbers at which documents start and, last, the end; flat files are split at `end`. None: unknown."""
+def _documents(file: TokenFile, end: int | None, num_files: int) -> np.ndarray | None:
+    """Token numbers at which documents start and, last, the end; flat files are split at `end`. None: unknown. num_files: that
+    share the budget."""
     if file.num_documents:
-        return file.document_starts(np.arange(min(file.num_documents, _LENGTHS_READ) + 1))
-    if end is None or file.num_tokens > _HASHED_TOKENS:
+        most = min(_LENGTHS_READ, _LENGTHS_READ_OF_ALL // num_files)
+        return file.document_starts(np.arange(min(file.num_documents, most) + 1))
+    if end is None or file.num_tokens > min(_HASHED_TOKENS, _FLAT_TOKENS_OF_ALL // num_files):
         return None
     ends = np.flatnonzero(file.read([0], [file.num_tokens]) == end) + 1
     return np.unique(np.concatenate([[0], ends, [file.num_tokens]]))

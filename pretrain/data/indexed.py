@@ -18,6 +18,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import fcntl
+import functools
 import json
 import math
 import os
@@ -35,7 +36,7 @@ from pretrain.files import sync_folder
 
 from . import flat
 from .entropy import bigram_entropy, unigram_entropy
-from .reads import SAMPLE_RUN_LENGTH, SAMPLE_RUNS, StoredArray, read_ranges, spaced_runs
+from .reads import SAMPLE_RUN_LENGTH, SAMPLE_RUNS, OpenFile, OpenFiles, StoredArray, advise_ranges, read_ranges, spaced_runs
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, length of the document array
@@ -124,13 +125,23 @@ class TokenFile:
     this program). Thread-safe; keeps nothing of the file in memory.
     """
 
-    def __init__(self, path: str | Path, dtype: str | None = None, vocab_size: int | None = None):
-        """dtype: of a flat file, which else is judged by its content and by `vocab_size`, the number of ids of the model."""
+    def __init__(
+        self,
+        path: str | Path,
+        dtype: str | None = None,
+        vocab_size: int | None = None,
+        *,
+        open_files: OpenFiles | None = None,
+        sample_runs: int = SAMPLE_RUNS,
+    ):
+        """dtype: of a flat file, which else is judged by its content and by `vocab_size`, the number of ids of the model.
+        open_files: shared by many files; None: this file stays open. sample_runs: default of `sample`; at least 2."""
         self.path, self.bin_path, self._idx_path = _resolve(str(path))
         self.num_documents: int | None = None
         self.sidecar: Sidecar | None = None
-        self._file = open(self.bin_path, "rb", buffering=0)
-        self._bin_bytes = os.fstat(self._file.fileno()).st_size
+        self.sample_runs, self._open_files = sample_runs, open_files or OpenFiles()
+        file = self._bin()
+        self._bin_bytes = os.fstat(file.fileno()).st_size
         self._offset = 0
         if self._idx_path is None:
             self._open_flat(dtype, vocab_size)
@@ -140,13 +151,15 @@ class TokenFile:
                 raise DataError(f"{self._idx_path}: says that the tokens are {self.dtype.name}, not {dtype}; leave dtype out")
         if self.num_tokens == 0:
             raise DataError(f"{self.bin_path}: contains no tokens; tokenize a corpus that is not empty")
-        if hasattr(os, "posix_fadvise"):  # samples are random: read-ahead would multiply the disk traffic
-            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+
+    def _bin(self) -> OpenFile:
+        return self._open_files.get(self.bin_path)
 
     def _open_flat(self, dtype: str | None, vocab_size: int | None) -> None:
         starts, lengths = map(np.array, spaced_runs(self._bin_bytes // 8, _FLAT_RUNS, _FLAT_RUN_WORDS))
-        sample = read_ranges(self._file, 8 * starts, 8 * lengths).tobytes()
-        head = os.pread(self._file.fileno(), flat.HEADER_BYTES, 0)
+        file = self._bin()
+        sample = read_ranges(file, 8 * starts, 8 * lengths).tobytes()
+        head = os.pread(file.fileno(), flat.HEADER_BYTES, 0)
         try:
             if dtype:
                 self.dtype = np.dtype(dtype).newbyteorder("<")
@@ -161,7 +174,7 @@ class TokenFile:
 
     def _open_pair(self) -> None:
         path = self._idx_path
-        file = self._index = open(path, "rb", buffering=0)
+        file = self._open_files.get(path)
         size = os.fstat(file.fileno()).st_size
         if size < _HEADER.size:
             raise DataError(f"{path}: {size:,} bytes found, at least {_HEADER.size} expected; copy it again")
@@ -180,9 +193,10 @@ class TokenFile:
         if num_sequences == 0 or num_starts < 2:
             raise DataError(f"{path}: contains no documents; tokenize a corpus that is not empty")
         self.dtype = np.dtype(_DTYPES[code])
-        lengths = StoredArray(file, "<i4", num_sequences, _HEADER.size)
-        self._pointers = StoredArray(file, "<i8", num_sequences, _HEADER.size + 4 * num_sequences)
-        self._documents = StoredArray(file, "<i8", num_starts, _HEADER.size + 12 * num_sequences)
+        open_index = functools.partial(self._open_files.get, path)
+        lengths = StoredArray(open_index, "<i4", num_sequences, _HEADER.size)
+        self._pointers = StoredArray(open_index, "<i8", num_sequences, _HEADER.size + 4 * num_sequences)
+        self._documents = StoredArray(open_index, "<i8", num_starts, _HEADER.size + 12 * num_sequences)
         self.num_documents = num_starts - 1
         self.num_tokens, odd_bytes = divmod(self._pointers[num_sequences - 1], self.dtype.itemsize)
         self.num_tokens += lengths[num_sequences - 1]
@@ -212,7 +226,12 @@ class TokenFile:
         if starts.size and (starts.min() < 0 or lengths.min() < 0 or (starts + lengths).max() > self.num_tokens):
             raise IndexError(f"{self.bin_path}: range outside its {self.num_tokens:,} tokens")
         width = self.dtype.itemsize
-        return read_ranges(self._file, starts * width + self._offset, lengths * width).view(self.dtype)
+        return read_ranges(self._bin(), starts * width + self._offset, lengths * width).view(self.dtype)
+
+    def read_soon(self, starts: np.ndarray, lengths: np.ndarray) -> None:
+        """Lets the system begin to read these ranges of tokens, so that `read` finds them in memory."""
+        width = self.dtype.itemsize
+        advise_ranges(self._bin(), starts * width + self._offset, lengths * width)
 
     def document_starts(self, numbers: np.ndarray) -> np.ndarray:
         """Index of the first token of each of these documents, (n,) -> (n,) int64; `num_tokens` for number num_documents. Only
@@ -246,44 +265,46 @@ class TokenFile:
             raise DataError(f"{self._idx_path}: document {i} would be tokens {start:,} to {end:,}; damaged, copy it again")
         return self.read([start], [end - start])
 
-    def sample(self) -> np.ndarray:
-        """At most 64 evenly spaced runs of 8192 tokens, the first and the last tokens included: O(1) for any file."""
-        return self.read(*spaced_runs(self.num_tokens, SAMPLE_RUNS, SAMPLE_RUN_LENGTH))
+    def sample(self, runs: int | None = None) -> np.ndarray:
+        """At most `runs` (default: `sample_runs`, 64) evenly spaced runs of 8192 tokens, the first and the last tokens
+        included: O(1) for any file."""
+        return self.read(*spaced_runs(self.num_tokens, runs or self.sample_runs, SAMPLE_RUN_LENGTH))
 
-    def fingerprint(self) -> str:
-        """Hash of type, length, checksums in the sidecar and `sample()`, but not of the path.
+    def fingerprint(self, runs: int | None = None) -> str:
+        """Hash of type, length, checksums in the sidecar and `sample(runs)`, but not of the path.
 
         O(1). Without a sidecar, a change between the sampled runs is not detected.
         """
         digest = xxhash.xxh3_128(f"{self.dtype.str} {self.num_tokens}".encode())
         if self.sidecar is not None:
             digest.update(json.dumps([self.sidecar.tokenizer_fingerprint, *self.sidecar.block_checksums]).encode())
-        digest.update(self.sample())
+        digest.update(self.sample(runs))
         return digest.hexdigest()
 
-    def watch(self) -> None:
-        """Remembers the content for `require_unchanged`: O(1)."""
-        self._watched = {file: (os.fstat(file.fileno()).st_mtime_ns, sample()) for file, sample in self._samples()}
+    def watch(self) -> str:
+        """Remembers the content for `require_unchanged`: O(1). -> `fingerprint`."""
+        self._watched = {path: (_stamp(self._open_files.get(path)), sample()) for path, sample in self._samples()}
+        return self._watched[self.bin_path][1]
 
     def require_unchanged(self) -> None:
         """Raises DataError if a file was rewritten since `watch`, as far as a sample of it shows.
 
         Usually this only looks at the time of the last change; where that differs, contents are compared. A file that was
-        replaced or removed does not matter, because the old one stays open.
+        replaced or removed does not matter while the old one stays open.
         """
-        for file, sample in self._samples():
-            now, (before, content) = os.fstat(file.fileno()).st_mtime_ns, self._watched[file]
+        for path, sample in self._samples():
+            now, (before, content) = _stamp(self._open_files.get(path)), self._watched[path]
             if now == before:
                 continue
             if sample() != content:
-                raise DataError(f"{file.name}: was rewritten while in use; restore it, or start another run with the new file")
-            self._watched[file] = now, content
+                raise DataError(f"{path}: was rewritten while in use; restore it, or start another run with the new file")
+            self._watched[path] = now, content
 
-    def _samples(self) -> Iterator[tuple]:
-        """(open file, function that hashes a sample of it) of the .bin and, if batches need it, of the .idx."""
-        yield self._file, self.fingerprint
+    def _samples(self) -> Iterator[tuple[str, Callable]]:
+        """(path, function that hashes a sample of it) of the .bin and, if batches need it, of the .idx."""
+        yield self.bin_path, self.fingerprint
         if self._idx_path and not self.sidecar:
-            yield self._index, lambda: [self._pointers.sample(), self._documents.sample()]
+            yield self._idx_path, lambda: [each.sample(self.sample_runs) for each in (self._pointers, self._documents)]
 
     @property
     def num_blocks(self) -> int:
@@ -316,15 +337,21 @@ class TokenFile:
         """Compares block `i` of the .bin with its checksum in the sidecar. Raises DataError."""
         start = i * self.sidecar.block_bytes
         size = min(self.sidecar.block_bytes, self._bin_bytes - start)
-        data = read_ranges(self._file, np.array([start]), np.array([size]))
+        data = read_ranges(self._bin(), np.array([start]), np.array([size]))
         if xxhash.xxh3_128_hexdigest(data) != self.sidecar.block_checksums[i]:
             raise DataError(f"{self.bin_path}: damaged between bytes {start:,} and {start + size:,} (checksum); copy it again")
 
 
-def _resolve(path: str) -> tuple[str, Path, Path | None]:
+def _stamp(file: OpenFile) -> tuple[int, int, int]:
+    """Differs if the file was written to, or another one has its name."""
+    found = os.fstat(file.fileno())
+    return found.st_mtime_ns, found.st_ino, found.st_size
+
+
+def _resolve(path: str) -> tuple[str, str, str | None]:
     """(name, .bin, .idx) of a prefix, or (name, .bin, None) of a flat file."""
     if path.endswith(".bin") and os.path.isfile(path) and not any(os.path.exists(path[:-4] + end) for end in (".idx", ".json")):
-        return path, Path(path), None
+        return path, path, None
     prefix = path[:-4] if path.endswith((".bin", ".idx")) else path
     missing = [prefix + end for end in (".bin", ".idx") if not os.path.isfile(prefix + end)]
     if missing:
@@ -334,7 +361,7 @@ def _resolve(path: str) -> tuple[str, Path, Path | None]:
         if missing == [f"{prefix}.idx"] and not os.path.exists(f"{prefix}.json"):
             hint = f"; {prefix}.bin is there: if it is a flat file without an index, give its name with .bin{hint}"
         raise DataMissing(f"{path}: no token file here ({' and '.join(missing)} not found){hint}")
-    return prefix, Path(prefix + ".bin"), Path(prefix + ".idx")
+    return prefix, f"{prefix}.bin", f"{prefix}.idx"
 
 
 class TokenWriter:

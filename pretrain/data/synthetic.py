@@ -32,7 +32,7 @@ class SyntheticSource:
     """Texts of L + 1 tokens with ids below `vocab_size`, from which samples are cut. `reference_lines`: known losses, nats per
     token."""
 
-    sidecar = None
+    sidecar, files, where, max_epochs = None, (), "data.synthetic", None
 
     def __init__(
         self, config: SyntheticConfig, split: Literal["train", "valid"], *, seed: int, vocab_size: int, block_length: int
@@ -56,6 +56,14 @@ class SyntheticSource:
     def num_blocks(self, block_length: int) -> int:
         """Texts; block_length is that of the source."""
         return self._texts
+
+    def num_labels(self, block_length: int) -> int:
+        """Labels of all texts."""
+        return self._texts * block_length
+
+    def labels_of(self, samples: np.ndarray, cut: Cut) -> np.ndarray:
+        """Number of labels (n,) of the samples (n,): T."""
+        return np.full(len(samples), cut.sequence_length)
 
     def read(self, samples: np.ndarray, cut: Cut) -> np.ndarray:
         """Tokens (n, T + 1) int64 of the samples (n,)."""

@@ -235,11 +235,15 @@ class Engine:
 
     # ---------------------------------------------------------------- the step's collective, and what travels with it
 
+    def count_labels(self, batch: Any) -> Tensor:
+        """Valid labels (!= -100) of this rank's part of each sample, (B,), int64. Of ranks that share tokens, the first one
+        counts them."""
+        labels_B = (batch.labels_BT != -100).sum(1)
+        return labels_B if self.mesh.tensor_rank == 0 else 0 * labels_B
+
     def count_tokens(self, window: list) -> Tensor:
         """Valid labels (!= -100) of the global batch, (), int64. One collective, which also sums what `attach` was given."""
-        valid = sum((batch.labels_BT != -100).sum() for batch in window)
-        if self.mesh.tensor_rank > 0:
-            valid = 0 * valid  # the first rank counts the tokens that they share
+        valid = sum(self.count_labels(batch).sum() for batch in window)
         attached, self._attached = self._attached, []
         sums = self.all_reduce(torch.cat([valid.double()[None], *attached]))  # float64: counts are exact to 2^53
         self.attached_sums = self.copy_to_host(sums[1:])

@@ -219,7 +219,7 @@ def _cut_head(model: Transformer, tokens: _TokenParts) -> None:
     head.chunk_step = partial(_chunk_step, cut, min(max(vocab_size - cut.part * rows, 0), rows))
 
     def gather_logits(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
-        if args[1] is not None:  # labels: `out` is the loss
+        if args[1] is not None:  # labels: `out` has the losses
             return out
         return _wait(_all_gather(out.contiguous(), out.dim() - 1, cut.group))[..., :vocab_size]
 
@@ -231,8 +231,8 @@ def _chunk_step(
     cut: Cut, true_rows: int, hidden_nD: Tensor, weight_vD: Tensor, labels_n: Tensor, vocab_size: int, with_gradient: bool,
     out_nv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`pretrain.model.loss.chunk_step` on this rank's rows of the vocabulary, of which true_rows are not padding. The loss is
-    returned by the first rank, 0 by the others: they share the tokens, which must count once."""
+    """`pretrain.model.loss.chunk_step` on this rank's rows of the vocabulary, of which true_rows are not padding. The losses
+    are returned by the first rank, 0 by the others: they share the tokens, which must count once."""
     logits_nv = torch.mm(hidden_nD, weight_vD.T).float()
     rows = len(weight_vD)
     if true_rows < rows:
@@ -243,13 +243,12 @@ def _chunk_step(
     sums_2n = torch.stack([logits_nv.logsumexp(1), label_logit_n1[:, 0]])
     sums_R2n = _wait(_all_gather(sums_2n[None], 0, cut.group))  # R: rank
     log_sum_n = sums_R2n[:, 0].logsumexp(0)  # a rank whose rows are all padding has -inf
-    loss_n = torch.where(labels_n != IGNORED, log_sum_n - sums_R2n[:, 1].sum(0), 0)
-    loss_sum = loss_n.sum() * (cut.part == 0)
+    loss_n = torch.where(labels_n != IGNORED, log_sum_n - sums_R2n[:, 1].sum(0), 0) * (cut.part == 0)
     if not with_gradient:
-        return loss_sum, None
+        return loss_n, None
     softmax_nv = logits_nv.sub_(log_sum_n[:, None]).exp_()
     is_label_nv = torch.arange(rows, device=labels_n.device) == row_n1  # fuses; see `pretrain.model.loss.chunk_step`
-    return loss_sum, (softmax_nv - is_label_nv.float()).to(hidden_nD.dtype)
+    return loss_n, (softmax_nv - is_label_nv.float()).to(hidden_nD.dtype)
 
 
 # ---------------------------------------------------------------- expert: rows to the ranks of their experts

@@ -1,4 +1,4 @@
-"""Cross-entropy of hidden states against labels: a sum in nats, never a mean, and without all logits in memory at once.
+"""Cross-entropy of hidden states against labels: sums in nats, never a mean, and without all logits in memory at once.
 
 It knows the head's matrix and the labels. It knows nothing of ranks, accumulation or averages: the caller divides by the
 number of valid labels in the entire step.
@@ -24,22 +24,25 @@ IGNORED = -100
 """Label of a position that has no loss."""
 
 
-def cross_entropy_sum(
+def cross_entropy_sums(
     hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, vocab_size: int, chunk: int | None = None, step=None
-) -> Tensor:
-    """Returns the sum of -log p(label) over the labels that are not -100: (), fp32, in nats.
+) -> tuple[Tensor, Tensor]:
+    """Returns (loss_sum, loss_B): the sum of -log p(label) over the labels that are not -100, (), and over those of each
+    sequence, without gradient; fp32, in nats.
 
-    hidden_BTD: any leading shape that equals that of labels_BT (int64). weight_VD: the head; rows from vocab_size on are
-    padding: they get no probability and a zero gradient. chunk: positions per chunk, None: `chunk_positions`. step:
-    `chunk_step` or a compiled version of it. Under autocast the products run in its dtype; the softmax and all sums are fp32.
-    The forward pass computes the gradients and the first backward pass frees them, so there can be no second one.
+    hidden_BTD: any leading shape that equals that of labels_BT (int64), whose last dimension is that of a sequence. weight_VD:
+    the head; rows from vocab_size on are padding: they get no probability and a zero gradient. chunk: positions per chunk,
+    None: `chunk_positions`. step: `chunk_step` or a compiled version of it. Under autocast the products run in its dtype; the
+    softmax and all sums are fp32. The forward pass computes the gradients and the first backward pass frees them, so there can
+    be no second one.
     """
     hidden_ND, labels_N = hidden_BTD.flatten(0, -2), labels_BT.flatten()
     needs_gradient = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
     chunk = chunk or chunk_positions(target.kind(hidden_ND.device), weight_VD.shape[0], len(labels_N))
-    return _ChunkedCrossEntropy.apply(
+    loss_sum, loss_N = _ChunkedCrossEntropy.apply(
         hidden_ND, weight_VD, labels_N, vocab_size, chunk, product_dtype(hidden_ND), needs_gradient, step or chunk_step
     )
+    return loss_sum, loss_N.view(labels_BT.shape).sum(-1)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -68,9 +71,10 @@ def chunk_positions(device: str, rows: int, positions: int = 0) -> int:
 def chunk_step(
     hidden_nD: Tensor, weight_VD: Tensor, labels_n: Tensor, vocab_size: int, with_gradient: bool, out_nV: Tensor | None = None
 ):
-    """Returns (loss, gradient_nV) of one chunk: the sum in nats, (), fp32; and its derivative with respect to the logits,
-    softmax minus one-hot, in the dtype of hidden_nD, or None without with_gradient. Rows of ignored labels hold finite but
-    meaningless values, which the caller must mask. out_nV: memory for the logits; None: newly allocated.
+    """Returns (loss_n, gradient_nV) of one chunk: nats, fp32, 0 where the label is ignored; and the derivative of their sum
+    with respect to the logits, softmax minus one-hot, in the dtype of hidden_nD, or None without with_gradient. Its rows of
+    ignored labels hold finite but meaningless values, which the caller must mask. out_nV: memory for the logits; None: newly
+    allocated.
     """
     product_nV = torch.mm(hidden_nD, weight_VD.T, out=out_nV)
     logits_nV = product_nV.float()
@@ -81,19 +85,19 @@ def chunk_step(
     label_logit_n = logits_nV.gather(1, target_n1)[:, 0]
     if torch.compiler.is_compiling() or not with_gradient:
         sum_n1 = logits_nV.logsumexp(1, keepdim=True)
-        loss_sum = torch.where(valid_n, sum_n1[:, 0] - label_logit_n, 0).sum()
+        loss_n = torch.where(valid_n, sum_n1[:, 0] - label_logit_n, 0)
         if not with_gradient:
-            return loss_sum, None
+            return loss_n, None
         # A comparison fuses with the rest into one pass over the logits. Scattering -1 would make the compiler write the fp32
         # softmax to memory, copy it and read it again: 22 bytes per bf16 logit instead of 4 to 8. Loops over int32 vectorize.
         is_label_nV = torch.arange(weight_VD.shape[0], dtype=torch.int32, device=labels_n.device) == target_n1.int()
-        return loss_sum, (torch.exp(logits_nV - sum_n1) - is_label_nV.float()).to(hidden_nD.dtype)
+        return loss_n, (torch.exp(logits_nV - sum_n1) - is_label_nV.float()).to(hidden_nD.dtype)
     # Everything in the logits' memory. The softmax's largest entry is exp(largest - logsumexp), so one pass of exp suffices.
     largest_n = logits_nV.amax(1)
     softmax_nV = torch.softmax(logits_nV, 1, out=logits_nV)
     loss_n = largest_n - softmax_nV.amax(1).log() - label_logit_n
     softmax_nV.scatter_add_(1, target_n1, torch.full_like(target_n1, -1, dtype=softmax_nV.dtype))
-    return torch.where(valid_n, loss_n, 0).sum(), product_nV.copy_(softmax_nV)
+    return torch.where(valid_n, loss_n, 0), product_nV.copy_(softmax_nV)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -102,7 +106,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, labels_N, vocab_size, chunk, dtype, needs_gradient, step):
         inputs_ND, matrix_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
-        loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        loss_N = torch.empty(len(labels_N), dtype=torch.float32, device=hidden_ND.device)
         if needs_gradient:
             hidden_gradient_ND = torch.empty_like(hidden_ND)
             weight_gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
@@ -113,8 +117,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk)
             inputs_nD, labels_n = inputs_ND[rows], labels_N[rows]
             out_nV = None if memory_nV is None else memory_nV[: len(labels_n)]
-            loss, gradient_nV = step(inputs_nD, matrix_VD, labels_n, vocab_size, needs_gradient, out_nV)
-            loss_sum += loss
+            loss_N[rows], gradient_nV = step(inputs_nD, matrix_VD, labels_n, vocab_size, needs_gradient, out_nV)
             if needs_gradient:
                 valid_n1 = (labels_n != IGNORED)[:, None]
                 hidden_gradient_ND[rows] = torch.where(valid_n1, gradient_nV @ matrix_VD, 0)
@@ -122,11 +125,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if needs_gradient:
             ctx.save_for_backward(hidden_gradient_ND, weight_gradient_VD)
             ctx.weight_dtype = weight_VD.dtype
-        return loss_sum
+        ctx.mark_non_differentiable(loss_N)
+        return loss_N.sum(), loss_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, scale):
+    def backward(ctx, scale, _):
         hidden_gradient_ND, weight_gradient_VD = ctx.saved_tensors
         # In place, because a second copy of the weight's gradient would cost as much memory as the head. Autograd notices the
         # change, so a second backward pass through the same graph raises an error instead of scaling twice.

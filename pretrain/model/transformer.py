@@ -22,7 +22,7 @@ from pretrain.model.attention import AttentionContext, Exchange, KeyValueCache, 
 from pretrain.model.config import ModelConfig
 from pretrain.model.flops import vocabulary_rows
 from pretrain.model.functions import rms_norm
-from pretrain.model.loss import IGNORED, chunk_step, cross_entropy_sum, product_dtype
+from pretrain.model.loss import IGNORED, chunk_step, cross_entropy_sums, product_dtype
 from pretrain.model.moe import MixtureOfExperts, Routing
 
 
@@ -152,10 +152,11 @@ class Head(nn.Module):
         self.register_parameter("weight", weight)
         self.chunk_step = chunk_step
 
-    def forward(self, hidden_BTD: Tensor, labels_BT: Tensor | None, tied_weight_VD: Tensor | None) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, labels_BT: Tensor | None, tied_weight_VD: Tensor | None):
+        """Returns logits, or with labels_BT the result of `cross_entropy_sums`."""
         weight_VD = self.weight if tied_weight_VD is None else tied_weight_VD
         if labels_BT is not None:
-            return cross_entropy_sum(hidden_BTD, weight_VD, labels_BT, self.vocab_size, step=self.chunk_step)
+            return cross_entropy_sums(hidden_BTD, weight_VD, labels_BT, self.vocab_size, step=self.chunk_step)
         return F.linear(hidden_BTD, weight_VD)[..., : self.vocab_size]
 
 
@@ -164,6 +165,8 @@ class LossOutput(NamedTuple):
 
     loss_sum: Tensor
     """(), fp32: cross-entropy in nats, summed over the labels that are not -100."""
+    loss_B: Tensor
+    """(B,), fp32, without gradient: the same of each sequence."""
     routing_LX: Tensor | None
     """(L, 2 + E), float64, without gradient: for each layer, sums over the valid tokens of balance loss and z-loss, then the
     number of tokens sent to each expert. None in a dense model."""
@@ -206,11 +209,12 @@ class Transformer(nn.Module):
         if labels_BT is None:
             return out
         if not routing:
-            return LossOutput(out, None)
+            return LossOutput(*out, None)
         penalties = (moe.aux_loss_weight * layer.aux_sum + moe.z_loss_weight * layer.z_sum for layer in routing)
         penalty = sum(penalties) / len(routing)
         rows = [torch.cat([layer.aux_sum[None], layer.z_sum[None], layer.tokens_E]) for layer in routing]
-        return LossOutput(out + (penalty - penalty.detach()), torch.stack(rows).detach().double())
+        loss_sum, loss_B = out
+        return LossOutput(loss_sum + (penalty - penalty.detach()), loss_B, torch.stack(rows).detach().double())
 
     def update_routers(self, routing_LX: Tensor, applied: Tensor) -> None:
         """Updates the routers' biases and expert shares after a step. Only for models with `needs_router_updates`.

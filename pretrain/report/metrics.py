@@ -11,8 +11,9 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +22,24 @@ _COUNTS = ("steps", "interval_tokens", "loss_tokens", "skipped_steps", "skipped_
 """Integers of an interval; only the last one is kept when the interval ends. loss_tokens: tokens of applied steps."""
 
 
+class SampleLosses(NamedTuple):
+    """What this rank's samples of a step add to the losses of their sources."""
+
+    sources_B: Tensor
+    """int64, numbers of the sources."""
+    nats_B: Tensor
+    """fp32, summed over the valid tokens of each sample that this rank has."""
+    tokens_B: Tensor
+    """int64, number of these tokens."""
+
+
 class Meter:
     """Accumulates the steps since the last logging line. `add` never waits for the device; `read` waits once."""
 
-    def __init__(self, device: torch.device, rank: int, world_size: int, state: dict | None = None):
-        """state: the interval that a checkpoint was saved in, see `state`."""
+    def __init__(
+        self, device: torch.device, rank: int, world_size: int, state: dict | None = None, sources: Sequence[str] = ()
+    ):
+        """state: the interval that a checkpoint was saved in, see `state`. sources: names, in the order of their numbers."""
         self.device, self.rank, self.world_size = device, rank, world_size
         self.figures: dict[str, float] = {}
         """The newest result of `read`."""
@@ -39,13 +53,24 @@ class Meter:
         routing = state.get("routing")
         self.routing_LX = None if routing is None else torch.tensor(routing, dtype=torch.float64, device=device) * (rank == 0)
         self.counts = torch.tensor(state["counts"], device=device)  # over all ranks, equal on all
+        self.sources = list(sources)
+        known = state.get("sources", {}) if rank == 0 else {}
+        sums = [known.get(name, (0.0, 0.0)) for name in self.sources]
+        self.source_sums_S2 = torch.tensor(sums, dtype=torch.float64, device=device).view(-1, 2)  # nats, tokens; this rank
 
     def add(
-        self, loss_sum: Tensor, tokens: Tensor, grad_norm: Tensor, applied: Tensor, routing_LX: Tensor | None = None
+        self,
+        loss_sum: Tensor,
+        tokens: Tensor,
+        grad_norm: Tensor,
+        applied: Tensor,
+        routing_LX: Tensor | None = None,
+        samples: SampleLosses | None = None,
     ) -> None:
         """Adds a step: nats of this rank (), valid tokens of all ranks (), gradient norm (), whether the update was applied ().
 
         routing_LX: this rank's sums of balance loss, z-loss and tokens per expert, for each layer (L, 2 + E); None without MoE.
+        samples: losses of this rank's samples; None if there is one source.
         """
         self.loss_sum += torch.where(applied, loss_sum, 0)
         one = torch.ones_like(tokens)
@@ -55,6 +80,11 @@ class Meter:
         self.last_loss = torch.where(applied, loss_sum / tokens, math.nan)
         if routing_LX is not None:
             self.routing_LX = torch.where(applied, routing_LX, 0) + (0 if self.routing_LX is None else self.routing_LX)
+        if samples is not None:
+            # Sums of nats in fp32 are multiples of 2^-20 or so, which float64 adds without rounding: neither the order nor the
+            # rank that continues the sums after a resume matters.
+            sums_B2 = torch.where(applied, torch.stack([samples.nats_B.double(), samples.tokens_B.double()], 1), 0)
+            self.source_sums_S2.index_add_(0, samples.sources_B, sums_B2)
 
     @property
     def interval_tokens(self) -> int:
@@ -66,23 +96,27 @@ class Meter:
 
         loss: nats per valid token over the applied steps, NaN if there were none. grad_norm: of the last step. routing: the
         `routing_figures` of the applied steps, empty without MoE. memory: the figures of `_peaks`, largest over all ranks.
+        sources: loss/<name> of each source with a valid token in these steps, empty if there is one source.
         """
-        peaks, routing = _peaks(self.device), self._routing()
+        peaks, routing, sources = _peaks(self.device), self._routing(), self.source_sums_S2.flatten()
         memory = torch.cat([self._slot(peak) for peak in peaks.values()])
-        sums = all_reduce(torch.cat([self.loss_sum[None], memory, routing]))
+        sums = all_reduce(torch.cat([self.loss_sum[None], memory, sources, routing]))
         equal = torch.cat([self.grad_norm.double()[None], self.counts.double()])  # on all ranks; float64: exact to 2^53
-        sizes = [1, len(_COUNTS), 1, memory.numel(), routing.numel()]
-        grad_norm, counts, loss_sum, memory, routing = torch.cat([equal, sums]).cpu().split(sizes)
+        sizes = [1, len(_COUNTS), 1, memory.numel(), sources.numel(), routing.numel()]
+        grad_norm, counts, loss_sum, memory, sources, routing = torch.cat([equal, sums]).cpu().split(sizes)
         self.figures = {name: int(count) for name, count in zip(_COUNTS, counts.tolist(), strict=True)}
         loss_tokens = self.figures["loss_tokens"]
         self.figures["loss"] = loss_sum.item() / loss_tokens if loss_tokens else math.nan
         self.figures["grad_norm"] = grad_norm.item()
         self.figures["memory"] = dict(zip(peaks, memory.view(-1, self.world_size).amax(1).tolist(), strict=True))
+        by_source = zip(self.sources, sources.view(-1, 2).tolist(), strict=True)
+        self.figures["sources"] = {f"loss/{name}": nats / tokens for name, (nats, tokens) in by_source if tokens}
         self.figures["routing"] = {}
         if loss_tokens and self.routing_LX is not None:
             self.figures["routing"] = routing_figures(routing.view_as(self.routing_LX), loss_tokens)
         self.routing_LX = None
         self.loss_sum.zero_()
+        self.source_sums_S2.zero_()
         self.counts[:-1] = 0
         return self.figures
 
@@ -90,12 +124,17 @@ class Meter:
         """The unfinished interval, for a checkpoint. A collective."""
         slots = self._slot(0.0)
         slots[self.rank] = self.loss_sum
-        sums = all_reduce(torch.cat([slots, self.last_loss[None], self._routing()])).cpu()
-        *loss_sums, last_loss = sums[: self.world_size + 1].tolist()
+        sources = self.source_sums_S2.flatten()
+        sizes = [self.world_size, 1, len(sources), self._routing().numel()]
+        sums = all_reduce(torch.cat([slots, self.last_loss[None], sources, self._routing()])).cpu()
+        loss_sums, last_loss, sources, routing = sums.split(sizes)
+        last_loss = last_loss.item()
         last_loss = last_loss if math.isfinite(last_loss) else None
-        state = {"loss_sums": loss_sums, "counts": self.counts.tolist(), "last_loss": last_loss}
+        state = {"loss_sums": loss_sums.tolist(), "counts": self.counts.tolist(), "last_loss": last_loss}
+        if self.sources:
+            state["sources"] = dict(zip(self.sources, sources.view(-1, 2).tolist(), strict=True))
         if self.routing_LX is not None:
-            state["routing"] = sums[self.world_size + 1 :].view_as(self.routing_LX).tolist()
+            state["routing"] = routing.view_as(self.routing_LX).tolist()
         return state
 
     def _routing(self) -> Tensor:

@@ -39,6 +39,7 @@ REFERENCE_TITLES = {
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#5C4B3B")
 ALARM = "#c00000"
 LEAST_SPAN = 0.5  # nats that the vertical axis spans at least: noise must not look like a trend
+SOURCE_PREFIX = "loss/"  # of the metrics of training sources
 LABEL_GAP = 0.042  # between two labels at the right edge, as a fraction of the height
 
 
@@ -54,6 +55,8 @@ class Curves:
     val_step: np.ndarray = field(default_factory=lambda: np.empty(0))  # (M,)
     val_loss: np.ndarray = field(default_factory=lambda: np.empty(0))  # (M,) nats per token
     reference_lines: dict[str, float] = field(default_factory=dict)  # nats per token
+    sources: dict[str, np.ndarray] = field(default_factory=dict)  # (N,) loss of each training source, NaN where it was not read
+    stages: list[float] = field(default_factory=list)  # steps after which a stage began
     smoothed: np.ndarray = field(init=False)  # (N,) the loss, smoothed over a sixtieth of the run
 
     def __post_init__(self) -> None:
@@ -73,12 +76,18 @@ def read_curves(directory: Path) -> Curves:
     train = {key: array("d") for key in ("step", "tokens", "train_hours", "loss")}
     valid = {key: array("d") for key in ("step", "val_loss")}
     references: dict[str, float] = {}
+    sources: dict[str, array] = {}
+    stages = []
     for record in iter_records(directory):  # one at a time: a file may have millions
         references = references or record.get("reference_lines", {})
         for columns, key in ((train, "loss"), (valid, "val_loss")):
             if key in record:
                 for name, column in columns.items():
                     column.append(_finite(record.get(name)))
+        if "loss" in record:
+            _add_sources(sources, record, len(train["loss"]))
+        if "stage" in record:
+            stages.append(record["step"])
     if not train["loss"] and (directory / FILE_NAME).exists():
         raise RecordsError(f"{directory / FILE_NAME}: no logging step yet (log.every_steps says when the first one comes).")
     if not train["loss"]:
@@ -94,7 +103,20 @@ def read_curves(directory: Path) -> Curves:
         val_step=np.array(valid["step"]),
         val_loss=np.array(valid["val_loss"]),
         reference_lines=merge_equal({name: nats for name, nats in references.items() if math.isfinite(nats)}),
+        sources={name: np.array(losses) for name, losses in sources.items()},
+        stages=stages,
     )
+
+
+def _add_sources(sources: dict[str, array], record: dict, count: int) -> None:
+    """Adds the losses of the sources in the logging line number `count` to their columns; NaN for those that it lacks."""
+    for key, value in record.items():
+        if key.startswith(SOURCE_PREFIX):
+            column = sources.setdefault(key.removeprefix(SOURCE_PREFIX), array("d"))
+            column.extend([math.nan] * (count - 1 - len(column)))
+            column.append(_finite(value))
+    for column in sources.values():
+        column.extend([math.nan] * (count - len(column)))
 
 
 def smooth(values: np.ndarray, radius: int) -> np.ndarray:
@@ -132,15 +154,48 @@ def save(figure: Figure, output: Path) -> None:
 
 
 def draw(runs: Sequence[Curves], x: XAxis) -> Figure:
-    """All runs in one panel. Raises RecordsError for a run without such an x."""
+    """All runs in one panel; below it, the sources of a single run. Raises RecordsError for a run without such an x."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 6.2), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
+    with_sources = len(runs) == 1 and len(runs[0].sources) > 1
+    figure = Figure(figsize=(11, 6.2 + 3.6 * with_sources), dpi=150, layout="constrained")
+    axes, *below = figure.subplots(1 + with_sources, height_ratios=[6.2, 3.6][: 1 + with_sources], squeeze=False)[:, 0]
     draw_curves(axes, runs, x)
-    axes.set_xlabel(AXIS_TITLES[x])
+    [axes, *below][-1].set_xlabel(AXIS_TITLES[x])
+    if with_sources:
+        _draw_sources(below[0], runs[0], x)
     axes.set_title(runs[0].name if len(runs) == 1 else "", loc="left", fontweight="bold")
     return figure
+
+
+def _draw_sources(axes: Axes, run: Curves, x: XAxis) -> None:
+    """Draws the smoothed loss of each source."""
+    chosen = sorted(run.sources, key=lambda name: -np.isfinite(run.sources[name]).sum())[: len(COLORS)]
+    radius, labels, values = max(2, len(run.loss) // 120), [], []
+    for name, color in zip(chosen, COLORS, strict=False):
+        known = np.isfinite(run.sources[name])
+        smoothed = smooth(run.sources[name][known], radius) if known.sum() >= 40 else run.sources[name][known]
+        breaks = np.flatnonzero(np.diff(np.flatnonzero(known)) > max(5, len(known) // 20)) + 1  # stages that do not read it
+        axes.plot(*(np.insert(each, breaks, math.nan) for each in (run.x(x)[known], smoothed)), color=color, linewidth=1.5)
+        values += smoothed.tolist()
+        if len(smoothed):
+            labels.append((float(smoothed[-1]), f"{name} {smoothed[-1]:.3f}", color))
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    margin = max(0.05 * (high - low), (LEAST_SPAN - (high - low)) / 2)
+    axes.set_ylim(low - margin, high + margin)
+    axes.set_xlim(0, float(run.x(x)[-1]) * 1.005)
+    _write_labels(axes, labels, low - margin, high + margin)
+    _mark_stages(axes, run, x)
+    _decorate(axes, [run], x)
+    few = len(chosen) < len(run.sources)
+    shown = f"the {len(chosen)} of {len(run.sources)} sources with the most values" if few else "each source"
+    axes.set_title(f"training loss of {shown}", loc="left", fontsize=10)
+
+
+def _mark_stages(axes: Axes, run: Curves, x: XAxis) -> None:
+    """Draws a line where each stage begins."""
+    for place in np.interp(run.stages, np.r_[0.0, run.step], np.r_[0.0, run.x(x)]):
+        axes.axvline(place, color="#bbbbbb", linewidth=0.9, linestyle=(0, (1, 3)), zorder=1)
 
 
 def draw_panels(curves: Sequence[Curves], x_title: str) -> Figure:
@@ -173,6 +228,7 @@ def draw_curves(axes: Axes, runs: Sequence[Curves], x: XAxis) -> None:
     low, high = _loss_range(runs)
     labels: list[tuple[float, str, str]] = []  # (y, text, color) at the right edge
     for index, run in enumerate(runs):
+        _mark_stages(axes, run, x)
         labels.append(_draw_run(axes, run, COLORS[index % len(COLORS)], x, len(runs) > 1))
     for label in _reference_labels(runs):
         axes.axhline(label[0], color="#8a8a8a", linewidth=0.9, linestyle=(0, (5, 4)), zorder=1)

@@ -20,7 +20,7 @@ import xxhash
 
 from pretrain.checkpoint.manifest import checkpoints
 from pretrain.config import Config
-from pretrain.data.sources import FileSource
+from pretrain.data.sources import FileSource, ShardedSource
 from pretrain.engines.base import default_precision
 from pretrain.run.parts import Parts
 from pretrain.schema import flatten, shown, to_dict
@@ -60,7 +60,7 @@ def facts(config: Config, parts: Parts, folder: Path) -> dict[str, str]:
     return known | _code() | _versions(config.engine.name)
 
 
-def _content(source: FileSource) -> str:
+def _content(source: FileSource | ShardedSource) -> str:
     return f"{source.num_tokens:,} tokens, fingerprint {source.fingerprint()[:12]}"
 
 

@@ -62,6 +62,12 @@ class Length(NamedTuple):
         size = last.config.batch.global_batch_size
         return last.position + (self.total_steps - last.step) * size if last.number else self.samples
 
+    def position_after(self, step: int) -> int:
+        """Position after `step`, without positions that are skipped on the way."""
+        ends = [(stage.step, stage.position) for stage in self.stages[1:]] + [(self.total_steps, self.position)]
+        stage, (end, position) = next(each for each in zip(self.stages, ends, strict=True) if step <= each[1][0])
+        return max(0, position - (end - step) * stage.config.batch.global_batch_size)
+
     def rows(self) -> list[list[int]]:
         """[steps, samples and tokens before it, block length] of each stage."""
         lengths = zip(self.stages, self.block_lengths, strict=True)

@@ -100,6 +100,7 @@ def log_step(run: Run, clock: Clock, stage: Stage, lr: float, update_check: Upda
     record = {
         "step": progress.step,
         "loss": figures["loss"],
+        **figures["sources"],
         "perplexity": perplexity(figures["loss"]),
         "grad_norm": figures["grad_norm"],
         "lr": lr,

@@ -7,19 +7,20 @@ findings.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pretrain import stages
 from pretrain.checkpoint.manifest import Checkpoint, CheckpointError
 from pretrain.config import Config, ConfigError, Problem, SourceConfig, batch_product, validate, work_of
-from pretrain.data import checks
+from pretrain.data import checks, shards
 from pretrain.data.batches import MASKED, Batch, TrainData, block_length_of
 from pretrain.data.checks import Finding
 from pretrain.data.indexed import DataError, DataMissing, TokenFile
-from pretrain.data.sources import FileSource
+from pretrain.data.reads import OpenFiles
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.doctor.untrained import label_problem
 from pretrain.engines import fp8
@@ -33,6 +34,7 @@ from pretrain.run.parts import Parts, open_parts, open_tokenizer
 from pretrain.run.receipt import run_facts
 
 MOST_PASSES = 16  # Muennighoff et al. 2023: up to 4 passes are nearly as good as new text, after 16 nothing is left to gain
+_BLEND_ERROR = 1e-6  # more than the relative rounding of shares in order.Blend
 _TOKENS_SHOWN, _CHARACTERS_SHOWN = 8, 160
 
 
@@ -150,60 +152,90 @@ def _open_tokenizer(config: Config) -> tuple[Tokenizer | None, list[Finding]]:
 def _file_findings(config: Config, tokenizer: Tokenizer | None, vocab_size: int, facts: list[str]) -> list[Finding]:
     """Checks of all token files, one by one and against each other."""
     found: list[Finding] = []
-    files: dict[str, list[TokenFile]] = {"train": [], "valid": []}
-    end = tokenizer.end_of_document_id if tokenizer else None
+    opened: dict[str, list[TokenFile]] = {"train": [], "valid": []}
+    open_files, block_length = OpenFiles(), block_length_of([each.data for each in stages.settings(config)])
+    end, unknown = (tokenizer.end_of_document_id, tokenizer.unknown_ids) if tokenizer else (None, frozenset())
+    model = {"vocab_size": vocab_size, "tokenizer_fingerprint": tokenizer and tokenizer.fingerprint}
     valid = [(f"data.valid[{i}]", source) for i, source in enumerate(config.data.valid)]
     for key, sources in (("train", stages.sources(config)), ("valid", valid)):
         for place, source in sources:
-            where = f"{place}.path"
-            file, problems = _open_file(source, where, vocab_size)
-            found += problems
-            if file is None:
-                continue
-            files[key].append(file)
-            facts += file_facts(file, end)
-            found += checks.check_fit(
-                file,
-                where,
-                config.data,
-                vocab_size=vocab_size,
-                tokenizer_fingerprint=tokenizer and tokenizer.fingerprint,
-                least_tokens=block_length_of([each.data for each in stages.settings(config)]) + 1 if key == "train" else 2,
-            )
-            unknown = tokenizer.unknown_ids if tokenizer else frozenset()
-            found += checks.check_sample(file, where, vocab_size=vocab_size, end_of_document_id=end, unknown_ids=unknown)
-            found += checks.check_entropies(file, where, vocab_size) + checks.check_checksums(file, where)
-            if file.sidecar is None and tokenizer:
-                text = f"{file.path} has no metadata sidecar, so its tokenizer is unknown; tools/tokenize_corpus.py writes one"
-                found.append(Finding("no-seal", where, text))
-    return found + _copy_findings(files["train"], files["valid"], end, facts)
+            where, least = f"{place}.path", block_length + 1 if key == "train" else 2
+            files, problems = _open_files(source, where, vocab_size, open_files)
+            if files:
+                problems += checks.check_files(files, where, config.data, **model, least_tokens=least)
+                problems += checks.check_shards(files, where, block_length) if key == "train" else []
+                problems += _text_findings(files, where, vocab_size, end, unknown) + checks.check_checksums(files, where)
+                problems += _without_sidecar(files, where) if tokenizer else []
+                facts += file_facts(files, end)
+            opened[key] += files
+            found += shortened(problems)
+    return found + _copy_findings(opened["train"], opened["valid"], end, facts)
+
+
+def _text_findings(
+    files: list[TokenFile], where: str, vocab_size: int, end: int | None, unknown: frozenset[int]
+) -> list[Finding]:
+    found = []
+    for file in files:
+        found += checks.check_sample(file, where, vocab_size=vocab_size, end_of_document_id=end, unknown_ids=unknown)
+        found += checks.check_entropies(file, where, vocab_size)
+    return found
+
+
+def _without_sidecar(files: list[TokenFile], where: str) -> list[Finding]:
+    text = "has no metadata sidecar, so its tokenizer is unknown; tools/tokenize_corpus.py writes one"
+    return [Finding("no-seal", where, f"{file.path} {text}") for file in files if file.sidecar is None]
+
+
+def shortened(findings: Iterable[Finding]) -> list[Finding]:
+    """The first few of each name, and how many more there are: a thousand shards often have the same problem."""
+    named: dict[str, list[Finding]] = {}
+    for each in findings:
+        named.setdefault(each.name, []).append(each)
+    return [
+        each if isinstance(each, Finding) else same[0]._replace(text=each)
+        for same in named.values()
+        for each in shards.shortened(same)
+    ]
 
 
 def _quick_file_findings(parts: Parts) -> list[Finding]:
     """Checks on a sample of each file, and on the entropies in its metadata sidecar, if it has one."""
     train, valid = parts.data.sources, [each.source for each in parts.valid]
     files = [(f"{source.where}.path", source) for source in [*train, *valid]]
-    found = _same_files([source.file for source in train], [source.file for source in valid])
+    found = _same_files(
+        [file for source in train for file in source.files], [file for source in valid for file in source.files]
+    )
     for where, source in files:
-        found += checks.check_sample(source.file, where, vocab_size=parts.data.vocab_size, end_of_document_id=None)
-        found += checks.check_entropies(source.file, where, parts.data.vocab_size) if source.sidecar else []
+        problems = []
+        for file in source.files:
+            problems += checks.check_sample(file, where, vocab_size=parts.data.vocab_size, end_of_document_id=None)
+            problems += checks.check_entropies(file, where, parts.data.vocab_size) if source.sidecar else []
+        found += shortened(problems)
     return found
 
 
-def _open_file(source: SourceConfig, where: str, vocab_size: int) -> tuple[TokenFile | None, list[Finding]]:
+def _open_files(
+    source: SourceConfig, where: str, vocab_size: int, open_files: OpenFiles
+) -> tuple[list[TokenFile], list[Finding]]:
     try:
-        return TokenFile(source.path, source.dtype, vocab_size), []
+        return shards.open_shards(source.path, source.dtype, vocab_size, open_files=open_files), []
     except DataMissing as error:
-        return None, [Finding("data-missing", where, str(error), stops=True)]
+        return [], [Finding("data-missing", where, str(error), stops=True)]
     except (DataError, OSError) as error:
-        return None, [Finding("data-damaged", where, str(error), stops=True)]
+        return [], [Finding("data-damaged", where, str(error), stops=True)]
 
 
-def file_facts(file: TokenFile, end: int | None) -> list[str]:
-    """Describes the content of a token file, in two or three lines."""
-    documents = f" in {file.num_documents:,} documents" if file.num_documents else ", without a document index"
-    tokens, sidecar = file.sample(), file.sidecar
-    line = f"{file.path}: {file.num_tokens:,} tokens ({file.dtype.name}){documents}, ids up to {tokens.max():,} in a sample"
+def file_facts(files: list[TokenFile], end: int | None) -> list[str]:
+    """Describes the content of the token files of a source, in two or three lines."""
+    counts = [file.num_documents for file in files]
+    documents = f" in {sum(counts):,} documents" if all(counts) else ", without a document index"
+    names = files[0].path if len(files) == 1 else f"{files[0].path} to {files[-1].path} ({len(files):,} files)"
+    tokens, kind, total = shards.common_sample(files), shards.common_dtype(files), sum(file.num_tokens for file in files)
+    line = f"{names}: {total:,} tokens ({kind.name}){documents}, ids up to {tokens.max():,} in a sample"
+    sidecar = None
+    with contextlib.suppress(DataError):  # they contradict each other, which is a finding
+        sidecar = shards.common_sidecar(files)
     if sidecar:
         line += f", {sidecar.max_id:,} in the sidecar; {sidecar.utf8_bytes / sidecar.num_tokens:.2f} bytes of text per token"
         end = sidecar.end_of_document_id
@@ -212,8 +244,8 @@ def file_facts(file: TokenFile, end: int | None) -> list[str]:
         count = int((tokens == end).sum())
         often = f"one in {len(tokens) / count:,.0f} tokens" if count else "never"
         lines.append(f"  end-of-document id {end}: {often} in a sample")
-    if file.num_documents:
-        lines.append(f"  tokens per document, quantiles: {checks.length_quantiles(file)}")
+    if all(counts):
+        lines.append(f"  tokens per document, quantiles: {checks.length_quantiles(files)}")
     return lines
 
 
@@ -238,10 +270,10 @@ def _copy_findings(train: list[TokenFile], valid: list[TokenFile], end: int | No
 
 
 def _same_files(train: list[TokenFile], valid: list[TokenFile]) -> list[Finding]:
-    known = {file.fingerprint() for file in train}
+    known = {file.fingerprint(2) for file in train}
     text = "is also in data.train, so the validation loss will look too good; use text that is not trained on"
-    same = [file.path for file in valid if file.fingerprint() in known]
-    return [Finding("validation-overlap", "data.valid", f"{path} {text}") for path in same]
+    same = [file.path for file in valid if file.fingerprint(2) in known]
+    return shortened(Finding("validation-overlap", "data.valid", f"{path} {text}") for path in same)
 
 
 def describe_batch(batch: Batch, tokenizer: Tokenizer | None) -> list[str]:
@@ -302,7 +334,8 @@ def batch_findings(config: Config, ranks: int | None) -> list[Finding]:
 
 def run_findings(config: Config, data: TrainData, length: Length) -> list[Finding]:
     """Problems of weights, schedule and data together."""
-    return weights_findings(config, data) + schedule_findings(length) + pass_findings(data, length.position)
+    found = weights_findings(config, data) + schedule_findings(length)
+    return found + epoch_findings(data, length) + pass_findings(data, length.position)
 
 
 def schedule_findings(length: Length) -> list[Finding]:
@@ -364,8 +397,31 @@ def weights_findings(config: Config, data: TrainData) -> list[Finding]:
     return [
         Finding("weights-of-another-tokenizer", f"{source.where}.path", text)
         for source in data.sources
-        if theirs and isinstance(source, FileSource) and source.sidecar and source.sidecar.tokenizer_fingerprint != theirs
+        if theirs and source.sidecar and source.sidecar.tokenizer_fingerprint != theirs
     ]
+
+
+def epoch_findings(data: TrainData, length: Length) -> list[Finding]:
+    """Finds sources that the run would read more often than their max_epochs, and the longest run that would not."""
+    found, block_length, total = [], data.stages[-1].cut.block_length, length.total_steps
+    for i, source in enumerate(data.sources):
+        if source.max_epochs is None:
+            continue
+
+        def exceeds(steps: int, number: int = i, most: float = source.max_epochs * (1 + _BLEND_ERROR)) -> bool:
+            """True if the source is used up when the last of so many steps begins."""
+            return data.passes(length.position_after(steps - 1))[number] > most
+
+        if not exceeds(total):
+            continue
+        times, fits = data.passes(length.position)[i], bisect.bisect_left(range(1, total), True, key=exceeds)
+        share = times * source.num_blocks(block_length) * block_length / length.tokens
+        text = f"{source.name} would be read {times:.3g} times, and max_epochs allows {source.max_epochs:g}; at most "
+        text += f"{fits:,} steps fit (train.max_steps {fits}), not {total:,}"
+        if len(data.sources) > 1:
+            text += f", or {share * source.max_epochs / times:.3%} of the tokens instead of {share:.3%} (weight)"
+        found.append(Finding("max-epochs-exceeded", f"{source.where}.max_epochs", text, stops=True))
+    return found
 
 
 def pass_findings(data: TrainData, position: int) -> list[Finding]:
@@ -378,7 +434,7 @@ def pass_findings(data: TrainData, position: int) -> list[Finding]:
             "train shorter or add text",
         )
         for source, times in zip(data.sources, data.passes(position), strict=True)
-        if times > MOST_PASSES and isinstance(source, FileSource)
+        if times > MOST_PASSES and source.files and source.max_epochs is None
     ]
 
 

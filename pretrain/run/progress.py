@@ -71,7 +71,10 @@ _METER = _object(
         "counts": core.list_schema(_COUNT, min_length=5, max_length=5),
         "last_loss": core.nullable_schema(_NUMBER),
     },
-    {"routing": core.list_schema(core.list_schema(_NUMBER))},
+    {
+        "routing": core.list_schema(core.list_schema(_NUMBER)),
+        "sources": core.dict_schema(core.str_schema(), core.list_schema(_NUMBER, min_length=2, max_length=2)),
+    },
 )
 _SPIKES = _object({"accepted": core.list_schema(_NUMBER), "high": core.list_schema(_NUMBER)})
 _COURSE = core.tuple_schema([*[_COUNT] * 6, core.float_schema(ge=0, le=1, strict=True)])

@@ -132,7 +132,9 @@ def open_run(config: Config, engine: Engine, parts: Parts, directory: RunDirecto
         directory=directory,
         length=length,
         progress=progress,
-        meter=Meter(engine.device, engine.rank, engine.world_size, state.get("meter")),
+        meter=Meter(
+            engine.device, engine.rank, engine.world_size, state.get("meter"), [each.name for each in parts.data.sources]
+        ),
         sinks=sinks,
         saver=Saver(directory.checkpoints, engine, config.checkpoint, acknowledge, sinks.info, [found.step] if found else []),
         spikes=SpikeWatch(state.get("spikes")),

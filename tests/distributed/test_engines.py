@@ -318,7 +318,7 @@ def gradient(engine: Engine, batches: list[Batch]) -> list[torch.Tensor]:
     engine.restore(lambda shard: shard.values.zero_() if shard.name.startswith("exp_avg/") else None)
     for i, batch in enumerate(batches):
         with engine.micro_batch(last=i == len(batches) - 1):
-            engine.backward(engine.forward(*batch).loss_sum / 100)
+            engine.backward(engine.forward(*batch.inputs).loss_sum / 100)
     engine.update(0.0)
     return [10 * shard.values.double() for shard in engine.shards(saving=False) if shard.name.startswith("exp_avg/")]
 

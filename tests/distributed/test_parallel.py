@@ -80,7 +80,7 @@ def alone(model: ModelConfig, documents: bool) -> tuple[list[tuple], dict[str, t
     for step in range(STEPS):
         batch = global_batch(model, documents, step)
         loss = F.cross_entropy(module(batch.tokens_BT, None, batch.documents_BT).flatten(0, 1), batch.labels_BT.flatten())
-        loss_sum, routing_LX = module(*batch)
+        loss_sum, _, routing_LX = module(*batch)
         tokens = (batch.labels_BT != -100).sum()
         (loss_sum / tokens if model.moe else loss).backward()  # PyTorch has no losses of routers
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP)

@@ -122,7 +122,9 @@ def test_a_tensor_on_the_wrong_device_stops_the_step(engine, fake):
 
 def all_logits(hidden_BTD, weight_VD, labels_BT, *args, **options):
     """A loss that stores all logits in fp32."""
-    return F.cross_entropy((hidden_BTD.flatten(0, 1) @ weight_VD.T.to(hidden_BTD.dtype)).float(), labels_BT.flatten())
+    logits_NV = (hidden_BTD.flatten(0, 1) @ weight_VD.T.to(hidden_BTD.dtype)).float()
+    loss_N = F.cross_entropy(logits_NV, labels_BT.flatten(), reduction="none")
+    return loss_N.sum(), loss_N.detach().view_as(labels_BT).sum(1)
 
 
 def square_scores(query_BTHC, key_BSKC, value_BSKC, context):
@@ -135,7 +137,7 @@ def square_scores(query_BTHC, key_BSKC, value_BSKC, context):
 
 @pytest.mark.parametrize(
     ("function", "planted", "fault"),
-    [("cross_entropy_sum", all_logits, "full-logits"), ("attend", square_scores, "square-mask")],
+    [("cross_entropy_sums", all_logits, "full-logits"), ("attend", square_scores, "square-mask")],
 )
 def test_tensors_that_are_too_large_are_found(engine, fake, monkeypatch, function, planted, fault):
     steps.prepare(engine)
