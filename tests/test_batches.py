@@ -79,6 +79,11 @@ def test_the_global_batch_does_not_depend_on_ranks_and_micro_batches(data, world
                 assert torch.equal(torch.cat(mine), theirs)
 
 
+def test_a_batch_names_the_source_of_each_sample_if_there_are_several(data, sources):
+    assert data.take(17, 40).sources_B.tolist() == [source for source, *_ in data.sample_ids(17, 40)]
+    assert open_train(config(sources[0]), **OPEN).take(0, 4).sources_B is None
+
+
 def test_every_window_is_read_once_per_epoch_and_fewer_tokens_than_a_window_are_left(sources):
     data = open_train(config(sources[2]), **OPEN)
     n = data.samples_per_epoch

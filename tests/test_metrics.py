@@ -11,12 +11,19 @@ import pytest
 import torch
 
 from pretrain.report import metrics
-from pretrain.report.metrics import Meter, bits_per_byte, peak_memory_gib, perplexity
+from pretrain.report.metrics import Meter, SampleLosses, bits_per_byte, peak_memory_gib, perplexity
 
 
 def add(meter: Meter, nats: float, tokens: int, applied: bool = True, grad_norm: float = 1.0) -> None:
     values = (torch.tensor(nats, dtype=torch.float64), torch.tensor(tokens), torch.tensor(grad_norm), torch.tensor(applied))
     meter.add(*values)
+
+
+def add_samples(meter: Meter, samples: list[tuple[int, float, int]], applied: bool = True) -> None:
+    """Adds a step with samples of (source, nats, tokens)."""
+    sources, nats, tokens = zip(*samples, strict=True)
+    values = (torch.tensor(sum(nats)).double(), torch.tensor(sum(tokens)), torch.tensor(1.0), torch.tensor(applied), None)
+    meter.add(*values, SampleLosses(torch.tensor(sources), torch.tensor(nats), torch.tensor(tokens)))
 
 
 def alone(values: torch.Tensor) -> torch.Tensor:
@@ -46,6 +53,42 @@ def test_skipped_steps_are_counted_and_do_not_change_the_loss():
     assert math.isnan(figures["loss"]) and (figures["skipped_steps"], figures["skipped_in_a_row"]) == (1, 2)
     add(meter, 20.0, 10)
     assert meter.read(alone)["skipped_in_a_row"] == 0
+
+
+def test_the_loss_of_a_source_is_weighted_by_its_tokens_over_all_applied_steps_of_the_interval():
+    meter = Meter(torch.device("cpu"), 0, 1, sources=["web", "code", "books", "unused"])
+    add_samples(meter, [(0, 20.0, 4), (1, 3.0, 2), (0, 4.0, 4), (2, 0.0, 0)])  # no label of the book counts
+    add_samples(meter, [(1, math.nan, 100), (0, 1.0, 1)], applied=False)
+    add_samples(meter, [(1, 6.0, 1), (0, 1.0, 2)])
+    figures = meter.read(alone)
+    assert figures["sources"] == {"loss/web": 25 / 10, "loss/code": 9 / 3}
+    assert figures["loss"] == 34 / 13
+    add_samples(meter, [(2, 5.0, 1)])
+    assert meter.read(alone)["sources"] == {"loss/books": 5.0}
+
+
+def test_the_losses_of_sources_resume_by_name_on_any_ranks_and_do_not_depend_on_them():
+    """In numbers whose sum in fp32, or in another order, is another one."""
+    names, nats = ["web", "code"], [1234.5678, 0.1, 987654.3, 1e-3, 4321.9]
+    steps = [[(0, value, 10), (1, value / 3, 7)] for value in nats]
+    straight = Meter(torch.device("cpu"), 0, 1, sources=names)
+    for step in steps:
+        add_samples(straight, step)
+    expected = straight.read(alone)["sources"]
+    meters = [Meter(torch.device("cpu"), rank, 2, sources=names) for rank in range(2)]
+    for rank in (1, 0):
+        for step in steps[:3]:
+            add_samples(meters[rank], [step[rank]])
+    parts: list[torch.Tensor] = []
+    for meter in meters:
+        meter.state(lambda part: parts.append(part) or part)
+    state = meters[0].state(lambda _: sum(parts))
+    names = ["new", "code", "web"]
+    resumed = [Meter(torch.device("cpu"), rank, 3, state, names) for rank in range(3)]
+    for rank, [(_, *web), (_, *code)] in ((1, steps[3]), (2, steps[4])):
+        add_samples(resumed[rank], [(2, *web), (1, *code)])
+    sums = sum(meter.source_sums_S2 for meter in resumed).tolist()
+    assert {f"loss/{name}": nats / tokens for name, (nats, tokens) in zip(names, sums, strict=True) if tokens} == expected
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

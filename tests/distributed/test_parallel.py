@@ -1,5 +1,5 @@
-"""Sequence, tensor and expert parallelism compute what one process computes, with every engine and option: loss, gradient norm,
-routing figures, the gradient of each parameter and the weights.
+"""Sequence, tensor and expert parallelism compute what one process computes, with every engine and option: loss, loss of each
+source, gradient norm, routing figures, the gradient of each parameter and the weights.
 
 Each test starts the ranks once for all its rows: a start costs more than the few tiny steps of a row.
 """
@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.distributed.fsdp._fully_shard import _fsdp_common
 
 from pretrain.config import ConfigError, EngineConfig, OptimizerConfig, ParallelConfig
@@ -29,7 +28,7 @@ from pretrain.report.metrics import Meter
 from pretrain.train import train_step
 from tests.distributed.test_engines import engine_of
 from tests.ranks import run_ranks
-from tests.test_step import Momentum, assemble, pieces_of
+from tests.test_step import SOURCES, Momentum, assemble, loss_of, pieces_of
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -68,19 +67,21 @@ def global_batch(model: ModelConfig, documents: bool, step: int) -> Batch:
     share_B1 = torch.tensor([0.9, 0.1, 0.0, 0.5]).roll(step)[:, None]
     labels_BT = torch.where(torch.rand(shape, generator=generator) < share_B1, labels_BT, -100)
     documents_BT = (torch.rand(shape, generator=generator) < 0.1).cumsum(1) if documents else None
-    return Batch(tokens_BT, labels_BT, documents_BT)
+    return Batch(tokens_BT, labels_BT, documents_BT, torch.tensor([0, 1, 1, 0]).roll(step))
 
 
 @functools.cache
 def alone(model: ModelConfig, documents: bool) -> tuple[list[tuple], dict[str, torch.Tensor]]:
-    """The reference, one process without engine, step or meter: (loss, norm, tokens, routing) of each step; final weights, and
-    the clipped gradients of the first step."""
+    """The reference, one process without engine, step or meter: (losses, norm, tokens, routing) of each step, of all labels and
+    of each source; final weights, and the clipped gradients of the first step."""
     module, shown, state = build(model, "cpu", seed=0), [], {}
     optimizer = momentum(module)
     for step in range(STEPS):
         batch = global_batch(model, documents, step)
-        loss = F.cross_entropy(module(batch.tokens_BT, None, batch.documents_BT).flatten(0, 1), batch.labels_BT.flatten())
-        loss_sum, _, routing_LX = module(*batch)
+        logits_BTV = module(batch.tokens_BT, None, batch.documents_BT)
+        loss = loss_of(logits_BTV, batch.labels_BT)
+        of_sources = [loss_of(logits_BTV, batch.labels_BT, batch.sources_B == number).item() for number in range(len(SOURCES))]
+        loss_sum, _, routing_LX = module(*batch.inputs)
         tokens = (batch.labels_BT != -100).sum()
         (loss_sum / tokens if model.moe else loss).backward()  # PyTorch has no losses of routers
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP)
@@ -90,7 +91,7 @@ def alone(model: ModelConfig, documents: bool) -> tuple[list[tuple], dict[str, t
         optimizer.zero_grad()
         if module.needs_router_updates:
             module.update_routers(routing_LX, torch.tensor(True))
-        shown.append((loss.item(), norm.item(), int(tokens), routing_LX))
+        shown.append(([loss.item(), *of_sources], norm.item(), int(tokens), routing_LX))
     return shown, state | {f"model/{name}": p.detach() for name, p in (*module.named_parameters(), *module.named_buffers())}
 
 
@@ -101,13 +102,14 @@ def together(rows: dict[str, Row]) -> dict[str, tuple]:
 
 def steps_of(row: Row) -> tuple[list[tuple], list[tuple]]:
     engine = started(row, momentum)
-    meter, shown = Meter(engine.device, engine.rank, engine.world_size), []
+    meter, shown = Meter(engine.device, engine.rank, engine.world_size, sources=SOURCES), []
     for step in range(STEPS):
         result = train_step(engine, window_of(engine, row, step), LR)
-        meter.add(result.loss_sum, result.tokens, result.grad_norm, result.applied)
+        meter.add(*result)
         figures = meter.read(engine.all_reduce)
+        losses = [figures["loss"], *(figures["sources"].get(f"loss/{name}", math.inf) for name in SOURCES)]
         routing_LX = None if result.routing_LX is None else engine.all_reduce(result.routing_LX.clone()).numpy()
-        shown.append((figures["loss"], figures["grad_norm"], int(result.tokens), routing_LX))
+        shown.append((losses, figures["grad_norm"], int(result.tokens), routing_LX))
         if step == 0:
             gradients = pieces_of(engine, "momentum_buffer/")
     return shown, [*gradients, *pieces_of(engine, "model/")]
@@ -148,7 +150,8 @@ def compare(name: str, row: Row, shown: list[tuple], found: dict[str, torch.Tens
     true_shown, true = alone(row.model, row.documents)
     bf16 = row.engine.precision == "bf16"
     pairs = list(zip(shown, true_shown * (len(shown) // STEPS), strict=True))
-    loss, norm = (max(abs(mine[i] / alone[i] - 1) for mine, alone in pairs) for i in range(2))
+    loss = max(abs(a / b - 1) for mine, alone in pairs for a, b in zip(mine[0], alone[0], strict=True))
+    norm = max(abs(mine[1] / alone[1] - 1) for mine, alone in pairs)
     weight = max(float((found[key] - value).abs().max()) for key, value in true.items() if key.startswith("model/"))
     gradients = {key: float((found[key] - value).norm() / value.norm()) for key, value in true.items() if "model/" not in key}
     worst = max(gradients, key=gradients.get)
