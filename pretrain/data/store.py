@@ -156,6 +156,7 @@ class Store:
         self.cache = BlockCache(self.directory, cache_gib)
         self.requests = ThreadPoolExecutor(_REQUESTS, "store")
         self._told_at = -_TELL_SECONDS
+        self._failing_since: float | None = None  # no request has succeeded since then
 
     def open(self, url: str) -> StoredObject:
         """The object of that URL. Raises DataMissing, DataError, OSError."""
@@ -168,7 +169,7 @@ class Store:
         objects = {PurePosixPath(each).name: self.open(each) for each in names}
         if not objects:
             raise DataError(f"{url}: no tokenizer here; name the folder that contains its tokenizer.json")
-        key = xxhash.xxh3_128_hexdigest("\n".join(sorted(each.key for each in objects.values())))
+        key = xxhash.xxh3_128_hexdigest("\n".join(sorted(each.key for each in objects.values())).encode())
         folder = self.directory / "tokenizers" / key
         folder.mkdir(parents=True, exist_ok=True)
         for name, found in objects.items():
@@ -179,13 +180,16 @@ class Store:
     def retried(self, url: str, attempt: Callable[[], T]) -> T:
         """What `attempt` returns, which is tried again for a minute after time-outs, errors of the server and cut transfers.
 
-        Raises DataError for what trying again cannot change, OSError.
+        The minute begins when the store stops answering: requests that wait behind those that gave up do not hold up the end of
+        the process. Raises DataError for what trying again cannot change, OSError.
         """
         begin, tries = time.monotonic(), 0
         while True:
             tries += 1
             try:
-                return attempt()
+                result = attempt()
+                self._failing_since = None
+                return result
             except DataError:
                 raise
             except Exception as error:  # packages pass on the exceptions of their clients, and of the network
@@ -195,8 +199,10 @@ class Store:
                 if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
                     raise DataError(f"{url}: the store refuses access ({text}); check the credentials") from None
                 pause = min(_LONGEST_PAUSE_SECONDS, 0.1 * 2**tries) * random.uniform(0.5, 1)
-                if time.monotonic() - begin + pause > _RETRY_SECONDS:
-                    seconds = f"{tries} tries in {time.monotonic() - begin:.0f} s"
+                now = time.monotonic()
+                self._failing_since = self._failing_since or now
+                if now - min(begin, self._failing_since) + pause > _RETRY_SECONDS:
+                    seconds = f"{tries} tries in {now - begin:.0f} s"
                     raise OSError(f"{url}: the store does not answer ({seconds}; {text}); start again to resume") from error
             self._tell(f"{url}: {text}; is tried again for up to {_RETRY_SECONDS:.0f} s", tries)
             time.sleep(pause)
@@ -215,7 +221,7 @@ class StoredObject:
         self.name, self._store = url, store
         self._system, self._path = remote.open_system(url)
         self.size, self._marks = self._look()
-        self.key = xxhash.xxh3_128_hexdigest(f"{url}\n{self.size}\n{self._marks}")
+        self.key = xxhash.xxh3_128_hexdigest(f"{url}\n{self.size}\n{self._marks}".encode())
         self._fetching: dict[int, Future[bytes]] = {}
         self._lock = threading.Lock()
 
