@@ -9,19 +9,8 @@ FP8 = ["torchao>=0.18"]  # engine.precision fp8 and its tests; earlier ones lack
 NEAR_DUPLICATES = ["datasketch>=2"]  # --near-duplicates drop; earlier ones give other numbers
 S3 = ["s3fs"]  # URLs such as s3://bucket/file
 SNAPPY = ["python-snappy"]  # reading .snappy files
-DEVELOPMENT = [
-    "pytest",
-    "pytest-timeout",
-    "pytest-xdist",
-    "hypothesis",
-    "pandas",
-    "aiohttp",
-    "flask",
-    "flask-cors",
-    "moto[s3]",
-    "ruff",
-    "codespell",
-]
+S3_SERVER = ["moto[s3]", "flask", "flask-cors", "werkzeug"]  # for tests
+DEVELOPMENT = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "pandas", "aiohttp", *S3_SERVER, "ruff", "codespell"]
 
 setup(
     name="pretrain",
