@@ -20,7 +20,8 @@ BUCKET = "s3://corpus"
 class S3:
     """Counts the requests of the server, and answers those that `fault` chooses in its way.
 
-    fault: (method, path) -> None (a good answer), "503", "403", "cut" (half of the body), "close" (no answer), or seconds to
+    fault: (method, path) -> None (a good answer), "503", "403", "cut" (half of the body), "short"
+    (the same, with the length of the half in the header), "close" (no answer), or seconds to
     wait before a good answer.
     """
 
@@ -43,9 +44,16 @@ class S3:
             body = b"" if method == "HEAD" else f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode()
             start_response(f"{fault} {code}", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
             return [body]
+        elif fault == "short" and method == "GET":
+            begin = start_response
+
+            def start_response(status: str, headers: list[tuple[str, str]], *more) -> Callable:
+                lengths = {name: str(int(value) // 2) for name, value in headers if name.lower() == "content-length"}
+                return begin(status, [(name, lengths.get(name, value)) for name, value in headers], *more)
+
         body = b"".join(self._application(environ, start_response))
         self.bytes += len(body)
-        return [body[: len(body) // 2] if fault == "cut" else body]
+        return [body[: len(body) // 2] if fault in ("cut", "short") and method == "GET" else body]
 
 
 @contextmanager

@@ -174,7 +174,7 @@ def s3(tmp_path, web):
 def test_answers_of_s3_that_fail_now_and_then_change_nothing(s3, web, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "BLOCK_BYTES", 4096)
     chosen = random.Random(0)
-    for fault in ("503", "cut", "close", 0.2):
+    for fault in ("503", "cut", "short", "close", 0.2):
         s3.fault = lambda method, path, fault=fault: fault if chosen.random() < 0.2 else None
         pair, flat = (opened(f"s3://corpus/web/{name}", tmp_path / str(fault))[0] for name in ("part-0", "flat.bin"))
         pair.check_checksums()
