@@ -7,8 +7,10 @@ EVALUATION = ["lm-eval[hf]>=0.4.9"]  # launch/evaluate.py --tasks
 TENSORBOARD = ["tensorboard"]
 FP8 = ["torchao>=0.18"]  # engine.precision fp8 and its tests; earlier ones lack a workaround for NaN in compiled fp8 kernels
 NEAR_DUPLICATES = ["datasketch>=2"]  # --near-duplicates drop; earlier ones give other numbers
+S3 = ["s3fs"]  # URLs such as s3://bucket/file
 SNAPPY = ["python-snappy"]  # reading .snappy files
-DEVELOPMENT = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "pandas", "aiohttp", "ruff", "codespell"]
+S3_SERVER = ["moto[s3]", "flask", "flask-cors", "werkzeug"]  # for tests
+DEVELOPMENT = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "pandas", "aiohttp", *S3_SERVER, "ruff", "codespell"]
 
 setup(
     name="pretrain",
@@ -43,8 +45,9 @@ setup(
         "tensorboard": TENSORBOARD,
         "fp8": FP8,
         "near-duplicates": NEAR_DUPLICATES,
+        "s3": S3,
         "snappy": SNAPPY,
-        "all": TRANSFORMERS + TENSORBOARD + FP8 + NEAR_DUPLICATES + SNAPPY,
+        "all": TRANSFORMERS + TENSORBOARD + FP8 + NEAR_DUPLICATES + S3 + SNAPPY,
         "dev": DEVELOPMENT,
     },
 )

@@ -72,7 +72,7 @@ class SourceConfig:
 
     path: str | list[str] = free()
     """Prefix of a .bin/.idx pair, or a nanoGPT-style flat .bin file; or a folder of them, a pattern such as data/web/part-*,
-    or a list of these (docs/data.md)."""
+    a list of these, or URLs of an object store, such as s3://bucket/web/ (docs/data.md)."""
     dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"] | None = free(None)
     """Type of the tokens of a flat .bin; null: judged by its content and named at the start."""
     weight: float | None = free(1.0)
@@ -111,6 +111,10 @@ class DataConfig:
     """Tokens attend only within their document."""
     quarantine: str | None = free(None)
     """File that lists training samples to leave out (format: pretrain/data/excluded.py); null: none."""
+    cache_directory: str | None = free(None)
+    """Where blocks of data in object stores are kept, on a local disk; null: ~/.cache/pretrain."""
+    cache_gib: NonNegativeFloat = free(32.0)
+    """Most disk space of these blocks on each machine. 0: blocks are not kept."""
 
 
 @dataclass(frozen=True, kw_only=True)

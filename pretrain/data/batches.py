@@ -304,7 +304,7 @@ def open_train(
         sources = [_synthetic(data, "train", seed, vocab_size, block_length)]
         weights = [[1.0] for _ in stages]
     else:
-        opener = Opener(vocab_size, tokenizer_fingerprint)
+        opener = Opener(data, vocab_size, tokenizer_fingerprint)
         first = [next(i for i, (_, other) in enumerate(stages) if other.train == each.train) for _, each in stages]
         places = ["data.train" if i == 0 else f"train.stages[{i - 1}].sources" for i in first]
         blends = [opener.mixture(each, place, block_length) for (_, each), place in zip(stages, places, strict=True)]
@@ -325,7 +325,7 @@ def open_valid(data: DataConfig, *, seed: int, vocab_size: int, tokenizer_finger
     if data.synthetic:
         sources = [_synthetic(data, "valid", seed, vocab_size, data.sequence_length)]
     else:
-        opener = Opener(vocab_size, tokenizer_fingerprint)
+        opener = Opener(data, vocab_size, tokenizer_fingerprint)
         opener.files(data.valid, "data.valid", data, least_tokens=2, partial=True)
         sources = opener.close()
     return [ValidData(source, data, vocab_size=vocab_size) for source in sources]

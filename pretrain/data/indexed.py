@@ -31,12 +31,14 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from pretrain import UserError
 from pretrain.files import sync_folder
 
 from . import flat
 from .entropy import bigram_entropy, unigram_entropy
-from .reads import SAMPLE_RUN_LENGTH, SAMPLE_RUNS, OpenFile, OpenFiles, StoredArray, advise_ranges, read_ranges, spaced_runs
+from .errors import DataError, DataMissing
+from .reads import SAMPLE_RUN_LENGTH, SAMPLE_RUNS, OpenFile, OpenFiles, StoredArray, spaced_runs
+from .remote import is_url
+from .store import StoredObject
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, length of the document array
@@ -45,14 +47,6 @@ _BLOCK_BYTES, _INDEX_BLOCK = 64 << 20, 1 << 20
 _BIGRAM_RUNS, _BIGRAM_RUN_TOKENS = 64, 1 << 17
 _FLAT_RUNS, _FLAT_RUN_WORDS = 16, 1 << 11
 _AT_LEAST_ONE = ("vocab_size", "num_tokens", "num_documents", "block_bytes")  # of the counts in a sidecar
-
-
-class DataError(UserError):
-    """Data that cannot be used. The message says what is wrong, where, and what to do."""
-
-
-class DataMissing(DataError):
-    """No token file has that name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +83,14 @@ class Sidecar:
 
     @classmethod
     def read(cls, path: Path) -> Sidecar:
-        """The sidecar at `path`. Raises DataError if it is damaged or of another format version."""
+        """The sidecar at `path`. Raises what `parse` raises, OSError."""
+        return cls.parse(str(path), path.read_bytes())
+
+    @classmethod
+    def parse(cls, path: str, content: bytes) -> Sidecar:
+        """The sidecar at `path`, which has this `content`. Raises DataError if it is damaged or of another format version."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(content.decode())
         except ValueError as error:
             raise DataError(f"{path}: not a metadata sidecar ({error}); restore the file or tokenize again") from None
         version = values.get("format_version") if isinstance(values, dict) else None
@@ -136,12 +135,12 @@ class TokenFile:
     ):
         """dtype: of a flat file, which else is judged by its content and by `vocab_size`, the number of ids of the model.
         open_files: shared by many files; None: this file stays open. sample_runs: default of `sample`; at least 2."""
-        self.path, self.bin_path, self._idx_path = _resolve(str(path))
+        open_files = open_files or OpenFiles()
+        self.path, self.bin_path, self._idx_path = _resolve(str(path), open_files)
         self.num_documents: int | None = None
         self.sidecar: Sidecar | None = None
-        self.sample_runs, self._open_files = sample_runs, open_files or OpenFiles()
-        file = self._bin()
-        self._bin_bytes = os.fstat(file.fileno()).st_size
+        self.sample_runs, self._open_files = sample_runs, open_files
+        self._bin_bytes = self._bin().size
         self._offset = 0
         if self._idx_path is None:
             self._open_flat(dtype, vocab_size)
@@ -152,14 +151,14 @@ class TokenFile:
         if self.num_tokens == 0:
             raise DataError(f"{self.bin_path}: contains no tokens; tokenize a corpus that is not empty")
 
-    def _bin(self) -> OpenFile:
+    def _bin(self) -> OpenFile | StoredObject:
         return self._open_files.get(self.bin_path)
 
     def _open_flat(self, dtype: str | None, vocab_size: int | None) -> None:
         starts, lengths = map(np.array, spaced_runs(self._bin_bytes // 8, _FLAT_RUNS, _FLAT_RUN_WORDS))
         file = self._bin()
-        sample = read_ranges(file, 8 * starts, 8 * lengths).tobytes()
-        head = os.pread(file.fileno(), flat.HEADER_BYTES, 0)
+        sample = file.read(8 * starts, 8 * lengths).tobytes()
+        head = file.read_at(0, min(flat.HEADER_BYTES, file.size))
         try:
             if dtype:
                 self.dtype = np.dtype(dtype).newbyteorder("<")
@@ -175,10 +174,10 @@ class TokenFile:
     def _open_pair(self) -> None:
         path = self._idx_path
         file = self._open_files.get(path)
-        size = os.fstat(file.fileno()).st_size
+        size = file.size
         if size < _HEADER.size:
             raise DataError(f"{path}: {size:,} bytes found, at least {_HEADER.size} expected; copy it again")
-        magic, version, code, num_sequences, num_starts = _HEADER.unpack(os.pread(file.fileno(), _HEADER.size, 0))
+        magic, version, code, num_sequences, num_starts = _HEADER.unpack(file.read_at(0, _HEADER.size))
         if magic != _MAGIC:
             raise DataError(f"{path}: not a Megatron index (starts with {magic!r}, expected {_MAGIC!r})")
         if version != 1:
@@ -209,10 +208,11 @@ class TokenFile:
         self._read_sidecar()
 
     def _read_sidecar(self) -> None:
-        path = Path(self.path + ".json")
-        if not path.exists():
+        path = self.path + ".json"
+        if not self._open_files.exists(path):
             return
-        self.sidecar = Sidecar.read(path)
+        file = self._open_files.get(path)
+        self.sidecar = Sidecar.parse(path, file.read_at(0, file.size))
         for name in ("num_tokens", "num_documents", "dtype"):
             recorded, found = str(getattr(self.sidecar, name)), str(getattr(self, name))
             if recorded != found:
@@ -226,12 +226,12 @@ class TokenFile:
         if starts.size and (starts.min() < 0 or lengths.min() < 0 or (starts + lengths).max() > self.num_tokens):
             raise IndexError(f"{self.bin_path}: range outside its {self.num_tokens:,} tokens")
         width = self.dtype.itemsize
-        return read_ranges(self._bin(), starts * width + self._offset, lengths * width).view(self.dtype)
+        return self._bin().read(starts * width + self._offset, lengths * width).view(self.dtype)
 
     def read_soon(self, starts: np.ndarray, lengths: np.ndarray) -> None:
         """Lets the system begin to read these ranges of tokens, so that `read` finds them in memory."""
         width = self.dtype.itemsize
-        advise_ranges(self._bin(), starts * width + self._offset, lengths * width)
+        self._bin().read_soon(starts * width + self._offset, lengths * width)
 
     def document_starts(self, numbers: np.ndarray) -> np.ndarray:
         """Index of the first token of each of these documents, (n,) -> (n,) int64; `num_tokens` for number num_documents. Only
@@ -283,7 +283,7 @@ class TokenFile:
 
     def watch(self) -> str:
         """Remembers the content for `require_unchanged`: O(1). -> `fingerprint`."""
-        self._watched = {path: (_stamp(self._open_files.get(path)), sample()) for path, sample in self._samples()}
+        self._watched = {path: (self._open_files.get(path).stamp(), sample()) for path, sample in self._samples()}
         return self._watched[self.bin_path][1]
 
     def require_unchanged(self) -> None:
@@ -293,7 +293,7 @@ class TokenFile:
         replaced or removed does not matter while the old one stays open.
         """
         for path, sample in self._samples():
-            now, (before, content) = _stamp(self._open_files.get(path)), self._watched[path]
+            now, (before, content) = self._open_files.get(path).stamp(), self._watched[path]
             if now == before:
                 continue
             if sample() != content:
@@ -327,9 +327,9 @@ class TokenFile:
                 f"{self.path}.json: {self.num_blocks} checksums do not cover the .bin; restore it or tokenize again"
             )
         digest = xxhash.xxh3_128()
-        with open(self._idx_path, "rb") as file:
-            while data := file.read(_BLOCK_BYTES):
-                digest.update(data)
+        file = self._open_files.get(self._idx_path)
+        for start in range(0, file.size, _BLOCK_BYTES):
+            digest.update(file.read_at(start, min(_BLOCK_BYTES, file.size - start)))
         if digest.hexdigest() != self.sidecar.index_checksum:
             raise DataError(f"{self._idx_path}: damaged (checksum); copy it again")
 
@@ -337,28 +337,23 @@ class TokenFile:
         """Compares block `i` of the .bin with its checksum in the sidecar. Raises DataError."""
         start = i * self.sidecar.block_bytes
         size = min(self.sidecar.block_bytes, self._bin_bytes - start)
-        data = read_ranges(self._bin(), np.array([start]), np.array([size]))
+        data = self._bin().read_at(start, size)
         if xxhash.xxh3_128_hexdigest(data) != self.sidecar.block_checksums[i]:
             raise DataError(f"{self.bin_path}: damaged between bytes {start:,} and {start + size:,} (checksum); copy it again")
 
 
-def _stamp(file: OpenFile) -> tuple[int, int, int]:
-    """Differs if the file was written to, or another one has its name."""
-    found = os.fstat(file.fileno())
-    return found.st_mtime_ns, found.st_ino, found.st_size
-
-
-def _resolve(path: str) -> tuple[str, str, str | None]:
+def _resolve(path: str, files: OpenFiles) -> tuple[str, str, str | None]:
     """(name, .bin, .idx) of a prefix, or (name, .bin, None) of a flat file."""
-    if path.endswith(".bin") and os.path.isfile(path) and not any(os.path.exists(path[:-4] + end) for end in (".idx", ".json")):
+    if path.endswith(".bin") and files.exists(path) and not any(files.exists(path[:-4] + end) for end in (".idx", ".json")):
         return path, path, None
     prefix = path[:-4] if path.endswith((".bin", ".idx")) else path
-    missing = [prefix + end for end in (".bin", ".idx") if not os.path.isfile(prefix + end)]
+    missing = [prefix + end for end in (".bin", ".idx") if not files.exists(prefix + end)]
     if missing:
         folder = Path(prefix).parent
-        there = sorted(str(found.with_suffix("")) for found in folder.glob("*.idx"))[:8] if folder.is_dir() else []
+        near = folder.glob("*.idx") if not is_url(path) and folder.is_dir() else []
+        there = sorted(str(found.with_suffix("")) for found in near)[:8]
         hint = f"; did you mean {', '.join(there)}?" if there else "; create it with tools/tokenize_corpus.py"
-        if missing == [f"{prefix}.idx"] and not os.path.exists(f"{prefix}.json"):
+        if missing == [f"{prefix}.idx"] and not files.exists(f"{prefix}.json"):
             hint = f"; {prefix}.bin is there: if it is a flat file without an index, give its name with .bin{hint}"
         raise DataMissing(f"{path}: no token file here ({' and '.join(missing)} not found){hint}")
     return prefix, f"{prefix}.bin", f"{prefix}.idx"

@@ -1,5 +1,7 @@
 """Positioned reads: of ranges of bytes, and of arrays in files. A file that shrinks meanwhile is an OSError, never a SIGBUS.
 
+Files may lie in a store: then they are `store.StoredObject`s, which have the methods of an `OpenFile`.
+
 `OpenFiles` limits how many files are open at a time. A reader gets the open file for each read and keeps it until the read is
 done, so a file never closes under a thread that reads it.
 """
@@ -10,10 +12,14 @@ import errno
 import os
 import resource
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import xxhash
+
+from .errors import DataMissing
+from .remote import is_url
+from .store import Store, StoredObject
 
 SAMPLE_RUNS, SAMPLE_RUN_LENGTH = 64, 1 << 13
 _SPAN_PER_ELEMENT = 64
@@ -32,6 +38,35 @@ class OpenFile:
         """The descriptor; valid while the caller holds this object."""
         return self._descriptor
 
+    @property
+    def size(self) -> int:
+        """Bytes now."""
+        return os.fstat(self._descriptor).st_size
+
+    def stamp(self) -> tuple[int, int, int]:
+        """Differs if the file was written to, or another one has its name."""
+        found = os.fstat(self._descriptor)
+        return found.st_mtime_ns, found.st_ino, found.st_size
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """The bytes [offset, offset + size). Raises OSError if the file ends earlier."""
+        data = os.pread(self._descriptor, size, offset)
+        if len(data) < size:  # also a read of more than 2 GiB
+            return read_ranges(self, np.array([offset]), np.array([size])).tobytes()
+        return data
+
+    def read(self, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """Bytes [offset, offset + size) of all ranges, back to back: uint8. Raises OSError if the file ends earlier."""
+        if len(offsets) > 1:
+            self.read_soon(offsets, sizes)
+        return read_ranges(self, offsets, sizes)
+
+    def read_soon(self, offsets: np.ndarray, sizes: np.ndarray) -> None:
+        """Starts reading the bytes [offset, offset + size) of all ranges, and waits for none."""
+        if hasattr(os, "posix_fadvise"):
+            for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True):
+                os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+
     def __del__(self):
         if self._descriptor >= 0:
             os.close(self._descriptor)
@@ -41,28 +76,34 @@ class OpenFiles:
     """Files open for reading. Beyond the limit, the file that was not read for the longest time closes; it opens again when it
     is read. Thread-safe."""
 
-    def __init__(self, limit: int | None = None):
-        """limit: files open at a time; None: a quarter of what the system allows this process."""
+    def __init__(self, limit: int | None = None, *, store: Store | None = None):
+        """limit: files open at a time; None: a quarter of what the system allows this process. store: for URLs; None: with a
+        cache of the usual size at the usual place."""
         allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         if limit is None and allowed != resource.RLIM_INFINITY:
             limit = max(8, allowed // 4)
         self.limit = limit
-        self.get: Callable[[str], OpenFile] = lru_cache(maxsize=limit)(OpenFile)
-        """The open file at a path. Raises OSError."""
+        self.get: Callable[[str], OpenFile | StoredObject] = lru_cache(maxsize=limit)(partial(_open, store or Store()))
+        """The open file at a path or URL. Raises OSError; for a URL, DataError, too."""
+
+    def exists(self, path: str) -> bool:
+        """True if there is such a file. For a URL, it is opened. Raises DataError, OSError."""
+        if not is_url(path):
+            return os.path.isfile(path)
+        try:
+            self.get(path)
+        except DataMissing:
+            return False
+        return True
 
 
-def advise_ranges(file: OpenFile, offsets: np.ndarray, sizes: np.ndarray) -> None:
-    """Starts reading the bytes [offset, offset + size) of all ranges, and waits for none."""
-    if hasattr(os, "posix_fadvise"):
-        for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True):
-            os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
+def _open(store: Store, path: str) -> OpenFile | StoredObject:
+    return store.open(path) if is_url(path) else OpenFile(path)
 
 
-def read_ranges(file: OpenFile, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def read_ranges(file, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Bytes [offset, offset + size) of all ranges, back to back: uint8. Raises OSError if the file ends earlier."""
     descriptor = file.fileno()
-    if len(offsets) > 1:
-        advise_ranges(file, offsets, sizes)
     data = np.empty(int(sizes.sum()), dtype=np.uint8)
     buffer, filled = memoryview(data), 0
     for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True):
@@ -82,7 +123,7 @@ def _truncated(file, offset: int) -> OSError:
 class StoredArray:
     """A 1-D array of signed integers in a file, read element by element. Raises OSError if the file was truncated meanwhile."""
 
-    def __init__(self, open_file: Callable[[], OpenFile], dtype: str, count: int, offset: int):
+    def __init__(self, open_file: Callable[[], OpenFile | StoredObject], dtype: str, count: int, offset: int):
         """open_file: returns the open file."""
         self._open_file, self._dtype, self._count, self._offset = open_file, np.dtype(dtype), count, offset
 
@@ -92,11 +133,8 @@ class StoredArray:
     def __getitem__(self, i: int) -> int:
         if not 0 <= i < self._count:
             raise IndexError(i)
-        file, width = self._open_file(), self._dtype.itemsize
-        data = os.pread(file.fileno(), width, self._offset + width * i)
-        if len(data) < width:
-            raise _truncated(file, self._offset + width * i)
-        return int.from_bytes(data, "little", signed=True)
+        width = self._dtype.itemsize
+        return int.from_bytes(self._open_file().read_at(self._offset + width * i, width), "little", signed=True)
 
     def take(self, numbers: np.ndarray) -> np.ndarray:
         """Elements with these numbers, (n,) -> (n,). Raises IndexError for a number that the array does not have."""
@@ -107,18 +145,16 @@ class StoredArray:
         if first < 0 or last >= self._count:
             raise IndexError(f"refers to entry {first if first < 0 else last:,} of {self._count:,}")
         if last - first < _SPAN_PER_ELEMENT * len(numbers):  # one read of everything between them is faster than one for each
-            span = read_ranges(
-                self._open_file(), np.array([self._offset + width * first]), np.array([width * (last - first + 1)])
-            )
+            span = self._open_file().read(np.array([self._offset + width * first]), np.array([width * (last - first + 1)]))
             return span.view(self._dtype)[numbers - first]
         ranges = self._offset + width * numbers, np.full(len(numbers), width)
-        return read_ranges(self._open_file(), *ranges).view(self._dtype)
+        return self._open_file().read(*ranges).view(self._dtype)
 
     def sample(self, runs: int = SAMPLE_RUNS) -> str:
         """Hash of at most `runs` evenly spaced runs of 8192 elements, the first and the last included."""
         starts, lengths = map(np.array, spaced_runs(self._count, runs, SAMPLE_RUN_LENGTH))
         width = self._dtype.itemsize
-        return xxhash.xxh3_128_hexdigest(read_ranges(self._open_file(), self._offset + width * starts, width * lengths))
+        return xxhash.xxh3_128_hexdigest(self._open_file().read(self._offset + width * starts, width * lengths))
 
 
 def spaced_runs(num_tokens: int, count: int, length: int) -> tuple[list[int], list[int]]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import BinaryIO, TypeVar
 
-from .indexed import DataError
+from .errors import DataError
 
 _BLOCK_BYTES = 8 << 20  # of one request; files are read from front to back
 T = TypeVar("T")
@@ -27,7 +27,7 @@ def find(url: str) -> tuple[list[str], bool]:
 
     In the order of `Path`: by the names of folders, then of files. Raises DataError.
     """
-    system, path = _open_system(url)
+    system, path = open_system(url)
 
     def search() -> tuple[list[str], bool]:
         if any(each in path for each in "*?[") and not path.startswith("http"):
@@ -40,9 +40,21 @@ def find(url: str) -> tuple[list[str], bool]:
     return sorted((system.unstrip_protocol(each) for each in found), key=PurePosixPath), is_folder
 
 
+def matching(pattern: str) -> list[str]:
+    """URLs of the files that match a pattern, sorted; there may be none. Raises DataError."""
+    system, path = open_system(pattern)
+    return _tried(pattern, lambda: sorted(system.unstrip_protocol(each) for each in system.glob(path)))
+
+
+def exists(url: str) -> bool:
+    """True if there is a file or folder of that name. Raises DataError."""
+    system, path = open_system(url)
+    return _tried(url, lambda: system.exists(path))
+
+
 def size(url: str) -> int:
     """Bytes of a file. Raises DataError."""
-    system, path = _open_system(url)
+    system, path = open_system(url)
     found = _tried(url, lambda: system.size(path))
     if found is None:
         raise DataError(f"{url}: the server does not tell its size, so that a cut transfer would not be noticed; download it")
@@ -51,7 +63,7 @@ def size(url: str) -> int:
 
 def open_url(url: str) -> io.BufferedReader:
     """A file, to be read from front to back; it can seek. Raises DataError; reading it may raise OSError."""
-    system, path = _open_system(url)
+    system, path = open_system(url)
     file = _tried(url, lambda: system.open(path, "rb", block_size=_BLOCK_BYTES, cache_type="readahead"))
     return io.BufferedReader(_Complete(url, file, size(url)), 1 << 20)
 
@@ -87,7 +99,7 @@ class _Complete(io.RawIOBase):
         super().close()
 
 
-def _open_system(url: str) -> tuple:
+def open_system(url: str) -> tuple:
     """(file system of `fsspec`, path in it). Raises DataError."""
     import fsspec
 

@@ -4,6 +4,7 @@
     data/web           a folder: all token files in it, but not those in folders below it
     data/web/part-*    a pattern with *, ? or [abc]: all token files that match; ** stands for any number of folders
     [data/a, data/b]   a list of these
+    s3://bucket/web/   URLs name the same in a store, where the name of a folder ends with a slash
 
 The files of an entry are in the order of their names, so the order does not depend on where the data are. A thousand files open
 in a fraction of a second: each costs a few small reads, side by side in threads, because on network file systems most of that
@@ -19,13 +20,16 @@ import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
+from . import remote
 from .indexed import DataError, DataMissing, Sidecar, TokenFile
 from .reads import SAMPLE_RUNS, OpenFiles
+from .remote import is_url
 
 _OPENERS, _PROBLEMS_SHOWN = 16, 5
 
@@ -37,6 +41,8 @@ def is_one_file(path: str | list[str]) -> bool:
     """True for the prefix of a pair or the name of a flat file, whether it exists or not."""
     if not isinstance(path, str):
         return False
+    if is_url(path):
+        return not path.endswith("/") and not any(each in path for each in "*?[")
     if os.path.isfile(path) or (not path.endswith(os.sep) and os.path.isfile(f"{path}.idx")):
         return True  # also where a folder of the same name is beside the pair, or the name has a bracket
     return not os.path.isdir(path) and not any(each in path for each in "*?[")
@@ -59,21 +65,28 @@ def find_files(path: str | list[str]) -> list[str]:
 
 def identity(name: str) -> str:
     """The file behind a name; equal for two names of one file."""
-    return os.path.realpath(name if name.endswith(".bin") else f"{name}.bin")
+    file = name if name.endswith(".bin") else f"{name}.bin"
+    return file if is_url(file) else os.path.realpath(file)
 
 
 def _matching(entry: str) -> list[str]:
-    pattern = os.path.join(glob.escape(entry), "*") if os.path.isdir(entry) else entry
-    matches = [each for end in ("", ".bin", ".idx") for each in glob.iglob(pattern + end, recursive=True)]
+    if is_url(entry):
+        pattern = entry + "*" if entry.endswith("/") else entry
+        found, exists = remote.matching, remote.exists
+    else:
+        pattern = os.path.join(glob.escape(entry), "*") if os.path.isdir(entry) else entry
+        found, exists = partial(glob.iglob, recursive=True), os.path.exists
+    matches = {each for end in ("", ".bin", ".idx") for each in found(pattern + end)}
     names = set()
     for match in matches:
         prefix, end = os.path.splitext(match)
-        if end == ".idx" or (end == ".bin" and any(os.path.exists(prefix + each) for each in (".idx", ".json"))):
+        if end == ".bin":
+            pair = any(prefix + each in matches or exists(prefix + each) for each in (".idx", ".json"))
+            names.add(prefix if pair else match)
+        elif end == ".idx":
             names.add(prefix)
-        elif end == ".bin":
-            names.add(match)
     if not names:
-        folders = sorted(each for each in set(matches) if os.path.isdir(each))[:3]
+        folders = sorted(each for each in matches if os.path.isdir(each))[:3]
         hint = f"it matches folders ({', '.join(folders)}), whose files ** finds: {entry.rstrip('*/')}/**" if folders else ""
         raise DataMissing(f"{entry}: no token file here; {hint or 'create them with tools/tokenize_corpus.py'}")
     return sorted(names)

@@ -24,6 +24,7 @@ from .entropy import unigram_entropy
 from .indexed import DataError, Sidecar, TokenFile
 from .passes import Cut
 from .reads import OpenFiles
+from .store import Store
 
 
 class FileSource:
@@ -212,11 +213,12 @@ def documents_of(tokens: np.ndarray, end_of_document_id: int) -> np.ndarray:
 class Opener:
     """Opens and checks the sources of settings, each file once, and collects all problems."""
 
-    def __init__(self, vocab_size: int, tokenizer_fingerprint: str | None):
+    def __init__(self, data: DataConfig, vocab_size: int, tokenizer_fingerprint: str | None):
+        """data: where blocks of stores are cached."""
         self._model = {"vocab_size": vocab_size, "tokenizer_fingerprint": tokenizer_fingerprint}
         self.problems: list[str] = []
         self._opened: list[tuple[SourceConfig, FileSource | ShardedSource]] = []
-        self._open_files = OpenFiles()
+        self._open_files = OpenFiles(store=Store(data.cache_directory, data.cache_gib))
 
     def mixture(self, data: DataConfig, where: str, block_length: int) -> list[tuple[FileSource | ShardedSource, float]]:
         """The training sources of `data`, which stand at `where` in the settings, with their weights."""

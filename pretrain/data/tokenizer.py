@@ -18,7 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .indexed import DataError
+from .errors import DataError
+from .remote import is_url
+from .store import Store
 
 SPACE = "\u2581"
 """SentencePiece's symbol for a space."""
@@ -48,8 +50,9 @@ class Tokenizer:
 
     @staticmethod
     def load(folder: str | Path) -> Tokenizer:
-        """The tokenizer in `folder`, written by `train` or a Hugging Face folder with a tokenizer.json. Raises DataError."""
-        folder = Path(folder)
+        """The tokenizer in `folder`, written by `train` or a Hugging Face folder with a tokenizer.json; or at the URL of one.
+        Raises DataError, OSError."""
+        folder = local_folder(folder)
         if (folder / INFO).is_file():
             return _SentencePiece(folder)
         if (folder / "tokenizer.json").is_file():
@@ -145,6 +148,11 @@ class Tokenizer:
         ids = self._encode([character])[0]
         text = self.decode(ids)
         return not self.unknown_ids.isdisjoint(ids) or not text or ("\ufffd" in text and character != "\ufffd")
+
+
+def local_folder(path: str | Path) -> Path:
+    """The folder of a tokenizer on this machine: for a URL, that of a copy. Raises DataError, OSError."""
+    return Store().tokenizer(path) if isinstance(path, str) and is_url(path) else Path(path)
 
 
 class _SentencePiece(Tokenizer):

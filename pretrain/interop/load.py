@@ -19,7 +19,7 @@ from pretrain.checkpoint.storage import best_key
 from pretrain.checkpoint.tensors import BLOCK
 from pretrain.config import Config
 from pretrain.data.indexed import DataError
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.tokenizer import Tokenizer, local_folder
 from pretrain.interop.weights import CheckpointWeights, HFWeights, MeanWeights, Weights, read_tensor
 from pretrain.model import hf_mapping
 from pretrain.model.config import ModelConfig
@@ -97,7 +97,7 @@ def open_run(run_directory: Path, step: int | str | None = None, average: int = 
         origin["mean_of_steps"] = [checkpoint.step for checkpoint in reversed(chosen)]
     tokenizer = Path(run_directory) / OWN_TOKENIZER
     if not tokenizer.is_dir():
-        tokenizer = None if config.tokenizer.path is None else Path(config.tokenizer.path)
+        tokenizer = None if config.tokenizer.path is None else local_folder(config.tokenizer.path)
     return TrainedModel(
         MeanWeights(sources) if average > 1 else sources[0],
         tokenizer,

@@ -21,6 +21,7 @@ from pretrain.data.batches import MASKED, Batch, TrainData, block_length_of
 from pretrain.data.checks import Finding
 from pretrain.data.indexed import DataError, DataMissing, TokenFile
 from pretrain.data.reads import OpenFiles
+from pretrain.data.store import Store
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.doctor.untrained import label_problem
 from pretrain.engines import fp8
@@ -153,7 +154,8 @@ def _file_findings(config: Config, tokenizer: Tokenizer | None, vocab_size: int,
     """Checks of all token files, one by one and against each other."""
     found: list[Finding] = []
     opened: dict[str, list[TokenFile]] = {"train": [], "valid": []}
-    open_files, block_length = OpenFiles(), block_length_of([each.data for each in stages.settings(config)])
+    open_files = OpenFiles(store=Store(config.data.cache_directory, config.data.cache_gib))
+    block_length = block_length_of([each.data for each in stages.settings(config)])
     end, unknown = (tokenizer.end_of_document_id, tokenizer.unknown_ids) if tokenizer else (None, frozenset())
     model = {"vocab_size": vocab_size, "tokenizer_fingerprint": tokenizer and tokenizer.fingerprint}
     valid = [(f"data.valid[{i}]", source) for i, source in enumerate(config.data.valid)]

@@ -1,0 +1,13 @@
+"""The errors of data that a user can fix."""
+
+from __future__ import annotations
+
+from pretrain import UserError
+
+
+class DataError(UserError):
+    """Data that cannot be used. The message says what is wrong, where, and what to do."""
+
+
+class DataMissing(DataError):
+    """No token file has that name."""

@@ -1,0 +1,249 @@
+"""Token files and tokenizers in object stores: the same tokens as on a disk or an error, whatever store and cache do."""
+
+import json
+import random
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from pretrain.data import store
+from pretrain.data.errors import DataError, DataMissing
+from pretrain.data.indexed import TokenFile
+from pretrain.data.reads import OpenFiles
+from pretrain.data.shards import open_shards
+from pretrain.data.store import Store
+from pretrain.data.tokenizer import Tokenizer
+from tests.models import make_tokenizer
+
+from .test_indexed import all_tokens, documents, write
+
+ROOT = Path(__file__).resolve().parents[1]
+S3_SERVER = pytest.mark.slow  # imports moto
+
+
+@pytest.fixture
+def web(tmp_path) -> Path:
+    """A folder of a pair with a sidecar, of 12 of the blocks below, and of a flat file."""
+    folder = tmp_path / "web"
+    folder.mkdir()
+    write(folder / "part-0", documents([100] * 240, seed=0))
+    (np.arange(9000) % 500).astype("<u2").tofile(folder / "flat.bin")
+    return folder
+
+
+@pytest.fixture
+def memory(web, monkeypatch) -> Iterator[str]:
+    """The URL of a copy of `web` in memory, which is fetched in blocks of 4 KiB."""
+    monkeypatch.setattr(store, "BLOCK_BYTES", 4096)
+    system = fsspec.filesystem("memory")
+    for file in web.iterdir():
+        system.pipe_file(f"/bucket/{file.name}", file.read_bytes())
+    yield "memory://bucket"
+    system.rm("/bucket", recursive=True)
+
+
+def opened(url: str, cache: Path, gib: float = 1.0) -> list[TokenFile]:
+    return open_shards(url, open_files=OpenFiles(store=Store(cache, gib)))
+
+
+def blocks(cache: Path) -> list[Path]:
+    return [path for path in (cache / "blocks").rglob("*-*") if path.is_file()]
+
+
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+def test_files_of_a_store_are_those_of_a_disk(scheme, memory, web, tmp_path):
+    url = memory if scheme == "memory" else f"file://{web}"
+    for path, here in ((f"{url}/", f"{web}/"), (f"{url}/part-*", f"{web}/part-*"), (f"{url}/flat.bin", f"{web}/flat.bin")):
+        there, local = opened(path, tmp_path / "cache"), open_shards(here)
+        assert [Path(file.path).name for file in there] == [Path(file.path).name for file in local]
+        for one, other in zip(there, local, strict=True):
+            assert np.array_equal(all_tokens(one), all_tokens(other))
+            assert one.fingerprint() == other.fingerprint() and one.sidecar == other.sidecar
+    pair = opened(f"{url}/part-0", tmp_path / "cache")[0]
+    pair.check_checksums()
+    assert np.array_equal(pair.document(7), TokenFile(web / "part-0").document(7))
+    with pytest.raises(DataMissing, match="none"):
+        opened(f"{url}/none", tmp_path / "cache")
+
+
+def test_only_the_blocks_that_are_read_are_fetched_and_each_once(memory, tmp_path, monkeypatch):
+    fetched, cat_file = [], type(fsspec.filesystem("memory")).cat_file
+
+    def counting(self, path: str, start: int, end: int) -> bytes:
+        fetched.append(start)
+        return cat_file(self, path, start, end)
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", counting)
+    file = opened(f"{memory}/part-0", tmp_path / "cache")[0]
+    fetched.clear()
+    for _ in range(2):
+        file.read([5000, 5100], [10, 10])
+    assert fetched == [8192]
+    file.read_soon(np.array([12000]), np.array([100]))  # in bytes of two in a token
+    file.read([12000], [100])
+    assert fetched == [8192, 20480]
+
+
+def test_an_object_that_is_replaced_or_removed_while_in_use_is_an_error(memory, web, tmp_path):
+    system = fsspec.filesystem("memory")
+    file = opened(f"{memory}/part-0", tmp_path / "cache")[0]
+    file.read([0], [100])
+    content = bytearray((web / "part-0.bin").read_bytes())
+    system.pipe_file("/bucket/part-0.bin", bytes(content[::-1]))
+    file.read([0], [100])  # a block in the cache is that of the old version
+    with pytest.raises(DataError, match="replaced"):
+        file.read([6000], [100])
+    again = opened(f"{memory}/part-0", tmp_path / "cache")[0]
+    system.rm_file("/bucket/part-0.bin")
+    with pytest.raises(DataError, match="not in the store"):
+        again.read([8000], [100])
+
+
+def test_a_new_version_of_an_object_is_not_read_from_old_blocks(memory, web, tmp_path):
+    tokens = all_tokens(opened(f"{memory}/flat.bin", tmp_path / "cache")[0])
+    fsspec.filesystem("memory").pipe_file("/bucket/flat.bin", (tokens[::-1]).astype("<u2").tobytes())  # as long as the old one
+    assert np.array_equal(all_tokens(opened(f"{memory}/flat.bin", tmp_path / "cache")[0]), tokens[::-1])
+
+
+CUT, FLIPPED, LONGER = lambda data: data[:100], lambda data: bytes([data[0] ^ 1]) + data[1:], lambda data: data + b"x"
+
+
+@pytest.mark.parametrize("damage", [CUT, FLIPPED, LONGER])
+def test_a_damaged_block_of_the_cache_is_fetched_again(damage, memory, web, tmp_path):
+    all_tokens(opened(f"{memory}/part-0", tmp_path / "cache")[0])
+    for block in blocks(tmp_path / "cache"):
+        block.write_bytes(damage(block.read_bytes()))
+    opened(f"{memory}/part-0", tmp_path / "cache")[0].check_checksums()
+    opened(f"{memory}/part-0", tmp_path / "cache")[0].check_checksums()  # from the cache, which is intact again
+
+
+def test_the_cache_keeps_its_limit_and_the_blocks_in_use(tmp_path):
+    cache = store.BlockCache(tmp_path, 100 * 1016 / 2**30)
+    cache.write("00-kept", b"k" * 1000)
+    for number in range(250):
+        cache.write(f"{number:02}-{number}", b"x" * 1000)
+        assert cache.read("00-kept", 1000, 0, 3) == b"kkk"
+        assert sum(path.stat().st_size for path in blocks(tmp_path)) <= 100 * 1016
+    assert len(blocks(tmp_path)) > 80 and not cache.has("01-1") and cache.has("249-249")
+
+
+def test_a_cache_that_cannot_be_written_costs_requests_and_one_message(memory, tmp_path, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    files = opened(f"{memory}/part-0", tmp_path / "cache")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # writing a block fails half way
+    try:
+        tokens = all_tokens(files[0])
+        again = all_tokens(files[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert np.array_equal(tokens, again)
+    assert capsys.readouterr().err.count("cannot be cached") == 1
+    files[0].check_checksums()
+    assert not list((tmp_path / "cache").rglob(".*")), "temporary files of failed writes stay"
+
+
+def test_a_tokenizer_is_loaded_from_a_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    local = make_tokenizer(tmp_path / "tokenizer")
+    loaded, original = Tokenizer.load(f"file://{local}"), Tokenizer.load(local)
+    assert loaded.fingerprint == original.fingerprint and loaded.encode("the fox") == original.encode("the fox")
+    with pytest.raises(DataError, match="nothing"):
+        Tokenizer.load(f"file://{tmp_path}/nothing")
+
+
+# ---------------------------------------------------------------- a real S3 server
+
+
+@pytest.fixture
+def s3(tmp_path, web):
+    from .s3 import BUCKET, s3_server, upload
+
+    with s3_server() as server:
+        upload(web, f"{BUCKET}/web")
+        yield server
+
+
+@S3_SERVER
+def test_answers_of_s3_that_fail_now_and_then_change_nothing(s3, web, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "BLOCK_BYTES", 4096)
+    chosen = random.Random(0)
+    for fault in ("503", "cut", "short", "close", 0.2):
+        s3.fault = lambda method, path, fault=fault: fault if chosen.random() < 0.2 else None
+        pair, flat = (opened(f"s3://corpus/web/{name}", tmp_path / str(fault))[0] for name in ("part-0", "flat.bin"))
+        pair.check_checksums()
+        assert np.array_equal(all_tokens(flat), all_tokens(TokenFile(web / "flat.bin")))
+
+
+@S3_SERVER
+def test_what_s3_refuses_for_good_is_an_error_in_words(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "_RETRY_SECONDS", 1.0)
+    for url in ("s3://corpus/web/none", "s3://nowhere/web/part-0", "s3://nowhere/web/"):
+        with pytest.raises(DataMissing, match=url):
+            opened(url, tmp_path / "cache")
+    s3.fault = lambda method, path: "403"
+    with pytest.raises(DataError, match="refuses access"):
+        opened("s3://corpus/web/part-0", tmp_path / "cache")
+    s3.fault = lambda method, path: "503"
+    with pytest.raises(OSError, match=r"s3://corpus/web/part-0.bin.*does not answer"):
+        opened("s3://corpus/web/part-0", tmp_path / "cache")
+
+
+RUN = """
+run: {name: tiny}
+model: {hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, vocab_size: 100}
+data: {sequence_length: 32}
+batch: {global_batch_size: 8, micro_batch_size: 8}
+train: {max_steps: 12}
+checkpoint: {every_steps: 4}
+log: {every_steps: 1, sinks: [jsonl]}
+"""
+
+
+SMALL_BLOCKS = """
+import sys
+from pretrain.data import store
+from tests.models import train_here
+store.BLOCK_BYTES, store._RETRY_SECONDS = 4096, 1.0
+sys.exit(train_here(sys.argv[1:]))
+"""
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {each["step"]: each["loss"] for each in map(json.loads, open(run / "metrics.jsonl")) if "loss" in each}
+
+
+@S3_SERVER
+def test_a_run_on_s3_survives_its_store_and_has_the_losses_of_a_run_on_a_disk(s3, tmp_path):
+    from .s3 import BUCKET, upload
+
+    (tmp_path / "run.yaml").write_text(RUN)
+    (tmp_path / "large").mkdir()
+    write(tmp_path / "large" / "part-0", documents([2000] * 1500, seed=1))  # 1,500 blocks, of which opening reads some
+    upload(tmp_path / "large", f"{BUCKET}/large")
+
+    def train(directory: str, path: str, cache: str) -> tuple[int, str]:
+        flags = ["--config", str(tmp_path / "run.yaml"), "--run.directory", str(tmp_path / directory)]
+        flags += ["--data.train", f"[{{path: '{path}'}}]", "--data.cache_directory", str(tmp_path / cache)]
+        program = [sys.executable, "-c", SMALL_BLOCKS, *flags, "--checkpoint.resume", "auto"]
+        done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    assert train("disk", str(tmp_path / "large" / "part-0"), "unused")[0] == 0
+
+    def fails_later(method: str, path: str) -> str | None:
+        return "503" if method == "GET" and (tmp_path / "s3/tiny/checkpoints/step_00000004").exists() else None
+
+    s3.fault = fails_later
+    status, errors = train("s3", "s3://corpus/large/part-0", "cache")
+    assert status == 74 and "s3://corpus/large/part-0.bin: the store does not answer" in errors
+    s3.fault = lambda method, path: None
+    shutil.rmtree(tmp_path / "cache")
+    assert train("s3", "s3://corpus/large/part-0", "cache")[0] == 0
+    assert losses(tmp_path / "s3" / "tiny") == losses(tmp_path / "disk" / "tiny")
