@@ -39,6 +39,7 @@ model:
   num_attention_heads: 4
   num_key_value_heads: 2
   qk_norm: true
+  reset_positions: true
   vocab_multiple: 16
   moe: {{num_experts: 4, num_experts_per_tok: 2, moe_intermediate_size: 32, num_shared_experts: 1}}
 data: {{sequence_length: {LENGTH}, document_mask: true}}
