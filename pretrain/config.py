@@ -392,6 +392,11 @@ def _check_names(config: Config) -> Iterator[Problem]:
         yield Problem("run.directory", f"got {config.run.directory}; only a shell expands ~, write the full path")
 
 
+def _check_positions(config: Config) -> Iterator[Problem]:
+    if config.model.reset_positions and not config.data.document_mask:
+        yield Problem("model.reset_positions", "is true, which needs data.document_mask: set both, or neither")
+
+
 def _check_length(config: Config) -> Iterator[Problem]:
     limits = {f"train.{key}": getattr(config.train, key) for key in ("max_steps", "max_tokens", "epochs")}
     given = [key for key, value in limits.items() if value is not None]
@@ -466,8 +471,8 @@ def _check_mesh(config: Config, world_size: int | None) -> Iterator[Problem]:
         yield from engine_settings.check_mesh(config.engine, work_of(config, config.model), world_size)
 
 
-_CHECKS = (_check_names, _check_length, _check_schedule, _check_sources, _check_vocabulary, _check_engine, _check_optimizer,
-           _check_prompts)  # fmt: skip
+_CHECKS = (_check_names, _check_positions, _check_length, _check_schedule, _check_sources, _check_vocabulary, _check_engine,
+           _check_optimizer, _check_prompts)  # fmt: skip
 _CHECKS_OF_RANKS = (_check_ranks, _check_mesh, _check_stages)
 
 

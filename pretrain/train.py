@@ -27,6 +27,7 @@ from pretrain.engines.start import start_engine
 from pretrain.engines.update_check import UpdateCheck
 from pretrain.evaluate import Stopped, evaluate
 from pretrain.generate import continue_prompts
+from pretrain.model import flops
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.report.metrics import Clock, SampleLosses
@@ -218,12 +219,12 @@ def _loop(run: Run, stop: StopRequest) -> tuple[int, str]:
     return exit_status(flags), f"stopped by {who_asked(flags)} after step {progress.step}, which is saved{lost}"
 
 
-def _take_step(run: Run, clock: Clock, windows: Iterator[list[Batch]], stop: StopRequest) -> tuple[bool, list[int]]:
+def _take_step(run: Run, clock: Clock, windows: Iterator[tuple], stop: StopRequest) -> tuple[bool, list[int]]:
     """The next step, and its line in the log. -> (whether it is time to save by the clock, requests to stop)."""
     config, engine, step = run.config, run.engine, run.progress.step + 1
     engine.watchdog.begin_step(step)
     with clock.waiting():
-        window = next(windows)
+        window, pairs = next(windows)
     lr = run.length.lr(step)
     update_check = UpdateCheck(engine) if _due(step, 10 * config.log.every_steps) else None
     save_wanted = engine.rank == 0 and 0 < 60 * config.checkpoint.every_minutes < run.saver.seconds_since_save
@@ -232,6 +233,7 @@ def _take_step(run: Run, clock: Clock, windows: Iterator[list[Batch]], stop: Sto
     result = train_step(engine, window, lr)
 
     run.meter.add(*result)
+    run.meter.add_attended(pairs)
     *requests, last_loss = engine.attached_sums()  # the loss of the step before, which the host learns without waiting
     votes, save_due, flags = requests[: len(VOTES)], requests[len(VOTES)], requests[len(VOTES) + 1 :]
     with clock.paused():
@@ -278,20 +280,24 @@ def _evaluate(run: Run, stop: StopRequest) -> tuple[float | None, list[int]]:
     return figures["val_loss"], []
 
 
-def _windows(run: Run) -> Iterator[list[Batch]]:
-    """This rank's micro-batches of each step, on the device; those of the next step are read while these are used."""
+def _windows(run: Run) -> Iterator[tuple[list[Batch], flops.Attended | None]]:
+    """This rank's micro-batches of each step, on the device, and what their tokens attend to, where documents limit that; those
+    of the next step are read while these are used."""
     engine = run.engine
 
     def batch_at(position: int) -> BatchConfig:
         return stages.stage_at(run.length.stages, position).config.batch
 
-    def read(position: int) -> list[Batch]:
+    def read(position: int) -> tuple[list[Batch], flops.Attended | None]:
         batch = batch_at(position)
         per_rank = batch.global_batch_size // engine.mesh.sample_ranks
-        samples = engine.pin(engine.part_of(run.data.take(position + engine.mesh.sample_rank * per_rank, per_rank)))
+        taken, pairs = run.data.take(position + engine.mesh.sample_rank * per_rank, per_rank), None
+        if taken.documents_BT is not None:
+            pairs = flops.attended(taken.document_lengths, run.model.sliding_window)
+        samples = engine.pin(engine.part_of(taken))
         parts = (None if tensor is None else tensor.split(batch.micro_batch_size) for tensor in samples)
         columns = [part or [None] * (per_rank // batch.micro_batch_size) for part in parts]
-        return [Batch(*tensors) for tensors in zip(*columns, strict=True)]
+        return [Batch(*tensors) for tensors in zip(*columns, strict=True)], pairs
 
     def positions() -> Iterator[int]:
         position, skipped = run.progress.position, run.progress.skipped_positions
@@ -301,8 +307,8 @@ def _windows(run: Run) -> Iterator[list[Batch]]:
 
     with contextlib.closing(read_ahead(read, positions())) as windows:
         try:
-            for window in windows:
-                yield [engine.to_device(micro_batch) for micro_batch in window]
+            for window, pairs in windows:
+                yield [engine.to_device(micro_batch) for micro_batch in window], pairs
         except (UserError, OSError) as error:  # of this rank alone: rank 0 sees a lost peer and cannot say why
             if int(os.environ.get("LOCAL_RANK", 0)) > 0:
                 print(f"pretrain: rank {engine.rank}: {error}", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import math
 import os
 import struct
@@ -114,6 +115,13 @@ def test_take_is_thread_safe(data):
 def test_without_document_mask_there_are_no_documents(sources):
     assert open_train(config(*sources), **OPEN).take(0, 2).documents_BT is None
     assert len(open_train(config(*sources), **OPEN).take(5, 0).tokens_BT) == 0
+
+
+def test_document_lengths_are_those_of_the_numbers_and_end_with_their_row(data):
+    batch, lengths = data.take(0, 20), []
+    for numbers in batch.documents_BT.tolist():
+        lengths += [len(list(group)) for _, group in itertools.groupby(numbers)]
+    assert batch.document_lengths.tolist() == lengths and sum(lengths) == 20 * T
 
 
 def test_a_document_starts_after_each_end_of_document(data):

@@ -118,6 +118,7 @@ ONE_VALUE = [
     ("run.directory", ("~/runs",)),
     ("model.vocab_size", ("1",)),
     ("model.sliding_window", ("0",)),
+    ("model.reset_positions", ("true",)),  # without data.document_mask
     ("model.num_attention_heads", ("7",)),
     ("model.num_key_value_heads", ("3",)),
     ("model.head_dim", ("7",)),

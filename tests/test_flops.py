@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.model.config import ModelConfig, resolve_model
-from pretrain.model.flops import flops_per_token, num_parameters, state_bytes, vocabulary_rows
+from pretrain.model.flops import attended, flops_per_token, num_parameters, state_bytes, vocabulary_rows
 from pretrain.model.transformer import Transformer
 
 SHAPES = [
@@ -63,6 +63,20 @@ def test_with_a_sliding_window_flops_count_only_the_keys_in_the_window(window):
     assert keys == min(window, length)
     mean = sum(min(at + 1, window) for at in range(length)) / length
     assert mean - 0.5 <= seen <= mean  # a token's own key counts by half, as without a window
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+def test_of_documents_only_pairs_of_tokens_that_may_see_each_other_count(window):
+    lengths, causal = [1, 2, 9, 4, 16], 0.0
+    for length in lengths:
+        mean = sum(min(at + 1, window or length) for at in range(length))
+        causal += mean - min(length, window or length) / 2  # see above: half of the diagonal of the part that grows
+    pairs = attended(lengths, window)
+    assert pairs == (32, sum(n * min(n, window or n) for n in lengths), causal)
+    config, products = resolved(**SHAPES[1]), 6 * num_parameters(resolved(**SHAPES[1])).matmul
+    assert flops_per_token(config, 512, pairs=pairs) == products + 12 * 3 * 64 * pairs.full / 32
+    assert flops_per_token(config, 512, causal=True, pairs=pairs) == products + 12 * 3 * 64 * pairs.causal / 32
+    assert attended([512], window) == attended([512], window and min(window, 512))
 
 
 def test_tinyllama_has_its_published_size():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,7 +93,11 @@ def test_in_bf16_the_gradient_of_a_key_is_rounded_once():
 
 
 @pytest.mark.parametrize("window", [None, 5, 150])
-@pytest.mark.parametrize("settings", [dict(num_key_value_heads=2), dict(qk_norm=True)], ids=["groups", "qk_norm"])
+@pytest.mark.parametrize(
+    "settings",
+    [dict(num_key_value_heads=2), dict(qk_norm=True), dict(reset_positions=True)],
+    ids=["groups", "qk_norm", "reset_positions"],
+)
 def test_packed_documents_give_the_logits_and_gradients_of_each_alone(settings, window):
     config = ModelConfig(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, sliding_window=window
@@ -111,6 +116,20 @@ def test_packed_documents_give_the_logits_and_gradients_of_each_alone(settings, 
             total = total + (alone_TV * weights_BTV[row, start:end]).sum()
     for got, expected in zip(packed, torch.autograd.grad(total, list(model.parameters())), strict=True):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("part, parts", [(0, 1), (0, 3), (1, 3), (2, 3)])
+def test_reset_positions_are_those_of_each_document_alone(part, parts):
+    """Bit for bit, which the logits cannot show: scores depend only on differences of positions."""
+    exchange = None if parts == 1 else SimpleNamespace(part=part, parts=parts)
+    documents_BT = documents(LENGTHS["two rows"])
+    context = attention_context(tiny(reset_positions=True), T // parts, CPU, documents_BT, exchange=exchange)
+    alone = attention_context(tiny(), T, CPU)
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in LENGTHS["two rows"]])
+    positions = positions.chunk(parts, 1)[part]
+    assert torch.equal(context.cos_TC, alone.cos_TC[positions]) and torch.equal(context.sin_TC, alone.sin_TC[positions])
+    off = attention_context(tiny(), T // parts, CPU, documents_BT, exchange=exchange)
+    assert torch.equal(off.cos_TC, alone.cos_TC.chunk(parts)[part])
 
 
 @pytest.mark.parametrize("window", [None, 64])

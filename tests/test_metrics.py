@@ -106,6 +106,26 @@ def test_an_interval_resumes_from_its_state_on_any_number_of_ranks(ranks):
     assert all(meter.counts.tolist() == [1, 10, 10, 0, 0] for meter in resumed)
 
 
+def test_pairs_of_an_interval_add_up_over_steps_and_a_resume():
+    meters = [Meter(torch.device("cpu"), rank, 2) for rank in range(2)]
+    for rank, meter in enumerate(meters):
+        add(meter, 10.0, 10)
+        meter.add_attended((10, 40 + rank, 20.5))
+    parts: list[torch.Tensor] = []
+    for meter in meters:
+        meter.state(lambda part: parts.append(part) or part)
+    state = meters[0].state(lambda _: sum(parts))
+    resumed = [Meter(torch.device("cpu"), rank, 3, state) for rank in range(3)]
+    totals: list[torch.Tensor] = []
+    for meter in resumed:
+        add(meter, 10.0, 10)
+        meter.add_attended((10, 100, 50))
+        meter.read(lambda part: totals.append(part) or part)
+    meter = resumed[0]
+    assert meter.read(lambda _: sum(totals))["attended"] == [20 + 30, 81 + 300, 41 + 150]
+    assert meter.read(alone)["attended"] == [0, 0, 0]
+
+
 def test_perplexity_and_bits_per_byte():
     assert perplexity(math.log(50)) == pytest.approx(50)
     assert perplexity(1e4) == math.inf

@@ -53,6 +53,14 @@ class Batch(NamedTuple):
         """(tokens_BT, labels_BT, documents_BT): what a model takes."""
         return self.tokens_BT, self.labels_BT, self.documents_BT
 
+    @property
+    def document_lengths(self) -> np.ndarray:
+        """Tokens of each document of each sample, (n,), in order. Requires documents_BT, on the CPU."""
+        documents_BT = self.documents_BT.numpy()
+        last_BT = np.ones(documents_BT.shape, dtype=bool)
+        last_BT[:, :-1] = documents_BT[:, 1:] != documents_BT[:, :-1]
+        return np.diff(np.flatnonzero(last_BT), prepend=-1)
+
 
 class Mixture(NamedTuple):
     """What the settings say about the data of one stage."""

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pretrain import UserError, target
 from pretrain.model.config import ModelConfig, RopeScalingConfig
 from pretrain.model.functions import rotate_pairs
-from pretrain.model.masked import block_mask, first_visible, flex_attention, masked_attention
+from pretrain.model.masked import block_mask, document_starts, first_visible, flex_attention, masked_attention
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -52,7 +52,7 @@ class AttentionContext:
     """
 
     cos_TC: Tensor
-    """fp32, (T, C / 2), or (B, T, C / 2) if rows start with padding."""
+    """fp32, (T, C / 2), or (B, T, C / 2) if rows start with padding or positions with each document."""
     sin_TC: Tensor
     """Shape and dtype of cos_TC."""
     visible_BTS: Tensor | None = None
@@ -84,7 +84,8 @@ def attention_context(
     Source: Su et al. 2021 (RoFormer).
 
     Computed in fp32 on every call, so there is no table to outgrow and no buffer that an engine could cast or forget to fill.
-    documents_BT: document number of each token of the entire sequence, int; tokens see only their own document. With
+    documents_BT: document number of each token of the entire sequence, int; tokens see only their own document, where their
+    positions start again with `config.reset_positions`. With
     `config.sliding_window`, a token sees that many tokens, including itself (Beltagy et al. 2020; as in Mistral 7B). No token
     sees the padding at the start of a row (`KeyValueCache.padding_B`), and the row's positions count from the token after it.
     """
@@ -95,6 +96,8 @@ def attention_context(
     sliding_window = config.sliding_window
     index_T = torch.arange(start, start + length, dtype=torch.float32, device=device)
     position_T = index_T if padding_B is None else index_T - padding_B[:, None]
+    if config.reset_positions and documents_BT is not None:
+        position_T = index_T - document_starts(documents_BT)[:, start : start + length]
     angle_TC = position_T[..., None] * frequencies(config.head_dim, config.rope_theta, config.rope_scaling, device)
     context = AttentionContext(angle_TC.cos(), angle_TC.sin(), valid_BT=valid_BT, exchange=exchange)
     if cache is not None and documents_BT is None:

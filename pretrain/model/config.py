@@ -93,6 +93,8 @@ class ModelConfig:
     """Base of the rotary position embedding."""
     rope_scaling: RopeScalingConfig | None = guarded(None)
     """Rotary embedding for long contexts; null: off."""
+    reset_positions: bool = frozen(False)
+    """Positions count from the start of each document; requires data.document_mask. Off: from the start of the sequence."""
     sliding_window: PositiveInt | None = frozen(None)
     """Tokens that a token sees, itself included, in every block; null: all before it."""
     rms_norm_eps: PositiveFloat = frozen(1e-5)

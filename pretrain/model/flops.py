@@ -7,6 +7,9 @@ All functions take a resolved `ModelConfig` (no field is None).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 
 from pretrain.model.config import ModelConfig, vocabulary_rows
 
@@ -50,18 +53,39 @@ def num_parameters(config: ModelConfig) -> ParameterCount:
     )
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = False) -> int:
+class Attended(NamedTuple):
+    """Pairs of a query and a key in the two products of attention."""
+
+    tokens: float
+    """Queries."""
+    full: float
+    """Pairs by the convention of `mfu`: each token has all keys of its document, before and after it."""
+    causal: float
+    """By that of `mfu_causal`: half of them, which a causal kernel cannot avoid."""
+
+
+def attended(lengths: np.ndarray | list[int], window: int | None) -> Attended:
+    """Counts the pairs of documents of `lengths` tokens that see nothing of each other: n^2 in one of n tokens, causal n^2 / 2.
+
+    With a sliding window W < n, a token has W keys instead of n; causal: on average W - W^2 / 2n.
+    """
+    length_N = np.asarray(lengths, dtype=np.int64)
+    keys_N = length_N if window is None else np.minimum(length_N, window)
+    causal = int((keys_N * (2 * length_N - keys_N)).sum()) / 2
+    return Attended(int(length_N.sum()), int((length_N * keys_N).sum()), causal)
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = False, pairs: Attended | None = None) -> int:
     """FLOPs of forward and backward pass for one token of a sequence of sequence_length (T) tokens.
 
-    6 per matmul parameter, plus 12 * layers * d_attn * T for the two products of attention; causal: half of these, which a
-    causal kernel cannot avoid. With a sliding window W < T, a token has W keys instead of T; causal: on average W - W^2 / 2T.
-    Recomputation never counts. Source: PaLM (Chowdhery et al. 2022), appendix B.
+    6 per matmul parameter, plus 12 * layers * d_attn per key of a token for the two products of attention. Without documents
+    and windows a token has T keys; causal: T / 2. pairs: those of the data, if tokens see only their own document; None: each
+    sequence is one document. Recomputation never counts. Source: PaLM (Chowdhery et al. 2022), appendix B.
     """
-    keys = min(sequence_length, config.sliding_window or sequence_length)
-    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * keys
-    if causal:
-        attention = attention * (2 * sequence_length - keys) // (2 * sequence_length)
-    return 6 * num_parameters(config).matmul + attention
+    pairs = pairs or attended([sequence_length], config.sliding_window)
+    per_key = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    attention = per_key * (pairs.causal if causal else pairs.full) / pairs.tokens
+    return 6 * num_parameters(config).matmul + round(attention)
 
 
 def state_bytes(config: ModelConfig) -> int:

@@ -25,11 +25,15 @@ def first_visible(length: int, device: torch.device, documents_BT: Tensor | None
     `window` tokens. A document is a run of equal numbers in documents_BT."""
     at_T = torch.arange(length, device=device)
     first_RT = at_T.new_zeros(1, length) if window is None else (at_T - (window - 1)).clamp(min=0)[None]
-    if documents_BT is None:
-        return first_RT
+    return first_RT if documents_BT is None else torch.maximum(document_starts(documents_BT), first_RT)
+
+
+def document_starts(documents_BT: Tensor) -> Tensor:
+    """Returns the first token of each token's document, (B, T), int64."""
+    at_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
     starts_BT = torch.zeros_like(documents_BT, dtype=torch.int64)
     starts_BT[:, 1:] = torch.where(documents_BT[:, 1:] != documents_BT[:, :-1], at_T[1:], 0)
-    return torch.maximum(starts_BT.cummax(1).values, first_RT)
+    return starts_BT.cummax(1).values
 
 
 # ---------------------------------------------------------------- CPU: one call of the flash kernel per document or block

@@ -57,6 +57,8 @@ class Meter:
         known = state.get("sources", {}) if rank == 0 else {}
         sums = [known.get(name, (0.0, 0.0)) for name in self.sources]
         self.source_sums_S2 = torch.tensor(sums, dtype=torch.float64, device=device).view(-1, 2)  # nats, tokens; this rank
+        pairs = state.get("attended") if rank == 0 else None
+        self.attended = pairs or [0.0] * 3  # fields of `flops.Attended`, this rank; on the host, where they are counted
 
     def add(
         self,
@@ -86,6 +88,12 @@ class Meter:
             sums_B2 = torch.where(applied, torch.stack([samples.nats_B.double(), samples.tokens_B.double()], 1), 0)
             self.source_sums_S2.index_add_(0, samples.sources_B, sums_B2)
 
+    def add_attended(self, pairs: Sequence[float] | None) -> None:
+        """Adds what this rank's tokens of a step attend to (tokens, pairs, causal pairs); None: no document limits that. Ranks
+        that share a sample all count it: only ratios of the sums have a meaning."""
+        if pairs is not None:
+            self.attended = [mine + more for mine, more in zip(self.attended, pairs, strict=True)]
+
     @property
     def interval_tokens(self) -> int:
         """Valid tokens of the interval so far, over all ranks. Waits for the device."""
@@ -96,14 +104,15 @@ class Meter:
 
         loss: nats per valid token over the applied steps, NaN if there were none. grad_norm: of the last step. routing: the
         `routing_figures` of the applied steps, empty without MoE. memory: the figures of `_peaks`, largest over all ranks.
-        sources: loss/<name> of each source with a valid token in these steps, empty if there is one source.
+        sources: loss/<name> of each source with a valid token in these steps, empty if there is one source. attended: sums of
+        what `add_attended` got, all 0 without documents.
         """
         peaks, routing, sources = _peaks(self.device), self._routing(), self.source_sums_S2.flatten()
         memory = torch.cat([self._slot(peak) for peak in peaks.values()])
-        sums = all_reduce(torch.cat([self.loss_sum[None], memory, sources, routing]))
+        sums = all_reduce(torch.cat([self.loss_sum[None], memory, self._attended(), sources, routing]))
         equal = torch.cat([self.grad_norm.double()[None], self.counts.double()])  # on all ranks; float64: exact to 2^53
-        sizes = [1, len(_COUNTS), 1, memory.numel(), sources.numel(), routing.numel()]
-        grad_norm, counts, loss_sum, memory, sources, routing = torch.cat([equal, sums]).cpu().split(sizes)
+        sizes = [1, len(_COUNTS), 1, memory.numel(), len(self.attended), sources.numel(), routing.numel()]
+        grad_norm, counts, loss_sum, memory, attended, sources, routing = torch.cat([equal, sums]).cpu().split(sizes)
         self.figures = {name: int(count) for name, count in zip(_COUNTS, counts.tolist(), strict=True)}
         loss_tokens = self.figures["loss_tokens"]
         self.figures["loss"] = loss_sum.item() / loss_tokens if loss_tokens else math.nan
@@ -111,12 +120,14 @@ class Meter:
         self.figures["memory"] = dict(zip(peaks, memory.view(-1, self.world_size).amax(1).tolist(), strict=True))
         by_source = zip(self.sources, sources.view(-1, 2).tolist(), strict=True)
         self.figures["sources"] = {f"loss/{name}": nats / tokens for name, (nats, tokens) in by_source if tokens}
+        self.figures["attended"] = attended.tolist()
         self.figures["routing"] = {}
         if loss_tokens and self.routing_LX is not None:
             self.figures["routing"] = routing_figures(routing.view_as(self.routing_LX), loss_tokens)
         self.routing_LX = None
         self.loss_sum.zero_()
         self.source_sums_S2.zero_()
+        self.attended = [0.0] * len(self.attended)
         self.counts[:-1] = 0
         return self.figures
 
@@ -125,17 +136,22 @@ class Meter:
         slots = self._slot(0.0)
         slots[self.rank] = self.loss_sum
         sources = self.source_sums_S2.flatten()
-        sizes = [self.world_size, 1, len(sources), self._routing().numel()]
-        sums = all_reduce(torch.cat([slots, self.last_loss[None], sources, self._routing()])).cpu()
-        loss_sums, last_loss, sources, routing = sums.split(sizes)
+        sizes = [self.world_size, 1, len(self.attended), len(sources), self._routing().numel()]
+        sums = all_reduce(torch.cat([slots, self.last_loss[None], self._attended(), sources, self._routing()])).cpu()
+        loss_sums, last_loss, attended, sources, routing = sums.split(sizes)
         last_loss = last_loss.item()
         last_loss = last_loss if math.isfinite(last_loss) else None
         state = {"loss_sums": loss_sums.tolist(), "counts": self.counts.tolist(), "last_loss": last_loss}
         if self.sources:
             state["sources"] = dict(zip(self.sources, sources.view(-1, 2).tolist(), strict=True))
+        if attended.any():
+            state["attended"] = attended.tolist()
         if self.routing_LX is not None:
             state["routing"] = routing.view_as(self.routing_LX).tolist()
         return state
+
+    def _attended(self) -> Tensor:
+        return torch.stack([self.loss_sum.new_full((), pairs) for pairs in self.attended])  # a list would be copied, and wait
 
     def _routing(self) -> Tensor:
         return self.loss_sum.new_empty(0) if self.routing_LX is None else self.routing_LX.flatten()

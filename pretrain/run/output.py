@@ -113,7 +113,7 @@ def log_step(run: Run, clock: Clock, stage: Stage, lr: float, update_check: Upda
         "eta_seconds": _seconds_left(run, clock),
         "goodput": progress.train_seconds / max(progress.train_seconds, time.time() - progress.started),
         "train_hours": progress.train_seconds / 3600,
-        **_model_flops_utilization(run, stage.config.data.sequence_length, rate),
+        **_model_flops_utilization(run, stage.config.data.sequence_length, figures["attended"], rate),
         **figures["routing"],
     }
     checked, warnings = update_check.figures(lr) if update_check and not figures["skipped_in_a_row"] else ({}, [])
@@ -179,15 +179,15 @@ def _still_due(step: int, total: int, every: int) -> int:
     return 1 + ((total - 1) // every - (step - 1) // every if every and step < total else 0)
 
 
-def _model_flops_utilization(run: Run, length: int, tokens_per_second: float) -> dict[str, float]:
-    """mfu and mfu_causal; empty where the peak of the device is unknown."""
+def _model_flops_utilization(run: Run, length: int, attended: list[float], tokens_per_second: float) -> dict[str, float]:
+    """mfu and mfu_causal; empty where the peak of the device is unknown. attended: sums of `flops.Attended`."""
     device = devices.find(run.engine.device_name)
     peak_tflops = run.config.log.peak_tflops or (device and device.bf16_tflops)
     if not peak_tflops:
         return {}
-    peak = run.engine.world_size * peak_tflops * 1e12
+    peak, pairs = run.engine.world_size * peak_tflops * 1e12, flops.Attended(*attended)
     return {
-        name: flops.flops_per_token(run.model, length, causal=causal) * tokens_per_second / peak
+        name: flops.flops_per_token(run.model, length, causal, pairs if pairs.tokens else None) * tokens_per_second / peak
         for name, causal in (("mfu", False), ("mfu_causal", True))
     }
 

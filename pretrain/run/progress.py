@@ -73,6 +73,7 @@ _METER = _object(
     },
     {
         "routing": core.list_schema(core.list_schema(_NUMBER)),
+        "attended": core.list_schema(_NUMBER, min_length=3, max_length=3),
         "sources": core.dict_schema(core.str_schema(), core.list_schema(_NUMBER, min_length=2, max_length=2)),
     },
 )

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pretrain import train
 from pretrain.checkpoint.manifest import checkpoints
 from pretrain.config import EngineConfig, ParallelConfig
+from pretrain.data.batches import open_train
 from pretrain.engines.start import start_engine
 from pretrain.evaluate import score
 from pretrain.interop.load import open_run
@@ -38,6 +39,7 @@ model:
   num_attention_heads: 4
   num_key_value_heads: 2
   qk_norm: true
+  reset_positions: true
   vocab_multiple: 16
   moe: {{num_experts: 4, num_experts_per_tok: 2, moe_intermediate_size: 32, num_shared_experts: 1}}
 data: {{sequence_length: {LENGTH}, document_mask: true}}
@@ -198,16 +200,26 @@ def test_a_run_logs_what_one_process_logs(run_once, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_throughput_and_mfu_count_each_token_and_flop_once(run_once, case):
-    """FLOPs: those that PyTorch ran on all ranks, for the arithmetic of `flops_per_token` and for `mfu`."""
+    """FLOPs: those that PyTorch ran on all ranks, for the arithmetic of `flops_per_token`; and for `mfu`, less those of pairs
+    of tokens that no document has in common, which the operator's shapes do not tell."""
     run, counted = run_once(case)
-    lines, hours = [record for record in records(run) if "mfu" in record], 0.0
-    model = open_run(run).model
-    for line, flops in zip(lines, counted, strict=True):
+    lines, hours, total_hidden = [record for record in records(run) if "mfu" in record], 0.0, 0
+    trained = open_run(run)
+    model, data = trained.model, trained.config.data
+    stream = open_train(data, seed=trained.config.run.seed, vocab_size=model.vocab_size, tokenizer_fingerprint=None)
+    per_pair = 12 * model.num_hidden_layers * model.num_attention_heads * model.head_dim
+    for step, (line, flops) in enumerate(zip(lines, counted, strict=True)):
+        documents_BT = stream.take(step * SIZE, SIZE).documents_BT
+        same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
+        hidden, shown = (~same_BTT).sum().item(), same_BTT.sum().item()
+        total_hidden += hidden
         seconds, hours = 3600 * (line["train_hours"] - hours), line["train_hours"]
         assert line["tokens_per_second"] * seconds == pytest.approx(SIZE * LENGTH, rel=1e-6)
         assert flops == flops_per_token(model, LENGTH) * SIZE * LENGTH
-        assert line["mfu"] * case.ranks * 1e12 * seconds == pytest.approx(flops, rel=1e-6)
-    assert lines[-1]["tokens"] == LAST_STEP * SIZE * LENGTH
+        unit = case.ranks * 1e12 * seconds
+        assert line["mfu"] * unit == pytest.approx(flops - per_pair * hidden, rel=1e-5)
+        assert (line["mfu"] - line["mfu_causal"]) * unit == pytest.approx(per_pair * shown / 2, rel=1e-3)
+    assert lines[-1]["tokens"] == LAST_STEP * SIZE * LENGTH and total_hidden > 0
 
 
 @pytest.mark.parametrize("case", cases(FEW[1:2], FEW[:1] + FEW[2:] + MANY))

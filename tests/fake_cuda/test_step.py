@@ -149,9 +149,9 @@ def a_run(engine, take) -> SimpleNamespace:
     """What the reader of a run's batches needs of it."""
     batch = SimpleNamespace(global_batch_size=8, micro_batch_size=2)
     progress = SimpleNamespace(skipped_positions=[], position=0)
-    return SimpleNamespace(
-        engine=engine, config=SimpleNamespace(batch=batch), data=SimpleNamespace(take=take), progress=progress
-    )
+    length = SimpleNamespace(stages=[SimpleNamespace(position=0, config=SimpleNamespace(batch=batch))])
+    model, data = SimpleNamespace(sliding_window=None), SimpleNamespace(take=take)
+    return SimpleNamespace(engine=engine, length=length, data=data, progress=progress, model=model)
 
 
 def host_batch(position: int, count: int) -> Batch:
@@ -162,7 +162,7 @@ def host_batch(position: int, count: int) -> Batch:
 def test_the_batches_of_a_run_come_from_page_locked_memory(engine, fake):
     windows = train._windows(a_run(engine, host_batch))
     with Watch() as watch:
-        window = next(windows)
+        window, _ = next(windows)
     windows.close()
     assert not watch.faults
     assert len(window) == 4 and all(each.is_cuda and each.shape == (2, 16) for batch in window for each in batch)
