@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import resource
 import struct
 from pathlib import Path
 
@@ -208,3 +210,46 @@ def test_an_id_that_never_occurs_is_refused_as_the_end_of_documents(folder, tmp_
     np.full(500, 7, "<u2").tofile(tmp_path / "x.bin")
     flags = ["--input", tmp_path / "x.bin", "--dtype", "uint16", "--tokenizer", folder / "tokenizer"]
     assert "does not occur" in convert(*flags, "--output", tmp_path / "y", status=2).stderr
+
+
+def test_an_end_of_document_id_that_the_output_cannot_hold_is_refused_and_not_cut_off(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"input_ids": [[5, 6], [7]]}), tmp_path / "x.parquet")
+    flags = ["--input", tmp_path / "x.parquet", "--append-end", "--end-of-document-id", 70000]
+    assert "70000" in convert(*flags, "--to", "nanogpt", "--output", tmp_path / "x.bin", status=2).stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["x.parquet"]
+    convert(*flags, "--to", "llmc", "--output", tmp_path / "x.bin")
+    assert (tmp_path / "x.bin").read_bytes() == llmc_file(np.array([70000, 5, 6, 70000, 7]), 20240801, 7, "<u4")
+
+
+def test_a_folder_and_a_pattern_of_many_files_are_read_in_the_order_of_names_with_few_open(folder, tmp_path):
+    convert("--input", folder / "ours", "--to", "llmc", "--shard-tokens", 200, "--output", tmp_path / "l[1].bin")
+    assert len(list(tmp_path.iterdir())) > 40
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for number, path in enumerate((tmp_path, f"{tmp_path}/l[[]1]_*")):
+        flags = ["--tokenizer", folder / "tokenizer", "--output", folder / f"many_{number}"]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, most))
+        try:
+            convert("--input", path, *flags)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        require_same_pair(folder / f"many_{number}", folder / "ours")
+    again = ["--input", folder / "ours", "--to", "llmc", "--shard-tokens", 200, "--output", tmp_path / "l[1].bin"]
+    assert "exists already" in convert(*again, status=2).stderr
+    assert "2,147,483,647" in convert(*again[:4], "--shard-tokens", 2**31, *again[6:], status=2).stderr
+
+
+def test_parquet_files_in_folders_below_are_read_too(folder, tmp_path):
+    (tmp_path / "ids" / "part=1").mkdir(parents=True)
+    convert("--input", folder / "ours", "--to", "parquet", "--output", tmp_path / "ids" / "part=1" / "x.parquet")
+    convert("--input", tmp_path / "ids", "--tokenizer", folder / "tokenizer", "--output", tmp_path / "back")
+    require_same_pair(tmp_path / "back", folder / "ours")
+
+
+def test_a_stream_without_the_id_is_refused_before_it_fills_the_memory(monkeypatch):
+    monkeypatch.setattr(interchange, "_LONGEST_DOCUMENT", 1000)
+    read = []
+    parts = (read.append(i) or Block(np.full(300, 7), np.array([300])) for i in range(100))
+    with pytest.raises(DataError, match="1,200 tokens in a row without the id 2"):
+        list(Split(parts, "stream", END, False))
+    assert len(read) == 4

@@ -13,6 +13,7 @@ and .idx have the same bytes.
 from __future__ import annotations
 
 import argparse
+import glob
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 
-from pretrain.data import interchange
+from pretrain.data import interchange, shards
 from pretrain.data.flat import DTYPES
 from pretrain.data.indexed import DataError, TokenFile, TokenWriter
 from pretrain.data.interchange import Block, Documents, Split
@@ -36,8 +37,8 @@ def main(argv: list[str]) -> None:
     parser = command_line.make_parser(__doc__)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="FILE", help="prefixes of .bin/.idx pairs, .bin files, .parquet files, "
-        "folders of them, a folder of save_to_disk or a data set of the Hugging Face hub; several are one text, in this "
-        "order")  # fmt: skip
+        "folders or quoted patterns of them, a folder of save_to_disk, or with --from datasets a name on the Hugging Face hub; "
+        "several are one text, in this order")  # fmt: skip
     add("--from", dest="source", choices=(*interchange.FORMATS, "datasets"), metavar="FORMAT",
         help="format of --input: %(choices)s (default: by names and first bytes)")  # fmt: skip
     add("--to", choices=interchange.FORMATS, default="megatron", metavar="FORMAT",
@@ -75,9 +76,11 @@ def require_output(parser: argparse.ArgumentParser, options: argparse.Namespace)
         parser.error("--to megatron needs --tokenizer: the metadata sidecar records vocabulary and bytes of text")
     if options.shard_tokens and options.to not in interchange.FLAT:
         parser.error(f"--shard-tokens cannot be used with --to {options.to}")
-    shards = sorted(output.parent.glob(f"{output.stem}_[0-9][0-9][0-9][0-9][0-9][0-9].bin")) if options.shard_tokens else []
-    if shards:
-        raise DataError(f"{shards[0]}: exists already; remove the old shards, or choose another output")
+    if options.to == "llmc" and (options.shard_tokens or 0) > interchange.LLMC_MOST_TOKENS:
+        parser.error(f"--shard-tokens: llm.c's files hold at most {interchange.LLMC_MOST_TOKENS:,} tokens")
+    existing = glob.glob(f"{glob.escape(str(output.with_suffix('')))}_{'[0-9]' * 6}.bin") if options.shard_tokens else []
+    if existing:
+        raise DataError(f"{min(existing)}: exists already; remove the old shards, or choose another output")
     if ending and output.exists() and not options.overwrite:
         raise DataError(f"{output}: exists already; choose another output, or overwrite it (--overwrite)")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +95,8 @@ def convert(options: argparse.Namespace) -> Iterator[str]:
     if end is None:
         raise DataError(f"{options.input[0]}: does not say which id ends documents; give --tokenizer or --end-of-document-id")
     num_ids = min(inputs.num_ids(tokenizer), interchange.largest_id(options.to) + 1)
+    if end >= num_ids:
+        raise DataError(f"end-of-document id {end}: 0 to {num_ids - 1:,} are allowed by the tokenizer and the output format")
     where = ", ".join(options.input[:3]) + (f" and {len(options.input) - 3} more" if len(options.input) > 3 else "")
     with Progress("converting", inputs.total_bytes) as progress:
         blocks, split = inputs.blocks(progress), None
@@ -132,12 +137,12 @@ class Inputs:
             self.total_bytes = None
         else:
             vocab_size = tokenizer.vocab_size if tokenizer else None
-            self._files = [TokenFile(path, options.dtype, vocab_size) for path in options.input]
+            self._files = shards.open_shards(options.input, options.dtype, vocab_size)
             self.total_bytes = sum(file.num_tokens * file.dtype.itemsize for file in self._files)
             self._require_kind(tokenizer)
 
     def _parquet_files(self, path: Path) -> list[Path]:
-        files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
         if not files or not files[0].exists():
             raise DataError(f"{path}: {'contains no .parquet files' if path.is_dir() else 'not found'}")
         return files

@@ -20,6 +20,7 @@ import numpy as np
 
 from pretrain.files import open_atomically, sync_folder
 
+from . import shards
 from .flat import HEADER_BYTES
 from .indexed import DataError, TokenFile
 
@@ -27,10 +28,13 @@ FORMATS = ("megatron", "nanogpt", "llmc", "parquet")
 """What can be written. "datasets" can be read, too."""
 FLAT = ("nanogpt", "llmc")
 """Formats without a document index."""
+LLMC_MOST_TOKENS = 2**31 - 1
+"""Tokens in a file of llm.c, which counts in an int32."""
 COLUMN = "input_ids"
 _BLOCK_TOKENS, _BLOCK_ROWS = 1 << 22, 1 << 10
 _LLMC = {"<u2": (20240520, 1), "<u4": (20240801, 7)}  # type -> magic, version
-_MOST_TOKENS, _NO_LIMIT = 2**31 - 1, 2**62  # llm.c counts in an int32
+_NO_LIMIT = 2**62
+_LONGEST_DOCUMENT = 1 << 28  # of a stream, in tokens: with a wrong id, all of it would be one document in memory
 
 
 class Block(NamedTuple):
@@ -45,14 +49,18 @@ Advance = Callable[[int], None]
 
 
 def format_of(path: str) -> str:
-    """The format of an input by its name and its first bytes."""
+    """The format of an input by its name and its first bytes; of a folder or a pattern, that of the first file."""
     place = Path(path)
-    if place.suffix == ".parquet" or (place.is_dir() and any(place.glob("*.parquet"))):
+    if place.suffix == ".parquet":
         return "parquet"
-    if place.is_dir():
-        return "datasets"
-    if path.endswith(".bin") and place.is_file() and not place.with_suffix(".idx").exists():
-        with open(place, "rb") as file:
+    if place.is_dir() and not shards.is_one_file(path):
+        if any(place.rglob("*.parquet")):
+            return "parquet"
+        if not any(place.glob("*.bin")):
+            return "datasets"
+    first = Path(shards.find_files(path)[0])
+    if first.suffix == ".bin" and first.is_file() and not first.with_suffix(".idx").exists():
+        with open(first, "rb") as file:
             head = file.read(4)
         return "llmc" if head in [struct.pack("<i", magic) for magic, _ in _LLMC.values()] else "nanogpt"
     return "megatron"
@@ -217,7 +225,7 @@ class Split:
 
     leads: the id stands in front of each document, as in llm.c's files; else behind each, as in nanoGPT's. After the iteration
     `incomplete` tells whether the stream began (leads) or ended (else) inside a document, which is kept as a document. Raises
-    DataError if the id does not occur.
+    DataError if the id does not occur, or not within 2^28 tokens.
     """
 
     def __init__(self, blocks: Iterable[Block], where: str, end: int, leads: bool):
@@ -233,10 +241,15 @@ class Split:
                 first, self.incomplete = False, tokens[0] != self._end
                 tokens = tokens[0 if self.incomplete else 1 :]
             ends = np.flatnonzero(tokens == self._end) + 1
+            before = sum(map(len, rest))
             if not ends.size:
                 rest.append(tokens)
+                if before + len(tokens) > _LONGEST_DOCUMENT:
+                    raise DataError(
+                        f"{self._where}: {before + len(tokens):,} tokens in a row without the id {self._end}, which would be "
+                        "one document; give the right id (--end-of-document-id)"
+                    )
                 continue
-            before = sum(map(len, rest))
             complete = np.concatenate([*rest, tokens[: ends[-1]]])
             rest = [tokens[ends[-1] :]]
             yield Block(complete, np.diff(ends + before, prepend=0))
@@ -275,7 +288,7 @@ def write_flat(parts: Iterable[np.ndarray], output: Path, format: str, num_ids: 
     chooses between uint16 and uint32. Raises DataError for too many tokens, OSError.
     """
     dtype = np.dtype("<u2" if num_ids <= 2**16 else "<u4")
-    limit = shard_tokens or (_MOST_TOKENS if format == "llmc" else _NO_LIMIT)
+    limit = shard_tokens or (LLMC_MOST_TOKENS if format == "llmc" else _NO_LIMIT)
     temporary: dict[Path, Path] = {}
     try:
         for number, pieces in itertools.groupby(_pieces(parts, limit), operator.itemgetter(0)):
