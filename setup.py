@@ -8,7 +8,7 @@ TENSORBOARD = ["tensorboard"]
 FP8 = ["torchao>=0.18"]  # engine.precision fp8 and its tests; earlier ones lack a workaround for NaN in compiled fp8 kernels
 NEAR_DUPLICATES = ["datasketch>=2"]  # --near-duplicates drop; earlier ones give other numbers
 SNAPPY = ["python-snappy"]  # reading .snappy files
-DEVELOPMENT = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "pandas", "ruff", "codespell"]
+DEVELOPMENT = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "pandas", "aiohttp", "ruff", "codespell"]
 
 setup(
     name="pretrain",
@@ -22,6 +22,7 @@ setup(
         "accelerate",
         "deepspeed",
         "datasets",
+        "fsspec",
         "pyarrow",
         "sentencepiece",
         "tokenizers",

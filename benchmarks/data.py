@@ -1,10 +1,13 @@
-"""Measures reading of training data: samples per second and CPU time per token, against two other loaders of the same tokens.
+"""Measures reading of training data: samples per second and CPU time per token, against three other loaders of the same tokens.
 
     python benchmarks/data.py [--lengths 1024 2048 4096 8192] [--sources 1 64] [--tokens 32000000] [--output FILE]
+    python benchmarks/data.py --simulate      # 4,096 ranks, 10^13 tokens, 300 sources (data_at_scale.py); two minutes
 
     ours       `TrainData.take` on Megatron's token files: the shuffled order, positioned reads, checks of ids
     memmap     what nanoGPT's train.py does: `numpy.memmap` opened for each batch, random crops, one copy per row
     datasets   Hugging Face `datasets`: an Arrow file with a row of T + 1 tokens per sample, shuffled, as torch tensors
+    per sample a `torch.utils.data.Dataset` of shuffled windows of the memory map in a `DataLoader` in this process: what most
+               training scripts do
 
 Each yields tokens and labels, int64, in batches of `--batch` samples. Ours reads from 1 and from many files of equal weight;
 the others know one file. The loaders take turns (A B C, C B A, ...) in one process on files in the page cache; the figures
@@ -14,6 +17,7 @@ that of a training step of the smallest benchmark shape (C1, 44 MFLOP per token)
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
@@ -28,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import machine
+from benchmarks import data_at_scale, machine
 from pretrain.config import DataConfig, SourceConfig
 from pretrain.data.batches import open_train
 from pretrain.data.indexed import TokenWriter
@@ -102,6 +106,27 @@ def arrow(folder: Path, tokens: np.ndarray, length: int, batch: int) -> Read:
     return read
 
 
+class Windows(torch.utils.data.Dataset):
+    """Samples of T inputs and labels, one by one."""
+
+    def __init__(self, path: Path, length: int):
+        self.data, self.length = np.memmap(path, dtype=np.uint16, mode="r"), length
+
+    def __len__(self) -> int:
+        return (len(self.data) - 1) // self.length
+
+    def __getitem__(self, sample: int) -> tuple[Tensor, Tensor]:
+        window = torch.from_numpy(self.data[sample * self.length : (sample + 1) * self.length + 1].astype(np.int64))
+        return window[:-1], window[1:]
+
+
+def per_sample(path: Path, length: int, batch: int) -> Read:
+    """Batches of a `DataLoader`, epoch by epoch."""
+    loader = torch.utils.data.DataLoader(Windows(path, length), batch, shuffle=True, drop_last=True)
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    return lambda: next(batches)
+
+
 def measure(readers: dict[str, Read], tokens_per_turn: int, rounds: int) -> dict[str, dict[str, float]]:
     """Medians over the rounds, after one that does not count."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in readers}
@@ -131,8 +156,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch", type=least(1), default=8, help="samples per read (%(default)s)")
     parser.add_argument("--rounds", type=least(1), default=7, help="turns of each loader (%(default)s)")
     parser.add_argument("--folder", type=Path, help="for the data (default: that of temporary files)")
+    parser.add_argument("--simulate", action="store_true", help="check and measure the order of a very large run instead")
     parser.add_argument("--output", type=Path, help="JSON file to write (default: none)")
     options = parser.parse_args(argv)
+    if options.simulate:
+        print(machine.describe(machine.facts()))
+        for line in data_at_scale.simulate(options.folder):
+            print(line, flush=True)
+        return
     result = {"machine": machine.facts(), "tokens": options.tokens, "batch": options.batch, "rows": []}
     print(machine.describe(result["machine"]))
     torch.manual_seed(SEED)
@@ -146,6 +177,7 @@ def main(argv: list[str]) -> None:
             readers = {f"ours, {count} files": ours(prefixes[count], length, options.batch) for count in options.sources}
             readers |= {"memmap": memmap(folder / "flat.bin", length, options.batch)}
             readers |= {"datasets": arrow(folder, tokens, length, options.batch)}
+            readers |= {"per sample": per_sample(folder / "flat.bin", length, options.batch)}
             for loader, row in measure(readers, options.tokens // 16, options.rounds).items():
                 share = row["ns_per_token"] * 1e-9 / STEP_SECONDS_PER_TOKEN
                 print(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import checkpoint, ladder, peers
+from benchmarks import checkpoint, data_at_scale, ladder, peers
 from benchmarks.shapes import SHAPES, Shape
+from pretrain.data.passes import Passes
 from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.model.flops import num_parameters
 
@@ -100,3 +102,27 @@ def test_every_rung_of_the_ladder_trains_to_the_same_loss():
     losses = [[trainer.step(window) for _ in range(3)] for trainer in trainers]
     for others in losses[1:]:
         assert others == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_the_order_of_a_large_run_is_checked_on_sparse_files(tmp_path):
+    *_, drawn, small = data_at_scale.simulate(tmp_path, ranks=8, tokens=10**11, count=7, small_tokens=10**6)
+    assert drawn.startswith("4,000 samples drawn at random are where") and " samples of a small copy: each once" in small
+    assert not list(tmp_path.iterdir())
+
+
+def repeats(locate):
+    """Each sample is read in place of the one before it, too."""
+    return lambda passes, numbers: locate(passes, np.asarray(numbers) // 2 * 2)
+
+
+def shifted(inverse):
+    return lambda passes, epoch, samples: inverse(passes, epoch, samples) + 1
+
+
+@pytest.mark.parametrize(
+    ("method", "bug", "named"), [("locate", repeats, "occurs twice in"), ("numbers", shifted, "is not at position")]
+)
+def test_a_wrong_order_of_a_large_run_is_found(tmp_path, monkeypatch, method, bug, named):
+    monkeypatch.setattr(Passes, method, bug(getattr(Passes, method)))
+    with pytest.raises(AssertionError, match=named):
+        list(data_at_scale.simulate(tmp_path, ranks=8, tokens=10**11, count=3, small_tokens=10**6))

@@ -253,3 +253,20 @@ def test_a_stream_without_the_id_is_refused_before_it_fills_the_memory(monkeypat
     with pytest.raises(DataError, match="1,200 tokens in a row without the id 2"):
         list(Split(parts, "stream", END, False))
     assert len(read) == 4
+
+
+@pytest.mark.parametrize("to", ["nanogpt", "parquet", "megatron"])
+def test_no_documents_are_refused_and_leave_nothing(folder, tmp_path, to):
+    rows = pyarrow.array([], pyarrow.list_(pyarrow.int32()))
+    pyarrow.parquet.write_table(pyarrow.table({"input_ids": rows}), tmp_path / "none.parquet")
+    output = tmp_path / {"nanogpt": "x.bin", "parquet": "x.parquet"}.get(to, "x")
+    flags = ["--input", tmp_path / "none.parquet", "--tokenizer", folder / "tokenizer", "--to", to, "--output", output]
+    assert "no documents" in convert(*flags, status=2).stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["none.parquet"]
+
+
+def test_a_converted_pair_passes_the_checks_of_inspect_data(folder, tmp_path):
+    convert("--input", folder / "ours", "--to", "parquet", "--output", tmp_path / "x.parquet")
+    convert("--input", tmp_path / "x.parquet", "--tokenizer", folder / "tokenizer", "--output", tmp_path / "x")
+    report = tool("inspect_data", "--data", tmp_path / "x", "--verify").stdout
+    assert "verified" in report and "None" not in report

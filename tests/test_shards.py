@@ -1,5 +1,6 @@
 """A source of many files is read like one file: every window once, none across files, whatever names the files."""
 
+import gc
 import json
 import os
 import shutil
@@ -369,6 +370,25 @@ def test_a_file_that_is_rewritten_or_replaced_while_it_is_closed_is_noticed(web,
         os.replace(tmp_path / "copy", shard.bin_path)
     with pytest.raises(DataError, match=rf"{Path(shard.bin_path).name}: was rewritten while in use"):
         data.take(0, everything)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs /proc")
+@pytest.mark.parametrize("name", ["", "part-9"])
+def test_files_close_with_the_last_reference_to_their_source(web, name):
+    def number_of_open_files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = number_of_open_files()
+        data = open_train(settings(web / name), **OPEN)
+        data.take(0, 100)
+        assert number_of_open_files() > before
+        del data
+        assert number_of_open_files() == before
+    finally:
+        gc.enable()
 
 
 def test_memory_per_file_is_a_few_kilobytes(web, tmp_path):

@@ -17,7 +17,7 @@ def add_corpus(parser: argparse.ArgumentParser) -> None:
     """The flags that choose raw text; `open_corpus` opens it."""
     group = parser.add_argument_group("text")
     files = f"{', '.join(FORMATS)} files ({', '.join(COMPRESSIONS)} too), folders of them (of which .json, .csv, .tsv and .zip "
-    files += f"files are read only if they are named), {STDIN} (standard input) or {STDLIB}"
+    files += f"files are read only if they are named), URLs (s3://bucket/folder), {STDIN} (standard input) or {STDLIB}"
     group.add_argument("--input", nargs="+", metavar="FILE", help=files)
     group.add_argument("--format", "--stdin-format", choices=FORMAT_NAMES, help="format of all of --input, whatever the names "
                        f"(default: as the names tell; of {STDIN}, txt)")  # fmt: skip

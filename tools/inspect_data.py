@@ -164,7 +164,8 @@ def about_sidecar(sidecar: Sidecar) -> Iterator[str]:
     per_token = sidecar.utf8_bytes / sidecar.num_tokens
     yield f"tokenizer {sidecar.tokenizer_path}, fingerprint {sidecar.tokenizer_fingerprint}, {sidecar.vocab_size} ids"
     yield f"text: {sidecar.utf8_bytes:,} bytes, {per_token:.3f} per token; shuffled: {sidecar.shuffled}"
-    yield f"corpus: {', '.join(map(str, sidecar.corpus.get('inputs', [])))}, sha256 {sidecar.corpus.get('sha256')}"
+    sha256 = sidecar.corpus.get("sha256")  # of text: unknown for tokens of another program
+    yield f"corpus: {', '.join(map(str, sidecar.corpus.get('inputs', [])))}{f', sha256 {sha256}' if sha256 else ''}"
     yield f"entropies in nats per token: unigram {sidecar.unigram_entropy_nats:.4f}, bigram {sidecar.bigram_entropy_nats:.4f}"
 
 

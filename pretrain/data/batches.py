@@ -349,8 +349,9 @@ def _blended_lines(sources: list, shares: list[float], vocab_size: int) -> dict[
 
 def _masked_batch(count: int, sequence_length: int, document_mask: bool) -> Batch:
     """`count` samples of zeros whose labels are all masked."""
-    tokens_BT = torch.zeros(count, sequence_length, dtype=torch.int64)
-    return Batch(tokens_BT, torch.full_like(tokens_BT, MASKED), torch.zeros_like(tokens_BT) if document_mask else None)
+    shape, kind = (count, sequence_length), np.int64  # made by NumPy: torch's threads would spin beside those of the step
+    parts = np.zeros(shape, kind), np.full(shape, MASKED, kind), np.zeros(shape, kind) if document_mask else None
+    return Batch(*(None if part is None else torch.from_numpy(part) for part in parts))
 
 
 def _fill(batch: Batch, rows: np.ndarray, source, samples: np.ndarray, cut: Cut) -> None:

@@ -1,6 +1,7 @@
 """Compressed files: how their names and their first bytes tell, and how each kind is read. All are decompressed as a stream.
 
-A file that ends early is an error, never a shorter text: every reader here raises one of READ_ERRORS. (The readers of `fsspec`
+A file that ends early is an error, never a shorter text: every reader here raises one of READ_ERRORS. Changed bytes are found
+where the format has a checksum, which .lzma never has, and .zst and .lz4 need not have. (The readers of `fsspec`
 for the same formats cut .snappy after a gigabyte, read one file of a .zip, and need packages that `pyarrow` replaces.)
 """
 

@@ -11,22 +11,24 @@
     -          standard input: any of the above but the last three
     stdlib     modules and language reference of the running Python: 8 MB of real text on every machine, without a network
 
-All but .parquet and .arrow may be compressed, in the ways of `compressions.py`. A format that is given overrides all names. In
-folders, .json, .csv and .tsv often describe the data: they are read only if they are named, as are archives. Texts are not
-changed: no stripping, no conversion of line ends (except that the parts of a split file lose the line ends around them).
+Files and folders may be URLs. All but .parquet and .arrow may be compressed, in the ways of `compressions.py`. A format that is
+given overrides all names. In folders, .json, .csv and .tsv often describe the data: they are read only if they are named, as
+are archives. Texts are not changed: no stripping, no conversion of line ends (except that the parts of a split file lose the
+line ends around them).
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal
 
-from . import readers
+from . import readers, remote
 from .compressions import COMPRESSIONS, READ_ERRORS, compression, decompressed, named_compression, open_archive, open_member
 from .division import Lines, Part, Shard, divide, files_fingerprint
 from .fields import Bad, Key, Template
@@ -52,13 +54,13 @@ _UNPACK = {
 class Corpus:
     """A source of documents, with counts of what has been read so far.
 
-    `inputs`: files, folders (searched for known formats, in sorted order), "-" (standard input) or "stdlib". `format`: one of
-    FORMAT_NAMES, which overrides the names of all files; the compression is then told by their first bytes if not by their
-    names. Without it, standard input is text. `text_key`: key or column of the text, "a.b" if it is nested. `template`: instead
-    of a key, as in `fields.Template`. `split`: "file" (a .txt is one document), "line", "blank-line", or a separator such as
-    "<|endoftext|>". `on_bad_line`: "error" raises DataError at a line or row without usable text, "skip" counts it in `bad`.
-    `near_duplicates`: leaves out documents that resemble an earlier one. `shard`: only this part of the files; all shards in
-    order are the input in order.
+    `inputs`: files and folders, or URLs of them (folders are searched for known formats, in sorted order), "-" (standard input)
+    or "stdlib". `format`: one of FORMAT_NAMES, which overrides the names of all files; the compression is then told by their
+    first bytes if not by their names. Without it, standard input is text. `text_key`: key or column of the text, "a.b" if it is
+    nested. `template`: instead of a key, as in `fields.Template`. `split`: "file" (a .txt is one document), "line",
+    "blank-line", or a separator such as "<|endoftext|>". `on_bad_line`: "error" raises DataError at a line or row without
+    usable text, "skip" counts it in `bad`. `near_duplicates`: leaves out documents that resemble an earlier one. `shard`: only
+    this part of the files; all shards in order are the input in order.
 
     Counts: `num_documents`, `utf8_bytes`, `bad` (lines and rows that were skipped, by reason), `empty_documents` (left out),
     `text_counts` (of plain text), `other_files` (in folders and archives, not read, by the end of their names).
@@ -86,8 +88,8 @@ class Corpus:
         if STDIN in self.inputs and self._given_format in COLUMNAR:
             raise DataError(f"--format {format}: cannot be read from standard input; name the files")
         self.other_files: Counter[str] = Counter()
-        files = [file for name in inputs for file in ([name] if name in (STDLIB, STDIN) else self._find(Path(name)))]
-        self._sizes = [(file, 0 if file in (STDLIB, STDIN) else Path(file).stat().st_size) for file in files]
+        files = [file for name in inputs for file in ([name] if name in (STDLIB, STDIN) else self._find(name))]
+        self._sizes = [(file, 0 if file in (STDLIB, STDIN) else _size(file)) for file in files]
         sized = not {STDLIB, STDIN}.intersection(files)
         if shard and not sized:
             raise DataError(f"--shard: {STDIN} and {STDLIB} cannot be divided; write the text to files, and name these")
@@ -182,36 +184,51 @@ class Corpus:
         sentences = [f"{count:,} {text}" for text, count in found.items() if count]
         return sentences + (self._near_duplicates.problems() if self._near_duplicates else [])
 
-    def _find(self, path: Path) -> list[str]:
-        """The files to read at `path`. Raises DataError."""
+    def _find(self, given: str) -> list[str]:
+        """The files to read at a path or a URL. Raises DataError."""
+        if remote.is_url(given):
+            files, is_folder = remote.find(given)
+            return self._chosen(given, files) if is_folder else [self._named(each) for each in files]
+        path = Path(given)
         if path.is_dir():
-            return self._find_in_folder(path)
+            files = sorted(each for each in path.rglob("*") if each.is_symlink() or not each.is_dir())
+            return self._chosen(str(path), list(map(str, files)))
         if not path.is_file():
-            raise DataError(f"{path}: no such file; --input accepts files, folders, {STDIN} (standard input) and {STDLIB}")
-        name, form = str(path), self._given_format or _format(str(path))
+            allowed = f"files, folders, URLs, {STDIN} (standard input) and {STDLIB}"
+            raise DataError(f"{path}: no such file; --input accepts {allowed}")
+        return [self._named(str(path))]
+
+    def _named(self, name: str) -> str:
+        """`name`, if it can be read as a single file. Raises DataError."""
+        form = self._given_format or _format(name)
         if form in COLUMNAR and (suffix := named_compression(name)):
-            raise DataError(f"{path}: a {form} file cannot be read compressed ({suffix}); unpack it, and name the result")
+            raise DataError(f"{name}: a {form} file cannot be read compressed ({suffix}); unpack it, and name the result")
         if self._given_format or _is_readable(name):
-            return [name]
+            return name
         if form in _UNPACK:
-            raise DataError(f"{path}: an archive; unpack it with `{_UNPACK[form].format(path=path)}` and name the folder")
+            raise DataError(f"{name}: an archive; unpack it with `{_UNPACK[form].format(path=name)}` and name the folder")
         raise DataError(
-            f"{path}: unknown format; allowed: {', '.join(FORMATS)} (also {', '.join(COMPRESSIONS)}). If its content is one of "
+            f"{name}: unknown format; allowed: {', '.join(FORMATS)} (also {', '.join(COMPRESSIONS)}). If its content is one of "
             f"them, name it with --format {'|'.join(FORMAT_NAMES)}; else convert it to a .jsonl with one object per line: "
             f'{{"{self._fields.keys[0]}": "the text of a document"}}'
         )
 
-    def _find_in_folder(self, folder: Path) -> list[str]:
-        for path in sorted(folder.rglob("dataset_dict.json")):
-            splits = sorted(each.parent.name for each in path.parent.glob("*/state.json"))
+    def _chosen(self, folder: str, files: list[str]) -> list[str]:
+        """Those of the `files` in a folder that are read without being named, and counts of the others. Raises DataError."""
+        states = [PurePosixPath(each).parent for each in files if each.endswith("/state.json")]
+        for parent in (PurePosixPath(each).parent for each in files if each.endswith("/dataset_dict.json")):
+            splits = [state.name for state in states if state.parent == parent]
             if len(splits) > 1:  # reading all would train on the test set
                 one = "train" if "train" in splits else splits[0]
-                names = f"the splits {', '.join(splits)}; choose one: --input {path.parent / one}"
-                raise DataError(f"{path.parent}: was written by save_to_disk of `datasets` and has {names}")
-        files = sorted(file for file in folder.rglob("*") if file.is_symlink() or not file.is_dir())
-        found = [file for file in files if file.is_file() and self._is_read_in_folders(file)]
-        left = [file for file in files if not file.name.startswith(".") and file.name not in _DATASETS_METADATA]
-        others = Counter("".join(file.suffixes[-2:]).lower() or "without an ending" for file in set(left).difference(found))
+                names = f"the splits {', '.join(splits)}; choose one: --input {parent}/{one}"
+                raise DataError(f"{parent}: was written by save_to_disk of `datasets` and has {names}")
+        found = [each for each in files if self._is_read_in_folders(each)]
+        paths = [PurePosixPath(each) for each in sorted(set(files).difference(found))]
+        others = Counter(
+            "".join(path.suffixes[-2:]).lower() or "without an ending"
+            for path in paths
+            if not path.name.startswith(".") and path.name not in _DATASETS_METADATA
+        )
         if not found:
             named = sorted({f"{folder}/*{suffix}" for suffix in others if _is_readable(f"x{suffix}")})
             way = f"; name its files: --input {' '.join(named)}" if named else f"; it has {', '.join(others) or 'no files'}"
@@ -220,11 +237,12 @@ class Corpus:
                 f"{folder}: this folder has no {', '.join(f for f in FORMATS if f not in _ONLY_IF_NAMED)} files{way}"
             )
         self.other_files += others
-        return [str(file) for file in found]
+        return found
 
-    def _is_read_in_folders(self, file: Path) -> bool:
+    def _is_read_in_folders(self, name: str) -> bool:
+        file = PurePosixPath(name)
         form = self._given_format or _format(file.name)
-        if form in COLUMNAR and named_compression(file.name):
+        if (form in COLUMNAR and named_compression(name)) or not (remote.is_url(name) or os.path.isfile(name)):
             return False
         if self._given_format:  # hidden files, and those of programs such as _SUCCESS of Spark, are not data
             return not file.name.startswith((".", "_")) and file.name not in _DATASETS_METADATA
@@ -254,7 +272,7 @@ class Corpus:
         form = self._given_format or _format(name)
         if named_compression(name) or form not in (".txt", ".jsonl", ".json") or (form == ".txt" and self.split != "line"):
             return False
-        with open(name, "rb") as file:
+        with _open(name) as file:
             if compression(name, file, by_content=self._given_format is not None):
                 return False
             return form == ".txt" or readers.has_json_lines(Opened(name, form, file))
@@ -267,7 +285,7 @@ class Corpus:
                 file = io.BufferedReader(sys.stdin.buffer, 1 << 20)
                 yield from self._one_file(Opened("standard input", self._given_format or ".txt", file))
             else:
-                with open(part.name, "rb") as file:
+                with _open(part.name) as file:
                     yield from self._one_file(self._opened_part(part, file))
                 self._finished_bytes += part.end - part.begin
             self._opened = None
@@ -327,6 +345,14 @@ class Corpus:
 
     def _with_text(self, records: Iterator[tuple[str, object]]) -> Iterator[tuple[str, str | Bad]]:
         return ((place, record if isinstance(record, Bad) else self._fields.text(record, place)) for place, record in records)
+
+
+def _size(name: str) -> int:
+    return remote.size(name) if remote.is_url(name) else os.path.getsize(name)
+
+
+def _open(name: str) -> io.BufferedReader:
+    return remote.open_url(name) if remote.is_url(name) else open(name, "rb")
 
 
 def _format(name: str) -> str:

@@ -79,14 +79,18 @@ def read_token_file(file: TokenFile, advance: Advance) -> Iterator[Block]:
 
 
 def _document_starts(file: TokenFile) -> Iterator[np.ndarray]:
-    """Starts of neighbouring documents and the end of the last one, of together about a block, or of one that is longer."""
+    """Starts of neighbouring documents and the end of the last one, block by block."""
     for first in range(0, file.num_documents, _BLOCK_ROWS):
         starts = file.document_starts(np.arange(first, min(first + _BLOCK_ROWS, file.num_documents) + 1))
         if (bad := np.flatnonzero(np.diff(starts) < 0)).size:
             raise DataError(f"{file.path}: document {first + bad[0]} ends before it begins; damaged, copy it again")
-        groups = (starts[1:] - starts[0] - 1) // _BLOCK_TOKENS
-        edges = [0, *(np.flatnonzero(np.diff(groups)) + 1), len(groups)]
-        yield from (starts[a : b + 1] for a, b in itertools.pairwise(edges))
+        yield from (starts[first : end + 1] for first, end in _groups(starts))
+
+
+def _groups(starts: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(first, end) of neighbouring documents of together about a block, or of one that is longer; starts (k + 1,)."""
+    groups = (starts[1:] - starts[0] - 1) // _BLOCK_TOKENS
+    return itertools.pairwise([0, *(np.flatnonzero(np.diff(groups)) + 1).tolist(), len(groups)])
 
 
 def _even_starts(num_tokens: int) -> Iterator[np.ndarray]:
@@ -101,9 +105,13 @@ def read_parquet(path: Path, column: str, advance: Advance) -> Iterator[Block]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             _require_column(file.schema_arrow.names, column, str(path))
+            leaves = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)]
+            place = next(i for i, leaf in enumerate(leaves) if leaf.split(".")[0] == column)
             size, rows, number = path.stat().st_size, max(1, file.metadata.num_rows), 0
-            for batch in file.iter_batches(_BLOCK_ROWS, columns=[column]):
-                yield rows_of(batch.column(0), f"{path}, column {column}", number)
+            chunks = [file.metadata.row_group(i).column(place) for i in range(file.num_row_groups)]
+            values = max(1, sum(chunk.num_values for chunk in chunks))
+            for batch in file.iter_batches(max(1, min(_BLOCK_ROWS, _BLOCK_TOKENS * rows // values)), columns=[column]):
+                yield from rows_of(batch.column(0), f"{path}, column {column}", number)
                 advance(size * (number + len(batch)) // rows - size * number // rows)
                 number += len(batch)
     except pyarrow.ArrowException as error:
@@ -134,9 +142,8 @@ def read_dataset(name: str, config: str | None, split: str | None, column: str, 
     number = 0
     for table in data.select_columns([column]).with_format("arrow").iter(_BLOCK_ROWS):
         for chunk in table.column(column).chunks if isinstance(table, pyarrow.Table) else [table.column(column)]:
-            block = rows_of(chunk, f"{name}, column {column}", number)
+            yield from rows_of(chunk, f"{name}, column {column}", number)
             advance(chunk.nbytes)
-            yield block
             number += len(chunk)
 
 
@@ -145,7 +152,7 @@ def _require_column(names: list[str], column: str, where: str) -> None:
         raise DataError(f"{where}: has no column {column!r}; it has {', '.join(names)}, choose one with --column")
 
 
-def rows_of(column, where: str, number: int) -> Block:
+def rows_of(column, where: str, number: int) -> Iterator[Block]:
     """Rows of an Arrow array of lists of integers; `number` is that of its first row. Raises DataError."""
     import pyarrow
     import pyarrow.compute
@@ -163,7 +170,9 @@ def rows_of(column, where: str, number: int) -> Block:
         place = values.is_null().to_numpy(zero_copy_only=False).argmax()
         row = number + np.searchsorted(np.cumsum(lengths.to_numpy()), place, side="right")
         raise DataError(f"{where}: row {row} contains null; ids are integers")
-    return Block(values.to_numpy(), lengths.to_numpy().astype(np.int64))
+    tokens, starts = values.to_numpy(), np.append(0, np.cumsum(lengths.to_numpy().astype(np.int64)))
+    for first, end in _groups(starts):
+        yield Block(tokens[starts[first] : starts[end]], np.diff(starts[first : end + 1]))
 
 
 # ---------------------------------------------------------------- documents
@@ -208,6 +217,8 @@ class Documents:
             self.num_tokens += len(tokens)
             self.appended += int(open_ended.sum())
             yield Block(tokens, lengths)
+        if not self.num_documents:
+            raise DataError(f"{self._where}: contains no documents")
 
     def _require_ids(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         wrong = (tokens < 0) | (tokens >= self._num_ids)

@@ -41,9 +41,14 @@ class FileSource:
 
     def __init__(self, file: TokenFile, vocab_size: int, *, partial: bool = False):
         self.file, self.vocab_size, self._partial = file, vocab_size, partial
-        self.files, self.shards, self.first_documents = [file], [self], np.zeros(1, dtype=np.int64)
+        self.files, self.first_documents = [file], np.zeros(1, dtype=np.int64)
         self.sidecar, self.num_tokens = file.sidecar, file.num_tokens
         self._fingerprint = file.watch()
+
+    @property
+    def shards(self) -> list[FileSource]:
+        """This source alone."""
+        return [self]  # not an attribute: in a cycle of references, the file would stay open until the garbage collector runs
 
     @property
     def reference_lines(self) -> dict[str, float]:
