@@ -35,9 +35,9 @@ def main(argv: list[str]) -> None:
     """Raises UserError, OSError."""
     parser = command_line.make_parser(__doc__)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="FILE", help="prefixes of .bin/.idx pairs, .bin files, .parquet files, "
-        "folders of them, a folder of save_to_disk or a data set of the Hugging Face hub; several are one text, in this "
-        "order")  # fmt: skip
+    add("--input", nargs="+", required=True, metavar="FILE", help="prefixes of .bin/.idx pairs, .bin files, .parquet files or "
+        "folders of them, a folder of save_to_disk, or with --from datasets a name on the Hugging Face hub; several are one "
+        "text, in this order")  # fmt: skip
     add("--from", dest="source", choices=(*interchange.FORMATS, "datasets"), metavar="FORMAT",
         help="format of --input: %(choices)s (default: by names and first bytes)")  # fmt: skip
     add("--to", choices=interchange.FORMATS, default="megatron", metavar="FORMAT",
