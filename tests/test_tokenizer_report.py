@@ -117,6 +117,15 @@ def test_the_lines_name_the_longest_and_most_frequent_tokens_with_their_counts(f
     assert f"longest, with counts: {json.dumps(tokenizer.decode([longest]))} {counts_V[longest]:,}," in out
 
 
+def test_a_byte_piece_among_the_most_frequent_is_named_by_its_id(folder, tmp_path):
+    (tmp_path / "text.txt").write_text("\u4e00" * 9)
+    flags = ["--text", tmp_path / "text.txt", "--tokenizer", folder / "ours", "--workers", 1]
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "ours" / "tokenizer.model"))
+    ids = [model.piece_to_id(f"<0x{byte:02X}>") for byte in sorted("\u4e00".encode())]
+    expected = ", ".join(f"id {id} 9" for id in ids)
+    assert f"most frequent, with counts: {expected}," in tool("inspect_data", *flags).stdout
+
+
 @pytest.mark.parametrize(("text", "fraction"), [("ab ab cd  ab", 1 / 4), ("ab ab abcdefghij  ab", 10 / 20)])
 def test_text_without_ids_and_text_that_changes_are_counted(tmp_path, text, fraction):
     model = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1, "ab": 2}, unk_token="<unk>"))

@@ -262,12 +262,18 @@ def about_vocabulary(fit: Fit) -> Iterator[str]:
     lengths = tokenizer_report.piece_lengths(fit.tokenizer)
     for title, order in (("most frequent", counts_V), ("longest", lengths)):
         ids = np.argsort(-order, kind="stable")[:_PIECES_SHOWN].tolist()
-        shown = [f"{json.dumps(fit.tokenizer.decode([id])[:40], ensure_ascii=False)} {counts_V[id]:,}" for id in ids]
+        shown = [f"{piece_name(fit, id)} {counts_V[id]:,}" for id in ids]
         yield f"  {title}, with counts: {', '.join(shown)}"
     if fit.all.changed:
         written, decoded = fit.all.changed[0]
         count = f"{len(fit.all.changed):,} of {fit.all.compared:,} compared documents"
         yield f"  {count} decode to another text, as {written!r} to {decoded!r}"
+
+
+def piece_name(fit: Fit, id: int) -> str:
+    """The text of an id, at most 40 characters; its number if it has no text of its own."""
+    text = fit.tokenizer.decode([id])
+    return json.dumps(text[:40], ensure_ascii=False) if text and id not in fit.byte_ids else f"id {id}"
 
 
 def figures(fit: Fit) -> dict:
