@@ -1,8 +1,9 @@
-"""Shows what a token file contains, or which text a step of a run was trained on.
+"""Shows what a token file contains, which text a step of a run was trained on, or how well a tokenizer fits texts.
 
 python tools/inspect_data.py --data data/stdlib_train --verify
 python tools/inspect_data.py --run runs/first --step 120 --loss --top 3 --quarantine bad.txt
 python tools/inspect_data.py --run runs/first --document 0:17
+python tools/inspect_data.py --text prose.jsonl code/ --tokenizer data/tokenizer --against gpt2 --picture tokenizers.png
 """
 
 from __future__ import annotations
@@ -25,14 +26,19 @@ from tqdm import tqdm
 
 from pretrain import stages
 from pretrain.config import Config, load
-from pretrain.data import checks, excluded, shards
+from pretrain.data import checks, excluded, shards, tokenizer_report
+from pretrain.data.corpus import Corpus
+from pretrain.data.encoding import Encoder, chunked
 from pretrain.data.flat import DTYPES
 from pretrain.data.indexed import DataError, Sidecar, TokenFile
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.files import iter_json_lines
+from pretrain.data.tokenizer_report import Usage
+from pretrain.files import iter_json_lines, write_atomically
 from pretrain.report import environment
+from pretrain.report.plot_tokenizer import TokenizerCurves, plot_tokenizers
 from pretrain.report.progress import Progress
 from pretrain.run import command_line
+from tools import common
 
 if TYPE_CHECKING:
     from pretrain.data.batches import TrainData
@@ -40,6 +46,7 @@ if TYPE_CHECKING:
     from pretrain.run.parts import Parts
 
 _EPOCHS_SHOWN = 3
+_RANGES_SHOWN, _PIECES_SHOWN = 20, 10
 
 PartLoss = Callable[["Sample", int, int], float]
 """Mean loss in nats of the tokens [start, stop) of a sample, counted from its first token; start is at least 1."""
@@ -52,6 +59,8 @@ def main(argv: list[str]) -> None:
     what.add_argument("--data", metavar="PREFIX",
                       help="token file: prefix of a .bin/.idx pair, or a flat .bin; or a folder or pattern")  # fmt: skip
     what.add_argument("--run", metavar="FOLDER", type=Path, help="a run, runs/<name>; with --step or --document")
+    what.add_argument("--text", nargs="+", metavar="FILE", help="with --tokenizer: report how well it fits these files or "
+                      "folders of text, each of which is a source")  # fmt: skip
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=command_line.at_least(1), metavar="N", help="with --run: show the samples of this step")
     which.add_argument("--document", metavar="SOURCE:NUMBER",
@@ -70,12 +79,23 @@ def main(argv: list[str]) -> None:
     add("--characters", type=command_line.at_least(1), default=200, metavar="N", help="length of each text (%(default)s)")
     add("--dtype", choices=DTYPES, help="with --data: type of the tokens of a flat .bin (default: judged by its content)")
     add("--verify", action="store_true", help="with --data: read everything and compare all checksums")
+    add("--against", metavar="FOLDER", help="with --text: compare with this tokenizer")
+    add("--text-key", metavar="KEY", default="text", help="with --text: key or column that contains the text (%(default)s)")
+    add("--picture", metavar="PNG", type=Path, help="with --text: draw the report")
+    add("--json", metavar="FILE", type=Path, help="with --text: write the figures")
+    add("--workers", type=command_line.at_least(1), default=common.usable_cores(), metavar="N",
+        help="with --text: processes that encode (default: one per core, %(default)s)")  # fmt: skip
     options = parser.parse_args(argv)
+    if options.text and not options.tokenizer:
+        parser.error("--text needs --tokenizer")
+    if not options.text and (options.against or options.picture or options.json):
+        parser.error("--against, --picture and --json can only be used with --text")
     if options.run and options.step is None and options.document is None:
         parser.error("--run needs --step N or --document SOURCE:NUMBER")
     if (chosen := options.checkpoint) not in (None, "best") and not chosen.isdecimal():
         parser.error(f"--checkpoint: got {chosen!r}, allowed: a step or best")
-    for line in about_file(options) if options.data else about_run(options):
+    about = about_file if options.data else about_tokenizers if options.text else about_run
+    for line in about(options):
         print(line)
 
 
@@ -144,7 +164,8 @@ def about_sidecar(sidecar: Sidecar) -> Iterator[str]:
     per_token = sidecar.utf8_bytes / sidecar.num_tokens
     yield f"tokenizer {sidecar.tokenizer_path}, fingerprint {sidecar.tokenizer_fingerprint}, {sidecar.vocab_size} ids"
     yield f"text: {sidecar.utf8_bytes:,} bytes, {per_token:.3f} per token; shuffled: {sidecar.shuffled}"
-    yield f"corpus: {', '.join(map(str, sidecar.corpus.get('inputs', [])))}, sha256 {sidecar.corpus.get('sha256')}"
+    sha256 = sidecar.corpus.get("sha256")  # of text: unknown for tokens of another program
+    yield f"corpus: {', '.join(map(str, sidecar.corpus.get('inputs', [])))}{f', sha256 {sha256}' if sha256 else ''}"
     yield f"entropies in nats per token: unigram {sidecar.unigram_entropy_nats:.4f}, bigram {sidecar.bigram_entropy_nats:.4f}"
 
 
@@ -165,6 +186,107 @@ def shown(tokens: np.ndarray, tokenizer: Tokenizer | None, characters: int) -> s
         return text + (" ..." if len(tokens) > characters // 5 else "")
     text = tokenizer.decode(tokens[: 4 * characters].tolist())
     return json.dumps(text[:characters], ensure_ascii=False) + ("..." if len(text) > characters else "")
+
+
+# ---------------------------------------------------------------- a tokenizer
+
+
+class Fit(NamedTuple):
+    """A tokenizer and what it makes of each source."""
+
+    folder: str
+    tokenizer: Tokenizer
+    usages: dict[str, Usage]
+    all: Usage
+    byte_ids: list[int]
+
+
+def about_tokenizers(options: argparse.Namespace) -> Iterator[str]:
+    """Lines about the fit of a tokenizer, and of another, to texts; writes the picture and the figures."""
+    folders = dict.fromkeys([options.tokenizer, options.against] if options.against else [options.tokenizer])
+    fits = [measure(folder, options) for folder in folders]
+    yield f"{'bytes/token':>11} {'chars/token':>11} {'tokens/word':>11} {'byte pieces':>11} {'unknown':>9} {'changed':>9}"
+    for source in [*fits[0].usages, *([None] if len(fits[0].usages) > 1 else [])]:
+        for fit in fits:
+            usage = fit.usages[source] if source else fit.all
+            first, second, third, *fractions = usage.rates(fit.byte_ids).values()
+            shares = f"{fractions[0]:>11.3%} {fractions[1]:>9.3%} {fractions[2]:>9.3%}"
+            yield f"{first:>11.3f} {second:>11.3f} {third:>11.3f} {shares}  {source or 'all sources'}, {fit.folder}"
+    if len(fits) > 1:
+        fewer = fits[0].all.tokens / max(1, fits[1].all.tokens)
+        yield f"{fits[0].folder} makes {fewer:.3f} times as many tokens of these texts as {fits[1].folder}"
+    for fit in fits:
+        yield from about_vocabulary(fit)
+    if options.json:
+        write_atomically(options.json, json.dumps([figures(fit) for fit in fits], indent=1, ensure_ascii=False) + "\n")
+    if options.picture:
+        curves = [
+            TokenizerCurves(
+                fit.folder,
+                {source: usage.rates(fit.byte_ids)["bytes_per_token"] for source, usage in fit.usages.items()},
+                fit.all.counts_V,
+                tokenizer_report.piece_lengths(fit.tokenizer),
+            )
+            for fit in fits
+        ]
+        plot_tokenizers(curves, options.picture)
+        yield f"{options.picture}"
+
+
+def measure(folder: str, options: argparse.Namespace) -> Fit:
+    """Encodes all sources with a tokenizer. Raises DataError."""
+    usages = {}
+    with Encoder(folder, options.workers) as encoder:
+        tokenizer = encoder.tokenizer
+        for source in options.text:
+            corpus, usage = Corpus([source], text_key=options.text_key), Usage.empty(tokenizer)
+            with Progress(f"encoding {source}", corpus.total_bytes) as progress:
+                for chunk, encoded in encoder.encode(chunked(corpus)):
+                    usage.add(chunk, encoded, tokenizer.end_of_document_id)
+                    progress.update(corpus.read_bytes if corpus.total_bytes else corpus.utf8_bytes, usage.tokens)
+            if not usage.documents:
+                raise DataError(f"{source}: no documents with text{''.join(f'; {each}' for each in corpus.problems())}")
+            usages[source] = usage
+    return Fit(folder, tokenizer, usages, sum(usages.values(), Usage.empty(tokenizer)), tokenizer.byte_ids())
+
+
+def about_vocabulary(fit: Fit) -> Iterator[str]:
+    """Lines about the use of the ids in all sources together."""
+    counts_V, size = fit.all.counts_V, fit.tokenizer.vocab_size
+    unused = np.flatnonzero(counts_V == 0)
+    spelled = len(set(unused.tolist()) & set(fit.byte_ids))
+    yield f"{fit.folder}: {len(unused):,} of {size:,} ids are unused ({len(unused) / size:.1%}), {spelled} of them byte pieces"
+    places = [f"{a}-{b}" if b > a else f"{a}" for a, b in tokenizer_report.ranges(unused.tolist())]
+    if places:
+        yield f"  unused: {', '.join(places[:_RANGES_SHOWN])}{', ...' if len(places) > _RANGES_SHOWN else ''}"
+    lengths = tokenizer_report.piece_lengths(fit.tokenizer)
+    for title, order in (("most frequent", counts_V), ("longest", lengths)):
+        ids = np.argsort(-order, kind="stable")[:_PIECES_SHOWN].tolist()
+        shown = [f"{piece_name(fit, id)} {counts_V[id]:,}" for id in ids]
+        yield f"  {title}, with counts: {', '.join(shown)}"
+    if fit.all.changed:
+        written, decoded = fit.all.changed[0]
+        count = f"{len(fit.all.changed):,} of {fit.all.compared:,} compared documents"
+        yield f"  {count} decode to another text, as {written!r} to {decoded!r}"
+
+
+def piece_name(fit: Fit, id: int) -> str:
+    """The text of an id, at most 40 characters; its number if it has no text of its own."""
+    text = fit.tokenizer.decode([id])
+    return json.dumps(text[:40], ensure_ascii=False) if text and id not in fit.byte_ids else f"id {id}"
+
+
+def figures(fit: Fit) -> dict:
+    """The figures of --json."""
+    unused = np.flatnonzero(fit.all.counts_V == 0).tolist()
+    return {
+        "tokenizer": fit.folder,
+        "fingerprint": fit.tokenizer.fingerprint,
+        "vocab_size": fit.tokenizer.vocab_size,
+        "sources": {source: usage.figures(fit.byte_ids) for source, usage in fit.usages.items()},
+        "all": fit.all.figures(fit.byte_ids),
+        "unused_ids": tokenizer_report.ranges(unused),
+    }
 
 
 # ---------------------------------------------------------------- a run

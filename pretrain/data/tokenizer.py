@@ -29,6 +29,7 @@ INFO = "tokenizer_info.json"
 _CUT = re.compile("[^ ](?= )")
 # Not inside a word, a number or a run of spaces: pre-tokenizers look far back there (digits in groups of three).
 _BOUNDARY = re.compile(r"[^\s](?=[^A-Za-z0-9])|[^A-Za-z0-9\s](?=\S)")
+_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 _PART_CHARACTERS = 1 << 20
 _CONTEXT, _CUTS_TRIED = 1000, 100  # characters compared on both sides of a cut
 _UNTESTED, _REPRESENTED, _LOST = range(3)
@@ -113,6 +114,10 @@ class Tokenizer:
                     return at, 0, skipped
         return near, 0, 0
 
+    def byte_ids(self) -> list[int]:
+        """Ids that stand for one byte of any text, or for a part of a character: they spell what has no id of its own."""
+        return [id for id in range(self.vocab_size) if "\ufffd" in self.decode([id])]
+
     def lost(self, texts: list[str], ids: list[list[int]]) -> list[tuple[int, Counter[str]]]:
         """(number of a text, how often it contains each character or word that its `ids` do not represent).
 
@@ -193,6 +198,9 @@ class _SentencePiece(Tokenizer):
     def decode(self, ids: list[int]) -> str:
         return self._model.decode([token for token in ids if token < self.vocab_size])  # it raises for larger ids
 
+    def byte_ids(self) -> list[int]:
+        return [id for id in range(self.vocab_size) if self._model.is_byte(id)]
+
 
 class _HuggingFace(Tokenizer):
     def __init__(self, folder: Path):
@@ -260,6 +268,10 @@ class _HuggingFace(Tokenizer):
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(list(ids), skip_special_tokens=True)
+
+    def byte_ids(self) -> list[int]:
+        pieces = [self._model.id_to_token(id) or "" for id in range(self.vocab_size)]
+        return sorted({*super().byte_ids(), *(id for id, piece in enumerate(pieces) if _BYTE_PIECE.fullmatch(piece))})
 
     def lost(self, texts: list[str], ids: list[list[int]]) -> list[tuple[int, Counter[str]]]:
         if not self._knows_words:

@@ -1,0 +1,272 @@
+"""Tokens of other programs arrive document by document, and leave in the bytes that those programs write and read."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import struct
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from pretrain.data import interchange
+from pretrain.data.indexed import DataError, TokenFile
+from pretrain.data.interchange import Block, Documents, Split
+from pretrain.data.tokenizer_training import train
+from tests.test_indexed import write_megatron
+from tests.test_tools_data import make_texts, tool
+
+END = 2  # of the tokenizers that are trained here
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tokenizer, and the pair `ours` of 299 documents."""
+    folder = tmp_path_factory.mktemp("interchange")
+    texts = make_texts(299, 60)
+    train(texts, folder / "tokenizer", vocab_size=400, describe=dict)
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    flags = ["--input", folder / "text.jsonl", "--tokenizer", folder / "tokenizer", "--output", folder / "ours"]
+    tool("tokenize_corpus", *flags, "--workers", 1)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(interchange, "_BLOCK_TOKENS", 1000)
+    monkeypatch.setattr(interchange, "_BLOCK_ROWS", 70)
+
+
+def convert(*arguments, **options):
+    return tool("convert_data", *arguments, **options)
+
+
+def rows_of(prefix) -> list[np.ndarray]:
+    file = TokenFile(prefix)
+    return [file.document(i) for i in range(file.num_documents)]
+
+
+def require_same_pair(one: Path, other: Path) -> None:
+    for end in (".bin", ".idx"):
+        assert Path(f"{one}{end}").read_bytes() == Path(f"{other}{end}").read_bytes(), end
+
+
+def llmc_file(tokens: np.ndarray, magic: int = 20240520, version: int = 1, dtype: str = "<u2") -> bytes:
+    """What write_datafile of llm.c's data_common.py writes."""
+    return struct.pack("<256i", magic, version, len(tokens), *[0] * 253) + np.asarray(tokens).astype(dtype).tobytes()
+
+
+def leading(rows: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.append(END, row[:-1]) for row in rows])
+
+
+@pytest.mark.parametrize("name", ["x.bin", "x.llmc.bin", "x.parquet"])
+def test_there_and_back_the_pair_has_the_same_bytes_and_the_sidecar_the_same_figures(folder, tmp_path, name):
+    format = {"x.bin": "nanogpt", "x.llmc.bin": "llmc", "x.parquet": "parquet"}[name]
+    convert("--input", folder / "ours", "--to", format, "--output", tmp_path / name)
+    back = ["--input", tmp_path / name, "--tokenizer", folder / "tokenizer", "--output", tmp_path / "back"]
+    convert(*back)
+    require_same_pair(tmp_path / "back", folder / "ours")
+    before, after = (json.loads(Path(f"{path}.json").read_text()) for path in (folder / "ours", tmp_path / "back"))
+    differing = {key for key in before if before[key] != after[key]}
+    assert differing <= {"shuffled", "corpus", "tokenizer_path"}
+    assert convert(*back, status=2).stderr.count("\n") < 4  # exists already
+    convert(*back, "--overwrite")
+
+
+def test_files_of_nanogpt_and_llmc_have_the_bytes_that_their_own_programs_write(folder, tmp_path):
+    rows = rows_of(folder / "ours")
+    convert("--input", folder / "ours", "--to", "nanogpt", "--output", tmp_path / "n.bin")
+    assert (tmp_path / "n.bin").read_bytes() == np.concatenate(rows).astype("<u2").tobytes()
+    convert("--input", folder / "ours", "--to", "llmc", "--shard-tokens", 3000, "--output", tmp_path / "l.bin")
+    stream = leading(rows)
+    shards = sorted(tmp_path.glob("l_*.bin"))
+    assert [shard.name for shard in shards[:2]] == ["l_000000.bin", "l_000001.bin"]
+    assert [shard.read_bytes() for shard in shards] == [llmc_file(stream[i : i + 3000]) for i in range(0, len(stream), 3000)]
+    convert("--input", *shards, "--tokenizer", folder / "tokenizer", "--output", tmp_path / "back")
+    require_same_pair(tmp_path / "back", folder / "ours")
+
+
+def test_a_llama_3_file_of_llmc_is_read_and_written_again(folder, tmp_path):
+    (tmp_path / "llama.bin").write_bytes(llmc_file(leading(rows_of(folder / "ours")), 20240801, 7, "<u4"))
+    convert("--input", tmp_path / "llama.bin", "--tokenizer", folder / "tokenizer", "--output", tmp_path / "back")
+    require_same_pair(tmp_path / "back", folder / "ours")
+    convert("--input", tmp_path / "llama.bin", "--to", "llmc", "--end-of-document-id", END, "--output", tmp_path / "again.bin")
+    assert (tmp_path / "again.bin").read_bytes() == (tmp_path / "llama.bin").read_bytes()
+
+
+def test_datasets_are_read_as_rows_as_rows_without_ends_and_as_a_packed_stream(folder, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [row.tolist() for row in rows_of(folder / "ours")]
+    stream = np.concatenate(rows).tolist()
+    packed = [stream[i : i + 128] for i in range(0, len(stream), 128)]
+    for name, of_name in (("rows", rows), ("bare", [row[:-1] for row in rows]), ("packed", packed)):
+        data = datasets.Dataset.from_dict({"ids": of_name})
+        datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(tmp_path / name)
+    for name, flags in (("rows", []), ("bare", ["--append-end"]), ("packed", ["--packed"])):
+        flags = [*flags, "--column", "ids", "--tokenizer", folder / "tokenizer", "--output", tmp_path / f"from_{name}"]
+        convert("--input", tmp_path / name, *flags, status=2)  # which split?
+        convert("--input", tmp_path / name, "--split", "train", *flags)
+        require_same_pair(tmp_path / f"from_{name}", folder / "ours")
+
+
+def test_a_document_of_several_sequences_and_wide_ids_of_megatron_becomes_one(folder, tmp_path):
+    rows = rows_of(folder / "ours")
+    halves = [part for row in rows for part in (row[: len(row) // 2], row[len(row) // 2 :])]
+    write_megatron(tmp_path / "theirs", halves, range(0, len(halves) + 1, 2), dtype="<i4", code=4)
+    convert("--input", tmp_path / "theirs", "--tokenizer", folder / "tokenizer", "--output", tmp_path / "back")
+    require_same_pair(tmp_path / "back", folder / "ours")
+
+
+def test_a_shard_that_begins_inside_a_document_loses_nothing_and_says_so(folder, tmp_path):
+    stream = leading(rows_of(folder / "ours"))[5:700]
+    (tmp_path / "part.bin").write_bytes(llmc_file(stream))
+    report = convert("--input", tmp_path / "part.bin", "--tokenizer", folder / "tokenizer", "--output", tmp_path / "back")
+    tokens = np.concatenate(rows_of(tmp_path / "back"))
+    assert np.array_equal(tokens, np.append(stream, END)) and "inside a document" in report.stdout
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 100])
+@pytest.mark.parametrize("leads", [False, True])
+def test_a_stream_is_divided_at_the_same_places_whatever_the_blocks(block, leads):
+    documents = [[END], [5, END], [END], [6, 7, 8, 9, END], [END]]  # empty ones at both sides and in the middle
+    stream = np.concatenate([[END, *each[:-1]] if leads else each for each in documents])
+    parts = [Block(stream[i : i + block], np.array([])) for i in range(0, len(stream), block)]
+    split = Split(parts, "stream", END, leads)
+    blocks = list(split)
+    found = [part.tolist() for tokens, lengths in blocks for part in np.split(tokens, np.cumsum(lengths)[:-1])]
+    assert found == documents and not split.incomplete
+    assert not leads or np.concatenate(list(interchange.leading(blocks, END))).tolist() == stream.tolist()
+
+
+@pytest.mark.parametrize(
+    ("rows", "append", "about"),
+    [
+        ([[5, END], [6]], False, "document 1"),
+        ([[5, END], []], False, "document 1"),
+        ([[5, END], [6, END, 7, END]], False, "inside document 1"),
+        ([[5, END], [6, END, 7]], True, "inside document 1"),
+        ([[5, END], [10, END]], False, "the id 10"),
+        ([[5, END], [-1, END]], False, "the id -1"),
+    ],
+)
+def test_rows_that_are_not_documents_are_refused_with_their_number(rows, append, about):
+    blocks = [Block(np.array(row, dtype=np.int64), np.array([len(row)])) for row in rows]
+    with pytest.raises(DataError, match=about):
+        list(Documents(blocks, "x", END, 10, append))
+
+
+def test_ids_beyond_16_bits_are_refused_by_nanogpts_format_and_leave_no_file(tmp_path):
+    table = pyarrow.table({"input_ids": [[65535, END], [65536, END]]})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    flags = ["--input", tmp_path / "x.parquet", "--end-of-document-id", END]
+    assert "65536" in convert(*flags, "--to", "nanogpt", "--output", tmp_path / "x.bin", status=2).stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["x.parquet"]
+    convert(*flags, "--to", "llmc", "--output", tmp_path / "x.bin")
+    assert (tmp_path / "x.bin").read_bytes() == llmc_file(np.array([END, 65535, END, 65536]), 20240801, 7, "<u4")
+
+
+@pytest.mark.parametrize("to", ["nanogpt", "llmc", "parquet", "megatron"])
+def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch, to):
+    monkeypatch.setattr("os.fsync", lambda file: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    output = tmp_path / {"parquet": "x.parquet", "megatron": "x"}.get(to, "x.bin")
+    flags = ["--input", folder / "ours", "--tokenizer", folder / "tokenizer", "--to", to, "--output", output]
+    assert str(output) in convert(*flags, status=2).stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("rows", "about"),
+    [(["text"], "string"), ([[1.5]], "double"), ([None], "row 75 is null"), ([[1, None, END]], "row 75 contains null")],
+)
+def test_a_column_that_does_not_hold_ids_is_refused_with_the_row(tmp_path, rows, about):
+    good = [] if isinstance(rows[0], str) or rows == [[1.5]] else [[5, END]] * 75
+    pyarrow.parquet.write_table(pyarrow.table({"input_ids": good + rows}), tmp_path / "x.parquet")
+    flags = ["--input", tmp_path / "x.parquet", "--end-of-document-id", END, "--to", "nanogpt", "--output", tmp_path / "x.bin"]
+    error = convert(*flags, status=2).stderr
+    assert str(tmp_path / "x.parquet") in error and "input_ids" in error and about in error
+
+
+def test_contradictions_are_refused_before_anything_is_read(folder, tmp_path):
+    make = ["--input", folder / "ours", "--output", tmp_path / "x"]
+    for flags in (
+        make,  # no tokenizer
+        [*make, "--tokenizer", folder / "tokenizer", "--from", "nanogpt"],
+        [*make, "--to", "llmc"],  # not the name of a .bin
+        ["--input", folder / "ours", folder / "text.parquet", "--to", "nanogpt", "--output", tmp_path / "x.bin"],
+        ["--input", folder / "ours", "--to", "parquet", "--shard-tokens", 5, "--output", tmp_path / "x.parquet"],
+    ):
+        convert(*flags, status=2)
+    train(make_texts(99, 50, seed=1), tmp_path / "another", vocab_size=400, describe=dict)
+    assert "another tokenizer" in convert(*make, "--tokenizer", tmp_path / "another", status=2).stderr
+
+
+def test_an_id_that_never_occurs_is_refused_as_the_end_of_documents(folder, tmp_path):
+    np.full(500, 7, "<u2").tofile(tmp_path / "x.bin")
+    flags = ["--input", tmp_path / "x.bin", "--dtype", "uint16", "--tokenizer", folder / "tokenizer"]
+    assert "does not occur" in convert(*flags, "--output", tmp_path / "y", status=2).stderr
+
+
+def test_an_end_of_document_id_that_the_output_cannot_hold_is_refused_and_not_cut_off(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"input_ids": [[5, 6], [7]]}), tmp_path / "x.parquet")
+    flags = ["--input", tmp_path / "x.parquet", "--append-end", "--end-of-document-id", 70000]
+    assert "70000" in convert(*flags, "--to", "nanogpt", "--output", tmp_path / "x.bin", status=2).stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["x.parquet"]
+    convert(*flags, "--to", "llmc", "--output", tmp_path / "x.bin")
+    assert (tmp_path / "x.bin").read_bytes() == llmc_file(np.array([70000, 5, 6, 70000, 7]), 20240801, 7, "<u4")
+
+
+def test_a_folder_and_a_pattern_of_many_files_are_read_in_the_order_of_names_with_few_open(folder, tmp_path):
+    convert("--input", folder / "ours", "--to", "llmc", "--shard-tokens", 200, "--output", tmp_path / "l[1].bin")
+    assert len(list(tmp_path.iterdir())) > 40
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for number, path in enumerate((tmp_path, f"{tmp_path}/l[[]1]_*")):
+        flags = ["--tokenizer", folder / "tokenizer", "--output", folder / f"many_{number}"]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, most))
+        try:
+            convert("--input", path, *flags)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        require_same_pair(folder / f"many_{number}", folder / "ours")
+    again = ["--input", folder / "ours", "--to", "llmc", "--shard-tokens", 200, "--output", tmp_path / "l[1].bin"]
+    assert "exists already" in convert(*again, status=2).stderr
+    assert "2,147,483,647" in convert(*again[:4], "--shard-tokens", 2**31, *again[6:], status=2).stderr
+
+
+def test_parquet_files_in_folders_below_are_read_too(folder, tmp_path):
+    (tmp_path / "ids" / "part=1").mkdir(parents=True)
+    convert("--input", folder / "ours", "--to", "parquet", "--output", tmp_path / "ids" / "part=1" / "x.parquet")
+    convert("--input", tmp_path / "ids", "--tokenizer", folder / "tokenizer", "--output", tmp_path / "back")
+    require_same_pair(tmp_path / "back", folder / "ours")
+
+
+def test_a_stream_without_the_id_is_refused_before_it_fills_the_memory(monkeypatch):
+    monkeypatch.setattr(interchange, "_LONGEST_DOCUMENT", 1000)
+    read = []
+    parts = (read.append(i) or Block(np.full(300, 7), np.array([300])) for i in range(100))
+    with pytest.raises(DataError, match="1,200 tokens in a row without the id 2"):
+        list(Split(parts, "stream", END, False))
+    assert len(read) == 4
+
+
+@pytest.mark.parametrize("to", ["nanogpt", "parquet", "megatron"])
+def test_no_documents_are_refused_and_leave_nothing(folder, tmp_path, to):
+    rows = pyarrow.array([], pyarrow.list_(pyarrow.int32()))
+    pyarrow.parquet.write_table(pyarrow.table({"input_ids": rows}), tmp_path / "none.parquet")
+    output = tmp_path / {"nanogpt": "x.bin", "parquet": "x.parquet"}.get(to, "x")
+    flags = ["--input", tmp_path / "none.parquet", "--tokenizer", folder / "tokenizer", "--to", to, "--output", output]
+    assert "no documents" in convert(*flags, status=2).stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["none.parquet"]
+
+
+def test_a_converted_pair_passes_the_checks_of_inspect_data(folder, tmp_path):
+    convert("--input", folder / "ours", "--to", "parquet", "--output", tmp_path / "x.parquet")
+    convert("--input", tmp_path / "x.parquet", "--tokenizer", folder / "tokenizer", "--output", tmp_path / "x")
+    report = tool("inspect_data", "--data", tmp_path / "x", "--verify").stdout
+    assert "verified" in report and "None" not in report
