@@ -6,13 +6,13 @@ The text is the source code of Python's standard library, repeated to the wanted
 module; the tokenizer is trained on it by tools/train_tokenizer.py. It is used in two forms: as that tool writes it, for
 SentencePiece, and as a Hugging Face folder with tokenizer.json alone. For each form and number of workers:
 
-    encoder          `encode` of SentencePiece, or `encode_batch_fast` of Hugging Face tokenizers, on documents in memory, with
-                     this number of threads: neither reads, checks, shuffles, counts nor writes anything
+    encoder          `encode` of SentencePiece, or `encode_batch_fast` of Hugging Face tokenizers, on documents in memory, to
+                     lists of ids, with this number of threads: it reads, checks, shuffles, counts and writes nothing
     tokenize_corpus  the tool, from the start of the program to its end, with this number of workers
 
-They run one after the other, in alternating order; the figures are medians of the rounds. MB are 10^6 bytes of UTF-8. `CPU MB/s`
-is text per CPU second of all processes, for a loaded machine; `wall MB/s` needs an idle one. `ratio` is the tool's speed divided
-by that of the encoder in the same round, in CPU seconds and in wall time.
+They run one after the other, in alternating order; the figures are medians of the rounds. MB are 10^6 bytes of UTF-8. "CPU" is
+text per CPU second of all processes, for a loaded machine; "wall" needs an idle one. The ratio is the tool's speed divided by
+that of the encoder in the same round.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if sys.argv[1].endswith(".model"):
 else:
     from tokenizers import Tokenizer
     tokenizer = Tokenizer.from_file(sys.argv[1])
-    encode = lambda batch: tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+    encode = lambda batch: [each.ids for each in tokenizer.encode_batch_fast(batch, add_special_tokens=False)]
 wall, cpu = time.perf_counter(), time.process_time()
 for begin in range(0, len(texts), 256):
     encode(texts[begin : begin + 256])
@@ -114,23 +114,15 @@ def measure(folder: Path, size: int, options: argparse.Namespace) -> list[dict]:
             done = {which: runs[which]() for which in order}
             rounds.append((done[0], done[1]))
     print(f"{size / 1e6:.0f} MB of text, vocabulary {options.vocab_size}")
-    print(
-        f"{'form':14} {'workers':>7}  {'encoder: CPU, wall MB/s':>24}  {'tool: CPU, wall MB/s':>21}  {'ratio: CPU, wall':>17}"
-    )
+    print(f"{'form':14} {'workers':>7} {'encoder MB/s: CPU, wall':>24} {'tool MB/s: CPU, wall':>21} {'ratio: CPU, wall':>17}")
     rows = []
     for (form, workers), rounds in seconds.items():
-        alone, whole = np.array(rounds).transpose(1, 0, 2)  # (rounds, CPU and wall)
-        figures = [
-            np.median(size / 1e6 / alone, axis=0),
-            np.median(size / 1e6 / whole, axis=0),
-            np.median(alone / whole, axis=0),
-        ]
-        shown = "  ".join(f"{cpu:{width}.2f} {wall:8.2f}" for (cpu, wall), width in zip(figures, (15, 12, 8), strict=True))
-        print(f"{form:14} {workers:7}  {shown}")
+        alone, whole = np.array(rounds).transpose(1, 0, 2)  # each (rounds, CPU and wall)
+        figures = [np.median(each, axis=0).tolist() for each in (size / 1e6 / alone, size / 1e6 / whole, alone / whole)]
+        shown = " ".join(f"{cpu:{width}.2f} {wall:8.2f}" for (cpu, wall), width in zip(figures, (15, 12, 8), strict=True))
+        print(f"{form:14} {workers:7} {shown}")
         names = ("encoder_megabytes_per_second", "tool_megabytes_per_second", "ratio")
-        named = {
-            name: dict(zip(("cpu", "wall"), each.tolist(), strict=True)) for name, each in zip(names, figures, strict=True)
-        }
+        named = {name: {"cpu": cpu, "wall": wall} for name, (cpu, wall) in zip(names, figures, strict=True)}
         rows.append({"form": form, "workers": workers, **named, "seconds": rounds})
     return rows
 
