@@ -126,8 +126,8 @@ class Tokenizer:
         """
         if self._status is None:
             self._status = np.zeros(0x110000, np.uint8)
-        suspect = (text for text in texts if not text.isascii() or text.encode().translate(None, self._represented_ascii))
-        if not (self._status_of("".join(suspect)) == _LOST).any():
+        suspect = "".join(texts).encode().translate(None, self._represented_ascii).decode()
+        if not (self._status_of(suspect) == _LOST).any():
             return []
         found = []
         for number, text in enumerate(texts):
