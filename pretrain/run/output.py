@@ -134,6 +134,7 @@ def log_stage(run: Run, ended: Stage) -> None:
     if stage is ended or step == run.total_steps:
         return
     changes = receipt.stage_change(run.length, run.data, ended, stage)
+    run.graphs.pop("steps", None)  # what compiles for its shapes is reported as that of first steps, not as a surprise
     run.sinks.info(f"stage      {stage.number} begins after step {step:,}: {changes}")
     shares = run.data.stage_at(stage.position).shares
     record = {"sequence_length": stage.config.data.sequence_length, "global_batch_size": stage.config.batch.global_batch_size}
