@@ -13,6 +13,7 @@ import pytest
 from pretrain import stages
 from pretrain.config import ConfigError, DataConfig, load
 from pretrain.data.batches import MASKED, Mixture, TrainData
+from pretrain.data.indexed import DataError
 from pretrain.data.order import Blend
 from pretrain.data.passes import NEVER, Cut
 from pretrain.data.permutation import Permutation
@@ -426,6 +427,12 @@ def test_stages_exclude_epochs_and_generated_data_excludes_sources(folder):
         load([*base, "--data.train", "[]", "--data.valid", "[]", "--data.synthetic.kind", "markov"])
     with pytest.raises(ConfigError, match=r"data\.sequence_length: got 16, must divide data.block_length = 24"):
         load([*base[:2], "--data.block_length", "24"])
+
+
+def test_lengths_whose_blocks_are_longer_than_a_file_are_refused_with_the_reason(folder):
+    config = load(["--config", str(folder / "base.yaml"), "--train.stages", "[{after_steps: 3, sequence_length: 999}]"])
+    with pytest.raises(DataError, match=r"web: contains .* tokens, 15,985 are needed \(a block, which every sequence length"):
+        open_parts(config)
 
 
 def test_a_checkpoint_beyond_a_stage_that_it_has_not_begun_is_refused(folder, base, straight, capsys):

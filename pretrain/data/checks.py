@@ -67,9 +67,7 @@ def check_files(
     model = dict(vocab_size=vocab_size, tokenizer_fingerprint=tokenizer_fingerprint)
     found = [each for file in files for each in check_fit(file, where, data, **model, least_tokens=1 if many else least_tokens)]
     if many and all(file.num_tokens < least_tokens for file in files):
-        text = (
-            f"none of the {len(files):,} files contains {least_tokens:,} tokens (data.sequence_length {data.sequence_length:,})"
-        )
+        text = f"none of the {len(files):,} files contains {least_tokens:,} tokens ({_why(least_tokens, data)})"
         found.append(Finding("too-few-tokens", where, text, stops=True))
     try:
         common_sidecar(files)
@@ -106,9 +104,16 @@ def check_fit(
             text = f"its largest id is {sidecar.max_id}, the model has ids 0 to {vocab_size - 1}; set model.vocab_size to null"
             found.append(("id-outside-vocabulary", text))
     if file.num_tokens < least_tokens:
-        needed = f"{least_tokens:,} are needed (data.sequence_length {data.sequence_length:,})"
+        needed = f"{least_tokens:,} are needed ({_why(least_tokens, data)})"
         found.append(("too-few-tokens", f"contains {file.num_tokens:,} tokens, {needed}"))
     return [Finding(name, where, f"{file.path}: {text}", stops=True) for name, text in found]
+
+
+def _why(least_tokens: int, data: DataConfig) -> str:
+    """Why so many tokens are needed."""
+    if least_tokens <= data.sequence_length + 1:
+        return f"data.sequence_length {data.sequence_length:,}"
+    return "a block, which every sequence length of the run divides; see data.block_length"
 
 
 def check_shards(files: list[TokenFile], where: str, block_length: int) -> list[Finding]:
