@@ -83,9 +83,8 @@ def test_a_rollback_moves_the_stages_behind_it_and_counts_their_steps(tiny):
     assert run_ranks(2, train_poisoned, [*stage, *tiny], 7, 9, math.nan) == [0, 0]
     run = run_of(tiny)
     made = [(each["step"], each["lr"]) for each in records(run) if "grad_norm" in each]
-    assert (
-        len(made) == 20 and made[9][1] == pytest.approx(1e-3) and made[12][1] == pytest.approx(5e-4)
-    )  # ends of decay, warm-up
+    assert len(made) == 20
+    assert (made[9][1], made[12][1]) == pytest.approx((1e-3, 5e-4))  # the end of the decay, and that of the next warm-up
     tokens = [0, *(each["tokens"] for each in records(run) if "grad_norm" in each)]
     assert [after - before for before, after in itertools.pairwise(tokens)] == [8 * 16] * 10 + [8 * 8] * 10
     rows = json.loads((run / "environment.json").read_text())["starts"][-1]["stages"]
