@@ -499,8 +499,9 @@ def resume_class(key: str) -> str:
 
 
 def check_resume(old: dict, new: dict, allow_changes: list[str], origin: str) -> list[Problem]:
-    """Problems of resuming with settings `new` from a checkpoint written with `old` (both from `schema.to_dict`)."""
-    before, after = schema.flatten(old), schema.flatten(new)
+    """Problems of resuming with settings `new` from a checkpoint written with `old` (both from `schema.to_dict`). A key that
+    the version of the checkpoint did not know had its default."""
+    before, after = schema.flatten(schema.to_dict(Config())) | schema.flatten(old), schema.flatten(new)
     problems = []
     for key in sorted(before.keys() | after.keys()):
         change = " -> ".join(shown(_given(each.get(key))) for each in (before, after))

@@ -31,7 +31,7 @@ SPLITS = [(1, 8, 1), (1, 2, 4), (1, 1, 8), (2, 2, 2), (2, 1, 4), (4, 1, 2)]
 
 SCALE = "engine.mesh.gradient_ranks / tokens.clamp(min=1)"
 OWN_MEAN = "1 / (batch.labels_BT != -100).sum().clamp(min=1)"
-SUMS = "torch.cat([self.loss_sum[None], memory, sources, routing])"
+SUMS = "torch.cat([self.loss_sum[None], memory, self._attended(), sources, routing])"
 SOURCES = ("books", "code")
 # name: (function, its code, the code with the bug)
 MUTANTS = {

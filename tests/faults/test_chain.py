@@ -31,6 +31,10 @@ class Witness:
     def __getattr__(self, name):
         return getattr(self.data, name)
 
+    def starting_at(self, begins):
+        self.data = self.data.starting_at(begins)
+        return self
+
     def take(self, position: int, count: int):
         if position >= self.last_position:
             os.kill(os.getpid(), signal.SIGKILL)
