@@ -170,7 +170,7 @@ class StageConfig:
     after_tokens: PositiveInt | None = free(None)
     """Begins with the first step after this many tokens were fed to the model; null: see after_steps."""
     sources: list[SourceConfig] | None = free(None)
-    """Training sources from here on: [{path, weight}]. A source that an earlier stage has read goes on where it was."""
+    """Training sources from here on: [{path, weight}]. A source that an earlier stage has read continues where it was."""
     sequence_length: PositiveInt | None = free(None)
     """Tokens per sample from here on."""
     global_batch_size: PositiveInt | None = free(None)

@@ -1,4 +1,4 @@
-"""Compressed files: how their names and their first bytes tell, and how each kind is read. All are decompressed as a stream.
+"""Compressed files: recognized by their names or first bytes, and decompressed as a stream.
 
 A file that ends early is an error, never a shorter text: every reader here raises one of READ_ERRORS. Changed bytes are found
 where the format has a checksum, which .lzma never has, and .zst and .lz4 need not have. (The readers of `fsspec`
@@ -35,7 +35,7 @@ _ZIP_ENCRYPTED = 1
 
 
 def named_compression(name: str) -> str:
-    """The compression that the end of a name tells, one of COMPRESSIONS; empty: none."""
+    """The compression by the end of a name, one of COMPRESSIONS; empty: none."""
     suffix = PurePosixPath(name).suffix.lower()
     return suffix if suffix in COMPRESSIONS else ""
 
@@ -68,7 +68,7 @@ def decompressed(name: str, file: BinaryIO, suffix: str) -> BinaryIO:
 
 
 class _Snappy(io.RawIOBase):
-    """Snappy's framing format. A file that is cut between two of its blocks cannot be told from an intact one."""
+    """Snappy's framing format. A file that is cut between two of its blocks cannot be distinguished from an intact one."""
 
     def __init__(self, name: str, file: BinaryIO):
         try:

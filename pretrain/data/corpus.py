@@ -55,9 +55,9 @@ class Corpus:
     """A source of documents, with counts of what has been read so far.
 
     `inputs`: files and folders, or URLs of them (folders are searched for known formats, in sorted order), "-" (standard input)
-    or "stdlib". `format`: one of FORMAT_NAMES, which overrides the names of all files; the compression is then told by their
-    first bytes if not by their names. Without it, standard input is text. `text_key`: key or column of the text, "a.b" if it is
-    nested. `template`: instead of a key, as in `fields.Template`. `split`: "file" (a .txt is one document), "line",
+    or "stdlib". `format`: one of FORMAT_NAMES, which overrides the names of all files; the compression is then that of
+    their names, else of their first bytes. Without it, standard input is text. `text_key`: key or column of the text, "a.b" if
+    it is nested. `template`: instead of a key, as in `fields.Template`. `split`: "file" (a .txt is one document), "line",
     "blank-line", or a separator such as "<|endoftext|>". `on_bad_line`: "error" raises DataError at a line or row without
     usable text, "skip" counts it in `bad`. `near_duplicates`: leaves out documents that resemble an earlier one. `shard`: only
     this part of the files; all shards in order are the input in order.
@@ -314,7 +314,7 @@ class Corpus:
             raise DataError(f"{opened.name}: cannot be read to the end ({error}); copy it again") from None
 
     def _archive(self, opened: Opened) -> Iterator[tuple[str, str | Bad]]:
-        """The files of a .zip in sorted order. That of a lone file may be told by the archive's name, as in text.jsonl.zip."""
+        """The files of a .zip in sorted order. That of a lone file may follow from the archive's name, as in text.jsonl.zip."""
         with open_archive(opened.name, opened.file) as archive:
             members = [each for each in archive.infolist() if not each.is_dir() and not _is_hidden(each.filename)]
             alone, found = _format(opened.name) if len(members) == 1 else "", 0

@@ -37,7 +37,7 @@ _CHECKSUM_BYTES = 16
 _REQUESTS = 32  # at a time in a process
 _RETRY_SECONDS, _LONGEST_PAUSE_SECONDS, _TELL_SECONDS = 60.0, 8.0, 10.0
 _CHECKS_PER_LIMIT = 128  # how often a process looks at the size of the cache while it writes as much as that may be
-# What tells versions of an object apart, in the words of s3, gs, az, http, file and memory.
+# What distinguishes versions of an object, in the words of s3, gs, az, http, file and memory.
 _MARKS = ("etag", "generation", "versionid", "content-md5", "last-modified", "lastmodified", "mtime", "ino", "created")
 _TOKENIZER_ENDS = (".json", ".model", ".txt", ".jinja")
 T = TypeVar("T")
@@ -47,7 +47,7 @@ class BlockCache:
     """Blocks of bytes in files of a directory that processes share, together at most about `limit_gib`. Thread-safe.
 
     No error of its disk is an error of the caller: what cannot be read is not there, and what cannot be written is left out,
-    which is told once.
+    with one warning.
     """
 
     def __init__(self, directory: Path, limit_gib: float):
@@ -306,7 +306,7 @@ class StoredObject:
             raise DataError(f"{self.name}: was replaced while in use; restore it, or start another run with the new object")
 
     def _look(self) -> tuple[int, str]:
-        """(bytes, what tells its versions apart) of the object now."""
+        """(bytes, what distinguishes its versions) of the object now."""
 
         def attempt() -> dict:
             self._system.invalidate_cache()  # of listings
