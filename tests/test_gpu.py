@@ -89,7 +89,7 @@ def test_loss_and_gradients_equal_those_of_plain_fp32_on_the_cpu(device, dtype, 
     for where, precision in (("cpu", torch.float32), (device, dtype)):
         model, batch = build(model_of(name), where, seed=0), batch_on(where, documents=documents)
         with torch.autocast(torch.device(where).type, torch.bfloat16, enabled=precision == torch.bfloat16):
-            loss = model(*batch).loss_sum
+            loss = model(*batch.inputs).loss_sum
         loss.backward()
         results[where, precision] = loss.item(), torch.cat([p.grad.flatten().cpu() for p in model.parameters()])
     (expected, gradient), (loss, found) = results["cpu", torch.float32], results[device, dtype]

@@ -130,7 +130,7 @@ def the_last_label_of_a_part_ignored(patch):
     """huggingface/transformers#36607: labels shifted after the sequence was cut."""
 
     def shifted(part_of, engine, batch):
-        tokens_Bt, labels_Bt, documents_BT = part_of(engine, batch)
+        tokens_Bt, labels_Bt, documents_BT = part_of(engine, batch).inputs
         labels_Bt = labels_Bt.clone()
         labels_Bt[:, -1] = -100
         return Batch(tokens_Bt, labels_Bt, documents_BT)
@@ -143,7 +143,7 @@ def the_last_label_of_a_part_is_its_own_first_token(patch):
     """As a roll of each part gives: alibaba/ChatLearn#343."""
 
     def rolled(part_of, engine, batch):
-        tokens_Bt, labels_Bt, documents_BT = part_of(engine, batch)
+        tokens_Bt, labels_Bt, documents_BT = part_of(engine, batch).inputs
         labels_Bt = labels_Bt.clone()
         labels_Bt[:, -1] = torch.where(labels_Bt[:, -1] == -100, -100, tokens_Bt[:, 0])
         return Batch(tokens_Bt, labels_Bt, documents_BT)

@@ -72,7 +72,7 @@ def test_a_compiled_step_has_no_graph_break_and_one_attention_kernel_per_block(m
     engine = steps.start(EngineConfig(compile=what))
     steps.prepare(engine, model)
     with Watch(steps.LOGITS, steps.LENGTH) as watch:
-        engine.backward(engine.forward(*steps.micro_batch(documents)).loss_sum)
+        engine.backward(engine.forward(*steps.micro_batch(documents).inputs).loss_sum)
     assert not counters["graph_break"] and not watch.faults
     assert counters["stats"]["unique_graphs"] >= (2 if what == "blocks" else 1)
     kernels = {name: count for name, count in watch.operators.items() if "attention" in name or "flex" in name}

@@ -165,7 +165,7 @@ def test_the_batches_of_a_run_come_from_page_locked_memory(engine, fake):
         window, _ = next(windows)
     windows.close()
     assert not watch.faults
-    assert len(window) == 4 and all(each.is_cuda and each.shape == (2, 16) for batch in window for each in batch)
+    assert len(window) == 4 and all(each.is_cuda and each.shape == (2, 16) for batch in window for each in batch.inputs)
 
 
 def test_batches_from_pageable_memory_are_found(engine, fake, monkeypatch):
