@@ -210,6 +210,23 @@ def test_a_run_reports_its_graphs_and_resuming_compiles_no_more_than_starting(tr
     assert not [line for line in lines if line.startswith("warning")]
 
 
+def test_a_stage_with_another_shape_compiles_once_more_and_is_no_warning(traced, tiny):
+    """The stages begin after steps 2, 4 and 6: another length, another batch of the same shape, another micro-batch."""
+    stages = (
+        "[{after_steps: 2, sequence_length: 8}, {after_steps: 4, global_batch_size: 16}, {after_steps: 6, micro_batch_size: 1}]"
+    )
+    argv = ["--engine.compile", "blocks", "--train.stages", stages, "--train.max_steps", "8", "--schedule.name", "constant"]
+    assert train_here([*argv, "--evaluate.every_steps", "0", *tiny]) == 0
+    lines = [line.split("  ", 1)[1] for line in (run_of(tiny) / "console.log").read_text().splitlines()]
+    reports = [line.split(" up to ")[1] for line in lines if line.startswith("compile ") and "up to" in line]
+    assert [each.split(", 0 graph breaks")[0] for each in reports] == [
+        "step 1, 2 graphs",
+        "step 3, 4 graphs",
+        "step 7, 6 graphs",
+    ]
+    assert not [line for line in lines if line.startswith("warning")]
+
+
 def test_a_graph_compiled_in_mid_run_is_a_warning():
     said: list[str] = []
     run = SimpleNamespace(

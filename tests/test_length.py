@@ -53,7 +53,7 @@ def saved(config: Config, length: Length, step: int, consumed: int, **progress) 
 
 
 def rate(config: Config, length: Length, step: int) -> float:
-    return lr_at(step, config.schedule, PEAK, length.total_steps, length.course)
+    return lr_at(step, config.schedule, PEAK, length.total_steps, length.curves[0].course)
 
 
 batches = st.integers(1, 40)
@@ -112,7 +112,7 @@ def test_a_run_that_never_changes_keeps_its_steps_and_rates_to_the_bit(batch, st
     train = {"max_steps": steps, "max_tokens": steps * batch * LENGTH, "epochs": steps * batch / DATA.samples_per_epoch}
     config = changed(BASE, batch, **{kind: train[kind]})
     length = plan(config, DATA, None)
-    assert length.course is None and length.total_steps in (steps, steps + (kind == "epochs"))  # epochs may round
+    assert length.curves[0].course is None and length.total_steps in (steps, steps + (kind == "epochs"))  # epochs may round
     if 0 < step <= length.total_steps:
         state = saved(config, length, step, step * batch)
         assert plan(config, DATA, state) == length
@@ -123,7 +123,7 @@ def test_a_run_that_never_changes_keeps_its_steps_and_rates_to_the_bit(batch, st
 def test_with_a_length_in_steps_a_change_of_the_batch_changes_neither_steps_nor_rates():
     config = changed(BASE, 8, max_steps=100)
     length = plan(changed(config, 32, max_steps=100), DATA, saved(config, plan(config, DATA, None), 40, 320))
-    assert (length.total_steps, length.course, length.samples) == (100, None, 320 + 60 * 32)
+    assert (length.total_steps, length.curves[0].course, length.samples) == (100, None, 320 + 60 * 32)
 
 
 def test_with_a_length_in_tokens_the_rate_is_that_of_the_same_tokens_under_another_batch():

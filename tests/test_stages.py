@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from itertools import pairwise
@@ -287,9 +288,9 @@ def steps_of(run: Path) -> list[tuple[int, int]]:
 
 def test_each_step_trains_on_the_samples_of_its_position(folder):
     """With a rate that moves no weight, the loss of a step is that of the first model on these samples."""
+    (folder / "still.yaml").write_text((folder / "stages.yaml").read_text().replace("lr: 5e-3", "lr: 1e-30"))
     still = ["--run.name", "still", "--optimizer.lr", "1e-30", "--checkpoint.every_steps", "0"]
-    config = load(flags(folder, *still))
-    config.train.stages[2].__dict__["lr"] = 1e-30
+    config = load(flags(folder, "--config", str(folder / "still.yaml"), *still))
     from pretrain.train import train
     from tools.diagnose_loss import build_model
 
@@ -374,6 +375,53 @@ def test_a_branch_from_another_run_equals_a_run_that_always_had_the_stage(folder
     assert curve(runs / "branch") == [each for each in curve(runs / "always") if each["step"] > 8]
     assert final_bytes(runs / "branch") == final_bytes(runs / "always")
     assert logged(runs / "branch", "lr") == pytest.approx([0.01 * part / 6 for part in range(5, -1, -1)])
+
+
+def test_a_branch_with_a_longer_context_cuts_the_sources_anew_and_keeps_the_moments(folder, base, capsys):
+    """The first run had blocks of 16 tokens. Its second epoch begins with the stage; quarantined samples would be others."""
+    start = base / "checkpoints" / "step_00000008"
+    stage = "[{after_steps: 8, sequence_length: 48, global_batch_size: 4}]"
+    argv = [
+        "--config",
+        str(folder / "base.yaml"),
+        "--run.name",
+        "long",
+        "--train.stages",
+        stage,
+        "--checkpoint.resume",
+        str(start),
+    ]
+    confirmed = ["--checkpoint.allow_changes", "[train.stages, model.rope_theta]", "--model.rope_theta", "50000"]
+    assert train_here([*argv, *confirmed]) == 0
+    run = folder / "runs" / "long"
+    assert np.diff(logged(run, "tokens")).tolist() == [4 * 48] * 11  # no label was read before
+    first = tool("inspect_data", "--run", run, "--step", 9).stdout.splitlines()
+    assert first[0] == "step 9: positions 64 to 67" and all("epoch 1, sample" in line for line in first if ", sample " in line)
+    (folder / "held.txt").write_text("sequence_length 16\nweb 3\n")
+    quarantined = ["--run.name", "held", "--data.quarantine", str(folder / "held.txt")]
+    allowed = ["--checkpoint.allow_changes", "[train.stages, data.quarantine]"]
+    assert train_here([*argv, *quarantined, *allowed]) == 2
+    assert "sample numbers hold for one length of blocks" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_a_version_without_stages_has_blocks_of_its_length(folder, base):
+    state = json.loads((base / "checkpoints" / "step_00000008" / "state.json").read_text())
+    stage = "[{after_steps: 8, sequence_length: 48, global_batch_size: 4}]"
+    config = load(["--config", str(folder / "base.yaml"), "--train.stages", stage])
+    data = open_parts(config).data
+    now = plan(config, data, state)
+    del state["length"]["stages"], state["length"]["curve"]
+    assert plan(config, data, state) == now and now.block_lengths == [16, 48]
+    assert now.place(data).fingerprint_at(64) == state["data"]
+
+
+def test_reference_losses_are_those_of_the_sources_of_the_stage(folder):
+    tokens = np.random.default_rng(1).integers(3, 100, 4000).astype("<u2")
+    tokens.tofile(folder / "foreign.bin")  # without a sidecar its bigram entropy is unknown
+    stage = f"[{{after_steps: 3, sources: [{{path: {folder}/foreign.bin, dtype: uint16}}]}}]"
+    data = open_parts(load(["--config", str(folder / "base.yaml"), "--train.stages", stage])).data
+    assert {"uniform", "unigram", "bigram"} == data.reference_lines_at(0).keys() == data.reference_lines.keys()
+    assert {"uniform", "unigram"} == data.reference_lines_at(24).keys()
 
 
 def test_inspect_data_shows_the_samples_of_a_step_and_the_steps_of_a_document(straight):

@@ -50,8 +50,8 @@ def main(argv: list[str]) -> None:
     add("--append-end", action="store_true", help="append the end-of-document id to documents that do not end with it")
     add("--packed", action="store_true", help="rows or documents of --input are parts of one stream: divide it at the "
         "end-of-document id")  # fmt: skip
-    add("--leading", action=argparse.BooleanOptionalAction, help="in the stream, the end-of-document id stands in front of "
-        "each document and not behind it (default: in llm.c's format only)")  # fmt: skip
+    add("--leading", action=argparse.BooleanOptionalAction, help="in the stream, the end-of-document id precedes "
+        "each document instead of following it (default: in llm.c's format only)")  # fmt: skip
     add("--column", default=interchange.COLUMN, metavar="NAME", help="column of the ids in parquet or datasets (%(default)s)")
     add("--split", metavar="NAME", help="split of a data set (default: train on the hub)")
     add("--config", metavar="NAME", help="configuration of a data set of the hub")

@@ -119,11 +119,8 @@ class TrainData:
         self.reference_lines = self.reference_lines_at(0)
 
     def _read_quarantine(self, path: str) -> SampleRanges:
-        cut, names = self._mixtures[0].cut, [source.name for source in self.sources]
-        if any(mixture.cut.block_length != cut.block_length for mixture in self._mixtures):
-            text = "its sample numbers hold for one data.block_length, and a stage of this run has another; remove one of them"
-            raise DataError(f"data.quarantine: {path}: {text}")
-        return excluded.read_quarantine(path, names, self.num_samples, cut.sequence_length)
+        names, length = [source.name for source in self.sources], self._mixtures[0].cut.sequence_length
+        return excluded.read_quarantine(path, names, self.num_samples, length)
 
     @property
     def num_samples(self) -> list[int]:
@@ -132,6 +129,9 @@ class TrainData:
         return [source.num_blocks(cut.block_length) * cut.samples_per_block for source in self.sources]
 
     def _stages(self, quarantine: SampleRanges) -> list[DataStage]:
+        if quarantine and len({mixture.cut.block_length for mixture in self._mixtures}) > 1:
+            text = "sample numbers hold for one length of blocks, and this run continues one with another; leave the file out"
+            raise DataError(f"data.quarantine: {text}, or give the run that is continued a data.block_length")
         stages: list[DataStage] = []
         for mixture in self._mixtures:
             cursors = [Cursor()] * len(self.sources)
@@ -144,7 +144,7 @@ class TrainData:
         return stages
 
     def starting_at(self, begins: list[tuple[int, int]]) -> TrainData:
-        """The same stages, beginning at other (position, block length)."""
+        """The same stages, beginning at other (position, block length). Raises DataError for a quarantine that does not fit."""
         mixtures = [
             mixture._replace(position=position, cut=mixture.cut._replace(block_length=block_length))
             for mixture, (position, block_length) in zip(self._mixtures, begins, strict=True)
@@ -348,10 +348,11 @@ def _synthetic(data: DataConfig, split: str, seed: int, vocab_size: int, block_l
 
 def _blended_lines(sources: list, shares: list[float], vocab_size: int) -> dict[str, float]:
     """Means over the sources, weighted by their shares, in nats per token, of the lines that all sources know."""
+    known = [(share, source.reference_lines) for share, source in zip(shares, sources, strict=True) if share]
     lines = {"uniform": math.log(vocab_size)}
     for name in ("unigram", "bigram", "floor"):
-        if all(name in source.reference_lines for source in sources):
-            lines[name] = math.fsum(share * source.reference_lines[name] for share, source in zip(shares, sources, strict=True))
+        if all(name in of_source for _, of_source in known):
+            lines[name] = math.fsum(share * of_source[name] for share, of_source in known)
     return lines
 
 

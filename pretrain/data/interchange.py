@@ -234,7 +234,7 @@ class Documents:
 class Split:
     """Divides a stream into documents at the id `end`. Iterate once.
 
-    leads: the id stands in front of each document, as in llm.c's files; else behind each, as in nanoGPT's. After the iteration
+    leads: the id precedes each document, as in llm.c's files; else it follows each, as in nanoGPT's. After the iteration
     `incomplete` tells whether the stream began (leads) or ended (else) inside a document, which is kept as a document. Raises
     DataError if the id does not occur, or not within 2^28 tokens.
     """
@@ -276,7 +276,7 @@ class Split:
 
 
 def leading(blocks: Iterable[Block], end: int) -> Iterator[np.ndarray]:
-    """The reverse of `Split(leads=True)`: parts of a stream in which `end` stands in front of each document."""
+    """The reverse of `Split(leads=True)`: parts of a stream in which `end` precedes each document."""
     held = np.array([end])
     for tokens, _ in blocks:
         if len(tokens):

@@ -1,6 +1,6 @@
 """Reads records and texts out of one open file: one function for each format. Knows no counts and no names of files.
 
-A record is a JSON object, a row of a table or a row of a column file, with its place "FILE:NUMBER"; `fields.Bad` stands in its
+A record is a JSON object, a row of a table or a row of a column file, with its place "FILE:NUMBER"; `fields.Bad` takes its
 place if it cannot be used. Whatever makes the rest of a file unreadable is a DataError, or one of `compressions.READ_ERRORS`.
 """
 

@@ -221,7 +221,7 @@ class Opener:
         self._open_files = OpenFiles(store=Store(data.cache_directory, data.cache_gib))
 
     def mixture(self, data: DataConfig, where: str, block_length: int) -> list[tuple[FileSource | ShardedSource, float]]:
-        """The training sources of `data`, which stand at `where` in the settings, with their weights."""
+        """The training sources of `data`, whose place in the settings is `where`, with their weights."""
         self.problems += _weight_problems(data, where)
         sources = self.files(data.train, where, data, least_tokens=block_length + 1)
         return [
@@ -232,7 +232,7 @@ class Opener:
     def files(
         self, configs: list[SourceConfig], where: str, data: DataConfig, least_tokens: int, *, partial: bool = False
     ) -> list[FileSource | ShardedSource]:
-        """The sources `configs`, which stand at `where` in the settings; those with a problem are left out. A source that
+        """The sources `configs`, whose place in the settings is `where`; those with a problem are left out. A source that
         earlier settings have named is the same object. partial: of the sources."""
         sources, known = [], list(self._opened)  # the same file twice in one list is two sources
         for i, config in enumerate(configs):

@@ -37,11 +37,6 @@ class Length(NamedTuple):
     block_lengths: list[int]
     """Of the data of each stage."""
 
-    @property
-    def course(self) -> Course | None:
-        """Of the curve that is under way."""
-        return self.curves[0].course
-
     def place(self, data: TrainData) -> TrainData:
         """`data` with its stages where this says."""
         begins = [(stage.position, length) for stage, length in zip(self.stages, self.block_lengths, strict=True)]
@@ -141,8 +136,10 @@ def _course(
 
 def _begun(state: dict | None, data: TrainData) -> list[list[int]]:
     """[step, position, tokens, block length] of each stage that the checkpoint's run had begun; of a new run, the first."""
-    known = ((state or {}).get("length") or {}).get("stages")
-    return known or [[0, 0, 0, data.stages[0].cut.block_length]]
+    if state is None:
+        return [[0, 0, 0, data.stages[0].cut.block_length]]
+    known = (state.get("length") or {}).get("stages")
+    return known or [[0, 0, 0, state["settings"]["data"]["sequence_length"]]]  # of a version without stages
 
 
 def _plan_stages(config: Config, data: TrainData, state: dict | None) -> Length:
@@ -188,7 +185,7 @@ def _curves(config: Config, state: dict | None, step: int, every: list[Stage], t
     curves: list[Curve] = []
     for stage, after in zip(begins, [*begins[1:], None], strict=True):
         end = after.step if after else total
-        if (end <= step and after and after.step < step) or end == stage.step:
+        if (after and end < step) or end == stage.step:
             continue  # passed, or of no step
         now = Curve(stage.step, end, stage.config.schedule, stage.config.optimizer.lr)
         try:

@@ -134,12 +134,18 @@ def log_stage(run: Run, ended: Stage) -> None:
     if stage is ended or step == run.total_steps:
         return
     changes = receipt.stage_change(run.length, run.data, ended, stage)
-    run.graphs.pop("steps", None)  # what compiles for its shapes is reported as that of first steps, not as a surprise
+    if _shape(stage) != _shape(ended):  # what compiles for it is reported like that of first steps, not as a surprise
+        run.graphs.pop("steps", None)
     run.sinks.info(f"stage      {stage.number} begins after step {step:,}: {changes}")
-    shares = run.data.stage_at(stage.position).shares
+    shares = run.data.stages[stage.number].shares
     record = {"sequence_length": stage.config.data.sequence_length, "global_batch_size": stage.config.batch.global_batch_size}
     record["shares"] = {source.name: share for source, share in zip(run.data.sources, shares, strict=True) if share}
     run.sinks.log({"step": step, "stage": stage.number, **record})
+
+
+def _shape(stage: Stage) -> tuple[int, int]:
+    """(B, T) of its micro-batches."""
+    return stage.config.batch.micro_batch_size, stage.config.data.sequence_length
 
 
 def _report_compiler(run: Run, what: str, where: str) -> None:

@@ -56,8 +56,7 @@ def stage_lines(length: Length, data: TrainData, ranks: int | None = None) -> It
             line += f"; learning rate {length.lr(first):.3g} to {length.lr(step):.3g}" if step > stage.step else ""
         yield line
         before, after = data.passes(stage.position), data.passes(position)
-        placed = next(each for each in data.stages if each.position == stage.position)
-        for source, share, start, end in zip(data.sources, placed.shares, before, after, strict=True):
+        for source, share, start, end in zip(data.sources, data.stages[stage.number].shares, before, after, strict=True):
             if share:
                 read = share * (tokens - stage.tokens)
                 yield f"  {source.name}: {100 * share:.4g} %, {read:,.0f} tokens, epochs {start:.3g} to {end:.3g}"
@@ -67,8 +66,7 @@ def stage_change(length: Length, data: TrainData, before: Stage, after: Stage) -
     """What changes between two stages, in words."""
 
     def described(stage: Stage) -> dict[str, str]:
-        config, placed = stage.config, next(each for each in data.stages if each.position == stage.position)
-        shares = zip(data.sources, placed.shares, strict=True)
+        config, shares = stage.config, zip(data.sources, data.stages[stage.number].shares, strict=True)
         return {
             "sources": ", ".join(f"{100 * share:.4g} % {source.name}" for source, share in shares if share),
             "sequence_length": f"{config.data.sequence_length:,}",
