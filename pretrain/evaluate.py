@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pretrain.config import DataConfig
-from pretrain.data.batches import Batch, ValidData, open_valid, read_ahead
+from pretrain.data.batches import Batch, ValidData, open_valid, read_ahead, reads_ahead
 from pretrain.engines.base import Engine
 from pretrain.model.transformer import Transformer
 from pretrain.report.metrics import bits_per_byte, perplexity
@@ -122,7 +122,7 @@ def _loss_sum_and_labels(
 
     flags_of_last_round = list
     rounds = range(engine.mesh.sample_rank * micro_batch_size, len(chosen), round_size)
-    with contextlib.closing(read_ahead(read, rounds)) as batches:
+    with contextlib.closing(read_ahead(read, rounds, reads_ahead([data.source]))) as batches:
         for batch, labels in batches:
             flags = engine.copy_to_host(engine.all_reduce(engine.upload(requests())))
             if any(flags_sum := flags_of_last_round()):  # one round late, so that no rank waits for the device

@@ -17,7 +17,7 @@ from pretrain import UserError, stages
 from pretrain.checkpoint.saver import VOTES
 from pretrain.config import BatchConfig, Config
 from pretrain.data import excluded
-from pretrain.data.batches import Batch, read_ahead
+from pretrain.data.batches import Batch, read_ahead, reads_ahead
 from pretrain.engines import fp8
 from pretrain.engines.base import Engine, require_device
 from pretrain.engines.compile import keep_cache
@@ -282,7 +282,7 @@ def _evaluate(run: Run, stop: StopRequest) -> tuple[float | None, list[int]]:
 
 def _windows(run: Run) -> Iterator[tuple[list[Batch], flops.Attended | None]]:
     """This rank's micro-batches of each step, on the device, and what their tokens attend to, where documents limit that; those
-    of the next step are read while these are used."""
+    of the next steps are read while these are used."""
     engine = run.engine
 
     def batch_at(position: int) -> BatchConfig:
@@ -305,7 +305,7 @@ def _windows(run: Run) -> Iterator[tuple[list[Batch], flops.Attended | None]]:
             yield (position := excluded.next_position(position, skipped))
             position += batch_at(position).global_batch_size
 
-    with contextlib.closing(read_ahead(read, positions())) as windows:
+    with contextlib.closing(read_ahead(read, positions(), reads_ahead(run.data.sources))) as windows:
         try:
             for window, pairs in windows:
                 yield [engine.to_device(micro_batch) for micro_batch in window], pairs

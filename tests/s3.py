@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,8 +21,8 @@ class S3:
     """Counts the requests of the server, and answers those that `fault` chooses in its way.
 
     fault: (method, path) -> None (a good answer), "503", "403", "cut" (half of the body), "short"
-    (the same, with the length of the half in the header), "close" (no answer), or seconds to
-    wait before a good answer.
+    (the same, with the length of the half in the header), "close" (no answer), "drip" (a byte in
+    0.2 s), or seconds to wait before a good answer.
     """
 
     def __init__(self, application: Callable):
@@ -31,7 +31,7 @@ class S3:
         self.requests: Counter[str] = Counter()
         self.bytes = 0
 
-    def __call__(self, environ: dict, start_response: Callable) -> list[bytes]:
+    def __call__(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         self.requests[method] += 1
         fault = self.fault(method, path)
@@ -53,7 +53,15 @@ class S3:
 
         body = b"".join(self._application(environ, start_response))
         self.bytes += len(body)
+        if fault == "drip":
+            return _drops(body)
         return [body[: len(body) // 2] if fault in ("cut", "short") and method == "GET" else body]
+
+
+def _drops(body: bytes) -> Iterator[bytes]:
+    for byte in body:
+        time.sleep(0.2)
+        yield bytes([byte])
 
 
 @contextmanager

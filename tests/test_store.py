@@ -4,8 +4,11 @@ import json
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +16,8 @@ import fsspec
 import numpy as np
 import pytest
 
-from pretrain.data import store
-from pretrain.data.errors import DataError, DataMissing
+from pretrain.data import remote, store
+from pretrain.data.errors import DataError, DataMissing, StoreError
 from pretrain.data.indexed import TokenFile
 from pretrain.data.reads import OpenFiles
 from pretrain.data.shards import open_shards
@@ -91,6 +94,34 @@ def test_only_the_blocks_that_are_read_are_fetched_and_each_once(memory, tmp_pat
     assert fetched == [8192, 20480]
 
 
+def test_tokens_that_do_not_fit_in_the_cache_are_fetched_as_they_are_read_and_not_kept(memory, tmp_path, monkeypatch):
+    tokens = (np.arange(1 << 21) % 499).astype("<u2")  # 4 MiB, of which a start samples 1 MiB
+    fsspec.filesystem("memory").pipe_file("/bucket/large.bin", tokens.tobytes())
+    fetched, cat_file = [], type(fsspec.filesystem("memory")).cat_file
+
+    def counting(self, path: str, start: int, end: int) -> bytes:
+        fetched.append((start, end))
+        return cat_file(self, path, start, end)
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", counting)
+    mib = 2**-10
+    file = opened(f"{memory}/large.bin", tmp_path / "cache", 2 * mib)[0]
+    fingerprint, kept = file.watch(), len(blocks(tmp_path / "cache"))
+    assert sum(end - begin for begin, end in fetched) < 1.25 * 2**20
+    fetched.clear()
+    starts, lengths = np.array([5000, 100, 9000]), np.array([10, 3000, 20])
+    file.read_soon(starts, lengths)
+    for _ in range(2):
+        assert np.array_equal(file.read(starts, lengths), np.concatenate([tokens[s : s + n] for s, n in zip(starts, lengths)]))
+    once = [(10000, 10020), (200, 4296), (4296, 6200), (18000, 18040)]  # at most a block at a time
+    assert sorted(fetched) == sorted(2 * once) and len(blocks(tmp_path / "cache")) == kept
+    fetched.clear()
+    assert opened(f"{memory}/large.bin", tmp_path / "cache", 2 * mib)[0].watch() == fingerprint and not fetched, "samples are kept"
+    both = opened(f"{memory}/*.bin", tmp_path / "both", 4 * mib)  # each fits, but not both
+    fetched.clear()
+    assert both[0].read([0], [10]).tolist() == (np.arange(10) % 500).tolist() and fetched == [(0, 20)]
+
+
 def test_an_object_that_is_replaced_or_removed_while_in_use_is_an_error(memory, web, tmp_path):
     system = fsspec.filesystem("memory")
     file = opened(f"{memory}/part-0", tmp_path / "cache")[0]
@@ -149,6 +180,42 @@ def test_a_cache_that_cannot_be_written_costs_requests_and_one_message(memory, t
     assert not list((tmp_path / "cache").rglob(".*")), "temporary files of failed writes stay"
 
 
+READER = """
+import random, sys
+import numpy as np
+from pretrain.data import store
+from pretrain.data.reads import OpenFiles
+from pretrain.data.shards import open_shards
+store.BLOCK_BYTES = 4096
+url, cache, seed, reads = sys.argv[1:]
+file = open_shards(url, open_files=OpenFiles(store=store.Store(cache, 3 * 2**20 / 2**30)))[0]
+chosen = random.Random(seed)
+for _ in range(int(reads)):
+    starts = np.array([chosen.randrange(1 << 20) for _ in range(8)])
+    found = file.read(starts, np.full(8, 100))
+    assert (found == (starts[:, None] + np.arange(100)).ravel() % 499).all(), "wrong tokens"
+"""
+
+
+def test_processes_that_share_a_small_cache_and_are_killed_read_the_right_tokens(tmp_path):
+    cache = tmp_path / "cache"
+    for number in range(2):  # of 2 MiB each: one fits in the cache of 3 MiB, both do not
+        (np.arange((1 << 20) + 100) % 499).astype("<u2").tofile(tmp_path / f"{number}.bin")
+
+    def start(seed: int, reads: int) -> subprocess.Popen:
+        program = [sys.executable, "-c", READER, f"file://{tmp_path}/{seed % 2}.bin", str(cache), str(seed), str(reads)]
+        return subprocess.Popen(program, cwd=ROOT)
+
+    killed, readers = [start(seed, 10**9) for seed in range(2)], [start(seed, 400) for seed in range(2, 4)]
+    time.sleep(3)
+    for process in killed:
+        process.send_signal(signal.SIGKILL)
+    assert [process.wait(120) for process in readers] == [0, 0]
+    assert [process.wait(120) for process in killed] == [-signal.SIGKILL] * 2
+    assert 2 << 20 < sum(path.stat().st_size for path in blocks(cache)) <= 3 << 20
+    assert start(5, 100).wait(120) == 0
+
+
 def test_a_tokenizer_is_loaded_from_a_store(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     local = make_tokenizer(tmp_path / "tokenizer")
@@ -182,8 +249,48 @@ def test_answers_of_s3_that_fail_now_and_then_change_nothing(s3, web, tmp_path, 
 
 
 @S3_SERVER
+@pytest.mark.parametrize("fault", [60.0, "drip"])
+def test_an_answer_that_never_ends_is_not_waited_for(fault, s3, web, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "_REQUEST_SECONDS", 1.0)
+    flat = opened("s3://corpus/web/flat.bin", tmp_path / "cache")[0]
+    monkeypatch.setattr(store, "BLOCK_BYTES", 4096)  # other blocks than those of the start
+    asked = Counter()
+
+    def first_two(method: str, path: str) -> str | float | None:
+        asked[method] += 1
+        return fault if method == "GET" and asked[method] <= 2 else None
+
+    s3.fault = first_two
+    started = time.monotonic()
+    assert np.array_equal(all_tokens(flat), all_tokens(TokenFile(web / "flat.bin")))
+    assert asked["GET"] == 5 + 2 and time.monotonic() - started < 30
+    s3.fault = lambda method, path: fault if method == "GET" else None
+    monkeypatch.setattr(remote, "RETRY_SECONDS", 2.0)
+    with pytest.raises(StoreError, match="no complete answer in 1 s"):
+        opened("s3://corpus/web/flat.bin", tmp_path / "another")
+    assert time.monotonic() - started < 60
+
+
+@S3_SERVER
+def test_listings_are_tried_again(s3, web, tmp_path):
+    asked = Counter()
+
+    def every_other(method: str, path: str) -> str | None:
+        asked["all"] += 1
+        return "503" if asked["all"] % 2 else None
+
+    s3.fault = every_other
+    assert [Path(file.path).name for file in opened("s3://corpus/web/", tmp_path / "cache")] == ["flat.bin", "part-0"]
+    pair = ["part-0.bin", "part-0.idx", "part-0.json"]
+    assert [Path(name).name for name in remote.find("s3://corpus/web/part*")[0]] == pair
+    assert [Path(name).name for name in remote.find("s3://corpus/web")[0]] == ["flat.bin", *pair]
+    assert [Path(name).name for name in remote.find("s3://corpus/web/flat.bin")[0]] == ["flat.bin"]
+    assert remote.exists("s3://corpus/web/part-0.idx") and not remote.exists("s3://corpus/web/none")
+
+
+@S3_SERVER
 def test_what_s3_refuses_for_good_is_an_error_in_words(s3, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "_RETRY_SECONDS", 1.0)
+    monkeypatch.setattr(remote, "RETRY_SECONDS", 1.0)
     for url in ("s3://corpus/web/none", "s3://nowhere/web/part-0", "s3://nowhere/web/"):
         with pytest.raises(DataMissing, match=url):
             opened(url, tmp_path / "cache")
@@ -191,7 +298,7 @@ def test_what_s3_refuses_for_good_is_an_error_in_words(s3, tmp_path, monkeypatch
     with pytest.raises(DataError, match="refuses access"):
         opened("s3://corpus/web/part-0", tmp_path / "cache")
     s3.fault = lambda method, path: "503"
-    with pytest.raises(OSError, match=r"s3://corpus/web/part-0.bin.*does not answer"):
+    with pytest.raises(StoreError, match=r"s3://corpus/web/part-0.bin.*does not answer"):
         opened("s3://corpus/web/part-0", tmp_path / "cache")
 
 
@@ -200,7 +307,7 @@ run: {name: tiny}
 model: {hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, vocab_size: 100}
 data: {sequence_length: 32}
 batch: {global_batch_size: 8, micro_batch_size: 8}
-train: {max_steps: 12}
+train: {max_steps: 40}
 checkpoint: {every_steps: 4}
 log: {every_steps: 1, sinks: [jsonl]}
 """
@@ -208,9 +315,9 @@ log: {every_steps: 1, sinks: [jsonl]}
 
 SMALL_BLOCKS = """
 import sys
-from pretrain.data import store
+from pretrain.data import remote, store
 from tests.models import train_here
-store.BLOCK_BYTES, store._RETRY_SECONDS = 4096, 1.0
+store.BLOCK_BYTES, remote.RETRY_SECONDS = 4096, 1.0
 sys.exit(train_here(sys.argv[1:]))
 """
 
@@ -237,11 +344,15 @@ def test_a_run_on_s3_survives_its_store_and_has_the_losses_of_a_run_on_a_disk(s3
 
     assert train("disk", str(tmp_path / "large" / "part-0"), "unused")[0] == 0
 
+    fetched = Counter()
+
     def fails_later(method: str, path: str) -> str | None:
-        return "503" if method == "GET" and (tmp_path / "s3/tiny/checkpoints/step_00000004").exists() else None
+        fetched[method] += path.endswith(".bin")
+        return "503" if method == "GET" and fetched["GET"] > 450 else None  # 256 at the start, then about 8 per step
 
     s3.fault = fails_later
     status, errors = train("s3", "s3://corpus/large/part-0", "cache")
+    assert list((tmp_path / "s3/tiny/checkpoints").glob("step_*"))
     assert status == 74 and "s3://corpus/large/part-0.bin: the store does not answer" in errors
     s3.fault = lambda method, path: None
     shutil.rmtree(tmp_path / "cache")

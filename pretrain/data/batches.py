@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
@@ -26,9 +27,11 @@ from .excluded import Quarantine, SampleRanges
 from .indexed import DataError
 from .order import Order, Places
 from .passes import NEVER, Cursor, Cut
+from .remote import is_url
 from .sources import Opener
 
 MASKED = -100  # the label that cross-entropy ignores
+_READS_AHEAD_IN_STORE = 8
 _Place = TypeVar("_Place")
 _Content = TypeVar("_Content")
 
@@ -371,13 +374,19 @@ def _fill(batch: Batch, rows: np.ndarray, source, samples: np.ndarray, cut: Cut)
         batch.documents_BT.numpy()[rows] = source.documents(samples, windows, cut)
 
 
-def read_ahead(read: Callable[[_Place], _Content], places: Iterable[_Place]) -> Iterator[_Content]:
-    """Yields `read(place)` for each place; a thread reads the next one while the caller uses this one. Raises what `read`
-    raises, at its place. Close it when it is not used up: that waits for the read in progress."""
+def read_ahead(read: Callable[[_Place], _Content], places: Iterable[_Place], ahead: int = 1) -> Iterator[_Content]:
+    """Yields `read(place)` for each place; threads read the next `ahead` ones while the caller uses this one. Raises what `read`
+    raises, at its place. Close it when it is not used up: that waits for the reads in progress."""
     remaining = iter(places)
-    with ThreadPoolExecutor(1, "data") as pool:
-        ahead = [pool.submit(read, place) for place in itertools.islice(remaining, 1)]
-        while ahead:
-            content = ahead.pop().result()
-            ahead = [pool.submit(read, place) for place in itertools.islice(remaining, 1)]
+    with ThreadPoolExecutor(ahead, "data") as pool:
+        reads = deque(pool.submit(read, place) for place in itertools.islice(remaining, ahead))
+        while reads:
+            content = reads.popleft().result()
+            reads.extend(pool.submit(read, place) for place in itertools.islice(remaining, 1))
             yield content
+
+
+def reads_ahead(sources: list) -> int:
+    """How many batches of these sources to read ahead: from a store, each takes a few round trips, and now and then seconds."""
+    in_store = any(is_url(file.path) for source in sources for file in source.files)
+    return _READS_AHEAD_IN_STORE if in_store else 1

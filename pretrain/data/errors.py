@@ -11,3 +11,9 @@ class DataError(UserError):
 
 class DataMissing(DataError):
     """No token file has that name."""
+
+
+class StoreError(UserError):
+    """A store that does not answer. Nothing is wrong with the data: the same command may work later."""
+
+    status = 74  # as of a disk that fails

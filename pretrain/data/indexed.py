@@ -157,8 +157,8 @@ class TokenFile:
     def _open_flat(self, dtype: str | None, vocab_size: int | None) -> None:
         starts, lengths = map(np.array, spaced_runs(self._bin_bytes // 8, _FLAT_RUNS, _FLAT_RUN_WORDS))
         file = self._bin()
-        sample = file.read(8 * starts, 8 * lengths).tobytes()
-        head = file.read_at(0, min(flat.HEADER_BYTES, file.size))
+        sample = file.sample(8 * starts, 8 * lengths).tobytes()
+        head = file.sample(np.array([0]), np.array([min(flat.HEADER_BYTES, file.size)])).tobytes()
         try:
             if dtype:
                 self.dtype = np.dtype(dtype).newbyteorder("<")
@@ -222,11 +222,14 @@ class TokenFile:
 
     def read(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Tokens [start, start + length) of all ranges, back to back. Raises OSError if the file was truncated meanwhile."""
+        return self._read(self._bin().read, starts, lengths)
+
+    def _read(self, read: Callable, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         starts, lengths = np.asarray(starts, dtype=np.int64), np.asarray(lengths, dtype=np.int64)
         if starts.size and (starts.min() < 0 or lengths.min() < 0 or (starts + lengths).max() > self.num_tokens):
             raise IndexError(f"{self.bin_path}: range outside its {self.num_tokens:,} tokens")
         width = self.dtype.itemsize
-        return self._bin().read(starts * width + self._offset, lengths * width).view(self.dtype)
+        return read(starts * width + self._offset, lengths * width).view(self.dtype)
 
     def read_soon(self, starts: np.ndarray, lengths: np.ndarray) -> None:
         """Lets the system begin to read these ranges of tokens, so that `read` finds them in memory."""
@@ -268,7 +271,7 @@ class TokenFile:
     def sample(self, runs: int | None = None) -> np.ndarray:
         """At most `runs` (default: `sample_runs`, 64) evenly spaced runs of 8192 tokens, the first and the last tokens
         included: O(1) for any file."""
-        return self.read(*spaced_runs(self.num_tokens, runs or self.sample_runs, SAMPLE_RUN_LENGTH))
+        return self._read(self._bin().sample, *spaced_runs(self.num_tokens, runs or self.sample_runs, SAMPLE_RUN_LENGTH))
 
     def fingerprint(self, runs: int | None = None) -> str:
         """Hash of type, length, checksums in the sidecar and `sample(runs)`, but not of the path.

@@ -61,6 +61,8 @@ class OpenFile:
             self.read_soon(offsets, sizes)
         return read_ranges(self, offsets, sizes)
 
+    sample = read
+
     def read_soon(self, offsets: np.ndarray, sizes: np.ndarray) -> None:
         """Starts reading the bytes [offset, offset + size) of all ranges, and waits for none."""
         if hasattr(os, "posix_fadvise"):
@@ -84,10 +86,10 @@ class OpenFiles:
             limit = max(8, allowed // 4)
         self.limit = limit
         self.get: Callable[[str], OpenFile | StoredObject] = lru_cache(maxsize=limit)(partial(_open, store or Store()))
-        """The open file at a path or URL. Raises OSError; for a URL, DataError, too."""
+        """The open file at a path or URL. Raises OSError; for a URL, DataError and StoreError."""
 
     def exists(self, path: str) -> bool:
-        """True if there is such a file. For a URL, it is opened. Raises DataError, OSError."""
+        """True if there is such a file. For a URL, it is opened. Raises DataError, StoreError, OSError."""
         if not is_url(path):
             return os.path.isfile(path)
         try:
@@ -154,7 +156,7 @@ class StoredArray:
         """Hash of at most `runs` evenly spaced runs of 8192 elements, the first and the last included."""
         starts, lengths = map(np.array, spaced_runs(self._count, runs, SAMPLE_RUN_LENGTH))
         width = self._dtype.itemsize
-        return xxhash.xxh3_128_hexdigest(self._open_file().read(self._offset + width * starts, width * lengths))
+        return xxhash.xxh3_128_hexdigest(self._open_file().sample(self._offset + width * starts, width * lengths))
 
 
 def spaced_runs(num_tokens: int, count: int, length: int) -> tuple[list[int], list[int]]:

@@ -1,7 +1,15 @@
-"""Objects of a store, such as s3://bucket/web/part-0.bin, read by ranges of bytes through blocks cached on a local disk.
+"""Objects of a store, such as s3://bucket/web/part-0.bin, read by ranges of bytes that are cached on a local disk.
 
-    DIRECTORY/blocks/3f/3f...-17       block 17 of an object, at most 1 MiB, and its xxh3-128 checksum (16 bytes)
-    DIRECTORY/tokenizers/3f.../        the files of a tokenizer
+    DIRECTORY/blocks/3f/3f...-4096-1024   bytes 4096 to 5119 of an object, and their xxh3-128 checksum (16 bytes)
+    DIRECTORY/tokenizers/3f.../           the files of a tokenizer
+
+What is fetched, and cached, at a time:
+
+    tokens (.bin), if those of all objects fit in the cache     the blocks of 1 MiB that contain what is read
+    tokens, if they do not fit                                  what is read, and it is not cached: samples are read in random
+                                                                order, so a block would be removed before its next sample
+    samples of tokens that a start reads                        what is read
+    everything else: the index, the sidecar                     blocks of 64 KiB
 
 The name of a block contains a hash of the object's URL, size, and ETag or time of change: another version of an object has
 other blocks. After each fetch, the object is looked at again, so that no block of a version that replaced the opened one is
@@ -14,14 +22,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import random
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -31,16 +37,15 @@ from pretrain.files import write_atomically
 from . import remote
 from .errors import DataError, DataMissing
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES, _INDEX_BLOCK_BYTES = 1 << 20, 1 << 16
 DEFAULT_CACHE_GIB = 32.0
 _CHECKSUM_BYTES = 16
 _REQUESTS = 32  # at a time in a process
-_RETRY_SECONDS, _LONGEST_PAUSE_SECONDS, _TELL_SECONDS = 60.0, 8.0, 10.0
+_REQUEST_SECONDS = 30.0  # for a block: on a slower link than 35 kB/s nobody trains
 _CHECKS_PER_LIMIT = 128  # how often a process looks at the size of the cache while it writes as much as that may be
 # What distinguishes versions of an object, in the words of s3, gs, az, http, file and memory.
 _MARKS = ("etag", "generation", "versionid", "content-md5", "last-modified", "lastmodified", "mtime", "ino", "created")
 _TOKENIZER_ENDS = (".json", ".model", ".txt", ".jinja")
-T = TypeVar("T")
 
 
 class BlockCache:
@@ -154,16 +159,24 @@ class Store:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         self.directory = Path(directory or os.path.join(home, "pretrain"))
         self.cache = BlockCache(self.directory, cache_gib)
+        self.cache_bytes = int(cache_gib * 2**30)
         self.requests = ThreadPoolExecutor(_REQUESTS, "store")
-        self._told_at = -_TELL_SECONDS
-        self._failing_since: float | None = None  # no request has succeeded since then
+        self._token_bytes: dict[str, int] = {}  # of the objects that were opened
 
     def open(self, url: str) -> StoredObject:
-        """The object of that URL. Raises DataMissing, DataError, OSError."""
-        return StoredObject(url, self)
+        """The object of that URL. Raises DataError, StoreError."""
+        found = StoredObject(url, self)
+        if found.has_tokens:
+            self._token_bytes[url] = found.size
+        return found
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of all tokens in the objects that were opened."""
+        return sum(self._token_bytes.copy().values())
 
     def tokenizer(self, url: str) -> Path:
-        """A local copy of the tokenizer's files in a folder of the store. Raises DataError, OSError."""
+        """A local copy of the tokenizer's files in a folder of the store. Raises DataError, StoreError, OSError."""
         names, is_folder = remote.find(url)
         names = [each for each in names if PurePosixPath(each).name.endswith(_TOKENIZER_ENDS)] if is_folder else []
         objects = {PurePosixPath(each).name: self.open(each) for each in names}
@@ -174,55 +187,31 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         for name, found in objects.items():
             if not (folder / name).exists():
-                write_atomically(folder / name, found.read(np.array([0]), np.array([found.size])).tobytes())
+                write_atomically(folder / name, found.sample(np.array([0]), np.array([found.size])).tobytes())
         return folder
 
-    def retried(self, url: str, attempt: Callable[[], T]) -> T:
-        """What `attempt` returns, which is tried again for a minute after time-outs, errors of the server and cut transfers.
 
-        The minute begins when the store stops answering: requests that wait behind those that gave up do not hold up the end of
-        the process. Raises DataError for what trying again cannot change, OSError.
-        """
-        begin, tries = time.monotonic(), 0
-        while True:
-            tries += 1
-            try:
-                result = attempt()
-                self._failing_since = None
-                return result
-            except DataError:
-                raise
-            except Exception as error:  # packages pass on the exceptions of their clients, and of the network
-                text = f"{type(error).__name__}: {error}"
-                if isinstance(error, FileNotFoundError):
-                    raise DataMissing(f"{url}: not in the store; check the URL") from None
-                if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
-                    raise DataError(f"{url}: the store refuses access ({text}); check the credentials") from None
-                pause = min(_LONGEST_PAUSE_SECONDS, 0.1 * 2**tries) * random.uniform(0.5, 1)
-                now = time.monotonic()
-                self._failing_since = self._failing_since or now
-                if now - min(begin, self._failing_since) + pause > _RETRY_SECONDS:
-                    seconds = f"{tries} tries in {now - begin:.0f} s"
-                    raise OSError(f"{url}: the store does not answer ({seconds}; {text}); start again to resume") from error
-            self._tell(f"{url}: {text}; is tried again for up to {_RETRY_SECONDS:.0f} s", tries)
-            time.sleep(pause)
+class _Part(NamedTuple):
+    """What a read needs of one block."""
 
-    def _tell(self, text: str, tries: int) -> None:
-        now = time.monotonic()
-        if tries > 2 and now - self._told_at >= _TELL_SECONDS:  # a single failure is usual
-            self._told_at = now
-            print(f"pretrain: {text}", file=sys.stderr, flush=True)
+    block: tuple[int, int]
+    """First byte of the block in the object, bytes."""
+    begin: int
+    """Of the part, in the block."""
+    size: int
+    place: int
+    """Of the part, in what is read."""
 
 
 class StoredObject:
     """An object of a store, with the methods of `reads.OpenFile`: the version that was there when it was opened."""
 
     def __init__(self, url: str, store: Store):
-        self.name, self._store = url, store
+        self.name, self.has_tokens, self._store = url, url.endswith(".bin"), store
         self._system, self._path = remote.open_system(url)
         self.size, self._marks = self._look()
         self.key = xxhash.xxh3_128_hexdigest(f"{url}\n{self.size}\n{self._marks}".encode())
-        self._fetching: dict[int, Future[bytes]] = {}
+        self._fetching: dict[tuple[int, int], Future[bytes]] = {}  # what is not kept stays here until it is read
         self._lock = threading.Lock()
 
     def stamp(self) -> str:
@@ -230,76 +219,96 @@ class StoredObject:
         return self.key
 
     def read_at(self, offset: int, size: int) -> bytes:
-        """The bytes [offset, offset + size). Raises DataError, OSError."""
+        """The bytes [offset, offset + size). Raises DataError, StoreError."""
         return self.read(np.array([offset]), np.array([size])).tobytes()
 
     def read_soon(self, offsets: np.ndarray, sizes: np.ndarray) -> None:
         """Starts fetching what is not in the cache of the bytes [offset, offset + size) of all ranges, and waits for none."""
-        for block in {block for block, *_ in self._pieces(offsets, sizes)}:
-            if not self._store.cache.has(self._block_name(block)):
-                self._fetch_soon(block)
+        keep = self._block_bytes() is not None
+        for block in {part.block for part in self._parts(offsets, sizes, self._block_bytes())}:
+            if not (keep and self._store.cache.has(self._name(block))):
+                self._fetch_soon(block, keep)
 
     def read(self, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """Bytes [offset, offset + size) of all ranges, back to back: uint8.
 
-        Raises DataError if the object was replaced or removed since it was opened, OSError if the store does not answer.
+        Raises DataError if the object was replaced or removed since it was opened, StoreError if the store does not answer.
         """
+        block_bytes = self._block_bytes()
+        return self._read(offsets, sizes, block_bytes, keep=block_bytes is not None)
+
+    def sample(self, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """The same, for ranges that every start of a run reads."""
+        return self._read(offsets, sizes, None, keep=True)
+
+    def _block_bytes(self) -> int | None:
+        """Bytes that are fetched and kept together; None: what is read is fetched, and not kept."""
+        if not self.has_tokens:
+            return _INDEX_BLOCK_BYTES
+        return BLOCK_BYTES if self._store.token_bytes <= self._store.cache_bytes else None
+
+    def _read(self, offsets: np.ndarray, sizes: np.ndarray, block_bytes: int | None, *, keep: bool) -> np.ndarray:
         data, missing = np.empty(int(sizes.sum()), dtype=np.uint8), []
         buffer = memoryview(data)
-        for piece in self._pieces(offsets, sizes):
-            block, begin, end, place = piece
-            found = self._store.cache.read(self._block_name(block), self._block_size(block), begin, end)
+        for part in self._parts(offsets, sizes, block_bytes):
+            block, begin, size, place = part
+            found = self._store.cache.read(self._name(block), block[1], begin, begin + size) if keep else None
             if found is None:
-                missing.append((piece, self._fetch_soon(block)))
+                missing.append((part, self._fetch_soon(block, keep)))
             else:
-                buffer[place : place + end - begin] = found
-        for (_, begin, end, place), fetched in missing:
-            buffer[place : place + end - begin] = memoryview(fetched.result())[begin:end]
+                buffer[place : place + size] = found
+        for (block, begin, size, place), fetched in missing:
+            buffer[place : place + size] = memoryview(fetched.result())[begin : begin + size]
+            if not keep:
+                self._fetching.pop(block, None)
         return data
 
-    def _pieces(self, offsets: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
-        """(block, begin and end within it, place in the result) of the parts of all ranges. Raises OSError past the end."""
+    def _parts(self, offsets: np.ndarray, sizes: np.ndarray, block_bytes: int | None) -> Iterator[_Part]:
+        """The parts of all ranges; None: each is a block, of at most BLOCK_BYTES. Raises OSError past the end."""
         place = 0
         for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True):
             if offset + size > self.size:
                 raise OSError(f"{self.name}: ends at byte {self.size:,}, {offset + size:,} expected; copy it again")
             while size:
-                block, begin = divmod(offset, BLOCK_BYTES)
-                length = min(size, BLOCK_BYTES - begin)
-                yield block, begin, begin + length, place
+                begin = offset % block_bytes if block_bytes else 0
+                length = min(size, (block_bytes or BLOCK_BYTES) - begin)
+                block = (offset - begin, min(block_bytes, self.size - offset + begin) if block_bytes else length)
+                yield _Part(block, begin, length, place)
                 offset, size, place = offset + length, size - length, place + length
 
-    def _block_name(self, block: int) -> str:
-        return f"{self.key}-{block}"
+    def _name(self, block: tuple[int, int]) -> str:
+        return f"{self.key}-{block[0]}-{block[1]}"
 
-    def _block_size(self, block: int) -> int:
-        return min(BLOCK_BYTES, self.size - block * BLOCK_BYTES)
-
-    def _fetch_soon(self, block: int) -> Future[bytes]:
+    def _fetch_soon(self, block: tuple[int, int], keep: bool) -> Future[bytes]:
         """The block, once it is fetched; a block is fetched once at a time."""
         with self._lock:
             if block not in self._fetching:
-                self._fetching[block] = self._store.requests.submit(self._fetch, block)
+                self._fetching[block] = self._store.requests.submit(self._fetch, block, keep)
             return self._fetching[block]
 
-    def _fetch(self, block: int) -> bytes:
-        begin, size = block * BLOCK_BYTES, self._block_size(block)
+    def _fetch(self, block: tuple[int, int], keep: bool) -> bytes:
+        begin, size = block
 
-        def attempt() -> bytes:
+        def request() -> bytes:
             data = self._system.cat_file(self._path, start=begin, end=begin + size)
             if len(data) != size:
                 self._require_same()
+                if len(data) == self.size:
+                    raise DataError(f"{self.name}: the server cannot send parts of a file; use another server, or download it")
                 raise OSError(f"{len(data):,} of {size:,} bytes arrived")
             return data
 
         try:
-            data = self._store.retried(self.name, attempt)
+            data = remote.retried(self.name, request, _REQUEST_SECONDS)
             self._require_same()
-            self._store.cache.write(self._block_name(block), data)
-            return data
-        finally:
-            with self._lock:
-                del self._fetching[block]
+            if keep:
+                self._store.cache.write(self._name(block), data)
+        except BaseException:
+            self._fetching.pop(block, None)  # the next read tries again
+            raise
+        if keep:
+            self._fetching.pop(block, None)
+        return data
 
     def _require_same(self) -> None:
         if self._look() != (self.size, self._marks):
@@ -308,11 +317,11 @@ class StoredObject:
     def _look(self) -> tuple[int, str]:
         """(bytes, what distinguishes its versions) of the object now."""
 
-        def attempt() -> dict:
+        def request() -> dict:
             self._system.invalidate_cache()  # of listings
             return self._system.info(self._path)
 
-        about = self._store.retried(self.name, attempt)
+        about = remote.retried(self.name, request, _REQUEST_SECONDS)
         if about.get("type") == "directory":
             raise DataMissing(f"{self.name}: is a folder, not an object")
         if about.get("size") is None:
