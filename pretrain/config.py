@@ -114,7 +114,7 @@ class DataConfig:
     cache_directory: str | None = free(None)
     """Where blocks of data in object stores are kept, on a local disk; null: ~/.cache/pretrain."""
     cache_gib: NonNegativeFloat = free(32.0)
-    """Most disk space of these blocks on each machine. 0: blocks are not kept."""
+    """Most disk space of these blocks on each machine. If the tokens do not fit, samples are fetched one by one, not kept."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -300,6 +300,10 @@ def a_shard_that_is_missing(world):
             path.unlink()
 
 
+def a_cache_smaller_than_the_tokens(world):
+    world.flags |= {"data.train": f"[{{path: 'file://{world.train}'}}]", "data.cache_gib": 1e-6}
+
+
 def a_shard_that_is_damaged(world):
     folder = split_into_shards(world, 5)
     content = bytearray((folder / "004.bin").read_bytes())  # the last is always verified
@@ -506,6 +510,7 @@ def new_build_lock(world):
         ({"train.max_steps": 20_000}, "many-passes"),
         (shards_of_little_more_than_a_sample, "tokens-unused"),
         (a_shard_that_is_missing, "shards-missing"),
+        (a_cache_smaller_than_the_tokens, "cache-too-small"),
         (busy_port, "port-in-use"),
         (no_wandb, "wandb-unreachable"),
         (no_wandb_key, "wandb-no-key"),

@@ -1,5 +1,6 @@
 """Token files and tokenizers in object stores: the same tokens as on a disk or an error, whatever store and cache do."""
 
+import http.server
 import json
 import random
 import resource
@@ -7,9 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -112,11 +115,13 @@ def test_tokens_that_do_not_fit_in_the_cache_are_fetched_as_they_are_read_and_no
     starts, lengths = np.array([5000, 100, 9000]), np.array([10, 3000, 20])
     file.read_soon(starts, lengths)
     for _ in range(2):
-        assert np.array_equal(file.read(starts, lengths), np.concatenate([tokens[s : s + n] for s, n in zip(starts, lengths)]))
+        expected = [tokens[begin : begin + count] for begin, count in zip(starts, lengths, strict=True)]
+        assert np.array_equal(file.read(starts, lengths), np.concatenate(expected))
     once = [(10000, 10020), (200, 4296), (4296, 6200), (18000, 18040)]  # at most a block at a time
     assert sorted(fetched) == sorted(2 * once) and len(blocks(tmp_path / "cache")) == kept
     fetched.clear()
-    assert opened(f"{memory}/large.bin", tmp_path / "cache", 2 * mib)[0].watch() == fingerprint and not fetched, "samples are kept"
+    again = opened(f"{memory}/large.bin", tmp_path / "cache", 2 * mib)[0]
+    assert again.watch() == fingerprint and not fetched, "the samples of a start are not kept for the next"
     both = opened(f"{memory}/*.bin", tmp_path / "both", 4 * mib)  # each fits, but not both
     fetched.clear()
     assert both[0].read([0], [10]).tolist() == (np.arange(10) % 500).tolist() and fetched == [(0, 20)]
@@ -180,6 +185,18 @@ def test_a_cache_that_cannot_be_written_costs_requests_and_one_message(memory, t
     assert not list((tmp_path / "cache").rglob(".*")), "temporary files of failed writes stay"
 
 
+def test_a_server_that_cannot_send_parts_of_a_file_is_refused_in_words(web, tmp_path):
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=web)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(DataError, match="cannot send parts of a file; use another server, or download it"):
+            opened(f"http://127.0.0.1:{server.server_port}/flat.bin", tmp_path / "cache")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 READER = """
 import random, sys
 import numpy as np
@@ -202,18 +219,18 @@ def test_processes_that_share_a_small_cache_and_are_killed_read_the_right_tokens
     for number in range(2):  # of 2 MiB each: one fits in the cache of 3 MiB, both do not
         (np.arange((1 << 20) + 100) % 499).astype("<u2").tofile(tmp_path / f"{number}.bin")
 
-    def start(seed: int, reads: int) -> subprocess.Popen:
+    def reader(seed: int, reads: int) -> subprocess.Popen:
         program = [sys.executable, "-c", READER, f"file://{tmp_path}/{seed % 2}.bin", str(cache), str(seed), str(reads)]
         return subprocess.Popen(program, cwd=ROOT)
 
-    killed, readers = [start(seed, 10**9) for seed in range(2)], [start(seed, 400) for seed in range(2, 4)]
+    killed, readers = [reader(seed, 10**9) for seed in range(2)], [reader(seed, 400) for seed in range(2, 4)]
     time.sleep(3)
     for process in killed:
         process.send_signal(signal.SIGKILL)
     assert [process.wait(120) for process in readers] == [0, 0]
     assert [process.wait(120) for process in killed] == [-signal.SIGKILL] * 2
     assert 2 << 20 < sum(path.stat().st_size for path in blocks(cache)) <= 3 << 20
-    assert start(5, 100).wait(120) == 0
+    assert reader(5, 100).wait(120) == 0
 
 
 def test_a_tokenizer_is_loaded_from_a_store(tmp_path, monkeypatch):
@@ -326,24 +343,38 @@ def losses(run: Path) -> dict[int, float]:
     return {each["step"]: each["loss"] for each in map(json.loads, open(run / "metrics.jsonl")) if "loss" in each}
 
 
-@S3_SERVER
-def test_a_run_on_s3_survives_its_store_and_has_the_losses_of_a_run_on_a_disk(s3, tmp_path):
+@pytest.fixture
+def large(s3, tmp_path) -> Path:
+    """A pair of 1,500 of the blocks below, of which opening reads some; also at s3://corpus/large."""
     from .s3 import BUCKET, upload
 
     (tmp_path / "run.yaml").write_text(RUN)
     (tmp_path / "large").mkdir()
-    write(tmp_path / "large" / "part-0", documents([2000] * 1500, seed=1))  # 1,500 blocks, of which opening reads some
+    write(tmp_path / "large" / "part-0", documents([2000] * 1500, seed=1))
     upload(tmp_path / "large", f"{BUCKET}/large")
+    return tmp_path / "large" / "part-0"
 
-    def train(directory: str, path: str, cache: str) -> tuple[int, str]:
-        flags = ["--config", str(tmp_path / "run.yaml"), "--run.directory", str(tmp_path / directory)]
-        flags += ["--data.train", f"[{{path: '{path}'}}]", "--data.cache_directory", str(tmp_path / cache)]
-        program = [sys.executable, "-c", SMALL_BLOCKS, *flags, "--checkpoint.resume", "auto"]
-        done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
-        return done.returncode, done.stderr
 
-    assert train("disk", str(tmp_path / "large" / "part-0"), "unused")[0] == 0
+def start(folder: Path, directory: str, path: str, cache: str) -> subprocess.Popen:
+    """Starts or resumes a run in `folder`/`directory`."""
+    flags = ["--config", str(folder / "run.yaml"), "--run.directory", str(folder / directory)]
+    flags += ["--data.train", f"[{{path: '{path}'}}]", "--data.cache_directory", str(folder / cache)]
+    program = [sys.executable, "-c", SMALL_BLOCKS, *flags, "--checkpoint.resume", "auto"]
+    return subprocess.Popen(program, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
+
+def train(*arguments) -> tuple[int, str]:
+    process = start(*arguments)
+    errors = process.communicate(timeout=300)[1]
+    return process.returncode, errors
+
+
+@S3_SERVER
+def test_a_run_on_s3_survives_its_store_and_has_the_losses_of_a_run_on_a_disk(s3, large, tmp_path):
+    assert train(tmp_path, "disk", str(large), "unused")[0] == 0
+    s3.fault = lambda method, path: "503"
+    status, errors = train(tmp_path, "s3", "s3://corpus/large/part-0", "cache")
+    assert status == 74 and "s3://corpus/large/part-0.bin: the store does not answer" in errors  # like any later time
     fetched = Counter()
 
     def fails_later(method: str, path: str) -> str | None:
@@ -351,10 +382,31 @@ def test_a_run_on_s3_survives_its_store_and_has_the_losses_of_a_run_on_a_disk(s3
         return "503" if method == "GET" and fetched["GET"] > 450 else None  # 256 at the start, then about 8 per step
 
     s3.fault = fails_later
-    status, errors = train("s3", "s3://corpus/large/part-0", "cache")
+    status, errors = train(tmp_path, "s3", "s3://corpus/large/part-0", "cache")
     assert list((tmp_path / "s3/tiny/checkpoints").glob("step_*"))
     assert status == 74 and "s3://corpus/large/part-0.bin: the store does not answer" in errors
     s3.fault = lambda method, path: None
     shutil.rmtree(tmp_path / "cache")
-    assert train("s3", "s3://corpus/large/part-0", "cache")[0] == 0
+    assert train(tmp_path, "s3", "s3://corpus/large/part-0", "cache")[0] == 0
     assert losses(tmp_path / "s3" / "tiny") == losses(tmp_path / "disk" / "tiny")
+
+
+@S3_SERVER
+def test_a_run_on_s3_that_is_killed_resumes_to_the_bit_and_so_does_an_outage_of_seconds(s3, large, tmp_path):
+    assert train(tmp_path, "disk", str(large), "unused")[0] == 0
+    fetched = Counter()
+
+    def slow_with_an_outage(method: str, path: str) -> str | float | None:
+        fetched[method] += path.endswith(".bin")
+        return "503" if 300 < fetched["GET"] < 320 else 0.1 if method == "GET" else None
+
+    s3.fault = slow_with_an_outage
+    killed = start(tmp_path, "s3", "s3://corpus/large/part-0", "cache")
+    metrics = tmp_path / "s3" / "tiny" / "metrics.jsonl"
+    while killed.poll() is None and not (metrics.exists() and len(losses(metrics.parent)) > 5):
+        time.sleep(0.02)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL, killed.stderr.read()
+    killed.stderr.close()
+    assert train(tmp_path, "s3", "s3://corpus/large/part-0", "cache")[0] == 0
+    assert losses(tmp_path / "s3" / "tiny") == losses(tmp_path / "disk" / "tiny") and fetched["GET"] > 320

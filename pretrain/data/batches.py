@@ -375,8 +375,8 @@ def _fill(batch: Batch, rows: np.ndarray, source, samples: np.ndarray, cut: Cut)
 
 
 def read_ahead(read: Callable[[_Place], _Content], places: Iterable[_Place], ahead: int = 1) -> Iterator[_Content]:
-    """Yields `read(place)` for each place; threads read the next `ahead` ones while the caller uses this one. Raises what `read`
-    raises, at its place. Close it when it is not used up: that waits for the reads in progress."""
+    """Yields `read(place)` for each place; threads read the next `ahead` ones while the caller uses this one. Raises what
+    `read` raises, at its place. Close it when it is not used up: that waits for the reads in progress."""
     remaining = iter(places)
     with ThreadPoolExecutor(ahead, "data") as pool:
         reads = deque(pool.submit(read, place) for place in itertools.islice(remaining, ahead))

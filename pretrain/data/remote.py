@@ -64,8 +64,8 @@ def exists(url: str) -> bool:
 
 
 def _about(system, path: str) -> dict | None:
-    """Size, type and more of a file or folder; None: there is none. `exists` and `isfile` of `fsspec` also say no after an error
-    of the server, and so would leave out files."""
+    """Size, type and more of a file or folder; None: there is none. (`exists` and `isfile` of `fsspec` also say no after an
+    error of the server, and so would leave out files.)"""
     try:
         return system.info(path)
     except FileNotFoundError:

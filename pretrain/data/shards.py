@@ -18,10 +18,11 @@ import glob
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import xxhash
@@ -31,7 +32,9 @@ from .indexed import DataError, DataMissing, Sidecar, TokenFile
 from .reads import SAMPLE_RUNS, OpenFiles
 from .remote import is_url
 
-_OPENERS, _PROBLEMS_SHOWN = 16, 5
+_ON_DISK, IN_STORE = 16, 64  # shards that are opened at a time
+_PROBLEMS_SHOWN = 5
+T, U = TypeVar("T"), TypeVar("U")
 
 
 # ---------------------------------------------------------------- the files that a path names
@@ -126,12 +129,19 @@ def open_shards(
         except (DataError, OSError) as error:
             return error
 
-    threads = min(_OPENERS, (open_files.limit or 4 * _OPENERS) // 4)  # each holds up to three files while it opens a shard
-    with ThreadPoolExecutor(threads, "open") as pool:
-        opened = list(pool.map(attempt, names))
+    threads = IN_STORE if is_url(names[0]) else _ON_DISK
+    opened = side_by_side(attempt, names, min(threads, (open_files.limit or 4 * threads) // 4))  # each holds up to three files
     if problems := [each for each in opened if isinstance(each, Exception)]:
         raise problems[0] if len(problems) == 1 else DataError("\n".join(shortened(map(str, problems))))
     return opened
+
+
+def side_by_side(action: Callable[[T], U], shards: list[T], threads: int) -> list[U]:
+    """What `action` returns for each shard."""
+    if threads == 1:
+        return [action(each) for each in shards]
+    with ThreadPoolExecutor(threads, "open") as pool:
+        return list(pool.map(action, shards))
 
 
 def shortened(problems: Iterable) -> list:

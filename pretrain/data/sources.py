@@ -9,6 +9,7 @@ thread-safe. No torch.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from .entropy import unigram_entropy
 from .indexed import DataError, Sidecar, TokenFile
 from .passes import Cut
 from .reads import OpenFiles
+from .remote import is_url
 from .store import Store
 
 
@@ -133,7 +135,8 @@ class ShardedSource:
     name, where, max_epochs = "", "", None
 
     def __init__(self, files: list[TokenFile], vocab_size: int, *, partial: bool = False):
-        self.files, self.shards = files, [FileSource(file, vocab_size, partial=partial) for file in files]
+        open_shard = functools.partial(FileSource, vocab_size=vocab_size, partial=partial)
+        self.files, self.shards = files, shards.side_by_side(open_shard, files, shards.IN_STORE if is_url(files[0].path) else 1)
         self.sidecar, self._dtype = shards.common_sidecar(files), shards.common_dtype(files)
         self.num_tokens = sum(file.num_tokens for file in files)
         self.first_documents = np.cumsum([0, *(file.num_documents or 0 for file in files[:-1])])

@@ -40,12 +40,17 @@ from .errors import DataError, DataMissing
 BLOCK_BYTES, _INDEX_BLOCK_BYTES = 1 << 20, 1 << 16
 DEFAULT_CACHE_GIB = 32.0
 _CHECKSUM_BYTES = 16
-_REQUESTS = 32  # at a time in a process
+_REQUESTS = 64  # at a time in a process
 _REQUEST_SECONDS = 30.0  # for a block: on a slower link than 35 kB/s nobody trains
 _CHECKS_PER_LIMIT = 128  # how often a process looks at the size of the cache while it writes as much as that may be
 # What distinguishes versions of an object, in the words of s3, gs, az, http, file and memory.
 _MARKS = ("etag", "generation", "versionid", "content-md5", "last-modified", "lastmodified", "mtime", "ino", "created")
 _TOKENIZER_ENDS = (".json", ".model", ".txt", ".jinja")
+
+
+def room(limit_gib: float) -> int:
+    """Bytes that a cache of that size keeps for good: it is shrunk to them now and then, as several processes fill it."""
+    return int(limit_gib * 2**30 * 7 / 8)
 
 
 class BlockCache:
@@ -57,6 +62,7 @@ class BlockCache:
 
     def __init__(self, directory: Path, limit_gib: float):
         self._directory, self._limit = directory / "blocks", int(limit_gib * 2**30)
+        self.room = room(limit_gib)
         self._verified: dict[str, int] = {}  # inodes of the files whose checksums were compared, by name
         self._unchecked_bytes, self._told = self._limit, False
 
@@ -118,7 +124,7 @@ class BlockCache:
         self._unchecked_bytes += size
         if self._unchecked_bytes > self._limit // _CHECKS_PER_LIMIT:
             self._unchecked_bytes = 0
-            self._shrink(self._limit - self._limit // 8)
+            self._shrink(self.room)
 
     def _files(self) -> Iterator[os.DirEntry]:
         for folder in os.scandir(self._directory):
@@ -159,7 +165,6 @@ class Store:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         self.directory = Path(directory or os.path.join(home, "pretrain"))
         self.cache = BlockCache(self.directory, cache_gib)
-        self.cache_bytes = int(cache_gib * 2**30)
         self.requests = ThreadPoolExecutor(_REQUESTS, "store")
         self._token_bytes: dict[str, int] = {}  # of the objects that were opened
 
@@ -245,7 +250,7 @@ class StoredObject:
         """Bytes that are fetched and kept together; None: what is read is fetched, and not kept."""
         if not self.has_tokens:
             return _INDEX_BLOCK_BYTES
-        return BLOCK_BYTES if self._store.token_bytes <= self._store.cache_bytes else None
+        return BLOCK_BYTES if self._store.token_bytes <= self._store.cache.room else None
 
     def _read(self, offsets: np.ndarray, sizes: np.ndarray, block_bytes: int | None, *, keep: bool) -> np.ndarray:
         data, missing = np.empty(int(sizes.sum()), dtype=np.uint8), []

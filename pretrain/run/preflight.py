@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pretrain import stages
 from pretrain.checkpoint.manifest import Checkpoint, CheckpointError
-from pretrain.config import Config, ConfigError, Problem, SourceConfig, batch_product, validate, work_of
+from pretrain.config import Config, ConfigError, DataConfig, Problem, SourceConfig, batch_product, validate, work_of
 from pretrain.data import checks, shards
 from pretrain.data.batches import MASKED, Batch, TrainData, block_length_of
 from pretrain.data.checks import Finding
 from pretrain.data.indexed import DataError, DataMissing, TokenFile
 from pretrain.data.reads import OpenFiles
-from pretrain.data.store import Store
+from pretrain.data.remote import is_url
+from pretrain.data.store import Store, room
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.doctor.untrained import label_problem
 from pretrain.engines import fp8
@@ -337,7 +339,19 @@ def batch_findings(config: Config, ranks: int | None) -> list[Finding]:
 def run_findings(config: Config, data: TrainData, length: Length) -> list[Finding]:
     """Problems of weights, schedule and data together."""
     found = weights_findings(config, data) + schedule_findings(length)
+    found += store_findings(config.data, data.sources)
     return found + epoch_findings(data, length) + pass_findings(data, length.position)
+
+
+def store_findings(data: DataConfig, sources: list) -> list[Finding]:
+    """Finds a cache in which the tokens that come from a store have no room."""
+    files = [file for source in sources for file in source.files if is_url(file.path)]
+    needed = sum(file.num_tokens * file.dtype.itemsize for file in files)
+    if data.cache_gib == 0 or needed <= room(data.cache_gib):
+        return []
+    text = f"has no room for the {needed / 2**30:,.1f} GiB of tokens that come from a store, so every sample is fetched by "
+    text += f"itself, in each epoch again; where the disk allows it, {math.ceil(needed / room(1.0))} fetches everything once"
+    return [Finding("cache-too-small", "data.cache_gib", text)]
 
 
 def schedule_findings(length: Length) -> list[Finding]:
