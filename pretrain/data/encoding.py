@@ -154,7 +154,7 @@ def encode_chunk(folder: str, names: list[str], texts: list[str], first: int) ->
     lost: dict[int, Counter[str]] = {}
     changed: dict[int, tuple[str, str]] = {}
     for number, part, ids, lost_in_part in _encoded_parts(tokenizer, texts):
-        arrays.append(np.array(ids, dtype=token_dtype(tokenizer.vocab_size)))
+        arrays.append(ids.astype(token_dtype(tokenizer.vocab_size)))
         if number in compared and not lengths[number] and (difference := _difference(tokenizer, part, ids)):
             changed[number] = difference
         lengths[number] += len(ids)
@@ -171,7 +171,7 @@ def encode_chunk(folder: str, names: list[str], texts: list[str], first: int) ->
     return Encoded(tokens, lengths + 1, utf8_bytes, characters, lost, unknown_tokens, len(compared), list(changed.values()))
 
 
-def _encoded_parts(tokenizer: Tokenizer, texts: list[str]) -> Iterator[tuple[int, str, list[int], Counter[str]]]:
+def _encoded_parts(tokenizer: Tokenizer, texts: list[str]) -> Iterator[tuple[int, str, np.ndarray, Counter[str]]]:
     """(number of the text, a part of it, its ids, what they do not represent), all in order; short texts are one part."""
     short = [text for text in texts if len(text) < _LONG_TEXT]
     ids = tokenizer.encode_batch(short)
@@ -185,9 +185,9 @@ def _encoded_parts(tokenizer: Tokenizer, texts: list[str]) -> Iterator[tuple[int
                 yield number, part, part_ids, dict(tokenizer.lost([part], [part_ids])).get(0, Counter())
 
 
-def _difference(tokenizer: Tokenizer, text: str, ids: list[int]) -> tuple[str, str] | None:
+def _difference(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> tuple[str, str] | None:
     """The surroundings of the first character at which `text` and its first 1000 ids, decoded, differ: (text, decoded)."""
-    decoded = tokenizer.decode(ids[:_COMPARED_TOKENS])
+    decoded = tokenizer.decode(ids[:_COMPARED_TOKENS].tolist())
     if len(ids) > _COMPARED_TOKENS:
         decoded = decoded.rstrip("\ufffd")  # of a character that is cut between its bytes
         text = text[: len(decoded)]

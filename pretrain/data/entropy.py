@@ -6,7 +6,9 @@ context, below the bigram line it uses more than one token of context.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -48,8 +50,24 @@ def bigram_entropy(runs: list[np.ndarray], vocab_size: int) -> float:
         p = (np.maximum(count - 1 - discount, 0) + (strength + discount * distinct) * p_unigram) / (followers + strength)
         return float(-(count * np.log(p)).sum() / total)
 
-    best = min(loss(discount, strength) for discount in _DISCOUNTS for strength in _STRENGTHS)
+    best = min(_lowest(functools.partial(loss, discount), _STRENGTHS) for discount in _DISCOUNTS)
     return min(best, math.log(vocab_size))  # very few tokens mislead the model: then guessing is better
+
+
+def _lowest(loss: Callable[[float], float], strengths: tuple[float, ...]) -> float:
+    """The lowest loss over `strengths`: it falls and then rises along them, so most need not be tried."""
+    low, high = 0, len(strengths) - 1
+    known: dict[int, float] = {}
+
+    def at(i: int) -> float:
+        if i not in known:
+            known[i] = loss(strengths[i])
+        return known[i]
+
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if at(middle) <= at(middle + 1) else (middle + 1, high)
+    return at(low)
 
 
 def _counted(runs: list[np.ndarray], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:

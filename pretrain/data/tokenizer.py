@@ -65,16 +65,19 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without special ids. Raises DataError for text that is not valid Unicode (lone surrogates)."""
-        return self.encode_batch([text])[0]
+        return self.encode_batch([text])[0].tolist()
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, on one thread; use processes for more cores. Raises like `encode`."""
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of each text, uint32, on one thread; use processes for more cores. Raises like `encode`."""
         for text in texts:
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise DataError(f"text that is not valid Unicode: {error}") from None
-        return self._encode(texts)
+        return self._encode_arrays(texts)
+
+    def _encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        return [_array(ids) for ids in self._encode(texts)]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         raise NotImplementedError
@@ -83,8 +86,8 @@ class Tokenizer:
         """Text of `ids`. Special ids, and ids >= vocab_size, decode to nothing; bytes that are not UTF-8 to U+FFFD."""
         raise NotImplementedError
 
-    def encode_parts(self, text: str) -> Iterator[tuple[str, list[int]]]:
-        """(part of `text`, its ids), about a million characters at a time: together the ids of `encode(text)`.
+    def encode_parts(self, text: str) -> Iterator[tuple[str, np.ndarray]]:
+        """(part of `text`, its ids, uint32), about a million characters at a time: together the ids of `encode(text)`.
 
         Bounds memory: while a tokenizer works, it holds 30 to 200 bytes per byte of text. A text without a place where the
         ids of both sides are known to stay the same (megabytes of one word) is cut all the same.
@@ -92,9 +95,9 @@ class Tokenizer:
         start = skipped = 0
         while len(text) - start > 3 * _PART_CHARACTERS // 2:
             end, characters, ids = self._place_to_cut(text, start + _PART_CHARACTERS)
-            yield text[start:end], self.encode(text[start:end])[skipped:]
+            yield text[start:end], self.encode_batch([text[start:end]])[0][skipped:]
             start, skipped = end + characters, ids
-        yield text[start:], self.encode(text[start:])[skipped:]
+        yield text[start:], self.encode_batch([text[start:]])[0][skipped:]
 
     def _place_to_cut(self, text: str, near: int) -> tuple[int, int, int]:
         """(end of the left part, characters and ids to leave out at the start of the right part).
@@ -118,7 +121,7 @@ class Tokenizer:
         """Ids that stand for one byte of any text, or for a part of a character: they spell what has no id of its own."""
         return [id for id in range(self.vocab_size) if "\ufffd" in self.decode([id])]
 
-    def lost(self, texts: list[str], ids: list[list[int]]) -> list[tuple[int, Counter[str]]]:
+    def lost(self, texts: list[str], ids: list[np.ndarray]) -> list[tuple[int, Counter[str]]]:
         """(number of a text, how often it contains each character or word that its `ids` do not represent).
 
         Such text has become an unknown id, or nothing at all. Texts without a loss are left out. Text that a normalizer
@@ -223,6 +226,7 @@ class _HuggingFace(Tokenizer):
         unknown = {content["model"].get("unk_id"), self._model.token_to_id(content["model"].get("unk_token") or "")}
         added = {token["id"] for token in content["added_tokens"] if token["special"]}
         self._reserved = (added | set(special.values())) - unknown
+        self._is_reserved_V = np.isin(np.arange(self.vocab_size), [id for id in self._reserved if id is not None])
         self.unknown_ids = frozenset(unknown - {None})
         self._knows_words = content["model"].get("type") in ("WordLevel", "WordPiece")
 
@@ -247,7 +251,14 @@ class _HuggingFace(Tokenizer):
         return ids
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return [ids if self._reserved.isdisjoint(ids) else self._spelled(ids) for ids in map(self._ids, texts)]
+        return [ids.tolist() for ids in self._encode_arrays(texts)]
+
+    def _encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        arrays = []
+        for text in texts:
+            ids = _array(self._ids(text))
+            arrays.append(_array(self._spelled(ids.tolist())) if self._is_reserved_V[ids].any() else ids)
+        return arrays
 
     def _ids(self, text: str) -> list[int]:
         try:  # "fast" leaves out offsets, 1.1 to 1.4 times; one text at a time stays on one thread
@@ -273,12 +284,12 @@ class _HuggingFace(Tokenizer):
         pieces = [self._model.id_to_token(id) or "" for id in range(self.vocab_size)]
         return sorted({*super().byte_ids(), *(id for id, piece in enumerate(pieces) if _BYTE_PIECE.fullmatch(piece))})
 
-    def lost(self, texts: list[str], ids: list[list[int]]) -> list[tuple[int, Counter[str]]]:
+    def lost(self, texts: list[str], ids: list[np.ndarray]) -> list[tuple[int, Counter[str]]]:
         if not self._knows_words:
             return super().lost(texts, ids)
-        found = []
+        found, unknown = [], list(self.unknown_ids)
         for number, text in enumerate(texts):  # a word can be unknown although its characters are not: ask for its place
-            if not self.unknown_ids.isdisjoint(ids[number]):
+            if np.isin(ids[number], unknown).any():
                 encoding = self._model.encode(text, add_special_tokens=False)
                 places = zip(encoding.ids, encoding.offsets, strict=True)
                 words = Counter(text[start:end] for id, (start, end) in places if id in self.unknown_ids)
@@ -293,6 +304,10 @@ class _HuggingFace(Tokenizer):
         if self._model.pre_tokenizer:
             text = "".join(piece for piece, _ in self._model.pre_tokenizer.pre_tokenize_str(text))
         return bool(text.replace(SPACE, "").strip(" ")) and super()._is_lost(character)
+
+
+def _array(ids: list[int]) -> np.ndarray:
+    return np.fromiter(ids, np.uint32, len(ids))
 
 
 def _cut(text: str, length: int = 2000) -> Iterator[str]:
