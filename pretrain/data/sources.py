@@ -99,6 +99,7 @@ class FileSource:
             tokens[np.arange(length) < lengths[:, None]] = found
         tokens = tokens.reshape(-1, length)
         if tokens.size and (tokens.max() >= self.vocab_size or tokens.min() < 0):
+            self.file.require_unchanged()  # perhaps this began since it was last asked
             row, offset = np.argwhere((tokens < 0) | (tokens >= self.vocab_size))[0].tolist()
             sample = f"sample {first_sample + samples[row]} of {self.name}"
             place = f"{self.file.bin_path}: token {starts[row] + offset:,} is id {tokens[row, offset]}, in {sample}"
