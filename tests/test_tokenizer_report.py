@@ -95,6 +95,20 @@ def _is_broken(data: bytes) -> bool:
     return False
 
 
+def test_token_files_are_sources_like_the_texts_that_they_were_made_from(folder, tmp_path):
+    for name, prefix in (("plain", "plain"), ("strange", "more/a-1")):
+        flags = ["--tokenizer", folder / "ours", "--text-key", "content", "--output", tmp_path / prefix]
+        tool("tokenize_corpus", "--input", folder / f"{name}.jsonl", *flags)
+    _, of_texts = report(folder, "--against", folder / "theirs")
+    for second in ("more", "more/a-*", "more/a-1.idx"):
+        flags = ["--against", folder / "theirs", "--json", tmp_path / "report.json", "--workers", 1]
+        tool("inspect_data", "--text", tmp_path / "plain", tmp_path / second, *flags)
+        of_tokens = json.loads((tmp_path / "report.json").read_text())
+        for one, other in zip(of_texts, of_tokens, strict=True):
+            assert list(one["sources"].values()) == list(other["sources"].values()) and one["all"] == other["all"]
+    assert "--text needs --tokenizer" in tool("inspect_data", "--text", folder / "plain.jsonl", status=2).stderr
+
+
 def test_unused_ids_and_totals_are_those_of_all_sources(folder):
     _, (ours,) = report(folder)
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "ours" / "tokenizer.model"))

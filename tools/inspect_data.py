@@ -4,12 +4,14 @@ python tools/inspect_data.py --data data/stdlib_train --verify
 python tools/inspect_data.py --run runs/first --step 120 --loss --top 3 --quarantine bad.txt
 python tools/inspect_data.py --run runs/first --document 0:17
 python tools/inspect_data.py --text prose.jsonl code/ --tokenizer data/tokenizer --against gpt2 --picture tokenizers.png
+python tools/inspect_data.py --text data/web/ 'data/code_train-*' --against gpt2
 """
 
 from __future__ import annotations
 
 import argparse
 import bisect
+import glob
 import json
 import math
 import re
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 
 _EPOCHS_SHOWN = 3
 _RANGES_SHOWN, _PIECES_SHOWN = 20, 10
+_DECODED_TOKENS = 1 << 22  # of each source of tokens
 
 PartLoss = Callable[["Sample", int, int], float]
 """Mean loss in nats of the tokens [start, stop) of a sample, counted from its first token; start is at least 1."""
@@ -59,8 +62,8 @@ def main(argv: list[str]) -> None:
     what.add_argument("--data", metavar="PREFIX",
                       help="token file: prefix of a .bin/.idx pair, or a flat .bin; or a folder or pattern")  # fmt: skip
     what.add_argument("--run", metavar="FOLDER", type=Path, help="a run, runs/<name>; with --step or --document")
-    what.add_argument("--text", nargs="+", metavar="FILE", help="with --tokenizer: report how well it fits these files or "
-                      "folders of text, each of which is a source")  # fmt: skip
+    what.add_argument("--text", nargs="+", metavar="FILE", help="report how well a tokenizer fits these sources: each is a "
+                      "file or folder of text, or of tokens, which are decoded")  # fmt: skip
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=command_line.at_least(1), metavar="N", help="with --run: show the samples of this step")
     which.add_argument("--document", metavar="SOURCE:NUMBER",
@@ -73,7 +76,8 @@ def main(argv: list[str]) -> None:
     add("--top", type=command_line.at_least(1), metavar="N", help="with --loss: only the N samples of highest loss")
     add("--quarantine", metavar="FILE", type=Path,
         help="with --run: add the samples shown to FILE, which --data.quarantine FILE then leaves out")  # fmt: skip
-    add("--tokenizer", metavar="FOLDER", help="decodes the ids (default: the tokenizer of the data or of the run)")
+    add("--tokenizer", metavar="FOLDER", help="with --text: the tokenizer (default: of the first token file); else decodes the "
+        "ids (default: the tokenizer of the data or of the run)")  # fmt: skip
     add("--documents", type=command_line.at_least(0), default=3, metavar="N",
         help="with --data: number of documents to show, evenly spaced (%(default)s)")  # fmt: skip
     add("--characters", type=command_line.at_least(1), default=200, metavar="N", help="length of each text (%(default)s)")
@@ -86,7 +90,7 @@ def main(argv: list[str]) -> None:
     add("--workers", type=command_line.at_least(1), default=common.usable_cores(), metavar="N",
         help="with --text: processes that encode (default: one per core, %(default)s)")  # fmt: skip
     options = parser.parse_args(argv)
-    if options.text and not options.tokenizer:
+    if options.text and not options.tokenizer and not any(map(holds_tokens, options.text)):
         parser.error("--text needs --tokenizer")
     if not options.text and (options.against or options.picture or options.json):
         parser.error("--against, --picture and --json can only be used with --text")
@@ -203,8 +207,10 @@ class Fit(NamedTuple):
 
 def about_tokenizers(options: argparse.Namespace) -> Iterator[str]:
     """Lines about the fit of a tokenizer, and of another, to texts; writes the picture and the figures."""
-    folders = dict.fromkeys([options.tokenizer, options.against] if options.against else [options.tokenizer])
-    fits = [measure(folder, options) for folder in folders]
+    sources = {name: shards.open_shards(name) if holds_tokens(name) else None for name in options.text}
+    folder = options.tokenizer or folder_of_tokenizer(next(filter(None, sources.values()))[0])
+    folders = dict.fromkeys([folder, options.against] if options.against else [folder])
+    fits = [measure(folder, sources, options) for folder in folders]
     yield f"{'bytes/token':>11} {'chars/token':>11} {'tokens/word':>11} {'byte pieces':>11} {'unknown':>9} {'changed':>9}"
     for source in [*fits[0].usages, *([None] if len(fits[0].usages) > 1 else [])]:
         for fit in fits:
@@ -233,13 +239,32 @@ def about_tokenizers(options: argparse.Namespace) -> Iterator[str]:
         yield f"{options.picture}"
 
 
-def measure(folder: str, options: argparse.Namespace) -> Fit:
-    """Encodes all sources with a tokenizer. Raises DataError."""
+def holds_tokens(source: str) -> bool:
+    """True for token files with a document index, a folder or a pattern of them; false for texts."""
+    prefix = source[:-4] if source.endswith((".bin", ".idx")) else source
+    names = [f"{glob.escape(prefix)}.idx", f"{prefix}.idx", f"{glob.escape(source)}/*.idx"]
+    return any(map(glob.glob, names))
+
+
+def folder_of_tokenizer(file: TokenFile) -> str:
+    """The tokenizer with which a token file was made. Raises DataError if it is not where it was."""
+    if tokenizer_of(file, None) is None:
+        raise DataError(f"{file.path}: its tokenizer is unknown or no longer where it was; name it (--tokenizer)")
+    return file.sidecar.tokenizer_path
+
+
+def measure(folder: str, sources: dict[str, list[TokenFile] | None], options: argparse.Namespace) -> Fit:
+    """Encodes all sources, of token files or of texts (None), with a tokenizer. Raises DataError."""
     usages = {}
     with Encoder(folder, options.workers) as encoder:
         tokenizer = encoder.tokenizer
-        for source in options.text:
-            corpus, usage = Corpus([source], text_key=options.text_key), Usage.empty(tokenizer)
+        for source, files in sources.items():
+            if files:
+                own = Tokenizer.load(folder_of_tokenizer(files[0]))
+                corpus = tokenizer_report.DecodedTexts(files, own, _DECODED_TOKENS)
+            else:
+                corpus = Corpus([source], text_key=options.text_key)
+            usage = Usage.empty(tokenizer)
             with Progress(f"encoding {source}", corpus.total_bytes) as progress:
                 for chunk, encoded in encoder.encode(chunked(corpus)):
                     usage.add(chunk, encoded, tokenizer.end_of_document_id)

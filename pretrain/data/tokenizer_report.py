@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from .encoding import Chunk, Encoded
+from .errors import DataError
+from .indexed import TokenFile
 from .tokenizer import Tokenizer
 
 
@@ -74,6 +76,38 @@ class Usage:
         """The counts, and `rates`."""
         names = ("documents", "tokens", "utf8_bytes", "characters", "words")
         return {name: getattr(self, name) for name in names} | self.rates(byte_ids)
+
+
+class DecodedTexts:
+    """Documents of token files, decoded: evenly spaced ones, about `most_tokens` together, from each file as many as its share.
+
+    With the attributes of a `Corpus` that a report needs. Raises DataError for files without a document index.
+    """
+
+    sha256 = ""
+
+    def __init__(self, files: list[TokenFile], tokenizer: Tokenizer, most_tokens: int):
+        self._files, self._tokenizer, self.read_bytes = files, tokenizer, 0
+        for file in files:
+            if file.num_documents is None:
+                raise DataError(f"{file.path}: a flat .bin has no documents to decode; convert it with tools/convert_data.py")
+        fraction = min(1.0, most_tokens / sum(file.num_tokens for file in files))
+        self._counts = [max(1, round(fraction * file.num_documents)) for file in files]
+        self.total_bytes = round(fraction * sum(file.num_tokens * file.dtype.itemsize for file in files))
+
+    def documents(self) -> Iterator[tuple[str, str]]:
+        """(name, text) of each document with text."""
+        for file, count in zip(self._files, self._counts, strict=True):
+            for i in np.unique(np.linspace(0, file.num_documents - 1, count).astype(np.int64)).tolist():
+                tokens = file.document(i)
+                self.read_bytes += tokens.nbytes
+                text = self._tokenizer.decode(tokens.tolist())  # the end-of-document id decodes to nothing
+                if text:
+                    yield f"{file.path}:{i}", text
+
+    def problems(self) -> list[str]:
+        """None that are worth a line."""
+        return []
 
 
 def ranges(ids: Iterable[int]) -> list[tuple[int, int]]:
