@@ -37,8 +37,8 @@ from pretrain.report.metrics import Meter, routing_figures
 from pretrain.run.processes import run_processes
 from pretrain.train import train_step
 
-STEPS, LENGTH, VOCABULARY, LR = 5, 32, 100, 1e-2
-"""The vocabulary is no multiple of 64, so that a rank may have rows of padding."""
+STEPS, LENGTH, VOCABULARY, LR, SOURCES = 5, 32, 100, 1e-2, 3
+"""The vocabulary is no multiple of 64, so that a rank may have rows of padding. SOURCES: of the samples, which take turns."""
 BOUNDS = {
     "fp32": (1e-6, 1e-6, 1e-6),
     "fp32 Muon": (1e-5, 1e-5, 1e-5),
@@ -47,7 +47,8 @@ BOUNDS = {
 }
 """Largest differences allowed in loss (relative), norm (relative) and weights (absolute); in bf16 ten times those measured. In
 bf16 a token whose experts have nearly equal scores may go to another one, so weights differ by more. Muon enlarges small
-directions of a gradient, with their rounding. Routing has the bound of the norm, and tokens are counted exactly."""
+directions of a gradient, with their rounding. Routing has the bound of the norm, losses of sources that of the loss, and tokens
+are counted exactly."""
 PATIENCE_SECONDS = 600
 """What a case may take; processes that wait for each other never end."""
 
@@ -93,7 +94,7 @@ class Steps(NamedTuple):
     """What five steps showed and left: of one rank, or of the process that takes the entire batch."""
 
     figures: list[dict[str, float]]
-    """Of each step: loss, norm, tokens, and, with experts, aux_loss and z_loss."""
+    """Of each step: loss, norm, tokens, loss/<number> of each source, and, with experts, aux_loss and z_loss."""
     first: dict[str, Tensor]
     """Weights after the first step, by name."""
     last: dict[str, Tensor]
@@ -118,6 +119,8 @@ class Outcome:
     tokens: list[int]
     """Valid tokens of each step, as counted by the ranks."""
     loss_difference: float
+    source_difference: float
+    """Relative, of the losses of the sources."""
     norm_difference: float
     token_difference: int
     routing_difference: float
@@ -141,6 +144,7 @@ class Outcome:
         loss, norm, weights = self.case.bounds
         return {
             "loss": (self.loss_difference, loss),
+            "losses of sources": (self.source_difference, loss),
             "gradient norm": (self.norm_difference, norm),
             "tokens": (self.token_difference, 0),
             "routing": (self.routing_difference, norm),
@@ -256,7 +260,7 @@ def check_invariance(model: ModelConfig, tried: list[Case], grad_clip: float, se
                 case.ranks, _run, case, model, grad_clip, seed, reference.batch_seed, timeout_seconds=PATIENCE_SECONDS
             )
         except (RuntimeError, TimeoutError) as error:  # of a rank: the other cases may tell more
-            nothing = math.inf, math.inf, 0, math.inf, math.inf, [], [], len(reference.initial), {}
+            nothing = math.inf, math.inf, math.inf, 0, math.inf, math.inf, [], [], len(reference.initial), {}
             yield Outcome(case, [], [], [], *nothing, error=str(error))
         else:
             yield compare(case, ranks, reference, grad_clip)
@@ -277,10 +281,12 @@ def compare(case: Case, ranks: list[tuple], reference: Reference, grad_clip: flo
         for name, start in reference.initial.items()
     }
     routing = [key for key in ("aux_loss", "z_loss") if key in shown[0]]
+    sources = [key for key in reference.steps.figures[0] if key.startswith("loss/")]
     return Outcome(
         case,
         *([step[key] for step in shown] for key in ("loss", "norm", "tokens")),
         loss_difference=max(_difference(a["loss"], b["loss"]) for a, b in figures),
+        source_difference=max(_difference(a.get(key, math.nan), b[key]) for a, b in figures for key in sources),
         norm_difference=max(_difference(a["norm"], b["norm"]) for a, b in figures),
         token_difference=max(abs(a["tokens"] - b["tokens"]) for a, b in figures),
         routing_difference=max((_difference(a[key], b[key]) for a, b in figures for key in routing), default=0.0),
@@ -374,8 +380,15 @@ def _reference(config: ModelConfig, case: Case, grad_clip: float, seed: int, bat
     choices = [_Choices(module) for module in model.modules() if isinstance(module, Router)]
     optimizer, figures, first = _optimizer(model, case), [], {}
     for step in range(STEPS):
-        tokens_BT, labels_BT, documents_BT = _batch(config, case, batch_seed, step).inputs
-        loss = F.cross_entropy(model(tokens_BT, documents_BT=documents_BT).flatten(0, 1), labels_BT.flatten())
+        batch = _batch(config, case, batch_seed, step)
+        tokens_BT, labels_BT, documents_BT = batch.inputs
+        logits_BVT = model(tokens_BT, documents_BT=documents_BT).transpose(1, 2)
+        loss = F.cross_entropy(logits_BVT, labels_BT)
+        by_source = {
+            f"loss/{source}": F.cross_entropy(logits_BVT[chosen], labels_BT[chosen]).item()
+            for source in range(SOURCES)
+            if (chosen := batch.sources_B == source).any()
+        }
         loss_sum, _, routing_LX = model(tokens_BT, labels_BT, documents_BT)
         valid = int((labels_BT != -100).sum())
         objective = loss_sum / valid if config.moe else loss
@@ -386,7 +399,7 @@ def _reference(config: ModelConfig, case: Case, grad_clip: float, seed: int, bat
         if model.needs_router_updates:
             model.update_routers(routing_LX, torch.tensor(True))
         routing = routing_figures(routing_LX, valid) if config.moe else {}
-        figures.append({"loss": loss.item(), "norm": norm.item(), "tokens": valid, **_router_losses(routing)})
+        figures.append({"loss": loss.item(), "norm": norm.item(), "tokens": valid, **by_source, **_router_losses(routing)})
         first = first or {f"model/{name}": tensor.detach().clone() for name, tensor in model.named_parameters()}
     last = {f"model/{name}": tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     return Steps(figures, first, last), all(each.clear for each in choices)
@@ -428,7 +441,7 @@ def _batch(model: ModelConfig, case: Case, seed: int, step: int) -> Batch:
     valid_BT = torch.rand(shape, generator=generator) < shares_B1
     borders_B1 = torch.tensor([0.0, 0.3, 0.05, 0.15]).repeat(shape[0] // 4 + 1)[: shape[0], None]
     documents_BT = (torch.rand(shape, generator=generator) < borders_B1).cumsum(1) if case.documents else None
-    return Batch(tokens_BT, torch.where(valid_BT, labels_BT, -100), documents_BT)
+    return Batch(tokens_BT, torch.where(valid_BT, labels_BT, -100), documents_BT, torch.arange(shape[0]) % SOURCES)
 
 
 class _Momentum(torch.optim.SGD):
@@ -463,7 +476,7 @@ def train(engine: Engine, case: Case, model: ModelConfig, grad_clip: float, seed
     after the first step and after the last one; its bytes."""
     engine.prepare(lambda: Transformer(model), lambda module: _optimizer(module, case), grad_clip, seed)
     gradients = _GradientBytes(engine)
-    meter, shown, pieces = Meter(engine.device, engine.rank, engine.world_size), [], []
+    meter, shown, pieces = Meter(engine.device, engine.rank, engine.world_size, sources=list(map(str, range(SOURCES)))), [], []
     share = case.sequences // engine.mesh.sample_ranks
     for step in range(STEPS):
         mine = [
@@ -475,7 +488,8 @@ def train(engine: Engine, case: Case, model: ModelConfig, grad_clip: float, seed
         meter.add(*train_step(engine, window, LR))
         figures = meter.read(engine.all_reduce)
         named = {"loss": "loss", "norm": "grad_norm", "tokens": "interval_tokens"}
-        shown.append({name: figures[key] for name, key in named.items()} | _router_losses(figures["routing"]))
+        named = {name: figures[key] for name, key in named.items()}
+        shown.append(named | figures["sources"] | _router_losses(figures["routing"]))
         if step in (0, STEPS - 1):
             pieces.append(_pieces(engine))
     sizes = _sizes(engine) | {"gradients": sum(gradients.of_steps) // STEPS}

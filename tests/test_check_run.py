@@ -13,14 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain import invariance
+from pretrain import invariance, train
 from pretrain.config import Config, EngineConfig, ParallelConfig, load
+from pretrain.engines.start import start_engine
 from pretrain.model.config import ModelConfig, MoeConfig, resolve_model, shrink
 from pretrain.model.flops import num_parameters
 from pretrain.model.transformer import build
+from pretrain.train import _sample_losses
 
 ROOT = Path(__file__).parents[1]
-FIGURES = ("loss_difference", "norm_difference", "routing_difference", "weight_difference")
+FIGURES = ("loss_difference", "source_difference", "norm_difference", "routing_difference", "weight_difference")
 
 
 def configuration(**sections: str) -> Config:
@@ -32,7 +34,8 @@ def configuration(**sections: str) -> Config:
 def outcome(precision: str = "fp32", **parallel: int) -> invariance.Outcome:
     """One that passed, of this kind of parallelism."""
     engine = EngineConfig(name="fsdp2", precision=precision, parallel=ParallelConfig(**parallel))
-    return invariance.Outcome(invariance.Case(engine, 4, 1, 16), [4.0], [1.0], [9], 1e-7, 1e-7, 0, 1e-7, 1e-8, [], [], 25, {})
+    case = invariance.Case(engine, 4, 1, 16)
+    return invariance.Outcome(case, [4.0], [1.0], [9], 1e-7, 1e-7, 1e-7, 0, 1e-7, 1e-8, [], [], 25, {})
 
 
 def wrong(right: invariance.Outcome) -> invariance.Outcome:
@@ -79,7 +82,7 @@ def test_a_token_too_many_and_a_rank_that_fails_fail():
 def test_weights_that_no_rank_has_are_never_equal():
     case = invariance.Case(EngineConfig(precision="fp32"), 1, 1, 8)
     weights = {f"model/{name}": torch.ones(3) for name in "abc"}
-    figures = [{"loss": 4.0, "norm": 1.0, "tokens": 9}]
+    figures = [{"loss": 4.0, "norm": 1.0, "tokens": 9, "loss/0": 4.0}]
     reference = invariance.Reference(invariance.Steps(figures, weights, weights), weights, 0)
     whole = [(name, (3,), 0, weight.numpy()) for name, weight in weights.items()]
     part = [*whole[:1], ("model/b", (3,), 0, weights["model/b"][:2].numpy()), whole[2]]
@@ -88,11 +91,38 @@ def test_weights_that_no_rank_has_are_never_equal():
         assert found.passed == passed and found.wrong_weights == found.wrong_gradients == ([] if passed else ["b"])
 
 
+def sources_of_the_first_micro_batch(engine, window, losses):
+    return _sample_losses(engine, [batch._replace(sources_B=window[0].sources_B) for batch in window], losses)
+
+
+def tokens_of_all_labels(engine, window, losses):
+    samples = _sample_losses(engine, window, losses)
+    return samples._replace(tokens_B=torch.full_like(samples.tokens_B, invariance.LENGTH))
+
+
+def last_micro_batch_only(engine, window, losses):
+    return _sample_losses(engine, window[-1:], losses[-1:])
+
+
+@pytest.mark.parametrize("plant", [None, sources_of_the_first_micro_batch, tokens_of_all_labels, last_micro_batch_only])
+def test_a_wrong_loss_of_a_source_is_found(plant, monkeypatch):
+    """Where all else is right."""
+    model = invariance.small_model(ModelConfig(hidden_size=64, num_hidden_layers=1))
+    case = invariance.Case(EngineConfig(name="ddp", precision="fp32", compile="none"), 1, 2, 8)
+    reference = invariance.make_reference(model, case, 0.5, 3)
+    if plant:
+        monkeypatch.setattr(train, "_sample_losses", plant)
+    ranks = [invariance.train(start_engine(case.engine), case, model, 0.5, 3, reference.batch_seed)]
+    found = invariance.compare(case, ranks, reference, 0.5)
+    wrong = {name for name, (difference, allowed) in found.differences.items() if not difference <= allowed}
+    assert wrong == ({"losses of sources"} if plant else set())
+
+
 def test_clipping_does_not_hide_or_invent_wrong_gradients():
     """The norm is wrong: so are the clipped gradients, but not those before clipping. Then a gradient of twice the size."""
     case = invariance.Case(EngineConfig(precision="fp32"), 1, 1, 8)
     start, gradient = torch.ones(3), torch.tensor([0.3, 0.4, 0.0])
-    true = [{"loss": 4.0, "norm": 1.0, "tokens": 9}]
+    true = [{"loss": 4.0, "norm": 1.0, "tokens": 9, "loss/0": 4.0}]
     first = {"model/a": start - 0.5 * gradient}
     reference = invariance.Reference(invariance.Steps(true, first, first), {"model/a": start}, 0)
     for size, wrong_gradients in ((1.0, []), (2.0, ["a"])):

@@ -15,12 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.engines.compile import checkpoint_activations
+from pretrain.generate import generate
 from pretrain.model import masked
 from pretrain.model.attention import AttentionContext, attend, attention_context
 from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.model.masked import block_mask, first_visible, flex_attention, masked_attention
 from pretrain.model.transformer import build
+from tests.models import LINEAR, LLAMA3, stir
 from tests.test_attention import formula
+from tests.test_transformer import reference
 
 CPU = torch.device("cpu")
 T = 300  # three tiles of the block mask and three blocks of queries, the last ones incomplete
@@ -118,18 +121,48 @@ def test_packed_documents_give_the_logits_and_gradients_of_each_alone(settings, 
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
+def positions_of(lengths: tuple[list[int], ...]) -> torch.Tensor:
+    return torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
+
+
+@pytest.mark.parametrize("scaling", [None, LINEAR, LLAMA3], ids=["unscaled", "linear", "llama3"])
 @pytest.mark.parametrize("part, parts", [(0, 1), (0, 3), (1, 3), (2, 3)])
-def test_reset_positions_are_those_of_each_document_alone(part, parts):
+def test_reset_positions_are_those_of_each_document_alone(part, parts, scaling):
     """Bit for bit, which the logits cannot show: scores depend only on differences of positions."""
     exchange = None if parts == 1 else SimpleNamespace(part=part, parts=parts)
     documents_BT = documents(LENGTHS["two rows"])
-    context = attention_context(tiny(reset_positions=True), T // parts, CPU, documents_BT, exchange=exchange)
-    alone = attention_context(tiny(), T, CPU)
-    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in LENGTHS["two rows"]])
-    positions = positions.chunk(parts, 1)[part]
+    config = tiny(reset_positions=True, rope_scaling=scaling)
+    context = attention_context(config, T // parts, CPU, documents_BT, exchange=exchange)
+    alone = attention_context(tiny(rope_scaling=scaling), T, CPU)
+    positions = positions_of(LENGTHS["two rows"]).chunk(parts, 1)[part]
     assert torch.equal(context.cos_TC, alone.cos_TC[positions]) and torch.equal(context.sin_TC, alone.sin_TC[positions])
-    off = attention_context(tiny(), T // parts, CPU, documents_BT, exchange=exchange)
+    off = attention_context(tiny(rope_scaling=scaling), T // parts, CPU, documents_BT, exchange=exchange)
     assert torch.equal(off.cos_TC, alone.cos_TC.chunk(parts)[part])
+
+
+@pytest.mark.parametrize("window", [None, 5, 150])
+@pytest.mark.parametrize("settings", [{}, dict(rope_scaling=LINEAR), dict(rope_scaling=LLAMA3), dict(qk_norm=True)])
+def test_packed_documents_give_the_logits_of_transformers_with_position_ids(settings, window):
+    """With positions that start again, transformers 5 lets tokens see their own document only."""
+    config = tiny(reset_positions=True, sliding_window=window, **settings)
+    model = build(config, "cpu", seed=0)
+    stir(model)
+    tokens_BT = torch.randint(0, 97, (2, T), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits_BTV = model(tokens_BT, documents_BT=documents(LENGTHS["two rows"]))
+        theirs = reference(config, model)(tokens_BT, position_ids=positions_of(LENGTHS["two rows"]), use_cache=False)
+    torch.testing.assert_close(logits_BTV, theirs.logits[..., :97], atol=1e-4, rtol=0)  # `stir` enlarges rounding
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA3], ids=["unscaled", "llama3"])
+def test_reset_positions_leave_generation_as_it_is(scaling):
+    """A text that is generated is one document."""
+    texts = []
+    for reset in (False, True):
+        model = build(tiny(reset_positions=reset, rope_scaling=scaling), "cpu", seed=0)
+        stir(model)
+        texts.append(list(generate(model, [3, 1, 4, 1, 5], 24, temperature=0)))
+    assert texts[0] == texts[1] and len(set(texts[0])) > 3
 
 
 @pytest.mark.parametrize("window", [None, 64])

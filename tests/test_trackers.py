@@ -28,6 +28,8 @@ from pretrain.report.records import read_records
 from tests.models import train_here
 from tests.test_progress import Terminal
 from tests.test_sinks import ROOT, outputs, step_record
+from tests.test_stages import LAYOUT, flags
+from tests.test_stages import folder as staged  # noqa: F401 a fixture
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.plugin_event_accumulator")
 
@@ -353,6 +355,42 @@ def test_tensorboard_holds_every_value_exactly_and_one_value_per_step_after_a_re
     for key in ("loss", "lr", "tokens"):
         series = [(event.step, event.tensor_proto.double_val[0]) for event in events_in(tmp_path).Tensors(key)]
         assert series == [(record["step"], float(record[key])) for record in read_records(tmp_path)]
+
+
+def flat(record: dict) -> dict[str, float]:
+    """The numbers of a record, as trackers name them."""
+    nested = [(key, inner) for key, inner in record.items() if isinstance(inner, dict)]
+    pairs = [*record.items(), *((f"{key}/{name}", each) for key, inner in nested for name, each in inner.items())]
+    return {key: value for key, value in pairs if isinstance(value, int | float) and key != "step"}
+
+
+def test_trackers_show_the_stages_of_a_run_and_the_losses_of_sources_that_come_later(staged, monkeypatch):  # noqa: F811
+    """Each step once and in order, also after a resume before a border that the first start had passed."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    command = flags(staged, "--run.name", "tracked", "--log.sinks", "[jsonl, wandb, tensorboard]")
+    run = staged / "runs" / "tracked"
+    assert train_here(command) == 0
+    for path in (run / "checkpoints").glob("step_*"):
+        if int(path.name.removeprefix("step_")) > 8:
+            shutil.rmtree(path)
+    assert train_here(command) == 0
+    expected: dict[int, dict] = {}
+    for record in read_records(run):
+        expected.setdefault(record["step"], {}).update(flat(record))
+    rows = wandb_rows(run)
+    assert list(rows) == sorted(rows) == sorted(expected) and set(range(1, 21)) <= set(rows)
+    for step, row in expected.items():
+        shown = {key: value for key, value in rows[step].items() if key in row}
+        assert shown == row, step
+    borders = {step: row["stage"] for step, row in rows.items() if "stage" in row}
+    assert borders == {step: number for number, step, *_ in LAYOUT[1:]}
+    assert rows[5]["shares/math"] == 0.75 and rows[9]["sequence_length"] == 48 and rows[16]["global_batch_size"] == 4
+    assert next(step for step, row in rows.items() if "loss/math" in row) == 6  # the first stage does not read it
+    events = events_in(run)
+    for key in ("loss", "loss/math", "loss/web", "stage", "shares/math", "sequence_length", "tokens"):
+        series = [(event.step, event.tensor_proto.double_val[0]) for event in events.Tensors(key)]
+        assert [step for step, _ in series] == sorted(step for step, _ in series), key  # a validation repeats tokens
+        assert dict(series) == {step: row[key] for step, row in expected.items() if key in row}, key
 
 
 def test_pictures_and_texts_that_the_model_writes_are_shown_and_reach_the_trackers(tmp_path, capsys):

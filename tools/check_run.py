@@ -139,7 +139,8 @@ def check_invariance(config: Config, processes: int, output: Path | None) -> boo
     for kinds, problem in not_checked.items():
         print(f"not checked: {kinds} ({problem})")
     width = max(5, *(len(invariance.describe(case.kinds)) for case in tried))
-    print(f"engine  {'kinds':{width}}  ranks  micro-batch  accumulation  precision     loss     norm  tokens  routing  weights")
+    columns = "ranks  micro-batch  accumulation  precision     loss  sources     norm  tokens  routing  weights"
+    print(f"engine  {'kinds':{width}}  {columns}")
     outcomes, began, ranks = [], time.monotonic(), sum(case.ranks for case in tried)
     for outcome in invariance.check_invariance(model, tried, config.optimizer.grad_clip, config.run.seed):
         outcomes.append(outcome)
@@ -148,9 +149,9 @@ def check_invariance(config: Config, processes: int, output: Path | None) -> boo
         kinds, verdict = invariance.describe(case.kinds) or "-", "same as one process" if outcome.passed else "DIFFERENT"
         print(
             f"{case.engine.name:6}  {kinds:{width}}  {case.ranks:5}  {case.micro_batch:11}  {case.accumulation:12}  "
-            f"{case.numerics:9}  {outcome.loss_difference:7.1e}  {outcome.norm_difference:7.1e}  "
-            f"{outcome.token_difference:6}  {outcome.routing_difference:7.1e}  {outcome.weight_difference:7.1e}  "
-            f"{verdict}, {seconds_left:.0f} s left",
+            f"{case.numerics:9}  {outcome.loss_difference:7.1e}  {outcome.source_difference:7.1e}  "
+            f"{outcome.norm_difference:7.1e}  {outcome.token_difference:6}  {outcome.routing_difference:7.1e}  "
+            f"{outcome.weight_difference:7.1e}  {verdict}, {seconds_left:.0f} s left",
             flush=True,
         )
     wrong = invariance.causes(outcomes)

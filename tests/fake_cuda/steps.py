@@ -10,7 +10,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.data.batches import Batch
-from pretrain.engines import fsdp2
 from pretrain.engines.base import Engine
 from pretrain.engines.start import start_engine
 from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
@@ -38,9 +37,6 @@ def start(config: EngineConfig, ranks: int = 1) -> Engine:
     """The first of `ranks` processes. Call it outside the fake mode: a mesh of ranks is made of real numbers."""
     if ranks > 1:
         dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
-        shape = (ranks,) if config.replicas == 1 else (config.replicas, ranks // config.replicas)
-        mesh = fsdp2.init_device_mesh("cuda", shape, mesh_dim_names=("replica", "shard")[-len(shape) :])
-        fsdp2.init_device_mesh = lambda *args, **options: mesh
     return start_engine(config)
 
 

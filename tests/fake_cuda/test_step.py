@@ -150,7 +150,7 @@ def a_run(engine, take) -> SimpleNamespace:
     batch = SimpleNamespace(global_batch_size=8, micro_batch_size=2)
     progress = SimpleNamespace(skipped_positions=[], position=0)
     length = SimpleNamespace(stages=[SimpleNamespace(position=0, config=SimpleNamespace(batch=batch))])
-    model, data = SimpleNamespace(sliding_window=None), SimpleNamespace(take=take)
+    model, data = SimpleNamespace(sliding_window=None), SimpleNamespace(take=take, sources=[])
     return SimpleNamespace(engine=engine, length=length, data=data, progress=progress, model=model)
 
 
@@ -179,7 +179,10 @@ def test_batches_from_pageable_memory_are_found(engine, fake, monkeypatch):
 
 def test_a_validation_waits_once_at_its_end(engine, fake):
     steps.prepare(engine)
-    data = SimpleNamespace(name="all", num_samples=12, bytes_per_token=4.0, take=lambda chosen: host_batch(0, len(chosen)))
+    source = SimpleNamespace(files=[])
+    data = SimpleNamespace(
+        name="all", num_samples=12, bytes_per_token=4.0, source=source, take=lambda chosen: host_batch(0, len(chosen))
+    )
     with Watch() as watch:
         evaluate(engine, [data], 2, requests=lambda: [0])
     assert watch.operators["aten::embedding"] == 6
