@@ -7,6 +7,8 @@ import json
 import os
 import resource
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,9 @@ import pyarrow.parquet
 import pytest
 
 from pretrain.data import interchange
-from pretrain.data.indexed import DataError, TokenFile
+from pretrain.data.indexed import DataError, DataMissing, TokenFile
 from pretrain.data.interchange import Block, Documents, Split
+from pretrain.data.shards import open_shards
 from pretrain.data.tokenizer_training import train
 from tests.test_indexed import write_megatron
 from tests.test_tools_data import make_texts, tool
@@ -113,6 +116,21 @@ def test_datasets_are_read_as_rows_as_rows_without_ends_and_as_a_packed_stream(f
         convert("--input", tmp_path / name, *flags, status=2)  # which split?
         convert("--input", tmp_path / name, "--split", "train", *flags)
         require_same_pair(tmp_path / f"from_{name}", folder / "ours")
+
+
+def test_training_names_the_command_that_converts_a_table(folder, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"input_ids": [row.tolist() for row in rows_of(folder / "ours")]})
+    data.save_to_disk(tmp_path / "data")
+    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "splits")
+    data.to_parquet(tmp_path / "ids.parquet")
+    for name in ("data", "splits", "ids.parquet", "*.parquet"):
+        with pytest.raises(DataMissing) as refusal:
+            open_shards(str(tmp_path / name))
+        command = f"python tools/convert_data.py --input {tmp_path / name} --tokenizer FOLDER --output PREFIX"
+        assert command in str(refusal.value)
+    convert("--input", tmp_path / "data", "--tokenizer", folder / "tokenizer", "--output", tmp_path / "back")
+    require_same_pair(tmp_path / "back", folder / "ours")
 
 
 def test_a_document_of_several_sequences_and_wide_ids_of_megatron_becomes_one(folder, tmp_path):
@@ -270,3 +288,49 @@ def test_a_converted_pair_passes_the_checks_of_inspect_data(folder, tmp_path):
     convert("--input", tmp_path / "x.parquet", "--tokenizer", folder / "tokenizer", "--output", tmp_path / "x")
     report = tool("inspect_data", "--data", tmp_path / "x", "--verify").stdout
     assert "verified" in report and "None" not in report
+
+
+# ---------------------------------------------------------------- Megatron-LM's own reader and builder
+
+MEGATRON = """
+import sys, torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+kind, source, target = sys.argv[1:]
+read = IndexedDataset(source, mmap=kind != "file")
+builder = IndexedDatasetBuilder(f"{target}.bin", dtype=read.index.dtype)
+starts = read.document_indices
+for first, end in zip(starts[:-1], starts[1:]):
+    rows = [torch.from_numpy(read[i].astype("int64")) for i in range(first, end)]
+    if kind == "halves":
+        rows = [part for row in rows for part in (row[: len(row) // 2], row[len(row) // 2 :])]
+    builder.add_document(torch.cat(rows), [len(row) for row in rows])
+builder.finalize(f"{target}.idx")
+"""
+
+
+@pytest.fixture(scope="module")
+def megatron(tmp_path_factory) -> Path:
+    """A folder with the package megatron-core."""
+    folder = tmp_path_factory.mktemp("megatron")
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, "megatron-core==0.16.1"]
+    done = subprocess.run(install, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"megatron-core cannot be installed: {done.stderr.strip().splitlines()[-1]}")
+    return folder
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("kind", ["mmap", "file", "halves"])
+def test_megatron_reads_our_pairs_and_writes_what_we_read(kind, megatron, folder, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", MEGATRON, kind, folder / "ours", tmp_path / "theirs"],
+        env={**os.environ, "PYTHONPATH": str(megatron)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    if kind != "halves":
+        require_same_pair(tmp_path / "theirs", folder / "ours")
+    assert [row.tolist() for row in rows_of(tmp_path / "theirs")] == [row.tolist() for row in rows_of(folder / "ours")]
+    convert("--input", tmp_path / "theirs", "--tokenizer", folder / "tokenizer", "--output", tmp_path / "back")
+    require_same_pair(tmp_path / "back", folder / "ours")

@@ -45,6 +45,9 @@ _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, len
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # Megatron's codes of integer types
 _BLOCK_BYTES, _INDEX_BLOCK = 64 << 20, 1 << 20
 _BIGRAM_RUNS, _BIGRAM_RUN_TOKENS = 64, 1 << 17
+CONVERT_TABLES = (
+    "if it holds ids, `python tools/convert_data.py --input {path} --tokenizer FOLDER --output PREFIX` makes one of it"
+)
 _FLAT_RUNS, _FLAT_RUN_WORDS = 16, 1 << 11
 _AT_LEAST_ONE = ("vocab_size", "num_tokens", "num_documents", "block_bytes")  # of the counts in a sidecar
 
@@ -345,6 +348,11 @@ class TokenFile:
             raise DataError(f"{self.bin_path}: damaged between bytes {start:,} and {start + size:,} (checksum); copy it again")
 
 
+def is_table(path: str) -> bool:
+    """True for the name of a file with rows, as of `datasets`, which training does not read at random places."""
+    return path.endswith((".parquet", ".arrow"))
+
+
 def _resolve(path: str, files: OpenFiles) -> tuple[str, str, str | None]:
     """(name, .bin, .idx) of a prefix, or (name, .bin, None) of a flat file."""
     if path.endswith(".bin") and files.exists(path) and not any(files.exists(path[:-4] + end) for end in (".idx", ".json")):
@@ -358,6 +366,8 @@ def _resolve(path: str, files: OpenFiles) -> tuple[str, str, str | None]:
         hint = f"; did you mean {', '.join(there)}?" if there else "; create it with tools/tokenize_corpus.py"
         if missing == [f"{prefix}.idx"] and not files.exists(f"{prefix}.json"):
             hint = f"; {prefix}.bin is there: if it is a flat file without an index, give its name with .bin{hint}"
+        if is_table(path):
+            raise DataMissing(f"{path}: no token file; {CONVERT_TABLES.format(path=path)}")
         raise DataMissing(f"{path}: no token file here ({' and '.join(missing)} not found){hint}")
     return prefix, f"{prefix}.bin", f"{prefix}.idx"
 

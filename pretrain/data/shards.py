@@ -28,7 +28,7 @@ import numpy as np
 import xxhash
 
 from . import remote
-from .indexed import DataError, DataMissing, Sidecar, TokenFile
+from .indexed import CONVERT_TABLES, DataError, DataMissing, Sidecar, TokenFile, is_table
 from .reads import SAMPLE_RUNS, OpenFiles
 from .remote import is_url
 
@@ -89,10 +89,17 @@ def _matching(entry: str) -> list[str]:
         elif end == ".idx":
             names.add(prefix)
     if not names:
-        folders = sorted(each for each in matches if os.path.isdir(each))[:3]
-        hint = f"it matches folders ({', '.join(folders)}), whose files ** finds: {entry.rstrip('*/')}/**" if folders else ""
-        raise DataMissing(f"{entry}: no token file here; {hint or 'create them with tools/tokenize_corpus.py'}")
+        raise DataMissing(f"{entry}: no token file here; {_advice(entry, matches)}")
     return sorted(names)
+
+
+def _advice(entry: str, matches: set[str]) -> str:
+    """What to do where none of the `matches` of an entry is a token file."""
+    if any(is_table(each) or os.path.basename(each) == "dataset_dict.json" for each in matches):
+        return CONVERT_TABLES.format(path=entry)
+    if folders := sorted(each for each in matches if os.path.isdir(each))[:3]:
+        return f"it matches folders ({', '.join(folders)}), whose files ** finds: {entry.rstrip('*/')}/**"
+    return "create them with tools/tokenize_corpus.py"
 
 
 def place_of(path: str | list[str], files: list[TokenFile]) -> Path:
