@@ -1,5 +1,6 @@
 """Limits every test process to one thread: processes share the cores, and sums are then added in a fixed order."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -16,3 +17,9 @@ def tiny(tmp_path: Path) -> list[str]:
 
     (tmp_path / "tiny.yaml").write_text(TINY)
     return ["--config", str(tmp_path / "tiny.yaml"), "--run.directory", str(tmp_path / "runs")]
+
+
+def pytest_collection_finish() -> None:
+    """What the tests import lives as long as the process: no garbage collection need look at it again."""
+    gc.collect()
+    gc.freeze()
