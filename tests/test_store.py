@@ -1,11 +1,14 @@
 """Token files and tokenizers in object stores: the same tokens as on a disk or an error, whatever store and cache do."""
 
+import contextlib
 import http.server
 import json
+import os
 import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -410,3 +413,101 @@ def test_a_run_on_s3_that_is_killed_resumes_to_the_bit_and_so_does_an_outage_of_
     killed.stderr.close()
     assert train(tmp_path, "s3", "s3://corpus/large/part-0", "cache")[0] == 0
     assert losses(tmp_path / "s3" / "tiny") == losses(tmp_path / "disk" / "tiny") and fetched["GET"] > 320
+
+
+# ---------------------------------------------------------------- the emulators of Google's and Azure's stores
+
+COMPARE = """
+import sys
+from pathlib import Path
+import fsspec
+import numpy as np
+from pretrain.data import remote
+from pretrain.data.errors import DataError
+from tests.test_indexed import all_tokens
+from tests.test_store import opened
+from pretrain.data.shards import open_shards
+protocol, folder, scratch = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+base = f"{protocol}://corpus/web"
+if protocol == "az":
+    fsspec.filesystem("az").mkdir("corpus")
+for file in folder.iterdir():
+    with fsspec.open(f"{base}/{file.name}", "wb") as target:
+        target.write(file.read_bytes())
+for gib in (1.0, 1e-6):  # in blocks, and by exact ranges
+    for name in ("", "part-*", "flat.bin"):
+        there, here = opened(f"{base}/{name}", scratch / str(gib), gib), open_shards(f"{folder}/{name}")
+        assert [Path(file.path).name for file in there] == [Path(file.path).name for file in here]
+        for one, other in zip(there, here, strict=True):
+            assert np.array_equal(all_tokens(one), all_tokens(other)) and one.fingerprint() == other.fingerprint()
+assert [Path(name).name for name in remote.find(f"{base}/part*")[0]] == ["part-0.bin", "part-0.idx", "part-0.json"]
+flat = opened(f"{base}/flat.bin", scratch / "replaced", 1e-6)[0]
+with fsspec.open(f"{base}/flat.bin", "wb") as target:
+    target.write(bytes(18000))
+try:
+    flat.read([10], [20])
+except DataError as error:
+    assert "replaced while in use" in str(error)
+else:
+    sys.exit("a replaced object is read")
+"""
+AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+"""The one that the emulator's documentation names."""
+PACKAGES = {"gs": ["gcsfs", "gcp-storage-emulator"], "az": ["adlfs"]}
+
+
+@pytest.mark.release
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("protocol", ["gs", "az"])
+def test_google_and_azure_give_the_files_of_a_disk_and_notice_a_replaced_object(protocol, web, tmp_path):
+    from tests.test_convert import python_with
+
+    same = f"fsspec=={fsspec.__version__}"
+    python = python_with(PACKAGES[protocol][0], tmp_path / "python", *PACKAGES[protocol][1:], same)
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        port = chosen.getsockname()[1]
+    if protocol == "gs":
+        start = "import sys; from gcp_storage_emulator.__main__ import main; sys.exit(main())"
+        server = [
+            python,
+            "-c",
+            start,
+            "start",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            port,
+            "--in-memory",
+            "--default-bucket",
+            "corpus",
+        ]
+        environment = {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}"}
+    else:
+        if not shutil.which("npm"):
+            pytest.skip("npm is not installed, which installs the emulator azurite")
+        install = subprocess.run(["npm", "install", "--prefix", tmp_path, "azurite"], capture_output=True, text=True)
+        if install.returncode:
+            pytest.skip(f"azurite cannot be installed: {install.stderr.strip().splitlines()[-1]}")
+        server = [tmp_path / "node_modules/.bin/azurite-blob", "--blobHost", "127.0.0.1", "--blobPort", port, "--silent"]
+        server += ["--location", tmp_path / "azurite", "--skipApiVersionCheck", "--disableTelemetry"]
+        account = f"AccountName=devstoreaccount1;AccountKey={AZURITE_KEY};BlobEndpoint=http://127.0.0.1:{port}/devstoreaccount1"
+        environment = {"AZURE_STORAGE_CONNECTION_STRING": f"DefaultEndpointsProtocol=http;{account};"}
+    process = subprocess.Popen(list(map(str, server)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while process.poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.1)
+        done = subprocess.run(
+            [python, "-c", COMPARE, protocol, web, tmp_path / "scratch"],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=150,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    finally:
+        process.terminate()
+        process.wait()
