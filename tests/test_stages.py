@@ -303,6 +303,15 @@ def test_each_step_trains_on_the_samples_of_its_position(folder):
         assert loss == pytest.approx(float(model(*batch.inputs).loss_sum) / int((batch.labels_BT != MASKED).sum()), rel=1e-5)
 
 
+def test_a_missing_file_of_a_passed_stage_is_refused_with_the_reason(folder):
+    """A branch that does not read it itself needs it: its fingerprint is part of the history."""
+    with pytest.raises(DataError, match=r"data.train\[1\].path: (?s:.*)train.stages: .*passed, too"):
+        open_parts(load(flags(folder, "--data.train", f"[{{path: {folder}/web}}, {{path: {folder}/lost}}]")))
+    with pytest.raises(DataError) as found:
+        open_parts(load(["--config", str(folder / "base.yaml"), "--data.train", f"[{{path: {folder}/lost}}]"]))
+    assert "train.stages" not in str(found.value)
+
+
 def test_a_border_is_logged_with_what_changes(straight, folder):
     found = [record for record in records(straight) if "stage" in record]
     assert [(each["step"], each["stage"]) for each in found] == [(5, 1), (9, 2), (16, 3)]
