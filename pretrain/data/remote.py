@@ -48,13 +48,18 @@ def find(url: str) -> tuple[list[str], bool]:
     found, is_folder = retried(url, search, _LISTING_SECONDS)
     if not found:
         raise DataError(f"{url}: no such file or folder, or it is empty; check the URL and what the credentials may list")
-    return sorted((system.unstrip_protocol(each) for each in found), key=PurePosixPath), is_folder
+    return sorted((_url_of(each, system, url) for each in found), key=PurePosixPath), is_folder
 
 
 def matching(pattern: str) -> list[str]:
     """URLs of the files that match a pattern, sorted; there may be none. Raises DataError, StoreError."""
     system, path = open_system(pattern)
-    return retried(pattern, lambda: sorted(system.unstrip_protocol(each) for each in system.glob(path)), _LISTING_SECONDS)
+    return retried(pattern, lambda: sorted(_url_of(each, system, pattern) for each in system.glob(path)), _LISTING_SECONDS)
+
+
+def _url_of(path: str, system, url: str) -> str:
+    """The URL of a path in a file system, with the protocol of `url`, which may be one of several (az, abfs)."""
+    return url.partition("://")[0] + "://" + system.unstrip_protocol(path).partition("://")[2]
 
 
 def exists(url: str) -> bool:
