@@ -47,8 +47,8 @@ BOUNDS = {
 }
 """Largest differences allowed in loss (relative), norm (relative) and weights (absolute); in bf16 ten times those measured. In
 bf16 a token whose experts have nearly equal scores may go to another one, so weights differ by more. Muon enlarges small
-directions of a gradient, with their rounding. Routing has the bound of the norm, losses of sources that of the loss, and tokens
-are counted exactly."""
+directions of a gradient, with their rounding. Routing and the losses of sources, which are means of fewer tokens, have the
+bound of the norm, and tokens are counted exactly."""
 PATIENCE_SECONDS = 600
 """What a case may take; processes that wait for each other never end."""
 
@@ -144,7 +144,7 @@ class Outcome:
         loss, norm, weights = self.case.bounds
         return {
             "loss": (self.loss_difference, loss),
-            "losses of sources": (self.source_difference, loss),
+            "losses of sources": (self.source_difference, norm),
             "gradient norm": (self.norm_difference, norm),
             "tokens": (self.token_difference, 0),
             "routing": (self.routing_difference, norm),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,10 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.shapes import SHAPES
 from pretrain.config import EngineConfig
 from pretrain.engines.base import Engine
+from pretrain.model.attention import AttentionContext, attend
 from pretrain.model.flops import vocabulary_rows
 from pretrain.model.loss import IGNORED, chunk_step
+from pretrain.model.masked import block_mask, first_visible
 from tests.fake_cuda import steps
-from tests.fake_cuda.traffic import fused_bytes
+from tests.fake_cuda.traffic import fused_bytes, generated
 from tests.fake_cuda.watch import Watch
 
 
@@ -61,6 +65,24 @@ def scattered(hidden_nD, weight_VD, labels_n):
 def test_a_loss_that_scatters_the_labels_is_found():
     labels_n = torch.zeros(1024, dtype=torch.int64, device="cuda")
     assert fused_bytes(scattered, matrix(1024, 768), matrix(32000, 768), labels_n) > 12 * 1024 * 32000
+
+
+@pytest.mark.parametrize("window", [None, 512])
+@pytest.mark.parametrize("key_heads", [6, 2])
+def test_documents_become_one_kernel_per_pass_and_no_square_of_scores(key_heads, window):
+    """FlexAttention, which the other tests here replace: a fake tensor has no kernel to run."""
+    torch._dynamo.reset()
+    length, device = steps.LENGTH, torch.device("cuda")
+    documents_BT = torch.zeros(4, length, dtype=torch.int64, device=device)
+    mask = block_mask(first_visible(length, device, documents_BT, window))
+    context = AttentionContext(None, None, block_mask=mask)
+    shapes = [(4, length, heads, 128) for heads in (6, key_heads, key_heads)]
+    tensors = [torch.empty(shape, dtype=torch.bfloat16, device=device, requires_grad=True) for shape in shapes]
+    programs = generated(lambda *qkv: attend(*qkv, context), *tensors)
+    kernels = [re.findall(r"def triton_tem\w*flex_attention(_backward)?", program) for program in programs]
+    assert kernels == [[""], ["_backward"]]
+    for program in programs:
+        assert "extern_kernels." not in program and f"{length}, {length})" not in program
 
 
 @pytest.mark.parametrize(("model", "documents"), [("dense", False), ("dense", True), ("moe", False), ("window", False)])
