@@ -130,6 +130,14 @@ def test_tokens_that_do_not_fit_in_the_cache_are_fetched_as_they_are_read_and_no
     assert both[0].read([0], [10]).tolist() == (np.arange(10) % 500).tolist() and fetched == [(0, 20)]
 
 
+def test_an_object_stays_the_version_that_was_opened_however_many_there_are(memory, web, tmp_path):
+    few = OpenFiles(1, store=Store(tmp_path / "cache"))
+    flat = open_shards(f"{memory}/flat.bin", open_files=few)[0]
+    open_shards(f"{memory}/part-0", open_files=few)[0].read([0], [10])
+    fsspec.filesystem("memory").pipe_file("/bucket/flat.bin", (web / "flat.bin").read_bytes()[::-1])
+    assert flat.read([8000], [10]).tolist() == TokenFile(web / "flat.bin").read([8000], [10]).tolist()  # from the cache
+
+
 def test_an_object_that_is_replaced_or_removed_while_in_use_is_an_error(memory, web, tmp_path):
     system = fsspec.filesystem("memory")
     file = opened(f"{memory}/part-0", tmp_path / "cache")[0]

@@ -12,7 +12,7 @@ import errno
 import os
 import resource
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 import xxhash
@@ -85,8 +85,12 @@ class OpenFiles:
         if limit is None and allowed != resource.RLIM_INFINITY:
             limit = max(8, allowed // 4)
         self.limit = limit
-        self.get: Callable[[str], OpenFile | StoredObject] = lru_cache(maxsize=limit)(partial(_open, store or Store()))
+        self._on_disk = lru_cache(maxsize=limit)(OpenFile)
+        self._in_store = lru_cache(maxsize=None)((store or Store()).open)  # holds no file, and must stay the version it is
+
+    def get(self, path: str) -> OpenFile | StoredObject:
         """The open file at a path or URL. Raises OSError; for a URL, DataError and StoreError."""
+        return self._in_store(path) if is_url(path) else self._on_disk(path)
 
     def exists(self, path: str) -> bool:
         """True if there is such a file. For a URL, it is opened. Raises DataError, StoreError, OSError."""
@@ -97,10 +101,6 @@ class OpenFiles:
         except DataMissing:
             return False
         return True
-
-
-def _open(store: Store, path: str) -> OpenFile | StoredObject:
-    return store.open(path) if is_url(path) else OpenFile(path)
 
 
 def read_ranges(file, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
