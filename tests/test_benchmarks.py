@@ -104,6 +104,7 @@ def test_every_rung_of_the_ladder_trains_to_the_same_loss():
         assert others == pytest.approx(losses[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_order_of_a_large_run_is_checked_on_sparse_files(tmp_path):
     *_, drawn, small = data_at_scale.simulate(tmp_path, ranks=8, tokens=10**11, count=7, small_tokens=10**6)
     assert drawn.startswith("4,000 samples drawn at random are where") and " samples of a small copy: each once" in small

@@ -151,7 +151,7 @@ CASES = {
     "fsdp2": dict(engine=EngineConfig(name="fsdp2", compile="blocks")),
     "fsdp2 with experts": dict(engine=EngineConfig(name="fsdp2", compile="blocks"), model=model_of(moe=MOE)),
 }
-FAST = ("dense", "experts", "document mask, model", "selective", "fsdp2")
+FAST = ("dense", "document mask, model", "fsdp2")
 
 
 @pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name not in FAST)])

@@ -319,7 +319,7 @@ def open_train(
         first = [next(i for i, (_, other) in enumerate(stages) if other.train == each.train) for _, each in stages]
         places = ["data.train" if i == 0 else f"train.stages[{i - 1}].sources" for i in first]
         blends = [opener.mixture(each, place, block_length) for (_, each), place in zip(stages, places, strict=True)]
-        if len(stages) > 1 and any(".path: " in problem for problem in opener.problems):
+        if len(stages) > 1 and opener.has_unreadable:
             text = "files of all stages must be readable, those of stages that a checkpoint has passed, too"
             opener.problems.append(f"train.stages: {text}: what the run has read of them is compared with the checkpoint")
         sources = opener.close()

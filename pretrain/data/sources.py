@@ -221,6 +221,7 @@ class Opener:
         """data: where blocks of stores are cached."""
         self._model = {"vocab_size": vocab_size, "tokenizer_fingerprint": tokenizer_fingerprint}
         self.problems: list[str] = []
+        self.has_unreadable = False  # a path whose files are missing or damaged
         self._opened: list[tuple[SourceConfig, FileSource | ShardedSource]] = []
         self._open_files = OpenFiles(store=Store(data.cache_directory, data.cache_gib))
 
@@ -252,6 +253,7 @@ class Opener:
                     )
                 except (DataError, OSError) as error:
                     self.problems.append(f"{place}.path: {error}")
+                    self.has_unreadable = True
                     continue
                 source = None
             found = check_files(files, f"{place}.path", data, **self._model, least_tokens=least_tokens)
