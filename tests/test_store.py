@@ -385,7 +385,7 @@ def test_a_run_on_s3_survives_its_store_and_has_the_losses_of_a_run_on_a_disk(s3
     assert train(tmp_path, "disk", str(large), "unused")[0] == 0
     s3.fault = lambda method, path: "503"
     status, errors = train(tmp_path, "s3", "s3://corpus/large/part-0", "cache")
-    assert status == 74 and "s3://corpus/large/part-0.bin: the store does not answer" in errors  # like any later time
+    assert status == 75 and "s3://corpus/large/part-0.bin: the store does not answer" in errors  # like any later time
     fetched = Counter()
 
     def fails_later(method: str, path: str) -> str | None:
@@ -395,7 +395,7 @@ def test_a_run_on_s3_survives_its_store_and_has_the_losses_of_a_run_on_a_disk(s3
     s3.fault = fails_later
     status, errors = train(tmp_path, "s3", "s3://corpus/large/part-0", "cache")
     assert list((tmp_path / "s3/tiny/checkpoints").glob("step_*"))
-    assert status == 74 and "s3://corpus/large/part-0.bin: the store does not answer" in errors
+    assert status == 75 and "s3://corpus/large/part-0.bin: the store does not answer" in errors
     s3.fault = lambda method, path: None
     shutil.rmtree(tmp_path / "cache")
     assert train(tmp_path, "s3", "s3://corpus/large/part-0", "cache")[0] == 0

@@ -16,4 +16,4 @@ class DataMissing(DataError):
 class StoreError(UserError):
     """A store that does not answer. Nothing is wrong with the data: the same command may work later."""
 
-    status = 74  # as of a disk that fails
+    status = 75  # start it again
