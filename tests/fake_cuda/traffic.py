@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
-import triton
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import aot_function, make_boxed_func
@@ -21,11 +20,11 @@ from torch._inductor.compile_fx import _recursive_post_grad_passes
 from torch._inductor.debug import DebugContext
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
+from torch._inductor.runtime.triton_compat import GPUTarget, triton
 from torch._inductor.scheduler import ExternKernelSchedulerNode
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule
-from triton.backends.compiler import GPUTarget
 
 from tests.fake_cuda import fake_gpu
 
