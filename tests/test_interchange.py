@@ -21,6 +21,7 @@ from pretrain.data.indexed import DataError, DataMissing, TokenFile
 from pretrain.data.interchange import Block, Documents, Split
 from pretrain.data.shards import open_shards
 from pretrain.data.tokenizer_training import train
+from tests.models import train_here
 from tests.test_indexed import write_megatron
 from tests.test_tools_data import make_texts, tool
 
@@ -119,18 +120,51 @@ def test_datasets_are_read_as_rows_as_rows_without_ends_and_as_a_packed_stream(f
 
 
 def test_training_names_the_command_that_converts_a_table(folder, tmp_path):
-    datasets = pytest.importorskip("datasets")
-    data = datasets.Dataset.from_dict({"input_ids": [row.tolist() for row in rows_of(folder / "ours")]})
-    data.save_to_disk(tmp_path / "data")
-    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "splits")
-    data.to_parquet(tmp_path / "ids.parquet")
-    for name in ("data", "splits", "ids.parquet", "*.parquet"):
+    pyarrow.parquet.write_table(pyarrow.table({"input_ids": rows_of(folder / "ours")}), tmp_path / "ids.parquet")
+    for name in ("ids.parquet", "*.parquet", ""):
         with pytest.raises(DataMissing) as refusal:
             open_shards(str(tmp_path / name))
         command = f"python tools/convert_data.py --input {tmp_path / name} --tokenizer FOLDER --output PREFIX"
         assert command in str(refusal.value)
-    convert("--input", tmp_path / "data", "--tokenizer", folder / "tokenizer", "--output", tmp_path / "back")
+    convert("--input", tmp_path / "ids.parquet", "--tokenizer", folder / "tokenizer", "--output", tmp_path / "back")
     require_same_pair(tmp_path / "back", folder / "ours")
+
+
+def test_a_run_on_a_data_set_of_ids_has_the_losses_of_one_on_the_converted_pair(folder, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"input_ids": [row.tolist() for row in rows_of(folder / "ours")]})
+    data.save_to_disk(tmp_path / "ids")
+    convert("--input", tmp_path / "ids", "--tokenizer", folder / "tokenizer", "--output", tmp_path / "pair")
+    require_same_pair(tmp_path / "pair", folder / "ours")
+    flags = ["--model.hidden_size", "32", "--model.num_hidden_layers", "1", "--model.num_attention_heads", "2"]
+    flags += ["--model.vocab_size", "400", "--data.sequence_length", "32", "--data.document_mask", "true"]
+    flags += ["--batch.global_batch_size", "8", "--batch.micro_batch_size", "8", "--train.max_steps", "4"]
+    flags += ["--log.every_steps", "1", "--log.sinks", "[jsonl]", "--tokenizer.path", str(folder / "tokenizer")]
+    losses = {}
+    for name in ("ids", "pair"):
+        sources = f"[{{path: {tmp_path / name}}}]"
+        own = ["--run.directory", str(tmp_path / "runs"), "--run.name", name, "--data.train", sources, "--data.valid", sources]
+        assert train_here([*flags, *own]) == 0
+        rows = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [(row.get("loss"), row.get("val_loss")) for row in map(json.loads, rows)]
+    assert losses["ids"] == losses["pair"] and len([loss for loss, _ in losses["ids"] if loss]) == 4
+
+
+def test_flat_files_of_other_libraries_are_refused_by_name(tmp_path):
+    rng = np.random.default_rng(0)
+    for count in (5, 700):  # the index ends within the first bytes that are looked at, or not
+        ends = 8 + 4 * count + np.cumsum([0, *rng.integers(0, 99, count) * 4])
+        chunk = np.array([count, *ends], "<u4").tobytes() + rng.integers(0, 50000, (ends[-1] - ends[0]) // 4, "u4").tobytes()
+        (tmp_path / "chunk-0-0.bin").write_bytes(chunk)
+        with pytest.raises(DataError, match="chunk of litdata"):
+            open_shards(str(tmp_path))
+    flat = np.array([5, 28, 1000, *rng.integers(0, 50000, 997)], "<u4")  # begins like a chunk of 5 items
+    flat.tofile(tmp_path / "chunk-0-0.bin")
+    assert open_shards(str(tmp_path), vocab_size=50000)[0].read([0], [1000]).tolist() == flat.tolist()
+    for name in ("part-0.npy", "text.ds"):
+        flat.tofile(tmp_path / name)
+        with pytest.raises(DataMissing, match=rf"under names with \.bin .*: ln -s {tmp_path}/{name} {tmp_path}/.*\.bin"):
+            open_shards(str(tmp_path / name))
 
 
 def test_a_document_of_several_sequences_and_wide_ids_of_megatron_becomes_one(folder, tmp_path):

@@ -2,7 +2,8 @@
 
     type       little-endian uint16, uint32 or int64, by the bytes that are zero in every token
     header     llm.c and modded-nanogpt: 256 int32 (magic, version, token count, then zeros); the magic gives the type
-    refused    text, archives and other formats, floats, big-endian integers, cut files, headers with an unknown magic
+    refused    text, archives and other formats, chunks of litdata, floats, big-endian integers, cut files, headers with an
+               unknown magic
 
 Ids below 2^20 leave at most 15 in the upper half of a 32-bit word, and more than the largest of these in the lower half of most
 words; the two halves of a pair of 16-bit tokens have equal chances. So the vocabulary decides only where it can: a type whose
@@ -50,6 +51,11 @@ def judge(head: bytes, sample: bytes, size: int, vocab_size: int | None = None) 
     for magic, what in _FORMATS.items():
         if head.startswith(magic):
             raise ValueError(what)
+    if _is_litdata(head, size):
+        raise ValueError(
+            "is a chunk of litdata, whose index stands before its tokens; write its items to parquet as lists of ids, "
+            "which tools/convert_data.py reads"
+        )
     if len(head) == HEADER_BYTES and (header := _header(head, size)):
         return header
     words = np.frombuffer(sample[: len(sample) // 8 * 8], "<u8")
@@ -62,6 +68,15 @@ def judge(head: bytes, sample: bytes, size: int, vocab_size: int | None = None) 
         kind = f"holds {dtype.name} tokens by its content, but {size:,} bytes, no multiple of {dtype.itemsize}"
         raise ValueError(f"{kind}: it was cut; copy it again")
     return dtype, 0
+
+
+def _is_litdata(head: bytes, size: int) -> bool:
+    """True if the file begins with a number of items, their offsets and the end of the last, as uint32."""
+    items, *offsets = np.frombuffer(head[: len(head) // 4 * 4], "<u4").astype(np.int64).tolist() or [0]
+    offsets = offsets[: items + 1]
+    if not items or not offsets or offsets[0] != 8 + 4 * items or max(offsets) > size or offsets != sorted(offsets):
+        return False
+    return len(offsets) <= items or offsets[-1] == size
 
 
 def _header(head: bytes, size: int) -> tuple[np.dtype, int] | None:
