@@ -159,3 +159,16 @@ def test_a_file_that_is_rewritten_or_cut_in_use_is_an_error(tmp_path):
         changed.truncate(len(content) // 2)
     with pytest.raises(OSError, match="truncated while in use"):
         file.read([file.num_tokens - 5], [5])
+
+
+def test_row_offsets_of_a_batch_need_not_begin_with_0(tmp_path):
+    path = save(tmp_path / "x.arrow", [[1, 2], [3], [4, 5], [6], [7, 8, 9]], batches=(3, 2))
+    places = ArrowFile(str(path))._table_5B[3].tolist()
+    with open(path, "r+b") as file:
+        for place, first in zip(places, (1, 0), strict=True):
+            file.seek(place)
+            file.write(first.to_bytes(4, "little"))
+    expected = pyarrow.ipc.open_stream(path.read_bytes()).read_all().column("input_ids").to_pylist()
+    file = ArrowFile(str(path))
+    assert [file.document(i).tolist() for i in range(5)] == expected == [[2], [3], [4, 5], [6], [7, 8, 9]]
+    assert [file.document_at(i) for i in range(file.num_tokens)] == [0, 1, 2, 2, 3, 4, 4, 4]

@@ -158,7 +158,7 @@ def test_flat_files_of_other_libraries_are_refused_by_name(tmp_path):
         (tmp_path / "chunk-0-0.bin").write_bytes(chunk)
         with pytest.raises(DataError, match="chunk of litdata"):
             open_shards(str(tmp_path))
-    flat = np.array([5, 28, 1000, *rng.integers(0, 50000, 997)], "<u4")  # begins like a chunk of 5 items
+    flat = np.array([5, 28, *range(99, 999, 100), *rng.integers(0, 50000, 989)], "<u4")  # begins like a chunk of 5 items
     flat.tofile(tmp_path / "chunk-0-0.bin")
     assert open_shards(str(tmp_path), vocab_size=50000)[0].read([0], [1000]).tolist() == flat.tolist()
     for name in ("part-0.npy", "text.ds"):
