@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -296,6 +297,72 @@ def test_parquet_files_in_folders_below_are_read_too(folder, tmp_path):
     convert("--input", folder / "ours", "--to", "parquet", "--output", tmp_path / "ids" / "part=1" / "x.parquet")
     convert("--input", tmp_path / "ids", "--tokenizer", folder / "tokenizer", "--output", tmp_path / "back")
     require_same_pair(tmp_path / "back", folder / "ours")
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "n.bin", "l.bin", "ours", "", "x.par*", "l*"])
+def test_urls_are_read_like_files(folder, tmp_path, name):
+    system = fsspec.filesystem("memory")
+    convert("--input", folder / "ours", "--to", "parquet", "--output", tmp_path / "x.parquet")
+    convert("--input", folder / "ours", "--to", "nanogpt", "--output", tmp_path / "n.bin")
+    convert("--input", folder / "ours", "--to", "llmc", "--output", tmp_path / "l.bin")
+    for path in (*tmp_path.iterdir(), *(Path(f"{folder}/ours{end}") for end in (".bin", ".idx", ".json"))):
+        if name or path.suffix == ".parquet":
+            system.pipe_file(f"/ids/{path.name}", path.read_bytes())
+    try:
+        convert("--input", f"memory://ids/{name}", "--tokenizer", folder / "tokenizer", "--output", tmp_path / "back")
+    finally:
+        system.rm("/ids", recursive=True)
+    require_same_pair(tmp_path / "back", folder / "ours")
+    missing = ["--input", "memory://ids/x.parquet", "--tokenizer", folder / "tokenizer", "--output", tmp_path / "none"]
+    assert "memory://ids/x.parquet: no such file" in convert(*missing, status=2).stderr
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_patterns_of_parquet_files_are_read_in_the_order_of_names(folder, tmp_path, name):
+    rows = [row.tolist() for row in rows_of(folder / "ours")]
+    for number, part in enumerate((rows[:100], rows[100:])):
+        pyarrow.parquet.write_table(pyarrow.table({"input_ids": part}), tmp_path / f"x-{number}.parquet")
+    pattern = {"one": "*.parquet", "two": "x-[01].par*"}[name]
+    convert("--input", tmp_path / pattern, "--tokenizer", folder / "tokenizer", "--output", tmp_path / "back")
+    require_same_pair(tmp_path / "back", folder / "ours")
+
+
+@pytest.mark.parametrize("kind", ["int32", "int64", "uint16", "large", "packed", "leading"])
+def test_tables_as_libraries_write_them_become_the_same_documents(folder, tmp_path, kind, monkeypatch):
+    """A data set of the hub, streamed, and a parquet file: lists of any kind, beside other columns; packed to one length."""
+    datasets = pytest.importorskip("datasets")
+    rows, flags = [row.tolist() for row in rows_of(folder / "ours")], []
+    if kind in ("packed", "leading"):
+        stream = leading(list(map(np.array, rows))) if kind == "leading" else np.concatenate(rows)
+        rows, flags = [stream[i : i + 64].tolist() for i in range(0, len(stream) - 63, 64)], ["--packed"]
+        flags += ["--leading"] if kind == "leading" else []
+        list_type = pyarrow.list_(pyarrow.int32(), 64)
+        stream = stream[: len(rows) * 64]
+    else:
+        value = pyarrow.int32() if kind == "large" else getattr(pyarrow, kind)()
+        list_type = pyarrow.large_list(value) if kind == "large" else pyarrow.list_(value)
+    ids = pyarrow.array(rows, list_type)
+    table = pyarrow.table(
+        {"attention_mask": [[1] * len(row) for row in rows], "input_ids": ids, "labels": ids, "n": range(len(rows))}
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    data = datasets.Dataset(table).to_iterable_dataset(num_shards=3)
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: asked.append((names, options)) or data)
+    flags += ["--tokenizer", folder / "tokenizer"]
+    convert("--input", "some/name", "--from", "datasets", "--config", "en", *flags, "--output", tmp_path / "streamed")
+    assert asked == [(("some/name", "en"), {"split": "train", "streaming": True})]
+    convert("--input", tmp_path / "x.parquet", *flags, "--output", tmp_path / "from_parquet")
+    require_same_pair(tmp_path / "streamed", tmp_path / "from_parquet")
+    if not flags[0].startswith("--packed"):
+        return require_same_pair(tmp_path / "streamed", folder / "ours")
+    ours, theirs = rows_of(folder / "ours"), rows_of(tmp_path / "streamed")
+    count = len(theirs) - 1  # the last one may be incomplete
+    assert [row.tolist() for row in theirs[:count]] == [row.tolist() for row in ours[:count]]
+    assert (
+        theirs[-1][:-1].tolist() == ours[count][: len(theirs[-1]) - 1].tolist()
+        and abs(sum(map(len, theirs)) - len(stream)) <= 1
+    )
 
 
 def test_a_stream_without_the_id_is_refused_before_it_fills_the_memory(monkeypatch):
