@@ -435,3 +435,48 @@ def test_megatron_reads_our_pairs_and_writes_what_we_read(kind, megatron, folder
     assert [row.tolist() for row in rows_of(tmp_path / "theirs")] == [row.tolist() for row in rows_of(folder / "ours")]
     convert("--input", tmp_path / "theirs", "--tokenizer", folder / "tokenizer", "--output", tmp_path / "back")
     require_same_pair(tmp_path / "back", folder / "ours")
+
+
+BUILD = """
+import sys, json, numpy, torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+folder, written = sys.argv[1], {}
+for name in ("uint8", "int8", "int16", "int32", "int64", "uint16", "float32", "modes"):
+    dtype = getattr(numpy, "int32" if name == "modes" else name)
+    builder = IndexedDatasetBuilder(f"{folder}/{name}.bin", dtype=dtype, multimodal=name == "modes")
+    rng, rows = numpy.random.default_rng(0), []
+    for count in (1, 3, 2, 1, 4):  # sequences of a document, some of them empty
+        lengths = rng.integers(0, 9, count)
+        row = rng.integers(3, 100, lengths.sum())
+        rows.append(row.tolist())
+        modes = [0] * count if name == "modes" else None
+        builder.add_document(torch.from_numpy(row), lengths.tolist(), modes)
+    builder.finalize(f"{folder}/{name}.idx")
+    written[name] = rows
+merged = IndexedDatasetBuilder(f"{folder}/merged.bin", dtype=numpy.int32)
+for name in ("int32", "int32"):
+    merged.add_index(f"{folder}/{name}")
+merged.finalize(f"{folder}/merged.idx")
+written["merged"] = 2 * written["int32"]
+print(json.dumps(written))
+"""
+
+
+@pytest.mark.release
+def test_all_types_of_megatrons_builder_are_read_and_what_is_no_token_is_refused(megatron, folder, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, tmp_path],
+        env={**os.environ, "PYTHONPATH": str(megatron)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, rows in json.loads(done.stdout.splitlines()[-1]).items():
+        if name in ("float32", "modes"):
+            with pytest.raises(DataError, match={"float32": "integers", "modes": "multimodal"}[name]):
+                TokenFile(tmp_path / name)
+            continue
+        assert [row.tolist() for row in rows_of(tmp_path / name)] == rows, name
+        flags = ["--append-end", "--tokenizer", folder / "tokenizer", "--output", tmp_path / f"{name}-back"]
+        convert("--input", tmp_path / name, *flags)
+        assert [row.tolist() for row in rows_of(tmp_path / f"{name}-back")] == [[*row, END] for row in rows], name
