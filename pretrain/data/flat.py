@@ -21,6 +21,15 @@ DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
 """The types that a user may name."""
 HEADER_BYTES = 1024
 _HEADER_TYPES = {20240520: "<u2", 20240801: "<u4"}
+_NO_TOKENS = {
+    20240326: "weights",
+    20240327: "activations for a test",
+    20240328: "a tokenizer",
+    20240522: "questions for an evaluation",
+    20240527: "the state of an optimizer",
+    20240803: "weights",
+}
+"""Other files of llm.c by their magic."""
 _FORMATS = {
     b"\x93NUMPY": "was written by numpy.save, whose header is not tokens; write it with array.tofile",
     b"PK\x03\x04": "is a zip archive (of numpy.savez or torch.save)",
@@ -86,6 +95,8 @@ def _header(head: bytes, size: int) -> tuple[np.dtype, int] | None:
         if size != (expected := HEADER_BYTES + dtype.itemsize * count):
             raise ValueError(f"{size:,} bytes found, {expected:,} expected; copy it again")
         return dtype, HEADER_BYTES
+    if magic in _NO_TOKENS:
+        raise ValueError(f"is a file of llm.c that holds {_NO_TOKENS[magic]}, not tokens")
     if count > 0 and not any(rest) and (size - HEADER_BYTES) in (2 * count, 4 * count):
         raise ValueError(f"begins with a header of 256 integers like llm.c's, but with the unknown magic {magic}")
     return None
