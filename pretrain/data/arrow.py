@@ -52,7 +52,9 @@ class ArrowFile(TokenFile):
     ):
         """dtype: must be that of the column, if given; the others as of `TokenFile`."""
         if is_url(path):
-            raise DataError(f"{path}: Arrow files are read on a disk only; copy it, or convert it and upload the pair")
+            raise DataError(
+                f"{path}: Arrow files are read on a disk only: copy it there, or convert the copy and upload the pair"
+            )
         if not os.path.isfile(path):
             raise DataMissing(f"{path}: no such file")
         self.path = self.bin_path = path

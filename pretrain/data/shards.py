@@ -110,6 +110,8 @@ def _advice(entry: str, matches: set[str]) -> str:
     """What to do where none of the `matches` of an entry is a token file."""
     if os.path.isdir(entry) and (splits := splits_of(entry)):
         return f"it is a data set with the splits {', '.join(splits)}; name one: {os.path.join(entry, splits[0])}"
+    if is_url(entry) and any(map(is_table, matches)) and not any(each.endswith(".parquet") for each in matches):
+        return "Arrow files are read on a disk only: copy them there, or convert the copy and upload the pair"
     if any(map(is_table, matches)):
         return CONVERT_TABLES.format(path=entry)
     if folders := sorted(each for each in matches if os.path.isdir(each))[:3]:
