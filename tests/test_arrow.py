@@ -144,8 +144,9 @@ def test_files_that_cannot_be_read_at_random_places_are_refused(tmp_path):
     with pytest.raises(DataError, match="on a disk only"):
         open_shards("memory://bucket/x.arrow")
     fsspec.filesystem("memory").pipe_file("/ids/x.arrow", b"")
-    with pytest.raises(DataMissing, match="memory://ids/: .*on a disk only"):
+    with pytest.raises(DataMissing, match=r"memory://ids/: .*on a disk only"):
         open_shards("memory://ids/")
+    fsspec.filesystem("memory").rm("/ids", recursive=True)
 
 
 def test_a_file_that_is_rewritten_or_cut_in_use_is_an_error(tmp_path):
