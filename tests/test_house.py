@@ -63,6 +63,7 @@ WITHOUT_TORCH = [
     "pretrain.data.order",
     "pretrain.data.sources",
     "pretrain.data.indexed",
+    "pretrain.data.arrow",
     "pretrain.data.interchange",
     "pretrain.data.corpus",
     "pretrain.data.tokenizer",

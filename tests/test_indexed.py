@@ -421,6 +421,10 @@ def test_flat_files_that_are_not_tokens_are_refused_by_name(tmp_path):
         (gzip.compress(text.encode()), "gzip"),
         (b"PK\x03\x04" + bytes(2000), "zip"),
         (header.tobytes() + zipf(999, 1000).astype("<u2").tobytes(), "unknown magic 20230101"),
+        (
+            np.array([20240522, 1, 99, 300, *[0] * 252], "<i4").tobytes() + bytes(9000),
+            "file of llm.c .* questions for an evaluation",
+        ),
         (zipf(999).astype("<u4").tobytes() + b"ab", "no multiple of 4"),
         (zipf(999).astype("<i8").tobytes()[:-4], "no multiple of 8"),
     ):

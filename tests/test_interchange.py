@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -21,6 +22,7 @@ from pretrain.data.indexed import DataError, DataMissing, TokenFile
 from pretrain.data.interchange import Block, Documents, Split
 from pretrain.data.shards import open_shards
 from pretrain.data.tokenizer_training import train
+from tests.models import train_here
 from tests.test_indexed import write_megatron
 from tests.test_tools_data import make_texts, tool
 
@@ -119,18 +121,51 @@ def test_datasets_are_read_as_rows_as_rows_without_ends_and_as_a_packed_stream(f
 
 
 def test_training_names_the_command_that_converts_a_table(folder, tmp_path):
-    datasets = pytest.importorskip("datasets")
-    data = datasets.Dataset.from_dict({"input_ids": [row.tolist() for row in rows_of(folder / "ours")]})
-    data.save_to_disk(tmp_path / "data")
-    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "splits")
-    data.to_parquet(tmp_path / "ids.parquet")
-    for name in ("data", "splits", "ids.parquet", "*.parquet"):
+    pyarrow.parquet.write_table(pyarrow.table({"input_ids": rows_of(folder / "ours")}), tmp_path / "ids.parquet")
+    for name in ("ids.parquet", "*.parquet", ""):
         with pytest.raises(DataMissing) as refusal:
             open_shards(str(tmp_path / name))
         command = f"python tools/convert_data.py --input {tmp_path / name} --tokenizer FOLDER --output PREFIX"
         assert command in str(refusal.value)
-    convert("--input", tmp_path / "data", "--tokenizer", folder / "tokenizer", "--output", tmp_path / "back")
+    convert("--input", tmp_path / "ids.parquet", "--tokenizer", folder / "tokenizer", "--output", tmp_path / "back")
     require_same_pair(tmp_path / "back", folder / "ours")
+
+
+def test_a_run_on_a_data_set_of_ids_has_the_losses_of_one_on_the_converted_pair(folder, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"input_ids": [row.tolist() for row in rows_of(folder / "ours")]})
+    data.save_to_disk(tmp_path / "ids")
+    convert("--input", tmp_path / "ids", "--tokenizer", folder / "tokenizer", "--output", tmp_path / "pair")
+    require_same_pair(tmp_path / "pair", folder / "ours")
+    flags = ["--model.hidden_size", "32", "--model.num_hidden_layers", "1", "--model.num_attention_heads", "2"]
+    flags += ["--model.vocab_size", "400", "--data.sequence_length", "32", "--data.document_mask", "true"]
+    flags += ["--batch.global_batch_size", "8", "--batch.micro_batch_size", "8", "--train.max_steps", "4"]
+    flags += ["--log.every_steps", "1", "--log.sinks", "[jsonl]", "--tokenizer.path", str(folder / "tokenizer")]
+    losses = {}
+    for name in ("ids", "pair"):
+        sources = f"[{{path: {tmp_path / name}}}]"
+        own = ["--run.directory", str(tmp_path / "runs"), "--run.name", name, "--data.train", sources, "--data.valid", sources]
+        assert train_here([*flags, *own]) == 0
+        rows = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [(row.get("loss"), row.get("val_loss")) for row in map(json.loads, rows)]
+    assert losses["ids"] == losses["pair"] and len([loss for loss, _ in losses["ids"] if loss]) == 4
+
+
+def test_flat_files_of_other_libraries_are_refused_by_name(tmp_path):
+    rng = np.random.default_rng(0)
+    for count in (5, 700):  # the index ends within the first bytes that are looked at, or not
+        ends = 8 + 4 * count + np.cumsum([0, *rng.integers(0, 99, count) * 4])
+        chunk = np.array([count, *ends], "<u4").tobytes() + rng.integers(0, 50000, (ends[-1] - ends[0]) // 4, "u4").tobytes()
+        (tmp_path / "chunk-0-0.bin").write_bytes(chunk)
+        with pytest.raises(DataError, match="chunk of litdata"):
+            open_shards(str(tmp_path))
+    flat = np.array([5, 28, *range(99, 999, 100), *rng.integers(0, 50000, 989)], "<u4")  # begins like a chunk of 5 items
+    flat.tofile(tmp_path / "chunk-0-0.bin")
+    assert open_shards(str(tmp_path), vocab_size=50000)[0].read([0], [1000]).tolist() == flat.tolist()
+    for name in ("part-0.npy", "text.ds"):
+        flat.tofile(tmp_path / name)
+        with pytest.raises(DataMissing, match=rf"under names with \.bin .*: ln -s {tmp_path}/{name} {tmp_path}/.*\.bin"):
+            open_shards(str(tmp_path / name))
 
 
 def test_a_document_of_several_sequences_and_wide_ids_of_megatron_becomes_one(folder, tmp_path):
@@ -264,6 +299,72 @@ def test_parquet_files_in_folders_below_are_read_too(folder, tmp_path):
     require_same_pair(tmp_path / "back", folder / "ours")
 
 
+@pytest.mark.parametrize("name", ["x.parquet", "n.bin", "l.bin", "ours", "", "x.par*", "l*"])
+def test_urls_are_read_like_files(folder, tmp_path, name):
+    system = fsspec.filesystem("memory")
+    convert("--input", folder / "ours", "--to", "parquet", "--output", tmp_path / "x.parquet")
+    convert("--input", folder / "ours", "--to", "nanogpt", "--output", tmp_path / "n.bin")
+    convert("--input", folder / "ours", "--to", "llmc", "--output", tmp_path / "l.bin")
+    for path in (*tmp_path.iterdir(), *(Path(f"{folder}/ours{end}") for end in (".bin", ".idx", ".json"))):
+        if name or path.suffix == ".parquet":
+            system.pipe_file(f"/ids/{path.name}", path.read_bytes())
+    try:
+        convert("--input", f"memory://ids/{name}", "--tokenizer", folder / "tokenizer", "--output", tmp_path / "back")
+    finally:
+        system.rm("/ids", recursive=True)
+    require_same_pair(tmp_path / "back", folder / "ours")
+    missing = ["--input", "memory://ids/x.parquet", "--tokenizer", folder / "tokenizer", "--output", tmp_path / "none"]
+    assert "memory://ids/x.parquet: no such file" in convert(*missing, status=2).stderr
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_patterns_of_parquet_files_are_read_in_the_order_of_names(folder, tmp_path, name):
+    rows = [row.tolist() for row in rows_of(folder / "ours")]
+    for number, part in enumerate((rows[:100], rows[100:])):
+        pyarrow.parquet.write_table(pyarrow.table({"input_ids": part}), tmp_path / f"x-{number}.parquet")
+    pattern = {"one": "*.parquet", "two": "x-[01].par*"}[name]
+    convert("--input", tmp_path / pattern, "--tokenizer", folder / "tokenizer", "--output", tmp_path / "back")
+    require_same_pair(tmp_path / "back", folder / "ours")
+
+
+@pytest.mark.parametrize("kind", ["int32", "int64", "uint16", "large", "packed", "leading"])
+def test_tables_as_libraries_write_them_become_the_same_documents(folder, tmp_path, kind, monkeypatch):
+    """A data set of the hub, streamed, and a parquet file: lists of any kind, beside other columns; packed to one length."""
+    datasets = pytest.importorskip("datasets")
+    rows, flags = [row.tolist() for row in rows_of(folder / "ours")], []
+    if kind in ("packed", "leading"):
+        stream = leading(list(map(np.array, rows))) if kind == "leading" else np.concatenate(rows)
+        rows, flags = [stream[i : i + 64].tolist() for i in range(0, len(stream) - 63, 64)], ["--packed"]
+        flags += ["--leading"] if kind == "leading" else []
+        list_type = pyarrow.list_(pyarrow.int32(), 64)
+        stream = stream[: len(rows) * 64]
+    else:
+        value = pyarrow.int32() if kind == "large" else getattr(pyarrow, kind)()
+        list_type = pyarrow.large_list(value) if kind == "large" else pyarrow.list_(value)
+    ids = pyarrow.array(rows, list_type)
+    table = pyarrow.table(
+        {"attention_mask": [[1] * len(row) for row in rows], "input_ids": ids, "labels": ids, "n": range(len(rows))}
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    data = datasets.Dataset(table).to_iterable_dataset(num_shards=3)
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: asked.append((names, options)) or data)
+    flags += ["--tokenizer", folder / "tokenizer"]
+    convert("--input", "some/name", "--from", "datasets", "--config", "en", *flags, "--output", tmp_path / "streamed")
+    assert asked == [(("some/name", "en"), {"split": "train", "streaming": True})]
+    convert("--input", tmp_path / "x.parquet", *flags, "--output", tmp_path / "from_parquet")
+    require_same_pair(tmp_path / "streamed", tmp_path / "from_parquet")
+    if not flags[0].startswith("--packed"):
+        return require_same_pair(tmp_path / "streamed", folder / "ours")
+    ours, theirs = rows_of(folder / "ours"), rows_of(tmp_path / "streamed")
+    count = len(theirs) - 1  # the last one may be incomplete
+    assert [row.tolist() for row in theirs[:count]] == [row.tolist() for row in ours[:count]]
+    assert (
+        theirs[-1][:-1].tolist() == ours[count][: len(theirs[-1]) - 1].tolist()
+        and abs(sum(map(len, theirs)) - len(stream)) <= 1
+    )
+
+
 def test_a_stream_without_the_id_is_refused_before_it_fills_the_memory(monkeypatch):
     monkeypatch.setattr(interchange, "_LONGEST_DOCUMENT", 1000)
     read = []
@@ -334,3 +435,48 @@ def test_megatron_reads_our_pairs_and_writes_what_we_read(kind, megatron, folder
     assert [row.tolist() for row in rows_of(tmp_path / "theirs")] == [row.tolist() for row in rows_of(folder / "ours")]
     convert("--input", tmp_path / "theirs", "--tokenizer", folder / "tokenizer", "--output", tmp_path / "back")
     require_same_pair(tmp_path / "back", folder / "ours")
+
+
+BUILD = """
+import sys, json, numpy, torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+folder, written = sys.argv[1], {}
+for name in ("uint8", "int8", "int16", "int32", "int64", "uint16", "float32", "modes"):
+    dtype = getattr(numpy, "int32" if name == "modes" else name)
+    builder = IndexedDatasetBuilder(f"{folder}/{name}.bin", dtype=dtype, multimodal=name == "modes")
+    rng, rows = numpy.random.default_rng(0), []
+    for count in (1, 3, 2, 1, 4):  # sequences of a document, some of them empty
+        lengths = rng.integers(0, 9, count)
+        row = rng.integers(3, 100, lengths.sum())
+        rows.append(row.tolist())
+        modes = [0] * count if name == "modes" else None
+        builder.add_document(torch.from_numpy(row), lengths.tolist(), modes)
+    builder.finalize(f"{folder}/{name}.idx")
+    written[name] = rows
+merged = IndexedDatasetBuilder(f"{folder}/merged.bin", dtype=numpy.int32)
+for name in ("int32", "int32"):
+    merged.add_index(f"{folder}/{name}")
+merged.finalize(f"{folder}/merged.idx")
+written["merged"] = 2 * written["int32"]
+print(json.dumps(written))
+"""
+
+
+@pytest.mark.release
+def test_all_types_of_megatrons_builder_are_read_and_what_is_no_token_is_refused(megatron, folder, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, tmp_path],
+        env={**os.environ, "PYTHONPATH": str(megatron)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, rows in json.loads(done.stdout.splitlines()[-1]).items():
+        if name in ("float32", "modes"):
+            with pytest.raises(DataError, match={"float32": "integers", "modes": "multimodal"}[name]):
+                TokenFile(tmp_path / name)
+            continue
+        assert [row.tolist() for row in rows_of(tmp_path / name)] == rows, name
+        flags = ["--append-end", "--tokenizer", folder / "tokenizer", "--output", tmp_path / f"{name}-back"]
+        convert("--input", tmp_path / name, *flags)
+        assert [row.tolist() for row in rows_of(tmp_path / f"{name}-back")] == [[*row, END] for row in rows], name

@@ -109,6 +109,26 @@ def test_token_files_are_sources_like_the_texts_that_they_were_made_from(folder,
     assert "--text needs --tokenizer" in tool("inspect_data", "--text", folder / "plain.jsonl", status=2).stderr
 
 
+def test_each_training_source_of_settings_has_a_row_whatever_its_format_and_stage(folder, tmp_path):
+    for name in ("plain", "strange"):
+        flags = ["--tokenizer", folder / "ours", "--text-key", "content", "--output", tmp_path / name]
+        tool("tokenize_corpus", "--input", folder / f"{name}.jsonl", *flags)
+    (tmp_path / "strange.json").unlink()  # as a pair of another program: it does not say which tokenizer made it
+    sources = {"data": {"train": [{"path": str(tmp_path / "plain")}]}, "tokenizer": {"path": str(folder / "ours")}}
+    later = {"after_steps": 5, "sources": [{"path": str(tmp_path / name)} for name in ("strange", "plain")]}
+    (tmp_path / "run.yaml").write_text(json.dumps(sources | {"train": {"stages": [later], "max_steps": 9}}))
+    flags = ["--against", folder / "theirs", "--json", tmp_path / "report.json", "--workers", 1]
+    out = tool("inspect_data", "--config", tmp_path / "run.yaml", *flags, "--picture", tmp_path / "p.png").stdout
+    _, of_texts = report(folder, "--against", folder / "theirs")
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert list(found[0]["sources"]) == [str(tmp_path / "plain"), str(tmp_path / "strange")]
+    for one, other in zip(of_texts, found, strict=True):
+        assert list(one["sources"].values()) == list(other["sources"].values()) and one["all"] == other["all"]
+    assert f"{folder / 'ours'} makes" in out and (tmp_path / "p.png").stat().st_size
+    refusal = tool("inspect_data", "--text", tmp_path / "strange", status=2).stderr
+    assert f"{tmp_path / 'strange'}: its tokenizer is unknown" in refusal
+
+
 def test_unused_ids_and_totals_are_those_of_all_sources(folder):
     _, (ours,) = report(folder)
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "ours" / "tokenizer.model"))

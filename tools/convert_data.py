@@ -37,8 +37,8 @@ def main(argv: list[str]) -> None:
     parser = command_line.make_parser(__doc__)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="FILE", help="prefixes of .bin/.idx pairs, .bin files, .parquet files, "
-        "folders or quoted patterns of them, a folder of save_to_disk, or with --from datasets a name on the Hugging Face hub; "
-        "several are one text, in this order")  # fmt: skip
+        "folders or quoted patterns of them, URLs of all these, a folder of save_to_disk, or with --from datasets a name on "
+        "the Hugging Face hub; several are one text, in this order")  # fmt: skip
     add("--from", dest="source", choices=(*interchange.FORMATS, "datasets"), metavar="FORMAT",
         help="format of --input: %(choices)s (default: by names and first bytes)")  # fmt: skip
     add("--to", choices=interchange.FORMATS, default="megatron", metavar="FORMAT",
@@ -129,10 +129,10 @@ class Inputs:
         (self.format,) = formats
         self.are_streams = self.format in interchange.FLAT or options.packed
         self._files: list[TokenFile] = []
-        self._parquet: list[Path] = []
+        self._parquet: list[str] = []
         if self.format == "parquet":
-            self._parquet = [file for path in map(Path, options.input) for file in self._parquet_files(path)]
-            self.total_bytes = sum(path.stat().st_size for path in self._parquet)
+            self._parquet = [file for path in options.input for file in self._parquet_files(path)]
+            self.total_bytes = sum(map(interchange.size_of, self._parquet))
         elif self.format == "datasets":
             self.total_bytes = None
         else:
@@ -141,10 +141,10 @@ class Inputs:
             self.total_bytes = sum(file.num_tokens * file.dtype.itemsize for file in self._files)
             self._require_kind(tokenizer)
 
-    def _parquet_files(self, path: Path) -> list[Path]:
-        files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-        if not files or not files[0].exists():
-            raise DataError(f"{path}: {'contains no .parquet files' if path.is_dir() else 'not found'}")
+    def _parquet_files(self, path: str) -> list[str]:
+        files = interchange.parquet_files(path)
+        if not files:
+            raise DataError(f"{path}: {'contains no .parquet files' if Path(path).is_dir() else 'not found'}")
         return files
 
     def _require_kind(self, tokenizer: Tokenizer | None) -> None:

@@ -5,6 +5,7 @@ python tools/inspect_data.py --run runs/first --step 120 --loss --top 3 --quaran
 python tools/inspect_data.py --run runs/first --document 0:17
 python tools/inspect_data.py --text prose.jsonl code/ --tokenizer data/tokenizer --against gpt2 --picture tokenizers.png
 python tools/inspect_data.py --text data/web/ 'data/code_train-*' --against gpt2
+python tools/inspect_data.py --config my_run.yaml --against gpt2
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from pretrain.data.corpus import Corpus
 from pretrain.data.encoding import Encoder, chunked
 from pretrain.data.flat import DTYPES
 from pretrain.data.indexed import DataError, Sidecar, TokenFile
+from pretrain.data.reads import OpenFiles
+from pretrain.data.store import Store
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.data.tokenizer_report import Usage
 from pretrain.files import iter_json_lines, write_atomically
@@ -64,6 +67,8 @@ def main(argv: list[str]) -> None:
     what.add_argument("--run", metavar="FOLDER", type=Path, help="a run, runs/<name>; with --step or --document")
     what.add_argument("--text", nargs="+", metavar="FILE", help="report how well a tokenizer fits these sources: each is a "
                       "file or folder of text, or of tokens, which are decoded")  # fmt: skip
+    what.add_argument("--config", metavar="YAML", type=Path, help="the same report for the tokens of each training source of "
+                      "these settings, in all stages")  # fmt: skip
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=command_line.at_least(1), metavar="N", help="with --run: show the samples of this step")
     which.add_argument("--document", metavar="SOURCE:NUMBER",
@@ -76,29 +81,30 @@ def main(argv: list[str]) -> None:
     add("--top", type=command_line.at_least(1), metavar="N", help="with --loss: only the N samples of highest loss")
     add("--quarantine", metavar="FILE", type=Path,
         help="with --run: add the samples shown to FILE, which --data.quarantine FILE then leaves out")  # fmt: skip
-    add("--tokenizer", metavar="FOLDER", help="with --text: the tokenizer (default: of the first token file); else decodes the "
-        "ids (default: the tokenizer of the data or of the run)")  # fmt: skip
+    add("--tokenizer", metavar="FOLDER", help="with --text or --config: the tokenizer (default: of the settings or of the "
+        "first token file); else decodes the ids (default: the tokenizer of the data or of the run)")  # fmt: skip
     add("--documents", type=command_line.at_least(0), default=3, metavar="N",
         help="with --data: number of documents to show, evenly spaced (%(default)s)")  # fmt: skip
     add("--characters", type=command_line.at_least(1), default=200, metavar="N", help="length of each text (%(default)s)")
     add("--dtype", choices=DTYPES, help="with --data: type of the tokens of a flat .bin (default: judged by its content)")
     add("--verify", action="store_true", help="with --data: read everything and compare all checksums")
-    add("--against", metavar="FOLDER", help="with --text: compare with this tokenizer")
+    add("--against", metavar="FOLDER", help="with --text or --config: compare with this tokenizer")
     add("--text-key", metavar="KEY", default="text", help="with --text: key or column that contains the text (%(default)s)")
-    add("--picture", metavar="PNG", type=Path, help="with --text: draw the report")
-    add("--json", metavar="FILE", type=Path, help="with --text: write the figures")
+    add("--picture", metavar="PNG", type=Path, help="with --text or --config: draw the report")
+    add("--json", metavar="FILE", type=Path, help="with --text or --config: write the figures")
     add("--workers", type=command_line.at_least(1), default=common.usable_cores(), metavar="N",
-        help="with --text: processes that encode (default: one per core, %(default)s)")  # fmt: skip
+        help="with --text or --config: processes that encode (default: one per core, %(default)s)")  # fmt: skip
     options = parser.parse_args(argv)
     if options.text and not options.tokenizer and not any(map(holds_tokens, options.text)):
         parser.error("--text needs --tokenizer")
-    if not options.text and (options.against or options.picture or options.json):
-        parser.error("--against, --picture and --json can only be used with --text")
+    about_fit = bool(options.text or options.config)
+    if not about_fit and (options.against or options.picture or options.json):
+        parser.error("--against, --picture and --json can only be used with --text or --config")
     if options.run and options.step is None and options.document is None:
         parser.error("--run needs --step N or --document SOURCE:NUMBER")
     if (chosen := options.checkpoint) not in (None, "best") and not chosen.isdecimal():
         parser.error(f"--checkpoint: got {chosen!r}, allowed: a step or best")
-    about = about_file if options.data else about_tokenizers if options.text else about_run
+    about = about_file if options.data else about_tokenizers if about_fit else about_run
     for line in about(options):
         print(line)
 
@@ -112,7 +118,7 @@ def about_file(options: argparse.Namespace) -> Iterator[str]:
     if len(files) > 1:
         yield from about_shards(files)
     file = files[0]
-    tokenizer = tokenizer_of(file, options.tokenizer)
+    tokenizer = tokenizer_report.tokenizer_of(file, options.tokenizer)
     sampled, sidecar = file.sample(), file.sidecar
     documents = f" in {file.num_documents:,} documents" if file.num_documents else ", a flat file without a document index"
     yield f"{file.path}: {file.num_tokens:,} tokens ({file.dtype.name}){documents}"
@@ -173,16 +179,6 @@ def about_sidecar(sidecar: Sidecar) -> Iterator[str]:
     yield f"entropies in nats per token: unigram {sidecar.unigram_entropy_nats:.4f}, bigram {sidecar.bigram_entropy_nats:.4f}"
 
 
-def tokenizer_of(file: TokenFile, folder: str | None) -> Tokenizer | None:
-    """The tokenizer in `folder`, else the one that the sidecar names if it is still there, else None. Raises DataError."""
-    if folder:
-        return Tokenizer.load(folder)
-    if file.sidecar and Path(file.sidecar.tokenizer_path).is_dir():
-        tokenizer = Tokenizer.load(file.sidecar.tokenizer_path)
-        return tokenizer if tokenizer.fingerprint == file.sidecar.tokenizer_fingerprint else None
-    return None
-
-
 def shown(tokens: np.ndarray, tokenizer: Tokenizer | None, characters: int) -> str:
     """The start of `tokens` on one line: decoded if there is a tokenizer, else as ids."""
     if tokenizer is None:
@@ -207,8 +203,11 @@ class Fit(NamedTuple):
 
 def about_tokenizers(options: argparse.Namespace) -> Iterator[str]:
     """Lines about the fit of a tokenizer, and of another, to texts; writes the picture and the figures."""
-    sources = {name: shards.open_shards(name) if holds_tokens(name) else None for name in options.text}
-    folder = options.tokenizer or folder_of_tokenizer(next(filter(None, sources.values()))[0])
+    if options.config:
+        sources = sources_of(options)
+    else:
+        sources = {name: shards.open_shards(name) if holds_tokens(name) else None for name in options.text}
+    folder = options.tokenizer or tokenizer_report.folder_of_tokenizer(next(filter(None, sources.values()))[0])
     folders = dict.fromkeys([folder, options.against] if options.against else [folder])
     fits = [measure(folder, sources, options) for folder in folders]
     yield f"{'bytes/token':>11} {'chars/token':>11} {'tokens/word':>11} {'byte pieces':>11} {'unknown':>9} {'changed':>9}"
@@ -239,18 +238,27 @@ def about_tokenizers(options: argparse.Namespace) -> Iterator[str]:
         yield f"{options.picture}"
 
 
+def sources_of(options: argparse.Namespace) -> dict[str, list[TokenFile]]:
+    """The training sources of the settings --config, of all stages; their tokenizer becomes --tokenizer if there is none."""
+    config = load(["--config", str(options.config)], world_size=None)
+    options.tokenizer = options.tokenizer or config.tokenizer.path
+    open_files = OpenFiles(store=Store(config.data.cache_directory, config.data.cache_gib))
+    found = {}
+    for stage in stages.settings(config):
+        for source in stage.data.train:
+            name = source.path if isinstance(source.path, str) else ", ".join(source.path)
+            if name not in found:
+                found[name] = shards.open_shards(source.path, source.dtype, config.model.vocab_size, open_files=open_files)
+    if not found:
+        raise DataError(f"{options.config}: has no training sources (data.train)")
+    return found
+
+
 def holds_tokens(source: str) -> bool:
     """True for token files with a document index, a folder or a pattern of them; false for texts."""
     prefix = source[:-4] if source.endswith((".bin", ".idx")) else source
     names = [f"{glob.escape(prefix)}.idx", f"{prefix}.idx", f"{glob.escape(source)}/*.idx"]
     return any(map(glob.glob, names))
-
-
-def folder_of_tokenizer(file: TokenFile) -> str:
-    """The tokenizer with which a token file was made. Raises DataError if it is not where it was."""
-    if tokenizer_of(file, None) is None:
-        raise DataError(f"{file.path}: its tokenizer is unknown or no longer where it was; name it (--tokenizer)")
-    return file.sidecar.tokenizer_path
 
 
 def measure(folder: str, sources: dict[str, list[TokenFile] | None], options: argparse.Namespace) -> Fit:
@@ -260,8 +268,9 @@ def measure(folder: str, sources: dict[str, list[TokenFile] | None], options: ar
         tokenizer = encoder.tokenizer
         for source, files in sources.items():
             if files:
-                own = Tokenizer.load(folder_of_tokenizer(files[0]))
-                corpus = tokenizer_report.DecodedTexts(files, own, _DECODED_TOKENS)
+                corpus = tokenizer_report.DecodedTexts(
+                    files, tokenizer_report.own_tokenizer(files[0], options.tokenizer), _DECODED_TOKENS
+                )
             else:
                 corpus = Corpus([source], text_key=options.text_key)
             usage = Usage.empty(tokenizer)

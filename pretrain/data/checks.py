@@ -201,10 +201,12 @@ def _document_ends(file: TokenFile, tokens: np.ndarray, end: int | None) -> Iter
     expected = documents / file.num_tokens if documents else None
     if (documents and documents > 1 and rate < 0.5 * expected) or (not documents and rate == 0 and len(tokens) > 100_000):
         text = f"the end-of-document id {end} does not occur" if rate == 0 else f"documents end without id {end}"
-        yield "documents-not-ended", f"{text}: the model cannot learn where a text ends; append it and tokenize again", False
+        advice = "append it (tools/convert_data.py --append-end), or tokenize again"
+        yield "documents-not-ended", f"{text}: the model cannot learn where a text ends; {advice}", False
     elif documents and documents > 100 and rate > 2 * expected:
         text = f"the end-of-document id {end} occurs {rate / expected:.1f} times per document, so inside documents, too"
-        yield "end-inside-documents", f"{text}; is it the right id?", False
+        advice = "is it the right id? If these are rows of a packed stream, tools/convert_data.py --packed divides it"
+        yield "end-inside-documents", f"{text}; {advice}", False
 
 
 def check_entropies(file: TokenFile, where: str, vocab_size: int) -> list[Finding]:

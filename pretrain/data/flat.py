@@ -2,7 +2,8 @@
 
     type       little-endian uint16, uint32 or int64, by the bytes that are zero in every token
     header     llm.c and modded-nanogpt: 256 int32 (magic, version, token count, then zeros); the magic gives the type
-    refused    text, archives and other formats, floats, big-endian integers, cut files, headers with an unknown magic
+    refused    text, archives and other formats, chunks of litdata, floats, big-endian integers, cut files, headers with an
+               unknown magic
 
 Ids below 2^20 leave at most 15 in the upper half of a 32-bit word, and more than the largest of these in the lower half of most
 words; the two halves of a pair of 16-bit tokens have equal chances. So the vocabulary decides only where it can: a type whose
@@ -20,6 +21,15 @@ DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
 """The types that a user may name."""
 HEADER_BYTES = 1024
 _HEADER_TYPES = {20240520: "<u2", 20240801: "<u4"}
+_NO_TOKENS = {
+    20240326: "weights",
+    20240327: "activations for a test",
+    20240328: "a tokenizer",
+    20240522: "questions for an evaluation",
+    20240527: "the state of an optimizer",
+    20240803: "weights",
+}
+"""Other files of llm.c by their magic."""
 _FORMATS = {
     b"\x93NUMPY": "was written by numpy.save, whose header is not tokens; write it with array.tofile",
     b"PK\x03\x04": "is a zip archive (of numpy.savez or torch.save)",
@@ -50,6 +60,11 @@ def judge(head: bytes, sample: bytes, size: int, vocab_size: int | None = None) 
     for magic, what in _FORMATS.items():
         if head.startswith(magic):
             raise ValueError(what)
+    if _is_litdata(head, size):
+        raise ValueError(
+            "is a chunk of litdata, whose index stands before its tokens; write its items to parquet as lists of ids, "
+            "which tools/convert_data.py reads"
+        )
     if len(head) == HEADER_BYTES and (header := _header(head, size)):
         return header
     words = np.frombuffer(sample[: len(sample) // 8 * 8], "<u8")
@@ -64,6 +79,15 @@ def judge(head: bytes, sample: bytes, size: int, vocab_size: int | None = None) 
     return dtype, 0
 
 
+def _is_litdata(head: bytes, size: int) -> bool:
+    """True if the file begins with a number of items, their offsets and the end of the last, as uint32."""
+    items, *offsets = np.frombuffer(head[: len(head) // 4 * 4], "<u4").astype(np.int64).tolist() or [0]
+    offsets = offsets[: items + 1]
+    if not items or not offsets or offsets[0] != 8 + 4 * items or max(offsets) > size or offsets != sorted(offsets):
+        return False
+    return len(offsets) <= items or offsets[-1] == size
+
+
 def _header(head: bytes, size: int) -> tuple[np.dtype, int] | None:
     magic, _, count, *rest = struct.unpack("<256i", head)
     if magic in _HEADER_TYPES:
@@ -71,6 +95,8 @@ def _header(head: bytes, size: int) -> tuple[np.dtype, int] | None:
         if size != (expected := HEADER_BYTES + dtype.itemsize * count):
             raise ValueError(f"{size:,} bytes found, {expected:,} expected; copy it again")
         return dtype, HEADER_BYTES
+    if magic in _NO_TOKENS:
+        raise ValueError(f"is a file of llm.c that holds {_NO_TOKENS[magic]}, not tokens")
     if count > 0 and not any(rest) and (size - HEADER_BYTES) in (2 * count, 4 * count):
         raise ValueError(f"begins with a header of 256 integers like llm.c's, but with the unknown magic {magic}")
     return None

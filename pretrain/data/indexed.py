@@ -49,6 +49,7 @@ CONVERT_TABLES = (
     "if it holds ids, `python tools/convert_data.py --input {path} --tokenizer FOLDER --output PREFIX` makes one of it"
 )
 _FLAT_RUNS, _FLAT_RUN_WORDS = 16, 1 << 11
+_RAW = (".npy", ".ds")  # raw tokens of OLMo and of datatrove, which nanotron reads
 _AT_LEAST_ONE = ("vocab_size", "num_tokens", "num_documents", "block_bytes")  # of the counts in a sidecar
 
 
@@ -231,13 +232,16 @@ class TokenFile:
         starts, lengths = np.asarray(starts, dtype=np.int64), np.asarray(lengths, dtype=np.int64)
         if starts.size and (starts.min() < 0 or lengths.min() < 0 or (starts + lengths).max() > self.num_tokens):
             raise IndexError(f"{self.bin_path}: range outside its {self.num_tokens:,} tokens")
-        width = self.dtype.itemsize
-        return read(starts * width + self._offset, lengths * width).view(self.dtype)
+        return read(*self._place(starts, lengths)).view(self.dtype)
 
     def read_soon(self, starts: np.ndarray, lengths: np.ndarray) -> None:
         """Lets the system begin to read these ranges of tokens, so that `read` finds them in memory."""
+        self._bin().read_soon(*self._place(starts, lengths))
+
+    def _place(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(offsets, sizes) of these ranges of tokens in the file, in bytes."""
         width = self.dtype.itemsize
-        self._bin().read_soon(starts * width + self._offset, lengths * width)
+        return starts * width + self._offset, lengths * width
 
     def document_starts(self, numbers: np.ndarray) -> np.ndarray:
         """Index of the first token of each of these documents, (n,) -> (n,) int64; `num_tokens` for number num_documents. Only
@@ -360,6 +364,14 @@ def _resolve(path: str, files: OpenFiles) -> tuple[str, str, str | None]:
     prefix = path[:-4] if path.endswith((".bin", ".idx")) else path
     missing = [prefix + end for end in (".bin", ".idx") if not files.exists(prefix + end)]
     if missing:
+        if path.endswith(_RAW) and files.exists(path):
+            text = (
+                "OLMo's .npy files are flat, those of numpy.save are not"
+                if path.endswith(".npy")
+                else "a .ds of datatrove is flat"
+            )
+            link = f"ln -s {os.path.abspath(path)} {os.path.splitext(path)[0]}.bin"
+            raise DataMissing(f"{path}: flat files of tokens are read under names with .bin ({text}): {link}")
         folder = Path(prefix).parent
         near = folder.glob("*.idx") if not is_url(path) and folder.is_dir() else []
         there = sorted(str(found.with_suffix("")) for found in near)[:8]

@@ -8,21 +8,23 @@ longest document. Knows no tokenizer.
 
 from __future__ import annotations
 
+import glob
 import itertools
 import operator
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from pretrain.files import open_atomically, sync_folder
 
-from . import shards
+from . import remote, shards
 from .flat import HEADER_BYTES
-from .indexed import DataError, TokenFile
+from .indexed import DataError, DataMissing, TokenFile
+from .remote import is_url
 
 FORMATS = ("megatron", "nanogpt", "llmc", "parquet")
 """What can be written. "datasets" can be read, too."""
@@ -51,19 +53,49 @@ Advance = Callable[[int], None]
 def format_of(path: str) -> str:
     """The format of an input by its name and its first bytes; of a folder or a pattern, that of the first file."""
     place = Path(path)
-    if place.suffix == ".parquet":
+    if path.endswith(".parquet"):
         return "parquet"
-    if place.is_dir() and not shards.is_one_file(path):
+    if not is_url(path) and place.is_dir() and not shards.is_one_file(path):
         if any(place.rglob("*.parquet")):
             return "parquet"
         if not any(place.glob("*.bin")):
             return "datasets"
-    first = Path(shards.find_files(path)[0])
-    if first.suffix == ".bin" and first.is_file() and not first.with_suffix(".idx").exists():
-        with open(first, "rb") as file:
+    try:
+        first = shards.find_files(path)[0]
+    except DataMissing:
+        if parquet_files(path):
+            return "parquet"
+        raise
+    if first.endswith(".bin") and _exists(first) and not _exists(f"{first[:-4]}.idx"):
+        with _open(first) as file:
             head = file.read(4)
         return "llmc" if head in [struct.pack("<i", magic) for magic, _ in _LLMC.values()] else "nanogpt"
     return "megatron"
+
+
+def parquet_files(path: str) -> list[str]:
+    """The .parquet files that a name, a folder (with the folders in it) or a pattern means, which may be URLs; perhaps none.
+    Raises DataError, StoreError."""
+    if is_url(path):
+        return [each for each in remote.find(path)[0] if each.endswith(".parquet")]
+    if os.path.isfile(path):
+        return [path]
+    if os.path.isdir(path):
+        return sorted(map(str, Path(path).rglob("*.parquet")))
+    return sorted(each for each in glob.glob(path, recursive=True) if each.endswith(".parquet"))
+
+
+def size_of(path: str) -> int:
+    """Bytes of a file or of what a URL names. Raises OSError, DataError, StoreError."""
+    return remote.size(path) if is_url(path) else os.path.getsize(path)
+
+
+def _exists(path: str) -> bool:
+    return remote.exists(path) if is_url(path) else os.path.isfile(path)
+
+
+def _open(path: str) -> BinaryIO:
+    return remote.open_url(path) if is_url(path) else open(path, "rb")
 
 
 # ---------------------------------------------------------------- reading
@@ -98,16 +130,16 @@ def _even_starts(num_tokens: int) -> Iterator[np.ndarray]:
         yield np.array([start, min(start + _BLOCK_TOKENS, num_tokens)])
 
 
-def read_parquet(path: Path, column: str, advance: Advance) -> Iterator[Block]:
-    """Rows of a column of lists of integers. Raises DataError."""
+def read_parquet(path: str, column: str, advance: Advance) -> Iterator[Block]:
+    """Rows of a column of lists of integers, in a file or under a URL. Raises DataError, StoreError, OSError."""
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _require_column(file.schema_arrow.names, column, str(path))
+        with _open(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
+            _require_column(file.schema_arrow.names, column, path)
             leaves = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)]
             place = next(i for i, leaf in enumerate(leaves) if leaf.split(".")[0] == column)
-            size, rows, number = path.stat().st_size, max(1, file.metadata.num_rows), 0
+            size, rows, number = size_of(path), max(1, file.metadata.num_rows), 0
             chunks = [file.metadata.row_group(i).column(place) for i in range(file.num_row_groups)]
             values = max(1, sum(chunk.num_values for chunk in chunks))
             for batch in file.iter_batches(max(1, min(_BLOCK_ROWS, _BLOCK_TOKENS * rows // values)), columns=[column]):

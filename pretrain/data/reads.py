@@ -31,7 +31,8 @@ class OpenFile:
     def __init__(self, path: str):
         self.name, self._descriptor = path, -1
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        if hasattr(os, "posix_fadvise") and path.endswith(".bin"):  # samples are random: read-ahead would multiply the traffic
+        if hasattr(os, "posix_fadvise") and path.endswith((".bin", ".arrow")):
+            # samples are random: read-ahead would multiply the traffic
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
     def fileno(self) -> int:

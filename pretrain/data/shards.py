@@ -4,6 +4,7 @@
     data/web           a folder: all token files in it, but not those in folders below it
     data/web/part-*    a pattern with *, ? or [abc]: all token files that match; ** stands for any number of folders
     [data/a, data/b]   a list of these
+    data/ids           a folder of `save_to_disk`: its Arrow files; they can be named alone, too
     s3://bucket/web/   URLs name the same in a store, where the name of a folder ends with a slash
 
 The files of an entry are in the order of their names, so the order does not depend on where the data are. A thousand files open
@@ -28,6 +29,7 @@ import numpy as np
 import xxhash
 
 from . import remote
+from .arrow import ArrowFile, files_of_dataset, splits_of
 from .indexed import CONVERT_TABLES, DataError, DataMissing, Sidecar, TokenFile, is_table
 from .reads import SAMPLE_RUNS, OpenFiles
 from .remote import is_url
@@ -68,7 +70,7 @@ def find_files(path: str | list[str]) -> list[str]:
 
 def identity(name: str) -> str:
     """The file behind a name; equal for two names of one file."""
-    file = name if name.endswith(".bin") else f"{name}.bin"
+    file = name if name.endswith((".bin", ".arrow")) else f"{name}.bin"
     return file if is_url(file) else os.path.realpath(file)
 
 
@@ -81,6 +83,8 @@ def _matching(entry: str) -> list[str]:
         found, exists = partial(glob.iglob, recursive=True), os.path.exists
     matches = {each for end in ("", ".bin", ".idx") for each in found(pattern + end)}
     names = set()
+    if os.path.isdir(entry) and (listed := files_of_dataset(entry)):
+        return listed
     for match in matches:
         prefix, end = os.path.splitext(match)
         if end == ".bin":
@@ -88,14 +92,27 @@ def _matching(entry: str) -> list[str]:
             names.add(prefix if pair else match)
         elif end == ".idx":
             names.add(prefix)
+    names = names or _arrow_files(matches)
     if not names:
         raise DataMissing(f"{entry}: no token file here; {_advice(entry, matches)}")
     return sorted(names)
 
 
+def _arrow_files(matches: set[str]) -> set[str]:
+    """The Arrow files among the matches of an entry, without those that a data set beside them does not list."""
+    found = {each for each in matches if each.endswith(".arrow") and not is_url(each)}
+    folders = {os.path.dirname(each): files_of_dataset(os.path.dirname(each)) for each in found}
+    listed = {folder: files and {os.path.basename(each) for each in files} for folder, files in folders.items()}
+    return {each for each in found if (own := listed[os.path.dirname(each)]) is None or os.path.basename(each) in own}
+
+
 def _advice(entry: str, matches: set[str]) -> str:
     """What to do where none of the `matches` of an entry is a token file."""
-    if any(is_table(each) or os.path.basename(each) == "dataset_dict.json" for each in matches):
+    if os.path.isdir(entry) and (splits := splits_of(entry)):
+        return f"it is a data set with the splits {', '.join(splits)}; name one: {os.path.join(entry, splits[0])}"
+    if is_url(entry) and any(map(is_table, matches)) and not any(each.endswith(".parquet") for each in matches):
+        return "Arrow files are read on a disk only: copy them there, or convert the copy and upload the pair"
+    if any(map(is_table, matches)):
         return CONVERT_TABLES.format(path=entry)
     if folders := sorted(each for each in matches if os.path.isdir(each))[:3]:
         return f"it matches folders ({', '.join(folders)}), whose files ** finds: {entry.rstrip('*/')}/**"
@@ -126,13 +143,13 @@ def open_shards(
     Raises DataMissing if there are none, DataError with the problems of all files, OSError.
     """
     if is_one_file(path):
-        return [TokenFile(path, dtype, vocab_size, open_files=open_files)]
+        return [_open(path, dtype, vocab_size, open_files)]
     names, open_files = find_files(path), open_files or OpenFiles()
     runs = max(2, SAMPLE_RUNS // len(names))
 
     def attempt(name: str) -> TokenFile | Exception:
         try:
-            return TokenFile(name, dtype, vocab_size, open_files=open_files, sample_runs=runs)
+            return _open(name, dtype, vocab_size, open_files, runs)
         except (DataError, OSError) as error:
             return error
 
@@ -141,6 +158,14 @@ def open_shards(
     if problems := [each for each in opened if isinstance(each, Exception)]:
         raise problems[0] if len(problems) == 1 else DataError("\n".join(shortened(map(str, problems))))
     return opened
+
+
+def _open(
+    name: str, dtype: str | None, vocab_size: int | None, open_files: OpenFiles | None, sample_runs: int = SAMPLE_RUNS
+) -> TokenFile:
+    if name.endswith(".arrow"):
+        return ArrowFile(name, dtype, open_files=open_files, sample_runs=sample_runs)
+    return TokenFile(name, dtype, vocab_size, open_files=open_files, sample_runs=sample_runs)
 
 
 def side_by_side(action: Callable[[T], U], shards: list[T], threads: int) -> list[U]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -108,6 +109,32 @@ class DecodedTexts:
     def problems(self) -> list[str]:
         """None that are worth a line."""
         return []
+
+
+def tokenizer_of(file: TokenFile, folder: str | None) -> Tokenizer | None:
+    """The tokenizer in `folder`, else the one that the sidecar names if it is still there, else None. Raises DataError."""
+    if folder:
+        return Tokenizer.load(folder)
+    if file.sidecar and Path(file.sidecar.tokenizer_path).is_dir():
+        tokenizer = Tokenizer.load(file.sidecar.tokenizer_path)
+        return tokenizer if tokenizer.fingerprint == file.sidecar.tokenizer_fingerprint else None
+    return None
+
+
+def folder_of_tokenizer(file: TokenFile) -> str:
+    """The tokenizer with which a token file was made. Raises DataError if it is not where it was."""
+    if tokenizer_of(file, None) is None:
+        raise DataError(f"{file.path}: its tokenizer is unknown or no longer where it was; name it (--tokenizer)")
+    return file.sidecar.tokenizer_path
+
+
+def own_tokenizer(file: TokenFile, folder: str | None) -> Tokenizer:
+    """The tokenizer that decodes a token file: of its sidecar, else that in `folder`. Raises DataError."""
+    if folder:
+        given = Tokenizer.load(folder)
+        if file.sidecar is None or file.sidecar.tokenizer_fingerprint == given.fingerprint:
+            return given
+    return Tokenizer.load(folder_of_tokenizer(file))
 
 
 def ranges(ids: Iterable[int]) -> list[tuple[int, int]]:
