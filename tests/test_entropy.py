@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from pretrain.data import entropy
 from pretrain.data.entropy import bigram_entropy, unigram_entropy
 
 
@@ -58,6 +59,20 @@ def test_bigram_entropy_is_the_loss_of_a_model_that_has_not_seen_the_token():
 
     grid = [loss(d, 4.0**k) for d in (0.0, 0.5, 0.8) for k in range(-1, 12)]
     assert bigram_entropy([tokens], vocab_size) == pytest.approx(min(grid), rel=1e-12)
+
+
+def test_the_strength_with_the_lowest_loss_is_found_without_trying_all(monkeypatch):
+    """The loss falls and then rises along the strengths, for tokens of many kinds."""
+    rng, found = np.random.default_rng(0), []
+    for vocab_size in (3, 50, 1000, 50_000):
+        for size in (2, 5, 30, 1000, 30_000):
+            skewed = np.minimum(rng.zipf(1.3, size), vocab_size) - 1
+            doubled = np.repeat(rng.integers(0, vocab_size, size // 2 + 1), 2)[:size]
+            found += [([tokens], vocab_size) for tokens in (rng.integers(0, vocab_size, size), skewed, doubled)]
+        found.append(([markov_tokens(30_000, vocab_size)[0]], vocab_size))
+    quick = [bigram_entropy(*each) for each in found]
+    monkeypatch.setattr(entropy, "_lowest", lambda loss, strengths: min(map(loss, strengths)))
+    assert quick == [bigram_entropy(*each) for each in found]
 
 
 def test_runs_are_not_joined():

@@ -196,3 +196,31 @@ def test_two_jobs_do_not_write_the_same_output(text, tmp_path):
         with pytest.raises(DataError, match="another process"):
             staging.Staging(str(tmp_path / "new"), np.dtype("<u2"), {})
     assert not list(tmp_path.iterdir())
+
+
+PEAK = """
+import runpy, sys
+from pretrain.data import indexed
+indexed._BIGRAM_RUN_TOKENS = 1 << 10  # as if the bigram line were computed from its full sample at both sizes
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    assert not end.code
+print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is in /proc")
+def test_memory_does_not_grow_with_the_number_of_documents(text, tmp_path):
+    """A list with an integer for each of them would take at least 19 MB more."""
+    peaks = {}
+    for count in (200_000, 800_000):
+        with open(tmp_path / "many.jsonl", "w") as file:
+            file.writelines(f'{{"text": "n{number}"}}\n' for number in range(count))
+        flags = ["--input", tmp_path / "many.jsonl", "--tokenizer", text / "tokenizer", "--output", tmp_path / str(count)]
+        program = [sys.executable, "-c", PEAK, ROOT / "tools" / "tokenize_corpus.py", *flags, "--workers", "1"]
+        done = subprocess.run(list(map(str, program)), cwd=ROOT, capture_output=True, text=True, check=True)
+        peaks[count] = int(done.stdout.split()[-1]) / 1000  # MB
+    assert peaks[800_000] - peaks[200_000] < 8, peaks
