@@ -413,6 +413,21 @@ def test_a_branch_with_a_longer_context_cuts_the_sources_anew_and_keeps_the_mome
     assert "sample numbers hold for one length of blocks" in capsys.readouterr().err
 
 
+MATH = "[{after_steps: 5, sources: [{path: FOLDER/web}, {path: FOLDER/math}]}]"
+
+
+@pytest.mark.parametrize(("name", "stages"), [("none", "null"), ("math", MATH)])
+def test_passes_go_on_where_a_longer_stage_ahead_is_removed(folder, straight, name, stages):
+    """Its length is still a factor of the blocks, so nothing is read twice: as in a run that always had such blocks."""
+    changed = ["--config", str(folder / "base.yaml"), "--train.stages", stages.replace("FOLDER", str(folder))]
+    changed += ["--train.max_steps", "8", "--checkpoint.every_steps", "4", "--run.name"]
+    start = ["--checkpoint.resume", str(straight / "checkpoints" / "step_00000003")]
+    assert train_here([*changed, name, *start, "--checkpoint.allow_changes", "[train.stages, train.max_steps]"]) == 0
+    assert train_here([*changed, f"{name}_in_blocks", "--data.block_length", "48"]) == 0
+    runs = folder / "runs"
+    assert curve(runs / name) == [each for each in curve(runs / f"{name}_in_blocks") if each["step"] > 3]
+
+
 def test_a_checkpoint_of_a_version_without_stages_has_blocks_of_its_length(folder, base):
     state = json.loads((base / "checkpoints" / "step_00000008" / "state.json").read_text())
     stage = "[{after_steps: 8, sequence_length: 48, global_batch_size: 4}]"
@@ -467,6 +482,10 @@ def test_inspect_data_shows_the_samples_of_a_step_and_the_steps_of_a_document(st
         ("[{after_steps: 3, global_batch_size: 9}]", ["train.stages[0]", "batch.global_batch_size", "multiple of"]),
         ("[{after_steps: 3, length: 9}]", ["train.stages[0].length"]),
         ("[{after_steps: 3, schedule: {name: wsd, warmup_steps: 30}}]", ["train.stages[0].schedule", "warmup_steps"]),
+        (
+            "[{after_steps: 1, lr: 1e-3}]",
+            ["schedule: warmup_steps", "only 1 steps", "train.stages[0] begins another after step 1"],
+        ),
     ],
 )
 def test_a_stage_that_cannot_work_is_refused_before_anything_is_read(folder, changes, parts):

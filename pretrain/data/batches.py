@@ -101,13 +101,11 @@ class DataStage:
 class TrainData:
     """The endless, ordered stream of training samples.
 
-    sources            of all stages
-    vocab_size         number of ids that the samples may contain
-    stages             in order; the first begins at position 0
-    samples_per_epoch  of the first stage: samples of its sources, without those in quarantine. If weights are proportional to
-                       sizes, an epoch reads each sample once; otherwise some sources repeat while others are not finished
-    quarantine         excluded samples, in samples of the first stage's length
-    reference_lines    nats per token, of the first stage
+    sources          of all stages
+    vocab_size       number of ids that the samples may contain
+    stages           in order; the first begins at position 0
+    quarantine       excluded samples, in samples of the first stage's length
+    reference_lines  nats per token, of the first stage
     """
 
     def __init__(self, sources: list, mixtures: list[Mixture], data: DataConfig, *, seed: int, vocab_size: int):
@@ -116,9 +114,6 @@ class TrainData:
         self._document_mask = data.document_mask
         self.quarantine = self._read_quarantine(data.quarantine) if data.quarantine is not None else []
         self.stages = self._stages(self.quarantine)
-        first = self.stages[0]
-        left_out = sum(end - begin for source, begin, end in self.quarantine if source in first.order.passes)
-        self.samples_per_epoch = sum(first.order.num_samples[source] for source in first.order.passes) - left_out
         self.reference_lines = self.reference_lines_at(0)
 
     def _read_quarantine(self, path: str) -> SampleRanges:
@@ -130,6 +125,14 @@ class TrainData:
         """Samples of the first stage's length in each source, whether that stage reads it or not."""
         cut = self._mixtures[0].cut
         return [source.num_blocks(cut.block_length) * cut.samples_per_block for source in self.sources]
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples of the first stage's sources, without those in quarantine. If weights are proportional to sizes, an epoch
+        reads each sample once; otherwise some sources repeat while others are not finished."""
+        order = self.stages[0].order
+        left_out = sum(end - begin for source, begin, end in self.quarantine if source in order.passes)
+        return sum(order.num_samples[source] for source in order.passes) - left_out
 
     def _stages(self, quarantine: SampleRanges) -> list[DataStage]:
         if quarantine and len({mixture.cut.block_length for mixture in self._mixtures}) > 1:

@@ -106,7 +106,7 @@ def course_of(config: ScheduleConfig, total_steps: int) -> Course:
     left = total_steps - config.warmup_steps
     if left < (config.decay_steps or 0):
         raise ValueError(
-            f"warmup_steps + decay_steps = {config.warmup_steps + (config.decay_steps or 0)}, but the run has only "
+            f"warmup_steps + decay_steps = {config.warmup_steps + (config.decay_steps or 0)}, but there are only "
             f"{total_steps} steps; shorten them or train longer"
         )
     if config.name == "wsd":

@@ -85,7 +85,9 @@ def plan(config: Config, data: TrainData, state: dict | None) -> Length:
 
     Raises ConfigError if the checkpoint is beyond it, or warm-up and decay do not fit into it.
     """
-    if config.train.stages or len(_begun(state, data)) > 1:
+    begun = _begun(state, data)
+    stages_removed = begun[0][3] != data.stages[0].cut.block_length and config.train.epochs is None
+    if config.train.stages or len(begun) > 1 or stages_removed:
         return _plan_stages(config, data, state)
     batch, wanted = config.batch.global_batch_size, _wanted_samples(config.train, config.data.sequence_length, data)
     total = config.train.max_steps or math.ceil(wanted / batch)
@@ -161,9 +163,16 @@ def _plan_stages(config: Config, data: TrainData, state: dict | None) -> Length:
     if total < step:
         raise ConfigError([_too_short(config, step, tokens)])
     samples = trained_samples(progress | {"position": last.position}) + (total - last.step) * batch
-    lengths = [row[3] for row in begun] + [data.stages[0].cut.block_length] * len(planned)
+    lengths = [row[3] for row in begun] + [_block_length(begun[-1][3], planned, data)] * len(planned)
     tokens = last.tokens + (total - last.step) * per_step
     return Length(total, samples, tokens, _curves(config, state, step, every, total), every, lengths)
+
+
+def _block_length(now: int, planned: list[Stage], data: TrainData) -> int:
+    """Of the data of the planned stages: what it is `now`, if they can read such blocks, so that passes go on. The blocks of
+    these settings alone may be shorter: those of a longer stage that the checkpoint's run had planned are not among them."""
+    fits = all(now % stage.config.data.sequence_length == 0 for stage in planned)
+    return now if fits else data.stages[0].cut.block_length
 
 
 def _planned(config: Config, step: int, position: int, tokens: int, number: int, skipped: list[list[int]]) -> list[Stage]:
@@ -197,7 +206,8 @@ def _curves(config: Config, state: dict | None, step: int, every: list[Stage], t
                 course_of(now.schedule, now.end - now.step)
         except ValueError as error:
             key = f"train.stages[{stage.number - 1}].schedule" if stage.number else "schedule"
-            raise ConfigError([Problem(key, str(error))]) from None
+            until = f" (train.stages[{after.number - 1}] begins another after step {after.step:,})" if after else ""
+            raise ConfigError([Problem(key, f"{error}{until}")]) from None
         curves.append(now)
     return curves
 
