@@ -182,8 +182,8 @@ def retried(url: str, request: Callable[[], T], seconds: float) -> T:
             now = time.monotonic()
             _Silence.since = _Silence.since or now
             if now - min(begin, _Silence.since) + pause > RETRY_SECONDS:
-                seconds = f"{tries} tries in {now - begin:.0f} s"
-                raise StoreError(f"{url}: the store does not answer ({seconds}; {text}); start again to resume") from error
+                tried = f"{tries} tries in {now - begin:.0f} s"
+                raise StoreError(f"{url}: the store does not answer ({tried}; {text}); start again to resume") from error
         _tell(f"{url}: {text}; is tried again for up to {RETRY_SECONDS:.0f} s", tries)
         time.sleep(pause)
 

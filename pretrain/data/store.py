@@ -216,7 +216,7 @@ class StoredObject:
         self._system, self._path = remote.open_system(url)
         self.size, self._marks = self._look()
         self.key = xxhash.xxh3_128_hexdigest(f"{url}\n{self.size}\n{self._marks}".encode())
-        self._fetching: dict[tuple[int, int], Future[bytes]] = {}  # what is not kept stays here until it is read
+        self._fetching: dict[tuple, Future[bytes]] = {}  # by block and keep; what is not kept stays here until it is read
         self._lock = threading.Lock()
 
     def stamp(self) -> str:
@@ -265,7 +265,7 @@ class StoredObject:
         for (block, begin, size, place), fetched in missing:
             buffer[place : place + size] = memoryview(fetched.result())[begin : begin + size]
             if not keep:
-                self._fetching.pop(block, None)
+                self._fetching.pop((block, keep), None)
         return data
 
     def _parts(self, offsets: np.ndarray, sizes: np.ndarray, block_bytes: int | None) -> Iterator[_Part]:
@@ -287,9 +287,9 @@ class StoredObject:
     def _fetch_soon(self, block: tuple[int, int], keep: bool) -> Future[bytes]:
         """The block, once it is fetched; a block is fetched once at a time."""
         with self._lock:
-            if block not in self._fetching:
-                self._fetching[block] = self._store.requests.submit(self._fetch, block, keep)
-            return self._fetching[block]
+            if (block, keep) not in self._fetching:
+                self._fetching[block, keep] = self._store.requests.submit(self._fetch, block, keep)
+            return self._fetching[block, keep]
 
     def _fetch(self, block: tuple[int, int], keep: bool) -> bytes:
         begin, size = block
@@ -309,10 +309,10 @@ class StoredObject:
             if keep:
                 self._store.cache.write(self._name(block), data)
         except BaseException:
-            self._fetching.pop(block, None)  # the next read tries again
+            self._fetching.pop((block, keep), None)  # the next read tries again
             raise
         if keep:
-            self._fetching.pop(block, None)
+            self._fetching.pop((block, keep), None)
         return data
 
     def _require_same(self) -> None:
