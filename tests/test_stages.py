@@ -305,7 +305,7 @@ def test_each_step_trains_on_the_samples_of_its_position(folder):
 
 def test_a_missing_file_of_a_passed_stage_is_refused_with_the_reason(folder):
     """A branch that does not read it itself needs it: its fingerprint is part of the history."""
-    with pytest.raises(DataError, match=r"data.train\[1\].path: (?s:.*)train.stages: .*passed, too"):
+    with pytest.raises(DataError, match=r"data.train\[1\].path: (?s:.*)train.stages: .*a resumed run has passed"):
         open_parts(load(flags(folder, "--data.train", f"[{{path: {folder}/web}}, {{path: {folder}/lost}}]")))
     with pytest.raises(DataError) as found:
         open_parts(load(["--config", str(folder / "base.yaml"), "--data.train", f"[{{path: {folder}/lost}}]"]))

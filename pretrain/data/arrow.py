@@ -68,7 +68,7 @@ class ArrowFile(TokenFile):
         self._first_rows, self._first_tokens = np.append(0, np.cumsum(rows)), np.append(0, np.cumsum(tokens))
         self.num_documents, self.num_tokens = int(self._first_rows[-1]), int(self._first_tokens[-1])
         if self.num_tokens == 0:
-            raise DataError(f"{path}: contains no tokens")
+            raise DataError(f"{path}: contains no tokens; remove it, or write it again")
 
     def _place(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         width, places, sizes = self.dtype.itemsize, [], []

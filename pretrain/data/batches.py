@@ -323,8 +323,8 @@ def open_train(
         places = ["data.train" if i == 0 else f"train.stages[{i - 1}].sources" for i in first]
         blends = [opener.mixture(each, place, block_length) for (_, each), place in zip(stages, places, strict=True)]
         if len(stages) > 1 and opener.has_unreadable:
-            text = "files of all stages must be readable, those of stages that a checkpoint has passed, too"
-            opener.problems.append(f"train.stages: {text}: what the run has read of them is compared with the checkpoint")
+            text = "the files of all stages must be readable, also of those that a resumed run has passed"
+            opener.problems.append(f"train.stages: {text}: what it has read of them is compared with its checkpoint")
         sources = opener.close()
         weights = [[math.fsum(weight for each, weight in blend if each is source) for source in sources] for blend in blends]
     cuts = [Cut(each.sequence_length, block_length) for _, each in stages]

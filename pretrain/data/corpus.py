@@ -260,7 +260,7 @@ class Corpus:
             self.bad[text.reason] += 1
             self._first_bad.setdefault(text.reason, name)
             if self.on_bad_line == "error":
-                raise DataError(f"{name}: {text.reason}{text.detail}; correct it, or skip such lines with --on-bad-line skip")
+                raise DataError(f"{name}: {text.reason}{text.detail}; correct it, or leave it out with --on-bad-line skip")
             return None
         if not data or data.isspace():
             self.empty_documents += 1

@@ -153,7 +153,7 @@ class TokenFile:
             if dtype and np.dtype(dtype) != self.dtype:
                 raise DataError(f"{self._idx_path}: says that the tokens are {self.dtype.name}, not {dtype}; leave dtype out")
         if self.num_tokens == 0:
-            raise DataError(f"{self.bin_path}: contains no tokens; tokenize a corpus that is not empty")
+            raise DataError(f"{self.bin_path}: contains no tokens; remove it, or tokenize a corpus that is not empty")
 
     def _bin(self) -> OpenFile | StoredObject:
         return self._open_files.get(self.bin_path)
@@ -194,7 +194,7 @@ class TokenFile:
             hint = "multimodal sets are not supported" if multimodal else "copy it again"
             raise DataError(f"{path}: {size:,} bytes found, {expected:,} expected for {num_sequences:,} sequences; {hint}")
         if num_sequences == 0 or num_starts < 2:
-            raise DataError(f"{path}: contains no documents; tokenize a corpus that is not empty")
+            raise DataError(f"{path}: contains no documents; remove it, or tokenize a corpus that is not empty")
         self.dtype = np.dtype(_DTYPES[code])
         open_index = functools.partial(self._open_files.get, path)
         lengths = StoredArray(open_index, "<i4", num_sequences, _HEADER.size)
