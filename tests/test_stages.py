@@ -417,7 +417,7 @@ MATH = "[{after_steps: 5, sources: [{path: FOLDER/web}, {path: FOLDER/math}]}]"
 
 
 @pytest.mark.parametrize(("name", "stages"), [("none", "null"), ("math", MATH)])
-def test_passes_go_on_where_a_longer_stage_ahead_is_removed(folder, straight, name, stages):
+def test_passes_continue_where_a_longer_stage_ahead_is_removed(folder, straight, name, stages):
     """Its length is still a factor of the blocks, so nothing is read twice: as in a run that always had such blocks."""
     changed = ["--config", str(folder / "base.yaml"), "--train.stages", stages.replace("FOLDER", str(folder))]
     changed += ["--train.max_steps", "8", "--checkpoint.every_steps", "4", "--run.name"]

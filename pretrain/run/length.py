@@ -169,7 +169,7 @@ def _plan_stages(config: Config, data: TrainData, state: dict | None) -> Length:
 
 
 def _block_length(now: int, planned: list[Stage], data: TrainData) -> int:
-    """Of the data of the planned stages: what it is `now`, if they can read such blocks, so that passes go on. The blocks of
+    """Of the data of the planned stages: what it is `now`, if they can read such blocks, so that passes continue. The blocks of
     these settings alone may be shorter: those of a longer stage that the checkpoint's run had planned are not among them."""
     fits = all(now % stage.config.data.sequence_length == 0 for stage in planned)
     return now if fits else data.stages[0].cut.block_length
