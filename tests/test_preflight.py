@@ -13,12 +13,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from pretrain.config import load
+from pretrain.config import DataConfig, load
 from pretrain.data import checks, tokenizer_training
 from pretrain.data.batches import MASKED, Batch
 from pretrain.data.indexed import TokenFile, TokenWriter
@@ -28,7 +29,7 @@ from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.run.directory import RunDirectory
 from pretrain.run.length import plan
 from pretrain.run.parts import open_parts
-from pretrain.run.preflight import Report, epoch_findings, first_batch_findings, preflight
+from pretrain.run.preflight import Report, epoch_findings, first_batch_findings, preflight, store_findings
 from pretrain.run.processes import free_port
 from pretrain.run.surroundings import _is_in_netrc, build_locks, port_findings
 from pretrain.train import train
@@ -486,6 +487,17 @@ def no_wandb_key(world):
 def new_build_lock(world):
     stale_build_lock(world)
     os.utime(world.folder / "extensions" / "py311_cpu" / "cpu_adam" / "lock")
+
+
+@pytest.mark.parametrize(("gib", "advised"), [(27.9, None), (28.1, 33), (70, 80)])
+def test_the_advised_size_of_a_cache_has_room_for_the_tokens(gib, advised):
+    """Of the default 32 GiB, 28 stay filled."""
+    tokens = int(gib * 2**30 / 2)
+    stored = SimpleNamespace(path="s3://bucket/web", num_tokens=tokens, dtype=np.dtype("<u2"))
+    local = SimpleNamespace(path="data/web", num_tokens=10**15, dtype=np.dtype("<u2"))
+    found = store_findings(DataConfig(), [SimpleNamespace(files=[stored, local])])
+    assert [f"{advised} fetches everything once" in each.text for each in found] == [True] * (advised is not None)
+    assert not found or not store_findings(DataConfig(cache_gib=advised), [SimpleNamespace(files=[stored])])
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 
-from pretrain.data import interchange, shards
+from pretrain.data import interchange, remote, shards
 from pretrain.data.flat import DTYPES
 from pretrain.data.indexed import DataError, TokenFile, TokenWriter
 from pretrain.data.interchange import Block, Documents, Split
@@ -132,7 +132,7 @@ class Inputs:
         self._parquet: list[str] = []
         if self.format == "parquet":
             self._parquet = [file for path in options.input for file in self._parquet_files(path)]
-            self.total_bytes = sum(map(interchange.size_of, self._parquet))
+            self.total_bytes = sum(map(remote.size, self._parquet))
         elif self.format == "datasets":
             self.total_bytes = None
         else:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .errors import DataError, DataMissing
-from .indexed import CONVERT_TABLES, TokenFile
+from .indexed import TokenFile, conversion
 from .reads import SAMPLE_RUNS, OpenFiles, StoredArray
 from .remote import is_url
 
@@ -145,7 +145,6 @@ def _read_headers(path: str) -> tuple[np.dtype, int, str, list[_Batch]]:
     the header and two row offsets are read. Raises DataError."""
     import pyarrow
 
-    convert = CONVERT_TABLES.format(path=path)
     try:
         with pyarrow.memory_map(path) as source:
             everything = source.read_buffer()
@@ -161,7 +160,7 @@ def _read_headers(path: str) -> tuple[np.dtype, int, str, list[_Batch]]:
             raise
         raise DataError(f"{path}: not a readable Arrow file ({error}); copy it again") from None
     except ValueError as error:
-        raise DataError(f"{path}: {error}; {convert}") from None
+        raise DataError(f"{path}: {error}, or {conversion(path)}") from None
     return np.dtype(kind.value_type.to_pandas_dtype()), getattr(kind, "list_size", 0), offset_type, found
 
 
@@ -180,14 +179,14 @@ def _column_of(schema, path: str) -> tuple[int, object, str]:
     if len(chosen) != 1:
         columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
         if names:
-            text = f"several columns hold ids ({', '.join(names)}) and none is called {_COLUMN}; rename one, or convert it: "
-            raise DataError(f"{path}: {text}{CONVERT_TABLES.format(path=path)} with --column NAME")
+            text = f"several columns hold ids ({', '.join(names)}) and none is called {_COLUMN}; rename one"
+            raise DataError(f"{path}: {text}, or {conversion(path)} and --column NAME")
         text = "text is turned into tokens by tools/tokenize_corpus.py"
         raise DataError(f"{path}: no column holds lists of integers; it has {columns}; {text}")
     number = schema.get_field_index(chosen[0])
     kind = schema.field(number).type
     if types.is_uint64(kind.value_type):
-        raise DataError(f"{path}: column {chosen[0]} holds uint64; write it as int64, or {CONVERT_TABLES.format(path=path)}")
+        raise DataError(f"{path}: column {chosen[0]} holds uint64; write it as int64, or {conversion(path)}")
     return number, kind, "<i8" if types.is_large_list(kind) else "<i4"
 
 
@@ -196,7 +195,7 @@ def _batch(column, offset_type: str, everything) -> _Batch:
     import pyarrow
 
     if column.null_count or column.values.null_count:
-        raise ValueError("contains null among its rows or ids; remove it")
+        raise ValueError("contains null among its rows or ids; remove these")
     fixed, first, place, end = pyarrow.types.is_fixed_size_list(column.type), 0, 0, len(column.values)
     if not fixed:
         offsets = column.buffers()[1]
@@ -211,5 +210,5 @@ def _batch(column, offset_type: str, everything) -> _Batch:
 def _byte_in(buffer, everything) -> int:
     place = buffer.address - everything.address
     if not 0 <= place <= everything.size - buffer.size:
-        raise ValueError("is compressed, so single tokens cannot be read")
+        raise ValueError("is compressed, so single tokens cannot be read; write it without compression")
     return place

@@ -89,7 +89,7 @@ class Corpus:
             raise DataError(f"--format {format}: cannot be read from standard input; name the files")
         self.other_files: Counter[str] = Counter()
         files = [file for name in inputs for file in ([name] if name in (STDLIB, STDIN) else self._find(name))]
-        self._sizes = [(file, 0 if file in (STDLIB, STDIN) else _size(file)) for file in files]
+        self._sizes = [(file, 0 if file in (STDLIB, STDIN) else remote.size(file)) for file in files]
         sized = not {STDLIB, STDIN}.intersection(files)
         if shard and not sized:
             raise DataError(f"--shard: {STDIN} and {STDLIB} cannot be divided; write the text to files, and name these")
@@ -272,7 +272,7 @@ class Corpus:
         form = self._given_format or _format(name)
         if named_compression(name) or form not in (".txt", ".jsonl", ".json") or (form == ".txt" and self.split != "line"):
             return False
-        with _open(name) as file:
+        with remote.open_file(name) as file:
             if compression(name, file, by_content=self._given_format is not None):
                 return False
             return form == ".txt" or readers.has_json_lines(Opened(name, form, file))
@@ -285,7 +285,7 @@ class Corpus:
                 file = io.BufferedReader(sys.stdin.buffer, 1 << 20)
                 yield from self._one_file(Opened("standard input", self._given_format or ".txt", file))
             else:
-                with _open(part.name) as file:
+                with remote.open_file(part.name) as file:
                     yield from self._one_file(self._opened_part(part, file))
                 self._finished_bytes += part.end - part.begin
             self._opened = None
@@ -345,14 +345,6 @@ class Corpus:
 
     def _with_text(self, records: Iterator[tuple[str, object]]) -> Iterator[tuple[str, str | Bad]]:
         return ((place, record if isinstance(record, Bad) else self._fields.text(record, place)) for place, record in records)
-
-
-def _size(name: str) -> int:
-    return remote.size(name) if remote.is_url(name) else os.path.getsize(name)
-
-
-def _open(name: str) -> io.BufferedReader:
-    return remote.open_url(name) if remote.is_url(name) else open(name, "rb")
 
 
 def _format(name: str) -> str:

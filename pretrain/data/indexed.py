@@ -45,9 +45,6 @@ _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, len
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # Megatron's codes of integer types
 _BLOCK_BYTES, _INDEX_BLOCK = 64 << 20, 1 << 20
 _BIGRAM_RUNS, _BIGRAM_RUN_TOKENS = 64, 1 << 17
-CONVERT_TABLES = (
-    "if it holds ids, `python tools/convert_data.py --input {path} --tokenizer FOLDER --output PREFIX` makes one of it"
-)
 _FLAT_RUNS, _FLAT_RUN_WORDS = 16, 1 << 11
 _RAW = (".npy", ".ds")  # raw tokens of OLMo and of datatrove, which nanotron reads
 _AT_LEAST_ONE = ("vocab_size", "num_tokens", "num_documents", "block_bytes")  # of the counts in a sidecar
@@ -353,8 +350,13 @@ class TokenFile:
 
 
 def is_table(path: str) -> bool:
-    """True for the name of a file with rows, as of `datasets`, which training does not read at random places."""
+    """True for the name of a file with rows, as `datasets` writes them."""
     return path.endswith((".parquet", ".arrow"))
+
+
+def conversion(path: str) -> str:
+    """What makes a pair of a file with rows of ids, as advice."""
+    return f"convert it with `python tools/convert_data.py --input {path} --tokenizer FOLDER --output PREFIX`"
 
 
 def _resolve(path: str, files: OpenFiles) -> tuple[str, str, str | None]:
@@ -379,7 +381,7 @@ def _resolve(path: str, files: OpenFiles) -> tuple[str, str, str | None]:
         if missing == [f"{prefix}.idx"] and not files.exists(f"{prefix}.json"):
             hint = f"; {prefix}.bin is there: if it is a flat file without an index, give its name with .bin{hint}"
         if is_table(path):
-            raise DataMissing(f"{path}: no token file; {CONVERT_TABLES.format(path=path)}")
+            raise DataMissing(f"{path}: no token file; if it holds ids, {conversion(path)}")
         raise DataMissing(f"{path}: no token file here ({' and '.join(missing)} not found){hint}")
     return prefix, f"{prefix}.bin", f"{prefix}.idx"
 

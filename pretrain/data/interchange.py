@@ -15,7 +15,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -67,7 +67,7 @@ def format_of(path: str) -> str:
             return "parquet"
         raise
     if first.endswith(".bin") and _exists(first) and not _exists(f"{first[:-4]}.idx"):
-        with _open(first) as file:
+        with remote.open_file(first) as file:
             head = file.read(4)
         return "llmc" if head in [struct.pack("<i", magic) for magic, _ in _LLMC.values()] else "nanogpt"
     return "megatron"
@@ -85,17 +85,8 @@ def parquet_files(path: str) -> list[str]:
     return sorted(each for each in glob.glob(path, recursive=True) if each.endswith(".parquet"))
 
 
-def size_of(path: str) -> int:
-    """Bytes of a file or of what a URL names. Raises OSError, DataError, StoreError."""
-    return remote.size(path) if is_url(path) else os.path.getsize(path)
-
-
 def _exists(path: str) -> bool:
     return remote.exists(path) if is_url(path) else os.path.isfile(path)
-
-
-def _open(path: str) -> BinaryIO:
-    return remote.open_url(path) if is_url(path) else open(path, "rb")
 
 
 # ---------------------------------------------------------------- reading
@@ -135,11 +126,11 @@ def read_parquet(path: str, column: str, advance: Advance) -> Iterator[Block]:
     import pyarrow.parquet
 
     try:
-        with _open(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
+        with remote.open_file(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
             _require_column(file.schema_arrow.names, column, path)
             leaves = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)]
             place = next(i for i, leaf in enumerate(leaves) if leaf.split(".")[0] == column)
-            size, rows, number = size_of(path), max(1, file.metadata.num_rows), 0
+            size, rows, number = remote.size(path), max(1, file.metadata.num_rows), 0
             chunks = [file.metadata.row_group(i).column(place) for i in range(file.num_row_groups)]
             values = max(1, sum(chunk.num_values for chunk in chunks))
             for batch in file.iter_batches(max(1, min(_BLOCK_ROWS, _BLOCK_TOKENS * rows // values)), columns=[column]):

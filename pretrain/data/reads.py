@@ -31,8 +31,7 @@ class OpenFile:
     def __init__(self, path: str):
         self.name, self._descriptor = path, -1
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        if hasattr(os, "posix_fadvise") and path.endswith((".bin", ".arrow")):
-            # samples are random: read-ahead would multiply the traffic
+        if hasattr(os, "posix_fadvise") and path.endswith((".bin", ".arrow")):  # random reads: no read-ahead
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
     def fileno(self) -> int:
@@ -62,7 +61,7 @@ class OpenFile:
             self.read_soon(offsets, sizes)
         return read_ranges(self, offsets, sizes)
 
-    sample = read
+    sample = read  # which matters for stores only
 
     def read_soon(self, offsets: np.ndarray, sizes: np.ndarray) -> None:
         """Starts reading the bytes [offset, offset + size) of all ranges, and waits for none."""

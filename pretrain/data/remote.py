@@ -8,6 +8,7 @@ transfer ends early is an error, never a shorter file.
 from __future__ import annotations
 
 import io
+import os
 import random
 import sys
 import threading
@@ -77,18 +78,21 @@ def _about(system, path: str) -> dict | None:
         return None
 
 
-def size(url: str) -> int:
-    """Bytes of a file. Raises DataError, StoreError."""
-    system, path = open_system(url)
-    found = retried(url, lambda: system.size(path), _READ_SECONDS)
+def size(name: str) -> int:
+    """Bytes of a file on a disk or under a URL. Raises OSError, DataError, StoreError."""
+    if not is_url(name):
+        return os.path.getsize(name)
+    system, path = open_system(name)
+    found = retried(name, lambda: system.size(path), _READ_SECONDS)
     if found is None:
-        raise DataError(f"{url}: the server does not tell its size, so that a cut transfer would not be noticed; download it")
+        raise DataError(f"{name}: the server does not tell its size, so that a cut transfer would not be noticed; download it")
     return found
 
 
-def open_url(url: str) -> io.BufferedReader:
-    """A file, to be read from front to back; it can seek. Raises DataError, StoreError; so may reading it, and OSError."""
-    return io.BufferedReader(_Complete(url), 1 << 20)
+def open_file(name: str) -> io.BufferedReader:
+    """A file on a disk or under a URL, to be read from front to back; it can seek. Opening and reading raise OSError; of a URL,
+    DataError and StoreError, too."""
+    return io.BufferedReader(_Complete(name), 1 << 20) if is_url(name) else open(name, "rb")
 
 
 class _Complete(io.RawIOBase):

@@ -30,7 +30,7 @@ import xxhash
 
 from . import remote
 from .arrow import ArrowFile, files_of_dataset, splits_of
-from .indexed import CONVERT_TABLES, DataError, DataMissing, Sidecar, TokenFile, is_table
+from .indexed import DataError, DataMissing, Sidecar, TokenFile, conversion, is_table
 from .reads import SAMPLE_RUNS, OpenFiles
 from .remote import is_url
 
@@ -75,6 +75,8 @@ def identity(name: str) -> str:
 
 
 def _matching(entry: str) -> list[str]:
+    if os.path.isdir(entry) and (listed := files_of_dataset(entry)):
+        return listed
     if is_url(entry):
         pattern = entry + "*" if entry.endswith("/") else entry
         found, exists = remote.matching, remote.exists
@@ -83,8 +85,6 @@ def _matching(entry: str) -> list[str]:
         found, exists = partial(glob.iglob, recursive=True), os.path.exists
     matches = {each for end in ("", ".bin", ".idx") for each in found(pattern + end)}
     names = set()
-    if os.path.isdir(entry) and (listed := files_of_dataset(entry)):
-        return listed
     for match in matches:
         prefix, end = os.path.splitext(match)
         if end == ".bin":
@@ -113,7 +113,7 @@ def _advice(entry: str, matches: set[str]) -> str:
     if is_url(entry) and any(map(is_table, matches)) and not any(each.endswith(".parquet") for each in matches):
         return "Arrow files are read on a disk only: copy them there, or convert the copy and upload the pair"
     if any(map(is_table, matches)):
-        return CONVERT_TABLES.format(path=entry)
+        return f"if it holds ids, {conversion(entry)}"
     if folders := sorted(each for each in matches if os.path.isdir(each))[:3]:
         return f"it matches folders ({', '.join(folders)}), whose files ** finds: {entry.rstrip('*/')}/**"
     return "create them with tools/tokenize_corpus.py"
