@@ -2,6 +2,8 @@
 
     python -m tests.faults.kill_loop FOLDER [--trials 1000] [--seed 0] [--mutant NAME]        prints one line of JSON
 
+A mutant is a planted bug: with one, the loop stops at the first violation.
+
 The processes run the real Saver on a state of a few tensors; only the collectives are replaced, by a pair of sockets, so that a
 trial takes some tens of milliseconds. They are forked from this process, which has imported torch and has no threads.
 """
@@ -162,7 +164,11 @@ def trial(folder: Path, randomly: random.Random, pace: Pace, first_step: int) ->
     return [int.from_bytes(data[i : i + 8], "little") for i in range(0, len(data), 8)]
 
 
-def run(folder: Path, trials: int, seed: int) -> dict[str, int]:
+def violations(counts: dict[str, int]) -> dict[str, int]:
+    return {key: count for key, count in counts.items() if key not in ("trials", "acknowledged") and count}
+
+
+def run(folder: Path, trials: int, seed: int, *, stop_at_violation: bool) -> dict[str, int]:
     """Runs trials. Returns counts of trials, acknowledgements and violations."""
     randomly, pace, alone = random.Random(seed), Pace(), Rank()
     counts = dict.fromkeys(["trials", "acknowledged", "lost", "damaged", "wrong", "left_over", "fewer_than_kept"], 0)
@@ -189,6 +195,8 @@ def run(folder: Path, trials: int, seed: int) -> dict[str, int]:
         intact = [each for each in checkpoints(folder) if each.damage() is None]
         counts["fewer_than_kept"] += len(intact) < min(2, len(steps))  # a step that was saved again counts once
         last_acknowledged = found.step if found else -1  # the next trial must not lose it
+        if stop_at_violation and violations(counts):
+            break
         # Go back every other time, so that a step is saved again.
         first_step = max(2, last_acknowledged + 1 - randomly.choice([0, 2]))
     return counts
@@ -271,7 +279,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.mutant:
         MUTANTS[arguments.mutant]()
-    print(json.dumps(run(arguments.folder, arguments.trials, arguments.seed)))
+    print(json.dumps(run(arguments.folder, arguments.trials, arguments.seed, stop_at_violation=bool(arguments.mutant))))
 
 
 if __name__ == "__main__":

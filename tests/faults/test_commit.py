@@ -20,7 +20,7 @@ from pretrain.checkpoint import storage
 from pretrain.checkpoint.manifest import CheckpointError, checkpoints
 from pretrain.checkpoint.saver import Saver
 from pretrain.config import CheckpointConfig
-from tests.faults.kill_loop import MUTANTS, Rank, expected
+from tests.faults.kill_loop import MUTANTS, Rank, expected, violations
 from tests.ranks import run_ranks
 from tests.test_train import TINY, train_here
 
@@ -38,10 +38,6 @@ def kill_loop(trials: int, *flags: str) -> dict[str, int]:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and not done.stderr, done.stderr
     return json.loads(done.stdout)
-
-
-def violations(counts: dict[str, int]) -> dict[str, int]:
-    return {key: count for key, count in counts.items() if key not in ("trials", "acknowledged") and count}
 
 
 @pytest.mark.parametrize(
@@ -62,7 +58,8 @@ def test_kill_9_at_any_instant_loses_no_acknowledged_checkpoint(trials):
 @pytest.mark.faults
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_kill_loop_finds_every_planted_bug(mutant):
-    counts = kill_loop(150, "--mutant", mutant)
+    # The rarest bug shows in one to five of a hundred trials, depending on the machine; a few hundred find it nearly always.
+    counts = kill_loop(3000, "--mutant", mutant)
     print(mutant, counts)
     assert violations(counts)
 
