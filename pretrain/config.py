@@ -24,11 +24,16 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from pretrain import schema, stages
+from pretrain.checkpoint.config import CheckpointConfig
+from pretrain.data.config import DataConfig, SourceConfig
+from pretrain.data.config import SyntheticConfig as SyntheticConfig
 from pretrain.engines import config as engine_settings
 from pretrain.engines.config import EngineConfig, Work
 from pretrain.engines.config import ParallelConfig as ParallelConfig
 from pretrain.model import config as model_settings
 from pretrain.model.config import ModelConfig, differences, model_from_dict, resolve_model
+from pretrain.report.config import LogConfig
+from pretrain.report.config import WandbConfig as WandbConfig
 from pretrain.schema import (
     ConfigError,
     Decay,
@@ -64,57 +69,6 @@ class TokenizerConfig:
     path: str | None = free(None)
     """Folder written by tools/train_tokenizer.py, or of a Hugging Face tokenizer; null: none (then model.vocab_size is
     required)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """One tokenized dataset, in one file or in many (shards)."""
-
-    path: str | list[str] = free()
-    """Prefix of a .bin/.idx pair, or a nanoGPT-style flat .bin file; or a folder of them, a pattern such as data/web/part-*,
-    a list of these, or URLs of an object store, such as s3://bucket/web/ (docs/data.md)."""
-    dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"] | None = free(None)
-    """Type of the tokens of a flat .bin; null: judged by its content and named at the start."""
-    weight: float | None = free(1.0)
-    """Share of the blend relative to the other sources; > 0; token counts are fine. null: its tokens, so that each source
-    whose weight is null is read as often as the others. Ignored for validation."""
-    max_epochs: PositiveFloat | None = free(None)
-    """Most epochs of this source that a run may read; a longer run does not start. null: no limit. Ignored for validation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SyntheticConfig:
-    """Generated tokens instead of files: for tests, dry runs and lessons."""
-
-    kind: Literal["uniform", "unigram", "markov", "repeat", "copy"] = frozen("uniform")
-    """uniform: labels carry no information; unigram: Zipf, no context; markov: one token of context; repeat: a few fixed
-    texts; copy: second half repeats the first."""
-    num_samples: PositiveInt = frozen(1_000_000)
-    """Samples per epoch; validation draws others."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The data, and its division into samples."""
-
-    train: list[SourceConfig] = free(list)
-    """Training sources: [{path, weight}]."""
-    valid: list[SourceConfig] = free(list)
-    """Validation sources: [{path}]; empty: no validation."""
-    synthetic: SyntheticConfig | None = frozen(None)
-    """Generated data instead of train and valid; null: off."""
-    sequence_length: PositiveInt = frozen(1024)
-    """Tokens T that a sample feeds to the model; a sample is T + 1 tokens."""
-    block_length: PositiveInt | None = frozen(None)
-    """Tokens of the blocks whose order is drawn; every sequence length of the run divides it. null: the smallest such."""
-    document_mask: bool = frozen(False)
-    """Tokens attend only within their document."""
-    quarantine: str | None = free(None)
-    """File that lists training samples to leave out (format: pretrain/data/excluded.py); null: none."""
-    cache_directory: str | None = free(None)
-    """Where blocks of data in object stores are kept, on a local disk; null: ~/.cache/pretrain."""
-    cache_gib: NonNegativeFloat = free(32.0)
-    """Most disk space of these blocks on each machine. If the tokens do not fit, samples are fetched one by one, not kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,60 +169,6 @@ class EvaluateConfig:
     """Prompts that the model continues after each validation (needs tokenizer.path); empty: off."""
     sample_tokens: PositiveInt = free(40)
     """Largest number of tokens of each continuation, decoded greedily."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """Saving, keeping and resuming."""
-
-    every_steps: NonNegativeInt = free(0)
-    """Steps between checkpoints; there is always one at the end. 0: only at the end."""
-    every_minutes: NonNegativeFloat = free(0)
-    """Minutes between checkpoints. 0: off."""
-    keep_last: PositiveInt = free(2)
-    """Number of newest checkpoints to keep."""
-    keep_best: NonNegativeInt = free(1)
-    """Number of checkpoints to keep for the lowest validation loss. 0: off."""
-    asynchronous: bool = free(True)
-    """Write in the background, at the cost of host memory for one copy of each rank's share of the state. false: training waits
-    for the disk."""
-    deadline_seconds: PositiveFloat = free(25.0)
-    """Time from SIGTERM to a durable checkpoint; a rank without one by then exits, because a peer has exited. Launchers kill
-    after 30."""
-    resume: str = free("auto")
-    """auto: the newest valid checkpoint of this run, else a fresh start; never: refuse a run directory that has checkpoints; or
-    the path of a checkpoint: of this run, to return to it, or of another, to start from it. Once the run has saved a checkpoint
-    since then, the same command resumes from that."""
-    allow_changes: list[str] = free(list)
-    """Guarded keys that may differ from the checkpoint's, e.g. [train.max_steps, optimizer.lr]; empty: none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WandbConfig:
-    """Weights & Biases; the key comes from WANDB_API_KEY or `wandb login`, never from here."""
-
-    project: str = free("pretrain")
-    """W&B project."""
-    entity: str | None = free(None)
-    """W&B user or team; null: your default."""
-    mode: Literal["online", "offline"] = free("online")
-    """offline: files only, for `wandb sync` later."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogConfig:
-    """Reports and their destinations. metrics.jsonl is the source of truth; the other sinks receive copies."""
-
-    every_steps: PositiveInt = free(10)
-    """Steps between log lines."""
-    sinks: list[Literal["console", "jsonl", "wandb", "tensorboard"]] = free(lambda: ["console", "jsonl"])
-    """Any of console, jsonl, wandb, tensorboard."""
-    peak_tflops: PositiveFloat | None = free(None)
-    """Peak of the device for MFU, in TFLOP/s; null: from a table of GPUs (unknown device: no MFU)."""
-    profile_steps: tuple[PositiveInt, PositiveInt] | None = free(None)
-    """First and last of up to 20 steps whose trace and costliest operators go to the run's folder profile/; null: off."""
-    wandb: WandbConfig = free(WandbConfig)
-    """Weights & Biases settings."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,9 +32,12 @@ SETTINGS = {
     "pretrain.target",
     "pretrain.config",
     "pretrain.stages",
+    "pretrain.data.config",
     "pretrain.model.config",
     "pretrain.model.hf_mapping",
     "pretrain.engines.config",
+    "pretrain.checkpoint.config",
+    "pretrain.report.config",
 }
 """The leaf modules and the settings: every room but the doctor may import them, and takes only its own section."""
 ROOMS_BELOW = {

@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import storage
+from pretrain.checkpoint.config import CheckpointConfig
 from pretrain.checkpoint.manifest import Checkpoint
 from pretrain.checkpoint.storage import NotFinite
-from pretrain.config import CheckpointConfig
 from pretrain.engines.base import Engine
 from pretrain.engines.shards import Shard
 

@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from pretrain.config import DataConfig
+from pretrain.data.config import DataConfig
 
 from . import excluded
 from .excluded import Quarantine, SampleRanges

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from pretrain.config import DataConfig
+from pretrain.data.config import DataConfig
 
 from .entropy import bigram_entropy, unigram_entropy
 from .indexed import DataError, TokenFile

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.config import DataConfig, SourceConfig
+from pretrain.data.config import DataConfig, SourceConfig
 
 from . import shards
 from .checks import check_files

@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from pretrain.config import SyntheticConfig
+from pretrain.data.config import SyntheticConfig
 
 from .passes import Cut
 from .permutation import Permutation, keys, splitmix64

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.config import LogConfig
+from pretrain.report.config import LogConfig
 from pretrain.report.console import Console
 from pretrain.report.records import FILE_NAME, LineFile, Losses, cut_records, to_json
 

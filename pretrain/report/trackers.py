@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain import files
-from pretrain.config import WandbConfig
+from pretrain.report.config import WandbConfig
 from pretrain.report.records import iter_records
 
 WANDB_ID_FILE = "wandb_id.json"
