@@ -9,7 +9,7 @@ accelerate returns 1 for every failure.
 
     75 (preempted, peer lost), killed, failed       restarts it after 1 s, or later if there was no new checkpoint
     three such ends in a row without a checkpoint   70: a crash loop. Refused from then on, until --force
-    0, 2, 70, 73, 74, 77, 130                       exits with this status: a restart would not help, or is not wanted
+    0, 2, 70, 73, 74, 76, 77, 130                   exits with this status: a restart would not help, or is not wanted
     SIGTERM, a notice or SIGINT to the supervisor   exits with the job, 75 or 130
 
 However it ends, even by kill -9, it leaves no process of the job behind. It supervises one machine; on several, the scheduler
@@ -40,7 +40,7 @@ from pretrain.run.directory import Locked, RunDirectory, read_state
 from pretrain.run.stop import NOTICES
 
 DONE, REFUSED, CRASH_LOOP, LOCKED, SAVED = 0, 2, 70, 73, 75
-FINAL = (DONE, REFUSED, CRASH_LOOP, LOCKED, 74, 77, 130)
+FINAL = (DONE, REFUSED, CRASH_LOOP, LOCKED, 74, 76, 77, 130)
 MOST_FAILURES = 3
 _SIGNALS = {signal.SIGTERM: SAVED, signal.SIGINT: 130} | {each: SAVED for each in NOTICES if each != signal.SIGHUP}
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h

@@ -60,6 +60,11 @@ class RunConfig:
     """Folder that holds all runs."""
     seed: NonNegativeInt = frozen(1234)
     """Seed of the initial weights, the data order and the synthetic data."""
+    dollars_per_hour: NonNegativeFloat = free(0.0)
+    """Price of one GPU (on CPUs: of one process) per hour, for the costs in all reports. 0: unknown."""
+    budget_dollars: PositiveFloat | None = free(None)
+    """Most dollars that all starts of the run together may cost: it stops before, with a checkpoint, and says what it would
+    take to finish. null: no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +297,11 @@ def _check_names(config: Config) -> Iterator[Problem]:
         yield Problem("run.directory", f"got {config.run.directory}; only a shell expands ~, write the full path")
 
 
+def _check_budget(config: Config) -> Iterator[Problem]:
+    if config.run.budget_dollars is not None and not config.run.dollars_per_hour:
+        yield Problem("run.budget_dollars", "needs run.dollars_per_hour, the price of one GPU; set both, or neither")
+
+
 def _check_positions(config: Config) -> Iterator[Problem]:
     if config.model.reset_positions and not config.data.document_mask:
         yield Problem("model.reset_positions", "is true, which needs data.document_mask: set both, or neither")
@@ -371,8 +381,8 @@ def _check_mesh(config: Config, world_size: int | None) -> Iterator[Problem]:
         yield from engine_settings.check_mesh(config.engine, work_of(config, config.model), world_size)
 
 
-_CHECKS = (_check_names, _check_positions, _check_length, _check_schedule, _check_sources, _check_vocabulary, _check_engine,
-           _check_optimizer, _check_prompts)  # fmt: skip
+_CHECKS = (_check_names, _check_budget, _check_positions, _check_length, _check_schedule, _check_sources, _check_vocabulary,
+           _check_engine, _check_optimizer, _check_prompts)  # fmt: skip
 _CHECKS_OF_RANKS = (_check_ranks, _check_mesh, _check_stages)
 
 

@@ -34,11 +34,12 @@ from pretrain.report.metrics import Clock, SampleLosses
 from pretrain.report.profile import StepProfile
 from pretrain.run import agreement, divergence, mask_certificate, memory, output, precision, preflight, resume
 from pretrain.run.directory import take_directory
+from pretrain.run.ledger import open_ledger
 from pretrain.run.outcome import DIVERGED, DONE, STORAGE_FAILED, Outcome
 from pretrain.run.parts import open_parts
 from pretrain.run.resume import Start
 from pretrain.run.state import Run, open_run
-from pretrain.run.stop import STOPPED_BY_PERSON, StopRequest, exit_status, who_asked
+from pretrain.run.stop import BUDGET_SPENT, STOPPED_BY_PERSON, StopRequest, exit_status, who_asked
 from pretrain.schema import to_yaml
 from pretrain.stages import Stage
 
@@ -111,7 +112,7 @@ def train(config: Config, stop: StopRequest | None = None) -> int:
     stop.deadline_seconds = config.checkpoint.deadline_seconds
     place = read_place()
     directory, refusal = take_directory(Path(config.run.directory) / config.run.name, place.rank)
-    stop.last_words, stop.folder_lost = directory.write_end, directory.check
+    stop.folder_lost = directory.check
     with Outcome(directory, stop, config) as outcome:
         parts, facts, why_precision = None, {}, ""
         try:
@@ -137,6 +138,11 @@ def train(config: Config, stop: StopRequest | None = None) -> int:
             return outcome.end(STOPPED_BY_PERSON, reason)
         stop.stop_file = directory.stop_file if engine.rank == 0 else None
         start = resume.decide(config, engine, parts, directory)
+        ledger = outcome.ledger = open_ledger(config.run, directory, engine)
+        if engine.broadcast(int(ledger.is_spent)) and not resume.is_complete(start, config, parts):
+            reason = f"its budget is spent: {ledger.advice()}"
+            outcome.write_end(BUDGET_SPENT, reason)
+            return outcome.end(BUDGET_SPENT, reason)
         warnings = preflight.at_start(config, engine, parts, start.checkpoint)
         certificate = mask_certificate.certify(config, parts.model, engine)
         engine.prepare(
@@ -148,7 +154,7 @@ def train(config: Config, stop: StopRequest | None = None) -> int:
         )
         directory.write_text("config.yaml", to_yaml(config))
         while start:
-            run = open_run(config, engine, parts, directory, start)
+            run = open_run(config, engine, parts, directory, start, ledger)
             status, reason, start = _train_from(start, run, stop, why_precision, certificate, warnings)
             del run  # with its copy of the state on the host: after a rollback, the next run allocates another
         outcome.end(status, reason)
@@ -169,6 +175,7 @@ def _train_from(
             return status, reason, rollback
         if status == DONE and run.directory.check():
             status, reason = STORAGE_FAILED, run.directory.lost
+        output.close_account(run, status)
         run.directory.write_end(status, reason, run.progress.step)  # before what may hang: W&B, the other ranks
         stop.saved(status)
         if status == DONE:
@@ -184,13 +191,16 @@ def _loop(run: Run, stop: StopRequest) -> tuple[int, str]:
     config, progress, total = run.config, run.progress, run.total_steps
     gc.collect()
     gc.freeze()  # what exists now lives as long as the run: later collections need not look at it
-    flags = []
+    flags, clock = [], Clock(progress.interval_seconds, progress.step)
+    run.ledger.begin(clock, progress.step)
+    stop.budget_is_reached = lambda: run.ledger.budget_is_reached(output.save_seconds(run))
     progress.evaluation_due &= bool(run.valid)  # the data may have been removed from the settings
     if progress.evaluation_due:  # the checkpoint from which the run resumes lacks its validation
-        val_loss, flags = _evaluate(run, stop)
+        with clock.paused("validation"):
+            val_loss, flags = _evaluate(run, stop)
         if not any(flags):
-            run.save(val_loss, last=progress.step == total)
-    clock = Clock(progress.interval_seconds, progress.step)
+            with clock.paused("save"):
+                run.save(val_loss, last=progress.step == total)
     steps, folder = config.log.profile_steps, run.directory.path / "profile"
     profile = StepProfile(folder, steps, run.engine.device, run.engine.rank, run.sinks.info)
     with contextlib.closing(_windows(run)) as windows, contextlib.closing(profile):
@@ -215,8 +225,11 @@ def _loop(run: Run, stop: StopRequest) -> tuple[int, str]:
     if progress.step == total and not progress.evaluation_due:
         divergence.report_spike(run, run.engine.all_reduce(run.meter.last_loss.clone()).item())
         return DONE, ""
-    lost = f": {run.directory.lost}" if run.directory.lost else ""
-    return exit_status(flags), f"stopped by {who_asked(flags)} after step {progress.step}, which is saved{lost}"
+    why, status = run.directory.lost, exit_status(flags)
+    if status == BUDGET_SPENT:
+        run.ledger.expect(output.seconds_left(run, clock))
+        why = run.ledger.advice()
+    return status, f"stopped by {who_asked(flags)} after step {progress.step}, which is saved{why and f': {why}'}"
 
 
 def _take_step(run: Run, clock: Clock, windows: Iterator[tuple], stop: StopRequest) -> tuple[bool, list[int]]:
@@ -262,6 +275,7 @@ def _advance(run: Run) -> Stage:
     stage = stages.stage_at(run.length.stages, begin)
     progress.position = begin + stage.config.batch.global_batch_size
     run.directory.reached(progress.step)
+    run.ledger.note_step(progress.step)
     return stage
 
 

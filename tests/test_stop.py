@@ -56,10 +56,10 @@ NOTICES = (signal.SIGTERM, signal.SIGUSR2, signal.SIGXCPU, signal.SIGPWR, signal
 
 
 @pytest.mark.parametrize(
-    ("number", "flags", "status"), [*((each, [1, 0, 0, 0], 75) for each in NOTICES), (signal.SIGINT, [0, 1, 0, 0], 130)]
+    ("number", "flags", "status"), [*((each, [1, 0, 0, 0, 0], 75) for each in NOTICES), (signal.SIGINT, [0, 1, 0, 0, 0], 130)]
 )
 def test_a_signal_becomes_a_flag(stop, number, flags, status):
-    assert stop.flags() == [0, 0, 0, 0] and exit_status(stop.flags()) == 0
+    assert stop.flags() == [0, 0, 0, 0, 0] and exit_status(stop.flags()) == 0
     os.kill(os.getpid(), number)
     assert soon(lambda: stop.flags() == flags) and exit_status(flags) == status
     os.kill(os.getpid(), signal.SIGTERM)  # a second SIGTERM changes nothing
@@ -83,27 +83,34 @@ def test_a_notice_that_was_ignored_when_the_process_started_stays_ignored():
     stop.training()
     os.kill(os.getpid(), signal.SIGUSR2)
     time.sleep(0.05)
-    assert stop.flags() == [0, 0, 0, 0] and signal.getsignal(signal.SIGUSR2) == signal.SIG_IGN
+    assert stop.flags() == [0, 0, 0, 0, 0] and signal.getsignal(signal.SIGUSR2) == signal.SIG_IGN
     stop.close()
     signal.signal(signal.SIGUSR2, before)
 
 
 def test_the_file_stop_counts_as_a_request_of_a_person(stop, tmp_path):
     stop.stop_file = tmp_path / "STOP"
-    assert stop.flags() == [0, 0, 0, 0]
+    assert stop.flags() == [0, 0, 0, 0, 0]
     stop.stop_file.touch()
-    assert stop.flags() == [0, 0, 1, 0] and exit_status([0, 0, 1, 0]) == 130
-    assert who_asked([0, 0, 1, 0]) == "the file STOP"
+    assert stop.flags() == [0, 0, 1, 0, 0] and exit_status([0, 0, 1, 0, 0]) == 130
+    assert who_asked([0, 0, 1, 0, 0]) == "the file STOP"
 
 
 def test_a_lost_folder_is_a_request_of_its_own_that_any_other_wins_over(stop):
     stop.folder_lost = lambda: "it was renamed"
-    assert stop.flags() == [0, 0, 0, 1] and exit_status(stop.flags()) == 74
-    assert [exit_status([*others, 1]) for others in ([1, 0, 0], [0, 1, 0], [0, 0, 1])] == [75, 130, 130]
+    assert stop.flags() == [0, 0, 0, 1, 0] and exit_status(stop.flags()) == 74
+    assert [exit_status([*others, 1, 0]) for others in ([1, 0, 0], [0, 1, 0], [0, 0, 1])] == [75, 130, 130]
+
+
+def test_the_end_of_the_budget_stops_a_run_and_no_signal_of_a_machine_restarts_it(stop):
+    stop.budget_is_reached = lambda: True
+    assert stop.flags() == [0, 0, 0, 0, 1] and exit_status(stop.flags()) == 76
+    assert [exit_status([*others, 1]) for others in ([1, 0, 0, 0], [0, 1, 0, 0])] == [76, 130]
+    assert who_asked([0, 0, 0, 0, 1]) == "its budget"
 
 
 def test_a_person_on_any_of_many_ranks_wins_over_sigterm():
-    assert exit_status([5000, 1, 0, 0]) == 130 and who_asked([5000, 1, 0, 0]) == "SIGTERM and SIGINT"
+    assert exit_status([5000, 1, 0, 0, 0]) == 130 and who_asked([5000, 1, 0, 0, 0]) == "SIGTERM and SIGINT"
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR2, 75), (signal.SIGINT, 130)])
@@ -162,9 +169,9 @@ def test_last_words_that_hang_do_not_keep_the_process_alive():
 @pytest.mark.parametrize(
     ("variable", "words", "flags"),
     [
-        ("TORCHELASTIC_RUN_ID", [], [1, 0, 0, 0]),
-        ("NONE", ["accelerate", "launch"], [1, 0, 0, 0]),  # with one process
-        ("ACCELERATE_MIXED_PRECISION", [], [0, 0, 0, 0]),  # a shell that exports this variable, and exits
+        ("TORCHELASTIC_RUN_ID", [], [1, 0, 0, 0, 0]),
+        ("NONE", ["accelerate", "launch"], [1, 0, 0, 0, 0]),  # with one process
+        ("ACCELERATE_MIXED_PRECISION", [], [0, 0, 0, 0, 0]),  # a shell that exports this variable, and exits
     ],
 )
 def test_a_worker_whose_launcher_is_killed_gets_a_request(variable, words, flags):

@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pretrain.report.records import LineFile, merge_equal
-from pretrain.report.units import human_count, human_seconds
+from pretrain.report.units import human_count, human_dollars, human_seconds
 
 LINES_PER_HEADER = 20
 # Columns of a logging step: key of the record, title, width, how the number is written.
@@ -26,6 +26,8 @@ _COLUMNS: tuple[tuple[str, str, int, Callable[[float], str]], ...] = (
     ("mfu", "MFU", 6, lambda x: f"{100 * x:.1f}%"),
     ("peak_memory_gib", "memory", 9, lambda x: f"{x:.2f}GiB"),
     ("eta_seconds", "time left", 9, human_seconds),
+    ("cost_dollars", "cost", 9, human_dollars),
+    ("cost_total_dollars", "in all", 9, human_dollars),
 )
 
 

@@ -188,20 +188,32 @@ class Clock:
     """
 
     def __init__(self, seconds: float = 0.0, step: int = 0) -> None:
-        self.restart(seconds)
+        self._ended = -seconds  # those of intervals that have ended
+        self._begin(seconds)
+        self.totals = {"validation": 0.0, "save": 0.0}
+        """Seconds of all pauses of these kinds."""
         self.pauses: dict[str, deque[float]] = {"validation": deque(maxlen=5), "save": deque(maxlen=5)}
         """Seconds of the newest ones."""
         self._noted, self._apart = (step, self.began + seconds), 0.0
         self._intervals: deque[tuple[int, float]] = deque(maxlen=400)
 
-    def restart(self, seconds: float = 0.0) -> None:
+    def restart(self) -> None:
         """Starts a new interval."""
+        self._ended += self.train_seconds
+        self._begin(0.0)
+
+    def _begin(self, seconds: float) -> None:
         self.began, self.data_seconds, self.paused_seconds = time.monotonic() - seconds, 0.0, 0.0
 
     @property
     def train_seconds(self) -> float:
         """Seconds of training in this interval so far."""
         return time.monotonic() - self.began - self.paused_seconds
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds of training since this clock began, in all intervals, without those that it was begun with."""
+        return self._ended + self.train_seconds
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -219,15 +231,20 @@ class Clock:
         self.paused_seconds += seconds
         if kind:
             self.pauses[kind].append(seconds)
+            self.totals[kind] += seconds
             self._apart += seconds
 
     def seconds_per_step(self, step: int) -> float:
-        """What a step takes, with everything but `pauses`. To be called at each logging step of a start: the newer half of the
-        intervals between these calls counts, and the first one, which includes the warm-up, only until there is a second."""
+        """What a step takes, with everything but `pauses`; NaN before the first. To be called at each logging step of a start:
+        the newer half of the intervals between these calls counts, and the first one, which includes the warm-up, only until
+        there is a second."""
         now = time.monotonic()
-        self._intervals.append((step - self._noted[0], now - self._noted[1] - self._apart))
-        self._noted, self._apart = (step, now), 0.0
+        if step > self._noted[0]:
+            self._intervals.append((step - self._noted[0], now - self._noted[1] - self._apart))
+            self._noted, self._apart = (step, now), 0.0
         known = list(self._intervals)[1:] or list(self._intervals)
+        if not known:
+            return math.nan
         steps, seconds = map(sum, zip(*known[len(known) // 2 :], strict=True))
         return seconds / steps
 

@@ -1,4 +1,4 @@
-"""Counts and durations, short enough for a column."""
+"""Counts, durations and amounts of money, short enough for a column."""
 
 from __future__ import annotations
 
@@ -26,3 +26,13 @@ def human_seconds(seconds: float) -> str:
         if whole >= size:
             return f"{whole // size}{unit}{whole % size // smaller:02d}{smaller_unit}"
     return f"{whole}s"
+
+
+def human_dollars(value: float) -> str:
+    """An amount in cents, and a small one with enough digits to be told from nothing: $1,234.50, $0.0312, $0.000012."""
+    return f"${value:,.{dollar_digits(value)}f}"
+
+
+def dollar_digits(value: float) -> int:
+    """Digits after the point with which an amount is written."""
+    return 2 if value >= 1 or value == 0 else 4 if value >= 0.01 else 6

@@ -11,6 +11,7 @@ from pretrain.config import Config
 from pretrain.engines.base import Engine
 from pretrain.run import command_line, memory
 from pretrain.run.directory import RunDirectory
+from pretrain.run.ledger import Ledger
 from pretrain.run.stop import PEER_LOST, StopRequest, is_peer_lost
 
 DONE, FAILED, DIVERGED, STORAGE_FAILED = 0, 1, 70, 74
@@ -21,18 +22,30 @@ class Outcome:
     """A context manager around a job: an error that a user can fix becomes a status and a reason, a bug is recorded and raised.
 
     engine: set once it has started; it is closed at the end, unless the other ranks may never join.
+    ledger: set once it is open.
     """
 
     def __init__(self, directory: RunDirectory, stop: StopRequest, config: Config):
         self.status, self.reason = FAILED, ""
         self.engine: Engine | None = None
+        self.ledger: Ledger | None = None
         self._directory, self._stop, self._config, self._agreed = directory, stop, config, False
+        self._stop.last_words = self.write_end
         self._stop.reason_of_peer = lambda: memory.reason_of_peer(directory.path)
 
     def end(self, status: int, reason: str) -> int:
         """Notes the end on which all ranks agree. -> status."""
         self.status, self.reason, self._agreed = status, reason, True
         return status
+
+    def write_end(self, status: int, reason: str) -> None:
+        """Records the end in the run's folder. Raises OSError."""
+        self._directory.write_end(status, reason)
+        self._note_end(status)
+
+    def _note_end(self, status: int) -> None:
+        if self.ledger:
+            self.ledger.note_end(status)
 
     def __enter__(self) -> Outcome:
         return self
@@ -68,5 +81,6 @@ class Outcome:
         """Writes run_state.json; where the storage refuses that, the status of the process still tells."""
         try:
             self._directory.write_state(how, exit_status=status, reason=reason)
+            self._note_end(status)
         except OSError as error:
             print(f"pretrain: run_state.json cannot be written: {error}", file=sys.stderr, flush=True)

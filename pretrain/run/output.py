@@ -95,8 +95,9 @@ def log_step(run: Run, clock: Clock, stage: Stage, lr: float, update_check: Upda
     progress.tokens += figures["interval_tokens"]
     progress.skipped_steps += figures["skipped_steps"]
     progress.train_seconds += seconds
+    progress.data_seconds += clock.data_seconds
     progress.loss = figures["loss"] if math.isfinite(figures["loss"]) else None
-    rate = figures["interval_tokens"] / seconds
+    rate, eta = figures["interval_tokens"] / seconds, seconds_left(run, clock)
     record = {
         "step": progress.step,
         "loss": figures["loss"],
@@ -110,22 +111,23 @@ def log_step(run: Run, clock: Clock, stage: Stage, lr: float, update_check: Upda
         "data_seconds": clock.data_seconds,
         **figures["memory"],
         "skipped_steps": progress.skipped_steps,
-        "eta_seconds": _seconds_left(run, clock),
+        "eta_seconds": eta,
         "goodput": progress.train_seconds / max(progress.train_seconds, time.time() - progress.started),
         "train_hours": progress.train_seconds / 3600,
         **_model_flops_utilization(run, stage.config.data.sequence_length, figures["attended"], rate),
         **figures["routing"],
     }
-    checked, warnings = update_check.figures(lr) if update_check and not figures["skipped_in_a_row"] else ({}, [])
-    run.sinks.log(record | checked)
-    for warning in warnings:
-        run.sinks.info(f"step {progress.step}: {warning}")
+    clock.restart()  # its seconds are in `progress` now
+    with clock.paused():
+        checked, warnings = update_check.figures(lr) if update_check and not figures["skipped_in_a_row"] else ({}, [])
+        run.sinks.log(record | run.ledger.figures(progress, eta) | checked)
+        for warning in warnings:
+            run.sinks.info(f"step {progress.step}: {warning}")
     _report_compiler(run, "steps", f"{seconds:.1f} s up to step {progress.step}")
     if progress.step == 1:
         run.sinks.info(
             untrained.first_step(figures["loss"], run.model.vocab_size, trained=bool(run.config.model.from_pretrained))
         )
-    clock.restart()
 
 
 def log_stage(run: Run, ended: Stage) -> None:
@@ -161,8 +163,9 @@ def _report_compiler(run: Run, what: str, where: str) -> None:
     run.graphs |= {what: count, "all": count}
 
 
-def _seconds_left(run: Run, clock: Clock) -> float:
-    """Until the last checkpoint, from the logging line of a step on: steps, validations and saves, as measured in this start.
+def seconds_left(run: Run, clock: Clock) -> float:
+    """Until the last checkpoint, from a logging line or the end of a job on: steps, validations and saves, as measured in this
+    start.
 
     Before the first of them, a validation is estimated by its forward passes, and a save by its bytes.
     """
@@ -173,12 +176,17 @@ def _seconds_left(run: Run, clock: Clock) -> float:
     most = (config.evaluate.max_batches or math.inf) * config.batch.global_batch_size
     guess = FORWARD_SHARE * per_step * sum(min(each.num_samples, most) for each in run.valid) / config.batch.global_batch_size
     validation = statistics.median(clock.pauses["validation"] or [guess])
-    last = run.saver.write_seconds or flops.state_bytes(run.model) / SAVED_BYTES_PER_SECOND
+    last = save_seconds(run)
     save = statistics.median(clock.pauses["save"] or [0.0 if config.checkpoint.asynchronous else last])
     seconds = (total - step) * per_step + validations * validation + (saves - 1) * save + last
     if minutes := 60 * config.checkpoint.every_minutes:
         seconds += seconds // minutes * save
     return seconds
+
+
+def save_seconds(run: Run) -> float:
+    """From the beginning of a save to its checkpoint on the disk: the last one, before there is one estimated by its bytes."""
+    return run.saver.write_seconds or flops.state_bytes(run.model) / SAVED_BYTES_PER_SECOND
 
 
 def _still_due(step: int, total: int, every: int) -> int:
@@ -212,6 +220,15 @@ def log_validation(run: Run, figures: dict[str, float], generated: list[dict[str
         if found.is_alarm and found.kind != run.verdict:
             run.sinks.info(f"step {progress.step}: {found.text}")
         run.verdict = found.kind
+
+
+def close_account(run: Run, status: int) -> None:
+    """Writes the invoice, and its summary for people: what this run has cost so far, and its time."""
+    try:
+        for line in run.ledger.end(status, run.progress):
+            run.sinks.info(line)
+    except OSError as error:  # the checkpoint is durable, and that matters more
+        run.sinks.info(f"invoice    not written: {error}")
 
 
 def finish(run: Run) -> None:

@@ -26,8 +26,10 @@ class Progress:
     """Steps whose update was not applied, up to the newest logging line."""
     train_seconds: float = 0.0
     """Seconds spent in steps that count, over all starts, up to the newest logging line."""
+    data_seconds: float = 0.0
+    """Of these, seconds of waiting for data."""
     interval_seconds: float = 0.0
-    """Seconds spent in steps since then."""
+    """Seconds spent in steps since the newest logging line."""
     started: float = 0.0
     """Time of the first start, seconds since 1970."""
     loss: float | None = None

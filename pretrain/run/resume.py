@@ -38,6 +38,12 @@ class Start:
     """Fields of the checkpoint's `Progress` that a rollback replaces."""
 
 
+def is_complete(start: Start, config: Config, parts: Parts) -> bool:
+    """True if the checkpoint is that of the last step: nothing is left to train."""
+    found = start.checkpoint
+    return found is not None and plan(config, parts.data, read_saved(found)).total_steps == found.step
+
+
 class _Choice(enum.IntEnum):
     REFUSED, NEW, NEWEST, NAMED = range(4)
 

@@ -22,6 +22,7 @@ from pretrain.report.metrics import Meter
 from pretrain.report.sinks import Sinks, open_sinks
 from pretrain.report.spikes import SpikeWatch
 from pretrain.run.directory import RunDirectory
+from pretrain.run.ledger import Ledger
 from pretrain.run.length import Length, plan
 from pretrain.run.parts import Parts
 from pretrain.run.progress import Progress, read_saved
@@ -48,6 +49,7 @@ class Run:
     sinks: Sinks
     saver: Saver
     spikes: SpikeWatch
+    ledger: Ledger
     verdict: str = ""
     """Kind of the newest verdict on the loss curve: an alarm is reported once, not at every validation."""
     graphs: dict[str, int] = field(default_factory=dict)
@@ -88,7 +90,7 @@ class Run:
         self.saver.save(self.progress.step, state, last)
 
 
-def open_run(config: Config, engine: Engine, parts: Parts, directory: RunDirectory, start: Start) -> Run:
+def open_run(config: Config, engine: Engine, parts: Parts, directory: RunDirectory, start: Start, ledger: Ledger) -> Run:
     """The run at `start`: weights and moments in the engine, and everything else as it was at that step. A collective."""
     found = start.checkpoint
     state = read_saved(found) if found else {}
@@ -102,6 +104,7 @@ def open_run(config: Config, engine: Engine, parts: Parts, directory: RunDirecto
     own = found is not None and found.path.parent.resolve() == directory.checkpoints.resolve()
     if not own:  # the time between another run's checkpoint and this start is no loss of this run
         progress.started = time.time() - progress.train_seconds
+        ledger.inherited = progress.train_seconds + progress.interval_seconds
     same_curve = own and state["settings"]["run"]["name"] == config.run.name
     made_with = None
     if engine.rank == 0:
@@ -124,6 +127,7 @@ def open_run(config: Config, engine: Engine, parts: Parts, directory: RunDirecto
     def acknowledge(saved: Checkpoint) -> None:
         sinks.info(f"saved {saved.path}")
         directory.write_state("running", step=progress.step, saved_step=saved.step)
+        ledger.save()
 
     return Run(
         config=config,
@@ -138,6 +142,7 @@ def open_run(config: Config, engine: Engine, parts: Parts, directory: RunDirecto
         sinks=sinks,
         saver=Saver(directory.checkpoints, engine, config.checkpoint, acknowledge, sinks.info, [found.step] if found else []),
         spikes=SpikeWatch(state.get("spikes")),
+        ledger=ledger,
     )
 
 

@@ -6,6 +6,7 @@
     SIGINT          save, status 130: Ctrl-C. A second one exits at once
     the file STOP   in the run's directory, seen by rank 0: save, status 130. The run does not start while the file exists
     a lost folder   the run's directory was removed or renamed, seen by rank 0: save at its old path, status 74
+    the budget      another step and a save would exceed run.budget_dollars, seen by rank 0: save, status 76
 
 Before the first step there is nothing to save, and a signal ends the process at once. Later, SIGTERM starts a deadline: a rank
 that has no durable checkpoint by then, because a peer exited and the collective will never end, exits without one.
@@ -29,9 +30,9 @@ from types import FrameType
 
 import psutil
 
-STOPPED = (("SIGTERM", 75), ("SIGINT", 130), ("the file STOP", 130), ("the loss of its folder", 74))
+STOPPED = (("SIGTERM", 75), ("SIGINT", 130), ("the file STOP", 130), ("the loss of its folder", 74), ("its budget", 76))
 """Sources of requests, in the order of flags, each with the exit status of the run. Nothing restarts what a person stopped."""
-PEER_LOST, STOPPED_BY_PERSON = 75, 130
+PEER_LOST, BUDGET_SPENT, STOPPED_BY_PERSON = 75, 76, 130
 NOTICES = [getattr(signal, name) for name in ("SIGHUP", "SIGUSR2", "SIGXCPU", "SIGPWR") if hasattr(signal, name)]
 """Signals that have the effect of SIGTERM."""
 _FLAG = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "SIGINT"} | dict.fromkeys(NOTICES, "SIGTERM")
@@ -45,6 +46,7 @@ class StopRequest:
     deadline_seconds: from SIGTERM to a durable checkpoint, `checkpoint.deadline_seconds`.
     stop_file: the path of the file STOP, on the rank that watches it.
     folder_lost(): why the run's directory cannot be used any longer, on the rank that watches it; empty: it can.
+    budget_is_reached(): whether the run must stop to stay within its budget, on the rank that counts.
     reason_of_peer(): status and reason of another rank that ended this job, where it has left word; None: it has not.
     is_training: whether the first step may have begun.
     last_words(status, reason): called before the process exits at once; on rank 0 it writes run_state.json.
@@ -53,9 +55,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.deadline_seconds: float | None = None
         self.stop_file: Path | None = None
-        self.folder_lost: Callable[[], str] = lambda: ""
-        self.reason_of_peer: Callable[[], tuple[int, str] | None] = lambda: None
-        self.last_words: Callable[[int, str], None] = lambda status, reason: None
+        self._know_no_job()
         self.received: str | None = None
         self.is_training, self._deadline, self._saved_status = False, None, None
         # A launcher that is killed cannot tell its workers; a shell that ends must not end a job started by hand.
@@ -68,8 +68,15 @@ class StopRequest:
         self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._thread.start()
 
+    def _know_no_job(self) -> None:
+        self.folder_lost: Callable[[], str] = lambda: ""
+        self.budget_is_reached: Callable[[], bool] = lambda: False
+        self.reason_of_peer: Callable[[], tuple[int, str] | None] = lambda: None
+        self.last_words: Callable[[int, str], None] = lambda status, reason: None
+
     def close(self) -> None:
-        """Restores the previous signal handlers."""
+        """Restores the previous signal handlers, and lets go of the job, whose folder stays locked while anything holds it."""
+        self._know_no_job()
         if self._previous:
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
@@ -88,10 +95,9 @@ class StopRequest:
 
     def flags(self) -> list[int]:
         """This rank's requests in the order of STOPPED: 1 where there is one, else 0."""
-        requested = [int(self.received == name) for name, _ in STOPPED]
-        requested[-2] = int(self.stop_file is not None and self.stop_file.exists())
-        requested[-1] = int(bool(self.folder_lost()))
-        return requested
+        signals = [int(self.received == name) for name, _ in STOPPED[:2]]
+        stop_file = self.stop_file is not None and self.stop_file.exists()
+        return [*signals, int(stop_file), int(bool(self.folder_lost())), int(self.budget_is_reached())]
 
     def agreed(self, status: int) -> None:
         """Notes that all ranks will save and exit with `status`: the deadline also holds on ranks without a signal."""
