@@ -310,7 +310,8 @@ def open_ledger(config: RunConfig, directory: RunDirectory, engine: Engine) -> L
             problem = error.errors(include_url=False)[0]["msg"]
             text = f"{path} cannot be read ({problem}) and is now {aside.name}: the cost counts from this start"
             print(f"pretrain: {text}", file=sys.stderr, flush=True)
-    began = psutil.Process().create_time()
+    before = found.jobs[-1].last if found.jobs else 0.0
+    began = max(before, psutil.Process().create_time())  # which is right to a second
     job = Job(began, time.time(), engine.world_size, engine.device_name, config.dollars_per_hour)
     jobs = [*found.jobs, job]
     return Ledger(config, directory.write_text, jobs, engine.rank == 0, found.inherited, found.planned, found.to_finish_dollars)
