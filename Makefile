@@ -29,8 +29,8 @@ dummy: $(INSTALLED)  ## train on random tokens: half a minute that shows a loss 
 test: $(INSTALLED)  ## run the fast tests
 	$(PYTEST) -m "not slow and not faults and not release and not soak"
 
-test-slow: $(INSTALLED)  ## run the slow tests, including `launch/evaluate.py --tasks`, whose libraries it installs
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[all,dev,eval]'
+test-slow: $(INSTALLED)  ## run the slow tests, including those of `launch/evaluate.py --tasks`, MLflow and trackio, which it installs
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[all,dev,eval,trackers,servers]'
 	$(PYTEST) -m "slow and not release"
 
 test-release: $(INSTALLED)  ## run the tests of what changes rarely: versions of other libraries, benchmarks, large plans, planted bugs

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from pretrain.report.config import LogConfig
 from pretrain.report.console import Console
 from pretrain.report.records import FILE_NAME, LineFile, Losses, cut_records, to_json
+from pretrain.schema import flatten
 
 if TYPE_CHECKING:
     from pretrain.report.trackers import Tracker
@@ -157,13 +158,34 @@ def open_sinks(
         console.info(f"{FILE_NAME}: removed {removed} lines that are unreadable or after step {resume_step}.")
     metrics = LineFile(directory / FILE_NAME) if "jsonl" in config.sinks else None
     outputs = Sinks(console, metrics, step=resume_step, reference_lines=reference_lines, losses=losses)
-    if {"wandb", "tensorboard"} & set(config.sinks):
+    if {"wandb", "tensorboard", "mlflow", "trackio"} & set(config.sinks):
         from pretrain.report.trackers import Tracker, WandbRun, choose_wandb_id, open_tensorboard
-    if "wandb" in config.sinks:
+    known = False
+    if {"wandb", "mlflow", "trackio"} & set(config.sinks):
         outputs.wandb_id, known = choose_wandb_id(directory, name, wandb_id)
+    if "wandb" in config.sinks:
         run = WandbRun(config.wandb, outputs.wandb_id, name, settings, directory, resume_step, known, console.info)
         outputs.trackers.append(Tracker("W&B", run.open(), console.info, outputs.kept))
     if "tensorboard" in config.sinks:
         opened = open_tensorboard(directory / "tensorboard", resume_step)
         outputs.trackers.append(Tracker("TensorBoard", opened, console.info, outputs.kept))
+    if {"mlflow", "trackio"} & set(config.sinks):
+        from pretrain.report.self_hosted import Continued, open_mlflow, open_trackio
+
+        continued = Continued(
+            id=outputs.wandb_id,
+            name=name,
+            settings=flatten(settings),
+            directory=directory,
+            resume_step=resume_step,
+            total_steps=total_steps,
+            can_replay=outputs.keeps_metrics,
+            info=console.info,
+        )
+        if "mlflow" in config.sinks:
+            opened = open_mlflow(config.mlflow, continued)
+            outputs.trackers.append(Tracker("MLflow", opened, console.info, outputs.kept))
+        if "trackio" in config.sinks:
+            opened = open_trackio(config.trackio, continued)
+            outputs.trackers.append(Tracker("trackio", opened, console.info, outputs.kept))
     return outputs
