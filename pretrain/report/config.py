@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 from urllib.parse import urlsplit
 
 from pretrain.schema import PositiveFloat, PositiveInt, Problem, free
+
+Alarm = Literal[
+    "done", "stopped", "preempted", "diverged", "budget", "crash_loop", "stall", "slow_rank", "skipped_steps", "mirror"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,17 @@ class TrackioConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AlarmConfig:
+    """Messages to people, by the webhook in PRETRAIN_ALARM_WEBHOOK (its address is a secret) and by W&B."""
+
+    kinds: list[Alarm] = free(lambda: [kind for kind in get_args(Alarm) if kind != "done"])
+    """Which alarms are sent. At the end of a run: done, stopped, preempted (status 75), diverged, budget; of the supervisor:
+    crash_loop; in between: stall, slow_rank, skipped_steps, mirror. []: none."""
+    stall_minutes: PositiveFloat | None = free(15.0)
+    """Minutes without a step, log line or validation that are a stall; null: never."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """Reports and their destinations. metrics.jsonl is the source of truth; the other sinks receive copies."""
 
@@ -63,6 +78,8 @@ class LogConfig:
     """MLflow settings."""
     trackio: TrackioConfig = free(TrackioConfig)
     """trackio settings."""
+    alarms: AlarmConfig = free(AlarmConfig)
+    """Messages to people."""
 
 
 def check(log: LogConfig) -> Iterator[Problem]:

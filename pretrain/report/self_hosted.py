@@ -233,7 +233,10 @@ def open_trackio(config: TrackioConfig, run: Continued) -> Iterator[Write]:
     run.info(f"trackio: run {name} {where}")
 
     def send(step: int, values: Values) -> None:
-        opened.log({key: _for_trackio(trackio, value) for key, value in values.items()}, step=step)
+        for each in values.get("alarm", []):
+            opened.alert(each["alarm"], each["text"], trackio.AlertLevel.WARN)
+        if row := {key: _for_trackio(trackio, value) for key, value in values.items() if key != "alarm"}:
+            opened.log(row, step=step)
 
     write = once_per_step(send)
     if run.resume_step > last_step:

@@ -18,6 +18,7 @@ from pretrain.config import Config
 from pretrain.data.checks import Finding
 from pretrain.model import flops
 from pretrain.model.config import ModelConfig
+from pretrain.report import alarms
 from pretrain.run.directory import NO_LOCKS
 
 LOCK_IS_STALE_SECONDS = 600.0
@@ -126,6 +127,8 @@ def sink_findings(config: Config) -> list[Finding]:
                     f"{sink} cannot be imported ({type(error).__name__}: {error}); install it with pip install {package}, or "
                 )
                 found.append(Finding("sink-missing", "log.sinks", f"{text}remove {sink} from log.sinks", stops=True))
+    if (webhook := alarms.address()) and not alarms.is_address(webhook):
+        found.append(Finding("alarm-webhook", alarms.VARIABLE, "is no http or https address; change or unset it", stops=True))
     if "mlflow" in config.log.sinks and not (config.log.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")):
         text = "is null and so is MLFLOW_TRACKING_URI; set one of them, such as http://localhost:5000"
         found.append(Finding("mlflow-address", "log.mlflow.tracking_uri", text, stops=True))
