@@ -12,7 +12,7 @@ LAUNCH := $(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml laun
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart dummy test test-slow test-faults test-release test-soak test-fake-cuda gpu check clean
+.PHONY: help install quickstart dummy test test-slow test-faults test-release test-soak test-fake-cuda gpu check settings clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
@@ -54,6 +54,9 @@ check: $(INSTALLED)  ## lint, format, spelling and architecture rules
 	$(BIN)/codespell
 	$(BIN)/python -m compileall -q $(SOURCES)
 	$(BIN)/python -m pytest -q tests/test_house.py
+
+settings: $(INSTALLED)  ## write docs/settings.md and configs/schema.json from the code
+	$(BIN)/python tools/write_settings.py
 
 clean:  ## remove caches and build files; keep runs/, data/ and virtual environments
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

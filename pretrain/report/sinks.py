@@ -95,7 +95,13 @@ class Sinks:
     def ended(self, status: int, reason: str) -> None:
         """Tells people how the run ended. No record: a later start continues metrics.jsonl, and run_state.json has it."""
         if self.alarms is not None:
-            self._send({"step": self.step, "alarm": kind_of(status), "text": reason or f"status {status}"})
+            self._send(
+                {
+                    "step": self.step,
+                    "alarm": kind_of(status),
+                    "text": reason or ("all steps are done" if status == 0 else f"status {status}"),
+                }
+            )
 
     def _watch(self, record: dict) -> None:
         """Sends a record that is an alarm, and raises the one that follows from a record, if any."""
