@@ -12,7 +12,7 @@ LAUNCH := $(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml laun
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart dummy test test-slow test-faults test-release test-soak test-fake-cuda gpu check clean
+.PHONY: help install quickstart dummy test test-slow test-faults test-release test-soak test-fake-cuda gpu check settings clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
@@ -29,8 +29,8 @@ dummy: $(INSTALLED)  ## train on random tokens: half a minute that shows a loss 
 test: $(INSTALLED)  ## run the fast tests
 	$(PYTEST) -m "not slow and not faults and not release and not soak"
 
-test-slow: $(INSTALLED)  ## run the slow tests, including `launch/evaluate.py --tasks`, whose libraries it installs
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[all,dev,eval]'
+test-slow: $(INSTALLED)  ## run the slow tests, including those of `launch/evaluate.py --tasks`, MLflow and trackio, which it installs
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[all,dev,eval,trackers,servers]'
 	$(PYTEST) -m "slow and not release"
 
 test-release: $(INSTALLED)  ## run the tests of what changes rarely: versions of other libraries, benchmarks, large plans, planted bugs
@@ -54,6 +54,9 @@ check: $(INSTALLED)  ## lint, format, spelling and architecture rules
 	$(BIN)/codespell
 	$(BIN)/python -m compileall -q $(SOURCES)
 	$(BIN)/python -m pytest -q tests/test_house.py
+
+settings: $(INSTALLED)  ## write docs/settings.md and configs/schema.json from the code
+	$(BIN)/python tools/write_settings.py
 
 clean:  ## remove caches and build files; keep runs/, data/ and virtual environments
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

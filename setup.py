@@ -5,12 +5,25 @@ from setuptools import find_packages, setup
 TRANSFORMERS = ["transformers>=5.0", "protobuf"]  # conversion and its tests
 EVALUATION = ["lm-eval[hf]>=0.4.9"]  # launch/evaluate.py --tasks
 TENSORBOARD = ["tensorboard"]
+TRACKERS = ["mlflow-skinny>=3", "trackio>=0.20"]  # log.sinks mlflow and trackio
+MLFLOW_SERVER = ["sqlalchemy", "alembic"]  # for tests
 FP8 = ["torchao>=0.18"]  # engine.precision fp8 and its tests; earlier ones lack a workaround for NaN in compiled fp8 kernels
 NEAR_DUPLICATES = ["datasketch>=2"]  # --near-duplicates drop; earlier ones give other numbers
 S3 = ["s3fs"]  # URLs such as s3://bucket/file
 SNAPPY = ["python-snappy"]  # reading .snappy files
 S3_SERVER = ["moto[s3]", "flask", "flask-cors", "werkzeug"]  # for tests
-DEVELOPMENT = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "pandas", "aiohttp", *S3_SERVER, "ruff", "codespell"]
+DEVELOPMENT = [
+    "pytest",
+    "pytest-timeout",
+    "pytest-xdist",
+    "hypothesis",
+    "jsonschema",
+    "pandas",
+    "aiohttp",
+    *S3_SERVER,
+    "ruff",
+    "codespell",
+]
 
 setup(
     name="pretrain",
@@ -43,11 +56,13 @@ setup(
         "hf": TRANSFORMERS,
         "eval": TRANSFORMERS + EVALUATION,
         "tensorboard": TENSORBOARD,
+        "trackers": TRACKERS,
         "fp8": FP8,
         "near-duplicates": NEAR_DUPLICATES,
         "s3": S3,
         "snappy": SNAPPY,
         "all": TRANSFORMERS + TENSORBOARD + FP8 + NEAR_DUPLICATES + S3 + SNAPPY,
+        "servers": MLFLOW_SERVER,
         "dev": DEVELOPMENT,
     },
 )

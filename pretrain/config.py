@@ -32,6 +32,7 @@ from pretrain.engines.config import EngineConfig, Work
 from pretrain.engines.config import ParallelConfig as ParallelConfig
 from pretrain.model import config as model_settings
 from pretrain.model.config import ModelConfig, differences, model_from_dict, resolve_model
+from pretrain.report import config as log_settings
 from pretrain.report.config import LogConfig
 from pretrain.report.config import WandbConfig as WandbConfig
 from pretrain.schema import (
@@ -344,6 +345,10 @@ def _check_engine(config: Config) -> Iterator[Problem]:
     yield from engine_settings.check_options(config.engine)
 
 
+def _check_log(config: Config) -> Iterator[Problem]:
+    yield from log_settings.check(config.log)
+
+
 def _check_optimizer(config: Config) -> Iterator[Problem]:
     if config.optimizer.name == "muon" and config.engine.name.startswith("zero"):
         message = (
@@ -382,7 +387,7 @@ def _check_mesh(config: Config, world_size: int | None) -> Iterator[Problem]:
 
 
 _CHECKS = (_check_names, _check_budget, _check_positions, _check_length, _check_schedule, _check_sources, _check_vocabulary,
-           _check_engine, _check_optimizer, _check_prompts)  # fmt: skip
+           _check_engine, _check_log, _check_optimizer, _check_prompts)  # fmt: skip
 _CHECKS_OF_RANKS = (_check_ranks, _check_mesh, _check_stages)
 
 

@@ -171,13 +171,14 @@ def _train_from(
         with run.saver:
             status, reason = _loop(run, stop)
         if status == DIVERGED and (rollback := divergence.rollback(run)):
-            run.sinks.info(f"{reason}. Rolling back to {rollback.checkpoint.path} and skipping these samples")
+            run.sinks.alarm("diverged", f"{reason}. Rolling back to {rollback.checkpoint.path} and skipping these samples")
             return status, reason, rollback
         if status == DONE and run.directory.check():
             status, reason = STORAGE_FAILED, run.directory.lost
         output.close_account(run, status)
         run.directory.write_end(status, reason, run.progress.step)  # before what may hang: W&B, the other ranks
         stop.saved(status)
+        run.sinks.ended(status, reason)
         if status == DONE:
             output.finish(run)
     return status, reason, None

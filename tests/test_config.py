@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import re
 import subprocess
 import sys
@@ -391,35 +390,6 @@ def test_help_survives_a_closed_pipe_and_works_in_any_locale(switch):
     process = subprocess.Popen(command, env={"PYTHONIOENCODING": "ascii"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert (process.stderr.read(), process.wait(60)) == (b"", 0)
-
-
-def mismatches(value: Any, node: dict, key: str = "") -> list[str]:
-    """Keys whose value, as YAML 1.2 reads it, does not match the JSON Schema `node`: the part of the standard that is used."""
-    if options := node.get("anyOf"):
-        return min((mismatches(value, option, key) for option in options), key=len)
-    if node["type"] == "object":
-        keys = node["properties"]
-        wrong = [f"{key}.{name}" for name in value if name not in keys]
-        return wrong + [each for name in value if name in keys for each in mismatches(value[name], keys[name], f"{key}.{name}")]
-    if node["type"] == "array":
-        items = node.get("prefixItems") or [node["items"]] * len(value)
-        return [each for item, wanted in zip(value, items, strict=True) for each in mismatches(item, wanted, key)]
-    if node["type"] in ("number", "integer"):
-        number = float(value)  # PyYAML reads YAML 1.1, where 3e-4 is a string
-        good = number >= node.get("minimum", number) and number > node.get("exclusiveMinimum", number - 1)
-        return [] if good and (node["type"] == "number" or number.is_integer()) else [key]
-    kinds = {"boolean": bool, "string": str, "null": type(None)}
-    return [] if isinstance(value, kinds[node["type"]]) and value in node.get("enum", [value]) else [key]
-
-
-def test_every_file_of_settings_matches_the_printed_json_schema(capsys):
-    root = json.loads(printed(["--print_schema"], capsys))
-    files = [*ROOT.glob("configs/*.yaml"), *ROOT.glob("configs/models/*.yaml")]
-    assert len(files) > 20
-    for path in files:
-        assert not mismatches(yaml.safe_load(path.read_text()), root), path
-    wrong = {"run": {"nmae": "x"}, "optimizer": {"lr": 0, "name": "sgd"}, "data": {"document_mask": 1}}
-    assert mismatches(wrong, root) == [".run.nmae", ".optimizer.lr", ".optimizer.name", ".data.document_mask"]
 
 
 def test_the_json_schema_has_description_bounds_and_default_of_every_key():

@@ -17,6 +17,7 @@ SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "canary/aws/wJalrXUtnFEMIK7MDENG",
     "OPENAI_API_KEY": "sk-canary-0123456789abcdef",
     "GITHUB_TOKEN": "ghp_canary0123456789",
+    "PRETRAIN_ALARM_WEBHOOK": "http://localhost:9/services/canaryhook",
     "HTTPS_PROXY": "http://user:canarypassword@localhost:9",
 }
 CRASH = """

@@ -23,9 +23,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from pretrain.config import load
 from pretrain.report import trackers
 from pretrain.report.records import read_records
 from tests.models import train_here
+from tests.test_config import GOOD, keys_of
 from tests.test_progress import Terminal
 from tests.test_sinks import ROOT, outputs, step_record
 from tests.test_stages import LAYOUT, flags
@@ -192,7 +194,7 @@ def test_the_last_step_has_its_loss_and_the_picture_of_the_curve_at_wandb(tiny):
     assert len(list(run.glob("wandb/offline-run-*/files/media/images/loss_curve_*.png"))) == 1
 
 
-@pytest.mark.parametrize("sink", ["wandb", "tensorboard"])
+@pytest.mark.parametrize("sink", ["wandb", "tensorboard", "mlflow", "trackio"])
 def test_a_tracker_whose_package_is_missing_is_refused_before_training(tiny, monkeypatch, capsys, sink):
     for module in [each for each in sys.modules if each.split(".")[0] == sink or each.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, module)
@@ -200,6 +202,13 @@ def test_a_tracker_whose_package_is_missing_is_refused_before_training(tiny, mon
     assert train_here(["--log.sinks", f"[console, {sink}]", *tiny]) == 2
     error = capsys.readouterr().err
     assert "log.sinks" in error and f"pip install {sink}" in error and "Traceback" not in error
+    assert ("is null and so is MLFLOW_TRACKING_URI" in error) == (sink == "mlflow")
+
+
+def test_passwords_and_tokens_do_not_belong_into_the_settings():
+    addresses = ["--log.mlflow.tracking_uri", "https://me:secret@host/", "--log.trackio.server_url", "http://h/?write_token=x"]
+    assert keys_of([*GOOD, *addresses]) == ["log.mlflow.tracking_uri", "log.trackio.server_url"]
+    load([*GOOD, "--log.mlflow.tracking_uri", "postgresql://me@host/db", "--log.trackio.server_url", "http://host:7860"])
 
 
 def test_a_tracker_that_fails_says_whether_the_records_are_kept(tmp_path, capsys):

@@ -7,14 +7,17 @@ nothing of models, data or devices: it receives finished numbers as records (see
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pretrain.report.alarms import Alarms, kind_of
 from pretrain.report.config import LogConfig
 from pretrain.report.console import Console
 from pretrain.report.records import FILE_NAME, LineFile, Losses, cut_records, to_json
+from pretrain.schema import flatten
 
 if TYPE_CHECKING:
     from pretrain.report.trackers import Tracker
@@ -37,6 +40,9 @@ class Sinks:
     """The W&B run, for a later start that continues it."""
     losses: Losses = field(default_factory=Losses)
     """The loss curve that metrics.jsonl holds."""
+    alarms: Alarms | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    """Of `metrics`: the thread of the alarms logs, too."""
 
     @property
     def keeps_metrics(self) -> bool:
@@ -56,17 +62,19 @@ class Sinks:
     def __enter__(self) -> Sinks:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if kind is None:
             self.close()
             return
+        self.ended(getattr(error, "status", 1), f"{kind.__name__}: {error}".splitlines()[0])
         with contextlib.suppress(OSError):  # the error that ends the run says more
             self.close()
 
     def log(self, record: dict) -> None:
         """Writes one record to all outputs. Errors are reported once and never raised."""
         if self.metrics is not None:
-            problem = self.metrics.append(to_json(record))
+            with self._lock:
+                problem = self.metrics.append(to_json(record))
             if problem is not None:
                 self.info(f"{FILE_NAME} {problem}.")
         self.reference_lines = record.get("reference_lines", self.reference_lines)
@@ -76,6 +84,37 @@ class Sinks:
             tracker.log(record, self.reference_lines)
         if self.console is not None:
             self.console.show(record, self.reference_lines)
+        if self.alarms is not None:
+            self._watch(record)
+
+    def alarm(self, kind: str, text: str) -> None:
+        """Logs an alarm, which `log` sends to people."""
+        self.info(f"alarm      step {self.step:,}: {text}")
+        self.log({"step": self.step, "alarm": kind, "text": text})
+
+    def ended(self, status: int, reason: str) -> None:
+        """Tells people how the run ended. No record: a later start continues metrics.jsonl, and run_state.json has it."""
+        if self.alarms is not None:
+            self._send(
+                {
+                    "step": self.step,
+                    "alarm": kind_of(status),
+                    "text": reason or ("all steps are done" if status == 0 else f"status {status}"),
+                }
+            )
+
+    def _watch(self, record: dict) -> None:
+        """Sends a record that is an alarm, and raises the one that follows from a record, if any."""
+        self._send(record)
+        if "alarm" not in record:
+            self.alarms.reached(record["step"])
+            if text := self.alarms.skipped(record):  # the console marks such lines
+                self.log({"step": record["step"], "alarm": "skipped_steps", "text": text})
+
+    def _send(self, record: dict) -> None:
+        if found := self.alarms.of(record):
+            for tracker in self.trackers:
+                tracker.alert(record["step"], *found)
 
     def image(self, name: str, path: Path) -> None:
         """Sends a PNG file to the trackers under `name`, for the newest step."""
@@ -88,7 +127,9 @@ class Sinks:
             self.console.info(text)
 
     def progress(self, step: int) -> None:
-        """Moves the progress bar to `step`, if there is a bar."""
+        """Notes that `step` is done, and moves the progress bar, if there is one."""
+        if self.alarms is not None:
+            self.alarms.reached(step)
         if self.console is not None:
             self.console.progress(step)
 
@@ -109,6 +150,8 @@ class Sinks:
         Raises OSError when lines of metrics.jsonl are still not on the disk (full or failing), or no longer.
         """
         deadline = time.monotonic() + TRACKER_CLOSE_SECONDS
+        if self.alarms is not None:
+            self.alarms.end()
         for tracker in self.trackers:
             tracker.end()
         for tracker in self.trackers:
@@ -117,6 +160,9 @@ class Sinks:
                 waited = f"{TRACKER_CLOSE_SECONDS:.0f} s"
                 self.info(f"{tracker.name} did not finish in {waited} and was abandoned; {self.kept}.")
         self.trackers.clear()
+        if self.alarms is not None:
+            self.alarms.close()
+            self.alarms = None
         try:
             if self.console is not None:
                 self.console.close()
@@ -157,13 +203,36 @@ def open_sinks(
         console.info(f"{FILE_NAME}: removed {removed} lines that are unreadable or after step {resume_step}.")
     metrics = LineFile(directory / FILE_NAME) if "jsonl" in config.sinks else None
     outputs = Sinks(console, metrics, step=resume_step, reference_lines=reference_lines, losses=losses)
-    if {"wandb", "tensorboard"} & set(config.sinks):
+    if {"wandb", "tensorboard", "mlflow", "trackio"} & set(config.sinks):
         from pretrain.report.trackers import Tracker, WandbRun, choose_wandb_id, open_tensorboard
-    if "wandb" in config.sinks:
+    skipped = None if resume_step else 0
+    outputs.alarms = Alarms(config.alarms, name, skipped, outputs.alarm, console.info)
+    known = False
+    if {"wandb", "mlflow", "trackio"} & set(config.sinks):
         outputs.wandb_id, known = choose_wandb_id(directory, name, wandb_id)
+    if "wandb" in config.sinks:
         run = WandbRun(config.wandb, outputs.wandb_id, name, settings, directory, resume_step, known, console.info)
         outputs.trackers.append(Tracker("W&B", run.open(), console.info, outputs.kept))
     if "tensorboard" in config.sinks:
         opened = open_tensorboard(directory / "tensorboard", resume_step)
         outputs.trackers.append(Tracker("TensorBoard", opened, console.info, outputs.kept))
+    if {"mlflow", "trackio"} & set(config.sinks):
+        from pretrain.report.self_hosted import Continued, open_mlflow, open_trackio
+
+        continued = Continued(
+            id=outputs.wandb_id,
+            name=name,
+            settings=flatten(settings),
+            directory=directory,
+            resume_step=resume_step,
+            total_steps=total_steps,
+            can_replay=outputs.keeps_metrics,
+            info=console.info,
+        )
+        if "mlflow" in config.sinks:
+            opened = open_mlflow(config.mlflow, continued)
+            outputs.trackers.append(Tracker("MLflow", opened, console.info, outputs.kept))
+        if "trackio" in config.sinks:
+            opened = open_trackio(config.trackio, continued)
+            outputs.trackers.append(Tracker("trackio", opened, console.info, outputs.kept))
     return outputs

@@ -48,6 +48,10 @@ class Tracker(threading.Thread):
         if self.is_alive():
             self._jobs.put((step, values))
 
+    def alert(self, step: int, kind: str, text: str) -> None:
+        """Queues an alarm."""
+        self.put(step, {"alarm": [{"alarm": kind, "text": text}]})
+
     def end(self) -> None:
         """Lets the thread finish when the queue is empty."""
         self._jobs.put(None)
@@ -117,7 +121,11 @@ class WandbRun:
         run.define_metric("val_loss", step_metric="step", summary="min")
 
         def write(step: int, values: Values) -> None:
-            row = {key: _for_wandb(wandb, value) for key, value in values.items()}
+            for each in values.get("alarm", []):
+                run.alert(f"{self.name}: {each['alarm']}"[:64], each["text"], wandb.AlertLevel.WARN)
+            row = {key: _for_wandb(wandb, value) for key, value in values.items() if key != "alarm"}
+            if not row:
+                return
             run.log({"step": step, **row}, step=step)
 
         try:

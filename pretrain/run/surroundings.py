@@ -18,11 +18,14 @@ from pretrain.config import Config
 from pretrain.data.checks import Finding
 from pretrain.model import flops
 from pretrain.model.config import ModelConfig
+from pretrain.report import alarms
 from pretrain.run.directory import NO_LOCKS
 
 LOCK_IS_STALE_SECONDS = 600.0
 NETWORK_SECONDS = 5.0
 DEFAULT_PORT = 29500  # of accelerate launch and torchrun
+_TRACKERS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard", "mlflow": "mlflow", "trackio": "trackio"}
+_PACKAGES = {"mlflow": "mlflow-skinny"}  # the client without its server
 _NOT_IN_WANDB_IDS = ":;,#?/'"
 
 
@@ -110,16 +113,25 @@ def sink_findings(config: Config) -> list[Finding]:
     """Finds trackers in log.sinks that would show nothing of the run: their package is missing, or W&B refuses the id."""
     found = []
     wandb_id = os.environ.get("WANDB_RUN_ID", "")
-    if "wandb" in config.log.sinks and (wandb_id != wandb_id.strip() or set(wandb_id) & set(_NOT_IN_WANDB_IDS)):
+    named_by_it = {"wandb", "mlflow", "trackio"} & set(config.log.sinks)
+    if named_by_it and (wandb_id != wandb_id.strip() or set(wandb_id) & set(_NOT_IN_WANDB_IDS)):
         text = f"got {wandb_id!r}, but W&B allows none of {_NOT_IN_WANDB_IDS} and no spaces at the ends; change or unset it"
         found.append(Finding("wandb-id", "WANDB_RUN_ID", text, stops=True))
-    for sink, module in (("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")):
+    for sink, module in _TRACKERS.items():
         if sink in config.log.sinks:
             try:
                 importlib.import_module(module)
             except Exception as error:  # of broken packages, anything
-                text = f"{sink} cannot be imported ({type(error).__name__}: {error}); install it with pip install {sink}, or "
+                package = _PACKAGES.get(sink, sink)
+                text = (
+                    f"{sink} cannot be imported ({type(error).__name__}: {error}); install it with pip install {package}, or "
+                )
                 found.append(Finding("sink-missing", "log.sinks", f"{text}remove {sink} from log.sinks", stops=True))
+    if (webhook := alarms.address()) and not alarms.is_address(webhook):
+        found.append(Finding("alarm-webhook", alarms.VARIABLE, "is no http or https address; change or unset it", stops=True))
+    if "mlflow" in config.log.sinks and not (config.log.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")):
+        text = "is null and so is MLFLOW_TRACKING_URI; set one of them, such as http://localhost:5000"
+        found.append(Finding("mlflow-address", "log.mlflow.tracking_uri", text, stops=True))
     return found
 
 
