@@ -73,6 +73,8 @@ WITHOUT_TORCH = [
     "pretrain.data.checks",
     "pretrain.data.excluded",
     "pretrain.model.flops",
+    "pretrain.plan.summary",
+    "pretrain.plan.table",
     "pretrain.report.sinks",
     "pretrain.report.plot",
     "pretrain.doctor.verdict",
