@@ -74,7 +74,7 @@ WITHOUT_TORCH = [
     "pretrain.data.excluded",
     "pretrain.model.flops",
     "pretrain.plan.summary",
-    "pretrain.plan.table",
+    "pretrain.report.plan_table",
     "pretrain.report.sinks",
     "pretrain.report.plot",
     "pretrain.doctor.verdict",

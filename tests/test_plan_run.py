@@ -15,11 +15,12 @@ from pretrain import devices, dry_run
 from pretrain.config import EngineConfig, ParallelConfig, load, validate
 from pretrain.engines.config import KINDS_OF
 from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
-from pretrain.plan import choices, cost, interval, table
+from pretrain.plan import choices, cost, interval
 from pretrain.plan.choices import Job
 from pretrain.plan.cost import Length
 from pretrain.plan.interval import Risk, Saves
 from pretrain.plan.scaling import Cluster
+from pretrain.report import plan_table
 from tools import plan_run
 
 ROOT = Path(__file__).parents[1]
@@ -204,7 +205,7 @@ def test_the_table_has_the_figures_of_the_json_and_fits_a_terminal(tmp_path, cap
         "0.05",
     ]
     plan, text = planned([*flags, "--preemptions-per-hour", "0.05"], tmp_path, capsys)
-    assert text.splitlines() == list(table.lines(plan))  # nothing in the table is not in the JSON
+    assert text.splitlines() == list(plan_table.lines(plan))  # nothing in the table is not in the JSON
     assert max(map(len, text.splitlines())) <= 120
     here, gib = plan["configuration"], 2**30
     assert plan["model"]["parameters"] == 1_100_048_384
@@ -281,7 +282,6 @@ def test_the_picture_shows_the_limit_and_every_engine(tmp_path):
         (["--mfu", "0.4", "--run", "runs/none"], "--run"),
         (["--spot-discount", "0.6", "--dollars-per-hour", "2"], "--preemptions-per-hour"),
         (["--compare", "a100"], "--compare"),
-        (["--compare", "a100=1.29"], "--dollars-per-hour"),
         (["--compare", "b100=1.29", "--dollars-per-hour", "2"], "--compare"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -302,6 +302,8 @@ def test_settings_that_cannot_run_on_these_gpus_and_runs_without_records_are_ref
     assert [problem.key for problem in refused.value.problems] == ["batch.global_batch_size"]
     with pytest.raises(UserError, match="--mfu"):
         plan_run.main([*CLOUD, "--run", str(tmp_path)])
+    with pytest.raises(UserError, match="--dollars-per-hour"):
+        plan_run.main([*CLOUD, "--compare", "a100=1.29"])
     with pytest.raises(UserError):
         plan_run.main([*CLOUD, "--train.max_tokens", "null", "--train.epochs", "1"])  # of data that does not exist
 

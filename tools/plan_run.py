@@ -35,11 +35,12 @@ from pretrain.config import Config, ConfigError, load, validate
 from pretrain.files import write_atomically
 from pretrain.model import flops
 from pretrain.model.config import ModelConfig, resolve_model, vocabulary
-from pretrain.plan import choices, table
+from pretrain.plan import choices
 from pretrain.plan.choices import Job, Plan
 from pretrain.plan.cost import Length
 from pretrain.plan.scaling import Cluster
 from pretrain.plan.summary import Market, Terms, flags, summary
+from pretrain.report import plan_table
 from pretrain.run import command_line
 
 MOST_TRIED = 4  # dry runs in search of the best way that fits
@@ -68,19 +69,19 @@ def main(argv: list[str]) -> int:
         print(
             f"of {len(config.train.stages) + 1} stages, memory and speed are those of the one with the largest forward passes"
         )
-    for line in table.lines(found):
+    for line in plan_table.lines(found):
         print(line)
     if not options.quick:
         found["exact"] = dry_runs(largest, job, configured, asked)
         print()
-        for line in table.exact_lines(found["exact"], cluster.device.memory_gib):
+        for line in plan_table.exact_lines(found["exact"], cluster.device.memory_gib):
             print(line)
     if options.json:
         write_atomically(options.json, json.dumps(found, indent=1, allow_nan=False) + "\n")
     if options.plot:
         from pretrain.report.plot_plan import plot_plan
 
-        plot_plan(found, table.shown_rows(found), options.plot)
+        plot_plan(found, plan_table.shown_rows(found), options.plot)
     fits = configured.fits if options.quick else found["exact"][0]["fits"]
     return 0 if fits else 2
 
@@ -100,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--gpus-per-node", type=whole, default=8, metavar="N", help="(default: %(default)s)")
     add("--network-gb-per-second", type=positive, default=400.0, metavar="GB", help="of a node, in one direction, to other "
         "nodes (default: %(default)g, eight cards of 400 Gbit/s)")  # fmt: skip
-    add("--dollars-per-hour", type=positive, metavar="USD", help="price of one GPU (default: unknown)")
+    add("--dollars-per-hour", type=positive, metavar="USD", help="price of one GPU (default: run.dollars_per_hour)")
     add("--compare", nargs="+", default=[], metavar="GPU=USD", help="other kinds of GPU with their price, such as a100=1.29")
     rate = parser.add_mutually_exclusive_group()
     rate.add_argument("--mfu", type=fraction, metavar="X", help="fraction of the GPU's peak that the configuration reaches, "
@@ -150,13 +151,13 @@ def check_flags(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
     options.compare = compared
     if options.spot_discount and options.preemptions_per_hour is None:
         parser.error("--spot-discount needs --preemptions-per-hour: how often a spot machine is taken away")
-    if (options.spot_discount or compared) and options.dollars_per_hour is None:
-        parser.error("--spot-discount and --compare need --dollars-per-hour")
 
 
 def terms(options: argparse.Namespace, config: Config) -> Terms:
     """What the flags state."""
-    price, rate = options.dollars_per_hour, options.preemptions_per_hour
+    price, rate = options.dollars_per_hour or config.run.dollars_per_hour or None, options.preemptions_per_hour
+    if price is None and (options.spot_discount or options.compare):
+        raise UserError("--spot-discount and --compare need the price of a GPU: --dollars-per-hour, or run.dollars_per_hour")
     if options.spot_discount:
         markets = [Market("on demand", price, None), Market("spot", price * (1 - options.spot_discount), rate)]
     else:
@@ -165,7 +166,16 @@ def terms(options: argparse.Namespace, config: Config) -> Terms:
     if options.run:
         mfu, source = measured_mfu(options.run), f"measured in {options.run}"
     muon = config.optimizer.name == "muon"
-    return Terms(markets, mfu, source, options.store_gb_per_second, 60 * options.restart_minutes, muon, config.checkpoint)
+    return Terms(
+        markets,
+        mfu,
+        source,
+        options.store_gb_per_second,
+        60 * options.restart_minutes,
+        config.run.budget_dollars,
+        muon,
+        config.checkpoint,
+    )
 
 
 def measured_mfu(run: Path) -> float:

@@ -18,7 +18,7 @@ TOKENS_PER_PARAMETER = 20
 Models", table 3)."""
 HOST_GB_PER_SECOND = 10.0
 """Assumed: from a GPU to the memory of its host, all GPUs of a node at the same time; half of what PCIe 4 moves."""
-EVALUATION_FLOPS = 1 / 3
+VALIDATION_FLOPS = 1 / 3
 """Of a training token's: the forward pass alone."""
 
 
@@ -30,7 +30,7 @@ class Length(NamedTuple):
     """Fed to the model in training."""
     flops: float
     """Of training, without recomputation."""
-    evaluated_tokens: int | None
+    validation_tokens: int | None
     """In validations; None: unknown before the data is opened."""
 
 
@@ -59,7 +59,7 @@ class Cost(NamedTuple):
     """Expected seconds of a run, by what they are spent on, and their price."""
 
     training: float
-    evaluation: float
+    validation: float
     saving: float
     """In which training waits for saves."""
     interruptions: float
@@ -90,13 +90,13 @@ def cost(
 ) -> Cost:  # fmt: skip
     """The expected cost. interval: seconds of training between saves; None: the best one."""
     training = training_seconds(length, cluster, mfu)
-    evaluation = training * EVALUATION_FLOPS * (length.evaluated_tokens or 0) / length.tokens
-    work = training + evaluation
+    validation = training * VALIDATION_FLOPS * (length.validation_tokens or 0) / length.tokens
+    work = training + validation
     interval = min(best_interval(saved, risk) if interval is None else interval, work)
     total = expected_seconds(work, interval, saved, risk)
     saving = work / interval * saved.blocked_seconds
     lost = total - work - saving + risk.restart_seconds
-    return Cost(training, evaluation, saving, lost, cluster.gpus, dollars_per_hour)
+    return Cost(training, validation, saving, lost, cluster.gpus, dollars_per_hour)
 
 
 def rounded_minutes(seconds: float) -> float:

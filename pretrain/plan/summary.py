@@ -1,5 +1,6 @@
-"""The plan of a run as plain values: what it trains, needs, sends, saves and costs, and what would be cheaper. `table.py` shows
-it to people; programs read it as JSON. Bytes, seconds, FLOPs and dollars; null: unknown, or without end.
+"""The plan of a run as plain values: what it trains, needs, sends, saves and costs, and what would be cheaper.
+`report/plan_table.py` shows it to people; programs read it as JSON. In bytes, seconds, FLOPs and dollars; null: unknown, or
+without end.
 
 It knows settings, the formulas of this room, and what the user states. It imports no torch.
 """
@@ -57,6 +58,8 @@ class Terms(NamedTuple):
     mfu_source: str
     store_gb_per_second: float
     restart_seconds: float
+    budget_dollars: float | None
+    """None: no limit."""
     muon: bool
     checkpoint: CheckpointConfig
 
@@ -114,7 +117,7 @@ def summary(
             "dollars_per_hour": market.dollars_per_hour,
         },
         "model": model_values(job),
-        "run": run_values(job, length),
+        "run": {**run_values(job, length), "budget_dollars": terms.budget_dollars},
         "configuration": plan_values(chosen, terms, factor),
         "engines": [engine_values(price(each, job, length, terms, market, factor)) for each in every],
         "checkpoint": {
@@ -162,7 +165,7 @@ def run_values(job: Job, length: Length) -> dict[str, Any]:
         "tokens_per_parameter": per_parameter,
         "times_optimal": per_parameter / TOKENS_PER_PARAMETER,
         "flops": length.flops,
-        "evaluated_tokens": length.evaluated_tokens,
+        "validation_tokens": length.validation_tokens,
     }
 
 
@@ -196,7 +199,7 @@ def engine_values(way: Planned) -> dict[str, Any]:
 def plan_values(way: Planned, terms: Terms, factor: float) -> dict[str, Any]:
     """The configuration as it is."""
     plan, spent = way.plan, way.cost
-    hours = {key: _finite(getattr(spent, key) / 3600) for key in ("training", "evaluation", "saving", "interruptions")}
+    hours = {key: _finite(getattr(spent, key) / 3600) for key in ("training", "validation", "saving", "interruptions")}
     return {
         **engine_values(way),
         "compile": plan.engine.compile,
@@ -229,7 +232,7 @@ def interval_values(
         "simulated": None,
     }
     if math.isfinite(best):
-        work = way.cost.training + way.cost.evaluation
+        work = way.cost.training + way.cost.validation
         minutes = rounded_minutes(best)
         found["recommended_minutes"] = minutes
         found["loss"] = _finite(interval.expected_seconds(work, 60 * minutes, saved, risk) / work - 1)

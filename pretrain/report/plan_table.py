@@ -1,11 +1,13 @@
-"""A plan (`summary.py`) as lines of text, at most 120 characters wide. Every figure is in the plan; here they get units. Exact
-figures have a `=`, estimates a `~`."""
+"""A plan (`pretrain/plan/summary.py`) as lines of text, at most 120 characters wide. Every figure is in the plan; here they get
+units. Exact figures have a `=`, estimates a `~`."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
 from typing import Any
+
+from pretrain.report.units import human_count, human_dollars, human_seconds
 
 GIB, WIDTH = 2**30, 120
 MOST_KINDS, _MOST_CHOICES = 8, 12
@@ -43,14 +45,19 @@ def _what(plan: dict[str, Any]) -> Iterator[str]:
         "Nothing was run on a GPU: = exact, ~ estimated."
     )
     yield ""
-    share = "all active" if model["active_parameters"] == model["parameters"] else f"{short(model['active_parameters'])} active"
-    text = f"{short(model['parameters'])} parameters ({model['parameters']:,}), {share} per token; "
+    share = (
+        "all active"
+        if model["active_parameters"] == model["parameters"]
+        else f"{human_count(model['active_parameters'])} active"
+    )
+    text = f"{human_count(model['parameters'])} parameters ({model['parameters']:,}), {share} per token; "
     yield from _row(
         "model", "=", text + f"{model['flops_per_token'] / 1e9:.3g} GFLOP per token of {model['sequence_length']:,}"
     )
-    text = f"{short(run['tokens'])} tokens, {run['steps']:,} steps of {run['tokens_per_step']:,}; {_power(run['flops'])} FLOP"
-    yield from _row("run", "=", text)
-    yield from _row("", " ", f"{run['tokens_per_parameter']:.3g} tokens per active parameter: {_data(run['times_optimal'])}")
+    steps = f"{run['steps']:,} steps of {run['tokens_per_step']:,}"
+    yield from _row("run", "=", f"{human_count(run['tokens'])} tokens, {steps}; {_power(run['flops'])} FLOP")
+    text = f"{_number(run['tokens_per_parameter'])} tokens per active parameter: {_data(run['times_optimal'])}"
+    yield from _row("", " ", text)
 
 
 def _data(times: float) -> str:
@@ -60,7 +67,7 @@ def _data(times: float) -> str:
         return f"few; a smaller model would reach a smaller loss with these FLOPs {of}"
     if times <= 2:
         return f"near the best use of these FLOPs {of}"
-    return f"{times:.3g} times as many as the best use of these FLOPs: the model is smaller, and cheaper to serve {of}"
+    return f"{_number(times)} times as many as the best use of these FLOPs: the model is smaller, and cheaper to serve {of}"
 
 
 # ---------------------------------------------------------------- memory
@@ -155,16 +162,20 @@ def _time(plan: dict[str, Any]) -> Iterator[str]:
     if hours["total"] is None:
         yield from _row("time", "~", "interruptions keep the run from ending: save more often")
         return
-    parts = ", ".join(f"{name} {duration(hours[name])}" for name in ("training", "evaluation", "saving", "interruptions"))
-    unknown = "" if run["evaluated_tokens"] is not None else " (validations: unknown before there is data)"
-    yield from _row("time", "~", f"{_number(here['days'])} days: {parts}{unknown}")
+    spent = {name: human_seconds(3600 * value) for name, value in hours.items()}
+    text = f"{spent['total']}: training {spent['training']}, validation {spent['validation']}, saving {spent['saving']}, start "
+    unknown = "" if run["validation_tokens"] is not None else "; without validations, which are unknown before there is data"
+    yield from _row("time", "~", f"{text}and interruptions {spent['interruptions']}{unknown}")
     rate = plan["cluster"]["dollars_per_hour"]
     if rate is None:
         yield from _row("cost", "~", f"{here['gpu_hours']:,.0f} GPU-hours; --dollars-per-hour gives the price")
         return
-    per_billion = here["dollars"] / run["tokens"] * 1e9
-    text = f"${here['dollars']:,.2f} = {here['gpu_hours']:,.1f} GPU-hours x ${rate:g}; ${per_billion:,.2f} per billion tokens"
-    yield from _row("cost", "~", text)
+    text = f"{human_dollars(here['dollars'])} = {here['gpu_hours']:,.1f} GPU-hours x ${rate:g}; "
+    yield from _row("cost", "~", text + f"{human_dollars(here['dollars'] / run['tokens'] * 1e9)} per billion tokens")
+    if (budget := plan["run"]["budget_dollars"]) is not None:
+        share = budget / here["dollars"]
+        verdict = "enough" if share >= 1 else f"ends the run after about {share:.0%} of its tokens"
+        yield from _row("budget", "~", f"{human_dollars(budget)}: {verdict}")
 
 
 def _saving(plan: dict[str, Any]) -> Iterator[str]:
@@ -180,7 +191,7 @@ def _saving(plan: dict[str, Any]) -> Iterator[str]:
 def _interval(row: dict[str, Any]) -> str:
     if row["recommended_minutes"] is None:
         return f"{row['market']}: never interrupted; save as often as you like to look back"
-    between = duration(row["hours_between_interruptions"])
+    between = human_seconds(3600 * row["hours_between_interruptions"])
     text = f"{row['recommended_minutes']:g} min ({row['market']}, an interruption per {between}): loses"
     text += f" {_share(row['loss'])} of the time"
     every = "only at the end" if row["configured_seconds"] is None else f"every {row['configured_seconds'] / 60:.3g} min"
@@ -198,38 +209,23 @@ def _choices(plan: dict[str, Any]) -> Iterator[str]:
     shown = rows[:_MOST_CHOICES] if place < _MOST_CHOICES else [*rows[: _MOST_CHOICES - 1], rows[place]]
     yield "cheapest first ~ (same model, batches and curve; each with the simplest of its fastest ways that fit)"
     unit = "GPU-h" if plan["cluster"]["dollars_per_hour"] is None else "$"
-    yield f"{unit:>9}  {'days':>6}  {'GPUs':22} {'MFU':>4}  needs  change"
-    for row in shown:
-        yield from _choice(row)
+    several = len({row["market"] for row in rows}) > 1
+    rented = [f"{row['gpus']} x {row['gpu']}{', ' + row['market'] if several else ''}" for row in shown]
+    width = max(map(len, rented))
+    yield f"{unit:>9}  {'days':>6}  {'GPUs':{width}} {'MFU':>4}  needs  change"
+    for row, gpus in zip(shown, rented, strict=True):
+        yield from _choice(row, f"{gpus:{width}}")
 
 
-def _choice(row: dict[str, Any]) -> Iterator[str]:
+def _choice(row: dict[str, Any], rented: str) -> Iterator[str]:
     amount = row["gpu_hours"] if row["dollars"] is None else row["dollars"]
-    rented = f"{row['gpus']} x {row['gpu']}, {row['market']}"
     change = "(as configured)" if row["configured"] else " ".join(row["flags"]) or "(nothing else)"
     change = change if row["fits"] else f"{change} does not fit"
-    start = f"{_number(amount, 9)}  {_number(row['days'], 6)}  {rented:22.22} {row['mfu']:4.0%}  {row['needed_gib']:5.1f}  "
+    start = f"{_number(amount, 9)}  {_number(row['days'], 6)}  {rented} {row['mfu']:4.0%}  {row['needed_gib']:5.1f}  "
     yield from _wrapped(change, start)
 
 
 # ---------------------------------------------------------------- figures
-
-
-def short(count: float) -> str:
-    """Three digits and a letter: 1.24B."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= 0.9995 * size:
-            return f"{count / size:.3g}{letter}"
-    return f"{count:.0f}"
-
-
-def duration(hours: float) -> str:
-    """In the unit that suits: 12 s, 3.4 min, 20.9 h, 264 days."""
-    for hours_of_unit, unit in ((24, "days"), (1, "h"), (1 / 60, "min")):
-        if hours >= (2 if unit == "days" else 1) * hours_of_unit:
-            value = hours / hours_of_unit
-            return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
-    return f"{hours * 3600:.2g} s"
 
 
 def _power(number: float) -> str:
