@@ -72,6 +72,8 @@ WITHOUT_TORCH = [
     "pretrain.data.checks",
     "pretrain.data.excluded",
     "pretrain.model.flops",
+    "pretrain.plan.summary",
+    "pretrain.report.plan_table",
     "pretrain.report.sinks",
     "pretrain.report.plot",
     "pretrain.doctor.verdict",

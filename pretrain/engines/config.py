@@ -146,6 +146,13 @@ def check_mesh(engine: EngineConfig, work: Work, ranks: int | None) -> Iterator[
             yield Problem("batch.global_batch_size", message)
 
 
+def can_cut(engine: EngineConfig, work: Work, ranks: int) -> bool:
+    """Whether `check_options` and `check_mesh` have no objection; without the advice, which takes a second for many ranks."""
+    groups = max(1, sample_ranks(engine, ranks))
+    divided = not any(check_options(engine)) and not any(_mesh_problems(engine, work, ranks))
+    return divided and work.global_batch_size % (work.micro_batch_size * groups) == 0
+
+
 def slow_links(engine: EngineConfig, work: Work, ranks: int, per_node: int) -> Iterator[Problem]:
     """Yields a warning for each kind whose groups span nodes of `per_node` ranks, with the nearest way that avoids it."""
     for kind, group in _across_nodes(engine, per_node).items():

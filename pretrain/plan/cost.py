@@ -1,0 +1,105 @@
+"""What a run costs: the hours of its GPUs, by what they are spent on, and money; and what its checkpoints weigh.
+
+It knows numbers of FLOPs, bytes, seconds and dollars. It imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from pretrain.model import flops
+from pretrain.model.config import ModelConfig
+from pretrain.plan.interval import Risk, Saves, best_interval, expected_seconds
+from pretrain.plan.scaling import Cluster
+
+TOKENS_PER_PARAMETER = 20
+"""About the number with the smallest loss for given FLOPs (Hoffmann et al. 2022, "Training Compute-Optimal Large Language
+Models", table 3)."""
+HOST_GB_PER_SECOND = 10.0
+"""Assumed: from a GPU to the memory of its host, all GPUs of a node at the same time; half of what PCIe 4 moves."""
+VALIDATION_FLOPS = 1 / 3
+"""Of a training token's: the forward pass alone."""
+
+
+class Length(NamedTuple):
+    """What a run computes."""
+
+    steps: int
+    tokens: int
+    """Fed to the model in training."""
+    flops: float
+    """Of training, without recomputation."""
+    validation_tokens: int | None
+    """In validations; None: unknown before the data is opened."""
+
+
+def training_seconds(length: Length, cluster: Cluster, mfu: float) -> float:
+    """Seconds of a run's training at this MFU."""
+    return length.flops / (cluster.gpus * cluster.device.bf16_tflops * 1e12 * mfu)
+
+
+def checkpoint_bytes(model: ModelConfig, muon: bool = False) -> int:
+    """Bytes of the weights and moments in a checkpoint: 12 per parameter; of the matrices in the blocks under Muon, 8."""
+    if not muon:
+        return flops.state_bytes(model)
+    counts, width = flops.num_parameters(model), model.hidden_size
+    norms = counts.undivided - (model.num_hidden_layers * width * model.moe.num_experts if model.moe else 0)
+    outside = counts.embedding * (1 if model.tie_word_embeddings else 2) + norms
+    return flops.state_bytes(model) - 4 * (counts.total - outside)
+
+
+def saves(size: int, gpus: int, store_gb_per_second: float, asynchronous: bool) -> Saves:
+    """What a save of `size` bytes takes if each GPU copies an equal share to its host, and all of them write to one store."""
+    written = size / (store_gb_per_second * 1e9)
+    return Saves(size / gpus / (HOST_GB_PER_SECOND * 1e9), written) if asynchronous else Saves(written, 0.0)
+
+
+class Cost(NamedTuple):
+    """Expected seconds of a run, by what they are spent on, and their price."""
+
+    training: float
+    validation: float
+    saving: float
+    """In which training waits for saves."""
+    interruptions: float
+    """Lost work, and restarts; with the first start."""
+    gpus: int
+    dollars_per_hour: float | None
+    """Of one GPU; None: unknown."""
+
+    @property
+    def seconds(self) -> float:
+        """From the first start to the end."""
+        return sum(self[:4])
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of all GPUs."""
+        return self.seconds / 3600 * self.gpus
+
+    @property
+    def dollars(self) -> float | None:
+        """The bill; None: unknown."""
+        return None if self.dollars_per_hour is None else self.gpu_hours * self.dollars_per_hour
+
+
+def cost(
+    length: Length, cluster: Cluster, mfu: float, saved: Saves, risk: Risk, dollars_per_hour: float | None,
+    interval: float | None = None,
+) -> Cost:  # fmt: skip
+    """The expected cost. interval: seconds of training between saves; None: the best one."""
+    training = training_seconds(length, cluster, mfu)
+    validation = training * VALIDATION_FLOPS * (length.validation_tokens or 0) / length.tokens
+    work = training + validation
+    interval = min(best_interval(saved, risk) if interval is None else interval, work)
+    total = expected_seconds(work, interval, saved, risk)
+    saving = work / interval * saved.blocked_seconds
+    lost = total - work - saving + risk.restart_seconds
+    return Cost(training, validation, saving, lost, cluster.gpus, dollars_per_hour)
+
+
+def rounded_minutes(seconds: float) -> float:
+    """An interval as people set it: two digits, at least a tenth of a minute."""
+    minutes = max(seconds / 60, 0.1)
+    return round(minutes, 1 - math.floor(math.log10(minutes)))

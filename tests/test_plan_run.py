@@ -1,0 +1,340 @@
+"""tools/plan_run.py: states, micro-batches, money and intervals are what they say, and table, JSON and picture agree."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pretrain import devices, dry_run
+from pretrain.config import EngineConfig, ParallelConfig, load, validate
+from pretrain.engines.config import KINDS_OF
+from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
+from pretrain.plan import choices, cost, interval
+from pretrain.plan.choices import Job
+from pretrain.plan.cost import Length
+from pretrain.plan.interval import Risk, Saves
+from pretrain.plan.scaling import Cluster
+from pretrain.report import plan_table
+from tools import plan_run
+
+ROOT = Path(__file__).parents[1]
+H100 = devices.find("h100")
+CLOUD = ["--config", str(ROOT / "configs" / "cloud.yaml"), "--quick"]
+SMALL = ["--model.vocab_size", "1000", "--model.hidden_size", "128", "--model.num_hidden_layers", "3",
+         "--model.num_attention_heads", "4", "--model.num_key_value_heads", "2", "--data.train", "[{path: data/none}]",
+         "--data.sequence_length", "256", "--batch.global_batch_size", "256", "--batch.micro_batch_size", "4",
+         "--train.max_steps", "1000"]  # fmt: skip
+
+
+def planned(flags: list[str], tmp_path: Path, capsys) -> tuple[dict, str]:
+    """The JSON and the text of a plan that fits."""
+    output = tmp_path / "plan.json"
+    assert plan_run.main([*flags, "--json", str(output)]) == 0
+    return json.loads(output.read_text()), capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- intervals
+
+
+def test_the_intervals_are_those_of_young_and_daly():
+    """By hand, in minutes: blocked 5, mean 1440. Young: sqrt(2 x 5 x 1440) = 120. Daly: 120 x (1 + sqrt(5 / 2880) / 3 +
+    5 / 2880 / 9) - 5 = 120 x (1 + 0.013889 + 0.000193) - 5 = 116.69."""
+    saves, risk = Saves(300, 0), Risk(86400, 600)
+    assert interval.first_order(saves, risk) == pytest.approx(120 * 60)
+    assert interval.best_interval(saves, risk) / 60 == pytest.approx(116.69, abs=0.005)
+    assert interval.best_interval(Saves(3000, 0), Risk(1000, 0)) == 1000  # Daly: more than half the mean time
+    assert interval.best_interval(saves, Risk(math.inf, 600)) == math.inf
+    assert interval.best_interval(Saves(0.1, 500), Risk(3600, 0)) == 500  # one save at a time
+
+
+@pytest.mark.parametrize(
+    ("saves", "risk"),
+    [
+        (Saves(1, 30), Risk(3600, 300)),
+        (Saves(60, 0), Risk(3600, 300)),
+        (Saves(300, 0), Risk(4 * 3600, 600)),
+        (Saves(0.2, 15), Risk(20 * 3600, 300)),
+        (Saves(600, 0), Risk(1800, 300)),
+    ],
+    ids=str,
+)
+def test_the_interval_loses_at_most_five_percent_more_than_the_best_of_a_thousand_simulated_runs(saves, risk):
+    """And the formula for the time of a run is the simulated mean."""
+    best = interval.best_interval(saves, risk)
+    found = interval.simulate(best, saves, risk)
+    assert found.runs == 1000
+    assert found.loss <= 1.05 * found.best_loss
+    work = 50 * risk.mean_seconds
+    assert interval.expected_seconds(work, best, saves, risk) / work - 1 == pytest.approx(found.loss, rel=0.03)
+    for wrong in (best / 3, best * 3):  # the simulation can tell
+        if wrong >= saves.durable_seconds:
+            assert interval.simulated_seconds(work, wrong, saves, risk).mean() / work - 1 > 1.05 * found.loss
+
+
+def test_a_simulated_run_pays_for_saves_restarts_and_lost_work():
+    """One run by hand: intervals of 100 s, saves that block 10 s and are durable 20 s later, restarts of 50 s. Interruptions
+    after 185, 80 and 10,000 s: the first start takes 50, and at 185 the save of 160 is durable (180): 100 of 250 s are done. At
+    80, none. Then 50 s of restart, 150 s of work, two saves, and 20 s until the last one is durable."""
+
+    class Draws:
+        times = iter((185.0, 80.0, 10_000.0))
+
+        def exponential(self, mean, runs):
+            return np.full(runs, next(self.times))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interval.np.random, "default_rng", lambda seed: Draws())
+        total = interval.simulated_seconds(250, 100, Saves(10, 20), Risk(1.0, 50), runs=1)
+    assert total.tolist() == [185 + 80 + 50 + 150 + 2 * 10 + 20]
+
+
+# ---------------------------------------------------------------- money
+
+
+def test_money_is_hours_times_gpus_times_the_price():
+    """By hand: 8 GPUs of 989 TFLOP/s at MFU 0.5 take an hour for 8 x 989e12 x 0.5 x 3600 FLOPs. Validation with half as many
+    tokens adds a sixth. A save blocks for 6 s and there is one per 10 minutes of 70: 42 s. The start takes 60 s."""
+    length = Length(1000, 10**9, 8 * 989e12 * 0.5 * 3600, 5 * 10**8)
+    spent = cost.cost(length, Cluster(H100, 8), 0.5, Saves(6, 0), Risk(math.inf, 60), 2.5, interval=600)
+    assert spent[:4] == pytest.approx((3600, 600, 42, 60))
+    assert spent.gpu_hours == pytest.approx(4302 / 3600 * 8)
+    assert spent.dollars == pytest.approx(4302 / 3600 * 8 * 2.5)
+
+
+def test_checkpoints_have_twelve_bytes_per_parameter_and_eight_of_matrices_under_muon():
+    model = resolve_model(ModelConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=160,
+                                      tie_word_embeddings=False), vocab_size=512, sequence_length=64)  # fmt: skip
+    matrices = 2 * (4 * 64 * 64 + 3 * 64 * 160)
+    others = 2 * 512 * 64 + 5 * 64
+    assert cost.checkpoint_bytes(model) == 12 * (matrices + others)
+    assert cost.checkpoint_bytes(model, muon=True) == 8 * matrices + 12 * others
+
+
+def test_a_stated_mfu_scales_time_and_money_and_a_spot_market_its_price(tmp_path, capsys):
+    flags = [*CLOUD, "--dollars-per-hour", "2", "--mfu", "0.25", "--preemptions-per-hour", "0", "--restart-minutes", "0.001"]
+    plan, _ = planned([*flags, "--evaluate.max_batches", "1", "--evaluate.every_steps", "0"], tmp_path, capsys)
+    here, run = plan["configuration"], plan["run"]
+    hours = run["flops"] / (8 * 989e12 * 0.25) / 3600
+    assert here["hours"]["training"] == pytest.approx(hours)
+    assert here["dollars"] == pytest.approx(2 * 8 * hours, rel=1e-3)
+    spot, _ = planned([*CLOUD, "--dollars-per-hour", "2", "--spot-discount", "0.75", "--preemptions-per-hour", "0.01"],
+                      tmp_path, capsys)  # fmt: skip
+    rows = {row["market"]: row for row in spot["choices"] if row["gpus"] == 8 and not row["configured"]}
+    assert rows["spot"]["dollars_per_hour"] == 0.5
+    assert 0.25 < rows["spot"]["dollars"] / rows["on demand"]["dollars"] < 0.27
+    assert spot["choices"] == sorted(spot["choices"], key=lambda row: row["dollars"])
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_every_engine_kind_and_checkpointing_that_can_run_is_in_the_plan(tmp_path, capsys):
+    """And no other: each is valid settings, with the batch unchanged."""
+    plan, _ = planned(CLOUD, tmp_path, capsys)
+    config = load(CLOUD[:2], world_size=None)
+    seen = set()
+    for row in plan["engines"]:
+        engine = dataclasses.replace(
+            config.engine, name=row["engine"], replicas=row["replicas"], parallel=ParallelConfig(**row["parallel"]),
+            activation_checkpointing=row["activation_checkpointing"],
+        )  # fmt: skip
+        batch = dataclasses.replace(config.batch, micro_batch_size=row["micro_batch"])
+        assert not validate(dataclasses.replace(config, engine=engine, batch=batch), 8)
+        groups = 8 // (engine.parallel.tensor * engine.parallel.sequence)
+        assert row["micro_batch"] * row["accumulation"] * groups == config.batch.global_batch_size
+        kept = engine.activation_checkpointing
+        seen |= {(engine.name, kind, getattr(engine.parallel, kind), kept) for kind in KINDS_OF[engine.name]}
+    wanted = {
+        (name, kind, degree, kept)
+        for name, kinds in KINDS_OF.items() for kind in kinds if kind != "expert" for degree in (1, 2, 4, 8)
+        for kept in ("none", "selective", "full") if (kind, degree) != ("tensor", 8)  # there are 4 key heads
+    }  # fmt: skip
+    assert wanted <= seen
+
+
+def small_job(**model) -> Job:
+    shape = resolve_model(ModelConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=704,
+                                      tie_word_embeddings=False, **model), vocab_size=2048, sequence_length=512)  # fmt: skip
+    return Job(shape, 512, 64)
+
+
+def test_experts_are_shared_in_every_way_that_divides_them():
+    job = small_job(moe=MoeConfig(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128))
+    found = {
+        (each.name, each.parallel.expert) for each in choices.engines(job, EngineConfig(precision="bf16"), Cluster(H100, 8))
+    }
+    assert {("ddp", degree) for degree in (1, 2, 4, 8)} | {("fsdp2", degree) for degree in (1, 2, 4, 8)} <= found
+    assert all(degree == 1 for name, degree in found if name.startswith("zero"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_the_largest_micro_batch_fits_and_twice_as_many_sequences_do_not(name):
+    """By dry runs, on a device with little more memory than a rank needs beside its tensors."""
+    job, engine = small_job(), EngineConfig(name=name, precision="bf16", compile="blocks")
+    cluster = Cluster(dataclasses.replace(H100, memory_gib=3.6), 2)
+    plan = choices.largest(job, engine, cluster)
+    assert 1 < plan.micro_batch < 32
+    flags = [*SMALL, "--engine.name", name, "--engine.compile", "blocks", "--engine.precision", "bf16"]
+    config = dataclasses.replace(load(flags, world_size=None), model=job.model)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=job.length))
+    for size, fits in ((plan.micro_batch, True), (2 * plan.micro_batch, False)):
+        batch = dataclasses.replace(config.batch, global_batch_size=job.sequences, micro_batch_size=size)
+        assert dry_run.dry_run(dataclasses.replace(config, batch=batch), job.model, cluster).fits is fits
+
+
+# ---------------------------------------------------------------- table, JSON, picture
+
+
+def test_the_table_has_the_figures_of_the_json_and_fits_a_terminal(tmp_path, capsys):
+    flags = [
+        *CLOUD,
+        "--dollars-per-hour",
+        "2.5",
+        "--compare",
+        "a100=1.29",
+        "--spot-discount",
+        "0.6",
+        "--preemptions-per-hour",
+        "0.05",
+    ]
+    plan, text = planned([*flags, "--preemptions-per-hour", "0.05"], tmp_path, capsys)
+    assert text.splitlines() == list(plan_table.lines(plan))  # nothing in the table is not in the JSON
+    assert max(map(len, text.splitlines())) <= 120
+    here, gib = plan["configuration"], 2**30
+    assert plan["model"]["parameters"] == 1_100_048_384
+    assert plan["run"]["tokens"] == 41_962 * 524_288
+    (row,) = [line for line in text.splitlines() if line.startswith("fsdp2 +full")]
+    (same,) = [each for each in plan["engines"] if (each["plan"], each["activation_checkpointing"]) == ("fsdp2", "full")]
+    held = [same["memory"][key] / gib for key in ("weights", "gradients", "moments", "activations", "logits", "buffers")]
+    shown = [f"{same['micro_batch']}", "x", f"{same['accumulation']}", *(f"{each:.1f}" for each in held)]
+    assert row.split()[2:11] == shown
+    assert row.split()[-1] == f"{same['dollars']:,.0f}"
+    assert f"${here['dollars']:,.2f} = {here['gpu_hours']:,.1f} GPU-hours x $2.5" in text
+    assert f"MFU {here['mfu']:.1%} (estimated)" in text
+    for found in plan["intervals"]:
+        assert f"{found['recommended_minutes']:g} min ({found['market']}" in text
+    assert sum(line.endswith("(as configured)") for line in text.splitlines()) == 1
+
+
+def test_the_flags_of_an_alternative_give_the_alternative(tmp_path, capsys):
+    """Adding them to the command makes its plan the configuration."""
+    flags = ["--config", str(ROOT / "configs" / "cloud_zero3.yaml"), "--quick", "--dollars-per-hour", "2"]
+    plan, _ = planned(flags, tmp_path, capsys)
+    best = next(row for row in plan["choices"] if row["gpus"] == 8 and not row["configured"])
+    assert best["dollars"] < plan["configuration"]["dollars"]
+    words = [word for flag in best["flags"] for word in flag.split(" ", 1)]
+    then, _ = planned([*flags, *words], tmp_path, capsys)
+    assert then["configuration"]["plan"] == best["plan"]
+    assert then["configuration"]["dollars"] == pytest.approx(best["dollars"], rel=1e-3)
+    assert then["configuration"]["memory"]["needed_gib"] == best["needed_gib"]
+
+
+def test_what_does_not_fit_ends_with_status_2_and_the_flags_that_fit(tmp_path, capsys):
+    output = tmp_path / "plan.json"
+    flags = ["--config", str(ROOT / "configs" / "cloud_zero3.yaml"), "--quick", "--json", str(output)]
+    assert plan_run.main([*flags, "--engine.name", "ddp", "--batch.micro_batch_size", "8"]) == 2
+    plan = json.loads(output.read_text())
+    assert not plan["configuration"]["memory"]["fits"]
+    assert any(row["fits"] and row["gpus"] == 8 and "--engine.name" in " ".join(row["flags"]) for row in plan["choices"])
+
+
+def test_a_run_that_interruptions_never_let_end_is_told_so(tmp_path, capsys):
+    plan, text = planned([*CLOUD, "--dollars-per-hour", "2", "--preemptions-per-hour", "5", "--checkpoint.every_minutes", "0"],
+                         tmp_path, capsys)  # fmt: skip
+    assert plan["configuration"]["dollars"] is None
+    assert "save more often" in text
+    assert plan["intervals"][0]["recommended_minutes"] < 2
+
+
+def test_the_picture_shows_the_limit_and_every_engine(tmp_path):
+    from matplotlib.image import imread
+
+    picture = tmp_path / "plan.png"
+    assert plan_run.main([*CLOUD, "--plot", str(picture)]) == 0
+    pixels = (imread(picture)[..., :3] * 255).round().astype(int)
+    limit = (np.abs(pixels - (0xC0, 0, 0)).sum(-1) < 30).sum(0)
+    assert limit.max() > 0.7 * pixels.shape[0]  # a line from top to bottom
+    for color in ("0072B2", "D55E00", "009E73", "CC79A7", "E69F00"):
+        wanted = [int(color[i : i + 2], 16) for i in (0, 2, 4)]
+        assert (np.abs(pixels - wanted).sum(-1) < 12).sum() > 200, color
+
+
+# ---------------------------------------------------------------- flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--gpu", "h1000"], "--gpu"),
+        (["--gpus", "0"], "--gpus"),
+        (["--gpus", "8", "--nodes", "1"], "--nodes"),
+        (["--dollars-per-hour", "-1"], "--dollars-per-hour"),
+        (["--dollars-per-hour", "cheap"], "--dollars-per-hour"),
+        (["--mfu", "40"], "--mfu"),
+        (["--mfu", "nan"], "--mfu"),
+        (["--mfu", "0.4", "--run", "runs/none"], "--run"),
+        (["--spot-discount", "0.6", "--dollars-per-hour", "2"], "--preemptions-per-hour"),
+        (["--compare", "a100"], "--compare"),
+        (["--compare", "b100=1.29", "--dollars-per-hour", "2"], "--compare"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_flag_is_one_error_that_names_it(flags, named, capsys):
+    with pytest.raises(SystemExit) as end:
+        plan_run.main([*CLOUD, *flags])
+    assert end.value.code == 2
+    assert named in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_settings_that_cannot_run_on_these_gpus_and_runs_without_records_are_refused(tmp_path):
+    from pretrain import UserError
+    from pretrain.config import ConfigError
+
+    with pytest.raises(ConfigError) as refused:
+        plan_run.main([*CLOUD, "--gpus", "7"])
+    assert [problem.key for problem in refused.value.problems] == ["batch.global_batch_size"]
+    with pytest.raises(UserError, match="--mfu"):
+        plan_run.main([*CLOUD, "--run", str(tmp_path)])
+    with pytest.raises(UserError, match="--dollars-per-hour"):
+        plan_run.main([*CLOUD, "--compare", "a100=1.29"])
+    with pytest.raises(UserError):
+        plan_run.main([*CLOUD, "--train.max_tokens", "null", "--train.epochs", "1"])  # of data that does not exist
+
+
+def test_a_measured_mfu_is_the_median_of_the_later_half_of_a_run(tmp_path, capsys):
+    records = [{"step": step, "loss": 3.0, "mfu": mfu} for step, mfu in enumerate((0.01, 0.1, 0.2, 0.3, 0.32, 0.31), start=1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    plan, text = planned([*CLOUD, "--run", str(tmp_path)], tmp_path, capsys)
+    assert plan["configuration"]["mfu"] == pytest.approx(0.31)
+    assert re.search(r"MFU 31\.0% \(measured in", text)
+
+
+def test_stages_count_with_their_own_lengths(tmp_path, capsys):
+    """By hand: 10 steps of 256 x 2,048 tokens, then 20 of 64 x 8,192."""
+    stage = "[{after_steps: 10, sequence_length: 8192, global_batch_size: 64, micro_batch_size: 4}]"
+    flags = [
+        *CLOUD,
+        "--train.max_tokens",
+        "null",
+        "--train.max_steps",
+        "30",
+        "--train.stages",
+        stage,
+        "--schedule.warmup_steps",
+        "1",
+    ]
+    plan, _ = planned(flags, tmp_path, capsys)
+    assert plan["run"]["tokens"] == 30 * 524_288
+    config = load(CLOUD[:2], world_size=None)
+    model = resolve_model(config.model, vocab_size=32000, sequence_length=8192)
+    from pretrain.model.flops import flops_per_token
+
+    wanted = 524_288 * (10 * flops_per_token(model, 2048) + 20 * flops_per_token(model, 8192))
+    assert plan["run"]["flops"] == pytest.approx(wanted)
