@@ -55,7 +55,7 @@ srun --kill-on-bad-exit=0 bash -c "$node" supervise ${flags[@]+"${flags[@]}"} --
 echo "the job ended with status $status"
 
 case "$status" in
-  0 | 2 | 70 | 73 | 74 | 77 | 130) exit "$status" ;;
+  0 | 2 | 70 | 73 | 74 | 76 | 77 | 130) exit "$status" ;;
   75) most=2 ;;  # a notice, or a node that did not come, before the first checkpoint: this many times in a row
   *) most=0 ;;   # a supervisor crashed or was killed, and without a new checkpoint would be again
 esac

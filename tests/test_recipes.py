@@ -21,7 +21,7 @@ SERVICE, CLAIM, JOB = yaml.safe_load_all((ROOT / "launch" / "kubernetes.yaml").r
 POD = JOB["spec"]["template"]["spec"]
 (CONTAINER,) = POD["containers"]
 SKYPILOT = yaml.safe_load((ROOT / "launch" / "skypilot.yaml").read_text())
-FINAL = {2, 70, 73, 74, 77, 130}
+FINAL = {2, 70, 73, 74, 76, 77, 130}
 """Statuses after which a restart would not help, or is not wanted. docs/running.md lists them all."""
 
 
@@ -116,13 +116,13 @@ def test_a_pod_is_replaced_after_75_or_an_eviction_and_the_job_fails_where_a_res
     assert {action_of(status) for status in FINAL} == {"FailJob"}
 
 
-def test_the_grace_period_is_long_enough_to_save_and_the_volumes_are_where_the_run_writes():
-    settings = CONTAINER["args"]
-    config = load(settings, world_size=None)
+def test_the_grace_period_is_long_enough_to_save_and_the_volumes_are_where_the_run_writes(tmp_path):
+    (tmp_path / "mine.yaml").write_text("run: {name: mine}")
+    config = load([word.replace("settings/mine", f"{tmp_path}/mine") for word in CONTAINER["args"]], world_size=None)
     assert POD["terminationGracePeriodSeconds"] >= config.checkpoint.deadline_seconds + 10
     mounts = {each["mountPath"] for each in CONTAINER["volumeMounts"]}
     (folder,) = re.findall(r"^WORKDIR (\S+)$", DOCKERFILE, re.MULTILINE)
-    assert {"/dev/shm", "/tmp", f"{folder}/{config.run.directory}", f"{folder}/data"} == mounts
+    assert {"/dev/shm", "/tmp", *(f"{folder}/{each}" for each in (config.run.directory, "data", "settings"))} == mounts
     assert CONTAINER["securityContext"]["readOnlyRootFilesystem"] and POD["securityContext"]["runAsNonRoot"]
 
 

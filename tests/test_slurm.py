@@ -96,6 +96,7 @@ def python_on(gpus: int, cores: int) -> str:
         (5, 5, 137, 137, False),
         (5, 9, 70, 70, False),
         (5, 9, 74, 74, False),
+        (5, 9, 76, 76, False),  # the budget is spent
         (5, 9, 2, 2, False),
     ],
 )
