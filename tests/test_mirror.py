@@ -23,7 +23,7 @@ from pretrain.data import remote
 from pretrain.run import mirror_store
 from pretrain.run.directory import Locked, read_state
 from pretrain.run.mirror_store import Damaged, MirrorStore, Pace
-from pretrain.run.preflight import preflight
+from pretrain.run.preflight import mirror_findings
 from tests.models import train_here
 from tests.ranks import run_ranks
 from tests.s3 import BUCKET, s3_server
@@ -308,7 +308,7 @@ def test_an_outage_of_the_store_changes_no_loss_and_is_reported_once(mirrored, s
     monkeypatch.setattr(remote, "RETRY_SECONDS", 1.0)
     out = threading.Event()
     out.set()
-    s3.fault = lambda method, path: "503" if out.is_set() and "/checkpoints" in path and method != "GET" else None
+    s3.fault = lambda method, path: "503" if out.is_set() and "/checkpoints" in path and method in ("PUT", "POST") else None
     assert train_here(mirrored) == 0
     assert curve(run_of(mirrored)) == curve(straight)
     lines = [line for line in (run_of(mirrored) / "console.log").read_text().splitlines() if "  mirror  " in line]
@@ -335,14 +335,14 @@ def test_a_mirror_that_cannot_be_used_is_refused_before_training(mirrored, s3, c
     nowhere = ["--checkpoint.mirror", "s3://nowhere/runs", *mirrored[2:]]
     unknown = ["--checkpoint.mirror", "nothing://bucket", *mirrored[2:]]
     for flags, part in ((nowhere, "s3://nowhere/runs"), (unknown, "nothing://bucket")):
-        assert [each.name for each in preflight(load(flags)).findings] == ["mirror-unusable"]
+        assert mirror_findings(load(flags))[0].stops and mirror_findings(load(flags))[0].name == "mirror-unusable"
         assert refused(flags) == 2 and part in capsys.readouterr().err
     s3.fault = lambda method, path: "403"
     assert refused(mirrored) == 2 and "refuses access" in capsys.readouterr().err
     s3.fault = lambda method, path: "503"
     assert refused(mirrored) == 75 and "does not answer" in capsys.readouterr().err
     s3.fault = lambda method, path: None
-    assert preflight(load(mirrored)).findings == [] and not store_of(mirrored).listing()
+    assert mirror_findings(load(mirrored)) == [] and not store_of(mirrored).listing()
     assert not (run_of(mirrored) / "metrics.jsonl").exists()
 
 

@@ -16,6 +16,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 
 from pretrain.checkpoint.manifest import Checkpoint
@@ -139,13 +140,14 @@ class Mirror:
             return
         seconds = min(_RECORDS_SECONDS, self._until - time.monotonic())
 
-        def say_goodbye() -> None:
+        def say_goodbye(folder: Path = self.directory.path) -> None:
             if self.step is not None:
-                self._uploads.write_records(self.directory.path)
+                self._uploads.write_records(folder)
             self._uploads.beat(ended=True)
 
         with contextlib.suppress(Exception):  # the end of the job was told; the next owner will wait for a sign of life
             remote.tried_once(self._uploads.url, say_goodbye, max(0.1, seconds))
+        self.directory = None  # a request that still hangs must not hold its lock
 
     def _has(self) -> str:
         return "no checkpoint yet" if self.step is None else f"step {self.step}"
@@ -207,7 +209,8 @@ class Mirror:
             self._say(f"mirror     step {found.step} is not uploaded: {error}")
             return False
         self.step = found.step
-        self.directory.mirrored(found.step)
+        if (directory := self.directory) is not None:
+            directory.mirrored(found.step)
         return True
 
     def _prune(self, known: dict) -> None:

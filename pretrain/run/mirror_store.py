@@ -234,6 +234,8 @@ class MirrorStore:
         if wrong := [name for name, size in sizes.items() if there.get(name) != size]:
             raise Damaged(f"{self.url}/{folder}/{wrong[0]}: has {there.get(wrong[0])} bytes after its upload")
         self.require_owner()
+        if stopped.is_set():
+            raise InterruptedError("the upload was stopped")
         self.write(f"{folder}/manifest.json", text)
         self.remove([f"{folder}/{name}" for name in ("uploading.json", "left-manifest.json") if name in there])
 

@@ -42,8 +42,8 @@ class Restorer:
 
     def __init__(self, store: MirrorStore, directory: RunDirectory, check: Callable[[Checkpoint], None]):
         self.store, self.directory, self.check = store, directory, check
-        self.damaged: list[int] = []
-        """Steps of checkpoints in the mirror that turned out not to be intact."""
+        self.tried: set[int] = set()
+        """Steps that were fetched or passed over; none is tried again, so that a bad disk does not fetch forever."""
 
     def fetch(self) -> None:
         """Downloads the newest intact checkpoint of the mirror if it is newer than those here. Raises UserError, OSError."""
@@ -52,14 +52,14 @@ class Restorer:
         for found in self.store.checkpoints():
             if own and found.step <= own[0].step:
                 return
-            if found.step in self.damaged:
+            if found.step in self.tried:
                 continue
+            self.tried.add(found.step)
             try:
                 self.check(found)
                 self._download(found)
                 return
             except Damaged as error:
-                self.damaged.append(found.step)
                 print(f"mirror     damaged checkpoint passed over: {error}", flush=True)
 
     def _download(self, found: Mirrored) -> None:

@@ -88,7 +88,7 @@ def _newest(config: Config, engine: Engine, parts: Parts, directory: RunDirector
         return storage.newest_valid(directory.checkpoints, engine)
     restorer = Restorer(store, directory, lambda found: check_settings(config, parts, found))
     found = storage.newest_valid(directory.checkpoints, engine, fetch=lambda: fetch_together(engine, restorer))
-    if found is None and engine.broadcast(len(restorer.damaged)):
+    if found is None and engine.broadcast(len(restorer.tried)):
         raise CheckpointError(
             f"{store.url}: none of its checkpoints is valid; restore one, or start over with another run.name"
         )
