@@ -37,7 +37,16 @@ from pretrain.data import remote
 from pretrain.data.errors import DataError, DataMissing
 from pretrain.run.directory import Locked
 
-RECORDS = ("config.yaml", "environment.json", "metrics.jsonl", "console.log", "wandb_id.json", "run_state.json")
+RECORDS = (
+    "config.yaml",
+    "environment.json",
+    "ledger.json",
+    "invoice.txt",
+    "metrics.jsonl",
+    "console.log",
+    "wandb_id.json",
+    "run_state.json",
+)
 """The files of a run that a start without its folder needs, or that its user misses."""
 BEAT_SECONDS, SILENCE_SECONDS = 5.0, 16.0
 """Time between two signs of life of an owner; time without one after which another job takes its place."""
