@@ -181,6 +181,8 @@ def _train_from(
         run.sinks.ended(status, reason)
         if status == DONE:
             output.finish(run)
+        elif status == DIVERGED:
+            output.write_page(run)
     return status, reason, None
 
 
