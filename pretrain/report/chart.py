@@ -11,7 +11,7 @@ from pretrain.report.history import History
 from pretrain.report.plot import value_range
 from pretrain.report.units import human_count
 
-LABEL_WIDTH = 7
+LABEL_WIDTH, WIDE = 7, 60
 _BITS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])  # of the dots of a braille character
 TRAIN, VALID, LINE, ALARM = "cyan", "bold yellow", "bright_black", "bold red"
 
@@ -22,8 +22,8 @@ class Canvas:
     def __init__(self, width: int, height: int, ascii_only: bool) -> None:
         self.width, self.height = width, height
         self._ascii = ascii_only
-        self._across, self._down = (1, 1) if ascii_only else (2, 4)
-        self.dots = np.zeros((height * self._down, width * self._across), dtype=bool)
+        self.across, self._down = (1, 1) if ascii_only else (2, 4)
+        self.dots = np.zeros((height * self._down, width * self.across), dtype=bool)
         self._cells: dict[tuple[int, int], tuple[str, str]] = {}
 
     def put(self, row: int, column: int, text: str, style: str) -> None:
@@ -48,7 +48,7 @@ class Canvas:
         for row in range(self.height):
             line = Text()
             for column in range(self.width):
-                block = self.dots[row * self._down :, column * self._across :][: self._down, : self._across]
+                block = self.dots[row * self._down :, column * self.across :][: self._down, : self.across]
                 character, style = self._cells.get((row, column), (" ", ""))
                 if block.any() and style in ("", LINE):
                     character, style = ("*" if self._ascii else chr(0x2800 + int(_BITS[block].sum()))), TRAIN
@@ -59,14 +59,14 @@ class Canvas:
 
 def draw_loss(history: History, width: int, height: int, ascii_only: bool) -> list[Text]:
     """The loss curve with validations, reference losses and spikes, in `height` lines; at least 24 by 4 characters."""
-    across, down = width - LABEL_WIDTH - 1, height - 1
-    canvas = Canvas(across, down, ascii_only)
+    names = {f" {name} {nats:.3f}": nats for name, nats in history.lines.items()}
+    beside = max(map(len, names), default=0) if width >= WIDE else 0  # characters right of the curve
+    across, down = width - LABEL_WIDTH - 1 - beside, height - 1
+    canvas = Canvas(across + beside, down, ascii_only)
     train = history.curves["loss"].points() if "loss" in history.curves else None
     valid = history.curves["val_loss"].points() if "val_loss" in history.curves else None
-    last = max(history.step, 1)
-    curve = np.full(canvas.dots.shape[1], np.nan)
-    if train is not None:
-        curve = columns(train.mean_step, train.mean, last, len(curve))
+    last, dots = max(history.step, 1), across * canvas.across
+    curve = np.full(dots, np.nan) if train is None else columns(train.mean_step, train.mean, last, dots)
     low, high = value_range(curve, [] if valid is None else valid.value, [*history.reference_lines.values()])
 
     def row_of(value: float) -> int:
@@ -75,10 +75,13 @@ def draw_loss(history: History, width: int, height: int, ascii_only: bool) -> li
     def column_of(step: float) -> int:
         return min(int(step / last * across), across - 1)
 
-    for name, nats in history.lines.items():
-        canvas.put(row_of(nats), 0, ("-" if ascii_only else "╌") * across, LINE)
-        label = f" {name} {nats:.3f}"
-        canvas.put(row_of(nats), across - len(label), label, "dim")
+    free = set(range(down))
+    for name, nats in names.items():
+        at = row_of(nats)
+        canvas.put(at, 0, ("-" if ascii_only else "╌") * across, LINE)
+        row = min(free, key=lambda row, at=at: abs(row - at), default=0)
+        free.discard(row)
+        canvas.put(row, across if beside else across - len(name), name, "dim")
     canvas.draw((curve - low) / (high - low))
     for step, value in [] if valid is None else zip(valid.step, valid.value, strict=True):
         canvas.put(row_of(value), column_of(step), "o" if ascii_only else "●", VALID)
@@ -88,7 +91,7 @@ def draw_loss(history: History, width: int, height: int, ascii_only: bool) -> li
     labels = {row: f"{high - (high - low) * row / (down - 1):.3f}" for row in (0, (down - 1) // 2, down - 1)}
     bar, corner, floor = ("|", "+", "-") if ascii_only else ("│", "└", "─")
     lines = [Text(f"{labels.get(row, ''):>{LABEL_WIDTH}}{bar}", LINE) + line for row, line in enumerate(canvas.rows())]
-    axis, end = f"{floor * across}", f" step {human_count(last)}"
+    axis, end = floor * across, f" step {human_count(last)}"
     return [*lines, Text(f"{'':{LABEL_WIDTH}}{corner}{axis[: across - len(end)]}{end}", LINE)]
 
 

@@ -77,14 +77,14 @@ class Curve:
         self._merge()
 
     def _merge(self) -> None:
-        """Keeps two extremes and one mean of each span."""
+        """Keeps two extremes and one mean of each span, and the first and the newest value."""
         means = self._sums[:, 0] / self._sums[:, 2]
         self._sums = np.add.reduceat(self._sums, _begins(means // self._width))
         begins = _begins(self._extremes[:, 0] // self._width)
         ends = np.append(begins[1:], len(self._extremes))
         span_of = np.repeat(np.arange(len(begins)), ends - begins)
         order = np.lexsort((self._extremes[:, 1], span_of))  # by value within each span
-        self._extremes = self._extremes[np.unique(np.r_[order[begins], order[ends - 1]])]
+        self._extremes = self._extremes[np.unique(np.r_[0, order[begins], order[ends - 1], len(order) - 1])]
 
 
 def _begins(spans: np.ndarray) -> np.ndarray:

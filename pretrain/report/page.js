@@ -60,10 +60,10 @@ function ticks(low, high, wanted) {
 
 function logTicks(low, high) {
   const found = [];
-  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
-    for (const each of [1, 2, 5]) if (each * 10 ** power >= low && each * 10 ** power <= high) found.push(each * 10 ** power);
-  }
-  return found.length > 8 ? found.filter((each) => Number.isInteger(Math.log10(each)) || Math.abs(Math.log10(each) % 1) < 1e-9) : found;
+  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++)
+    for (const each of [1, 2, 5]) found.push(+(each * 10 ** power).toPrecision(1));
+  const inside = found.filter((each) => each >= low && each <= high);
+  return inside.length > 12 ? inside.filter((each) => `${each.toExponential()}`.startsWith("1")) : inside;
 }
 
 function draw(plot) {
@@ -88,8 +88,11 @@ function draw(plot) {
     make(svg, "text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, count(value));
   }
   const wanted = Math.max(2, Math.floor(width / 110));
+  let before = -Infinity;
   for (const value of axis.log ? logTicks(first, last) : ticks(first, last, wanted)) {
     const place = left + scaled(value) * (width - left - right);
+    if (place - before < 38) continue;
+    before = place;
     const anchor = place > width - 30 ? "end" : "middle";
     make(svg, "text", { x: place, y: height - 6, "text-anchor": anchor }, count(value));
   }

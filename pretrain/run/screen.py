@@ -6,6 +6,7 @@ In order of importance: a low screen has no curve, a narrow one fewer figures. W
 from __future__ import annotations
 
 import math
+import textwrap
 import time
 from collections.abc import Callable, Iterable
 
@@ -36,7 +37,7 @@ def frame(view: View, width: int, height: int, *, ascii_only: bool = False, now:
     status = view.status(now)
     lines = [_head(view, status, width, ascii_only)]
     if status.text:
-        lines.append(Text(_one_line(status.text), "red" if status.is_alarm else "dim"))
+        lines += _wrapped(status.text, width, "red" if status.is_alarm else "dim")
     if view.fraction_read < 1:
         lines.append(Text(f"reading metrics.jsonl: {view.fraction_read:.0%}", "dim"))
     if view.unreadable:
@@ -46,11 +47,12 @@ def frame(view: View, width: int, height: int, *, ascii_only: bool = False, now:
         lines.append(_pack(_losses(view), width))
     figures = [Text(each) for each in _figures(view)]
     lines += filter(None, [_pack(figures, width), _pack(_money(view), width), _pack(_checkpoints(view, now), width)])
-    below = list(_below(view))
+    below = list(_below(view, width))
     room = height - len(lines) - min(len(below), max(1, height // 6))
     if room >= LEAST_CURVE and view.history.newest:
         lines += draw_loss(view.history, width, room, ascii_only)
-    lines = [*lines[: height - 1], *below][:height] if below else lines[:height]
+    kept = height - 1 if below and height >= 4 else height
+    lines = [*lines[:kept], *below][:height]
     for line in lines:
         line.truncate(width, overflow="crop" if ascii_only else "ellipsis")
     return lines
@@ -131,18 +133,24 @@ def _checkpoints(view: View, now: float) -> Iterable[Text]:
     yield Text(f"{len(view.checkpoints)} of {human_bytes(last.bytes)} on the disk", "dim")
 
 
-def _below(view: View) -> Iterable[Text]:
+def _below(view: View, width: int) -> Iterable[Text]:
     """What happened, the newest first, then the verdict on the curve; alarms before the rest."""
     history = view.history
     events = sorted(history.events, key=lambda event: (not event.alarm, -event.step))
     found = history.verdict()
     if found and found.is_alarm:
-        yield Text(_one_line(found.text), "red")
+        yield from _wrapped(found.text, width, "red")
     for event in events[:20]:
         text = event.text if event.kind in event.text else f"{event.kind}: {event.text}"
         yield Text(_one_line(f"step {event.step:,}  {text}"), "red" if event.alarm else "dim")
     if found and not found.is_alarm:
-        yield Text(_one_line(found.text), "dim")
+        yield from _wrapped(found.text, width, "dim")
+
+
+def _wrapped(text: str, width: int, style: str) -> list[Text]:
+    """A sentence on as many lines as it takes, at most three."""
+    found = textwrap.wrap(_one_line(text), width, max_lines=3, placeholder=" ...")
+    return [Text(line, style) for line in found]
 
 
 def _pack(parts: Iterable[Text], width: int) -> Text:

@@ -138,8 +138,8 @@ class View:
         now = time.time() if now is None else now
         kind, reason = self.state.get("status"), self.state.get("reason") or ""
         if kind is None:
-            what = "no run_state.json in it yet" if self.path.is_dir() else "no such folder yet"
-            return Status("waiting", f"{self.path}: {what}; waiting for the run to start")
+            what = "no run_state.json yet in" if self.path.is_dir() else "no such folder yet:"
+            return Status("waiting", f"{what} {self.path}")
         if kind != "running":
             number = self.state.get("exit_status")
             status = f"exit status {number}" if number else ""
