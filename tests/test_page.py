@@ -67,6 +67,7 @@ def hostile_run(folder: Path) -> Path:
     ]
     with open(folder / "metrics.jsonl", "a") as file:
         file.write("".join(to_json(record) + "\n" for record in records))
+    (folder / "invoice.txt").write_text(HOSTILE)
     start = {"step": 0, "device": HOSTILE, "precision": HOSTILE, "world_size": HOSTILE, "git": {"commit": HOSTILE}}
     (folder / "environment.json").write_text(json.dumps({"total_steps": 400, "starts": [start, start | {"step": 100}]}))
     (folder / "config.yaml").write_text(f"run: {{name: {json.dumps(HOSTILE)}}}\n")

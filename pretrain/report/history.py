@@ -21,7 +21,7 @@ from pretrain.report.spikes import Spike, describe
 
 SPANS = 1024
 MOST_EVENTS, MOST_TEXTS, MOST_KEYS = 300, 24, 400
-SOURCE_PREFIX, VALID_PREFIX = "loss/", "val_loss/"
+SOURCE_PREFIX, VALID_PREFIX, TIME_PREFIX = "loss/", "val_loss/", "time/"
 
 
 class Points(NamedTuple):

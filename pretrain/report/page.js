@@ -124,7 +124,7 @@ function draw(plot) {
 
 function drawSeries(parent, series, x, y) {
   const color = `var(--c${series.color})`;
-  if (series.dots) {
+  if (series.dots || series.step.length < 3) {
     for (let i = 0; i < series.step.length; i++)
       make(parent, "circle", { cx: x(series.step[i]), cy: y(series.value[i]), r: series.step.length > 150 ? 2 : 3.5, fill: color, stroke: "var(--paper)" });
     return;

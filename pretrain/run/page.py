@@ -19,7 +19,7 @@ import numpy as np
 
 from pretrain.files import write_atomically
 from pretrain.report import records
-from pretrain.report.history import SOURCE_PREFIX, VALID_PREFIX, Event, History
+from pretrain.report.history import SOURCE_PREFIX, TIME_PREFIX, VALID_PREFIX, Event, History
 from pretrain.report.plot import LEAST_SPAN, REFERENCE_TITLES, smooth, value_range
 from pretrain.report.units import human_bytes, human_count, human_dollars, human_seconds
 from pretrain.run.view import View
@@ -42,7 +42,9 @@ _CHARTS = (
     ("Model FLOPs utilization", ("mfu", "mfu_causal"), "fraction of the peak"),
     ("Memory", ("peak_memory_gib", "peak_reserved_gib"), "GiB, peak of the fullest rank"),
     ("Cost", ("cost_dollars", "cost_total_dollars"), "dollars, so far and to the end"),
+    ("Price", ("dollars_per_billion_tokens",), "dollars per billion tokens"),
     ("Goodput", ("goodput",), "fraction of the time since the start spent in steps"),
+    ("Shares of the time", (TIME_PREFIX,), "fractions of the time since the first start"),
     ("Load of experts", ("expert_load_max", "expert_load_min"), "multiples of an even load"),
     ("Evenness of experts", ("expert_load_entropy",), "1: even, 0: one expert gets all"),
     ("Losses of routers", ("aux_loss", "z_loss"), "per token, unweighted"),
@@ -73,6 +75,7 @@ def page(view: View, verdict: str | None = None) -> str:
         [
             *_summary(view, verdict),
             *_curves(view.history, data),
+            *_account(view),
             *_events(view),
             *_texts(view.history),
             *_table_of_losses(view.history),
@@ -325,6 +328,26 @@ def _described(chart: dict) -> str:
         )
     parts += [f"{line['name']}: {line['value']:.3f}" for line in chart["lines"]]
     return f"{chart['title']}. {'; '.join(parts)}. Arrow keys move along the curve."
+
+
+def _account(view: View) -> Iterable[str]:
+    """What the time went into, as a bar, and the invoice."""
+    prefix, newest, invoice = TIME_PREFIX, view.history.newest, view.invoice
+    shares = {key.removeprefix(prefix): x for key, x in newest.items() if key.startswith(prefix) and _is_number(x)}
+    if not shares and not invoice:
+        return
+    yield "<h2>Time and cost</h2>"
+    if shares:
+        named = [f"{name} {100 * share:.1f} %" for name, share in shares.items()]
+        yield f'<div class="bar" role="img" aria-label="{escape("; ".join(named))}">'
+        for number, share in enumerate(shares.values()):
+            yield f'<i style="flex-grow:{max(0.0, share):.5f};background:var(--c{number % 8})"></i>'
+        yield '</div><ul class="legend">'
+        for number, text in enumerate(named):
+            yield f'<li><i style="background:var(--c{number % 8})"></i>{escape(text)}</li>'
+        yield "</ul>"
+    if invoice:
+        yield f"<pre>{escape(invoice)}</pre>"
 
 
 def _events(view: View) -> Iterable[str]:

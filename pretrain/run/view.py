@@ -21,6 +21,7 @@ from pretrain.report.records import Tail
 from pretrain.run.directory import read_state
 
 LEAST_QUIET_SECONDS = 300.0
+_SIGNS_OF_LIFE = ("metrics.jsonl", "console.log", "run_state.json", "ledger.json")
 _HOLDER = re.compile(r"process (\d+) on (\S+) since ")
 
 
@@ -60,7 +61,7 @@ class View:
         self.checkpoints: list[Saved] = []
         """In the order of their steps."""
         self.heard = 0.0
-        """When the run last wrote a record or a line, seconds since 1970; 0: never."""
+        """When the run last wrote one of its files, seconds since 1970; 0: never."""
         self._tail = Tail(path)
         self._seen: dict[str, Saved | None] = {}
 
@@ -93,8 +94,16 @@ class View:
     @property
     def settings(self) -> str:
         """config.yaml; empty if there is none."""
+        return self._text("config.yaml")
+
+    @property
+    def invoice(self) -> str:
+        """invoice.txt, which a start writes at its end; empty if there is none."""
+        return self._text("invoice.txt")
+
+    def _text(self, name: str) -> str:
         with contextlib.suppress(OSError):
-            return (self.path / "config.yaml").read_text(encoding="utf-8", errors="replace")
+            return (self.path / name).read_text(encoding="utf-8", errors="replace")
         return ""
 
     def refresh(self) -> bool:
@@ -106,7 +115,7 @@ class View:
         self.state = read_state(self.path)
         self.environment = read_json_object(self.path / "environment.json")
         self.checkpoints = sorted(filter(None, map(self._saved, self._folders())))
-        self.heard = max(_changed(self.path / each) for each in ("metrics.jsonl", "console.log", "run_state.json"))
+        self.heard = max(_changed(self.path / each) for each in _SIGNS_OF_LIFE)
         return bool(records) and self._tail.fraction < 1
 
     def read_all(self) -> View:
@@ -150,7 +159,9 @@ class View:
             return Status("killed", f"{dead}; started again, the run resumes from step {saved:,}")
         quiet, usual = now - self.heard, self.history.seconds_per_line
         if quiet > max(LEAST_QUIET_SECONDS, 10 * usual if usual == usual else 0.0):
-            return Status("quiet", "no line for a long time; SIGUSR1 to a rank writes the stacks of all ranks to stacks/")
+            return Status(
+                "quiet", "nothing written for a long time; SIGUSR1 to a rank writes the stacks of all ranks to stacks/"
+            )
         return Status("running", "")
 
     def _dead_process(self) -> str:
