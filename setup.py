@@ -31,6 +31,7 @@ setup(
     description="Pretraining of decoder language models, from raw text to a checkpoint that transformers loads",
     license="Apache-2.0",
     packages=find_packages(include=["pretrain", "pretrain.*"]),
+    package_data={"pretrain.report": ["page.css", "page.js"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",  # earlier ones load checkpoints less safely (CVE-2026-24747) and lack parts of FSDP2
@@ -50,6 +51,7 @@ setup(
         "tqdm",
         "psutil",
         "matplotlib",
+        "rich",
         "xxhash",
     ],
     extras_require={

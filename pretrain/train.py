@@ -185,6 +185,8 @@ def _train_from(
         run.mirror.finish(run.engine, stop.seconds_left)
         if status == DONE:
             output.finish(run)
+        elif status == DIVERGED:
+            output.write_page(run)
     return status, reason, None
 
 

@@ -82,6 +82,9 @@ WITHOUT_TORCH = [
     "pretrain.doctor.untrained",
     "pretrain.report.environment",
     "pretrain.doctor.findings",
+    "pretrain.run.page",
+    "pretrain.run.screen",
+    "pretrain.run.view",
     "pretrain.checkpoint.manifest",
     "pretrain.checkpoint.tensors",
 ]
