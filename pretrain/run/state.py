@@ -50,6 +50,8 @@ class Run:
     saver: Saver
     spikes: SpikeWatch
     ledger: Ledger
+    intervals: int = 0
+    """Logging lines of this start."""
     verdict: str = ""
     """Kind of the newest verdict on the loss curve: an alarm is reported once, not at every validation."""
     graphs: dict[str, int] = field(default_factory=dict)
