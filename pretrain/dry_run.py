@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, unset_fake_temporarily
 
-from pretrain import UserError, schema
+from pretrain import UserError
 from pretrain.config import Config, accumulation, validate
 from pretrain.data.batches import Batch
 from pretrain.data.checks import Finding
 from pretrain.engines import parallel
 from pretrain.engines.base import Engine
-from pretrain.engines.config import KINDS_OF, ParallelConfig, sample_ranks
+from pretrain.engines.config import sample_ranks
 from pretrain.engines.mesh import Mesh
 from pretrain.engines.start import start_engine
 from pretrain.model import flops
@@ -39,6 +39,7 @@ from pretrain.plan.memory import FRAGMENTATION, OUTSIDE_GIB, memory, needed_gib
 from pretrain.plan.roofline import Roofline, roofline
 from pretrain.plan.scaling import Cluster, assumptions
 from pretrain.plan.tracker import Allocation, Trace, Tracker
+from pretrain.run.memory import changed, fitting, flags_of
 from pretrain.train import train_step
 
 
@@ -334,10 +335,6 @@ def _oversized(run: DryRun) -> Iterator[Finding]:
 # ---------------------------------------------------------------- what would fit
 
 
-Change = tuple[str, Config]
-"""(keys and values, the settings with them)."""
-
-
 def plan_findings(run: DryRun, progress: Callable[[str], None] = lambda text: None) -> list[Finding]:
     """does-not-fit and communication-bound, with the changes of settings that mend them; each change is run as well.
 
@@ -350,7 +347,7 @@ def plan_findings(run: DryRun, progress: Callable[[str], None] = lambda text: No
             f"{run.peak.name}, {FRAGMENTATION:.0%} for fragmentation, {OUTSIDE_GIB:g} GiB outside of torch"
         )
         mended = [f"{keys} ({tried.needed_gib:.1f} GiB)" for keys, tried in _fitting(run, progress)]
-        advice = f"; these fit: {'; '.join(mended)}" if mended else "; no single change fits: use more ranks or a smaller model"
+        advice = f"; these fit: {'; '.join(mended)}" if mended else "; no known change fits: use more ranks or a smaller model"
         found.append(Finding("does-not-fit", device.name, text + advice, stops=True))
     elif (time := run.time).communication > time.computing:
         text = (
@@ -366,45 +363,22 @@ def plan_findings(run: DryRun, progress: Callable[[str], None] = lambda text: No
 
 
 def _fitting(run: DryRun, progress: Callable[[str], None]) -> Iterator[tuple[str, DryRun]]:
-    """Single changes with which the run fits."""
-    if smaller := _largest_micro_batch(run, progress):
-        yield smaller
-    engine = run.config.engine
-    stronger = {"none": ("selective", "full"), "selective": ("full",), "full": ()}[engine.activation_checkpointing]
-    changes: list[dict[str, Any]] = [{"activation_checkpointing": each} for each in stronger]
-    if run.compiled == "none":
-        changes.append({"compile": "blocks"})
-    if engine.name != "fsdp2" and run.cluster.gpus > 1:
-        changes.append({"name": "fsdp2", "reduce_gradients": None, "bucket_mib": None, "offload": "none"})
-    if engine.reduce_gradients == "step" and engine.name in ("zero2", "zero3", "fsdp2"):
-        changes.append({"reduce_gradients": "micro_batch"})
-    if engine.replicas > 1:
-        changes.append({"replicas": 1})
-    changes += [{"parallel": parallel} for parallel in _smallest_kinds(run)]
-    both = {"activation_checkpointing": "full", "compile": "blocks" if run.compiled == "none" else run.compiled}
-    found = False
-    for change in [*changes, both]:
-        if change is both and found:
-            break
-        if (tried := _try(run, progress, engine=change)) and tried[1].fits:
-            found = True
+    """Changes with which the run fits: those that `memory.fitting` finds by the formula, corrected by what this run needs more
+    or less than that."""
+    config, ranks = run.config, run.cluster.gpus
+
+    def needed(changed: Config) -> float:
+        return needed_gib(_formula(changed, run.model, ranks) * correction)
+
+    correction = run.peak.peak_bytes / _formula(config, run.model, ranks)
+    for fit in fitting(config, ranks, "cuda", needed, run.cluster.device.memory_gib):
+        if (tried := _try(run, progress, fit.changes)) and tried[1].fits:
             yield tried
 
 
-def _smallest_kinds(run: DryRun) -> Iterator[ParallelConfig]:
-    """Each kind of parallelism with its smallest degree that should fit, within a node."""
-    config, gpus = run.config, run.cluster.gpus
-    engine, batch = config.engine, (config.data.sequence_length, config.batch.micro_batch_size)
-    for kind in KINDS_OF[engine.name]:
-        for degree in (2, 4, 8):
-            parallel = dataclasses.replace(engine.parallel, **{kind: degree})
-            changed = dataclasses.replace(engine, parallel=parallel)
-            if validate(dataclasses.replace(config, engine=changed), gpus) or getattr(engine.parallel, kind) >= degree:
-                continue
-            peak = memory(run.model, *batch, changed, gpus).peak
-            if needed_gib(peak) <= run.cluster.device.memory_gib:
-                yield parallel
-                break
+def _formula(config: Config, model: ModelConfig, ranks: int) -> float:
+    length, size = config.data.sequence_length, config.batch.micro_batch_size
+    return memory(model, length, size, config.engine, ranks, config.optimizer.name).peak
 
 
 def _calmer(run: DryRun, progress: Callable[[str], None]) -> Iterator[tuple[str, DryRun]]:
@@ -412,42 +386,24 @@ def _calmer(run: DryRun, progress: Callable[[str], None]) -> Iterator[tuple[str,
     engine, nodes = run.config.engine, run.cluster.gpus // run.cluster.gpus_per_node
     tried = []
     if engine.name == "fsdp2" and 1 < nodes != engine.replicas:
-        tried.append(_try(run, progress, engine={"replicas": nodes}))
+        tried.append(_try(run, progress, {"engine.replicas": nodes}))
     if engine.name == "zero3" and nodes > 1:
-        tried.append(_try(run, progress, engine={"name": "fsdp2", "replicas": nodes}))
+        tried.append(_try(run, progress, {"engine.name": "fsdp2", "engine.replicas": nodes}))
     size, most = run.config.batch.micro_batch_size, run.config.batch.global_batch_size // run.cluster.gpus
     wanted = size * run.time.communication / run.time.computing  # messages per micro-batch do not depend on its size
     for larger in [each for each in range(size + 1, most + 1) if most % each == 0 and each >= wanted][:1]:
-        tried.append(_try(run, progress, batch={"micro_batch_size": larger}))
+        tried.append(_try(run, progress, {"batch.micro_batch_size": larger}))
     for each in tried:
         if each and each[1].fits and each[1].time.communication <= each[1].time.computing:
             yield each
 
 
-def _largest_micro_batch(run: DryRun, progress: Callable[[str], None]) -> tuple[str, DryRun] | None:
-    """The largest smaller micro-batch with which the run fits: memory is linear in it, so two runs tell where to look."""
-    size = run.config.batch.micro_batch_size
-    most = run.config.batch.global_batch_size // run.cluster.gpus
-    sizes = [each for each in range(1, size) if most % each == 0]
-    if not sizes or (smallest := _try(run, progress, batch={"micro_batch_size": sizes[0]})) is None or not smallest[1].fits:
-        return None
-    slope = (run.needed_gib - smallest[1].needed_gib) / (size - sizes[0])
-    room = run.cluster.device.memory_gib - smallest[1].needed_gib
-    for each in sorted((each for each in sizes[1:] if (each - sizes[0]) * slope <= room), reverse=True):
-        if (tried := _try(run, progress, batch={"micro_batch_size": each})) and tried[1].fits:
-            return tried
-    return smallest
-
-
-def _try(run: DryRun, progress: Callable[[str], None], **sections: dict[str, Any]) -> tuple[str, DryRun] | None:
-    """Runs with other values of some keys. -> (keys and values, the run), or None if such settings are refused."""
-    config = run.config
-    for section, values in sections.items():
-        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
-    before, after = (schema.flatten(schema.to_dict(each)) for each in (run.config, config))
-    keys = ", ".join(f"{key}: {value}" for key, value in after.items() if value is not None and value != before[key])
+def _try(run: DryRun, progress: Callable[[str], None], changes: dict[str, Any]) -> tuple[str, DryRun] | None:
+    """Runs with other values of some keys. -> (the keys and values as flags, the run), or None if such settings are refused."""
+    config = changed(run.config, changes)
     if validate(config, run.cluster.gpus):
         return None
+    keys = flags_of(changes)
     progress(keys)
     return keys, dry_run(config, run.model, run.cluster)
 

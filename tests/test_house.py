@@ -49,7 +49,7 @@ ROOMS_BELOW = {
     "checkpoint": {"engines"},
     "report": {"doctor"},
     "interop": {"data", "model", "engines", "checkpoint", "report"},
-    "run": {"doctor", "data", "model", "optim", "engines", "checkpoint", "report", "interop"},
+    "run": {"doctor", "data", "model", "optim", "engines", "plan", "checkpoint", "report", "interop"},
 }
 """Room -> the rooms that it may import."""
 TAKES_ALL_SETTINGS = {"interop", "run"}

@@ -26,6 +26,7 @@ PUBLISHED = {  # exact: the sum over the published files (a tied matrix once); w
     "llama2_70b": (68_976_648_192, 0),
     "llama3_8b": (8_030_261_248, 0),
     "llama3_1_8b": (8_030_261_248, 0),
+    "llama3_1_70b": (70_553_706_496, 0),
     "llama3_2_1b": (1_235_814_400, 0),
     "minimind2_small": (25.83e6, 1e-3),
     "minimind2": (104e6, 1e-3),

@@ -122,6 +122,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 valid_n1 = (labels_n != IGNORED)[:, None]
                 hidden_gradient_ND[rows] = torch.where(valid_n1, gradient_nV @ matrix_VD, 0)
                 _add_product(weight_gradient_VD, gradient_nV.T, torch.where(valid_n1, inputs_nD, 0))
+            del gradient_nV  # or the next chunk's logits would be made beside it
         if needs_gradient:
             ctx.save_for_backward(hidden_gradient_ND, weight_gradient_VD)
             ctx.weight_dtype = weight_VD.dtype

@@ -173,7 +173,8 @@ def memory_values(plan: Plan) -> dict[str, float]:
     """Bytes of a rank, by what they are for, and GiB with the margins."""
     parts = plan.memory
     held = {key: getattr(parts, key) for key in ("weights", "gradients", "moments", "activations", "logits")}
-    return {**held, "buffers": parts.block, "peak": parts.peak, "needed_gib": plan.needed_gib, "fits": plan.fits}
+    held["buffers"] = parts.block + parts.buffers
+    return {**held, "peak": parts.peak, "needed_gib": plan.needed_gib, "fits": plan.fits}
 
 
 def engine_values(way: Planned) -> dict[str, Any]:

@@ -57,5 +57,5 @@ def _write_total(axes: Axes, number: int, total: float, right: float, limit: flo
 
 def _gib(memory: dict[str, float]) -> dict[str, float]:
     parts = {key: memory[key] / 2**30 for key in ("weights", "gradients", "moments", "activations")}
-    parts["working"] = max(memory["logits"], memory["buffers"]) / 2**30
+    parts["working"] = memory["peak"] / 2**30 - sum(parts.values())
     return {**parts, "margins": memory["needed_gib"] - memory["peak"] / 2**30}

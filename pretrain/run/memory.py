@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from pretrain import UserError
-from pretrain.config import Config, validate
+from pretrain.config import Config, validate, work_of
 from pretrain.engines.base import Engine
-from pretrain.engines.config import sample_ranks
+from pretrain.engines.config import can_cut, sample_ranks
 from pretrain.files import write_atomically
 
 _FOLDER = "out_of_memory"
@@ -76,9 +76,79 @@ def reason_of_peer(folder: Path) -> tuple[int, str] | None:
 
 def advice(config: Config, world_size: int, device: str) -> Iterator[tuple[str, str]]:
     """(flags, effect and cost) of each change that frees memory and is possible with these settings, cheapest first."""
+    for changes, effect in possible_changes(config, world_size, device):
+        yield flags_of(changes), effect
+
+
+def flags_of(changes: dict[str, Any]) -> str:
+    """The changes as flags of a command."""
+    return " ".join(f"--{key} {'null' if value is None else value}" for key, value in changes.items())
+
+
+def possible_changes(config: Config, world_size: int, device: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """(changes of settings, effect and cost) that free memory and are possible with these settings, cheapest first."""
     for changes, effect in _changes(config, world_size, device):
-        if not validate(_changed(config, changes), world_size):
-            yield " ".join(f"--{key} {'null' if value is None else value}" for key, value in changes.items()), effect
+        if _works(changed(config, changes), world_size):
+            yield changes, effect
+
+
+def _works(config: Config, world_size: int) -> bool:
+    return can_cut(config.engine, work_of(config, config.model), world_size) and not validate(config, world_size)
+
+
+class Fit(NamedTuple):
+    """Changes of settings with which a run fits."""
+
+    changes: dict[str, Any]
+    effect: str
+    needed_gib: float
+
+
+def fitting(config: Config, world_size: int, device: str, needed_gib: Callable[[Config], float], limit: float) -> list[Fit]:
+    """Changes with which a run needs at most `limit` GiB: each that suffices by itself, in the smallest degree that does;
+    if none does, the cheapest ones that do together. Empty: nothing that is known here suffices.
+
+    needed_gib: what a configuration needs.
+    """
+    found = []
+    for changes, effect in possible_changes(config, world_size, device):
+        if "data.sequence_length" in changes:
+            continue  # another run, see below
+        for stronger in _degrees(config, world_size, changes):
+            if (needed := needed_gib(changed(config, stronger))) <= limit:
+                found.append(Fit(stronger, effect if stronger == changes else "", needed))
+                break
+    return found or _together(config, world_size, device, needed_gib, limit)
+
+
+def _degrees(config: Config, world_size: int, changes: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The same change from its smallest degree to its largest, as far as these settings allow."""
+    (key, value), *others = changes.items()
+    if others or not isinstance(value, int) or key == "engine.replicas":
+        yield changes
+        return
+    smaller = key == "batch.micro_batch_size"
+    for size in range(config.batch.micro_batch_size - 1, 0, -1) if smaller else range(value, world_size + 1):
+        if _works(changed(config, {key: size}), world_size):
+            yield {key: size}
+
+
+def _together(
+    config: Config, world_size: int, device: str, needed_gib: Callable[[Config], float], limit: float
+) -> list[Fit]:  # fmt: skip
+    """The cheapest changes that suffice together, none of which could be left out; a shorter sequence is the last of them."""
+    total: dict[str, Any] = {}
+    while needed_gib(changed(config, total)) > limit:
+        following = next(possible_changes(changed(config, total), world_size, device), None)
+        if following is None:
+            return []
+        total |= following[0]
+    for key in [key for key in total if key not in ("run.name", "engine.bucket_mib")]:
+        fewer = {each: value for each, value in total.items() if each != key}
+        tried = changed(config, fewer)
+        if key != "data.sequence_length" and _works(tried, world_size) and needed_gib(tried) <= limit:
+            total = fewer
+    return [Fit(total, "", needed_gib(changed(config, total)))]
 
 
 def _changes(config: Config, world_size: int, device: str) -> Iterator[tuple[dict[str, Any], str]]:
@@ -123,13 +193,14 @@ def _cuts(config: Config, world_size: int) -> Iterator[tuple[dict[str, Any], str
         degree = getattr(config.engine.parallel, kind)
         for more in range(2 * degree, world_size + 1, degree):
             changes = {f"engine.parallel.{kind}": more}
-            if not validate(_changed(config, changes), world_size):
-                config = _changed(config, changes)
+            if _works(changed(config, changes), world_size):
+                config = changed(config, changes)
                 yield changes, effect.format(f"{degree}/{more}")
                 break
 
 
-def _changed(config: Config, changes: dict[str, Any]) -> Config:
+def changed(config: Config, changes: dict[str, Any]) -> Config:
+    """The configuration with other values of some keys."""
     for key, value in changes.items():
         config = _replaced(config, key.split("."), value)
     return config

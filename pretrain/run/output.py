@@ -15,7 +15,7 @@ from pretrain.engines.update_check import UpdateCheck
 from pretrain.model import flops
 from pretrain.report.metrics import Clock, perplexity
 from pretrain.report.records import RecordsError
-from pretrain.run import page, receipt
+from pretrain.run import page, reality, receipt
 from pretrain.run.precision import cpu_multiplies_bf16
 from pretrain.run.resume import Start
 from pretrain.run.state import Run
@@ -124,6 +124,7 @@ def log_step(run: Run, clock: Clock, stage: Stage, lr: float, update_check: Upda
         run.sinks.log(record | run.ledger.figures(progress, eta) | checked)
         for warning in warnings:
             run.sinks.info(f"step {progress.step}: {warning}")
+        reality.report(run, rate)
     _report_compiler(run, "steps", f"{seconds:.1f} s up to step {progress.step}")
     if progress.step == 1:
         run.sinks.info(

@@ -32,7 +32,7 @@ from pretrain.engines.base import Engine
 from pretrain.engines.config import fewest_ranks, sample_ranks, slow_links
 from pretrain.engines.mesh import Mesh
 from pretrain.model.config import ModelConfig, vocabulary
-from pretrain.run import mask_certificate, resume, surroundings
+from pretrain.run import fit, mask_certificate, resume, surroundings
 from pretrain.run.length import Length, plan
 from pretrain.run.mirror_store import open_store
 from pretrain.run.parts import Parts, open_parts, open_tokenizer
@@ -144,6 +144,7 @@ def at_start(config: Config, engine: Engine, parts: Parts, found: Checkpoint | N
         findings += _quick_file_findings(parts) if not config.data.synthetic else []
         findings += surroundings.sink_findings(config) + surroundings.build_locks(config) + run_findings(config, data, length)
         findings += precision_findings(config, parts.model)
+        findings += fit.memory_findings(config, parts.model, engine.world_size, fit.device_gib(engine), engine.device_name)
         if per_node := engine.place.local_world_size:
             links = slow_links(config.engine, work_of(config, parts.model), engine.world_size, per_node)
             findings += [Finding("slow-link", each.key, each.message) for each in links]

@@ -52,6 +52,8 @@ class Run:
     mirror: Mirror
     spikes: SpikeWatch
     ledger: Ledger
+    intervals: int = 0
+    """Logging lines of this start."""
     verdict: str = ""
     """Kind of the newest verdict on the loss curve: an alarm is reported once, not at every validation."""
     graphs: dict[str, int] = field(default_factory=dict)

@@ -1,0 +1,103 @@
+"""Plan and reality: once a start has settled, what it takes is compared with what it was planned to take.
+
+<run>/plan.json    the newest comparison: planned and measured values, measured over planned, and the settings they depend on
+
+The plan is that of the formulas in `pretrain/plan/`, which take a millisecond. On CPUs only bytes of the state are compared:
+the peak there is that of the process, with its libraries, and no data sheet says how fast it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import NamedTuple
+
+from pretrain import devices
+from pretrain.config import accumulation
+from pretrain.engines.base import Engine
+from pretrain.engines.config import sample_ranks
+from pretrain.plan.memory import memory
+from pretrain.plan.scaling import Cluster, step_time
+from pretrain.run.state import Run
+
+FILE = "plan.json"
+SETTLED = 2
+"""Number of the logging line that compares: the interval before the first one has the warm-up, and what is compiled."""
+
+
+class Compared(NamedTuple):
+    """A value that was planned, and measured."""
+
+    name: str
+    planned: float
+    measured: float
+
+    @property
+    def ratio(self) -> float:
+        """Measured over planned."""
+        return self.measured / self.planned
+
+    def __str__(self) -> str:
+        what, _, unit = self.name.rpartition("_")
+        what = what.replace("_", " ") if unit == "gib" else self.name.replace("_", " ")
+        planned, measured = (f"{each:,.3f} GiB" if unit == "gib" else f"{each:,.0f}" for each in (self.planned, self.measured))
+        return f"{what} {measured}, planned {planned} (x {self.ratio:.2f})"
+
+
+def report(run: Run, tokens_per_second: float) -> None:
+    """Logs and stores the comparison, on rank 0 at the second logging line of a start; to be called at each."""
+    run.intervals += 1
+    if run.intervals != SETTLED or run.engine.rank != 0:
+        return
+    found, engine, config = compare(run, tokens_per_second), run.engine, run.stage.config
+    run.sinks.info(f"plan       {'; '.join(map(str, found))}{_why(run, found)}")
+    record = {}
+    for each in found:
+        record |= {f"planned_{each.name}": each.planned, f"measured_{each.name}": each.measured}
+        record[f"plan_ratio_{each.name.removesuffix('_gib')}"] = each.ratio
+    run.sinks.log({"step": run.progress.step, **record})
+    of = {"device": engine.device_name, "ranks": engine.world_size, "compiled": engine.compiled, "precision": engine.precision}
+    of |= {"engine": dataclasses.asdict(config.engine), "batch": dataclasses.asdict(config.batch)}
+    of |= {"sequence_length": config.data.sequence_length, "model": dataclasses.asdict(run.model)}
+    run.directory.write_text(FILE, json.dumps({"step": run.progress.step, **record, "settings": of}, indent=1) + "\n")
+
+
+def compare(run: Run, tokens_per_second: float) -> list[Compared]:
+    """What can be compared on this device."""
+    engine, config = run.engine, run.stage.config
+    length, size, ranks = config.data.sequence_length, config.batch.micro_batch_size, engine.world_size
+    settings = dataclasses.replace(config.engine, precision=engine.precision)
+    plan = memory(run.model, length, size, settings, ranks, config.optimizer.name)
+    found = [Compared("state_gib", (plan.weights + plan.moments) / 2**30, state_bytes(engine) / 2**30)]
+    if engine.device.type == "cuda":
+        found.append(Compared("peak_memory_gib", plan.peak / 2**30, run.meter.figures["memory"]["peak_memory_gib"]))
+    if device := devices.find(engine.device_name):
+        cluster = Cluster(device, ranks, engine.place.local_world_size or ranks)
+        steps, compiled = accumulation(config.batch, sample_ranks(settings, ranks)), engine.compiled != "none"
+        time = step_time(run.model, length, size, steps, settings, cluster, compiled=compiled)
+        found.append(Compared("tokens_per_second", ranks * time.tokens_per_second, tokens_per_second))
+    return found
+
+
+def state_bytes(engine: Engine) -> int:
+    """Bytes of this rank's weights and moments, with master weights, on its device; each storage once."""
+    tensors = [tensor for each in engine.local_states(saving=False) for tensor in each.tensors.values()]
+    for parameter in engine.model.parameters():
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        tensors += [local.data, getattr(parameter, "ds_tensor", local.data)]  # of zero3: while gathered, its share
+    storages = [each.untyped_storage() for each in tensors if each.device == engine.device]
+    return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+
+
+def _why(run: Run, found: list[Compared]) -> str:
+    """What the plan assumes and this run does not do, if memory or speed differ by a tenth."""
+    if all(abs(each.ratio - 1) <= 0.1 for each in found):
+        return ""
+    reasons = {
+        "blocks are not compiled and keep more": run.engine.compiled == "none",
+        "routers are not even": run.model.moe is not None,
+        "products in fp8 are faster": run.engine.precision == "fp8",
+        "tokens see only their document, which saves products of attention": run.config.data.document_mask,
+    }
+    said = [reason for reason, holds in reasons.items() if holds]
+    return f"; unlike in the plan, {', '.join(said)}" if said else "; the plan's rates are those of published runs"
