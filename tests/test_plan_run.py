@@ -114,7 +114,7 @@ def test_checkpoints_have_twelve_bytes_per_parameter_and_eight_of_matrices_under
     matrices = 2 * (4 * 64 * 64 + 3 * 64 * 160)
     others = 2 * 512 * 64 + 5 * 64
     assert cost.checkpoint_bytes(model) == 12 * (matrices + others)
-    assert cost.checkpoint_bytes(model, muon=True) == 8 * matrices + 12 * others
+    assert cost.checkpoint_bytes(model, "muon") == 8 * matrices + 12 * others
 
 
 def test_a_stated_mfu_scales_time_and_money_and_a_spot_market_its_price(tmp_path, capsys):
@@ -217,6 +217,25 @@ def test_the_largest_micro_batch_fits_and_twice_as_many_sequences_do_not(name):
         assert dry_run.dry_run(dataclasses.replace(config, batch=batch), job.model, cluster).fits is fits
 
 
+@pytest.mark.slow
+def test_states_of_the_formulas_are_those_of_the_dry_runs_to_the_byte(tmp_path, capsys):
+    """Of the configuration and of the best way on these GPUs, with sizes that ranks do not divide, before any data exists."""
+    flags = [*SMALL, "--gpus", "6", "--batch.global_batch_size", "48", "--engine.compile", "none"]
+    for engine in ("ddp", "zero1", "zero2", "zero3", "fsdp2"):
+        output = tmp_path / f"{engine}.json"
+        wanted = [*flags, "--engine.name", engine, "--engine.activation_checkpointing", "full", "--json", str(output)]
+        assert plan_run.main(wanted) == 0
+        plan = json.loads(output.read_text())
+        assert [row["name"] for row in plan["exact"]] == ["as configured", "best on these GPUs"]
+        keys = ("plan", "micro_batch", "activation_checkpointing")
+        formulas = {tuple(row[key] for key in keys): row for row in [*plan["engines"], plan["configuration"]]}
+        for row in plan["exact"]:
+            formula = formulas[tuple(row[key] for key in keys)]["memory"]
+            for kind, size in row["state_bytes"].items():
+                assert formula[kind] == size, (engine, row["name"], kind)
+    assert "best on these GPUs" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- table, JSON, picture
 
 
@@ -240,9 +259,11 @@ def test_the_table_has_the_figures_of_the_json_and_fits_a_terminal(tmp_path, cap
     assert plan["run"]["tokens"] == 41_962 * 524_288
     (row,) = [line for line in text.splitlines() if line.startswith("fsdp2 +full")]
     (same,) = [each for each in plan["engines"] if (each["plan"], each["activation_checkpointing"]) == ("fsdp2", "full")]
-    held = [same["memory"][key] / gib for key in ("weights", "gradients", "moments", "activations", "logits", "buffers")]
+    held = [
+        same["memory"][key] / gib for key in ("weights", "gradients", "moments", "activations", "logits", "block", "buffers")
+    ]
     shown = [f"{same['micro_batch']}", "x", f"{same['accumulation']}", *(f"{each:.1f}" for each in held)]
-    assert row.split()[2:11] == shown
+    assert row.split()[2:12] == shown
     assert row.split()[-1] == f"{same['dollars']:,.0f}"
     assert f"${here['dollars']:,.2f} = {here['gpu_hours']:,.1f} GPU-hours x $2.5" in text
     assert f"MFU {here['mfu']:.1%} (estimated)" in text
