@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     largest = dataclasses.replace(
         largest, engine=dataclasses.replace(largest.engine, precision=config.engine.precision or "bf16")
     )
-    job = Job(model, largest.data.sequence_length, largest.batch.global_batch_size)
+    job = Job(model, largest.data.sequence_length, largest.batch.global_batch_size, config.optimizer.name)
     configured = choices.plan(job, largest.engine, largest.batch.micro_batch_size, cluster, largest.engine.compile != "none")
     asked = terms(options, config)
     found = summary(job, length, configured, alternatives(cluster, options), asked)
@@ -165,7 +165,6 @@ def terms(options: argparse.Namespace, config: Config) -> Terms:
     mfu, source = options.mfu, "stated" if options.mfu else "estimated"
     if options.run:
         mfu, source = measured_mfu(options.run), f"measured in {options.run}"
-    muon = config.optimizer.name == "muon"
     return Terms(
         markets,
         mfu,
@@ -173,7 +172,6 @@ def terms(options: argparse.Namespace, config: Config) -> Terms:
         options.store_gb_per_second,
         60 * options.restart_minutes,
         config.run.budget_dollars,
-        muon,
         config.checkpoint,
     )
 

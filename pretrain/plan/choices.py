@@ -36,6 +36,7 @@ class Job(NamedTuple):
     """Tokens per sequence."""
     sequences: int
     """Sequences per step."""
+    optimizer: str = "adamw"
 
 
 class Plan(NamedTuple):
@@ -82,7 +83,7 @@ def plan(job: Job, engine: EngineConfig, micro_batch: int, cluster: Cluster, com
     batch = job.length, micro_batch, accumulation, engine
     messages = collectives(job.model, *batch, cluster.gpus)
     sent = tuple(float(sum(each.sent_bytes for each in messages if each.awaited == waits)) for waits in (False, True))
-    needed = memory(job.model, job.length, micro_batch, engine, cluster.gpus)
+    needed = memory(job.model, job.length, micro_batch, engine, cluster.gpus, job.optimizer)
     time = step_time(job.model, *batch, cluster, compiled=compiled)
     return Plan(engine, micro_batch, accumulation, cluster, needed, time, sent)
 

@@ -39,9 +39,9 @@ def training_seconds(length: Length, cluster: Cluster, mfu: float) -> float:
     return length.flops / (cluster.gpus * cluster.device.bf16_tflops * 1e12 * mfu)
 
 
-def checkpoint_bytes(model: ModelConfig, muon: bool = False) -> int:
+def checkpoint_bytes(model: ModelConfig, optimizer: str = "adamw") -> int:
     """Bytes of the weights and moments in a checkpoint: 12 per parameter; of the matrices in the blocks under Muon, 8."""
-    if not muon:
+    if optimizer == "adamw":
         return flops.state_bytes(model)
     counts, width = flops.num_parameters(model), model.hidden_size
     norms = counts.undivided - (model.num_hidden_layers * width * model.moe.num_experts if model.moe else 0)

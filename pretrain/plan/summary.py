@@ -60,7 +60,6 @@ class Terms(NamedTuple):
     restart_seconds: float
     budget_dollars: float | None
     """None: no limit."""
-    muon: bool
     checkpoint: CheckpointConfig
 
 
@@ -80,7 +79,7 @@ def price(
 ) -> Planned:
     """Adds hours and dollars. factor: MFU over its estimate. seconds: of training between saves; None: the best interval."""
     cluster = plan.cluster
-    size = checkpoint_bytes(job.model, terms.muon)
+    size = checkpoint_bytes(job.model, job.optimizer)
     saved = saves(size, cluster.gpus, terms.store_gb_per_second, terms.checkpoint.asynchronous)
     risk, mfu = market.risk(cluster, terms.restart_seconds), plan.time.mfu * factor
     return Planned(plan, mfu, market, saved, risk, cost(length, cluster, mfu, saved, risk, market.dollars_per_hour, seconds))
@@ -121,7 +120,7 @@ def summary(
         "configuration": plan_values(chosen, terms, factor),
         "engines": [engine_values(price(each, job, length, terms, market, factor)) for each in every],
         "checkpoint": {
-            "bytes": checkpoint_bytes(job.model, terms.muon),
+            "bytes": checkpoint_bytes(job.model, job.optimizer),
             "blocked_seconds": chosen.saves.blocked_seconds,
             "durable_seconds": sum(chosen.saves),
             "asynchronous": terms.checkpoint.asynchronous,
@@ -172,9 +171,7 @@ def run_values(job: Job, length: Length) -> dict[str, Any]:
 def memory_values(plan: Plan) -> dict[str, float]:
     """Bytes of a rank, by what they are for, and GiB with the margins."""
     parts = plan.memory
-    held = {key: getattr(parts, key) for key in ("weights", "gradients", "moments", "activations", "logits")}
-    held["buffers"] = parts.block + parts.buffers
-    return {**held, "peak": parts.peak, "needed_gib": plan.needed_gib, "fits": plan.fits}
+    return {**parts._asdict(), "peak": parts.peak, "needed_gib": plan.needed_gib, "fits": plan.fits}
 
 
 def engine_values(way: Planned) -> dict[str, Any]:

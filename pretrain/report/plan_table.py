@@ -11,7 +11,7 @@ from pretrain.report.units import human_count, human_dollars, human_seconds
 
 GIB, WIDTH = 2**30, 120
 MOST_KINDS, _MOST_CHOICES = 8, 12
-_HELD = ("weights", "gradients", "moments", "activations", "logits", "buffers")
+_HELD = ("weights", "gradients", "moments", "activations", "logits", "block", "buffers")
 
 
 def lines(plan: dict[str, Any]) -> Iterator[str]:
@@ -76,10 +76,10 @@ def _data(times: float) -> str:
 def _engines(plan: dict[str, Any]) -> Iterator[str]:
     """The configuration; every engine without kinds of parallelism; and the fastest with kinds."""
     limit = plan["cluster"]["memory_gib"]
-    names = " ".join(f"{name:>6}" for name in ("weight", "grads", "moment", "kept", "logits", "buffer"))
+    names = " ".join(f"{name:>6}" for name in ("weight", "grads", "moment", "kept", "logits", "block", "buffer"))
     dollars = "" if plan["cluster"]["dollars_per_hour"] is None else "       $"
-    start = f"{'memory of a rank, GiB ~':24} {'batch':>8} {names}  {f'of {limit:g}':>6}"
-    yield f"{start}  {'GB sent':>8} {'tok/s':>8}  {'days':>5}{dollars}"
+    start = f"{'GiB of a rank ~':21} {'batch':>8} {names}  {f'of {limit:g}':>6}"
+    yield f"{start}  {'GB sent':>7} {'tok/s':>8}  {'days':>5}{dollars}"
     for name, row in shown_rows(plan):
         yield _engine(name, row)
     if (more := len(_fastest_kinds(plan)) - MOST_KINDS) > 0:
@@ -87,8 +87,9 @@ def _engines(plan: dict[str, Any]) -> Iterator[str]:
     assumed = plan["assumptions"]
     text = (
         "+sel, +full: activation checkpointing; r, t, s, e: replicas, tensor, sequence, expert. batch: largest micro-batch "
-        "that fits x accumulation. kept: activations. buffer: gathered weights, gradients in flight, what a recomputation "
-        "keeps; a peak has logits or buffer, whichever is larger. "
+        "that fits x accumulation. kept: activations. block: weights and gradients of a block while it runs, and what its "
+        "recomputation keeps; a peak has logits or block, whichever is larger. buffer: what the engine holds throughout. "
+        "weight, grads and moment are exact. "
         f"of {limit:g}: with {assumed['fragmentation']:.0%} for fragmentation and {assumed['outside_gib']:g} GiB for driver, "
         "CUDA context and NCCL. GB sent: per rank and step; tok/s: of a GPU."
     )
@@ -121,12 +122,12 @@ def _engine(name: str, row: dict[str, Any]) -> str:
     memory = row["memory"]
     held = " ".join(f"{memory[key] / GIB:6.1f}" for key in _HELD)
     batch = f"{row['micro_batch']} x {row['accumulation']}"
-    start = f"{name:24} {batch:>8} {held}  {memory['needed_gib']:6.1f}"
+    start = f"{name:21} {batch:>8} {held}  {memory['needed_gib']:6.1f}"
     if not memory["fits"]:
         return f"{start}  does not fit"
     sent = (row["sent_bytes"]["hidden"] + row["sent_bytes"]["awaited"]) / 1e9
     money = "" if row["dollars"] is None else f" {row['dollars']:7,.0f}"
-    return f"{start}  {sent:8,.1f} {row['tokens_per_second_per_gpu']:8,.0f}  {_number(row['days'], 5)}{money}"
+    return f"{start}  {sent:7,.1f} {row['tokens_per_second_per_gpu']:8,.0f}  {_number(row['days'], 5)}{money}"
 
 
 def exact_lines(rows: list[dict[str, Any]], limit_gib: float) -> Iterator[str]:

@@ -15,7 +15,7 @@ _PARTS = {
     "gradients": "gradients",
     "moments": "moments and master weights",
     "activations": "activations",
-    "working": "logits, or gathered weights and gradients in flight",
+    "working": "logits or a block at work, buffers of the engine",
     "margins": "fragmentation; driver, CUDA context, NCCL",
 }
 
@@ -36,13 +36,19 @@ def plot_plan(plan: dict[str, Any], rows: list[tuple[str, dict[str, Any]]], outp
             left += parts[part]
         _write_total(axes, number, left, right, limit)
     axes.axvline(limit, color=ALARM, linewidth=1.5, label=f"{plan['cluster']['gpu']}: {limit:g} GiB")
-    names = [f"{name}, {row['micro_batch']} x {row['accumulation']}" for name, row in rows]
+    names = [_title(name, row) for name, row in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=9)
     axes.set(xlim=(0, right), ylim=(len(rows) - 0.4, -0.6))
     axes.set_xlabel(f"GiB of one of {gpus} ranks at the peak, with the largest micro-batch that fits (estimates)")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     axes.grid(axis="x", alpha=0.3)
     save(figure, output)
+
+
+def _title(name: str, row: dict[str, Any]) -> str:
+    kept = row["activation_checkpointing"]
+    way = row["plan"] + ("" if kept == "none" else f", {kept}")
+    return f"{name if name == 'as configured' else way}: {row['micro_batch']} x {row['accumulation']}"
 
 
 def _write_total(axes: Axes, number: int, total: float, right: float, limit: float) -> None:
