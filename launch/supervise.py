@@ -39,6 +39,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # else `import pretrain` would find launch/pretrain.py
@@ -53,7 +54,7 @@ from pretrain.report import alarms
 from pretrain.run import command_line, team
 from pretrain.run.directory import Locked, RunDirectory, read_state
 from pretrain.run.stop import NOTICES
-from pretrain.run.team import DONE, FINAL, LOCKED, REFUSED, SAVED, Client, Lead, Service
+from pretrain.run.team import DONE, FAILED, FINAL, LOCKED, REFUSED, SAVED, Client, Lead, Service
 
 _SIGNALS = {signal.SIGTERM: SAVED, signal.SIGINT: 130} | {each: SAVED for each in NOTICES if each != signal.SIGHUP}
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
@@ -128,7 +129,7 @@ class Supervisor:
     ):
         self.machines, self.settings, self.refusal = machines, settings, refusal
         self.options = options or _parser().parse_args([])
-        self.run_name, self.alarms = config and config.run.name, config and config.log.alarms
+        self.config, self.run_name = config, config and config.run.name
         self.folder = config and Path(config.run.directory) / config.run.name
         self.grace_seconds = math.ceil(config.checkpoint.deadline_seconds if config else 0) + 5
         script = str(Path(__file__).with_name("pretrain.py"))
@@ -169,8 +170,6 @@ class Supervisor:
             status, reason = self._attempts()
             if lead and reason.startswith("crash_loop") and self.folder and not self.refusal:
                 RunDirectory(self.folder).write_state("failed", exit_status=status, reason=reason)
-                if problem := alarms.notify(self.alarms, self.run_name, "crash_loop", reason):
-                    _info(f"the alarm was not delivered: {problem}")
             if service:
                 self._take_leave(lead)
         finally:
@@ -179,10 +178,20 @@ class Supervisor:
             link.join(_ANSWER_SECONDS)
             if service:
                 service.close()
+        if lead:
+            self._alarm(status, reason)
         if reason.startswith("crash_loop") or (self.machines.count > 1 and status in (REFUSED, SAVED) and reason):
             _info(reason)
         _info(f"the run ended with status {status}")
         return status
+
+    def _alarm(self, status: int, reason: str) -> None:
+        """Tells people of an end that no run could report: a crash loop, or machines that did not come."""
+        is_crash_loop = reason.startswith("crash_loop")
+        if self.config and not self.refusal and (is_crash_loop or (status == SAVED and reason)):
+            kind = "crash_loop" if is_crash_loop else "preempted"
+            if failure := alarms.notify(self.config.log.alarms, self.run_name, kind, reason):
+                _info(f"the alarm was not delivered: {failure}")
 
     def _lead(self) -> Lead:
         least = self.options.min_machines or self.machines.least
@@ -217,7 +226,7 @@ class Supervisor:
                 return end
             if order["do"] == "taken" and time.monotonic() - began > self.options.lost_seconds + 10:
                 reason = (
-                    f"another supervisor, on {order['by']}, is machine {self.machines.number}; give each machine its own number"
+                    f"another supervisor, on {order['by']}, is machine {self.machines.number}, too; give each its own number"
                 )
                 return {"do": "end", "status": REFUSED, "reason": reason}
             if silent >= next_word:
@@ -265,6 +274,16 @@ class Supervisor:
 
     def _keep_in_touch(self, lead: Lead | None) -> None:
         """Reports to machine 0 and does as it says, in a thread: the main thread waits for the job."""
+        try:
+            self._report_and_obey(lead)
+        except Exception:  # a bug, which must not leave a job that nobody stops
+            traceback.print_exc()
+            self._order = {"do": "end", "status": FAILED, "reason": "", "record": self._record}
+            while not self._closed:
+                self._stop_job()
+                time.sleep(team.POLL_SECONDS)
+
+    def _report_and_obey(self, lead: Lead | None) -> None:
         while not self._closed:
             now = time.monotonic()
             try:
@@ -274,14 +293,15 @@ class Supervisor:
                 else:
                     self._order = self._exchange(self._report())
                 self._silence, self._heard = "", now
-                self._record = max(self._record, self._order.get("record", self._record), key=lambda record: record["attempt"])
+                record = self._order.get("record", self._record)  # a new machine 0 may know less than the one before
+                self._record = record if record["attempt"] >= self._record["attempt"] else self._record
             except OSError as error:
                 self._silence = str(error)
             is_lost = bool(self._silence) and now - self._heard > self.options.lost_seconds
             runs_on = self._order["do"] == "run" and self._order["attempt"] == self._running
             if self._running is not None and (is_lost or not runs_on):
                 self._stop_job()
-            self._wake.wait(team.POLL_SECONDS)
+            self._wake.wait(team.POLL_SECONDS * max(1, self.machines.count / team.MANY))
             self._wake.clear()
 
     def _report(self) -> dict:
