@@ -39,6 +39,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # else `import pretrain` would find launch/pretrain.py
@@ -52,7 +53,7 @@ from pretrain.engines.place import ATTEMPT, LAUNCHER
 from pretrain.run import command_line, team
 from pretrain.run.directory import Locked, RunDirectory, read_state
 from pretrain.run.stop import NOTICES
-from pretrain.run.team import DONE, FINAL, LOCKED, REFUSED, SAVED, Client, Lead, Service
+from pretrain.run.team import DONE, FAILED, FINAL, LOCKED, REFUSED, SAVED, Client, Lead, Service
 
 _SIGNALS = {signal.SIGTERM: SAVED, signal.SIGINT: 130} | {each: SAVED for each in NOTICES if each != signal.SIGHUP}
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
@@ -262,6 +263,16 @@ class Supervisor:
 
     def _keep_in_touch(self, lead: Lead | None) -> None:
         """Reports to machine 0 and does as it says, in a thread: the main thread waits for the job."""
+        try:
+            self._report_and_obey(lead)
+        except Exception:  # a bug, which must not leave a job that nobody stops
+            traceback.print_exc()
+            self._order = {"do": "end", "status": FAILED, "reason": "", "record": self._record}
+            while not self._closed:
+                self._stop_job()
+                time.sleep(team.POLL_SECONDS)
+
+    def _report_and_obey(self, lead: Lead | None) -> None:
         while not self._closed:
             now = time.monotonic()
             try:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.ranks import run_ranks
@@ -146,3 +147,30 @@ def test_a_notice_on_one_machine_saves_and_the_other_waits_for_its_replacement(t
     network.start(1, settings)
     assert network.end() == [0, 0], [network.said(n)[-5000:] for n in (0, 1)]
     assert records(run_of(tiny))[-1]["step"] == 400
+
+
+@pytest.mark.release
+@pytest.mark.timeout(900)
+def test_a_job_that_may_continues_on_fewer_machines_until_the_others_return(tiny, network):
+    settings = ["--train.max_steps", "2000", "--checkpoint.every_steps", "8", "--evaluate.every_steps", "0", *tiny]
+    run, flags = run_of(tiny), ["--lost-seconds", "8", "--wait-seconds", "12", "--min-machines", "1"]
+    for n in (0, 1):
+        network.start(n, settings, *flags)
+    network.wait_until(lambda: has_step(run, 60))
+    supervisor = psutil.Process(network.jobs[1].pid)
+    network.wait_until(lambda: supervisor.cmdline()[1:2] == ["launch/supervise.py"])
+    supervisor.kill()  # its ranks must not outlive it
+    network.wait_until(lambda: network.pids(1) == [] and "starts with 1 of 2 machines" in network.said(0))
+    network.wait_until(lambda: "ranks 2 x" in network.said(0))
+    step = records(run)[-1]["step"]
+    network.wait_until(lambda: has_step(run, step + 20))
+    network.start(1, settings, *flags)
+    network.wait_until(lambda: "all 2 machines are here again" in network.said(0))
+    assert network.end() == [0, 0], [network.said(n)[-5000:] for n in (0, 1)]
+    said = network.said(0)
+    assert [line.split()[1:3] for line in said.splitlines() if line.startswith("ranks")] == [["4", "x"], ["2", "x"], ["4", "x"]]
+    assert run_ranks(4, train_here, [*settings, "--run.name", "straight"]) == [0] * 4
+    losses, straight = (
+        [record["loss"] for record in records(each) if "grad_norm" in record] for each in (run, run_of(tiny, "straight"))
+    )
+    assert len(losses) == 2000 and losses == pytest.approx(straight, rel=1e-3)

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pretrain.engines.machines import PORTS, Machines
 from pretrain.schema import ConfigError, Problem
 
-DONE, REFUSED, CRASH_LOOP, LOCKED, SAVED, STOPPED = 0, 2, 70, 73, 75, 130
+DONE, FAILED, REFUSED, CRASH_LOOP, LOCKED, SAVED, STOPPED = 0, 1, 2, 70, 73, 75, 130
 FINAL = (DONE, REFUSED, CRASH_LOOP, LOCKED, 74, 76, 77, STOPPED)
 """Exit statuses of a run after which a restart would not help, or is not wanted."""
 MOST_FAILURES = 3
