@@ -165,6 +165,17 @@ def test_fewer_machines_start_if_they_may_and_all_of_them_once_the_others_return
     assert {order["machines"] for order in team.orders.values()} == {3} and team.lead.record["failures"] == 0
 
 
+def test_attempts_are_numbered_past_those_that_a_late_machine_knows():
+    """Else it would take a new attempt for one that it has run."""
+    team = Team(least=2)
+    team.reports[1] |= {"record": {**NONE, "attempt": 7}, "ended": {"attempt": 7, "status": None, "how": "", "saved": 0}}
+    team.wait(902, silent={1})
+    assert team.orders[0]["attempt"] == 1
+    team.wait(1)
+    team.end(0, 2, saved=4)
+    assert {order["attempt"] for order in team.wait(3).values()} == {8}
+
+
 def test_a_notice_on_one_machine_makes_the_others_wait_for_its_replacement():
     team = Team()
     team.wait(1)
