@@ -50,6 +50,7 @@ import yaml
 from pretrain.config import Config, ConfigError, load
 from pretrain.engines.machines import Machines, find_machines
 from pretrain.engines.place import ATTEMPT, LAUNCHER
+from pretrain.report import alarms
 from pretrain.run import command_line, team
 from pretrain.run.directory import Locked, RunDirectory, read_state
 from pretrain.run.stop import NOTICES
@@ -128,7 +129,7 @@ class Supervisor:
     ):
         self.machines, self.settings, self.refusal = machines, settings, refusal
         self.options = options or _parser().parse_args([])
-        self.run_name = config and config.run.name
+        self.config, self.run_name = config, config and config.run.name
         self.folder = config and Path(config.run.directory) / config.run.name
         self.grace_seconds = math.ceil(config.checkpoint.deadline_seconds if config else 0) + 5
         script = str(Path(__file__).with_name("pretrain.py"))
@@ -177,10 +178,20 @@ class Supervisor:
             link.join(_ANSWER_SECONDS)
             if service:
                 service.close()
+        if lead:
+            self._alarm(status, reason)
         if reason.startswith("crash_loop") or (self.machines.count > 1 and status in (REFUSED, SAVED) and reason):
             _info(reason)
         _info(f"the run ended with status {status}")
         return status
+
+    def _alarm(self, status: int, reason: str) -> None:
+        """Tells people of an end that no run could report: a crash loop, or machines that did not come."""
+        is_crash_loop = reason.startswith("crash_loop")
+        if self.config and not self.refusal and (is_crash_loop or (status == SAVED and reason)):
+            kind = "crash_loop" if is_crash_loop else "preempted"
+            if failure := alarms.notify(self.config.log.alarms, self.run_name, kind, reason):
+                _info(failure)
 
     def _lead(self) -> Lead:
         least = self.options.min_machines or self.machines.least

@@ -262,9 +262,8 @@ class _Lead:
         problems = []
         for path, ranks in _grouped((reply["unshared"], rank) for rank, reply in replies.items() if reply["unshared"]).items():
             text = f"{path} on {_ranks(ranks, hosts)} is not the folder that rank 0 uses, {folder} on {self.host}: "
-            problems.append(
-                ("run.directory", text + "rank 0 wrote a file that is not there. All machines must share run.directory")
-            )
+            text += "rank 0 wrote a file that is not there. All machines must share run.directory, on a network file system"
+            problems.append(("run.directory", text))
         for key in sorted({key for reply in replies.values() for key in reply["differences"]}):
             mine = facts.get(key, "none")
             values = _grouped([(mine, 0), *((reply["differences"].get(key, mine), rank) for rank, reply in replies.items())])
