@@ -226,7 +226,7 @@ class Supervisor:
                 return end
             if order["do"] == "taken" and time.monotonic() - began > self.options.lost_seconds + 10:
                 reason = (
-                    f"another supervisor, on {order['by']}, is machine {self.machines.number}; give each machine its own number"
+                    f"another supervisor, on {order['by']}, is machine {self.machines.number}, too; give each its own number"
                 )
                 return {"do": "end", "status": REFUSED, "reason": reason}
             if silent >= next_word:
@@ -293,7 +293,8 @@ class Supervisor:
                 else:
                     self._order = self._exchange(self._report())
                 self._silence, self._heard = "", now
-                self._record = max(self._record, self._order.get("record", self._record), key=lambda record: record["attempt"])
+                record = self._order.get("record", self._record)  # a new machine 0 may know less than the one before
+                self._record = record if record["attempt"] >= self._record["attempt"] else self._record
             except OSError as error:
                 self._silence = str(error)
             is_lost = bool(self._silence) and now - self._heard > self.options.lost_seconds
