@@ -301,7 +301,7 @@ class Supervisor:
             runs_on = self._order["do"] == "run" and self._order["attempt"] == self._running
             if self._running is not None and (is_lost or not runs_on):
                 self._stop_job()
-            self._wake.wait(team.POLL_SECONDS)
+            self._wake.wait(team.POLL_SECONDS * max(1, self.machines.count / team.MANY))
             self._wake.clear()
 
     def _report(self) -> dict:

@@ -1,7 +1,7 @@
 """The supervisors of a job's machines, which start attempts together and end with the same status.
 
 Machine 0 decides (`Lead`), since rank 0 and run_state.json are there. Every supervisor sends it a report once in half a second
-and gets an order in reply (`Link`):
+and gets an order in reply (`Client`, `Service`):
 
     report   run, machine, token, host, processes; running: attempt or null; ended: how the last attempt ended here, or null;
              leaving: status with which this supervisor will exit, 0 if it stays; refusal: (status, reason) if it will never
@@ -37,6 +37,8 @@ FINAL = (DONE, REFUSED, CRASH_LOOP, LOCKED, 74, 76, 77, STOPPED)
 """Exit statuses of a run after which a restart would not help, or is not wanted."""
 MOST_FAILURES = 3
 POLL_SECONDS = 0.5
+"""Between two reports of a machine; more where there are more than MANY."""
+MANY = 256
 _MERCY_SECONDS, _RECONNECT_SECONDS, _MOST_BYTES = 2.0, 5.0, 2**16
 _SOON_SECONDS, _OFTEN_SECONDS = 10.0, 60.0
 
@@ -68,6 +70,9 @@ class _Attempt:
     port: int
     crew: dict[int, str]
     """Machine -> token of its supervisor."""
+    ranks: dict[int, int]
+    """Machine -> its place among those of the attempt."""
+    world_size: int
     over_since: float | None = None
     """When the first machine was found to have ended or to be lost."""
     planned: bool = False
@@ -115,7 +120,8 @@ class Lead:
         self.members[number] = _Member(report, now)
         if report["record"]["attempt"] > self.record["attempt"] and self.attempt is None:
             self.record = report["record"]
-        self.advance(now)
+        if number == 0:  # looks at all machines; once per report of each would be too much for a thousand
+            self.advance(now)
         return self._order(number, report["token"], now)
 
     def _stranger(self, report: dict) -> str:
@@ -145,8 +151,7 @@ class Lead:
             order = {"do": "end", "status": self.end[0], "reason": self.end[1]}
         elif attempt and attempt.crew.get(number) == token:
             order = {"do": "run", "attempt": attempt.number, "port": attempt.port, "name": f"{attempt.number}-{self.name}"}
-            order |= {"rank": sorted(attempt.crew).index(number), "machines": len(attempt.crew)}
-            order["world_size"] = sum(self.members[each].report["processes"] for each in attempt.crew)
+            order |= {"rank": attempt.ranks[number], "machines": len(attempt.crew), "world_size": attempt.world_size}
             if attempt.over_since is not None and now - attempt.over_since >= _MERCY_SECONDS:
                 order["do"] = "stop"
         return order | {"record": self.record}
@@ -201,7 +206,9 @@ class Lead:
         ports = [self.machines.port + 1 + (number + each) % (PORTS - 1) for each in range(PORTS - 1)]
         self.record = {**self.record, "attempt": number}
         crew = {each: self.members[each].report["token"] for each in here}
-        self.attempt = _Attempt(number, next(filter(self.free, ports), ports[0]), crew)
+        ranks = {machine: rank for rank, machine in enumerate(here)}
+        world_size = sum(self.members[each].report["processes"] for each in here)
+        self.attempt = _Attempt(number, next(filter(self.free, ports), ports[0]), crew, ranks, world_size)
         self._waiting_since, self._next_word = None, 0.0
 
     def _watch(self, attempt: _Attempt, now: float) -> None:
