@@ -38,7 +38,7 @@ FINAL = (DONE, REFUSED, CRASH_LOOP, LOCKED, 74, 76, 77, STOPPED)
 MOST_FAILURES = 3
 POLL_SECONDS = 0.5
 """Between two reports of a machine; more where there are more than MANY."""
-MANY = 256
+MANY = 128
 _MERCY_SECONDS, _RECONNECT_SECONDS, _MOST_BYTES = 2.0, 5.0, 2**16
 _SOON_SECONDS, _OFTEN_SECONDS = 10.0, 60.0
 
