@@ -243,7 +243,7 @@ class Supervisor:
     def _end_without_lead(self, silent: float) -> dict | None:
         """The end that machine 0 has recorded where all machines see the run's folder, or that of waiting too long."""
         state = read_state(self.folder) if self.folder and self._ended else {}
-        if silent > self.options.lost_seconds and state.get("exit_status") in FINAL and state["time"] > self._started:
+        if silent > self.options.lost_seconds and state.get("exit_status") in FINAL and state.get("time", 0) > self._started:
             return {"do": "end", "status": state["exit_status"], "reason": state.get("reason") or ""}
         if silent > self.options.wait_seconds:
             return {"do": "end", "status": SAVED, "reason": f"machine 0 did not answer for {silent:.0f} s: {self._silence}"}

@@ -214,6 +214,28 @@ def test_a_supervisor_remembers_for_a_new_machine_0_what_the_last_one_knew(tiny)
     assert done.stdout.split() == ["0", "1", "2", "2", "0"], done.stderr
 
 
+REPORTING = """
+import sys; sys.path.insert(0, "launch")
+import supervise
+reports = []
+def machine_0(report):
+    reports.append(report["record"]["failures"])
+    run._closed = len(reports) == len(records)
+    attempt, failures = records[len(reports) - 1]
+    return {"do": "wait", "record": {"attempt": attempt, "failures": failures, "best": 0}}
+run = supervise.Supervisor(supervise.load(sys.argv[1:]), [], [], supervise.Machines(count=2, number=1))
+run._exchange, records = machine_0, [(2, 1), (2, 2), (0, 0), (3, 0), (3, 0)]
+supervise.team.POLL_SECONDS = 0
+run._report_and_obey(None)
+print(*reports)
+"""
+
+
+def test_a_supervisor_remembers_for_a_new_machine_0_what_the_last_one_knew(tiny):
+    done = subprocess.run([sys.executable, "-c", REPORTING, *tiny], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["0", "1", "2", "2", "0"], done.stderr
+
+
 def test_without_settings_it_prints_its_help():
     done = subprocess.run([sys.executable, "launch/supervise.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "launch/supervise.py [flags] [accelerate flags] --" in done.stdout
