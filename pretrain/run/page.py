@@ -28,6 +28,7 @@ FILE_NAME = "report.html"
 _FOLDER = Path(records.__file__).parent  # of page.css and page.js
 SPANS = 256  # of a small chart
 FEW = 40  # points that are shown as they are; more are smoothed
+TABLE = '<div class="table" tabindex="0"><table>'  # whoever has no mouse scrolls what is focused
 STAGE, START = "1 4", "4 3"  # dashes of the lines of these events
 MOST_ROWS, MOST_SETTINGS = 25, 100_000
 
@@ -95,7 +96,9 @@ def page(view: View, verdict: str | None = None) -> str:
 <style>{style}</style>
 </head>
 <body>
+<main>
 {main}
+</main>
 <footer>Written {_day(time.time())}. Losses are in nats per token. Curves of long runs show, of each span of steps, the lowest
 and the highest value, and the mean as a bold line; metrics.jsonl has every value.</footer>
 <script type="application/json" id="run">{content}</script>
@@ -347,7 +350,7 @@ def _account(view: View) -> Iterable[str]:
             yield f'<li><i style="background:var(--c{number % 8})"></i>{escape(text)}</li>'
         yield "</ul>"
     if invoice:
-        yield f"<pre>{escape(invoice)}</pre>"
+        yield f'<pre tabindex="0">{escape(invoice)}</pre>'
 
 
 def _events(view: View) -> Iterable[str]:
@@ -359,7 +362,7 @@ def _events(view: View) -> Iterable[str]:
     if history.num_events > len(history.events):
         yield f"<li><div></div><div>The newest {len(history.events)} of {history.num_events:,}.</div></li>"
     for event in events:
-        kind = f"<div{' class=alarm' if event.alarm else ''}>{escape(event.kind)}</div>"
+        kind = f'<div class="{"alarm" if event.alarm else "kind"}">{escape(event.kind)}</div>'
         yield f"<li><div>step {event.step:,}{kind}</div><div>{escape(event.text)}"
         if event.kind == "spike":
             yield from _spike(view, event)
@@ -407,7 +410,7 @@ def _table_of_losses(history: History) -> Iterable[str]:
     steps = train.mean_step if valid is None or not len(valid.step) else valid.step
     chosen = steps[np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MOST_ROWS)).astype(int))]
     losses = smooth(train.mean, 1) if len(train.mean) >= FEW else train.mean
-    yield "<h2>Losses</h2><details open><summary>nats per token</summary><div class=table><table>"
+    yield "<h2>Losses</h2><details open><summary>nats per token</summary>" + TABLE
     yield "<tr><th>step</th><th>training, smoothed</th><th>validation</th></tr>"
     for step in chosen:
         value = "" if valid is None or not len(valid.step) else f"{np.interp(step, valid.step, valid.value):.4f}"
@@ -418,7 +421,7 @@ def _table_of_losses(history: History) -> Iterable[str]:
 def _checkpoints(view: View) -> Iterable[str]:
     if not view.checkpoints:
         return
-    yield "<h2>Checkpoints on the disk</h2><div class=table><table><tr><th>step</th><th>size</th><th>complete at</th></tr>"
+    yield f"<h2>Checkpoints on the disk</h2>{TABLE}<tr><th>step</th><th>size</th><th>complete at</th></tr>"
     for each in view.checkpoints[-MOST_ROWS:]:
         yield f"<tr><td>{each.step:,}</td><td>{human_bytes(each.bytes)}</td><td>{_day(each.time)}</td></tr>"
     yield "</table></div>"
@@ -427,7 +430,7 @@ def _checkpoints(view: View) -> Iterable[str]:
 def _starts(view: View) -> Iterable[str]:
     if not view.starts:
         return
-    yield "<h2>Starts</h2><div class=table><table><tr><th></th><th>from step</th><th>at</th><th>processes</th>"
+    yield f"<h2>Starts</h2>{TABLE}<tr><th>start</th><th>from step</th><th>at</th><th>processes</th>"
     yield '<th class="words">device</th><th class="words">precision</th><th class="words">commit</th>'
     yield '<th class="words">versions</th></tr>'
     for number, start in enumerate(view.starts, start=1):
@@ -444,7 +447,7 @@ def _starts(view: View) -> Iterable[str]:
 def _settings(view: View) -> Iterable[str]:
     if text := view.settings:
         yield "<h2>Settings</h2><details><summary>config.yaml, every setting of the last start</summary>"
-        yield f"<pre>{escape(text[:MOST_SETTINGS])}</pre></details>"
+        yield f'<pre tabindex="0">{escape(text[:MOST_SETTINGS])}</pre></details>'
 
 
 def _sentence(text: str) -> str:
