@@ -50,9 +50,14 @@ _CHARTS = (
     ("Evenness of experts", ("expert_load_entropy",), "1: even, 0: one expert gets all"),
     ("Losses of routers", ("aux_loss", "z_loss"), "per token, unweighted"),
     ("Size of updates", ("update_fraction",), "norm of the update / norm of the weights"),
-    ("Waiting for data", ("data_seconds",), "seconds per logging interval"),
+    ("Waiting for data", ("data_seconds", "data_seconds_max"), "seconds per logging interval: rank 0, slowest rank"),
+    ("Forward pass", ("forward_seconds", "forward_seconds_max"), "seconds: median rank, slowest rank"),
+    ("Clock of GPUs", ("gpu_clock_mhz_min",), "MHz, lowest"),
+    ("Temperature of GPUs", ("gpu_temperature_max",), "°C, highest"),
+    ("Power of GPUs", ("gpu_power_watts",), "watts, mean"),
 )
-_NOT_DRAWN = {"loss", "val_loss", "tokens", "train_hours", "perplexity", "val_perplexity", "eta_seconds", "epoch"}
+_NOT_DRAWN = {"loss", "val_loss", "tokens", "train_hours", "perplexity", "val_perplexity", "eta_seconds", "epoch",
+              "forward_seconds_max_rank"}  # fmt: skip
 
 
 def write_page(view: View, path: Path, verdict: str | None = None) -> None:
@@ -184,7 +189,7 @@ def _small_charts(history: History) -> Iterable[dict]:
     """A chart of each group of figures that the run has."""
     left = {key for key, curve in history.curves.items() if curve.count} - _NOT_DRAWN
     for title, wanted, unit in _CHARTS:
-        keys = [key for key in history.curves if key in left and key.startswith(wanted) and _belongs(key, wanted)]
+        keys = [key for key in history.curves if key in left and _belongs(key, wanted)]
         left -= set(keys)
         if keys:
             yield _chart(history, title, keys, unit)
