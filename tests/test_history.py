@@ -107,7 +107,7 @@ class Reader:
         while True:
             void, records = self.tail.read(self.most_bytes)
             self.records = records if void else self.records + records
-            if not records and not void:
+            if self.tail.fraction == 1:
                 return self.records
 
 

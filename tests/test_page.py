@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pretrain.config import load
 from pretrain.report.records import read_records, to_json
 from pretrain.run.page import page, write_page
+from pretrain.run.parts import open_parts
 from pretrain.run.view import View
 from tests.browser import Browser
 from tests.models import make_tokenizer, write_token_file
@@ -82,6 +84,7 @@ def test_hostile_texts_are_shown_and_never_become_markup(tmp_path):
     assert not [name for name, _ in parsed.attributes if name.startswith("on") or name in ("src", "action", "formaction")]
     assert [value for name, value in parsed.attributes if name == "href"] == ["data:,"]
     assert parsed.text.count("<script>document.title='owned'</script>") >= 8
+    assert not set("<>&\u2028") & set(parsed.scripts[0]), "what could end the script, or begin a comment in it"
     assert HOSTILE in json.loads(parsed.scripts[0])["charts"][1]["series"][0]["name"]
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', text)[1]
     digest = base64.b64encode(hashlib.sha256(parsed.scripts[1].encode()).digest()).decode()
@@ -181,7 +184,9 @@ def test_the_page_of_a_real_run_shows_what_it_logged(browser, real_run, tmp_path
         assert f"step {step}," in tip and f"train {logged[step]['loss']:.5g}" in tip, tip
     (spike, *_) = [record for record in read_records(real_run) if "spike" in record]
     shown = browser.evaluate("document.body.innerText")
-    assert spike["spike"]["step"] == 81 and spike["texts"] and any("zq#" in text for text in spike["texts"])
+    parts = open_parts(load(["--config", str(real_run / "config.yaml")], world_size=None))
+    texts = [parts.tokenizer.decode(tokens) for tokens in parts.data.take(80 * 8, 4).tokens_BT.tolist()]  # of step 81
+    assert (spike["spike"]["step"], spike["texts"]) == (81, texts) and any("zq#" in text for text in texts)
     for text in (*spike["texts"], "loss spike at step 81", "the quick", "stage 2 begins", "start 2 of the run"):
         assert re.sub(r"\s", "", text) in re.sub(r"\s", "", shown), text
     assert browser.evaluate("document.querySelectorAll('path.spike').length") >= 1

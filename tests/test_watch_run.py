@@ -169,6 +169,14 @@ def test_a_folder_full_of_nonsense_is_shown_all_the_same(tmp_path):
     assert "loss 4.1534" in picture(folder)
 
 
+def test_a_line_that_a_kill_left_unfinished_is_not_waited_for(tmp_path):
+    folder = write_run(tmp_path / "run")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 210, "lo')
+    view = View(folder)
+    assert not view.refresh() and view.fraction_read == 1 and view.history.step == 200
+
+
 # ---------------------------------------------------------------- the program
 
 

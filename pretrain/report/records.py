@@ -135,11 +135,11 @@ class Tail:
         self.unreadable = 0
         """Complete lines that are not records."""
         self.fraction = 1.0
-        """Of the file that has been read."""
+        """Of the file that has been read; 1: all complete lines."""
 
     def read(self, most_bytes: int = 1 << 24) -> tuple[bool, list[dict]]:
-        """(True if all earlier records are void, the next records). Reads about `most_bytes`; none are left when it returns no
-        records. A missing file has no records. Raises OSError."""
+        """(True if all earlier records are void, the next records). Reads about `most_bytes`; nothing is left once `fraction`
+        is 1. A missing file has no records. Raises OSError."""
         try:
             file = open(self._path, "rb")
         except FileNotFoundError:
@@ -154,11 +154,12 @@ class Tail:
             self._inode = facts.st_ino
             file.seek(self._offset)
             lines = file.readlines(most_bytes) if facts.st_size > self._offset else []
+            complete = file.tell() >= facts.st_size  # but for a last line that is still being written, or was left by a kill
         if lines and not lines[-1].endswith(b"\n"):
             lines.pop()
         for line in lines:
             self._offset, self._last = self._offset + len(line), line
-        self.fraction = self._offset / facts.st_size if facts.st_size else 1.0
+        self.fraction = 1.0 if complete else self._offset / facts.st_size
         return void, list(self._records(lines))
 
     def _continues(self, file: IO[bytes], facts: os.stat_result) -> bool:

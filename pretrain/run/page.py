@@ -28,6 +28,7 @@ FILE_NAME = "report.html"
 _FOLDER = Path(records.__file__).parent  # of page.css and page.js
 SPANS = 256  # of a small chart
 FEW = 40  # points that are shown as they are; more are smoothed
+TABLE = '<div class="table" tabindex="0"><table>'  # whoever has no mouse scrolls what is focused
 STAGE, START = "1 4", "4 3"  # dashes of the lines of these events
 MOST_ROWS, MOST_SETTINGS = 25, 100_000
 
@@ -49,9 +50,14 @@ _CHARTS = (
     ("Evenness of experts", ("expert_load_entropy",), "1: even, 0: one expert gets all"),
     ("Losses of routers", ("aux_loss", "z_loss"), "per token, unweighted"),
     ("Size of updates", ("update_fraction",), "norm of the update / norm of the weights"),
-    ("Waiting for data", ("data_seconds",), "seconds per logging interval"),
+    ("Waiting for data", ("data_seconds", "data_seconds_max"), "seconds per logging interval: rank 0, slowest rank"),
+    ("Forward pass", ("forward_seconds", "forward_seconds_max"), "seconds: median rank, slowest rank"),
+    ("Clock of GPUs", ("gpu_clock_mhz_min",), "MHz, lowest"),
+    ("Temperature of GPUs", ("gpu_temperature_max",), "°C, highest"),
+    ("Power of GPUs", ("gpu_power_watts",), "watts, mean"),
 )
-_NOT_DRAWN = {"loss", "val_loss", "tokens", "train_hours", "perplexity", "val_perplexity", "eta_seconds", "epoch"}
+_NOT_DRAWN = {"loss", "val_loss", "tokens", "train_hours", "perplexity", "val_perplexity", "eta_seconds", "epoch",
+              "forward_seconds_max_rank"}  # fmt: skip
 
 
 def write_page(view: View, path: Path, verdict: str | None = None) -> None:
@@ -95,7 +101,9 @@ def page(view: View, verdict: str | None = None) -> str:
 <style>{style}</style>
 </head>
 <body>
+<main>
 {main}
+</main>
 <footer>Written {_day(time.time())}. Losses are in nats per token. Curves of long runs show, of each span of steps, the lowest
 and the highest value, and the mean as a bold line; metrics.jsonl has every value.</footer>
 <script type="application/json" id="run">{content}</script>
@@ -181,7 +189,7 @@ def _small_charts(history: History) -> Iterable[dict]:
     """A chart of each group of figures that the run has."""
     left = {key for key, curve in history.curves.items() if curve.count} - _NOT_DRAWN
     for title, wanted, unit in _CHARTS:
-        keys = [key for key in history.curves if key in left and key.startswith(wanted) and _belongs(key, wanted)]
+        keys = [key for key in history.curves if key in left and _belongs(key, wanted)]
         left -= set(keys)
         if keys:
             yield _chart(history, title, keys, unit)
@@ -347,7 +355,7 @@ def _account(view: View) -> Iterable[str]:
             yield f'<li><i style="background:var(--c{number % 8})"></i>{escape(text)}</li>'
         yield "</ul>"
     if invoice:
-        yield f"<pre>{escape(invoice)}</pre>"
+        yield f'<pre tabindex="0">{escape(invoice)}</pre>'
 
 
 def _events(view: View) -> Iterable[str]:
@@ -359,7 +367,7 @@ def _events(view: View) -> Iterable[str]:
     if history.num_events > len(history.events):
         yield f"<li><div></div><div>The newest {len(history.events)} of {history.num_events:,}.</div></li>"
     for event in events:
-        kind = f"<div{' class=alarm' if event.alarm else ''}>{escape(event.kind)}</div>"
+        kind = f'<div class="{"alarm" if event.alarm else "kind"}">{escape(event.kind)}</div>'
         yield f"<li><div>step {event.step:,}{kind}</div><div>{escape(event.text)}"
         if event.kind == "spike":
             yield from _spike(view, event)
@@ -407,7 +415,7 @@ def _table_of_losses(history: History) -> Iterable[str]:
     steps = train.mean_step if valid is None or not len(valid.step) else valid.step
     chosen = steps[np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MOST_ROWS)).astype(int))]
     losses = smooth(train.mean, 1) if len(train.mean) >= FEW else train.mean
-    yield "<h2>Losses</h2><details open><summary>nats per token</summary><div class=table><table>"
+    yield "<h2>Losses</h2><details open><summary>nats per token</summary>" + TABLE
     yield "<tr><th>step</th><th>training, smoothed</th><th>validation</th></tr>"
     for step in chosen:
         value = "" if valid is None or not len(valid.step) else f"{np.interp(step, valid.step, valid.value):.4f}"
@@ -418,7 +426,7 @@ def _table_of_losses(history: History) -> Iterable[str]:
 def _checkpoints(view: View) -> Iterable[str]:
     if not view.checkpoints:
         return
-    yield "<h2>Checkpoints on the disk</h2><div class=table><table><tr><th>step</th><th>size</th><th>complete at</th></tr>"
+    yield f"<h2>Checkpoints on the disk</h2>{TABLE}<tr><th>step</th><th>size</th><th>complete at</th></tr>"
     for each in view.checkpoints[-MOST_ROWS:]:
         yield f"<tr><td>{each.step:,}</td><td>{human_bytes(each.bytes)}</td><td>{_day(each.time)}</td></tr>"
     yield "</table></div>"
@@ -427,7 +435,7 @@ def _checkpoints(view: View) -> Iterable[str]:
 def _starts(view: View) -> Iterable[str]:
     if not view.starts:
         return
-    yield "<h2>Starts</h2><div class=table><table><tr><th></th><th>from step</th><th>at</th><th>processes</th>"
+    yield f"<h2>Starts</h2>{TABLE}<tr><th>start</th><th>from step</th><th>at</th><th>processes</th>"
     yield '<th class="words">device</th><th class="words">precision</th><th class="words">commit</th>'
     yield '<th class="words">versions</th></tr>'
     for number, start in enumerate(view.starts, start=1):
@@ -444,7 +452,7 @@ def _starts(view: View) -> Iterable[str]:
 def _settings(view: View) -> Iterable[str]:
     if text := view.settings:
         yield "<h2>Settings</h2><details><summary>config.yaml, every setting of the last start</summary>"
-        yield f"<pre>{escape(text[:MOST_SETTINGS])}</pre></details>"
+        yield f'<pre tabindex="0">{escape(text[:MOST_SETTINGS])}</pre></details>'
 
 
 def _sentence(text: str) -> str:

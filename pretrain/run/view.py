@@ -116,7 +116,7 @@ class View:
         self.environment = read_json_object(self.path / "environment.json")
         self.checkpoints = sorted(filter(None, map(self._saved, self._folders())))
         self.heard = max(_changed(self.path / each) for each in _SIGNS_OF_LIFE)
-        return bool(records) and self._tail.fraction < 1
+        return self._tail.fraction < 1
 
     def read_all(self) -> View:
         """Reads everything there is. -> itself."""
