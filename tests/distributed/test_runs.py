@@ -52,6 +52,7 @@ checkpoint: {{every_steps: 3}}
 log: {{every_steps: 1, sinks: [console, jsonl], peak_tflops: 1.0}}
 """
 TIMES = {"tokens_per_second", "data_seconds", "peak_memory_gib", "eta_seconds", "goodput", "train_hours", "mfu", "mfu_causal"}
+TIMES |= {"forward_seconds", "forward_seconds_max", "forward_seconds_max_rank", "data_seconds_max"}
 SAMPLED = {"update_fraction"}  # over a sample of the weights of each rank
 
 
