@@ -194,7 +194,7 @@ def _lost_fractions(window: _Interval) -> list[tuple[float, float]]:
         slower = 1 - forward / max(each.forward_seconds, 1e-9)  # of its passes, and so at most of the step
         of_forward = _OF_A_STEP * window.passes * (each.forward_seconds - forward) / window.seconds
         of_data = (each.data_seconds - data) / window.seconds
-        fractions.append((min(slower, of_forward), of_data))
+        fractions.append((min(slower, of_forward, key=abs), of_data))
     return fractions
 
 
