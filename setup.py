@@ -50,6 +50,7 @@ setup(
         "numpy",
         "tqdm",
         "psutil",
+        "nvidia-ml-py",  # clocks and temperature of GPUs
         "matplotlib",
         "rich",
         "xxhash",

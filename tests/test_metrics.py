@@ -161,7 +161,8 @@ def test_reading_an_interval_waits_for_the_device_once(monkeypatch, routed):
     monkeypatch.setattr(
         torch.Tensor, "cpu", lambda tensor: reads.append(tensor) or torch.ones(tensor.shape, dtype=tensor.dtype)
     )
-    figures = meter.read(alone)
+    figures = meter.read(alone, of_rank=(1.0, 2.0))
+    assert figures["ranks"] == [[1.0, 1.0]]  # as `cpu` says
     assert len(reads) == 1 and figures["loss"] == figures["grad_norm"] == figures["loss_tokens"] == 1
     assert figures["memory"] == {"peak_memory_gib": 1.0} and ("aux_loss" in figures["routing"]) == routed
 
@@ -182,3 +183,16 @@ def test_the_largest_peak_of_all_ranks_is_reported():
     add(meters[0], 10.0, 10)
     parts[1][2] = 77.0  # the slot of rank 1
     assert meters[0].read(lambda _: sum(parts))["memory"]["peak_memory_gib"] == 77.0
+
+
+def test_figures_of_each_rank_reach_all_ranks_in_order():
+    meters = [Meter(torch.device("cpu"), rank, 3) for rank in range(3)]
+    parts: list[torch.Tensor] = []
+    for rank, meter in enumerate(meters):
+        add(meter, 10.0, 10)
+        meter.read(lambda part: parts.append(part.clone()) or part, of_rank=(rank + 0.5, math.nan if rank == 1 else 7.0))
+    add(meters[0], 10.0, 10)
+    found = meters[0].read(lambda _: sum(parts), of_rank=(0.0, 0.0))
+    assert found["ranks"][0] == [0.5, 7.0] and found["ranks"][2] == [2.5, 7.0]
+    assert found["ranks"][1][0] == 1.5 and math.isnan(found["ranks"][1][1])
+    assert found["loss"] == 3.0

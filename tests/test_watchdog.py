@@ -60,6 +60,35 @@ def test_the_rank_that_is_behind_is_named_and_all_ranks_write_their_stacks(tmp_p
     assert "hanging" in (tmp_path / "stacks" / "rank_1.txt").read_text()
 
 
+def test_a_hang_leaves_the_newest_collectives_of_all_ranks(tmp_path):
+    """Of the three in `run_with_a_hang`, rank 1 has not begun the last one."""
+    run_ranks(2, run_with_a_hang, tmp_path)
+    for rank, last in ((0, 3), (1, 2)):
+        text = (tmp_path / "stacks" / f"rank_{rank}.txt").read_text()
+        assert f"collective {last} of group 0 default_pg: gloo:all_reduce of [[1]]" in text
+        assert f"collective {last + 1} of" not in text
+        assert b"all_reduce" in (tmp_path / "stacks" / f"collectives_{rank}").read_bytes()
+
+
+def test_a_torch_without_a_flight_recorder_leaves_stacks_alone(tmp_path, monkeypatch):
+    for name in [name for name in dir(watchdog.c10d) if name.startswith("_dump_")]:
+        monkeypatch.delattr(watchdog.c10d, name)
+    assert watchdog.newest_collectives() == []
+
+
+def test_a_recorder_that_fails_is_reported_and_stacks_are_complete(tmp_path, monkeypatch):
+    def fail() -> bytes:
+        raise KeyError("entries")
+
+    monkeypatch.setattr(watchdog, "_recorder", lambda kind: fail)
+    dog = watchdog.Watchdog(0, 2, 60)
+    dog.path, dog._file = tmp_path / "rank_0.txt", open(tmp_path / "rank_0.txt", "a")
+    dog._write_stacks()
+    dog._file.close()
+    text = dog.path.read_text()
+    assert "test_watchdog" in text and "not known (KeyError('entries'))" in text
+
+
 def signalled(folder: Path) -> None:
     engine = start_engine(EngineConfig(timeout_seconds=2))
     engine.watchdog.start(folder)
@@ -103,5 +132,9 @@ def test_the_line_names_ranks_that_are_behind_or_not_responding_and_says_if_none
     assert "waiting for rank 2 (step 7, in forward);" in hang_line([at] * 3, [later, later, (18, 7, "forward", 9)], 600, folder)
     silent = hang_line([at, at, (18, 6, "forward", 4)], [later, later, (18, 6, "forward", 4)], 600, folder)
     assert "waiting for rank 2 (step 6, in forward, not responding)" in silent and "for 600 s in step 7" in silent
+    hosts = ["node-0", "node-0", "node-1"]
+    assert "waiting for rank 2 on node-1 (step 7, in" in hang_line(
+        [at] * 3, [later, later, (18, 7, "forward", 9)], 600, folder, hosts
+    )
     many = hang_line([at] * 20, [later] + [(3, 1, "forward", 9)] * 19, 600, folder)
     assert many.count("rank ") == 8 and "and 11 more" in many

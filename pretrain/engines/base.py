@@ -27,11 +27,12 @@ from pretrain import target
 from pretrain.config import ConfigError, EngineConfig, Problem
 from pretrain.engines import fp8, parallel
 from pretrain.engines.compile import checkpoint_activations, choose, compile_model, compiler_problem
+from pretrain.engines.forward_time import ForwardTimer
 from pretrain.engines.mesh import Mesh
 from pretrain.engines.place import FOREIGN, Place, read_place
 from pretrain.engines.rendezvous import meet
 from pretrain.engines.shards import Cut, Holders, LocalState, Shard
-from pretrain.engines.watchdog import Watchdog, interval
+from pretrain.engines.watchdog import Watchdog, interval, record_collectives
 
 _KEPT_VARIABLES = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_LOG_LEVEL")
 
@@ -60,6 +61,8 @@ class Engine:
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
         self.watchdog = Watchdog(self.rank, self.world_size, config.timeout_seconds)
+        self.forward_timer: ForwardTimer | None = None
+        self._around_forward: contextlib.AbstractContextManager = contextlib.nullcontext()
         self._attached: list[Tensor] = []
         self.mesh = Mesh(config, self.rank, self.world_size)
         self.mesh.connect(self.device.type, weights=config.name == "fsdp2")
@@ -190,8 +193,20 @@ class Engine:
     def forward(self, *batch: Tensor | None) -> Any:
         """Returns the model's `LossOutput` for one micro-batch (tokens_BT, labels_BT, documents_BT), loss_sum in nats."""
         self.watchdog.mark("forward")
-        with self.autocast():
+        with self.autocast(), self._around_forward:
             return self._wrapped(*batch)
+
+    def time_forward(self) -> None:
+        """Makes `forward_timer` measure forward passes from now on, if there are other ranks to compare them with."""
+        gathers = self.config.name in ("fsdp2", "zero3")
+        if self.world_size == 1 or self.forward_timer or (gathers and self.compiled == "model"):  # no code between its blocks
+            return
+        blocks = list(self.model.model.layers) if gathers else []
+        self.forward_timer = ForwardTimer(self.device, len(blocks) or 1)
+        if not gathers:
+            self._around_forward = self.forward_timer
+        for block in blocks:  # the hooks that gather its weights run around `forward`; what is recomputed does not come here
+            block.forward = self.forward_timer.timed(block.forward)
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of `loss` to this rank's gradients."""
@@ -486,6 +501,7 @@ def _start_processes(config: EngineConfig, place: Place, store: dist.Store | Non
     if cpu and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
         # torchrun gives every process one thread, which leaves most of a CPU-only machine idle.
         torch.set_num_threads(_cores(place))
+    record_collectives()
     patience = timedelta(seconds=config.timeout_seconds + 10 * interval(config.timeout_seconds))  # the watchdog reports first
     group = InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=patience)
     if store is not None and (place.launched or config.name != "ddp"):  # ddp needs no process group for a process alone

@@ -1,6 +1,8 @@
 """Hang detection: every rank writes its Python stacks, and one line names the rank that is behind.
 
-    <run>/stacks/rank_N.txt     written when a rank has made no progress for `engine.timeout_seconds`, or on SIGUSR1 to any rank
+    <run>/stacks/rank_N.txt     stacks and newest collectives of rank N, written when a rank has made no progress for
+                                `engine.timeout_seconds`, or on SIGUSR1 to any rank
+    <run>/stacks/collectives_N  all collectives that PyTorch's flight recorder holds, for its program torchfrtrace
 
 All ranks make the same sequence of engine calls, so the others wait for the rank with the lowest count of calls. A thread
 exchanges the counts through the store at which the ranks met, which works even while a collective hangs.
@@ -13,13 +15,20 @@ import faulthandler
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from torch._C import _distributed_c10d as c10d
 
+RECORDED_COLLECTIVES = 2000
+"""Enough for a few steps of the deepest models; PyTorch's newer versions have the same default."""
+SHOWN_COLLECTIVES = 12
 _NEVER_SEEN = (-1, 0, "starting", 0)
 
 
@@ -54,6 +63,7 @@ class Watchdog:
         faulthandler.register(signal.SIGUSR1, file=self._file, all_threads=True)  # in C: works even while Python is blocked
         self._seen_bytes, self._seen_requests = os.fstat(self._file.fileno()).st_size, 0
         self._store = _store() if self.world_size > 1 else dist.HashStore()
+        self._store.set(f"host/{self.rank}", socket.gethostname())
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -71,6 +81,14 @@ class Watchdog:
             if not self.path.stat().st_size:
                 self.path.unlink()
                 self.path.parent.rmdir()
+
+    def hosts(self) -> list[str]:
+        """The machine of each rank; empty names of ranks that have not started their watchdog, or without the store."""
+        keys = [f"host/{rank}" for rank in range(self.world_size)]
+        try:
+            return [self._store.get(key).decode() if self._store.check([key]) else "" for key in keys]
+        except RuntimeError:  # the process that holds the store exited
+            return [""] * self.world_size
 
     # ---------------------------------------------------------------- the thread
 
@@ -95,7 +113,7 @@ class Watchdog:
         """Publishes this rank's position; writes its stacks if another rank has requested those of all ranks."""
         self._store.set(f"at/{self.rank}", json.dumps([self.calls, self.step, self.doing, ticks]))
         if os.fstat(self._file.fileno()).st_size > self._seen_bytes:  # a signal made this rank write
-            self._seen_bytes = os.fstat(self._file.fileno()).st_size
+            self._write_collectives()
             self._seen_requests = self._store.add("requests", 1)
         requests = self._store.add("requests", 0)
         if requests > self._seen_requests:
@@ -106,7 +124,7 @@ class Watchdog:
         """Prints one line, on the lowest of the waiting ranks only."""
         furthest = max(calls for calls, *_ in now)
         if self.rank == [calls for calls, *_ in now].index(furthest):
-            line = hang_line(before, now, time.monotonic() - self.since, self.path.parent)
+            line = hang_line(before, now, time.monotonic() - self.since, self.path.parent, self.hosts())
             print(line, file=sys.stderr, flush=True)
 
     def _positions(self) -> list[tuple[int, int, str, int]]:
@@ -118,6 +136,17 @@ class Watchdog:
         self._file.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.rank}, step {self.step}, in {self.doing}\n")
         self._file.flush()
         faulthandler.dump_traceback(self._file, all_threads=True)
+        self._write_collectives()
+
+    def _write_collectives(self) -> None:
+        try:
+            if self.world_size > 1:
+                self._file.write("\n".join(["", "newest collectives, the newest last:", *newest_collectives(), ""]))
+                if dump := _recorder(""):
+                    self.path.with_name(f"collectives_{self.rank}").write_bytes(dump())
+        except Exception as error:  # internals of PyTorch: the watchdog has yet to name the rank that is behind
+            self._file.write(f"\nnewest collectives: not known ({error!r})\n")
+        self._file.flush()
         self._seen_bytes = os.fstat(self._file.fileno()).st_size
 
 
@@ -126,12 +155,39 @@ def interval(timeout_seconds: float) -> float:
     return min(10.0, timeout_seconds / 20)
 
 
-def hang_line(before: list[tuple], now: list[tuple], seconds: float, folder: Path) -> str:
-    """Describes a hang in one line, from the (calls, step, doing, ticks) of every rank at two times."""
+def record_collectives() -> None:
+    """Turns PyTorch's flight recorder on, unless the environment configures it. Call it before the process group is made."""
+    if not {"TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"} & os.environ.keys():
+        os.environ["TORCH_FR_BUFFER_SIZE"] = str(RECORDED_COLLECTIVES)
+
+
+def _recorder(kind: str) -> Callable[[], bytes] | None:
+    """The function of the flight recorder that dumps what it holds; None: this build of PyTorch has none. kind: `_json`, or
+    empty for the format of torchfrtrace, a pickle that nothing here reads."""
+    names = [f"_dump_nccl_trace{kind}"] * torch.cuda.is_available() + [f"_dump_fr_trace{kind}"]
+    return next((getattr(c10d, name) for name in names if hasattr(c10d, name)), None)
+
+
+def newest_collectives() -> list[str]:
+    """A line for each of this process's newest collectives, the newest last; numbers are those of a group of ranks."""
+    dump = _recorder("_json")
+    entries = json.loads(dump()).get("entries", []) if dump else []
+    return [
+        f"  collective {entry['collective_seq_id']} of group {' '.join(entry['process_group'])}: {entry['profiling_name']} of "
+        f"{entry['input_sizes']}, {'retired' if entry['retired'] else entry['state']}, "
+        f"{time.time() - entry['time_created_ns'] / 1e9:.1f} s ago"
+        for entry in entries[-SHOWN_COLLECTIVES:]
+    ]
+
+
+def hang_line(before: list[tuple], now: list[tuple], seconds: float, folder: Path, hosts: list[str] | None = None) -> str:
+    """Describes a hang in one line, from the (calls, step, doing, ticks) of every rank at two times. hosts: of the ranks; they
+    are named if there are several."""
+    places = [f" on {host}" if len(set(hosts)) > 1 else "" for host in hosts] if hosts else [""] * len(now)
     furthest = max(calls for calls, *_ in now)
     _, step, doing, _ = max(now)
     behind = [
-        f"rank {rank} (step {rank_step}, in {rank_doing}{'' if ticks > old[3] else ', not responding'})"
+        f"rank {rank}{places[rank]} (step {rank_step}, in {rank_doing}{'' if ticks > old[3] else ', not responding'})"
         for rank, (old, (calls, rank_step, rank_doing, ticks)) in enumerate(zip(before, now, strict=True))
         if calls < furthest or ticks == old[3]
     ]

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Meter:
     ):
         """state: the interval that a checkpoint was saved in, see `state`. sources: names, in the order of their numbers."""
         self.device, self.rank, self.world_size = device, rank, world_size
-        self.figures: dict[str, float] = {}
+        self.figures: dict[str, Any] = {}
         """The newest result of `read`."""
         state = state or {"loss_sums": [0.0], "counts": [0] * len(_COUNTS), "last_loss": None}
         sums = state["loss_sums"]
@@ -99,16 +99,16 @@ class Meter:
         """Valid tokens of the interval so far, over all ranks. Waits for the device."""
         return int(self.counts[_COUNTS.index("interval_tokens")])
 
-    def read(self, all_reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    def read(self, all_reduce: Callable[[Tensor], Tensor], of_rank: Sequence[float] = ()) -> dict[str, Any]:
         """Returns the figures of the interval, equal on all ranks, and starts a new interval. A collective.
 
         loss: nats per valid token over the applied steps, NaN if there were none. grad_norm: of the last step. routing: the
         `routing_figures` of the applied steps, empty without MoE. memory: the figures of `_peaks`, largest over all ranks.
         sources: loss/<name> of each source with a valid token in these steps, empty if there is one source. attended: sums of
-        what `add_attended` got, all 0 without documents.
+        what `add_attended` got, all 0 without documents. ranks: `of_rank` of each rank, in order.
         """
         peaks, routing, sources = _peaks(self.device), self._routing(), self.source_sums_S2.flatten()
-        memory = torch.cat([self._slot(peak) for peak in peaks.values()])
+        memory = torch.cat([self._slot(value) for value in (*peaks.values(), *of_rank)])
         sums = all_reduce(torch.cat([self.loss_sum[None], memory, self._attended(), sources, routing]))
         equal = torch.cat([self.grad_norm.double()[None], self.counts.double()])  # on all ranks; float64: exact to 2^53
         sizes = [1, len(_COUNTS), 1, memory.numel(), len(self.attended), sources.numel(), routing.numel()]
@@ -117,7 +117,9 @@ class Meter:
         loss_tokens = self.figures["loss_tokens"]
         self.figures["loss"] = loss_sum.item() / loss_tokens if loss_tokens else math.nan
         self.figures["grad_norm"] = grad_norm.item()
-        self.figures["memory"] = dict(zip(peaks, memory.view(-1, self.world_size).amax(1).tolist(), strict=True))
+        by_rank = memory.view(-1, self.world_size)
+        self.figures["memory"] = dict(zip(peaks, by_rank[: len(peaks)].amax(1).tolist(), strict=True))
+        self.figures["ranks"] = by_rank[len(peaks) :].T.tolist()
         by_source = zip(self.sources, sources.view(-1, 2).tolist(), strict=True)
         self.figures["sources"] = {f"loss/{name}": nats / tokens for name, (nats, tokens) in by_source if tokens}
         self.figures["attended"] = attended.tolist()

@@ -14,6 +14,7 @@ from pretrain.engines.compile import compile_report, graphs
 from pretrain.engines.update_check import UpdateCheck
 from pretrain.model import flops
 from pretrain.report.metrics import Clock, perplexity
+from pretrain.report.ranks import RankFigures, named, spread
 from pretrain.report.records import RecordsError
 from pretrain.run import page, reality, receipt
 from pretrain.run.precision import cpu_multiplies_bf16
@@ -91,8 +92,10 @@ def _lr_line(run: Run) -> str:
 
 def log_step(run: Run, clock: Clock, stage: Stage, lr: float, update_check: UpdateCheck | None) -> None:
     """Logs the interval since the previous logging line, which lies in `stage`. A collective."""
-    progress, figures = run.progress, run.meter.read(run.engine.all_reduce)
-    seconds = clock.train_seconds
+    timer = run.engine.forward_timer
+    of_rank = run.probe.read(timer.read(), clock.data_seconds) if timer else ()
+    progress, figures = run.progress, run.meter.read(run.engine.all_reduce, of_rank)
+    seconds, of_ranks = clock.train_seconds, [RankFigures(*row) for row in figures["ranks"] if row]
     progress.tokens += figures["interval_tokens"]
     progress.skipped_steps += figures["skipped_steps"]
     progress.train_seconds += seconds
@@ -110,6 +113,7 @@ def log_step(run: Run, clock: Clock, stage: Stage, lr: float, update_check: Upda
         "epoch": run.data.epochs(progress.position),
         "tokens_per_second": rate,
         "data_seconds": clock.data_seconds,
+        **(spread(of_ranks) if of_ranks else {}),
         **figures["memory"],
         "skipped_steps": progress.skipped_steps,
         "eta_seconds": eta,
@@ -125,11 +129,27 @@ def log_step(run: Run, clock: Clock, stage: Stage, lr: float, update_check: Upda
         for warning in warnings:
             run.sinks.info(f"step {progress.step}: {warning}")
         reality.report(run, rate)
+        _report_slow_ranks(run, stage, of_ranks, seconds, figures["steps"])
     _report_compiler(run, "steps", f"{seconds:.1f} s up to step {progress.step}")
     if progress.step == 1:
         run.sinks.info(
             untrained.first_step(figures["loss"], run.model.vocab_size, trained=bool(run.config.model.from_pretrained))
         )
+
+
+def _report_slow_ranks(run: Run, stage: Stage, of_ranks: list[RankFigures], seconds: float, steps: int) -> None:
+    """Names ranks that slow all others down, once they have done so for long enough. Rank 0 judges."""
+    step = run.progress.step
+    if run.engine.rank > 0 or step == 1 or not of_ranks:
+        return
+    batch = stage.config.batch
+    passes = batch.global_batch_size // run.engine.mesh.sample_ranks // batch.micro_batch_size
+    if slow := run.slow_ranks.add(of_ranks, seconds, steps, passes):
+        hosts = run.engine.watchdog.hosts()
+        text = named(slow, hosts)
+        record = {"slow_rank": slow.rank, "slow_host": hosts[slow.rank], "slow_ratio": slow.ratio, "slow_cause": slow.cause}
+        run.sinks.log({"step": step, **record, "slow_ranks": slow.ranks, "text": text})
+        run.sinks.info(f"warning    step {step}: {text}")
 
 
 def log_stage(run: Run, ended: Stage) -> None:

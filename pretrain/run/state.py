@@ -19,6 +19,7 @@ from pretrain.model import flops
 from pretrain.model.config import ModelConfig
 from pretrain.report import environment
 from pretrain.report.metrics import Meter
+from pretrain.report.ranks import RankProbe, SlowRankWatch
 from pretrain.report.sinks import Sinks, open_sinks
 from pretrain.report.spikes import SpikeWatch
 from pretrain.run.directory import RunDirectory
@@ -52,6 +53,8 @@ class Run:
     mirror: Mirror
     spikes: SpikeWatch
     ledger: Ledger
+    probe: RankProbe
+    slow_ranks: SlowRankWatch = field(default_factory=SlowRankWatch)
     intervals: int = 0
     """Logging lines of this start."""
     verdict: str = ""
@@ -131,6 +134,7 @@ def open_run(
     )
 
     mirror.begin(progress.step, found if own else None, sinks.info)
+    engine.time_forward()
 
     def acknowledge(saved: Checkpoint) -> None:
         sinks.info(f"saved {saved.path}")
@@ -161,6 +165,7 @@ def open_run(
         mirror=mirror,
         spikes=SpikeWatch(state.get("spikes")),
         ledger=ledger,
+        probe=RankProbe(engine.device),
     )
 
 
