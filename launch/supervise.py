@@ -1,7 +1,14 @@
-"""Runs a job unattended: restarts it, and reports how it really ended.
+"""Runs a job unattended, on one machine or several: restarts it, and reports how it really ended.
 
-    python launch/supervise.py [--force] [accelerate flags] -- --config X.yaml [--section.key value ...]
+    python launch/supervise.py [flags] [accelerate flags] -- --config X.yaml [--section.key value ...]
     python launch/supervise.py --config_file launch/accelerate/cpu.yaml -- --config configs/quickstart.yaml
+
+    --wait-seconds N    how long to wait for machines that are missing (900), before the job ends with 75
+    --lost-seconds N    silence after which a machine counts as lost (30)
+    --min-machines N    run with N machines or more if the others do not come in --wait-seconds
+    --force             start although the run ended in a crash loop
+    --num_machines N --machine_rank I --main_process_ip HOST --num_processes ALL [--main_process_port P]
+                        several machines without a scheduler: on each, from 0; HOST is machine 0; ALL counts the ranks of all
 
 Starts `accelerate launch [accelerate flags] launch/pretrain.py ...`, forwards SIGTERM, SIGINT and the notices of schedulers
 (SIGUSR2, SIGXCPU, SIGPWR: as SIGTERM, which launchers understand), and reads from run_state.json how the job ended, since
@@ -12,20 +19,26 @@ accelerate returns 1 for every failure.
     0, 2, 70, 73, 74, 76, 77, 130                   exits with this status: a restart would not help, or is not wanted
     SIGTERM, a notice or SIGINT to the supervisor   exits with the job, 75 or 130
 
-However it ends, even by kill -9, it leaves no process of the job behind. It supervises one machine; on several, the scheduler
-restarts the job (launch/slurm.sh). docs/running.md explains the statuses.
+On several machines, start the same command on each: SLURM, SkyPilot, Kubernetes, Kubeflow and torchrun's variables, or
+accelerate's flags, tell a supervisor which machine it is. All start, restart and end together; a machine that is lost is
+waited for. However it ends, even by kill -9, it leaves no process of the job behind. docs/running.md explains the statuses.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
+import itertools
 import math
 import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # else `import pretrain` would find launch/pretrain.py
@@ -33,45 +46,64 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # else `import pretrain`
 import psutil
 import yaml
 
-from pretrain import UserError
-from pretrain.config import Config, load
-from pretrain.run import command_line
+from pretrain.config import Config, ConfigError, load
+from pretrain.engines.machines import Machines, find_machines
+from pretrain.engines.place import ATTEMPT, LAUNCHER
+from pretrain.run import command_line, team
 from pretrain.run.directory import Locked, RunDirectory, read_state
 from pretrain.run.stop import NOTICES
+from pretrain.run.team import DONE, FINAL, LOCKED, REFUSED, SAVED, Client, Lead, Service
 
-DONE, REFUSED, CRASH_LOOP, LOCKED, SAVED = 0, 2, 70, 73, 75
-FINAL = (DONE, REFUSED, CRASH_LOOP, LOCKED, 74, 76, 77, 130)
-MOST_FAILURES = 3
 _SIGNALS = {signal.SIGTERM: SAVED, signal.SIGINT: 130} | {each: SAVED for each in NOTICES if each != signal.SIGHUP}
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+_FAREWELL_SECONDS, _ANSWER_SECONDS = 15.0, 5.0
 
 
 def main(argv: list[str]) -> int:
     """-> exit status: that of the run, as docs/running.md lists them."""
     at = argv.index("--") if "--" in argv else len(argv)
-    flags, settings = [flag for flag in argv[:at] if flag != "--force"], argv[at + 1 :]
+    settings = argv[at + 1 :]
     if not settings:
         print(__doc__)
-        return DONE if {"--help", "-h"} & set(flags) else REFUSED
-    if _machines(flags) > 1:
-        raise UserError("several machines are requested, but a supervisor manages one; use a scheduler (launch/slurm.sh)")
-    config = load(settings, world_size=None, program="launch/supervise.py [--force] [accelerate flags] --")
-    supervisor = Supervisor(config, flags, settings)
-    if "--force" not in argv[:at] and (refusal := supervisor.crash_loop()):
-        _info(f"{refusal}. Find the cause, then start with --force")
-        return CRASH_LOOP
+        return DONE if {"--help", "-h"} & set(argv[:at]) else REFUSED
+    options, flags = _parser().parse_known_args(argv[:at])
+    machines = _machines(flags)
+    try:
+        config, refusal = load(settings, world_size=None, program="launch/supervise.py [flags] --"), None
+    except ConfigError as error:
+        if machines.count == 1:
+            raise
+        config, refusal = None, (REFUSED, str(error))
+    supervisor = Supervisor(config, flags, settings, machines, options, refusal)
+    if machines.number == 0 and not options.force and not refusal and (reason := supervisor.crash_loop()):
+        supervisor.refusal = team.CRASH_LOOP, f"{reason}. Find the cause, then start with --force"
     return supervisor.run()
 
 
-def _machines(flags: list[str]) -> int:
-    """Machines that the launcher would use, by its flag or its configuration file, whose mistakes it will report itself."""
+def _parser() -> argparse.ArgumentParser:
+    """The supervisor's own flags; all others are accelerate's."""
+    parser = argparse.ArgumentParser(prog="supervise", add_help=False, allow_abbrev=False)
+    parser.add_argument("--force", action="store_true")
+    parser.add_argument("--wait-seconds", type=command_line.at_least(1), default=900)
+    parser.add_argument("--lost-seconds", type=command_line.at_least(1), default=30)
+    parser.add_argument("--min-machines", type=command_line.at_least(1))
+    return parser
+
+
+def _machines(flags: list[str]) -> Machines:
+    """This machine, by accelerate's flags, a scheduler's variables, or accelerate's own file, whose mistakes it reports
+    itself. Raises ConfigError."""
     words = [word for flag in flags for word in flag.split("=", 1)]
-    after = {name: words[words.index(name) + 1] for name in ("--num_machines", "--config_file") if name in words[:-1]}
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
-        if "--num_machines" in after:
-            return int(after["--num_machines"])
-        return int(yaml.safe_load(Path(after.get("--config_file", "")).read_text()).get("num_machines") or 1)
-    return 1
+    given = {name[2:].replace("-", "_"): text for name, text in itertools.pairwise(words) if name.startswith("--")}
+    file = None
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        file = yaml.safe_load(Path(given.get("config_file", "")).read_text())
+    machines = find_machines(given, file if isinstance(file, dict) else None)
+    if machines.count > 1 and machines.processes is None:
+        count = "import torch; print(torch.cuda.device_count())"
+        gpus = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=True).stdout
+        machines = machines._replace(processes=max(1, int(gpus)))
+    return machines
 
 
 def _info(text: str) -> None:
@@ -79,17 +111,39 @@ def _info(text: str) -> None:
 
 
 class Supervisor:
-    """A run over all its attempts."""
+    """A run over all its attempts, on one of its machines.
 
-    def __init__(self, config: Config, flags: list[str], settings: list[str]):
-        self.folder = Path(config.run.directory) / config.run.name
-        self.grace_seconds = math.ceil(config.checkpoint.deadline_seconds) + 5
+    options: the supervisor's own flags. refusal: (status, reason) with which the run will not start.
+    """
+
+    def __init__(
+        self,
+        config: Config | None,
+        flags: list[str],
+        settings: list[str],
+        machines: Machines = Machines(),  # noqa: B008 (immutable)
+        options: argparse.Namespace | None = None,
+        refusal: tuple[int, str] | None = None,
+    ):
+        self.machines, self.settings, self.refusal = machines, settings, refusal
+        self.options = options or _parser().parse_args([])
+        self.run_name = config and config.run.name
+        self.folder = config and Path(config.run.directory) / config.run.name
+        self.grace_seconds = math.ceil(config.checkpoint.deadline_seconds if config else 0) + 5
         script = str(Path(__file__).with_name("pretrain.py"))
         launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-        self.command = [*launcher, *flags, script, *settings]
+        if machines.stated and not any(flag.startswith(("--config_file", "--config-file")) for flag in flags):
+            flags = ["--config_file", str(Path(__file__).with_name("accelerate") / "machines.yaml"), *flags]
+        self._launch, self._run = [*launcher, *flags], [script, *settings]
         self.job: subprocess.Popen | None = None
         self.received: list[int] = []  # signals, in order
-        self._woken = threading.Event()
+        self._token, self._host = secrets.token_hex(8), socket.gethostname()
+        self._running: int | None = None
+        self._ended: dict | None = None
+        self._record = {"attempt": 0, "failures": 0, "best": 0}
+        self._order, self._silence, self._heard = {"do": "wait"}, "", time.monotonic()
+        self._stopped_since: float | None = None
+        self._closed, self._wake = False, threading.Event()
 
     def crash_loop(self) -> str | None:
         """The reason not to restart the run, if an earlier supervisor recorded one."""
@@ -97,101 +151,281 @@ class Supervisor:
         return reason if reason.startswith("crash_loop") else None
 
     def run(self) -> int:
-        """Starts attempts until the run has ended. -> exit status."""
+        """Starts attempts until the run has ended, everywhere. -> exit status."""
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # workers of a dead launcher become our children, so that they can be found
         for number in _SIGNALS:
             signal.signal(number, self._forward)
-        failures, best = 0, _saved_step(self.folder)
-        while not self.received:
-            try:
-                RunDirectory(self.folder)  # released at once
-            except Locked as error:
-                _info(str(error))
-                return LOCKED
-            except OSError as error:
-                _info(f"{self.folder} cannot be written: {error}; choose another run.directory")
-                return REFUSED
-            status, how = self._attempt()
-            if status in FINAL or self.received:
-                break
-            saved = _saved_step(self.folder)
-            failures, best = (0 if saved > best else failures + 1), saved
-            if failures == MOST_FAILURES:
-                return self._give_up(how)
-            self._wait(failures, how)
-        if self.received and status not in FINAL:
-            status = _SIGNALS[self.received[0]]
+        lead, service = None, None
+        if self.machines.number == 0:
+            lead = self._lead()
+            service = Service(lead) if self.machines.count > 1 else None
+            self._exchange = lambda report: lead.hear(report, time.monotonic())
+        else:
+            self._exchange = Client(self.machines, _ANSWER_SECONDS).exchange
+        link = threading.Thread(target=self._keep_in_touch, args=[lead], name="link", daemon=True)
+        link.start()
+        try:
+            status, reason = self._attempts()
+            if lead and reason.startswith("crash_loop") and self.folder and not self.refusal:
+                RunDirectory(self.folder).write_state("failed", exit_status=status, reason=reason)
+            if service:
+                self._take_leave(lead)
+        finally:
+            self._closed = True
+            self._wake.set()
+            link.join(_ANSWER_SECONDS)
+            if service:
+                service.close()
+        if reason.startswith("crash_loop") or (self.machines.count > 1 and status in (REFUSED, SAVED) and reason):
+            _info(reason)
         _info(f"the run ended with status {status}")
         return status
 
-    def _attempt(self) -> tuple[int | None, str]:
+    def _lead(self) -> Lead:
+        least = self.options.min_machines or self.machines.least
+        best = read_state(self.folder).get("saved_step") or 0 if self.folder else 0
+        seconds = self.options.wait_seconds, self.options.lost_seconds
+        return Lead(self.run_name, self.machines, least, *seconds, say=_info, best=best, free=_is_free)
+
+    def _attempts(self) -> tuple[int, str]:
+        """-> (exit status, reason)."""
+        while True:
+            order = self._next_order()
+            if order["do"] == "end":
+                return order["status"], order["reason"]
+            self._stopped_since, self._running = None, order["attempt"]
+            status, how = self._attempt(order)
+            saved = _saved_step(self.folder) if self.machines.number == 0 else 0
+            self._ended = {"attempt": order["attempt"], "status": status, "how": how, "saved": saved}
+            self._running = None
+            self._wake.set()
+            if self.received:
+                return self._end_by_signal(order["attempt"])
+
+    def _next_order(self) -> dict:
+        """Waits until there is an attempt to start, or the run has ended."""
+        next_word, began = 10.0, time.monotonic()
+        while not self.received:
+            order, silent = self._order, time.monotonic() - self._heard
+            done = self._ended["attempt"] if self._ended else 0
+            if order["do"] == "end" or (order["do"] == "run" and order["attempt"] > done):
+                return order
+            if self._silence and (end := self._end_without_lead(silent)):
+                return end
+            if order["do"] == "taken" and time.monotonic() - began > self.options.lost_seconds + 10:
+                reason = (
+                    f"another supervisor, on {order['by']}, is machine {self.machines.number}; give each machine its own number"
+                )
+                return {"do": "end", "status": REFUSED, "reason": reason}
+            if silent >= next_word:
+                next_word += min(60.0, next_word)
+                self._say_silence(silent)
+            time.sleep(0.1)  # not an event: a signal's handler could not set it safely
+        return {"do": "end", "status": _SIGNALS[self.received[0]], "reason": ""}
+
+    def _say_silence(self, silent: float) -> None:
+        at = f"{self.machines.address}:{self.machines.port}"
+        text = f"machine {self.machines.number} has waited {silent:.0f} s for machine 0 at {at} ({self._silence})"
+        _info(f"{text}; gives up after {self.options.wait_seconds} s (--wait-seconds)")
+
+    def _end_without_lead(self, silent: float) -> dict | None:
+        """The end that machine 0 has recorded where all machines see the run's folder, or that of waiting too long."""
+        state = read_state(self.folder) if self.folder and self._ended else {}
+        if silent > self.options.lost_seconds and state.get("exit_status") in FINAL and state["time"] > self._started:
+            return {"do": "end", "status": state["exit_status"], "reason": state.get("reason") or ""}
+        if silent > self.options.wait_seconds:
+            return {"do": "end", "status": SAVED, "reason": f"machine 0 did not answer for {silent:.0f} s: {self._silence}"}
+        return None
+
+    def _end_by_signal(self, attempt: int) -> tuple[int, str]:
+        """The end of a supervisor that was told to: that of the run if it has ended, else that of the signal."""
+        deadline, status = time.monotonic() + _FAREWELL_SECONDS, _SIGNALS[self.received[0]]
+        while time.monotonic() < deadline and not self._silence:
+            order = self._order
+            if order["do"] == "end":
+                return (order["status"] if order["status"] in FINAL else status), order["reason"]
+            if order["do"] == "wait" and order["record"]["attempt"] == attempt:
+                break
+            time.sleep(0.1)  # not an event: a signal's handler could not set it safely
+        return status, ""
+
+    def _take_leave(self, lead: Lead) -> None:
+        """Waits until the other machines know how the run ended."""
+        deadline = time.monotonic() + _FAREWELL_SECONDS
+        while lead.end and time.monotonic() < deadline:
+            with lead.lock:
+                if lead.all_know(time.monotonic()) and (not self.refusal or len(lead.members) == self.machines.count):
+                    return
+            time.sleep(0.1)
+
+    # ---------------------------------------------------------------- the other machines
+
+    def _keep_in_touch(self, lead: Lead | None) -> None:
+        """Reports to machine 0 and does as it says, in a thread: the main thread waits for the job."""
+        while not self._closed:
+            now = time.monotonic()
+            try:
+                if lead:
+                    with lead.lock:
+                        self._order = self._exchange(self._report())
+                else:
+                    self._order = self._exchange(self._report())
+                self._silence, self._heard = "", now
+                self._record = max(self._record, self._order.get("record", self._record), key=lambda record: record["attempt"])
+            except OSError as error:
+                self._silence = str(error)
+            is_lost = bool(self._silence) and now - self._heard > self.options.lost_seconds
+            runs_on = self._order["do"] == "run" and self._order["attempt"] == self._running
+            if self._running is not None and (is_lost or not runs_on):
+                self._stop_job()
+            self._wake.wait(team.POLL_SECONDS)
+            self._wake.clear()
+
+    def _report(self) -> dict:
+        machines = self.machines
+        return {
+            "run": self.run_name,
+            "machine": machines.number,
+            "of": machines.count,
+            "token": self._token,
+            "host": self._host,
+            "processes": machines.processes or 1,
+            "running": self._running,
+            "ended": self._ended,
+            "leaving": _SIGNALS[self.received[0]] if self.received else 0,
+            "refusal": self.refusal,
+            "record": self._record,
+        }
+
+    def _stop_job(self) -> None:
+        """Lets the job save and end; kills it if it does not."""
+        if self.job is None or self.job.poll() is not None:
+            return
+        if self._stopped_since is None:
+            self._stopped_since = time.monotonic()
+            self._send(signal.SIGTERM)
+        elif time.monotonic() - self._stopped_since > self.grace_seconds + 10:
+            for process in psutil.Process().children(recursive=True):
+                _signal(process, signal.SIGKILL)
+
+    # ---------------------------------------------------------------- one attempt
+
+    def _attempt(self, order: dict) -> tuple[int | None, str]:
         """-> (exit status or None, description of how it ended)."""
+        self._started = time.time()
+        if self.machines.number == 0 and (refusal := self._cannot_start()):
+            return refusal
+        if self.machines.count > 1:
+            try:
+                load(self.settings, world_size=order["world_size"])
+            except ConfigError as error:
+                return REFUSED, str(error)
         before = read_state(self.folder)
-        environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(self.grace_seconds)} | os.environ  # of the launcher's workers
         # In its own session, so that Ctrl-C reaches the job once, through us. It dies with us, and its workers with it.
         self.job = subprocess.Popen(
-            self.command, env=environment, start_new_session=True, preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            [*self._launcher(order), *self._run],
+            env=self._environment(order),
+            start_new_session=True,
+            preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
         )
         for number in self.received[-1:]:  # received while the job was starting
             self._send(number)
         launcher_status = self.job.wait()
         self._leave_no_orphan()
+        if self.machines.number > 0:
+            return (DONE if launcher_status == 0 else None), f"the launcher ended with {launcher_status}"
         after = read_state(self.folder)
         if after.get("attempt") == before.get("attempt"):
             return self._status_of_no_start(launcher_status)
         status = after.get("exit_status")
         return status, after.get("reason") or ("was killed" if status is None else f"status {status}")
 
+    def _cannot_start(self) -> tuple[int, str] | None:
+        """(status, reason) if the run's folder is in use or cannot be written. On several machines, a job of which this one was
+        cut off may still be ending."""
+        deadline = time.monotonic() + (self.options.lost_seconds + self.grace_seconds) * (self.machines.count > 1)
+        while True:
+            try:
+                RunDirectory(self.folder)  # released at once
+                return None
+            except Locked as error:
+                if time.monotonic() > deadline or self.received:
+                    _info(str(error))
+                    return LOCKED, str(error)
+            except OSError as error:
+                _info(text := f"{self.folder} cannot be written: {error}; choose another run.directory")
+                return REFUSED, text
+            time.sleep(1)
+
+    def _launcher(self, order: dict) -> list[str]:
+        """accelerate's command. It wants the number of machines times the processes of this one."""
+        machines = self.machines
+        if not machines.stated and machines.count == 1:
+            return self._launch
+        flags = {"num_machines": order["machines"], "machine_rank": order["rank"]}
+        if machines.processes:
+            flags["num_processes"] = order["machines"] * machines.processes
+        if machines.count > 1:
+            flags |= {"main_process_ip": machines.address, "main_process_port": order["port"]}
+        return [*self._launch, *(f"--{name}={value}" for name, value in flags.items())]
+
+    def _environment(self, order: dict) -> dict[str, str]:
+        grace = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(self.grace_seconds)}  # of the launcher's workers
+        if not self.machines.stated:
+            return grace | os.environ
+        kept = {name: text for name, text in os.environ.items() if name not in LAUNCHER and not name.startswith("PET_")}
+        return grace | kept | {ATTEMPT: order["name"]}
+
     def _status_of_no_start(self, launcher_status: int) -> tuple[int | None, str]:
         """Tells refused settings from other failures of a job that never opened its directory, by asking it once more."""
         how = "exited before it opened its directory"
         if launcher_status == 0 or self.received:
             return launcher_status if launcher_status == 0 else None, how
-        probe = subprocess.run([*self.command, "--print_config"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if self.machines.count > 1:
+            return None, how
+        command = [*self._launch, *self._run, "--print_config"]
+        probe = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         return (REFUSED if probe.returncode else None), how
-
-    def _wait(self, failures: int, how: str) -> None:
-        seconds = 4**failures
-        since = f" ({failures} of {MOST_FAILURES} without a new checkpoint)" if failures else ""
-        _info(f"the job ended: {how}; restarting in {seconds} s{since}")
-        self._woken.wait(seconds)
-
-    def _give_up(self, how: str) -> int:
-        reason = f"crash_loop: {MOST_FAILURES} attempts in a row ended without a new checkpoint, the last one: {how}"
-        RunDirectory(self.folder).write_state("failed", exit_status=CRASH_LOOP, reason=reason)
-        _info(f"{reason}. Not restarting")
-        return CRASH_LOOP
 
     # ---------------------------------------------------------------- processes
 
     def _forward(self, number: int, _) -> None:
         number = number if number == signal.SIGINT else signal.SIGTERM
         self.received.append(number)
-        self._woken.set()
         if self.job is not None and self.job.poll() is None:
             self._send(number)
 
     def _send(self, number: int) -> None:
         """Signals the launcher's group: torch's launcher forwards it; accelerate's has its single worker in the group."""
-        try:
-            if self.received.count(signal.SIGINT) > 1:  # the launcher would only abandon its workers
-                for process in psutil.Process(self.job.pid).children(recursive=True):
-                    process.send_signal(number)
-            else:
-                os.killpg(self.job.pid, number)
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            pass  # it has exited
+        if self.received.count(signal.SIGINT) > 1:  # the launcher would only abandon its workers
+            for process in psutil.Process(self.job.pid).children(recursive=True):
+                _signal(process, number)
+            return
+        with contextlib.suppress(ProcessLookupError):  # it has exited
+            os.killpg(self.job.pid, number)
 
     def _leave_no_orphan(self) -> None:
         """Gives processes that the launcher left behind time to save, then kills them."""
         left = psutil.Process().children(recursive=True)
-        for kill in (psutil.Process.terminate, psutil.Process.kill):
+        for number in (signal.SIGTERM, signal.SIGKILL):
             for process in left:
-                try:
-                    kill(process)
-                except psutil.NoSuchProcess:
-                    continue
+                _signal(process, number)
             _, left = psutil.wait_procs(left, timeout=self.grace_seconds)
+
+
+def _signal(process: psutil.Process, number: int) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):  # it has exited
+        process.send_signal(number)
+
+
+def _is_free(port: int) -> bool:
+    """Whether ranks may meet at a port of this machine."""
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+            return True
+        except OSError:
+            return False
 
 
 def _saved_step(folder: Path) -> int:

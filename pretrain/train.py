@@ -35,6 +35,7 @@ from pretrain.report.profile import StepProfile
 from pretrain.run import agreement, divergence, mask_certificate, memory, output, precision, preflight, resume
 from pretrain.run.directory import take_directory
 from pretrain.run.ledger import open_ledger
+from pretrain.run.mirror import Mirror
 from pretrain.run.outcome import DIVERGED, DONE, STORAGE_FAILED, Outcome
 from pretrain.run.parts import open_parts
 from pretrain.run.resume import Start
@@ -112,13 +113,15 @@ def train(config: Config, stop: StopRequest | None = None) -> int:
     stop.deadline_seconds = config.checkpoint.deadline_seconds
     place = read_place()
     directory, refusal = take_directory(Path(config.run.directory) / config.run.name, place.rank)
-    stop.folder_lost = directory.check
-    with Outcome(directory, stop, config) as outcome:
+    mirror = Mirror(config, directory, place.rank)
+    stop.folder_lost = lambda: mirror.check() or directory.check()
+    with mirror, Outcome(directory, stop, config) as outcome:
         parts, facts, why_precision = None, {}, ""
         try:
             if refusal is None:
                 if place.rank == 0:
                     memory.forget(directory.path)
+                    mirror.open()
                 require_device(place)
                 config, why_precision = precision.resolve(config, directory.checkpoints)
                 if config.engine.precision == "fp8":
@@ -154,7 +157,7 @@ def train(config: Config, stop: StopRequest | None = None) -> int:
         )
         directory.write_text("config.yaml", to_yaml(config))
         while start:
-            run = open_run(config, engine, parts, directory, start, ledger)
+            run = open_run(config, engine, parts, directory, start, ledger, mirror)
             status, reason, start = _train_from(start, run, stop, why_precision, certificate, warnings)
             del run  # with its copy of the state on the host: after a rollback, the next run allocates another
         outcome.end(status, reason)
@@ -179,8 +182,11 @@ def _train_from(
         run.directory.write_end(status, reason, run.progress.step)  # before what may hang: W&B, the other ranks
         stop.saved(status)
         run.sinks.ended(status, reason)
+        run.mirror.finish(run.engine, stop.seconds_left)
         if status == DONE:
             output.finish(run)
+        elif status == DIVERGED:
+            output.write_page(run)
     return status, reason, None
 
 

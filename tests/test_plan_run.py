@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -338,3 +339,16 @@ def test_stages_count_with_their_own_lengths(tmp_path, capsys):
 
     wanted = 524_288 * (10 * flops_per_token(model, 2048) + 20 * flops_per_token(model, 8192))
     assert plan["run"]["flops"] == pytest.approx(wanted)
+
+
+def test_the_readme_shows_what_the_tool_prints(capsys):
+    """An excerpt: `...` stands for lines that it leaves out."""
+    blocks = re.findall(r"```(?:bash|console)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    place = next(i for i, block in enumerate(blocks) if block.startswith("Plan for"))
+    command = shlex.split(blocks[place - 1])
+    assert command[1] == "tools/plan_run.py"
+    flags = [str(ROOT / word) if word.startswith("configs/") else word for word in command[2:]]
+    assert plan_run.main([*flags, "--quick"]) == 0
+    printed = iter(capsys.readouterr().out.splitlines())
+    for line in blocks[place].splitlines():
+        assert line == "..." or line in printed, line  # in this order

@@ -14,27 +14,36 @@ import pytest
 
 from tests.test_train import ROOT, records, run_of
 
+# One task per node, all of them here; srun's status is the highest of its tasks.
 SRUN = """#!/usr/bin/env bash
-export SLURM_NODEID=0
-"$@" &
-echo $! > "$SLURM_TEST/srun.pid"
-wait $!
+while [[ $1 == -* ]]; do shift; done
+export SLURM_STEP_NUM_NODES="$SLURM_NNODES" SLURM_STEP_NODELIST="$SLURM_JOB_NODELIST" SLURM_LOCALID=0
+for ((node = 0; node < ${SLURM_TEST_TASKS:-1}; node++)); do
+  SLURM_NODEID=$node SLURM_PROCID=$node "$@" &
+  echo $! >> "$SLURM_TEST/tasks"
+done
+highest=0
+while read -r task; do
+  wait "$task" || { status=$?; highest=$((status > highest ? status : highest)); }
+done < "$SLURM_TEST/tasks"
+exit "$highest"
 """
 SCONTROL = """#!/usr/bin/env bash
-if [ "$1" = show ]; then seq -f 127.0.0.%.0f 1 20000; else echo "$@" >> "$SLURM_TEST/requests"; fi
+echo "$@" >> "$SLURM_TEST/requests"
 """
-NODES = {"SLURM_JOB_NODELIST": "many", "SLURM_NNODES": "1"}
-# In place of the launcher: notes its arguments, then ends as $SLURM_TEST/end says, if a job starts at all.
-ACCELERATE = """#!/usr/bin/env bash
+NODES = {"SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": "1"}
+# In place of the supervisor: notes its arguments, then ends as $SLURM_TEST/status and $SLURM_TEST/end say.
+SUPERVISOR = f"""#!/usr/bin/env bash
+[[ $1 == launch/supervise.py ]] || exec {sys.executable} "$@"
 printf '%s\\n' "$@" > "$SLURM_TEST/arguments"
-folder=$(cat "$SLURM_TEST/folder")
-[ ! -f "$SLURM_TEST/end" ] || { mkdir -p "$folder" && cat "$SLURM_TEST/end" > "$folder/run_state.json"; }
-exit 1
+[ ! -f "$SLURM_TEST/end" ] || cp "$SLURM_TEST/end" "$(cat "$SLURM_TEST/folder")/run_state.json"
+exit "$(cat "$SLURM_TEST/status" 2> /dev/null || echo 1)"
 """
 
 
 def start(folder: Path, settings: list[str], variables: dict[str, str] | None = None, **programs: str) -> subprocess.Popen:
     """Starts the script on one node, with two processes unless `variables` say otherwise; `programs` replace the real ones."""
+    (folder / "tasks").unlink(missing_ok=True)
     for name, text in ({"srun": SRUN, "scontrol": SCONTROL} | programs).items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
@@ -50,112 +59,119 @@ def requeued(folder: Path) -> bool:
     return (folder / "requests").exists() and "requeue" in (folder / "requests").read_text()
 
 
-def state_after(folder: Path, settings: list[str], before: dict | None, after: dict | None) -> tuple[int, bool, str]:
-    """(exit status, requeued?, output) of a job that finds `before` in run_state.json and leaves `after`; None: no file."""
+def job_after(folder: Path, settings: list[str], before: int | None, after: int | None, status: int) -> tuple[int, bool, str]:
+    """(exit status, requeued?, output) of a job that finds a checkpoint of step `before` and leaves one of step `after`, and
+    whose supervisors end with `status`. None: no run_state.json."""
     run = run_of(settings)
     run.mkdir(parents=True, exist_ok=True)
     (folder / "requests").unlink(missing_ok=True)
     (folder / "folder").write_text(str(run))
-    for content, path in ((before, run / "run_state.json"), (after, folder / "end")):
+    (folder / "status").write_text(str(status))
+    for step, path in ((before, run / "run_state.json"), (after, folder / "end")):
         path.unlink(missing_ok=True)
-        if content is not None:
-            path.write_text(json.dumps(content))
-    job = start(folder, settings, accelerate=ACCELERATE)
+        if step is not None:
+            path.write_text(json.dumps({"saved_step": step, "exit_status": 75}))
+    job = start(folder, settings, python=SUPERVISOR)
     output, _ = job.communicate(timeout=120)
     return job.returncode, requeued(folder), output
 
 
 def python_on(gpus: int, cores: int) -> str:
     """In place of python: python on a node with so many GPUs, and so many cores for this job."""
-    counts = f"*device_count*) echo {gpus} ;; *sched_getaffinity*) echo {cores} ;;"
-    return f'#!/usr/bin/env bash\ncase "$*" in {counts} *) exec {sys.executable} "$@" ;; esac\n'
-
-
-def ended(attempt: int, saved_step: int | None, exit_status: int | None, reason: str | None = None) -> dict:
-    return {"attempt": attempt, "saved_step": saved_step, "exit_status": exit_status, "reason": reason}
-
-
-NOTICE = "stopped by SIGTERM after step 9, which is saved"
+    counts = f"*device_count*) echo {gpus}; exit ;; *sched_getaffinity*) echo {cores}; exit ;;"
+    return SUPERVISOR.replace("[[", f'case "$*" in {counts} esac\n[[', 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("before", "after", "status", "again"),
+    ("before", "after", "supervisors", "status", "again"),
     [
-        (ended(1, 5, 75, NOTICE), None, 1, False),  # the job died before it opened the folder: an earlier job's state
-        (ended(1, 5, 0), None, 1, False),
-        (None, None, 1, False),
-        (ended(1, 5, 75, NOTICE), ended(2, 9, 75, NOTICE), 0, True),
-        (None, ended(1, 9, 75, NOTICE), 0, True),
-        (ended(1, 5, 0), ended(2, 5, 0), 0, False),
-        (ended(1, 5, 75), ended(2, 9, 75, "peer_lost: another rank exited"), 0, True),
-        (ended(1, 5, 75), ended(2, 5, 75, "peer_lost: another rank exited"), 70, False),
-        (ended(1, 5, 75), ended(2, 9, None), 0, True),  # killed, with a new checkpoint
-        (ended(1, 5, 75), ended(2, 5, 1, "ValueError: two\nlines"), 70, False),
-        (ended(1, 5, 75), ended(2, 5, 74, "disk full"), 74, False),
+        (5, None, 1, 1, False),  # the job died before it opened the folder, in which an earlier job left status 75
+        (None, None, 127, 127, False),
+        (5, None, 75, 0, True),  # a node did not come in time
+        (5, 9, 75, 0, True),
+        (None, 9, 75, 0, True),
+        (5, 5, 0, 0, False),
+        (5, 9, 137, 0, True),  # a supervisor was killed, with a new checkpoint
+        (5, 5, 137, 137, False),
+        (5, 9, 70, 70, False),
+        (5, 9, 74, 74, False),
+        (5, 9, 76, 76, False),  # the budget is spent
+        (5, 9, 2, 2, False),
     ],
 )
-def test_only_the_state_of_this_job_decides(tiny, tmp_path, before, after, status, again):
-    found, requeued_itself, output = state_after(tmp_path, tiny, before, after)
+def test_the_status_of_the_supervisors_decides(tiny, tmp_path, before, after, supervisors, status, again):
+    found, requeued_itself, output = job_after(tmp_path, tiny, before, after, supervisors)
     assert (found, requeued_itself) == (status, again), output
 
 
 @pytest.mark.slow
 def test_notices_before_the_first_checkpoint_requeue_a_job_twice_in_a_row_at_most(tiny, tmp_path):
-    ends = [ended(attempt, None, 75, "stopped by SIGTERM before the first step") for attempt in range(6)]
-    outcomes = [state_after(tmp_path, tiny, ends[n], ends[n + 1])[:2] for n in range(3)]
-    assert outcomes == [(0, True), (0, True), (70, False)]
-    assert state_after(tmp_path, tiny, ends[3], ended(4, 7, 75, NOTICE))[:2] == (0, True)  # a checkpoint: counts anew
-    assert state_after(tmp_path, tiny, ended(4, 7, 75), ended(5, 7, 75, NOTICE))[:2] == (0, True)
+    assert [job_after(tmp_path, tiny, None, None, 75)[:2] for _ in range(3)] == [(0, True), (0, True), (70, False)]
+    assert job_after(tmp_path, tiny, None, 7, 75)[:2] == (0, True)  # a checkpoint: counts anew
+    assert [job_after(tmp_path, tiny, 7, 7, 75)[:2] for _ in range(3)] == [(0, True), (0, True), (70, False)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("variables", "processes"),
-    [({"SLURM_GPUS_ON_NODE": "4"}, "12"), ({}, "9"), ({"SLURM_GPUS_ON_NODE": "", "SLURM_GPUS_PER_NODE": "a100:4"}, "9")],
+    ("variables", "accepted"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "4"}, True),
+        ({}, True),  # SLURM does not say: torch does
+        ({"SLURM_GPUS_ON_NODE": "", "SLURM_GPUS_PER_NODE": "a100:4"}, True),
+        ({"SLURM_GPUS_ON_NODE": "8"}, False),  # more than the job has cores
+    ],
 )
-def test_processes_are_the_nodes_times_the_gpus_that_slurm_or_torch_counts(tiny, tmp_path, variables, processes):
-    """And words with spaces arrive as they are."""
-    (tmp_path / "folder").write_text(str(run_of(tiny)))
-    settings = ["--run.name", "two words", "--batch.global_batch_size", "72", *tiny]
-    job = start(tmp_path, settings, variables | {"SLURM_NNODES": "3"}, accelerate=ACCELERATE, python=python_on(gpus=3, cores=9))
+def test_gpus_are_those_that_slurm_or_torch_counts(tiny, tmp_path, variables, accepted):
+    job = start(tmp_path, tiny, variables, python=python_on(gpus=3, cores=6))
     output, _ = job.communicate(timeout=120)
-    words = (tmp_path / "arguments").read_text().splitlines()
-    assert words[words.index("--num_processes") + 1] == processes and "two words" in words, output
-    assert words[words.index("--main_process_ip") + 1] == "127.0.0.1"
+    assert (tmp_path / "arguments").exists() == accepted, output
+    assert accepted or (job.returncode == 2 and "6 cores for 8 GPUs" in output and not requeued(tmp_path)), output
+
+
+def test_words_and_flags_reach_the_supervisor_as_they_are_under_a_long_list_of_nodes(tiny, tmp_path):
+    """1,024 names without a common part: 90 kB, of 128 that a variable may have."""
+    names = ",".join(f"{number:x}-{'host' * 20}" for number in range(1024))
+    settings = ["--force", "--", "--run.name", "two words", *tiny]
+    job = start(tmp_path, settings, {"SLURM_JOB_NODELIST": names, "SLURM_NNODES": "1024", "SLURM_GPUS_ON_NODE": "1"},
+                python=SUPERVISOR)  # fmt: skip
+    output, _ = job.communicate(timeout=120)
+    arguments = (tmp_path / "arguments").read_text().splitlines()
+    split = arguments.index("--")
+    assert "--force" in arguments[:split] and "--wait-seconds" in arguments[:split], output
+    assert arguments[split + 1 :] == ["--checkpoint.deadline_seconds", "110", "--run.name", "two words", *tiny]
 
 
 def test_a_node_without_gpus_is_refused_before_the_launch(tiny, tmp_path):
-    job = start(tmp_path, tiny, {}, accelerate=ACCELERATE, python=python_on(gpus=0, cores=9))
+    job = start(tmp_path, tiny, {}, python=python_on(gpus=0, cores=9))
     output, _ = job.communicate(timeout=120)
     assert job.returncode == 2 and "no GPU" in output and not (tmp_path / "arguments").exists(), output
 
 
 def test_a_node_with_fewer_cores_than_gpus_is_refused_before_the_launch(tiny, tmp_path):
     """On many clusters a job gets one core unless it asks for more, and all ranks of a node would share it."""
-    (tmp_path / "folder").write_text(str(run_of(tiny)))
-    job = start(tmp_path, tiny, {"SLURM_GPUS_ON_NODE": "4"}, accelerate=ACCELERATE, python=python_on(gpus=4, cores=3))
+    job = start(tmp_path, tiny, {"SLURM_GPUS_ON_NODE": "4"}, python=python_on(gpus=4, cores=3))
     output, _ = job.communicate(timeout=120)
     assert job.returncode == 2 and "--cpus-per-task" in output and not (tmp_path / "arguments").exists(), output
     assert not requeued(tmp_path)
 
 
 def test_the_cores_of_the_job_are_requested_again_for_its_tasks(tiny, tmp_path):
-    (tmp_path / "folder").write_text(str(run_of(tiny)))
-    noting = SRUN.replace(
-        "export SLURM_NODEID=0", 'export SLURM_NODEID=0\necho "${SRUN_CPUS_PER_TASK:-none}" > "$SLURM_TEST/cores"'
-    )
+    noting = SRUN.replace("highest=0", 'echo "${SRUN_CPUS_PER_TASK:-none}" > "$SLURM_TEST/cores"\nhighest=0')
     for given, passed_on in (({"SLURM_CPUS_PER_TASK": "48"}, "48"), ({}, "none")):
-        job = start(tmp_path, tiny, {"SLURM_GPUS_ON_NODE": "2", **given}, accelerate=ACCELERATE, srun=noting)
+        job = start(tmp_path, tiny, {"SLURM_GPUS_ON_NODE": "2", **given}, python=SUPERVISOR, srun=noting)
         job.communicate(timeout=120)
         assert (tmp_path / "cores").read_text().strip() == passed_on
+
+
+TWO_NODES = {"SLURM_JOB_NODELIST": "127.0.0.[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_TEST_TASKS": "2"}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_finished_run_is_not_requeued(tiny, tmp_path):
-    job = start(tmp_path, tiny)
-    output, _ = job.communicate(timeout=180)
+    job = start(tmp_path, tiny, TWO_NODES)
+    output, _ = job.communicate(timeout=300)
     assert job.returncode == 0 and not requeued(tmp_path), output
     assert "ranks 2 x" in output and records(run_of(tiny))[-1]["step"] == 20
 
@@ -163,19 +179,20 @@ def test_a_finished_run_is_not_requeued(tiny, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_run_saves_and_requeues_itself_after_a_notice(tiny, tmp_path):
-    job = start(tmp_path, ["--train.max_steps", "100000", *tiny])
-    metrics, deadline = run_of(tiny) / "metrics.jsonl", time.monotonic() + 120
+    job = start(tmp_path, ["--train.max_steps", "100000", *tiny], TWO_NODES)
+    metrics, deadline = run_of(tiny) / "metrics.jsonl", time.monotonic() + 300
     while not (metrics.exists() and '"step": 9,' in metrics.read_text()):
         assert time.monotonic() < deadline and job.poll() is None
-        time.sleep(0.01)
-    os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGTERM)
-    output, _ = job.communicate(timeout=60)
+        time.sleep(0.05)
+    for task in (tmp_path / "tasks").read_text().split():
+        os.kill(int(task), signal.SIGTERM)
+    output, _ = job.communicate(timeout=200)
     assert job.returncode == 0 and requeued(tmp_path), output
-    assert "the run ended with status 75" in output
+    assert "the job ended with status 75" in output
 
 
 @pytest.mark.slow
 def test_wrong_settings_are_refused_before_srun_starts(tiny, tmp_path):
     job = start(tmp_path, ["--optimizr.lr", "1", *tiny])
     output, _ = job.communicate(timeout=60)
-    assert job.returncode == 2 and "did you mean optimizer" in output and not (tmp_path / "srun.pid").exists()
+    assert job.returncode == 2 and "did you mean optimizer" in output and not (tmp_path / "tasks").exists()

@@ -199,12 +199,16 @@ def alternatives(cluster: Cluster, options: argparse.Namespace) -> list[tuple[Cl
 
 
 def open_model(config: Config) -> ModelConfig:
-    """The resolved model. The tokenizer is read only if the settings do not give the vocabulary. Raises DataError."""
+    """The resolved model. The tokenizer is read only if the settings do not give the vocabulary. Raises UserError."""
     tokenizer = None
     if not config.model.vocab_size:
+        from pretrain.data.errors import DataError
         from pretrain.data.tokenizer import Tokenizer
 
-        tokenizer = Tokenizer.load(config.tokenizer.path)
+        try:
+            tokenizer = Tokenizer.load(config.tokenizer.path)
+        except DataError as error:
+            raise UserError(f"{error}. To plan without a tokenizer, give --model.vocab_size N") from error
     ids, _ = vocabulary(config.model, tokenizer and tokenizer.vocab_size)
     return resolve_model(config.model, vocab_size=ids, sequence_length=stages.longest(config))
 

@@ -32,5 +32,10 @@ class CheckpointConfig:
     """auto: the newest valid checkpoint of this run, else a fresh start; never: refuse a run directory that has checkpoints; or
     the path of a checkpoint: of this run, to return to it, or of another, to start from it. Once the run has saved a checkpoint
     since then, the same command resumes from that."""
+    mirror: str | None = free(None)
+    """A place that outlives the machine, as a URL such as s3://bucket/folder: checkpoints and records are uploaded there in the
+    background, below run.name, and a start whose own checkpoints are older, or lost, resumes from it. null: off."""
+    mirror_mb_per_second: NonNegativeFloat = free(0)
+    """Most megabytes per second that are uploaded to the mirror. 0: no limit."""
     allow_changes: list[str] = free(list)
     """Guarded keys that may differ from the checkpoint's, e.g. [train.max_steps, optimizer.lr]; empty: none."""

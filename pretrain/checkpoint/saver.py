@@ -24,7 +24,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -58,11 +58,13 @@ class Saver:
         acknowledge: Callable[[Checkpoint], None],
         info: Callable[[str], None] = print,
         trusted: Iterable[int] = (),
+        held: Callable[[], Container[int]] = tuple,
     ):
         """On rank 0, `acknowledge` is called when a checkpoint is durable, `info` with lines for the user.
-        trusted: steps of checkpoints that were checked at the start."""
+        trusted: steps of checkpoints that were checked at the start. held(): steps of those that are in use, which are not
+        removed."""
         self.folder, self.engine, self.config = folder, engine, config
-        self.acknowledge, self.info = acknowledge, info
+        self.acknowledge, self.info, self.held = acknowledge, info, held
         self.saved: Checkpoint | None = None
         self.trusted = set(trusted)
         self.write_seconds = 0.0
@@ -171,7 +173,7 @@ class Saver:
 
     def _prune(self) -> None:
         try:
-            storage.prune(self.folder, self.config.keep_last, self.config.keep_best, self.trusted)
+            storage.prune(self.folder, self.config.keep_last, self.config.keep_best, self.trusted, self.held())
         except OSError as error:
             self._not_removed = error
 

@@ -23,7 +23,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -204,11 +204,12 @@ def put_aside_after(folder: Path, step: int) -> None:
             sync_folder(folder)
 
 
-def prune(folder: Path, keep_last: int, keep_best: int, trusted: set[int]) -> None:
+def prune(folder: Path, keep_last: int, keep_best: int, trusted: set[int], held: Container[int] = ()) -> None:
     """Removes checkpoints except the newest `keep_last` and the `keep_best` with the lowest validation loss. Raises OSError.
 
     Only intact checkpoints count as kept, so damage never leaves fewer; those that are damaged or have no valid manifest are
     left alone. trusted: steps known to be intact; steps found intact here are added, so that each checkpoint is read once.
+    held: steps that something else reads; they are left alone until the next call.
     """
     damaged: set[Checkpoint] = set()
 
@@ -232,7 +233,8 @@ def prune(folder: Path, keep_last: int, keep_best: int, trusted: set[int]) -> No
     }
     failure = None
     for checkpoint in newest_first:
-        if checkpoint not in keep and checkpoint not in damaged and _has_manifest(checkpoint):
+        removable = checkpoint not in keep and checkpoint not in damaged and checkpoint.step not in held
+        if removable and _has_manifest(checkpoint):
             try:
                 remove(checkpoint)
             except OSError as error:  # the others can still make room
@@ -266,14 +268,19 @@ def best_key(state: dict) -> float:
 # ---------------------------------------------------------------- loading
 
 
-def newest_valid(folder: Path, engine: Engine, info: Callable[[str], None] = print) -> Checkpoint | None:
+def newest_valid(
+    folder: Path, engine: Engine, info: Callable[[str], None] = print, fetch: Callable[[], None] = lambda: None
+) -> Checkpoint | None:
     """Finds the newest intact checkpoint (a collective). Damaged ones are put aside as `damaged-...` and reported to `info`.
+
+    fetch(): a collective that brings a newer one here, if there is one elsewhere; called before each look at the folder.
 
     Raises UnsafeCheckpoint if the newest one is unsafe, and CheckpointError if there are checkpoints but none is valid, since a
     silent fresh start would lose the run.
     """
     tried = 0
     while True:
+        fetch()
         newest = checkpoints(folder)[0].step if engine.rank == 0 and checkpoints(folder) else -1
         step = engine.broadcast(newest)
         if step < 0:

@@ -140,12 +140,12 @@ class _Complete(io.RawIOBase):
         super().close()
 
 
-def open_system(url: str) -> tuple:
-    """(file system of `fsspec`, path in it). Raises DataError."""
+def open_system(url: str, **options) -> tuple:
+    """(file system of `fsspec`, path in it). options: of the file system. Raises DataError."""
     import fsspec
 
     try:
-        return fsspec.core.url_to_fs(url)
+        return fsspec.core.url_to_fs(url, **options)
     except ImportError as error:  # its message names the package
         raise DataError(f"{url}: {error}") from None
     except ValueError as error:
@@ -171,17 +171,13 @@ def retried(url: str, request: Callable[[], T], seconds: float) -> T:
     while True:
         tries += 1
         try:
-            result = _limited(request, seconds)
+            result = tried_once(url, request, seconds)
             _Silence.since = None
             return result
         except (DataError, StoreError):
             raise
-        except Exception as error:  # packages pass on the exceptions of their clients, and of the network
+        except Exception as error:
             text = f"{type(error).__name__}: {error}"
-            if isinstance(error, FileNotFoundError):
-                raise DataMissing(f"{url}: not in the store; check the URL") from None
-            if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
-                raise DataError(f"{url}: the store refuses access ({text}); check the credentials") from None
             pause = min(_LONGEST_PAUSE_SECONDS, 0.1 * 2**tries) * random.uniform(0.5, 1)
             now = time.monotonic()
             _Silence.since = _Silence.since or now
@@ -190,6 +186,21 @@ def retried(url: str, request: Callable[[], T], seconds: float) -> T:
                 raise StoreError(f"{url}: the store does not answer ({tried}; {text}); start again to resume") from error
         _tell(f"{url}: {text}; is tried again for up to {RETRY_SECONDS:.0f} s", tries)
         time.sleep(pause)
+
+
+def tried_once(url: str, request: Callable[[], T], seconds: float) -> T:
+    """What `request` returns within `seconds`. Raises DataError for what trying again cannot change, else what went wrong."""
+    try:
+        return _limited(request, seconds)
+    except (DataError, StoreError):
+        raise
+    except Exception as error:  # packages pass on the exceptions of their clients, and of the network
+        text = f"{type(error).__name__}: {error}"
+        if isinstance(error, FileNotFoundError):
+            raise DataMissing(f"{url}: not in the store; check the URL") from None
+        if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
+            raise DataError(f"{url}: the store refuses access ({text}); check the credentials") from None
+        raise
 
 
 def _limited(request: Callable[[], T], seconds: float) -> T:

@@ -21,6 +21,8 @@ FOREIGN = ("OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_")
 """Prefixes of variables of MPI launchers, which accelerate would read although another launcher started this process."""
 LAUNCHER = (*_COUNTS, *_MEETING, "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE")
 """Variables that say which rank a process is, and where the ranks meet."""
+ATTEMPT = "PRETRAIN_ATTEMPT"
+"""Variable with the name of this attempt among those of a supervised job: ranks meet only others of the same."""
 _ALONE = "to train with one process, unset them; for several, start with `accelerate launch` or `torchrun`, which set them all"
 
 

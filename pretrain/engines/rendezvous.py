@@ -28,7 +28,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from pretrain import UserError
-from pretrain.engines.place import Place
+from pretrain.engines.place import ATTEMPT, Place
 from pretrain.schema import ConfigError, Problem
 
 LEAST_SECONDS = 60.0
@@ -65,7 +65,8 @@ def meet(
         if refusal:
             raise refusal
         return dist.HashStore()
-    prefix = f"pretrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_meetings)}"
+    attempt = os.environ.get(ATTEMPT, ""), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    prefix = f"pretrain/{'/'.join(attempt)}/{next(_meetings)}"
     seconds = max(LEAST_SECONDS, seconds) if refusal is None else _REFUSAL_SECONDS
     facts = {**(facts or {}), "WORLD_SIZE": str(place.world_size)}
     try:

@@ -86,9 +86,9 @@ def _engines(plan: dict[str, Any]) -> Iterator[str]:
         yield f"  and {more} slower combinations of kinds of parallelism that fit (--json lists all)"
     assumed = plan["assumptions"]
     text = (
-        "batch: largest micro-batch that fits x accumulation. +selective, +full: activation checkpointing. kept: activations. "
-        "buffer: gathered weights, gradients in flight, what a recomputation keeps; a peak has logits or buffer, whichever is "
-        "larger. "
+        "+sel, +full: activation checkpointing; r, t, s, e: replicas, tensor, sequence, expert. batch: largest micro-batch "
+        "that fits x accumulation. kept: activations. buffer: gathered weights, gradients in flight, what a recomputation "
+        "keeps; a peak has logits or buffer, whichever is larger. "
         f"of {limit:g}: with {assumed['fragmentation']:.0%} for fragmentation and {assumed['outside_gib']:g} GiB for driver, "
         "CUDA context and NCCL. GB sent: per rank and step; tok/s: of a GPU."
     )
@@ -112,9 +112,9 @@ def _fastest_kinds(plan: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _named(row: dict[str, Any]) -> str:
-    name = row["plan"].replace(", ", " ").replace("sequence", "seq").replace("replicas", "rep")
-    kept = row["activation_checkpointing"]
-    return name if kept == "none" else f"{name} +{kept}"
+    sizes = {"replicas": row["replicas"], **row["parallel"]}
+    kinds = "".join(f" {name[0]}{size}" for name, size in sizes.items() if size > 1)
+    return row["engine"] + kinds + {"none": "", "selective": " +sel", "full": " +full"}[row["activation_checkpointing"]]
 
 
 def _engine(name: str, row: dict[str, Any]) -> str:
@@ -182,7 +182,7 @@ def _saving(plan: dict[str, Any]) -> Iterator[str]:
     size, assumed = plan["checkpoint"], plan["assumptions"]
     waits = "in the background" if size["asynchronous"] else "in the foreground"
     text = f"{size['bytes'] / 1e9:,.1f} GB ({size['bytes']:,} bytes of weights and moments); {waits}: training waits "
-    text += f"~{size['blocked_seconds']:.2g} s, durable after ~{size['durable_seconds']:.3g} s"
+    text += f"~{_seconds(size['blocked_seconds'])}, durable after ~{_seconds(size['durable_seconds'])}"
     yield from _row("checkpoint", "=", f"{text} at {assumed['store_gb_per_second']:g} GB/s")
     for row in plan["intervals"]:
         yield from _row("save every", "~", _interval(row))
@@ -226,6 +226,10 @@ def _choice(row: dict[str, Any], rented: str) -> Iterator[str]:
 
 
 # ---------------------------------------------------------------- figures
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2g}s" if value < 9.5 else human_seconds(value)
 
 
 def _power(number: float) -> str:

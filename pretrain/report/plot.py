@@ -278,7 +278,12 @@ def _draw_run(axes: Axes, run: Curves, color: str, x: XAxis, several: bool) -> t
 
 def _loss_range(runs: Sequence[Curves]) -> tuple[float, float]:
     """(low, high) of the vertical axis, which shows all but the spikes of the raw losses."""
-    seen = np.concatenate([np.r_[run.smoothed, run.val_loss, [*run.reference_lines.values()]] for run in runs])
+    return value_range(*(values for run in runs for values in (run.smoothed, run.val_loss, [*run.reference_lines.values()])))
+
+
+def value_range(*values: Sequence[float]) -> tuple[float, float]:
+    """(low, high) of a vertical axis that shows losses, with margins; those that are not finite do not count."""
+    seen = np.concatenate([np.empty(0), *values])
     seen = seen[np.isfinite(seen)]
     if not len(seen):
         return 0.0, 1.0

@@ -1,4 +1,4 @@
-"""Counts, durations and amounts of money, short enough for a column."""
+"""Counts, durations, sizes and amounts of money, short enough for a column."""
 
 from __future__ import annotations
 
@@ -36,3 +36,11 @@ def human_dollars(value: float) -> str:
 def dollar_digits(value: float) -> int:
     """Digits after the point with which an amount is written."""
     return 2 if value >= 1 or value == 0 else 4 if value >= 0.01 else 6
+
+
+def human_bytes(count: float) -> str:
+    """A size in the largest unit that leaves at least 1."""
+    for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B"

@@ -8,6 +8,7 @@
     exit_status  null while running; docs/running.md lists them
     step         last step that is known to be complete
     saved_step   step of the newest durable checkpoint; null: none yet
+    mirrored_step  step of the newest checkpoint in checkpoint.mirror; null: none, or no mirror
     attempt      number of starts of the run so far
     reason       for people; null: nothing to report
     time         when this was written, seconds since 1970
@@ -66,7 +67,7 @@ class RunDirectory:
                 unfinished.unlink(missing_ok=True)
         self._writing = threading.Lock()  # the thread that receives signals writes too
         before = read_state(path)
-        self._state = {"step": before.get("step"), "saved_step": before.get("saved_step")}
+        self._state = {name: before.get(name) for name in ("step", "saved_step", "mirrored_step")}
         self._state["attempt"] = (before.get("attempt") or 0) + 1
 
     def _open_folder(self) -> None:
@@ -169,6 +170,17 @@ class RunDirectory:
             self._state |= {"step": step, "saved_step": saved_step}
             self.write_state("running")
 
+    def mirrored(self, step: int) -> None:
+        """Records the newest checkpoint in the mirror; callable from any thread."""
+        if not self._silent:
+            self._write_state({"mirrored_step": step})
+
+    def follow(self, text: bytes) -> None:
+        """Continues the count of starts of a run_state.json that another folder of this run had."""
+        with contextlib.suppress(ValueError, AttributeError):
+            before = json.loads(text).get("attempt")
+            self._state["attempt"] = max(self._state["attempt"], 1 + (before if type(before) is int else 0))
+
     def write_end(self, status: int, reason: str, step: int | None = None) -> None:
         """Records how the job ends: its exit status, and the reason for people."""
         self.write_state("done" if status == 0 else "stopped", exit_status=status, step=step, reason=reason or None)
@@ -186,15 +198,22 @@ class RunDirectory:
         if self._silent:
             return
         known = {name: value for name, value in (("step", step), ("saved_step", saved_step)) if value is not None}
-        self._state |= {"status": status, "exit_status": exit_status, "reason": reason, "time": time.time(), **known}
-        self.write_text("run_state.json", json.dumps(self._state) + "\n")
+        self._write_state({"status": status, "exit_status": exit_status, "reason": reason, "time": time.time(), **known})
+
+    def _write_state(self, changes: dict) -> None:
+        with self._writing:
+            self._state |= changes
+            self._write("run_state.json", json.dumps(self._state) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a small file of the run, atomically."""
         if not self._silent:
             with self._writing:
-                self._texts[name] = text
-                write_atomically(self.path / name, text)
+                self._write(name, text)
+
+    def _write(self, name: str, text: str) -> None:
+        self._texts[name] = text
+        write_atomically(self.path / name, text)
 
 
 def _name_of(descriptor: int) -> str:
@@ -224,5 +243,6 @@ def take_directory(path: Path, rank: int) -> tuple[RunDirectory, UserError | Non
 def read_state(path: Path) -> dict:
     """run_state.json of a run, without values of a wrong kind; empty if there is none that can be read."""
     read = read_json_object(path / "run_state.json")
-    kinds = dict.fromkeys(("status", "reason"), str) | dict.fromkeys(("exit_status", "step", "saved_step", "attempt"), int)
+    numbers = ("exit_status", "step", "saved_step", "mirrored_step", "attempt")
+    kinds = dict.fromkeys(("status", "reason"), str) | dict.fromkeys(numbers, int)
     return {name: value for name, value in read.items() if value is None or type(value) is kinds.get(name, type(value))}

@@ -8,7 +8,7 @@ repeats the divergence, and with it the rollback.
 
 from __future__ import annotations
 
-from pretrain import stages
+from pretrain import UserError, stages
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.manifest import Checkpoint, CheckpointError
 from pretrain.data import excluded
@@ -18,6 +18,7 @@ from pretrain.run.state import Run
 
 MOST_ROLLBACKS = 2
 _SAMPLES_SHOWN = 8
+_TEXTS, _TEXT_CHARACTERS = 4, 400  # of a spike, in its record
 
 
 def report_spike(run: Run, loss: float) -> None:
@@ -31,10 +32,22 @@ def report_spike(run: Run, loss: float) -> None:
     progress, stage = run.progress, stages.stage_at(run.length.stages, run.progress.position - 1)
     count = stage.config.batch.global_batch_size
     ids = run.data.sample_ids(progress.position - count, count)
-    run.sinks.log({"step": progress.step + 1, "spike": {"step": progress.step, **spike._asdict()}, "samples": ids})
+    record = {"step": progress.step + 1, "spike": {"step": progress.step, **spike._asdict()}, "samples": ids}
+    run.sinks.log(record | {"texts": _texts(run, progress.position - count, min(count, _TEXTS))})
     shown = ", ".join(f"{run.data.sources[source].name}:{epoch}:{sample}" for source, epoch, sample in ids[:_SAMPLES_SHOWN])
     more = f" and {count - _SAMPLES_SHOWN} more in metrics.jsonl" if count > _SAMPLES_SHOWN else ""
     run.sinks.info(f"{spikes.describe(progress.step, spike)}. Its samples, as source:epoch:sample: {shown}{more}")
+
+
+def _texts(run: Run, position: int, count: int) -> list[str]:
+    """How the samples from `position` on begin, where there is a tokenizer and this rank reports."""
+    if run.tokenizer is None or not run.sinks.keeps_metrics:
+        return []
+    try:
+        rows = run.data.take(position, count).tokens_BT.tolist()
+    except (UserError, OSError):  # a store that fails just now: the step has its samples, and a report must not end the run
+        return []
+    return [run.tokenizer.decode(row[:_TEXT_CHARACTERS])[:_TEXT_CHARACTERS] for row in rows]
 
 
 def describe(run: Run) -> str:

@@ -15,10 +15,11 @@ from pretrain.engines.update_check import UpdateCheck
 from pretrain.model import flops
 from pretrain.report.metrics import Clock, perplexity
 from pretrain.report.records import RecordsError
-from pretrain.run import reality, receipt
+from pretrain.run import page, reality, receipt
 from pretrain.run.precision import cpu_multiplies_bf16
 from pretrain.run.resume import Start
 from pretrain.run.state import Run
+from pretrain.run.view import View
 from pretrain.stages import Stage
 
 FORWARD_SHARE = 0.33  # of a training step
@@ -232,7 +233,7 @@ def close_account(run: Run, status: int) -> None:
 
 
 def finish(run: Run) -> None:
-    """Draws the loss curve and prints the verdict on it."""
+    """Draws the loss curve, writes the page about the run, and prints the verdict on the curve."""
     if not run.sinks.keeps_metrics:
         return
     from pretrain.report.plot import plot_runs  # rank 0 alone draws, at the end
@@ -244,7 +245,20 @@ def finish(run: Run) -> None:
         run.sinks.info(f"curve      {picture}")
     except (RecordsError, OSError) as error:  # metrics.jsonl was removed, or the disk is full; the run is done
         run.sinks.info(f"curve      none: {error}")
+    write_page(run)
     run.sinks.info(f"result     {_verdict(run).text}")
+
+
+def write_page(run: Run) -> None:
+    """Writes report.html into the run's folder, from its files."""
+    if not run.sinks.keeps_metrics:
+        return
+    path = run.directory.path / page.FILE_NAME
+    try:
+        page.write_page(View(run.directory.path).read_all(), path, _verdict(run).text)
+        run.sinks.info(f"report     {path}")
+    except OSError as error:  # the disk is full; the run is done
+        run.sinks.info(f"report     none: {error}")
 
 
 def _verdict(run: Run) -> verdict.Verdict:

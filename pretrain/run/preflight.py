@@ -20,6 +20,7 @@ from pretrain.config import Config, ConfigError, DataConfig, Problem, SourceConf
 from pretrain.data import checks, shards
 from pretrain.data.batches import MASKED, Batch, TrainData, block_length_of
 from pretrain.data.checks import Finding
+from pretrain.data.errors import StoreError
 from pretrain.data.indexed import DataError, DataMissing, TokenFile
 from pretrain.data.reads import OpenFiles
 from pretrain.data.remote import is_url
@@ -33,6 +34,7 @@ from pretrain.engines.mesh import Mesh
 from pretrain.model.config import ModelConfig, vocabulary
 from pretrain.run import fit, mask_certificate, resume, surroundings
 from pretrain.run.length import Length, plan
+from pretrain.run.mirror_store import open_store
 from pretrain.run.parts import Parts, open_parts, open_tokenizer
 from pretrain.run.receipt import run_facts
 
@@ -64,6 +66,7 @@ def preflight(config: Config, ranks: int | None = None) -> Report:
     report.findings += (
         surroundings.wandb_findings(config) + surroundings.build_locks(config) + surroundings.port_findings(ranks)
     )
+    report.findings += mirror_findings(config)
     report.facts += batch_facts(config, ranks)
     report.findings += batch_findings(config, ranks)
     tokenizer, found = _open_tokenizer(config)
@@ -106,10 +109,24 @@ def preflight(config: Config, ranks: int | None = None) -> Report:
 
 def _state_to_resume(config: Config, folder: Path) -> dict | None:
     """The state of the checkpoint from which the run would start, not verified; None: there is none that can be read."""
-    with contextlib.suppress(ConfigError, CheckpointError):
+    with contextlib.suppress(ConfigError, CheckpointError, DataError, StoreError):
         found, _ = resume.preview(config, folder)
         return found and found.state()
     return None
+
+
+def mirror_findings(config: Config) -> list[Finding]:
+    """Checks that checkpoint.mirror can be written, read and cleaned up."""
+    try:
+        if store := open_store(config):
+            name = f"preflight-{store.job}"
+            store.write(name, name.encode())
+            if store.read(name) != name.encode():
+                raise DataError(f"{store.url}: what is written reads differently")
+            store.remove([name])
+    except (DataError, StoreError) as error:
+        return [Finding("mirror-unusable", "checkpoint.mirror", str(error), stops=True)]
+    return []
 
 
 def at_start(config: Config, engine: Engine, parts: Parts, found: Checkpoint | None) -> list[Finding]:
@@ -468,4 +485,6 @@ def resume_findings(config: Config, parts: Parts, folder: Path) -> list[Finding]
         if named:
             return [Finding("resume-refused", "checkpoint.resume", str(error), stops=True)]
         return [Finding("checkpoint-damaged", str(found.path), f"{error}; the run would resume from an older one")]
+    except (DataError, StoreError):  # of the mirror, which has a finding of its own
+        return []
     return []

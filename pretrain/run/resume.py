@@ -1,7 +1,8 @@
 """Decides where a run starts, from new weights or from a checkpoint; the run and its preflight share this decision.
 
 `checkpoint.resume` is auto (the newest valid checkpoint of the run, if any), never, or the path of a checkpoint. Such a path
-starts the run there once; after it has saved a checkpoint of its own, the same command resumes from its newest one.
+starts the run there once; after it has saved a checkpoint of its own, the same command resumes from its newest one. Checkpoints
+in the run's mirror count as its own: a newer one there is fetched first.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from pretrain import UserError
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.manifest import Checkpoint, CheckpointError, checkpoints
 from pretrain.config import Config, ConfigError, EngineConfig, Problem, check_resume
@@ -23,8 +25,10 @@ from pretrain.engines.shards import Shard
 from pretrain.model.config import ModelConfig
 from pretrain.run.directory import RunDirectory, read_state
 from pretrain.run.length import plan
+from pretrain.run.mirror_store import Mirrored, open_store
 from pretrain.run.parts import Parts
 from pretrain.run.progress import read_saved
+from pretrain.run.restore import Restorer, fetch_together
 from pretrain.schema import to_dict
 
 
@@ -51,22 +55,22 @@ class _Choice(enum.IntEnum):
 def decide(config: Config, engine: Engine, parts: Parts, directory: RunDirectory) -> Start:
     """Chooses and verifies the checkpoint, and checks that a run with these settings and this data may resume from it.
 
-    A collective. Raises ConfigError, CheckpointError on every rank.
+    A collective. Raises ConfigError, CheckpointError on every rank, or what the store of a mirror raises.
     """
     folder = directory.checkpoints
     choice, refusal = _Choice.REFUSED, None
     if engine.rank == 0:
         storage.clean(folder)
         try:
-            choice = _choose(config.checkpoint.resume, folder, directory.saved_step)
-        except ConfigError as error:
+            choice = _choose(config.checkpoint.resume, folder, directory.saved_step, _newest_mirrored(config))
+        except UserError as error:
             refusal = error
     choice = engine.broadcast(choice)
     if choice == _Choice.REFUSED:
         raise refusal or ConfigError([Problem("checkpoint.resume", "rank 0 refuses it and says why")])
     found = None
     if choice == _Choice.NEWEST:
-        found = storage.newest_valid(folder, engine)
+        found = _newest(config, engine, parts, directory)
     elif choice == _Choice.NAMED:
         found = Checkpoint(Path(config.checkpoint.resume).resolve())
         storage.check_files(found, engine)
@@ -77,24 +81,56 @@ def decide(config: Config, engine: Engine, parts: Parts, directory: RunDirectory
     return Start(found)
 
 
+def _newest(config: Config, engine: Engine, parts: Parts, directory: RunDirectory) -> Checkpoint | None:
+    """The newest intact checkpoint of the run, on the disk or in its mirror; it is on the disk then. A collective."""
+    store = open_store(config)
+    if store is None:
+        return storage.newest_valid(directory.checkpoints, engine)
+    restorer = Restorer(store, directory, lambda found: check_settings(config, parts, found))
+    found = storage.newest_valid(directory.checkpoints, engine, fetch=lambda: fetch_together(engine, restorer))
+    if found is None and engine.broadcast(len(restorer.tried)):
+        raise CheckpointError(
+            f"{store.url}: none of its checkpoints is valid; restore one, or start over with another run.name"
+        )
+    return found
+
+
+def _newest_mirrored(config: Config) -> Mirrored | None:
+    """The newest checkpoint in the run's mirror, not verified. Raises DataError, StoreError."""
+    store = open_store(config)
+    found = store.checkpoints() if store else []
+    return found[0] if found else None
+
+
 def preview(config: Config, folder: Path) -> tuple[Checkpoint | None, bool]:
-    """(the checkpoint from which the run would start, not verified; whether checkpoint.resume names it). Raises ConfigError."""
-    choice = _choose(config.checkpoint.resume, folder, read_state(folder.parent).get("saved_step"))
+    """(the checkpoint from which the run would start, not verified; whether checkpoint.resume names it). Raises ConfigError; if
+    there is a mirror, DataError and StoreError."""
+    mirrored = _newest_mirrored(config)
+    choice = _choose(config.checkpoint.resume, folder, read_state(folder.parent).get("saved_step"), mirrored)
     if choice == _Choice.NAMED:
         return Checkpoint(Path(config.checkpoint.resume).resolve()), True
-    found = checkpoints(folder) if choice == _Choice.NEWEST else []
-    return (found[0] if found else None), False
+    return (_newer(folder, mirrored) if choice == _Choice.NEWEST else None), False
 
 
-def _choose(resume: str, folder: Path, saved_step: int | None) -> _Choice:
+def _newer(folder: Path, mirrored: Mirrored | None) -> Checkpoint | None:
+    """The newest checkpoint on the disk, or the one of the mirror if that is newer."""
+    own = checkpoints(folder)
+    return max([*own[:1], *([mirrored] if mirrored else [])], key=lambda each: each.step, default=None)
+
+
+def _choose(resume: str, folder: Path, saved_step: int | None, mirrored: Mirrored | None) -> _Choice:
     """`checkpoint.resume` for a run whose checkpoints are in `folder`, the newest at `saved_step` by its run_state.json.
+    mirrored: the newest one in its mirror.
 
     Raises ConfigError.
     """
-    own = checkpoints(folder)
-    if own and (resume == "auto" or _started_from(own[0], resume)):
+    own = _newer(folder, mirrored)
+    if own and mirrored and own is not mirrored and _first_start(own) != _first_start(mirrored):
+        problem = f"{mirrored.store.url} has checkpoints of another run; choose another run.name or checkpoint.mirror"
+        raise ConfigError([Problem("checkpoint.mirror", problem)])
+    if own and (resume == "auto" or _started_from(own, resume)):
         return _Choice.NEWEST
-    problem = None
+    problem, there = None, own and (mirrored.store.url if own is mirrored else folder)
     if resume == "auto":
         if not saved_step:
             return _Choice.NEWEST
@@ -103,16 +139,23 @@ def _choose(resume: str, folder: Path, saved_step: int | None) -> _Choice:
     elif resume == "never":
         if not own:
             return _Choice.NEW
-        problem = f"is never, but {folder} has checkpoints; use auto, or another run.name"
+        problem = f"is never, but {there} has checkpoints; use auto, or another run.name"
     else:
         path = Path(resume).resolve()
         if own and path.parent != folder.resolve():
-            problem = f"belongs to another run, but {folder} has checkpoints of its own; use auto, or another run.name"
+            problem = f"belongs to another run, but {there} has checkpoints of its own; use auto, or another run.name"
         elif not (path / "manifest.json").exists():
             problem = f"{path} is not the folder of a complete checkpoint, such as {folder / 'step_00001000'}"
     if problem:
         raise ConfigError([Problem("checkpoint.resume", problem)])
     return _Choice.NAMED
+
+
+def _first_start(checkpoint: Checkpoint) -> float | None:
+    """When the run of a checkpoint was first started, which tells runs apart; None: it cannot be read."""
+    with contextlib.suppress(CheckpointError, KeyError, TypeError):
+        return checkpoint.state()["progress"]["started"]
+    return None
 
 
 def _started_from(checkpoint: Checkpoint, resume: str) -> bool:

@@ -24,6 +24,7 @@ from pretrain.report.spikes import SpikeWatch
 from pretrain.run.directory import RunDirectory
 from pretrain.run.ledger import Ledger
 from pretrain.run.length import Length, plan
+from pretrain.run.mirror import Mirror
 from pretrain.run.parts import Parts
 from pretrain.run.progress import Progress, read_saved
 from pretrain.run.resume import Start
@@ -48,6 +49,7 @@ class Run:
     meter: Meter
     sinks: Sinks
     saver: Saver
+    mirror: Mirror
     spikes: SpikeWatch
     ledger: Ledger
     intervals: int = 0
@@ -92,7 +94,9 @@ class Run:
         self.saver.save(self.progress.step, state, last)
 
 
-def open_run(config: Config, engine: Engine, parts: Parts, directory: RunDirectory, start: Start, ledger: Ledger) -> Run:
+def open_run(
+    config: Config, engine: Engine, parts: Parts, directory: RunDirectory, start: Start, ledger: Ledger, mirror: Mirror
+) -> Run:
     """The run at `start`: weights and moments in the engine, and everything else as it was at that step. A collective."""
     found = start.checkpoint
     state = read_saved(found) if found else {}
@@ -126,10 +130,13 @@ def open_run(config: Config, engine: Engine, parts: Parts, directory: RunDirecto
         validation_due=progress.evaluation_due,
     )
 
+    mirror.begin(progress.step, found if own else None, sinks.info)
+
     def acknowledge(saved: Checkpoint) -> None:
         sinks.info(f"saved {saved.path}")
         directory.write_state("running", step=progress.step, saved_step=saved.step)
         ledger.save()
+        mirror.offer(saved)
 
     return Run(
         config=config,
@@ -142,7 +149,16 @@ def open_run(config: Config, engine: Engine, parts: Parts, directory: RunDirecto
             engine.device, engine.rank, engine.world_size, state.get("meter"), [each.name for each in parts.data.sources]
         ),
         sinks=sinks,
-        saver=Saver(directory.checkpoints, engine, config.checkpoint, acknowledge, sinks.info, [found.step] if found else []),
+        saver=Saver(
+            directory.checkpoints,
+            engine,
+            config.checkpoint,
+            acknowledge,
+            sinks.info,
+            trusted=[found.step] if found else [],
+            held=mirror.held,
+        ),
+        mirror=mirror,
         spikes=SpikeWatch(state.get("spikes")),
         ledger=ledger,
     )

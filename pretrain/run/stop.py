@@ -104,6 +104,10 @@ class StopRequest:
         if status == 75:
             self._start_deadline()
 
+    def seconds_left(self) -> float | None:
+        """Seconds until the deadline; None: there is none."""
+        return None if self._deadline is None else self._deadline - time.monotonic()
+
     def saved(self, status: int) -> None:
         """Notes that the checkpoint is durable and run_state.json written: the deadline may cut the rest short."""
         self._saved_status = status

@@ -73,8 +73,9 @@ def storage_findings(config: Config, model: ModelConfig, folder: Path, steps: in
 def checkpoint_bytes(config: Config, model: ModelConfig, steps: int) -> tuple[int, int]:
     """(bytes of one, bytes of all that exist at a time): fp32 weights and moments, and one more while it is being written."""
     each, every = flops.state_bytes(model), config.checkpoint.every_steps
+    kept = config.checkpoint.keep_last + config.checkpoint.keep_best + bool(config.checkpoint.mirror)  # one waits for it
     made = 1 + (steps - 1) // every if every else 2**31 if config.checkpoint.every_minutes else 1
-    return each, each * min(made, config.checkpoint.keep_last + config.checkpoint.keep_best + 1)
+    return each, each * min(made, kept + 1)
 
 
 def build_locks(config: Config) -> list[Finding]:
