@@ -43,7 +43,7 @@ def test_the_state_of_a_run_is_as_planned_to_the_byte_and_kept_with_its_settings
     assert record["measured_state_gib"] == record["planned_state_gib"] > 0
     assert "plan       state 0.0" in capfd.readouterr().out
     kept = json.loads((tmp_path / "tiny" / "plan.json").read_text())
-    assert {**record, **kept} == kept | {key: record[key] for key in record.keys() - kept.keys()}
+    assert kept["planned_state_gib"] == record["planned_state_gib"] and kept["step"] == record["step"]
     assert kept["settings"]["batch"]["micro_batch_size"] == 2 and kept["settings"]["engine"]["name"] == "ddp"
     assert "measured_tokens_per_second" not in kept and "measured_peak_memory_gib" not in kept  # this is a CPU
 

@@ -125,10 +125,9 @@ def log_step(run: Run, clock: Clock, stage: Stage, lr: float, update_check: Upda
     clock.restart()  # its seconds are in `progress` now
     with clock.paused():
         checked, warnings = update_check.figures(lr) if update_check and not figures["skipped_in_a_row"] else ({}, [])
-        run.sinks.log(record | run.ledger.figures(progress, eta) | checked)
+        run.sinks.log(record | run.ledger.figures(progress, eta) | checked | reality.figures(run, rate))
         for warning in warnings:
             run.sinks.info(f"step {progress.step}: {warning}")
-        reality.report(run, rate)
         _report_slow_ranks(run, stage, of_ranks, seconds, figures["steps"])
     _report_compiler(run, "steps", f"{seconds:.1f} s up to step {progress.step}")
     if progress.step == 1:

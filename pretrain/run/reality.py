@@ -44,22 +44,24 @@ class Compared(NamedTuple):
         return f"{what} {measured}, planned {planned} (x {self.ratio:.2f})"
 
 
-def report(run: Run, tokens_per_second: float) -> None:
-    """Logs and stores the comparison, on rank 0 at the second logging line of a start; to be called at each."""
+def figures(run: Run, tokens_per_second: float) -> dict[str, float]:
+    """What a logging line adds to its record: on rank 0, at the second one of a start, the comparison, also printed and
+    stored; else nothing. To be called at each."""
     run.intervals += 1
     if run.intervals != SETTLED or run.engine.rank != 0:
-        return
+        return {}
     found, engine, config = compare(run, tokens_per_second), run.engine, run.stage.config
     run.sinks.info(f"plan       {'; '.join(map(str, found))}{_why(run, found)}")
     record = {}
     for each in found:
         record |= {f"planned_{each.name}": each.planned, f"measured_{each.name}": each.measured}
         record[f"plan_ratio_{each.name.removesuffix('_gib')}"] = each.ratio
-    run.sinks.log({"step": run.progress.step, **record})
     of = {"device": engine.device_name, "ranks": engine.world_size, "compiled": engine.compiled, "precision": engine.precision}
     of |= {"engine": dataclasses.asdict(config.engine), "batch": dataclasses.asdict(config.batch)}
     of |= {"sequence_length": config.data.sequence_length, "model": dataclasses.asdict(run.model)}
-    run.directory.write_text(FILE, json.dumps({"step": run.progress.step, **record, "settings": of}, indent=1) + "\n")
+    content = {"step": run.progress.step, **record, "settings": of}
+    run.directory.write_text(FILE, json.dumps(content, indent=1) + "\n")
+    return record
 
 
 def compare(run: Run, tokens_per_second: float) -> list[Compared]:
