@@ -153,6 +153,7 @@ def _time(plan: dict[str, Any]) -> Iterator[str]:
     gpus = plan["cluster"]["gpus"]
     text = f"MFU {here['mfu']:.1%} ({here['mfu_source']}"
     text += "" if here["mfu_source"] == "estimated" else f"; estimated {here['estimated_mfu']:.1%}"
+    text += f"; memory x {here['memory']['ratio']:.2f}" if here["memory"]["ratio"] != 1 else ""
     text += f"): {step:.3g} s per step, {here['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU, "
     yield from _row("speed", "~", text + f"{here['tokens_per_second_per_gpu'] * gpus:,.0f} in all")
     sent = here["sent_bytes"]
