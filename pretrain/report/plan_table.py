@@ -142,6 +142,8 @@ def exact_lines(rows: list[dict[str, Any]], limit_gib: float) -> Iterator[str]:
         yield f"{row['name']:24} {batch:>8} {held}  {row['peak_bytes'] / GIB:6.1f}  {row['needed_gib']:.1f}{verdict}"
         if row["flags"]:
             yield from _wrapped(" ".join(row["flags"]), "  ")
+    if len(rows) == 1:
+        yield f"no other way on these GPUs {'is faster by more than 3 %' if rows[0]['fits'] else 'is known to fit'}"
 
 
 # ---------------------------------------------------------------- time and money
