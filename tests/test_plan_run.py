@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pretrain import UserError, devices, dry_run
+from pretrain.checkpoint.config import CheckpointConfig
 from pretrain.config import ConfigError, EngineConfig, ParallelConfig, load, validate
 from pretrain.engines.config import KINDS_OF
 from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
@@ -116,6 +117,18 @@ def test_checkpoints_have_twelve_bytes_per_parameter_and_eight_of_matrices_under
     others = 2 * 512 * 64 + 5 * 64
     assert cost.checkpoint_bytes(model) == 12 * (matrices + others)
     assert cost.checkpoint_bytes(model, "muon") == 8 * matrices + 12 * others
+
+
+def test_a_save_is_durable_once_it_is_in_the_mirror():
+    """By hand: 80 GB, 8 GPUs that each copy 10 GB at 10 GB/s; 2 GB/s to the disk, then 2 GB/s or 500 MB/s to the mirror."""
+    for settings, wanted in (
+        ({}, (1, 40)),
+        ({"asynchronous": False}, (40, 0)),
+        ({"mirror": "s3://b/f"}, (1, 80)),
+        ({"mirror": "s3://b/f", "mirror_mb_per_second": 500}, (1, 200)),
+        ({"mirror": "s3://b/f", "mirror_mb_per_second": 5000, "asynchronous": False}, (40, 40)),
+    ):
+        assert cost.saves(80 * 10**9, 8, 2.0, CheckpointConfig(**settings)) == pytest.approx(wanted), settings
 
 
 def test_a_stated_mfu_scales_time_and_money_and_a_spot_market_its_price(tmp_path, capsys):

@@ -115,8 +115,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--preemptions-per-hour is theirs")  # fmt: skip
     add("--restart-minutes", type=positive, default=5.0, metavar="MIN", help="from an interruption to the next step (default: "
         "%(default)g)")  # fmt: skip
-    add("--store-gb-per-second", type=positive, default=1.0, metavar="GB", help="at which all machines together write to the "
-        "disk or store that outlives them (default: %(default)g)")  # fmt: skip
+    add("--store-gb-per-second", type=positive, default=1.0, metavar="GB", help="at which all machines together write to "
+        "their disk, and rank 0 uploads to checkpoint.mirror (default: %(default)g)")  # fmt: skip
     add("--quick", action="store_true", help="formulas alone, without dry runs")
     add("--json", type=Path, metavar="FILE", help="also write the plan as JSON")
     add("--plot", type=Path, metavar="FILE", help="also draw the memory of each way as a PNG")

@@ -79,7 +79,7 @@ def price(plan: Plan, job: Job, length: Length, terms: Terms, market: Market, se
     """Adds hours and dollars. seconds: of training between saves; None: the best interval."""
     cluster = plan.cluster
     size = checkpoint_bytes(job.model, job.optimizer)
-    saved = saves(size, cluster.gpus, terms.store_gb_per_second, terms.checkpoint.asynchronous)
+    saved = saves(size, cluster.gpus, terms.store_gb_per_second, terms.checkpoint)
     risk, mfu = market.risk(cluster, terms.restart_seconds), plan.time.mfu * terms.speed_ratio
     return Planned(plan, mfu, market, saved, risk, cost(length, cluster, mfu, saved, risk, market.dollars_per_hour, seconds))
 
@@ -122,6 +122,7 @@ def summary(
             "blocked_seconds": chosen.saves.blocked_seconds,
             "durable_seconds": sum(chosen.saves),
             "asynchronous": terms.checkpoint.asynchronous,
+            "mirror": terms.checkpoint.mirror,
         },
         "intervals": [interval_values(configured, job, length, terms, each, seconds) for each in terms.markets],
         "choices": [choice_values(each, chosen, terms) for each in sorted(ways, key=_order)],

@@ -187,7 +187,10 @@ def _saving(plan: dict[str, Any]) -> Iterator[str]:
     waits = "in the background" if size["asynchronous"] else "in the foreground"
     text = f"{size['bytes'] / 1e9:,.1f} GB ({size['bytes']:,} bytes of weights and moments); {waits}: training waits "
     text += f"~{_seconds(size['blocked_seconds'])}, durable after ~{_seconds(size['durable_seconds'])}"
-    yield from _row("checkpoint", "=", f"{text} at {assumed['store_gb_per_second']:g} GB/s")
+    place = (
+        "on its disk and in the mirror" if size["mirror"] else "on a disk that must outlive the machine, or checkpoint.mirror"
+    )
+    yield from _row("checkpoint", "=", f"{text} at {assumed['store_gb_per_second']:g} GB/s, {place}")
     for row in plan["intervals"]:
         yield from _row("save every", "~", _interval(row))
 
