@@ -101,13 +101,14 @@ def micro_batches(job: Job, engine: EngineConfig, gpus: int) -> list[int]:
 def largest(job: Job, engine: EngineConfig, cluster: Cluster, room: float = 1.0) -> Plan | None:
     """The plan with the largest micro-batch that fits into this share of the memory, with the smallest if none does; None: the
     batch does not divide."""
-    found = None
-    for size in micro_batches(job, engine, cluster.gpus):
-        tried = plan(job, engine, size, cluster)
-        if found and tried.needed_gib > room * cluster.device.memory_gib:
+    sizes = micro_batches(job, engine, cluster.gpus)
+    found = sizes[:1]
+    for size in sizes[1:]:
+        peak = memory(job.model, job.length, size, engine, cluster.gpus, job.optimizer).peak
+        if needed_gib(peak * job.memory_ratio) > room * cluster.device.memory_gib:
             break
-        found = tried
-    return found
+        found = [size]
+    return plan(job, engine, found[0], cluster) if found else None
 
 
 # ---------------------------------------------------------------- all ways
