@@ -17,7 +17,6 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -26,63 +25,27 @@ from pretrain.config import EngineConfig, ParallelConfig
 from pretrain.devices import Device
 from pretrain.model import flops
 from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
-from pretrain.plan.memory import Memory, memory, needed_gib
-from pretrain.plan.messages import collectives
-from pretrain.plan.scaling import Cluster, StepTime, step_time
+from pretrain.plan.choices import Job, Plan, plan
+from pretrain.plan.scaling import Cluster
 from pretrain.run import command_line
 
 
-class Job(NamedTuple):
-    """A model with its sequence length, and sequences in a step."""
-
-    name: str
-    model: ModelConfig
-    length: int
-    sequences: int
+def _job(length: int, sequences: int, vocab: int, **settings) -> Job:
+    return Job(resolve_model(ModelConfig(**settings), vocab_size=vocab, sequence_length=length), length, sequences)
 
 
-def _job(name: str, length: int, sequences: int, vocab: int, **settings) -> Job:
-    return Job(name, resolve_model(ModelConfig(**settings), vocab_size=vocab, sequence_length=length), length, sequences)
-
-
-JOBS = [
-    _job("1.1B, 4k", 4096, 256, 32000, hidden_size=2048, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4,
+JOBS = {
+    "1.1B, 4k": _job(4096, 256, 32000, hidden_size=2048, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4,
          intermediate_size=5632, tie_word_embeddings=False),
-    _job("8B, 32k", 32768, 128, 128256, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+    "8B, 32k": _job(32768, 128, 128256, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
          intermediate_size=14336, tie_word_embeddings=False),
-    _job("30B-A3B, 4k", 4096, 1024, 151936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, head_dim=128,
+    "30B-A3B, 4k": _job(4096, 1024, 151936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, head_dim=128,
          num_key_value_heads=4, qk_norm=True, tie_word_embeddings=False,
          moe=MoeConfig(num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768)),
-    _job("70B, 8k", 8192, 512, 128256, hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
+    "70B, 8k": _job(8192, 512, 128256, hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
          intermediate_size=28672, tie_word_embeddings=False),
-]  # fmt: skip
+}  # fmt: skip
 """TinyLlama; Llama 3 8B at 32k; Qwen3-30B-A3B; Llama 3 70B."""
-
-
-class Plan(NamedTuple):
-    """A way to run a job on some GPUs."""
-
-    engine: EngineConfig
-    micro_batch: int
-    accumulation: int
-    memory: Memory
-    time: StepTime
-    sent: tuple[float, float]
-    """Bytes that a rank sends in a step: weights and gradients, which computation hides; tokens, which it waits for."""
-
-    @property
-    def needed_gib(self) -> float:
-        """With what a process needs besides its tensors."""
-        return needed_gib(self.memory.peak)
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Names of the kinds that are on."""
-        return tuple(name for name, size in dataclasses.asdict(self.engine.parallel).items() if size > 1)
-
-    def __str__(self) -> str:
-        sizes = [f"{name} {size}" for name, size in dataclasses.asdict(self.engine.parallel).items() if size > 1]
-        return ", ".join([self.engine.name, *sizes])
 
 
 def plans(job: Job, device: Device, gpus: int) -> Iterator[Plan]:
@@ -99,32 +62,28 @@ def plans(job: Job, device: Device, gpus: int) -> Iterator[Plan]:
             if rest or not accumulation:
                 continue
             engine = EngineConfig(name=name, precision="bf16", activation_checkpointing=kept, parallel=parallel)
-            batch = job.length, micro_batch, accumulation, engine
-            sent = collectives(model, *batch, gpus)
-            sums = tuple(sum(each.sent_bytes for each in sent if each.awaited == waits) for waits in (False, True))
-            needed = memory(model, job.length, micro_batch, engine, gpus)
-            yield Plan(engine, micro_batch, accumulation, needed, step_time(model, *batch, cluster), sums)
+            yield plan(job, engine, micro_batch, cluster)
 
 
 def best(job: Job, device: Device, gpus: int) -> list[Plan]:
     """For each set of kinds the fastest plan that fits, fastest first; if none fits, the one that needs least."""
     found: dict[tuple[str, ...], Plan] = {}
     tried = list(plans(job, device, gpus))
-    for plan in tried:
-        better = found.get(plan.kinds)
-        if plan.needed_gib <= device.memory_gib and (better is None or plan.time.total < better.time.total):
-            found[plan.kinds] = plan
-    return sorted(found.values(), key=lambda plan: plan.time.total) or [min(tried, key=lambda plan: plan.needed_gib)]
+    for each in tried:
+        better = found.get(each.kinds)
+        if each.fits and (better is None or each.time.total < better.time.total):
+            found[each.kinds] = each
+    return sorted(found.values(), key=lambda each: each.time.total) or [min(tried, key=lambda each: each.needed_gib)]
 
 
-def show(job: Job, gpus: int, plan: Plan) -> str:
+def show(name: str, gpus: int, way: Plan) -> str:
     """A line of the table."""
-    parts, time = plan.memory, plan.time
+    parts, time = way.memory, way.time
     gib = " ".join(f"{size / 2**30:6.1f}" for size in (*parts[:4], max(parts.logits, parts.block)))
-    sent = " ".join(f"{size / 1e9:8.1f}" for size in plan.sent)
+    sent = " ".join(f"{size / 1e9:8.1f}" for size in way.sent)
     return (
-        f"{job.name:12} {gpus:4}  {plan!s:34} {plan.engine.activation_checkpointing:9} {plan.micro_batch:2} x "
-        f"{plan.accumulation:<4} {gib} {plan.needed_gib:6.1f} {sent}  {time.total:7.2f} {time.exposed / time.total:4.0%} "
+        f"{name:12} {gpus:4}  {way!s:34} {way.engine.activation_checkpointing:9} {way.micro_batch:2} x "
+        f"{way.accumulation:<4} {gib} {way.needed_gib:6.1f} {sent}  {time.total:7.2f} {time.exposed / time.total:4.0%} "
         f"{time.tokens_per_second:8,.0f} {time.mfu:5.1%}"
     )
 
@@ -140,14 +99,14 @@ def main(argv: list[str]) -> None:
     print(f"{'GiB of a rank':>85}{'GB sent per step':>43}")
     names = f"{'weights':>9}{'sums':>6}{'moments':>8}{'kept':>6}{'rest':>7}{'need':>7}{'hidden':>9}{'awaited':>9}"
     print(f"{'model':12} GPUs  {'plan':34} {'recompute':9} {'batch':8}{names}{'s/step':>9} wait    tok/s   MFU")
-    for job, gpus in itertools.product(JOBS, options.gpus):
-        for plan in best(job, device, gpus):
-            note = "" if plan.needed_gib <= device.memory_gib else f"  does not fit in {device.memory_gib} GiB"
-            print(show(job, gpus, plan) + note, flush=True)
+    for (name, job), gpus in itertools.product(JOBS.items(), options.gpus):
+        for way in best(job, device, gpus):
+            note = "" if way.fits else f"  does not fit in {device.memory_gib} GiB"
+            print(show(name, gpus, way) + note, flush=True)
             rows.append({
-                "job": job.name, "gpus": gpus, "parameters": flops.num_parameters(job.model).total,
-                "engine": dataclasses.asdict(plan.engine), "micro_batch": plan.micro_batch, "accumulation": plan.accumulation,
-                "memory": plan.memory._asdict(), "needed_gib": plan.needed_gib, "sent": plan.sent, **plan.time._asdict(),
+                "job": name, "gpus": gpus, "parameters": flops.num_parameters(job.model).total,
+                "engine": dataclasses.asdict(way.engine), "micro_batch": way.micro_batch, "accumulation": way.accumulation,
+                "memory": way.memory._asdict(), "needed_gib": way.needed_gib, "sent": way.sent, **way.time._asdict(),
             })  # fmt: skip
     if options.output:
         options.output.write_text(json.dumps({"device": device.name, "plans": rows}, indent=1) + "\n")

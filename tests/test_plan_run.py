@@ -12,14 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain import devices, dry_run
-from pretrain.config import EngineConfig, ParallelConfig, load, validate
+from pretrain import UserError, devices, dry_run
+from pretrain.checkpoint.config import CheckpointConfig
+from pretrain.config import ConfigError, EngineConfig, ParallelConfig, load, validate
 from pretrain.engines.config import KINDS_OF
 from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
 from pretrain.plan import choices, cost, interval
 from pretrain.plan.choices import Job
 from pretrain.plan.cost import Length
 from pretrain.plan.interval import Risk, Saves
+from pretrain.plan.memory import OUTSIDE_GIB
 from pretrain.plan.scaling import Cluster
 from pretrain.report import plan_table
 from tools import plan_run
@@ -115,6 +117,18 @@ def test_checkpoints_have_twelve_bytes_per_parameter_and_eight_of_matrices_under
     others = 2 * 512 * 64 + 5 * 64
     assert cost.checkpoint_bytes(model) == 12 * (matrices + others)
     assert cost.checkpoint_bytes(model, "muon") == 8 * matrices + 12 * others
+
+
+def test_a_save_is_durable_once_it_is_in_the_mirror():
+    """By hand: 80 GB, 8 GPUs that each copy 10 GB at 10 GB/s; 2 GB/s to the disk, then 2 GB/s or 500 MB/s to the mirror."""
+    for settings, wanted in (
+        ({}, (1, 40)),
+        ({"asynchronous": False}, (40, 0)),
+        ({"mirror": "s3://b/f"}, (1, 80)),
+        ({"mirror": "s3://b/f", "mirror_mb_per_second": 500}, (1, 200)),
+        ({"mirror": "s3://b/f", "mirror_mb_per_second": 5000, "asynchronous": False}, (40, 40)),
+    ):
+        assert cost.saves(80 * 10**9, 8, 2.0, CheckpointConfig(**settings)) == pytest.approx(wanted), settings
 
 
 def test_a_stated_mfu_scales_time_and_money_and_a_spot_market_its_price(tmp_path, capsys):
@@ -345,9 +359,6 @@ def test_a_wrong_flag_is_one_error_that_names_it(flags, named, capsys):
 
 
 def test_settings_that_cannot_run_on_these_gpus_and_runs_without_records_are_refused(tmp_path):
-    from pretrain import UserError
-    from pretrain.config import ConfigError
-
     with pytest.raises(ConfigError) as refused:
         plan_run.main([*CLOUD, "--gpus", "7"])
     assert [problem.key for problem in refused.value.problems] == ["batch.global_batch_size"]
@@ -359,12 +370,26 @@ def test_settings_that_cannot_run_on_these_gpus_and_runs_without_records_are_ref
         plan_run.main([*CLOUD, "--train.max_tokens", "null", "--train.epochs", "1"])  # of data that does not exist
 
 
-def test_a_measured_mfu_is_the_median_of_the_later_half_of_a_run(tmp_path, capsys):
-    records = [{"step": step, "loss": 3.0, "mfu": mfu} for step, mfu in enumerate((0.01, 0.1, 0.2, 0.3, 0.32, 0.31), start=1)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
-    plan, text = planned([*CLOUD, "--run", str(tmp_path)], tmp_path, capsys)
-    assert plan["configuration"]["mfu"] == pytest.approx(0.31)
-    assert re.search(r"MFU 31\.0% \(measured in", text)
+def test_a_run_on_such_a_gpu_corrects_speed_and_memory(tmp_path, capsys):
+    """plan.json as a run writes it; one of another GPU is refused."""
+    record = {
+        "plan_ratio_tokens_per_second": 0.8,
+        "plan_ratio_peak_memory": 1.1,
+        "settings": {"device": "NVIDIA H100 80GB HBM3"},
+    }
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "plan.json").write_text(json.dumps(record))
+    before, _ = planned([*CLOUD], tmp_path, capsys)
+    plan, text = planned([*CLOUD, "--run", str(run)], tmp_path, capsys)
+    assert plan["configuration"]["mfu"] == pytest.approx(0.8 * before["configuration"]["mfu"])
+    assert plan["configuration"]["hours"]["training"] == pytest.approx(before["configuration"]["hours"]["training"] / 0.8)
+    needed = [each["configuration"]["memory"]["needed_gib"] - OUTSIDE_GIB for each in (before, plan)]
+    assert needed[1] == pytest.approx(1.1 * needed[0])
+    assert plan["choices"][0]["mfu"] < before["choices"][0]["mfu"]
+    assert "measured in" in text and "memory x 1.10" in text
+    with pytest.raises(UserError, match="H100"):
+        plan_run.main([*CLOUD, "--gpu", "a100", "--run", str(run)])
 
 
 def test_stages_count_with_their_own_lengths(tmp_path, capsys):

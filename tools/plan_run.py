@@ -8,9 +8,9 @@ to save, and what would be cheaper, with the flags. These are formulas. Then it 
 the best one on these GPUs, on a GPU that is not there (a dry run, as tools/check_run.py --device), which counts their memory
 exactly; --quick leaves that out. docs/planning.md explains every figure.
 
---dollars-per-hour is the price of one GPU. --mfu states the fraction of the GPU's peak that the run will reach; --run takes it
-from the records of a run on the same kind of GPU; else it is estimated. Spot machines: --spot-discount 0.6 (the share that
-they are cheaper) with --preemptions-per-hour (of one machine).
+--dollars-per-hour is the price of one GPU. --mfu states the fraction of the GPU's peak that the run will reach; --run takes
+the ratio of reality to plan, of speed and of memory, from a run on the same kind of GPU; else both are estimated. Spot
+machines: --spot-discount 0.6 (the share that they are cheaper) with --preemptions-per-hour (of one machine).
 
 Exit status: 0 the configuration fits; 2 it does not, or the command is wrong.
 """
@@ -22,11 +22,10 @@ import dataclasses
 import json
 import logging
 import math
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -61,9 +60,11 @@ def main(argv: list[str]) -> int:
     largest = dataclasses.replace(
         largest, engine=dataclasses.replace(largest.engine, precision=config.engine.precision or "bf16")
     )
-    job = Job(model, largest.data.sequence_length, largest.batch.global_batch_size, config.optimizer.name)
-    configured = choices.plan(job, largest.engine, largest.batch.micro_batch_size, cluster, largest.engine.compile != "none")
-    asked = terms(options, config)
+    measured = measured_ratios(options.run, cluster.device) if options.run else Ratios(None, None)
+    batch = largest.batch
+    job = Job(model, largest.data.sequence_length, batch.global_batch_size, config.optimizer.name, measured.memory or 1.0)
+    configured = choices.plan(job, largest.engine, batch.micro_batch_size, cluster, largest.engine.compile != "none")
+    asked = terms(options, config, configured.time.mfu, measured)
     found = summary(job, length, configured, alternatives(cluster, options), asked)
     if config.train.stages:
         print(
@@ -106,15 +107,16 @@ def make_parser() -> argparse.ArgumentParser:
     rate = parser.add_mutually_exclusive_group()
     rate.add_argument("--mfu", type=fraction, metavar="X", help="fraction of the GPU's peak that the configuration reaches, "
                       "such as 0.4 (default: estimated)")  # fmt: skip
-    rate.add_argument("--run", type=Path, metavar="FOLDER", help="a run on this kind of GPU whose records tell its MFU")
+    rate.add_argument("--run", type=Path, metavar="FOLDER", help="a run on this kind of GPU, whose plan.json says how fast it "
+                      "was, and how much memory it took")  # fmt: skip
     add("--preemptions-per-hour", type=number(0, least_too=True), metavar="X", help="of one machine; 0: none (default: "
         "failures alone, one per 50,700 GPU-hours, as published)")  # fmt: skip
     add("--spot-discount", type=fraction, metavar="X", help="share of the price that spot machines save; then "
         "--preemptions-per-hour is theirs")  # fmt: skip
     add("--restart-minutes", type=positive, default=5.0, metavar="MIN", help="from an interruption to the next step (default: "
         "%(default)g)")  # fmt: skip
-    add("--store-gb-per-second", type=positive, default=1.0, metavar="GB", help="at which all machines together write to the "
-        "disk or store that outlives them (default: %(default)g)")  # fmt: skip
+    add("--store-gb-per-second", type=positive, default=1.0, metavar="GB", help="at which all machines together write to "
+        "their disk, and rank 0 uploads to checkpoint.mirror (default: %(default)g)")  # fmt: skip
     add("--quick", action="store_true", help="formulas alone, without dry runs")
     add("--json", type=Path, metavar="FILE", help="also write the plan as JSON")
     add("--plot", type=Path, metavar="FILE", help="also draw the memory of each way as a PNG")
@@ -153,7 +155,30 @@ def check_flags(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
         parser.error("--spot-discount needs --preemptions-per-hour: how often a spot machine is taken away")
 
 
-def terms(options: argparse.Namespace, config: Config) -> Terms:
+class Ratios(NamedTuple):
+    """What a run took, over what the formulas said; None: it does not tell."""
+
+    speed: float | None
+    memory: float | None
+
+
+def measured_ratios(run: Path, device: devices.Device) -> Ratios:
+    """What a run's own comparison with its plan says. Raises UserError for a run without one, or on another kind of GPU."""
+    path = run / "plan.json"
+    if not path.exists():
+        raise UserError(
+            f"--run: {run} has no plan.json: a run writes it at its second logging line. Use --mfu, or a run that came so far"
+        )
+    found = json.loads(path.read_text())
+    name = found["settings"]["device"]
+    if devices.find(name) != device or "plan_ratio_tokens_per_second" not in found:
+        raise UserError(
+            f"--run: {run} ran on {name}, which says nothing about {device.name}; use a run on such a GPU, or --mfu"
+        )
+    return Ratios(found["plan_ratio_tokens_per_second"], found.get("plan_ratio_peak_memory"))
+
+
+def terms(options: argparse.Namespace, config: Config, estimated_mfu: float, measured: Ratios) -> Terms:
     """What the flags state."""
     price, rate = options.dollars_per_hour or config.run.dollars_per_hour or None, options.preemptions_per_hour
     if price is None and (options.spot_discount or options.compare):
@@ -162,28 +187,20 @@ def terms(options: argparse.Namespace, config: Config) -> Terms:
         markets = [Market("on demand", price, None), Market("spot", price * (1 - options.spot_discount), rate)]
     else:
         markets = [Market("on demand" if rate is None else f"{rate:g} preemptions/h", price, rate)]
-    mfu, source = options.mfu, "stated" if options.mfu else "estimated"
-    if options.run:
-        mfu, source = measured_mfu(options.run), f"measured in {options.run}"
+    ratio, source = 1.0, "estimated"
+    if options.mfu:
+        ratio, source = options.mfu / estimated_mfu, "stated"
+    elif measured.speed:
+        ratio, source = measured.speed, f"measured in {options.run}"
     return Terms(
-        markets,
-        mfu,
-        source,
-        options.store_gb_per_second,
-        60 * options.restart_minutes,
-        config.run.budget_dollars,
-        config.checkpoint,
+        markets=markets,
+        speed_ratio=ratio,
+        mfu_source=source,
+        store_gb_per_second=options.store_gb_per_second,
+        restart_seconds=60 * options.restart_minutes,
+        budget_dollars=config.run.budget_dollars,
+        checkpoint=config.checkpoint,
     )
-
-
-def measured_mfu(run: Path) -> float:
-    """The median of a run's MFU over its later half. Raises UserError for a run without."""
-    from pretrain.report.records import read_records
-
-    found = [record["mfu"] for record in read_records(run) if record.get("mfu")]
-    if not found:
-        raise UserError(f"--run: {run} has no records of mfu (it did not run, or on a device without a data sheet); use --mfu")
-    return statistics.median(found[len(found) // 2 :])
 
 
 def alternatives(cluster: Cluster, options: argparse.Namespace) -> list[tuple[Cluster, float | None]]:

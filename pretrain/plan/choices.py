@@ -37,6 +37,8 @@ class Job(NamedTuple):
     sequences: int
     """Sequences per step."""
     optimizer: str = "adamw"
+    memory_ratio: float = 1.0
+    """Peak that a run of this kind had, over what the formula says."""
 
 
 class Plan(NamedTuple):
@@ -48,13 +50,15 @@ class Plan(NamedTuple):
     cluster: Cluster
     memory: Memory
     time: StepTime
+    memory_ratio: float
+    """That of the job."""
     sent: tuple[float, float]
     """Bytes that a rank sends in a step: weights and gradients, which computation hides; tokens, which it waits for."""
 
     @property
     def needed_gib(self) -> float:
         """With what a process needs besides its tensors."""
-        return needed_gib(self.memory.peak)
+        return needed_gib(self.memory.peak * self.memory_ratio)
 
     @property
     def fits(self) -> bool:
@@ -85,7 +89,7 @@ def plan(job: Job, engine: EngineConfig, micro_batch: int, cluster: Cluster, com
     sent = tuple(float(sum(each.sent_bytes for each in messages if each.awaited == waits)) for waits in (False, True))
     needed = memory(job.model, job.length, micro_batch, engine, cluster.gpus, job.optimizer)
     time = step_time(job.model, *batch, cluster, compiled=compiled)
-    return Plan(engine, micro_batch, accumulation, cluster, needed, time, sent)
+    return Plan(engine, micro_batch, accumulation, cluster, needed, time, job.memory_ratio, sent)
 
 
 def micro_batches(job: Job, engine: EngineConfig, gpus: int) -> list[int]:
@@ -97,13 +101,14 @@ def micro_batches(job: Job, engine: EngineConfig, gpus: int) -> list[int]:
 def largest(job: Job, engine: EngineConfig, cluster: Cluster, room: float = 1.0) -> Plan | None:
     """The plan with the largest micro-batch that fits into this share of the memory, with the smallest if none does; None: the
     batch does not divide."""
-    found = None
-    for size in micro_batches(job, engine, cluster.gpus):
-        tried = plan(job, engine, size, cluster)
-        if found and tried.needed_gib > room * cluster.device.memory_gib:
+    sizes = micro_batches(job, engine, cluster.gpus)
+    found = sizes[:1]
+    for size in sizes[1:]:
+        peak = memory(job.model, job.length, size, engine, cluster.gpus, job.optimizer).peak
+        if needed_gib(peak * job.memory_ratio) > room * cluster.device.memory_gib:
             break
-        found = tried
-    return found
+        found = [size]
+    return plan(job, engine, found[0], cluster) if found else None
 
 
 # ---------------------------------------------------------------- all ways

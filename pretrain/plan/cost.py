@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from pretrain.checkpoint.config import CheckpointConfig
 from pretrain.model import flops
 from pretrain.model.config import ModelConfig
 from pretrain.plan.interval import Risk, Saves, best_interval, expected_seconds
@@ -49,10 +50,14 @@ def checkpoint_bytes(model: ModelConfig, optimizer: str = "adamw") -> int:
     return flops.state_bytes(model) - 4 * (counts.total - outside)
 
 
-def saves(size: int, gpus: int, store_gb_per_second: float, asynchronous: bool) -> Saves:
-    """What a save of `size` bytes takes if each GPU copies an equal share to its host, and all of them write to one store."""
+def saves(size: int, gpus: int, store_gb_per_second: float, config: CheckpointConfig) -> Saves:
+    """What a save of `size` bytes takes if each GPU copies an equal share to its host, and all of them write to one disk. Then
+    rank 0 uploads it, if there is a mirror, no faster."""
     written = size / (store_gb_per_second * 1e9)
-    return Saves(size / gpus / (HOST_GB_PER_SECOND * 1e9), written) if asynchronous else Saves(written, 0.0)
+    limit = 1e6 * config.mirror_mb_per_second
+    uploaded = (max(written, size / limit) if limit else written) if config.mirror else 0.0
+    copied = size / gpus / (HOST_GB_PER_SECOND * 1e9)
+    return Saves(copied, written + uploaded) if config.asynchronous else Saves(written, uploaded)
 
 
 class Cost(NamedTuple):

@@ -22,7 +22,7 @@ GPU_HOURS_BETWEEN_FAILURES = 54 * 24 * 16384 / 419
 Llama 3 Herd of Models", section 3.3.4)."""
 _INTERRUPTIONS = 50  # of a simulated run, on average: a longer one loses the same share of its time, a shorter one by chance
 _NO_END = 1000  # times as long as its training: a run that nobody waits for
-_FACTORS = np.geomspace(0.25, 4, 33)  # of the interval, that the simulation tries
+_FACTORS = np.geomspace(0.25, 4, 17)  # of the interval, that the simulation tries
 
 
 class Saves(NamedTuple):

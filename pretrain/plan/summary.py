@@ -53,9 +53,10 @@ class Terms(NamedTuple):
 
     markets: list[Market]
     """The first one is the plan's; others are alternatives."""
-    mfu: float | None
-    """Of the configuration, stated or measured; None: estimated."""
+    speed_ratio: float
+    """Speed as stated or measured, over the estimate."""
     mfu_source: str
+    """estimated, stated or measured."""
     store_gb_per_second: float
     restart_seconds: float
     budget_dollars: float | None
@@ -74,20 +75,18 @@ class Planned(NamedTuple):
     cost: Cost
 
 
-def price(
-    plan: Plan, job: Job, length: Length, terms: Terms, market: Market, factor: float, seconds: float | None = None
-) -> Planned:
-    """Adds hours and dollars. factor: MFU over its estimate. seconds: of training between saves; None: the best interval."""
+def price(plan: Plan, job: Job, length: Length, terms: Terms, market: Market, seconds: float | None = None) -> Planned:
+    """Adds hours and dollars. seconds: of training between saves; None: the best interval."""
     cluster = plan.cluster
     size = checkpoint_bytes(job.model, job.optimizer)
-    saved = saves(size, cluster.gpus, terms.store_gb_per_second, terms.checkpoint.asynchronous)
-    risk, mfu = market.risk(cluster, terms.restart_seconds), plan.time.mfu * factor
+    saved = saves(size, cluster.gpus, terms.store_gb_per_second, terms.checkpoint)
+    risk, mfu = market.risk(cluster, terms.restart_seconds), plan.time.mfu * terms.speed_ratio
     return Planned(plan, mfu, market, saved, risk, cost(length, cluster, mfu, saved, risk, market.dollars_per_hour, seconds))
 
 
-def configured_interval(plan: Plan, terms: Terms, factor: float) -> float:
+def configured_interval(plan: Plan, terms: Terms) -> float:
     """Seconds of training between the saves that the settings ask for; inf: only at the end."""
-    every = terms.checkpoint.every_steps * plan.time.total / factor, 60 * terms.checkpoint.every_minutes
+    every = terms.checkpoint.every_steps * plan.time.total / terms.speed_ratio, 60 * terms.checkpoint.every_minutes
     return min((each for each in every if each), default=math.inf)
 
 
@@ -96,16 +95,15 @@ def summary(
 ) -> dict[str, Any]:
     """The plan of a run. configured: as its settings are. clusters: alternatives, each with the price of a GPU per hour (None:
     as `terms` says)."""
-    factor = 1.0 if terms.mfu is None else terms.mfu / configured.time.mfu
     market, cluster = terms.markets[0], configured.cluster
-    seconds = configured_interval(configured, terms, factor)
-    chosen = price(configured, job, length, terms, market, factor, seconds)
+    seconds = configured_interval(configured, terms)
+    chosen = price(configured, job, length, terms, market, seconds)
     every = choices.every(job, configured.engine, cluster)
     ways = [chosen]
     for other, dollars in clusters:
         best = choices.recommended(job, configured.engine, other)
         for each in terms.markets if dollars is None else [terms.markets[0]._replace(dollars_per_hour=dollars)]:
-            ways += [price(best[0], job, length, terms, each, factor)] if best else []
+            ways += [price(best[0], job, length, terms, each)] if best else []
     return {
         "cluster": {
             "gpu": cluster.device.name,
@@ -117,15 +115,16 @@ def summary(
         },
         "model": model_values(job),
         "run": {**run_values(job, length), "budget_dollars": terms.budget_dollars},
-        "configuration": plan_values(chosen, terms, factor),
-        "engines": [engine_values(price(each, job, length, terms, market, factor)) for each in every],
+        "configuration": plan_values(chosen, terms),
+        "engines": [engine_values(price(each, job, length, terms, market)) for each in every],
         "checkpoint": {
             "bytes": checkpoint_bytes(job.model, job.optimizer),
             "blocked_seconds": chosen.saves.blocked_seconds,
             "durable_seconds": sum(chosen.saves),
             "asynchronous": terms.checkpoint.asynchronous,
+            "mirror": terms.checkpoint.mirror,
         },
-        "intervals": [interval_values(configured, job, length, terms, each, factor, seconds) for each in terms.markets],
+        "intervals": [interval_values(configured, job, length, terms, each, seconds) for each in terms.markets],
         "choices": [choice_values(each, chosen, terms) for each in sorted(ways, key=_order)],
         "assumptions": {
             **dataclasses.asdict(assumptions(cluster.device)),
@@ -171,7 +170,7 @@ def run_values(job: Job, length: Length) -> dict[str, Any]:
 def memory_values(plan: Plan) -> dict[str, float]:
     """Bytes of a rank, by what they are for, and GiB with the margins."""
     parts = plan.memory
-    return {**parts._asdict(), "peak": parts.peak, "needed_gib": plan.needed_gib, "fits": plan.fits}
+    return {**parts._asdict(), "peak": parts.peak, "ratio": plan.memory_ratio, "needed_gib": plan.needed_gib, "fits": plan.fits}
 
 
 def engine_values(way: Planned) -> dict[str, Any]:
@@ -194,7 +193,7 @@ def engine_values(way: Planned) -> dict[str, Any]:
     }
 
 
-def plan_values(way: Planned, terms: Terms, factor: float) -> dict[str, Any]:
+def plan_values(way: Planned, terms: Terms) -> dict[str, Any]:
     """The configuration as it is."""
     plan, spent = way.plan, way.cost
     hours = {key: _finite(getattr(spent, key) / 3600) for key in ("training", "validation", "saving", "interruptions")}
@@ -204,18 +203,16 @@ def plan_values(way: Planned, terms: Terms, factor: float) -> dict[str, Any]:
         "precision": plan.engine.precision,
         "mfu_source": terms.mfu_source,
         "estimated_mfu": plan.time.mfu,
-        "seconds_per_step": plan.time.total / factor,
+        "seconds_per_step": plan.time.total / terms.speed_ratio,
         "communication": {"seconds": plan.time.communication, "exposed_seconds": plan.time.exposed},
         "hours": {**hours, "total": _finite(spent.seconds / 3600)},
         "gpu_hours": _finite(spent.gpu_hours),
     }
 
 
-def interval_values(
-    plan: Plan, job: Job, length: Length, terms: Terms, market: Market, factor: float, seconds: float
-) -> dict[str, Any]:
+def interval_values(plan: Plan, job: Job, length: Length, terms: Terms, market: Market, seconds: float) -> dict[str, Any]:
     """How often to save under the interruptions of a market, and what that loses, as shares of the time in training."""
-    way = price(plan, job, length, terms, market, factor)
+    way = price(plan, job, length, terms, market)
     saved, risk = way.saves, way.risk
     best = interval.best_interval(saved, risk)
     found = {

@@ -142,6 +142,8 @@ def exact_lines(rows: list[dict[str, Any]], limit_gib: float) -> Iterator[str]:
         yield f"{row['name']:24} {batch:>8} {held}  {row['peak_bytes'] / GIB:6.1f}  {row['needed_gib']:.1f}{verdict}"
         if row["flags"]:
             yield from _wrapped(" ".join(row["flags"]), "  ")
+    if len(rows) == 1:
+        yield f"no other way on these GPUs {'is faster by more than 3 %' if rows[0]['fits'] else 'is known to fit'}"
 
 
 # ---------------------------------------------------------------- time and money
@@ -153,6 +155,7 @@ def _time(plan: dict[str, Any]) -> Iterator[str]:
     gpus = plan["cluster"]["gpus"]
     text = f"MFU {here['mfu']:.1%} ({here['mfu_source']}"
     text += "" if here["mfu_source"] == "estimated" else f"; estimated {here['estimated_mfu']:.1%}"
+    text += f"; memory x {here['memory']['ratio']:.2f}" if here["memory"]["ratio"] != 1 else ""
     text += f"): {step:.3g} s per step, {here['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU, "
     yield from _row("speed", "~", text + f"{here['tokens_per_second_per_gpu'] * gpus:,.0f} in all")
     sent = here["sent_bytes"]
@@ -184,7 +187,10 @@ def _saving(plan: dict[str, Any]) -> Iterator[str]:
     waits = "in the background" if size["asynchronous"] else "in the foreground"
     text = f"{size['bytes'] / 1e9:,.1f} GB ({size['bytes']:,} bytes of weights and moments); {waits}: training waits "
     text += f"~{_seconds(size['blocked_seconds'])}, durable after ~{_seconds(size['durable_seconds'])}"
-    yield from _row("checkpoint", "=", f"{text} at {assumed['store_gb_per_second']:g} GB/s")
+    place = (
+        "on its disk and in the mirror" if size["mirror"] else "on a disk that must outlive the machine, or checkpoint.mirror"
+    )
+    yield from _row("checkpoint", "=", f"{text} at {assumed['store_gb_per_second']:g} GB/s, {place}")
     for row in plan["intervals"]:
         yield from _row("save every", "~", _interval(row))
 
