@@ -49,6 +49,7 @@ import yaml
 from pretrain.config import Config, ConfigError, load
 from pretrain.engines.machines import Machines, find_machines
 from pretrain.engines.place import ATTEMPT, LAUNCHER
+from pretrain.report import alarms
 from pretrain.run import command_line, team
 from pretrain.run.directory import Locked, RunDirectory, read_state
 from pretrain.run.stop import NOTICES
@@ -127,7 +128,7 @@ class Supervisor:
     ):
         self.machines, self.settings, self.refusal = machines, settings, refusal
         self.options = options or _parser().parse_args([])
-        self.run_name = config and config.run.name
+        self.run_name, self.alarms = config and config.run.name, config and config.log.alarms
         self.folder = config and Path(config.run.directory) / config.run.name
         self.grace_seconds = math.ceil(config.checkpoint.deadline_seconds if config else 0) + 5
         script = str(Path(__file__).with_name("pretrain.py"))
@@ -168,6 +169,8 @@ class Supervisor:
             status, reason = self._attempts()
             if lead and reason.startswith("crash_loop") and self.folder and not self.refusal:
                 RunDirectory(self.folder).write_state("failed", exit_status=status, reason=reason)
+                if problem := alarms.notify(self.alarms, self.run_name, "crash_loop", reason):
+                    _info(f"the alarm was not delivered: {problem}")
             if service:
                 self._take_leave(lead)
         finally:

@@ -21,6 +21,7 @@ from pretrain.report.records import read_records
 from pretrain.report.sinks import Sinks, open_sinks
 from tests.models import train_here
 from tests.test_sinks import ROOT
+from tests.test_supervise import SCRIPTED
 from tests.test_trackers import server as wandb_stub  # noqa: F401 a fixture
 
 
@@ -250,6 +251,14 @@ def test_the_supervisor_can_send_without_torch(webhook):
     code += "assert alarms.notify(AlarmConfig(), 'r', 'crash_loop', 'three ends') is None; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
     assert hook.kinds() == ["crash_loop"] and hook.messages[0][1]["step"] is None
+
+
+def test_the_supervisor_sends_the_end_of_a_crash_loop(tiny, webhook):
+    hook = webhook()
+    code = f"{SCRIPTED}\nscript = [(200, 75), (200, 1), (200, None), (200, None)]\nsys.exit(run.run())"
+    done = subprocess.run([sys.executable, "-c", code, *tiny], cwd=ROOT, capture_output=True, timeout=120)
+    assert done.returncode == 70 and hook.kinds() == ["crash_loop"], done.stderr
+    assert "3 attempts in a row ended without a new checkpoint" in hook.messages[0][1]["text"]
 
 
 def test_an_address_that_is_none_is_refused_before_training_without_showing_it(tiny, monkeypatch, capsys):

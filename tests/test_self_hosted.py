@@ -26,7 +26,7 @@ from pretrain.report.records import read_records
 from pretrain.report.sinks import Sinks, open_sinks
 from tests.models import train_here
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # a loaded machine starts an MLflow server in two minutes
 
 
 def outputs(directory: Path, sink: str, address: str | None, **options) -> Sinks:
@@ -67,7 +67,7 @@ def process(command: list[str], ready: str, **variables: str) -> Iterator[subpro
         command, env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while True:
             assert child.poll() is None and time.monotonic() < deadline, child.stdout.read()
             with contextlib.suppress(OSError), urllib.request.urlopen(ready, timeout=5) as answer:
@@ -115,6 +115,8 @@ def trackio(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(self_hosted, "RETRY_SECONDS", 0.2)
+    monkeypatch.setattr(sinks_module, "TRACKER_CLOSE_SECONDS", 300.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")
 
 
 # ---------------------------------------------------------------- MLflow
@@ -152,7 +154,8 @@ def test_mlflow_has_one_value_per_step_and_name_in_one_run_after_stops_kills_and
         log_steps(sinks, 51, 70, loss=5.5)
     (run,) = mlflow_runs(mlflow_address, tmp_path.name)
     assert run.info.run_id != first.info.run_id and run.info.status == "FINISHED"
-    assert "the old one is in MLflow's trash" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "the old one is in MLflow's trash" in printed and "View run" not in printed and printed.count("MLflow: run ") == 3
     shown = mlflow_series(mlflow_address, run)
     wanted = expected(tmp_path, self_hosted._mlflow_name)
     assert (
@@ -168,12 +171,15 @@ def test_mlflow_shows_values_that_are_not_finite_pictures_and_texts(tmp_path, ml
     with outputs(tmp_path, "mlflow", mlflow_address) as sinks:
         sinks.log({"step": 5, "loss": math.nan, "grad_norm": math.inf})
         sinks.log({"step": 5, "generated": [{"prompt": "模", "text": "型"}]})
+        sinks.log({"step": 5, "alarm": "budget", "text": "spent"})
         sinks.image("loss_curve", tmp_path / "x.png")
     (run,) = mlflow_runs(mlflow_address, tmp_path.name)
     assert math.isnan(run.data.metrics["loss"]) and run.data.metrics["grad_norm"] > 1e300
     client = mlflow.MlflowClient(mlflow_address)
     text = client.download_artifacts(run.info.run_id, "generated/step_00000005.txt", str(tmp_path))
     assert Path(text).read_text() == "模 | 型"
+    alarm = client.download_artifacts(run.info.run_id, "alarm/step_00000005.txt", str(tmp_path))
+    assert Path(alarm).read_text() == "budget | spent"
     (picture, *_) = [each.path for each in client.list_artifacts(run.info.run_id, "images") if each.path.endswith(".png")]
     assert matplotlib.image.imread(client.download_artifacts(run.info.run_id, picture, str(tmp_path))).shape[:2] == (8, 9)
 
@@ -186,14 +192,16 @@ def test_an_mlflow_server_that_comes_late_and_dies_in_between_delays_no_step_and
     sinks = outputs(run, "mlflow", f"http://127.0.0.1:{port}")
     began = time.monotonic()
     log_steps(sinks, 1, 20)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 5
     with mlflow_server(folder, port):
         wait_for(lambda: "MLflow answers again" in capsys.readouterr().out)
         log_steps(sinks, 21, 30)
-        wait_for(lambda: mlflow_runs(f"http://127.0.0.1:{port}", "late")[0].data.tags["last_step"] == "30")
+        wait_for(
+            lambda: [each.data.tags.get("last_step") for each in mlflow_runs(f"http://127.0.0.1:{port}", "late")] == ["30"]
+        )
     began = time.monotonic()
     log_steps(sinks, 31, 50)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 5
     with mlflow_server(folder, port):
         sinks.close()
         (found,) = mlflow_runs(f"http://127.0.0.1:{port}", "late")
@@ -203,7 +211,7 @@ def test_an_mlflow_server_that_comes_late_and_dies_in_between_delays_no_step_and
     }
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -222,7 +230,7 @@ def test_mlflow_that_never_answers_is_abandoned_at_the_end_of_the_run(tmp_path, 
         log_steps(sinks, 1, 10)
         began = time.monotonic()
         sinks.close()
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 20
     assert "MLflow did not finish in 3 s and was abandoned; metrics.jsonl is complete" in capsys.readouterr().out
 
 
@@ -280,7 +288,11 @@ def test_trackio_shows_pictures_and_texts(tmp_path, trackio):
     with outputs(tmp_path, "trackio", None) as sinks:
         sinks.log({"step": 5, "loss": math.nan})
         sinks.log({"step": 5, "generated": [{"prompt": "模", "text": "型"}]})
+        sinks.log({"step": 5, "alarm": "budget", "text": "spent"})
         sinks.image("loss_curve", tmp_path / "x.png")
+    assert [(each["title"], each["text"], each["step"]) for each in trackio.Api().alerts(tmp_path.name)] == [
+        ("budget", "spent", 5)
+    ]
     rows = trackio_rows(trackio, tmp_path.name)
     table = next(row["generated"] for row in rows if "generated" in row)
     assert list(table["_value"][0].values()) == ["模", "型"]
@@ -311,7 +323,7 @@ def test_a_trackio_server_gets_each_value_once_and_its_outage_delays_no_step(tmp
     sinks = outputs(run, "trackio", address)
     began = time.monotonic()
     log_steps(sinks, 1, 30)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 5
     with server():
         wait_for(lambda: "trackio answers again" in capsys.readouterr().out)
         sinks.close()

@@ -103,10 +103,11 @@ def once_per_step(write: Write) -> Write:
 @contextmanager
 def open_mlflow(config: MlflowConfig, run: Continued) -> Iterator[Write]:
     """A run of an MLflow server, or of a local database or folder, found again by its tag `pretrain.id`."""
-    # The library would retry each request for minutes by itself, and report to its makers.
+    # The library would retry each request for minutes by itself, report to its makers, and print into the progress bar.
     for name, value in (("MAX_RETRIES", "0"), ("TIMEOUT", "20")):
         os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name in ("DISABLE_TELEMETRY", "SUPPRESS_PRINTING_URL_TO_STDOUT"):
+        os.environ.setdefault(f"MLFLOW_{name}", "true")
     import matplotlib.image
     import mlflow  # takes a second, so only where it is used
     from mlflow.entities import Metric, Param, RunTag
@@ -141,7 +142,8 @@ def open_mlflow(config: MlflowConfig, run: Continued) -> Iterator[Write]:
     if run_id is None or run.must_replace("MLflow", last_step):
         old, last_step = run_id, -1
         run_id = ask(lambda: client.create_run(experiment, tags={"pretrain.id": run.id}, run_name=run.name).info.run_id)
-        settings = [Param(_mlflow_name(key), str(value)[:MLFLOW_PARAMETER_CHARACTERS]) for key, value in run.settings.items()]
+        given = {key: str(value) for key, value in run.settings.items() if not key.startswith("environment.")}  # hundreds more
+        settings = [Param(_mlflow_name(key), text[:MLFLOW_PARAMETER_CHARACTERS]) for key, text in given.items()]
         for first in range(0, len(settings), MLFLOW_PARAMETERS):
             ask(lambda: client.log_batch(run_id, params=settings[first : first + MLFLOW_PARAMETERS]))  # noqa: B023
         if old is not None:
@@ -150,6 +152,8 @@ def open_mlflow(config: MlflowConfig, run: Continued) -> Iterator[Write]:
             run.info(f"MLflow: a new run has the curve up to step {run.resume_step:,}; the old one is in MLflow's trash.")
     else:
         ask(lambda: client.update_run(run_id, status="RUNNING"))
+    address = mlflow.get_tracking_uri() if config.tracking_uri is None else config.tracking_uri
+    run.info(f"MLflow: run {run_id} of experiment {config.experiment} at {_without_password(address)}")
     write = once_per_step(lambda step, values: send(iter([(step, values)])))
     if run.resume_step > last_step:
         send(run.rows(after=last_step))
@@ -194,6 +198,10 @@ def _mlflow_run(client: Any, experiment: str, our_id: str) -> tuple[str | None, 
     """(MLflow's id of our run, its last step); (None, -1): there is none yet."""
     runs = client.search_runs([experiment], f"tags.`pretrain.id` = '{our_id}'", max_results=1)
     return (runs[0].info.run_id, int(runs[0].data.tags.get("last_step", -1))) if runs else (None, -1)
+
+
+def _without_password(address: str) -> str:
+    return re.sub(r"//[^/@]*@", "//", address)
 
 
 def _is_mlflow_outage(error: Exception) -> bool:
