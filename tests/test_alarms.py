@@ -224,7 +224,7 @@ def test_no_outage_delays_a_step_or_the_end_of_a_run(tmp_path, webhook, monkeypa
 # ---------------------------------------------------------------- other ways out
 
 
-def test_wandb_gets_alerts_and_replays_none(tmp_path, wandb_stub, webhook):  # noqa: F811
+def test_wandb_gets_alerts_and_replays_none(tmp_path, wandb_stub, webhook, capsys):  # noqa: F811
     webhook()
     sent = []
     wandb_stub.AlertLevel = type("AlertLevel", (), {"WARN": "WARN"})
@@ -233,6 +233,8 @@ def test_wandb_gets_alerts_and_replays_none(tmp_path, wandb_stub, webhook):  # n
     with outputs(tmp_path, "wandb", resume_step=50) as sinks:
         sinks.log({"step": 51, **SLOW})
     assert sent == [("模型: slow_rank", SLOW["text"], "WARN")]
+    assert wandb_stub.run.rows[-1] == (51, {"step": 51, "slow_rank": 3})  # an alert is no row
+    assert "W&B disabled" not in capsys.readouterr().out
 
 
 def test_tensorboard_shows_alarms_as_text(tmp_path):

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -63,13 +64,16 @@ def expected(directory: Path, named: Callable[[str], str] = str) -> dict[str, li
 @contextlib.contextmanager
 def process(command: list[str], ready: str, **variables: str) -> Iterator[subprocess.Popen]:
     """A server that answers at `ready`."""
+    output = tempfile.TemporaryFile()  # a pipe that nobody reads would fill up and stop the server
     child = subprocess.Popen(
-        command, env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        command, env=os.environ | variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
     )
     try:
         deadline = time.monotonic() + 400
         while True:
-            assert child.poll() is None and time.monotonic() < deadline, child.stdout.read()
+            if child.poll() is not None or time.monotonic() > deadline:
+                output.seek(0)
+                raise AssertionError(output.read().decode(errors="replace"))
             with contextlib.suppress(OSError), urllib.request.urlopen(ready, timeout=5) as answer:
                 if answer.status == 200:
                     break
@@ -79,7 +83,7 @@ def process(command: list[str], ready: str, **variables: str) -> Iterator[subpro
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
-        child.stdout.close()
+        output.close()
 
 
 def free_port() -> int:

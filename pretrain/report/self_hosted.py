@@ -7,11 +7,12 @@ reach, records wait in memory and are sent when it answers. Passwords and tokens
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,63 +109,90 @@ def open_mlflow(config: MlflowConfig, run: Continued) -> Iterator[Write]:
         os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
     for name in ("DISABLE_TELEMETRY", "SUPPRESS_PRINTING_URL_TO_STDOUT"):
         os.environ.setdefault(f"MLFLOW_{name}", "true")
-    import matplotlib.image
-    import mlflow  # takes a second, so only where it is used
-    from mlflow.entities import Metric, Param, RunTag
+    there = _Mlflow(config, run)
+    there.start()
+    if run.resume_step > there.last_step:
+        there.send(run.rows(after=there.last_step))
+    try:
+        yield once_per_step(lambda step, values: there.send([(step, values)]))
+    except BaseException:
+        with contextlib.suppress(Exception):
+            there.client.set_terminated(there.run_id, "FAILED")
+        raise
+    status = "FINISHED" if there.last_step >= run.total_steps else "KILLED"  # the next start of the run sets RUNNING again
+    there.ask(lambda: there.client.set_terminated(there.run_id, status))
 
-    client = mlflow.MlflowClient(config.tracking_uri)  # None: MLFLOW_TRACKING_URI
-    last_step = -1  # that was sent
 
-    def ask(call: Callable[[], _T]) -> _T:
-        return patiently(call, _is_mlflow_outage, "MLflow", run.info)
+class _Mlflow:
+    """A client of MLflow for one run."""
 
-    def send(rows: Iterator[tuple[int, Values]]) -> None:
-        nonlocal last_step
-        for step, metrics in _batches(rows, Metric, send_file):
+    def __init__(self, config: MlflowConfig, run: Continued) -> None:
+        import mlflow  # takes a second, so only where it is used
+
+        self.client = mlflow.MlflowClient(config.tracking_uri)  # None: MLFLOW_TRACKING_URI
+        self._address, self._experiment, self._run = config.tracking_uri or mlflow.get_tracking_uri(), config.experiment, run
+        self.run_id, self.last_step = "", -1
+        """MLflow's id of the run; the last step that it has."""
+
+    def ask(self, call: Callable[[], _T]) -> _T:
+        """`call()`, as soon as the server can be reached."""
+        return patiently(call, _is_mlflow_outage, "MLflow", self._run.info)
+
+    def start(self) -> None:
+        """Finds the run, or makes one, in place of one that holds steps after the one from which this start resumes."""
+        experiment = self.ask(lambda: _mlflow_experiment(self.client, self._experiment))
+        found, self.last_step = self.ask(lambda: _mlflow_run(self.client, experiment, self._run.id))
+        if found is not None and self._run.must_replace("MLflow", self.last_step):
+            self.ask(lambda: self.client.delete_run(found))
+            again = f"a new run gets the curve up to step {self._run.resume_step:,}"
+            self._run.info(f"MLflow: {again}; the old one is in MLflow's trash.")
+            found, self.last_step = None, -1
+        if found is None:
+            self.run_id = self._create(experiment)
+        else:
+            self.run_id = found
+            self.ask(lambda: self.client.update_run(found, status="RUNNING"))
+        where = re.sub(r"//[^/@]*@", "//", self._address)  # without a password
+        self._run.info(f"MLflow: run {self.run_id} of experiment {self._experiment} at {where}")
+
+    def _create(self, experiment: str) -> str:
+        from mlflow.entities import Param
+
+        tags = {"pretrain.id": self._run.id}
+        run_id = self.ask(lambda: self.client.create_run(experiment, tags=tags, run_name=self._run.name).info.run_id)
+        given = {key: str(value) for key, value in self._run.settings.items() if not key.startswith("environment.")}
+        settings = [Param(_mlflow_name(key), text[:MLFLOW_PARAMETER_CHARACTERS]) for key, text in given.items()]
+        for first in range(0, len(settings), MLFLOW_PARAMETERS):
+            some = settings[first : first + MLFLOW_PARAMETERS]
+            self.ask(lambda some=some: self.client.log_batch(run_id, params=some))
+        return run_id
+
+    def send(self, rows: Iterable[tuple[int, Values]]) -> None:
+        """Sends numbers in requests as large as allowed, and files one by one."""
+        from mlflow.entities import Metric, RunTag
+
+        for step, metrics in _batches(rows, Metric, self._send_file):
             tags = [RunTag("last_step", str(step))]
-            ask(lambda metrics=metrics, tags=tags: client.log_batch(run_id, metrics, tags=tags))
-            last_step = max(last_step, step)
+            self.ask(lambda metrics=metrics, tags=tags: self.client.log_batch(self.run_id, metrics, tags=tags))
+            self.last_step = max(self.last_step, step)
 
-    def send_file(step: int, key: str, value: Path | list[dict[str, str]]) -> None:
-        """A picture or texts, beside the metrics: artifacts may have a storage of their own, which may be broken alone."""
+    def _send_file(self, step: int, key: str, value: Path | list[dict[str, str]]) -> None:
+        """A picture or texts. They may have a storage of their own, which may be broken alone, so that no error is raised."""
+        import matplotlib.image
+
+        name = _mlflow_name(key)
         try:
             if isinstance(value, Path):
                 picture = matplotlib.image.imread(value)[..., :3]
-                client.log_image(run_id, picture, key=_mlflow_name(key), step=step, synchronous=True)
+                self.client.log_image(self.run_id, picture, key=name, step=step, synchronous=True)
             else:
                 text = "\n\n".join(" | ".join(map(str, row.values())) for row in value)
-                client.log_text(run_id, text, f"{_mlflow_name(key)}/step_{step:08d}.txt")
+                self.client.log_text(self.run_id, text, f"{name}/step_{step:08d}.txt")
         except Exception as error:
-            run.info(f"MLflow has no {key} of step {step:,} ({one_line(error)[:200]}).")
-
-    experiment = ask(lambda: _mlflow_experiment(client, config.experiment))
-    run_id, last_step = ask(lambda: _mlflow_run(client, experiment, run.id))
-    if run_id is None or run.must_replace("MLflow", last_step):
-        old, last_step = run_id, -1
-        run_id = ask(lambda: client.create_run(experiment, tags={"pretrain.id": run.id}, run_name=run.name).info.run_id)
-        given = {key: str(value) for key, value in run.settings.items() if not key.startswith("environment.")}  # hundreds more
-        settings = [Param(_mlflow_name(key), text[:MLFLOW_PARAMETER_CHARACTERS]) for key, text in given.items()]
-        for first in range(0, len(settings), MLFLOW_PARAMETERS):
-            ask(lambda: client.log_batch(run_id, params=settings[first : first + MLFLOW_PARAMETERS]))  # noqa: B023
-        if old is not None:
-            ask(lambda: client.set_tag(old, "superseded_by", run_id))
-            ask(lambda: client.delete_run(old))
-            run.info(f"MLflow: a new run has the curve up to step {run.resume_step:,}; the old one is in MLflow's trash.")
-    else:
-        ask(lambda: client.update_run(run_id, status="RUNNING"))
-    address = mlflow.get_tracking_uri() if config.tracking_uri is None else config.tracking_uri
-    run.info(f"MLflow: run {run_id} of experiment {config.experiment} at {_without_password(address)}")
-    write = once_per_step(lambda step, values: send(iter([(step, values)])))
-    if run.resume_step > last_step:
-        send(run.rows(after=last_step))
-    try:
-        yield write
-    finally:
-        status = "FINISHED" if last_step >= run.total_steps else "KILLED"  # the next start of the run sets RUNNING again
-        client.set_terminated(run_id, status)
+            self._run.info(f"MLflow has no {key} of step {step:,} ({one_line(error)[:200]}).")
 
 
-def _batches(rows: Iterator[tuple[int, Values]], metric: Callable, send_file: Callable) -> Iterator[tuple[int, list]]:
+def _batches(rows: Iterable[tuple[int, Values]], metric: Callable, send_file: Callable) -> Iterator[tuple[int, list]]:
     """(last step, its and earlier steps' metrics) as large as one request may be. Files are sent as they come."""
     waiting: list = []
     seen: set[tuple[int, str]] = set()
@@ -198,10 +226,6 @@ def _mlflow_run(client: Any, experiment: str, our_id: str) -> tuple[str | None, 
     """(MLflow's id of our run, its last step); (None, -1): there is none yet."""
     runs = client.search_runs([experiment], f"tags.`pretrain.id` = '{our_id}'", max_results=1)
     return (runs[0].info.run_id, int(runs[0].data.tags.get("last_step", -1))) if runs else (None, -1)
-
-
-def _without_password(address: str) -> str:
-    return re.sub(r"//[^/@]*@", "//", address)
 
 
 def _is_mlflow_outage(error: Exception) -> bool:
