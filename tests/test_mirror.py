@@ -166,6 +166,23 @@ def test_a_node_that_is_killed_during_an_upload_loses_the_steps_since_the_last_c
 
 
 @pytest.mark.slow
+def test_after_a_notice_the_job_waits_for_its_upload_only_until_the_deadline(mirrored, s3):
+    s3.fault = lambda method, path: 60.0 if method == "PUT" and "/tensors" in path else None
+    flags = ["--checkpoint.deadline_seconds", "20", "--checkpoint.every_steps", "0", "--train.max_steps", "1000000", *mirrored]
+    command = [sys.executable, "launch/pretrain.py", *flags]
+    node = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    metrics = run_of(mirrored) / "metrics.jsonl"
+    while node.poll() is None and not (metrics.exists() and '"step": 5,' in metrics.read_text()):
+        time.sleep(0.05)
+    node.terminate()
+    assert node.wait(60) == 75
+    state, text = read_state(run_of(mirrored)), (run_of(mirrored) / "console.log").read_text()
+    assert state["saved_step"] == state["step"] >= 5 and state["mirrored_step"] is None and state["exit_status"] == 75
+    assert f"lacks step {state['step']}, it has no checkpoint yet" in text
+    assert json.loads(store_of(mirrored).read("owner.json"))["ended"]  # the next node need not wait for a sign of life
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["half", "garbage"])
 def test_an_interrupted_download_continues_where_it_ended(content, mirrored, straight, s3, monkeypatch):
     store = store_of(mirrored)
