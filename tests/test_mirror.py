@@ -252,6 +252,7 @@ def test_a_corrupt_object_in_the_mirror_is_passed_over_and_an_older_checkpoint_i
     assert "none of its checkpoints is valid" in read_state(run_of(mirrored))["reason"]
 
 
+@pytest.mark.slow
 def test_a_half_upload_is_never_chosen(mirrored, straight, s3):
     s3.fault = lambda method, path: "503" if "step_00000020/tensors" in path else None
     monkey = pytest.MonkeyPatch()
