@@ -1,13 +1,14 @@
 """Measures checkpoints in a mirror: the time from a node's notice to the next step on another node, and what uploads cost.
 
-    python benchmarks/mirror.py [--nodes 5] [--parameters-millions 30] [--rounds 3] [--output FILE]
+    python benchmarks/mirror.py [--nodes 5] [--megabytes 400] [--parameters-millions 30] [--rounds 3] [--output FILE]
 
-A real S3 server (moto's, in a process of its own) holds the mirror. Two tables:
+A real S3 server (moto's, in a process of its own) holds the mirror. Three tables:
 
     lost     a tiny run gets SIGTERM, saves, uploads and exits; its folder is removed; the same command starts in an empty one.
              Seconds from the signal to the exit, and to the first step after it, imports included
+    bytes    CPU seconds of this process, and seconds, that the upload of one checkpoint takes
     uploads  a run that saves all the time, alternately without and with a mirror: median seconds of a step, and CPU seconds of
-             the process per GB uploaded. The server takes a core; compare on an idle machine with several
+             the process. The server takes a core; compare on an idle machine with several
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +31,10 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import machine
+from pretrain.checkpoint.manifest import FORMAT_VERSION, Checkpoint, digest_json
+from pretrain.checkpoint.storage import write_file
 from pretrain.run import command_line
+from pretrain.run.mirror_store import MirrorStore, Pace
 from pretrain.run.processes import free_port
 
 SETTINGS = """
@@ -115,6 +120,28 @@ def lose_nodes(folder: Path, nodes: int) -> list[dict]:
     return rows
 
 
+def upload_bytes(folder: Path, megabytes: int) -> dict:
+    """The cost of one upload of that size, in two files."""
+    path = folder / "bytes" / "checkpoints" / "step_00000001"
+    path.mkdir(parents=True)
+    files = {"state.json": write_file(path / "state.json", [b"{}"])}
+    for number in range(2):
+        name = f"tensors-00000-of-00001-{number:03}.safetensors"
+        files[name] = write_file(path / name, (os.urandom(10**6) for _ in range(megabytes // 2)))
+    manifest = {"format_version": FORMAT_VERSION, "world_size": 1, "files": files}
+    manifest["xxh3"] = digest_json(manifest)
+    write_file(path / "manifest.json", [json.dumps(manifest).encode()])
+    store = MirrorStore(f"s3://mirror/bytes-{os.getpid()}")
+    store.claim(path.parents[1], print)
+    began, cpu_began = time.monotonic(), time.process_time()
+    store.upload(Checkpoint(path), Pace(0), threading.Event())
+    row = {"megabytes": megabytes, "seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - cpu_began}
+    print(
+        f"{megabytes} MB: {row['cpu_seconds']:.1f} CPU seconds ({1000 * row['cpu_seconds'] / megabytes:.1f} per GB)", flush=True
+    )
+    return row
+
+
 def upload(folder: Path, parameters: float, rounds: int) -> list[dict]:
     """The cost of steps without and with uploads."""
     width, vocabulary = 512, 256
@@ -146,6 +173,7 @@ def main(argv: list[str]) -> None:
     parser = command_line.make_parser(__doc__)
     least = command_line.at_least
     parser.add_argument("--nodes", type=least(0), default=5, help="changes of the node (%(default)s)")
+    parser.add_argument("--megabytes", type=least(0), default=400, help="of the checkpoint that is uploaded (%(default)s)")
     parser.add_argument("--parameters-millions", type=least(1), default=30, help="of the run that uploads (%(default)s)")
     parser.add_argument("--rounds", type=least(0), default=3, help="of runs without and with a mirror (%(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file to write (default: none)")
@@ -155,6 +183,8 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="mirror-") as name, server():
         print(f"{'node':>5} {'signal to exit':>14} {'to the next step':>18}")
         result["lost"] = lose_nodes(Path(name) / f"lost-{os.getpid()}", options.nodes)
+        if options.megabytes:
+            result["bytes"] = upload_bytes(Path(name), options.megabytes)
         print(f"{'mirror':8} {'s/step, median':>14} {'CPU seconds':>13} {'GB/checkpoint':>15}")
         result["uploads"] = upload(Path(name), options.parameters_millions * 1e6, options.rounds)
     if options.output:
