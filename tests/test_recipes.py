@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import kubernetes_validate
+import psutil
 import pytest
 import yaml
 
 from pretrain.config import load
+from tests.test_train import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*/*.sh"), *ROOT.glob("*/*/*.sh"), ROOT / ".ci" / "run"])
@@ -156,3 +162,105 @@ def test_a_lost_machine_is_replaced_and_what_a_restart_would_not_help_is_not_tri
     """Managed jobs recover from a lost machine by themselves; of the statuses of a run, only these start it again."""
     recovery = SKYPILOT["resources"]["job_recovery"]
     assert recovery == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [75]}
+
+
+# ---------------------------------------------------------------- containers, without an engine for them
+
+
+class Image:
+    """What docker/Dockerfile builds, as far as files of this machine can stand in for it: the project without its ignored files
+    at its WORKDIR, read-only, and this environment at /opt/venv."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.tree, self.runs = folder, folder / "image", folder / "runs"
+        listed = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        for name in listed.stdout.splitlines():
+            if (ROOT / name).is_file() and not name.startswith((".", "tests/", "benchmarks/")):
+                (self.tree / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, self.tree / name)
+        for place in (self.tree / "runs", self.tree / "settings", self.runs, folder / "python", folder / "venv"):
+            place.mkdir()
+        self.runs.chmod(0o777)
+        text = re.search(r"^ENV (HOME=.*?[^\\])$", DOCKERFILE, re.MULTILINE | re.DOTALL)[1].replace("\\\n", " ")
+        self.variables = {"PATH": f"/opt/venv/bin:{os.environ['PATH']}"} | dict(each.split("=", 1) for each in text.split())
+
+    def start(self, words: list[str], host: str, **variables: str) -> subprocess.Popen:
+        """Starts the entrypoint as process 1 of a container under a user without a name; the caller's child is its parent."""
+        blocked = next((each for each in reversed(Path(sys.base_prefix).parents) if not each.stat().st_mode & 0o001), None)
+        again = f"mount -t tmpfs -o mode=755 none {blocked}\nmkdir -p {sys.base_prefix}" if blocked else ""
+        (self.folder / f"{host}.sh").write_text(f"""set -e
+            hostname {host}
+            cd {self.folder}
+            mount --bind {sys.base_prefix} python
+            mount --bind {sys.prefix} venv
+            mount --bind hosts /etc/hosts
+            mount -t tmpfs -o mode=755 none /opt
+            mkdir /opt/pretrain /opt/venv
+            mount --bind venv /opt/venv
+            mount --bind image /opt/pretrain
+            mount -o remount,bind,ro /opt/pretrain
+            mount --bind runs /opt/pretrain/runs
+            {again}
+            mount --bind python {sys.base_prefix}
+            mount -t tmpfs -o mode=1777 none /tmp
+            cd /opt/pretrain
+            exec setpriv --reuid 23456 --regid 23456 --clear-groups --no-new-privs env -i "$@" """)
+        environment = [f"{name}={value}" for name, value in (self.variables | variables).items()]
+        unshare = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private"]
+        command = [*unshare, "bash", self.folder / f"{host}.sh", *environment, "docker/entrypoint.sh", *words]
+        with (self.folder / f"{host}.log").open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+    def said(self) -> str:
+        return "".join(f"--- {log.name}\n{log.read_text()}" for log in sorted(self.folder.glob("*.log")))
+
+
+def first_process(container: subprocess.Popen) -> psutil.Process:
+    """Process 1 of a container, to which a container engine sends SIGTERM."""
+    return psutil.Process(container.pid).children()[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(os.geteuid() != 0, reason="namespaces with mounts of their own need root")
+def test_pods_train_together_and_a_replacement_continues_for_a_pod_that_was_evicted(tmp_path):
+    """The containers that launch/kubernetes.yaml describes, with the variables and names that the API gives them. What is not
+    here: a network for each, and GPUs."""
+    image = Image(tmp_path)
+    (image.tree / "configs" / "cloud.yaml").write_text(TINY)
+    (image.tree / "settings" / "mine.yaml").write_text(
+        "run: {name: pods}\ntrain: {max_steps: 240}\nevaluate: {every_steps: 120}\ncheckpoint: {every_steps: 50}"
+    )
+    names = [f"{JOB['metadata']['name']}-{index}" for index in range(JOB["spec"]["completions"])]
+    domain = f"{POD['subdomain']}.default.svc.cluster.local"
+    (tmp_path / "hosts").write_text(
+        "127.0.0.1 localhost\n" + "".join(f"127.0.0.{index + 2} {name}.{domain} {name}\n" for index, name in enumerate(names))
+    )
+    variables = {each["name"]: each["value"] for each in CONTAINER["env"]} | {
+        "PET_MASTER_PORT": str(20000 + os.getpid() % 200 * 50)
+    }
+
+    def start(index: int) -> subprocess.Popen:
+        return image.start(CONTAINER["args"], names[index], JOB_COMPLETION_INDEX=str(index), **variables)
+
+    pods = [start(0), start(1)]
+    try:
+        metrics, deadline = image.runs / "pods" / "metrics.jsonl", time.monotonic() + 300
+        while not (metrics.exists() and '"step": 20,' in metrics.read_text()):
+            assert time.monotonic() < deadline and [pod.poll() for pod in pods] == [None, None], image.said()
+            time.sleep(0.05)
+        first_process(pods[1]).send_signal(signal.SIGTERM)
+        assert action_of(pods[1].wait(120)) == "Ignore", image.said()
+        assert pods[0].poll() is None
+        children = first_process(pods[0]).children(recursive=True)
+        assert [each for each in children if each.status() == psutil.STATUS_ZOMBIE] == []
+        pods[1] = start(1)
+        assert [pod.wait(600) for pod in pods] == [0, 0], image.said()
+    finally:
+        for pod in pods:
+            pod.kill()
+    state = json.loads((image.runs / "pods" / "run_state.json").read_text())
+    assert (state["saved_step"], state["attempt"]) == (240, 2) and "ranks 2 x" in image.said()
+    assert metrics.stat().st_uid == 23456
