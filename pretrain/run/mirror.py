@@ -41,6 +41,7 @@ class Mirror:
     def __init__(self, config: Config, directory: RunDirectory, rank: int):
         self.config, self.directory = config.checkpoint, directory
         self.info: Callable[[str], None] = lambda text: print(text, flush=True)
+        self.alarm: Callable[[str, str], None] = lambda kind, text: self.info(text)
         self.step: int | None = None
         self._settings, self._is_writer = config, rank == 0
         self._uploads: MirrorStore | None = None
@@ -65,11 +66,14 @@ class Mirror:
 
     # ---------------------------------------------------------------- calls of the job
 
-    def begin(self, step: int, newest: Checkpoint | None, info: Callable[[str], None]) -> None:
-        """The run (re)starts after `step`. newest: its own checkpoint there, if any; the mirror may lack it."""
+    def begin(
+        self, step: int, newest: Checkpoint | None, info: Callable[[str], None], alarm: Callable[[str, str], None]
+    ) -> None:
+        """The run (re)starts after `step`. newest: its own checkpoint there, if any; the mirror may lack it. alarm: takes a
+        kind and a text, only in calls of the job."""
         if self._uploads is None:
             return
-        self.info = info
+        self.info, self.alarm = info, alarm
         with self._changed:
             self._back_to, self._wanted, self._newest = step, newest, newest
             self._changed.notify_all()
@@ -87,7 +91,7 @@ class Mirror:
         if skipped and not self._behind:
             self._behind = True
             now = f"step {self._current.step} is still on its way" if self._current else "the store does not take them"
-            self.info(f"mirror     is behind: {now}, so step {skipped.step} is skipped; it has {self._has()}")
+            self.alarm("mirror", f"the mirror is behind: {now}, so step {skipped.step} is skipped; it has {self._has()}")
 
     def held(self) -> set[int]:
         """Steps of checkpoints that must stay on the disk for now."""

@@ -133,7 +133,7 @@ def open_run(
         validation_due=progress.evaluation_due,
     )
 
-    mirror.begin(progress.step, found if own else None, sinks.info)
+    mirror.begin(progress.step, found if own else None, sinks.info, sinks.alarm)
     engine.time_forward()
 
     def acknowledge(saved: Checkpoint) -> None:
