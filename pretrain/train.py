@@ -200,7 +200,7 @@ def _loop(run: Run, stop: StopRequest) -> tuple[int, str]:
     gc.freeze()  # what exists now lives as long as the run: later collections need not look at it
     flags, clock = [], Clock(progress.interval_seconds, progress.step)
     run.ledger.begin(clock, progress.step)
-    stop.budget_is_reached = lambda: run.ledger.budget_is_reached(output.save_seconds(run))
+    stop.budget_is_reached = lambda: run.ledger.budget_is_reached(output.seconds_to_stop(run))
     progress.evaluation_due &= bool(run.valid)  # the data may have been removed from the settings
     if progress.evaluation_due:  # the checkpoint from which the run resumes lacks its validation
         with clock.paused("validation"):

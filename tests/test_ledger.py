@@ -18,6 +18,7 @@ from pretrain.config import ConfigError, RunConfig, load
 from pretrain.report.metrics import Clock
 from pretrain.run import ledger
 from pretrain.run.ledger import Job, Ledger, open_ledger
+from pretrain.run.mirror import Mirror
 from pretrain.run.progress import Progress
 from tests.ranks import run_ranks
 from tests.test_time_left import SAVE, STEP, Simulated
@@ -96,9 +97,11 @@ def test_in_a_thousand_runs_the_stop_never_overshoots_the_budget_by_more_than_a_
     assert max(left) < 4  # nor does it stop early: at most a few steps of the budget are left
 
 
-@pytest.mark.parametrize("budget", [0.2, 0.25])
-def test_a_run_stops_within_its_budget_with_a_checkpoint_and_says_what_it_takes(tiny, monkeypatch, capsys, budget):
+@pytest.mark.parametrize(("budget", "upload"), [(0.2, 0.0), (0.25, 3.0)])
+def test_a_run_stops_within_its_budget_with_a_checkpoint_and_says_what_it_takes(tiny, monkeypatch, capsys, budget, upload):
+    """Also where the last checkpoint is uploaded at the end, which takes `upload` seconds."""
     clock = Simulated(monkeypatch)
+    monkeypatch.setattr(Mirror, "upload_seconds", property(lambda mirror: upload, lambda *_: None), raising=False)
     fake = SimpleNamespace(time=lambda: clock.now, monotonic=lambda: clock.now, strftime=time.strftime, gmtime=time.gmtime)
     monkeypatch.setattr(ledger, "time", fake)
     monkeypatch.setattr(ledger, "psutil", SimpleNamespace(Process=lambda: SimpleNamespace(create_time=lambda: 90.0)))
@@ -108,7 +111,7 @@ def test_a_run_stops_within_its_budget_with_a_checkpoint_and_says_what_it_takes(
     state = json.loads((run / "run_state.json").read_text())
     assert state["saved_step"] == state["step"] > 10 and (run / f"checkpoints/step_{state['step']:08d}/manifest.json").exists()
     spent = 0.01 * (clock.end - 90)
-    assert budget - 0.01 * (SAVE + 3 * STEP + 2.5) < spent <= budget + 0.01 * STEP
+    assert budget - 0.01 * (SAVE + 3 * STEP + 2.5) < spent + 0.01 * upload <= budget + 0.01 * STEP
     assert (
         f"stopped by its budget after step {state['step']}, which is saved: ${spent:.4f} spent of ${budget:.4f}"
         in state["reason"]

@@ -163,14 +163,14 @@ class Ledger:
         self.job.last = time.time()
         return sum(job.rank_hours * (job.dollars_per_hour or self.config.dollars_per_hour) for job in self.jobs)
 
-    def budget_is_reached(self, save_seconds: float) -> bool:
-        """True if the budget does not suffice for two more steps (one may be under way) and a save that takes `save_seconds`.
+    def budget_is_reached(self, stop_seconds: float) -> bool:
+        """True if the budget does not suffice for two more steps (one may be under way) and an end that takes `stop_seconds`.
 
         So the run stops with a checkpoint before the budget is spent; a step that takes longer than those before it may
         overdraw it by what it takes longer."""
         if self.config.budget_dollars is None or not self.is_kept:
             return False
-        ahead = 2 * max(self._steps, default=0.0) + save_seconds
+        ahead = 2 * max(self._steps, default=0.0) + stop_seconds
         return self.dollars + ahead / 3600 * self.dollars_per_hour >= self.config.budget_dollars
 
     @property

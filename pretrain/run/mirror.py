@@ -43,6 +43,8 @@ class Mirror:
         self.info: Callable[[str], None] = lambda text: print(text, flush=True)
         self.alarm: Callable[[str, str], None] = lambda kind, text: self.info(text)
         self.step: int | None = None
+        self.upload_seconds = 0.0
+        """That the newest upload took; 0: none yet."""
         self._settings, self._is_writer = config, rank == 0
         self._uploads: MirrorStore | None = None
         self._wanted: Checkpoint | None = None  # the newest one that is not in the mirror
@@ -207,12 +209,13 @@ class Mirror:
 
     def _upload(self, found: Checkpoint, pace: Pace) -> bool:
         """False: this checkpoint cannot be uploaded, now or later."""
+        began = time.monotonic()
         try:
             self._uploads.upload(found, pace, self._stopped)
         except (Removed, Damaged) as error:
             self._say(f"mirror     step {found.step} is not uploaded: {error}")
             return False
-        self.step = found.step
+        self.step, self.upload_seconds = found.step, time.monotonic() - began
         if (directory := self.directory) is not None:
             directory.mirrored(found.step)
         return True

@@ -210,6 +210,11 @@ def save_seconds(run: Run) -> float:
     return run.saver.write_seconds or flops.state_bytes(run.model) / SAVED_BYTES_PER_SECOND
 
 
+def seconds_to_stop(run: Run) -> float:
+    """From the last step to the end of the job: a save and its upload to the mirror, each as long as the last one."""
+    return save_seconds(run) + run.mirror.upload_seconds
+
+
 def _still_due(step: int, total: int, every: int) -> int:
     """How often something is due from `step` to `total`, both included: every `every` steps (0: never) and at the end."""
     return 1 + ((total - 1) // every - (step - 1) // every if every and step < total else 0)
