@@ -199,9 +199,9 @@ class Clock:
         self._noted, self._apart = (step, self.began + seconds), 0.0
         self._intervals: deque[tuple[int, float]] = deque(maxlen=400)
 
-    def restart(self) -> None:
-        """Starts a new interval."""
-        self._ended += self.train_seconds
+    def restart(self, seconds: float) -> None:
+        """Starts a new interval after one in which `seconds` were counted as training."""
+        self._ended += seconds
         self._begin(0.0)
 
     def _begin(self, seconds: float) -> None:

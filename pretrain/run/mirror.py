@@ -41,7 +41,7 @@ class Mirror:
     def __init__(self, config: Config, directory: RunDirectory, rank: int):
         self.config, self.directory = config.checkpoint, directory
         self.info: Callable[[str], None] = lambda text: print(text, flush=True)
-        self.alarm: Callable[[str, str], None] = lambda kind, text: self.info(text)
+        self.alarm: Callable[[str, str], None] = lambda kind, text: print(text, flush=True)
         self.step: int | None = None
         self.upload_seconds = 0.0
         """That the newest upload took; 0: none yet."""

@@ -122,7 +122,7 @@ def log_step(run: Run, clock: Clock, stage: Stage, lr: float, update_check: Upda
         **_model_flops_utilization(run, stage.config.data.sequence_length, figures["attended"], rate),
         **figures["routing"],
     }
-    clock.restart()  # its seconds are in `progress` now
+    clock.restart(seconds)  # which are in `progress` now
     with clock.paused():
         checked, warnings = update_check.figures(lr) if update_check and not figures["skipped_in_a_row"] else ({}, [])
         run.sinks.log(record | run.ledger.figures(progress, eta) | checked | reality.figures(run, rate))

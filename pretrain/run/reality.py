@@ -87,7 +87,7 @@ def state_bytes(engine: Engine) -> int:
     for parameter in engine.model.parameters():
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         tensors += [local.data, getattr(parameter, "ds_tensor", local.data)]  # of zero3: while gathered, its share
-    storages = [each.untyped_storage() for each in tensors if each.device == engine.device]
+    storages = [each.untyped_storage() for each in tensors if each.device.type == engine.device.type]
     return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
 
 

@@ -25,7 +25,7 @@ LOCK_IS_STALE_SECONDS = 600.0
 NETWORK_SECONDS = 5.0
 DEFAULT_PORT = 29500  # of accelerate launch and torchrun
 _TRACKERS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard", "mlflow": "mlflow", "trackio": "trackio"}
-_PACKAGES = {"mlflow": "mlflow-skinny"}  # the client without its server
+PACKAGES = {"mlflow": "mlflow-skinny"}  # the client without its server
 _NOT_IN_WANDB_IDS = ":;,#?/'"
 
 
@@ -123,7 +123,7 @@ def sink_findings(config: Config) -> list[Finding]:
             try:
                 importlib.import_module(module)
             except Exception as error:  # of broken packages, anything
-                package = _PACKAGES.get(sink, sink)
+                package = PACKAGES.get(sink, sink)
                 text = (
                     f"{sink} cannot be imported ({type(error).__name__}: {error}); install it with pip install {package}, or "
                 )
