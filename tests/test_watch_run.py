@@ -205,7 +205,12 @@ class Terminal:
         known = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
         environment = known | {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8"} | environment
         command = [*TOOL, *map(str, words)]
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=slave, stdout=slave, stderr=slave)
+        # A shell starts what it runs in the background, such as CI, with Ctrl-C ignored; at a terminal it is not.
+        before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+        try:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=slave, stdout=slave, stderr=slave)
+        finally:
+            signal.signal(signal.SIGINT, before)
         os.close(slave)
         self.master, self.seen, self.last = master, "", 0
 
