@@ -10,7 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from typing import NamedTuple
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pretrain import devices
 from pretrain.config import accumulation
@@ -87,8 +91,18 @@ def state_bytes(engine: Engine) -> int:
     for parameter in engine.model.parameters():
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         tensors += [local.data, getattr(parameter, "ds_tensor", local.data)]  # of zero3: while gathered, its share
-    storages = [each.untyped_storage() for each in tensors if each.device.type == engine.device.type]
+    plain = [inner for each in tensors if each.device.type == engine.device.type for inner in _inner(each)]
+    storages = [each.untyped_storage() for each in plain]
     return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+
+
+def _inner(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors with storage behind one that wraps others, as weights do that are multiplied in fp8."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _inner(getattr(tensor, name))
 
 
 def _why(run: Run, found: list[Compared]) -> str:
