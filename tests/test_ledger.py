@@ -205,6 +205,25 @@ def test_an_account_that_cannot_be_read_is_kept_aside_and_that_is_said(tmp_path,
     assert (tmp_path / "unreadable-ledger.json").exists() and "the cost counts from this start" in capsys.readouterr().err
 
 
+def test_a_disk_that_is_slow_or_full_neither_delays_nor_stops_a_step(monkeypatch):
+    monkeypatch.setattr(ledger, "WRITE_SECONDS", 0.0)
+    held, texts = threading.Event(), []
+
+    def write(name: str, text: str) -> None:
+        texts.append(text)
+        if len(texts) == 1:
+            held.wait(60)
+            raise OSError("no space left on device")
+
+    counted = a_ledger(RunConfig(), Job(time.time(), 0.0, 1, "cpu", 0.0), write=write)
+    counted.begin(Clock(), 0)
+    for step in (1, 2):
+        counted.note_step(step)  # returns while the first write hangs
+    held.set()
+    counted.save()  # waits for it, so that the newest account is the last one written
+    assert len(texts) == 2 and json.loads(texts[-1])["jobs"][0]["last_step"] == 2
+
+
 def test_work_of_another_run_that_this_one_began_with_is_neither_paid_nor_lost(monkeypatch):
     monkeypatch.setattr(ledger, "time", SimpleNamespace(time=lambda: 100.0))
     counted = a_ledger(RunConfig(), Job(0.0, 100.0, 1, "cpu", 0.0, steps=50.0, starting=30.0))

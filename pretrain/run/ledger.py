@@ -16,11 +16,13 @@ and ends with it: what a machine costs before, after and between starts is not k
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -112,6 +114,7 @@ class Ledger:
     _before: Job | None = None  # this start up to the present clock: after a rollback there is another
     _steps: deque[float] = field(default_factory=lambda: deque(maxlen=8))  # seconds of the newest ones
     _written: float = -WRITE_SECONDS
+    _writer: threading.Thread | None = None
 
     # ---------------------------------------------------------------- what the loop notes
 
@@ -132,15 +135,28 @@ class Ledger:
         total = self.clock.total_seconds
         self._steps.append(total - self._seen)
         self._seen, self.job.last_step = total, step
-        if time.monotonic() - self._written > WRITE_SECONDS:
-            self.save()
+        if time.monotonic() - self._written > WRITE_SECONDS and not self._is_writing():
+            self._writer = threading.Thread(target=self._try_to_write, args=[self._text()], name="ledger", daemon=True)
+            self._writer.start()  # the next step does not wait for the disk
 
     def save(self) -> None:
-        """Writes ledger.json."""
+        """Writes ledger.json. Raises OSError."""
+        if self._is_writing():
+            self._writer.join()  # else an older account would replace this one
+        self.write(FILE_NAME, self._text())
+
+    def _is_writing(self) -> bool:
+        return self._writer is not None and self._writer.is_alive()
+
+    def _try_to_write(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk does not stop a run; the next note tries again
+            self.write(FILE_NAME, text)
+
+    def _text(self) -> str:
         self._count()
         self._written = time.monotonic()
         content = _File(self.jobs, self.inherited, self.planned, self.to_finish_dollars)
-        self.write(FILE_NAME, json.dumps(dataclasses.asdict(content), indent=1) + "\n")
+        return json.dumps(dataclasses.asdict(content), indent=1) + "\n"
 
     def _count(self) -> None:
         job, before, clock = self.job, self._before, self.clock

@@ -175,7 +175,7 @@ class View:
         try:
             os.kill(int(holder[1]), 0)
         except ProcessLookupError:
-            return f"process {holder[1]} has exited without a word"
+            return f"process {holder[1]} has exited and recorded no end"
         except (OSError, OverflowError):  # of another user: it is alive
             pass
         return ""
