@@ -185,7 +185,7 @@ def _train_from(
         run.mirror.finish(run.engine, stop.seconds_left)
         if status == DONE:
             output.finish(run)
-        elif status == DIVERGED:
+        elif status in (DIVERGED, BUDGET_SPENT):
             output.write_page(run)
     return status, reason, None
 

@@ -121,6 +121,7 @@ def test_a_run_stops_within_its_budget_with_a_checkpoint_and_says_what_it_takes(
     per_billion = logged[-1]["cost_dollars"] / logged[-1]["tokens"] * 1e9
     assert logged[-1]["dollars_per_billion_tokens"] == pytest.approx(per_billion)
     assert "in all" in capsys.readouterr().out
+    assert (run / "report.html").stat().st_size > 10_000
 
 
 def test_a_spent_budget_refuses_the_next_start_and_a_larger_one_finishes_the_same_run(tiny, capfd):

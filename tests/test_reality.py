@@ -9,12 +9,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pretrain import devices
+from pretrain.config import RunConfig
 from pretrain.plan.memory import memory
-from pretrain.run import reality
+from pretrain.report.units import human_dollars, human_seconds
+from pretrain.run import output, reality
+from pretrain.run.ledger import Forecast
+from pretrain.run.progress import Progress
 from tests.models import train_here
 from tests.ranks import run_ranks
 from tests.test_plan_memory import ODD, ODD_MOE
 from tests.test_train import records
+from tools import plan_run
 
 SETTINGS = """
 run: {name: tiny}
@@ -52,6 +58,32 @@ def test_the_state_of_a_run_is_as_planned_to_the_byte_and_kept_with_its_settings
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "fsdp2", "ddp"])
 def test_three_ranks_of_every_engine_have_the_state_that_was_planned(tmp_path, name):
     assert train(tmp_path, 3, "--engine.name", name, "--engine.precision", "bf16")["plan_ratio_state"] == 1
+
+
+def test_the_invoice_compares_what_was_paid_with_what_plan_run_says(tmp_path, monkeypatch, capfd):
+    h100 = devices.find("h100")
+    monkeypatch.setattr(devices, "find", lambda name: h100)
+    flags = ["--run.dollars_per_hour", "36", "--run.budget_dollars", "1000", "--engine.compile", "none"]
+    flags += ["--engine.precision", "bf16", "--evaluate.max_batches", "2"]
+    (tmp_path / "tiny.yaml").write_text(SETTINGS)
+    plan_run.main(
+        ["--config", str(tmp_path / "tiny.yaml"), *flags, "--gpus", "1", "--quick", "--json", str(tmp_path / "plan.json")]
+    )
+    plan = json.loads((tmp_path / "plan.json").read_text())["configuration"]
+    capfd.readouterr()
+    train(tmp_path, 1, *flags)
+    planned = json.loads((tmp_path / "tiny" / "ledger.json").read_text())["planned"]
+    assert planned == {"step": 0, "dollars": pytest.approx(plan["dollars"]), "hours": pytest.approx(plan["hours"]["total"])}
+    said = f"{human_dollars(plan['dollars'])} in {human_seconds(3600 * plan['hours']['total'])}"
+    assert f"plan       {said}, by the settings and the data sheet\n" in capfd.readouterr().out
+    assert f"planned    {said} (by the settings, before the start); paid so far: " in (
+        (tmp_path / "tiny" / "invoice.txt").read_text()
+    )
+    run = SimpleNamespace(ledger=SimpleNamespace(planned=None, is_kept=True), progress=Progress(started=0.0))
+    run.config = SimpleNamespace(run=RunConfig(dollars_per_hour=36.0, budget_dollars=planned["dollars"] / 4))
+    monkeypatch.setattr(reality, "planned", lambda run: Forecast(**planned))
+    (line,) = output._cost_lines(run)
+    assert line.endswith(f"; run.budget_dollars ({human_dollars(planned['dollars'] / 4)}) ends it after about 25% of that")
 
 
 def run_on_h100(model, **engine) -> SimpleNamespace:

@@ -32,13 +32,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from pretrain import UserError, devices, stages
 from pretrain.config import Config, ConfigError, load, validate
 from pretrain.files import write_atomically
-from pretrain.model import flops
 from pretrain.model.config import ModelConfig, resolve_model, vocabulary
 from pretrain.plan import choices
 from pretrain.plan.choices import Job, Plan
-from pretrain.plan.cost import Length
+from pretrain.plan.cost import length_of
 from pretrain.plan.scaling import Cluster
-from pretrain.plan.summary import Market, Terms, flags, summary
+from pretrain.plan.summary import RESTART_SECONDS, STORE_GB_PER_SECOND, Market, Terms, flags, summary
 from pretrain.report import plan_table
 from pretrain.run import command_line
 
@@ -56,7 +55,7 @@ def main(argv: list[str]) -> int:
     if problems := validate(config, gpus):
         raise ConfigError(problems)
     model = open_model(config)
-    length, largest = length_of(config, model), stages.largest(config)
+    length, largest = length_of(stages.layout(config), model, steps_of(config)), stages.largest(config)
     largest = dataclasses.replace(
         largest, engine=dataclasses.replace(largest.engine, precision=config.engine.precision or "bf16")
     )
@@ -113,10 +112,11 @@ def make_parser() -> argparse.ArgumentParser:
         "failures alone, one per 50,700 GPU-hours, as published)")  # fmt: skip
     add("--spot-discount", type=fraction, metavar="X", help="share of the price that spot machines save; then "
         "--preemptions-per-hour is theirs")  # fmt: skip
-    add("--restart-minutes", type=positive, default=5.0, metavar="MIN", help="from an interruption to the next step (default: "
+    add("--restart-minutes", type=positive, default=RESTART_SECONDS / 60, metavar="MIN",
+        help="from an interruption to the next step (default: %(default)g)")  # fmt: skip
+    add("--store-gb-per-second", type=positive, default=STORE_GB_PER_SECOND, metavar="GB",
+        help="at which all machines together write to their disk, and rank 0 uploads to checkpoint.mirror (default: "
         "%(default)g)")  # fmt: skip
-    add("--store-gb-per-second", type=positive, default=1.0, metavar="GB", help="at which all machines together write to "
-        "their disk, and rank 0 uploads to checkpoint.mirror (default: %(default)g)")  # fmt: skip
     add("--quick", action="store_true", help="formulas alone, without dry runs")
     add("--json", type=Path, metavar="FILE", help="also write the plan as JSON")
     add("--plot", type=Path, metavar="FILE", help="also draw the memory of each way as a PNG")
@@ -228,31 +228,17 @@ def open_model(config: Config) -> ModelConfig:
     return resolve_model(config.model, vocab_size=ids, sequence_length=stages.longest(config))
 
 
-def length_of(config: Config, model: ModelConfig) -> Length:
-    """What the run computes, in all its stages; from the settings alone, unless they count passes over data."""
-    every = stages.layout(config)
-    last, batch = every[-1], config.batch.global_batch_size
+def steps_of(config: Config) -> int:
+    """Steps of the run; from the settings alone, unless they count passes over data."""
     if config.train.epochs:
         from pretrain.run import length
         from pretrain.run.parts import open_parts
 
-        steps = length.plan(config, open_parts(config).data, None).total_steps
-    else:
-        per_step = stages.tokens_per_step(last.config)
-        steps = config.train.max_steps or last.step + math.ceil((config.train.max_tokens - last.tokens) / per_step)
-    ends = [*(stage.step for stage in every[1:]), steps]
-    tokens, computed = 0, 0.0
-    for stage, end in zip(every, ends, strict=True):
-        of_stage = (end - stage.step) * stages.tokens_per_step(stage.config)
-        tokens += of_stage
-        computed += of_stage * flops.flops_per_token(model, stage.config.data.sequence_length)
-    evaluated = None
-    if not config.data.valid and not config.data.synthetic:
-        evaluated = 0
-    elif config.evaluate.max_batches:
-        times = 1 + ((steps - 1) // config.evaluate.every_steps if config.evaluate.every_steps else 0)
-        evaluated = times * config.evaluate.max_batches * batch * config.data.sequence_length
-    return Length(steps, tokens, computed, evaluated)
+        return length.plan(config, open_parts(config).data, None).total_steps
+    last = stages.layout(config)[-1]
+    return config.train.max_steps or last.step + math.ceil(
+        (config.train.max_tokens - last.tokens) / stages.tokens_per_step(last.config)
+    )
 
 
 def dry_runs(config: Config, job: Job, configured: Plan, asked: Terms) -> list[dict[str, Any]]:

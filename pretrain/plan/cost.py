@@ -1,6 +1,6 @@
 """What a run costs: the hours of its GPUs, by what they are spent on, and money; and what its checkpoints weigh.
 
-It knows numbers of FLOPs, bytes, seconds and dollars. It imports no torch.
+It knows the settings of stages, and numbers of FLOPs, bytes, seconds and dollars. It imports no torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pretrain.model import flops
 from pretrain.model.config import ModelConfig
 from pretrain.plan.interval import Risk, Saves, best_interval, expected_seconds
 from pretrain.plan.scaling import Cluster
+from pretrain.stages import Stage, tokens_per_step
 
 TOKENS_PER_PARAMETER = 20
 """About the number with the smallest loss for given FLOPs (Hoffmann et al. 2022, "Training Compute-Optimal Large Language
@@ -33,6 +34,25 @@ class Length(NamedTuple):
     """Of training, without recomputation."""
     validation_tokens: int | None
     """In validations; None: unknown before the data is opened."""
+
+
+def length_of(every: list[Stage], model: ModelConfig, steps: int) -> Length:
+    """What a run of these stages and so many steps in all computes. model: resolved."""
+    config = every[0].config  # validations are the same in all of them
+    ends = [*(stage.step for stage in every[1:]), steps]
+    tokens, computed = 0, 0.0
+    for stage, end in zip(every, ends, strict=True):
+        of_stage = (end - stage.step) * tokens_per_step(stage.config)
+        tokens += of_stage
+        computed += of_stage * flops.flops_per_token(model, stage.config.data.sequence_length)
+    evaluated = None
+    if not config.data.valid and not config.data.synthetic:
+        evaluated = 0
+    elif config.evaluate.max_batches:
+        times = 1 + ((steps - 1) // config.evaluate.every_steps if config.evaluate.every_steps else 0)
+        samples = config.evaluate.max_batches * config.batch.global_batch_size
+        evaluated = times * samples * config.data.sequence_length
+    return Length(steps, tokens, computed, evaluated)
 
 
 def training_seconds(length: Length, cluster: Cluster, mfu: float) -> float:

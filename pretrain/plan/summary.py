@@ -30,6 +30,9 @@ from pretrain.plan.interval import GPU_HOURS_BETWEEN_FAILURES, Risk, Saves
 from pretrain.plan.memory import FRAGMENTATION, OUTSIDE_GIB
 from pretrain.plan.scaling import Cluster, assumptions
 
+RESTART_SECONDS, STORE_GB_PER_SECOND = 300.0, 1.0
+"""Assumed, unless the user states others: from an interruption to the next step; all machines together, to their disk."""
+
 
 class Market(NamedTuple):
     """A way to rent GPUs."""

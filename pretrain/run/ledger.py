@@ -88,6 +88,7 @@ class Forecast:
     """What a run was expected to cost in all, and to take."""
 
     step: int
+    """After which it was made; 0: it is the plan, made before the run."""
     dollars: float
     hours: float
     """Of all starts so far and to come, without the time between them."""
@@ -107,7 +108,7 @@ class Ledger:
     inherited: float = 0.0
     """Seconds of useful steps in the checkpoint of another run that this run began with."""
     planned: Forecast | None = None
-    """The first forecast of the run."""
+    """What the plan expects (`reality.planned`); where it knows no speed, the first forecast of the run."""
     to_finish_dollars: float | None = None
     """What it would take to finish, as far as the newest logging line knew."""
     clock: Clock | None = None
@@ -269,16 +270,17 @@ class Ledger:
 
     def summary(self, progress: Progress) -> list[str]:
         """The cost and the time, in two or three lines."""
-        lines, hours = [], sum(job.last - job.began for job in self.jobs) / 3600
+        lines, seconds = [], sum(job.last - job.began for job in self.jobs)
         if self.config.dollars_per_hour:
             tokens = progress.tokens
             line = f"cost       {self._of_budget()}"
             line += f", {human_dollars(self.dollars / tokens * 1e9)} per billion tokens" if tokens else ""
             lines.append(line)
-            if self.planned:
-                made = f"planned    {human_dollars(self.planned.dollars)} in {self.planned.hours:.3g} h to the end"
-                ratio = f"paid so far {self.dollars / self.planned.dollars:.0%} of it" if self.planned.dollars else ""
-                lines.append(f"{made} (forecast after step {self.planned.step:,}); {ratio}, in {hours:.3g} h")
+            if plan := self.planned:
+                source = f"forecast after step {plan.step:,}" if plan.step else "by the settings, before the start"
+                line = f"planned    {human_dollars(plan.dollars)} in {human_seconds(3600 * plan.hours)} ({source})"
+                share = self.dollars / max(plan.dollars, 1e-9)
+                lines.append(f"{line}; paid so far: {share:.0%} of it, in {human_seconds(seconds)}")
         shares = [f"{NAMES[name]} {share:.1%}" for name, share in self.shares(progress).items() if share >= 0.0005]
         total = human_seconds(sum(self.seconds(progress).values()))
         starts = f"{len(self.jobs)} start{'s' * (len(self.jobs) > 1)}"

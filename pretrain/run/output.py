@@ -16,6 +16,7 @@ from pretrain.model import flops
 from pretrain.report.metrics import Clock, perplexity
 from pretrain.report.ranks import RankFigures, named, spread
 from pretrain.report.records import RecordsError
+from pretrain.report.units import human_dollars, human_seconds
 from pretrain.run import page, reality, receipt
 from pretrain.run.precision import cpu_multiplies_bf16
 from pretrain.run.resume import Start
@@ -54,6 +55,7 @@ def announce(run: Run, start: Start, why_precision: str, certificate: str, warni
         f"length     {run.total_steps:,} steps = {tokens:,} tokens = {run.data.epochs(run.length.position):.2f} epochs, "
         f"{tokens / counts.total:.1f} tokens per parameter",
         f"lr         {_lr_line(run)}",
+        *_cost_lines(run),
         *(f"stages     {line}" for line in receipt.stage_lines(run.length, run.data, engine.world_size)),
         *(f"data       {line}" for line in run.data.description(run.progress.position)),
         "reference losses of this data, in nats per token:",
@@ -208,6 +210,20 @@ def seconds_left(run: Run, clock: Clock) -> float:
 def save_seconds(run: Run) -> float:
     """From the beginning of a save to its checkpoint on the disk: the last one, before there is one estimated by its bytes."""
     return run.saver.write_seconds or flops.state_bytes(run.model) / SAVED_BYTES_PER_SECOND
+
+
+def _cost_lines(run: Run) -> list[str]:
+    """What the plan expects of a run that has a price and begins now, which its account notes; none where it knows no speed."""
+    ledger, budget = run.ledger, run.config.run.budget_dollars
+    if not run.config.run.dollars_per_hour or run.progress.step or ledger.planned:
+        return []
+    ledger.planned = plan = reality.planned(run)
+    if plan is None:
+        return []
+    line = f"plan       {human_dollars(plan.dollars)} in {human_seconds(3600 * plan.hours)}, by the settings and the data sheet"
+    if budget is not None and plan.dollars > budget:
+        line += f"; run.budget_dollars ({human_dollars(budget)}) ends it after about {budget / plan.dollars:.0%} of that"
+    return [line]
 
 
 def seconds_to_stop(run: Run) -> float:

@@ -1,4 +1,4 @@
-"""Plan and reality: once a start has settled, what it takes is compared with what it was planned to take.
+"""Plan and reality: what a run is expected to cost; and once a start has settled, what it takes against what was planned.
 
 <run>/plan.json    the newest comparison: planned and measured values, measured over planned, and the settings they depend on
 
@@ -16,12 +16,17 @@ from typing import NamedTuple
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from pretrain import devices
+from pretrain import devices, stages
 from pretrain.config import accumulation
 from pretrain.engines.base import Engine
 from pretrain.engines.config import sample_ranks
+from pretrain.plan import choices, summary
+from pretrain.plan.choices import Job
+from pretrain.plan.cost import length_of
 from pretrain.plan.memory import memory
 from pretrain.plan.scaling import Cluster, step_time
+from pretrain.plan.summary import RESTART_SECONDS, STORE_GB_PER_SECOND, Market, Terms
+from pretrain.run.ledger import Forecast
 from pretrain.run.state import Run
 
 FILE = "plan.json"
@@ -66,6 +71,23 @@ def figures(run: Run, tokens_per_second: float) -> dict[str, float]:
     content = {"step": run.progress.step, **record, "settings": of}
     run.directory.write_text(FILE, json.dumps(content, indent=1) + "\n")
     return record
+
+
+def planned(run: Run) -> Forecast | None:
+    """What the plan expects all of a run to cost and take, on GPUs that nobody takes away; None on a device without a data
+    sheet. `tools/plan_run.py` says the same for this GPU, number of GPUs and price, and explains it."""
+    engine, config, price = run.engine, stages.largest(run.config), run.config.run.dollars_per_hour or None
+    device = devices.find(engine.device_name)
+    if device is None:
+        return None
+    cluster = Cluster(device, engine.world_size, engine.place.local_world_size or engine.world_size)
+    settings = dataclasses.replace(config.engine, precision=engine.precision)
+    job = Job(run.model, config.data.sequence_length, config.batch.global_batch_size, config.optimizer.name)
+    way = choices.plan(job, settings, config.batch.micro_batch_size, cluster, engine.compiled != "none")
+    market, length = Market("on demand", price, None), length_of(run.length.stages, run.model, run.total_steps)
+    terms = Terms([market], 1.0, "estimated", STORE_GB_PER_SECOND, RESTART_SECONDS, None, run.config.checkpoint)
+    cost = summary.price(way, job, length, terms, market, summary.configured_interval(way, terms)).cost
+    return Forecast(0, cost.dollars or 0.0, cost.seconds / 3600)
 
 
 def compare(run: Run, tokens_per_second: float) -> list[Compared]:
