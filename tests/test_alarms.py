@@ -23,6 +23,7 @@ from tests.models import train_here
 from tests.test_sinks import ROOT
 from tests.test_supervise import SCRIPTED
 from tests.test_trackers import server as wandb_stub  # noqa: F401 a fixture
+from tests.test_train import DIVERGING
 
 
 class Webhook:
@@ -272,15 +273,5 @@ def test_an_address_that_is_none_is_refused_before_training_without_showing_it(t
 
 def test_a_run_that_diverges_says_so(tiny, webhook):
     hook = webhook()
-    flags = [
-        "--optimizer.lr",
-        "1e30",
-        "--optimizer.grad_clip",
-        "0",
-        "--train.max_skipped_steps",
-        "2",
-        "--train.max_steps",
-        "40",
-    ]
-    assert train_here([*flags, *tiny]) == 70
+    assert train_here([*DIVERGING, *tiny]) == 70
     assert hook.kinds()[-1] == "diverged" and "not finite" in hook.messages[-1][1]["text"]

@@ -179,7 +179,7 @@ def test_a_node_that_is_killed_during_an_upload_loses_the_steps_since_the_last_c
     assert train_here(mirrored) == 0
     assert f", resuming after step {complete}" in (run_of(mirrored) / "console.log").read_text()
     assert curve(run_of(mirrored)) == curve(straight)
-    assert set(store.listing()) == set(steps(store))  # what the kill left is gone, or complete
+    assert set(store.listing()) == set(steps(store))  # what the kill left is removed, or complete
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ NONE = {"attempt": 0, "failures": 0, "best": 0}
 
 
 class Team:
-    """A Lead, and the reports of machines that do as they are told; time passes only by `wait`."""
+    """A Lead, and the reports of machines that obey it; time passes only by `wait`."""
 
     def __init__(self, count: int = 3, least: int | None = None, record: dict | None = None):
         self.said, self.now, self.record = [], time.monotonic(), record or NONE

@@ -27,6 +27,8 @@ from tests.models import train_here
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[1]
+DIVERGING = ["--optimizer.lr=1e30", "--optimizer.grad_clip=0", "--train.max_skipped_steps=3", "--train.max_steps=40"]
+"""Flags with which the tiny run diverges."""
 TINY = """
 run: {name: tiny}
 model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, vocab_size: 64}
@@ -203,7 +205,7 @@ def test_the_settings_in_the_run_folder_start_the_same_run(tiny, tmp_path):
 
 
 def test_diverging_stops_with_70_and_names_the_samples(tiny, capsys):
-    assert train_here([*tiny, "--optimizer.lr", "1e30", "--optimizer.grad_clip", "0", "--train.max_skipped_steps", "3"]) == 70
+    assert train_here([*tiny, *DIVERGING]) == 70
     said = capsys.readouterr().err
     assert "not finite in the last 3 steps up to step" in said and "samples" in said
     assert json.loads((run_of(tiny) / "run_state.json").read_text())["exit_status"] == 70

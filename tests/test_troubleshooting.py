@@ -14,6 +14,7 @@ import pytest
 
 from tests.models import train_here
 from tests.test_docs import ROOT, prose
+from tests.test_train import DIVERGING
 
 PAGE = ROOT / "docs" / "troubleshooting.md"
 
@@ -115,17 +116,7 @@ def test_a_run_that_meets_its_past_says_these_words(tiny, capsys):
 
 
 def test_a_run_that_diverges_says_these_words(tiny, capsys):
-    flags = [
-        "--optimizer.lr",
-        "1e30",
-        "--optimizer.grad_clip",
-        "0",
-        "--train.max_skipped_steps",
-        "2",
-        "--train.max_steps",
-        "40",
-    ]
-    assert train_here([*tiny, *flags, "--log.sinks", "[console]"]) == 70
+    assert train_here([*tiny, *DIVERGING, "--log.sinks", "[console]"]) == 70
     captured = capsys.readouterr()
     for text in ("LOSS IS NOT FINITE", "the loss or gradient was not finite in the last ... steps up to step ..."):
         assert text in rows() and pattern(text).search(captured.err + captured.out), text

@@ -1,6 +1,6 @@
 """A run on a terminal, in a given number of lines and columns: what it does, its curve, its figures, what happened.
 
-In order of importance: a low screen has no curve, a narrow one fewer figures. Without colours nothing is lost.
+In order of importance: a low screen has no curve, a narrow one fewer figures. Colours only repeat what the words say.
 """
 
 from __future__ import annotations
