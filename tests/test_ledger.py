@@ -45,10 +45,13 @@ def job(began: float, hours: float, ranks: int, price: float = 2.5, **named) -> 
 def test_the_cost_is_hours_times_ranks_times_price_over_all_starts(monkeypatch):
     config = RunConfig(dollars_per_hour=3.0, budget_dollars=200.0)
     jobs = [job(0, 2, 8), job(10_000, 1.5, 4, price=2.0), job(20_000, 0.5, 8, price=0.0)]
-    monkeypatch.setattr(ledger, "time", SimpleNamespace(time=lambda: jobs[-1].began + 1800))
+    now = SimpleNamespace(time=lambda: jobs[-1].began + 1800, strftime=time.strftime, gmtime=time.gmtime)
+    monkeypatch.setattr(ledger, "time", now)
     counted = a_ledger(config, *jobs)
     assert counted.dollars == pytest.approx(2 * 8 * 2.5 + 1.5 * 4 * 2.0 + 0.5 * 8 * 3.0)  # no price: today's
     assert counted.dollars_per_hour == 24.0 and not counted.is_spent
+    costs = [line.split()[6] for line in counted._table()[1:]]
+    assert costs == ["$40.00", "$12.00", "$12.00"]
     counted.expect(3600 * 10)
     assert counted.advice() == (
         "$64.00 spent of $200.00; finishing takes about $240.00 more: start again with --run.budget_dollars 319.20, which has "
@@ -206,6 +209,7 @@ def test_an_account_that_cannot_be_read_is_kept_aside_and_that_is_said(tmp_path,
     assert (tmp_path / "unreadable-ledger.json").exists() and "the cost counts from this start" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_disk_that_is_slow_or_full_neither_delays_nor_stops_a_step(monkeypatch):
     monkeypatch.setattr(ledger, "WRITE_SECONDS", 0.0)
     held, texts = threading.Event(), []
@@ -214,15 +218,16 @@ def test_a_disk_that_is_slow_or_full_neither_delays_nor_stops_a_step(monkeypatch
         texts.append(text)
         if len(texts) == 1:
             held.wait(60)
+            texts.append("full")
             raise OSError("no space left on device")
 
     counted = a_ledger(RunConfig(), Job(time.time(), 0.0, 1, "cpu", 0.0), write=write)
     counted.begin(Clock(), 0)
     for step in (1, 2):
         counted.note_step(step)  # returns while the first write hangs
-    held.set()
+    threading.Timer(0.3, held.set).start()
     counted.save()  # waits for it, so that the newest account is the last one written
-    assert len(texts) == 2 and json.loads(texts[-1])["jobs"][0]["last_step"] == 2
+    assert len(texts) == 3 and texts[1] == "full" and json.loads(texts[-1])["jobs"][0]["last_step"] == 2
 
 
 def test_work_of_another_run_that_this_one_began_with_is_neither_paid_nor_lost(monkeypatch):
@@ -231,3 +236,5 @@ def test_work_of_another_run_that_this_one_began_with_is_neither_paid_nor_lost(m
     counted.inherited = 1000.0
     seconds = counted.seconds(Progress(train_seconds=1050.0))
     assert seconds["training"] == 50.0 and seconds["lost"] == 0.0 and seconds["other"] == 20.0
+    seconds = counted.seconds(Progress(train_seconds=1040.0))  # after a kill
+    assert seconds["training"] == 40.0 and seconds["lost"] == 10.0

@@ -108,6 +108,10 @@ def test_a_rank_that_waits_for_data_is_named_and_ranks_that_wait_for_it_are_not(
 def test_a_rank_that_waits_for_data_and_computes_fast_is_named():
     (slow,) = judge([figures(), figures(0.02, data=1.0), figures()])
     assert (slow.rank, slow.cause) == (1, "data") and slow.ratio > 1.1
+    (slow,) = judge([figures(), figures(0.12, data=0.2), figures()])  # 120 ms more for its passes, 200 for data
+    assert (slow.rank, slow.cause) == (1, "data")
+    (slow,) = judge([figures(), figures(0.12, data=0.08), figures()])
+    assert (slow.rank, slow.cause) == (1, "compute")
 
 
 def test_a_slow_forward_pass_that_is_a_small_part_of_a_step_is_not_named():
@@ -147,6 +151,8 @@ def test_a_slow_machine_is_named_with_all_its_ranks():
     )
     (slow,) = judge([figures(0.13 if rank in (3, 9) else 0.1) for rank in range(16)])
     assert "rank 3 on node-0" in named(slow, hosts) and "Also slow: 9 (node-2)" in named(slow, hosts)
+    (slow,) = judge([figures(0.13 + 0.03 * (rank == 9) if rank in (3, 9) else 0.1) for rank in range(16)])
+    assert slow.ranks == [3, 9] and named(slow, hosts).startswith("rank 9 on node-2 makes each step about 1.60 x")
 
 
 def test_figures_that_are_not_known_are_left_out():

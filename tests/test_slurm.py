@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from tests.test_train import ROOT, records, run_of
 
 # One task per node, all of them here; srun's status is the highest of its tasks.
 SRUN = """#!/usr/bin/env bash
-while [[ $1 == -* ]]; do shift; done
+while [[ $1 == -* ]]; do echo "$1" >> "$SLURM_TEST/srun_flags"; shift; done
 export SLURM_STEP_NUM_NODES="$SLURM_NNODES" SLURM_STEP_NODELIST="$SLURM_JOB_NODELIST" SLURM_LOCALID=0
 for ((node = 0; node < ${SLURM_TEST_TASKS:-1}; node++)); do
   SLURM_NODEID=$node SLURM_PROCID=$node "$@" &
@@ -119,6 +120,7 @@ def test_notices_before_the_first_checkpoint_requeue_a_job_twice_in_a_row_at_mos
         ({"SLURM_GPUS_ON_NODE": "4"}, True),
         ({}, True),  # SLURM does not say: torch does
         ({"SLURM_GPUS_ON_NODE": "", "SLURM_GPUS_PER_NODE": "a100:4"}, True),
+        ({"SLURM_GPUS_ON_NODE": "(null)"}, True),
         ({"SLURM_GPUS_ON_NODE": "8"}, False),  # more than the job has cores
     ],
 )
@@ -139,7 +141,21 @@ def test_words_and_flags_reach_the_supervisor_as_they_are_under_a_long_list_of_n
     arguments = (tmp_path / "arguments").read_text().splitlines()
     split = arguments.index("--")
     assert "--force" in arguments[:split] and "--wait-seconds" in arguments[:split], output
+    assert "--kill-on-bad-exit=0" in (tmp_path / "srun_flags").read_text()  # the others would be killed while they save
     assert arguments[split + 1 :] == ["--checkpoint.deadline_seconds", "110", "--run.name", "two words", *tiny]
+
+
+def test_a_job_that_cannot_be_requeued_says_so_and_ends_with_75(tiny, tmp_path):
+    (tmp_path / "status").write_text("75")
+    job = start(tmp_path, tiny, python=SUPERVISOR, scontrol="#!/bin/sh\nexit 1\n")
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 75 and "submit the same command again" in output, output
+
+
+def test_the_notice_is_long_enough_to_save():
+    text = (ROOT / "launch/slurm.sh").read_text()
+    notice, deadline = (int(re.search(found, text)[1]) for found in (r"--signal=TERM@(\d+)", r"deadline_seconds (\d+)"))
+    assert notice >= deadline + 10
 
 
 def test_a_node_without_gpus_is_refused_before_the_launch(tiny, tmp_path):
