@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -303,6 +304,13 @@ def _check_budget(config: Config) -> Iterator[Problem]:
         yield Problem("run.budget_dollars", "needs run.dollars_per_hour, the price of one GPU; set both, or neither")
 
 
+def _check_mirror(config: Config) -> Iterator[Problem]:
+    mirror = config.checkpoint.mirror  # a slip such as s3:/bucket would be a folder on the disk that is lost with the machine
+    if mirror is not None and not re.match(r"[\w.+:-]+://[^/]|(file|local):///.", mirror):
+        text = f"got {mirror!r}, must be a URL such as s3://bucket/folder, or file:///mnt/disk for a disk that is mounted"
+        yield Problem("checkpoint.mirror", text)
+
+
 def _check_positions(config: Config) -> Iterator[Problem]:
     if config.model.reset_positions and not config.data.document_mask:
         yield Problem("model.reset_positions", "is true, which needs data.document_mask: set both, or neither")
@@ -386,8 +394,8 @@ def _check_mesh(config: Config, world_size: int | None) -> Iterator[Problem]:
         yield from engine_settings.check_mesh(config.engine, work_of(config, config.model), world_size)
 
 
-_CHECKS = (_check_names, _check_budget, _check_positions, _check_length, _check_schedule, _check_sources, _check_vocabulary,
-           _check_engine, _check_log, _check_optimizer, _check_prompts)  # fmt: skip
+_CHECKS = (_check_names, _check_budget, _check_mirror, _check_positions, _check_length, _check_schedule, _check_sources,
+           _check_vocabulary, _check_engine, _check_log, _check_optimizer, _check_prompts)  # fmt: skip
 _CHECKS_OF_RANKS = (_check_ranks, _check_mesh, _check_stages)
 
 

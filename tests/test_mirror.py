@@ -423,7 +423,8 @@ def test_a_mirror_that_cannot_be_used_is_refused_before_training(mirrored, s3, c
     unknown = ["--checkpoint.mirror", "nothing://bucket", *mirrored[2:]]
     for flags, part in ((nowhere, "s3://nowhere/runs"), (unknown, "nothing://bucket")):
         assert mirror_findings(load(flags))[0].stops and mirror_findings(load(flags))[0].name == "mirror-unusable"
-        assert refused(flags) == 2 and part in capsys.readouterr().err
+        assert refused(flags) == 2 and part in (error := capsys.readouterr().err)
+        assert ("no such bucket" in error) == (flags is nowhere)
     s3.fault = lambda method, path: "403"
     assert refused(mirrored) == 2 and "refuses access" in capsys.readouterr().err
     s3.fault = lambda method, path: "503"

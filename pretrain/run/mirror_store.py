@@ -121,14 +121,18 @@ class MirrorStore:
         return self.request(f"{self.url}/{name}", lambda: self._system.cat_file(f"{self._path}/{name}"), _SMALL_SECONDS)
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a small object."""
+        """Writes a small object. Raises DataError if there is no such bucket or folder."""
 
         def put() -> None:
             if self._makes_folders:
                 self._system.makedirs(os.path.dirname(f"{self._path}/{name}"), exist_ok=True)
             self._system.pipe_file(f"{self._path}/{name}", content)
 
-        self.request(f"{self.url}/{name}", put, _SMALL_SECONDS + len(content) / _SLOWEST_BYTES_PER_SECOND)
+        try:
+            self.request(f"{self.url}/{name}", put, _SMALL_SECONDS + len(content) / _SLOWEST_BYTES_PER_SECOND)
+        except DataMissing:
+            text = "cannot be written: there is no such bucket or folder; create it, or correct checkpoint.mirror"
+            raise DataError(f"{self.url}: {text}") from None
 
     def remove(self, names: Iterable[str]) -> None:
         """Removes objects; those that are not there any more are removed, too."""
