@@ -286,6 +286,18 @@ def test_the_table_has_the_figures_of_the_json_and_fits_a_terminal(tmp_path, cap
     assert sum(line.endswith("(as configured)") for line in text.splitlines()) == 1
 
 
+def test_every_kind_of_gpu_that_is_asked_for_is_in_the_table_and_on_both_markets(tmp_path, capsys):
+    spot = ["--spot-discount", "0.6", "--preemptions-per-hour", "0.05"]
+    flags = [*CLOUD, "--gpu", "a100", "--dollars-per-hour", "1.29", "--compare", "h200=9", "h100=2.5", *spot]
+    plan, text = planned(flags, tmp_path, capsys)
+    shown = text.partition("cheapest first")[2]
+    for kind in ("A100", "H100", "H200"):
+        for market in ("spot", "on demand"):
+            assert re.search(rf" x {kind}, {market} ", shown), shown
+    prices = {(row["gpu"], row["market"]): row["dollars_per_hour"] for row in plan["choices"]}
+    assert prices["H100", "spot"] == pytest.approx(0.4 * prices["H100", "on demand"]) == pytest.approx(1.0)
+
+
 def test_the_flags_of_an_alternative_give_the_alternative(tmp_path, capsys):
     """Adding them to the command makes its plan the configuration."""
     flags = ["--config", str(ROOT / "configs" / "cloud_zero3.yaml"), "--quick", "--dollars-per-hour", "2"]
@@ -308,6 +320,20 @@ def test_what_does_not_fit_ends_with_status_2_and_the_flags_that_fit(tmp_path, c
     plan = json.loads(output.read_text())
     assert not plan["configuration"]["memory"]["fits"]
     assert any(row["fits"] and row["gpus"] == 8 and "--engine.name" in " ".join(row["flags"]) for row in plan["choices"])
+
+
+def test_a_model_that_fits_on_no_such_number_of_gpus_gets_a_number_on_which_it_fits(tmp_path):
+    flags = [*CLOUD, "--config", str(ROOT / "configs" / "models" / "llama3_1_70b.yaml"), "--gpus", "1"]
+    assert plan_run.main([*flags, "--json", str(tmp_path / "plan.json")]) == 2
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    (found,) = [row for row in plan["choices"] if row["fits"]]
+    weights_and_moments = 16 * plan["model"]["parameters"] / 2**30  # with their gradients
+    assert weights_and_moments / 80 < found["gpus"] <= 32
+
+
+def test_the_price_of_the_command_line_is_that_of_the_budget(tmp_path, capsys):
+    _, text = planned([*CLOUD, "--dollars-per-hour", "2.5", "--run.budget_dollars", "100"], tmp_path, capsys)
+    assert re.search(r"^budget +~ \$100.00: ends the run after about \d\d% of its tokens", text, re.MULTILINE)
 
 
 def test_a_run_that_interruptions_never_let_end_is_told_so(tmp_path, capsys):

@@ -42,6 +42,7 @@ from pretrain.report import plan_table
 from pretrain.run import command_line
 
 MOST_TRIED = 4  # dry runs in search of the best way that fits
+MOST_GPUS = 4096  # among which a number is sought that fits
 
 
 def main(argv: list[str]) -> int:
@@ -49,6 +50,8 @@ def main(argv: list[str]) -> int:
     parser = make_parser()
     options, settings = command_line.parse_with_settings(parser, argv)
     check_flags(parser, options)
+    if options.dollars_per_hour:
+        settings = [*settings, "--run.dollars_per_hour", str(options.dollars_per_hour)]
     config = load(settings, world_size=None, program="tools/plan_run.py")
     gpus = options.gpus or (options.nodes or 0) * options.gpus_per_node or config.engine.world_size or 8
     cluster = Cluster(devices.find(options.gpu), gpus, options.gpus_per_node, options.network_gb_per_second)
@@ -64,7 +67,8 @@ def main(argv: list[str]) -> int:
     job = Job(model, largest.data.sequence_length, batch.global_batch_size, config.optimizer.name, measured.memory or 1.0)
     configured = choices.plan(job, largest.engine, batch.micro_batch_size, cluster, largest.engine.compile != "none")
     asked = terms(options, config, configured.time.mfu, measured)
-    found = summary(job, length, configured, alternatives(cluster, options), asked)
+    others = alternatives(cluster, options, lambda each: bool(choices.recommended(job, largest.engine, each)))
+    found = summary(job, length, configured, others, asked)
     if config.train.stages:
         print(
             f"of {len(config.train.stages) + 1} stages, memory and speed are those of the one with the largest forward passes"
@@ -180,7 +184,7 @@ def measured_ratios(run: Path, device: devices.Device) -> Ratios:
 
 def terms(options: argparse.Namespace, config: Config, estimated_mfu: float, measured: Ratios) -> Terms:
     """What the flags state."""
-    price, rate = options.dollars_per_hour or config.run.dollars_per_hour or None, options.preemptions_per_hour
+    price, rate = config.run.dollars_per_hour or None, options.preemptions_per_hour
     if price is None and (options.spot_discount or options.compare):
         raise UserError("--spot-discount and --compare need the price of a GPU: --dollars-per-hour, or run.dollars_per_hour")
     if options.spot_discount:
@@ -203,11 +207,19 @@ def terms(options: argparse.Namespace, config: Config, estimated_mfu: float, mea
     )
 
 
-def alternatives(cluster: Cluster, options: argparse.Namespace) -> list[tuple[Cluster, float | None]]:
-    """(cluster, price of its GPUs; None: that of --dollars-per-hour) of other numbers and kinds of GPUs."""
+def alternatives(
+    cluster: Cluster, options: argparse.Namespace, fits: Callable[[Cluster], bool]
+) -> list[tuple[Cluster, float | None]]:
+    """(cluster, price of its GPUs; None: that of --dollars-per-hour) of other numbers and kinds of GPUs: so many that the job
+    fits."""
     counts = sorted({round(cluster.gpus * factor) for factor in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4) if cluster.gpus * factor >= 1})
-    kinds = [(cluster.device, None), *options.compare]
-    return [(dataclasses.replace(cluster, device=device, gpus=gpus), price) for device, price in kinds for gpus in counts]
+    found = []
+    for device, price in [(cluster.device, None), *options.compare]:
+        every = [dataclasses.replace(cluster, device=device, gpus=gpus) for gpus in counts]
+        while not any(map(fits, reversed(every))) and every[-1].gpus < MOST_GPUS:
+            every.append(dataclasses.replace(every[-1], gpus=2 * every[-1].gpus))
+        found += [(each, price) for each in every]
+    return found
 
 
 # ---------------------------------------------------------------- the run

@@ -105,7 +105,9 @@ def summary(
     ways = [chosen]
     for other, dollars in clusters:
         best = choices.recommended(job, configured.engine, other)
-        for each in terms.markets if dollars is None else [terms.markets[0]._replace(dollars_per_hour=dollars)]:
+        for each in terms.markets:
+            if dollars is not None:  # the same discount for every kind
+                each = each._replace(dollars_per_hour=dollars * each.dollars_per_hour / market.dollars_per_hour)
             ways += [price(best[0], job, length, terms, each)] if best else []
     return {
         "cluster": {

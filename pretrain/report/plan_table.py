@@ -201,19 +201,22 @@ def _interval(row: dict[str, Any]) -> str:
     between = human_seconds(3600 * row["hours_between_interruptions"])
     text = f"{row['recommended_minutes']:g} min ({row['market']}, an interruption per {between}): loses"
     text += f" {_share(row['loss'])} of the time"
-    every = "only at the end" if row["configured_seconds"] is None else f"every {row['configured_seconds'] / 60:.3g} min"
+    every = "only at the end" if row["configured_seconds"] is None else f"every {_number(row['configured_seconds'] / 60)} min"
     text += f"; as configured, {every}: {_share(row['configured_loss'])}"
     if found := row["simulated"]:
         text += f"; {found['runs']:,} simulated runs: {_share(found['loss'])}, at best {_share(found['best_loss'])} with "
-        text += f"{found['best_seconds'] / 60:.3g} min"
+        text += f"{_number(found['best_seconds'] / 60)} min"
     return text
 
 
 def _choices(plan: dict[str, Any]) -> Iterator[str]:
     """What would be cheaper, cheapest first, and the configuration among it."""
-    rows = plan["choices"]
-    place = next(i for i, row in enumerate(rows) if row["configured"])
-    shown = rows[:_MOST_CHOICES] if place < _MOST_CHOICES else [*rows[: _MOST_CHOICES - 1], rows[place]]
+    rows, best = plan["choices"], {}
+    for number, row in enumerate(rows):
+        best.setdefault((row["gpu"], row["market"]), number)  # the cheapest of each kind that was asked for
+    asked = {*best.values(), next(number for number, row in enumerate(rows) if row["configured"])}
+    others = [number for number in range(len(rows)) if number not in asked][: max(0, _MOST_CHOICES - len(asked))]
+    shown = [rows[number] for number in sorted([*asked, *others])]
     yield "cheapest first ~ (same model, batches and curve; each with the simplest of its fastest ways that fit)"
     unit = "GPU-h" if plan["cluster"]["dollars_per_hour"] is None else "$"
     several = len({row["market"] for row in rows}) > 1
