@@ -180,7 +180,7 @@ class Supervisor:
                 service.close()
         if lead:
             self._alarm(status, reason)
-        if reason.startswith("crash_loop") or (self.machines.count > 1 and status in (REFUSED, SAVED) and reason):
+        if reason and status != DONE:  # again: launchers print a traceback after the job's own words
             _info(reason)
         _info(f"the run ended with status {status}")
         return status
@@ -401,7 +401,7 @@ class Supervisor:
 
     def _status_of_no_start(self, launcher_status: int) -> tuple[int | None, str]:
         """Tells refused settings from other failures of a job that never opened its directory, by asking it once more."""
-        how = "exited before it opened its directory"
+        how = "the job exited before it opened its directory; its first message says why"
         if launcher_status == 0 or self.received:
             return launcher_status if launcher_status == 0 else None, how
         if self.machines.count > 1:

@@ -189,6 +189,15 @@ def test_a_crash_loop_is_three_attempts_in_a_row_without_progress(tiny, script, 
     assert (done.returncode, done.stdout.split()) == (status, failures.split()), done.stderr
 
 
+def test_its_last_words_say_why_the_run_ended(tiny):
+    """After the traceback that launchers print for every end but a good one."""
+    for status in (2, 76):
+        code = f"{SCRIPTED}\nscript = [(5, {status})]\nsys.exit(run.run())"
+        done = subprocess.run([sys.executable, "-c", code, *tiny], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == status
+        assert done.stderr.splitlines()[-2:] == ["supervise: scripted", f"supervise: the run ended with status {status}"]
+
+
 REPORTING = """
 import sys; sys.path.insert(0, "launch")
 import supervise
