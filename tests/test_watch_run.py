@@ -90,8 +90,9 @@ def test_at_80_by_24_it_says_what_a_person_wants_to_know(tmp_path):
         file.write(to_json({"step": 206, "spike": spike, "samples": []}) + "\n")
     shown = picture(folder)
     for text in ("start 3", "step 210/400", "1h01m left", "860k tokens", "validation 4.4500 at step 200", "1.700 bits per byte",
-                 "12.3k tok/s", "MFU 41.2 %", "memory 12.50 GiB", "grad norm 0.500", "$12.50 of $40.00", "no checkpoint yet",
-                 "uniform 8.318", "unigram 6.556", "bigram 4.166", "▲", "●", "spike at step 205"):  # fmt: skip
+                 "12.3k tok/s", "MFU 41.2 %", "memory 12.50 GiB", "grad norm 0.500", "cost $12.50, in all $40.00",
+                 "no checkpoint yet", "uniform 8.318", "unigram 6.556", "bigram 4.166", "▲", "●",
+                 "spike at step 205"):  # fmt: skip
         assert text in shown, text
 
 

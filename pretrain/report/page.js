@@ -71,7 +71,8 @@ function draw(plot) {
   const width = Math.max(260, box.clientWidth), large = chart.large;
   const height = large ? Math.max(260, Math.min(430, width * 0.45)) : 190;
   const wide = large && width > 640; // names of lines and last values stand beside the plot
-  const left = 46, right = wide ? 168 : 8, top = 12, bottom = 24;
+  const longest = Math.max(0, ...chart.lines.map((line) => line.name.length)); // of 34 letters where all lines coincide
+  const left = 46, right = wide ? Math.min(width / 2, Math.max(168, 8 + 6.5 * (longest + 7))) : 8, top = 12, bottom = 24;
   box.querySelector("svg")?.remove();
   const svg = make(box, "svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
   const first = axis.log ? Math.max(toAxis(run.first), 1e-9) : 0, last = Math.max(toAxis(run.last), first + 1e-9);

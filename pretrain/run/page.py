@@ -281,7 +281,7 @@ def _tiles(view: View) -> Iterable[tuple[str, str, str]]:
         yield "Goodput", f"{100 * newest['goodput']:.1f} %", "of the time since the start"
     if _is_number(newest.get("cost_dollars")):
         each, last = newest.get("dollars_per_billion_tokens"), newest.get("cost_total_dollars")
-        more = [f"of {human_dollars(last)}"] if _is_number(last) else []
+        more = [f"in all {human_dollars(last)}"] if _is_number(last) else []
         more += [f"{human_dollars(each)} per billion tokens"] if _is_number(each) else []
         yield "Cost", human_dollars(newest["cost_dollars"]), ", ".join(more)
     if view.checkpoints:

@@ -118,7 +118,9 @@ def _money(view: View) -> Iterable[Text]:
     newest = view.history.newest
     spent, total, each = (newest.get(key) for key in ("cost_dollars", "cost_total_dollars", "dollars_per_billion_tokens"))
     if _is_finite(spent):
-        yield Text.assemble("cost ", (human_dollars(spent), "bold"), f" of {human_dollars(total)}" if _is_finite(total) else "")
+        yield Text.assemble(
+            "cost ", (human_dollars(spent), "bold"), f", in all {human_dollars(total)}" if _is_finite(total) else ""
+        )
     if _is_finite(each):
         yield Text(f"{human_dollars(each)} per billion tokens", "dim")
 
