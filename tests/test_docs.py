@@ -188,6 +188,15 @@ def test_the_chinese_page_has_the_sections_and_tables_of_the_english_one(english
     assert outline(chinese) == outline(english)
 
 
+@pytest.mark.parametrize(("english", "chinese"), TRANSLATED, ids=lambda path: name(path))
+def test_the_tables_of_the_chinese_page_have_the_figures_of_the_english_one(english, chinese):
+    def figures(document: Path) -> list[list[str]]:
+        return [sorted(re.findall(r"\d(?:[\d,.]*\d)?", row)) for row in prose(document).splitlines() if row.startswith("|")]
+
+    for there, here in zip(figures(english), figures(chinese), strict=True):
+        assert here == there
+
+
 def test_both_readmes_list_the_same_files_and_the_same_lines_of_python():
     english, chinese = TRANSLATED[0]
 
