@@ -12,6 +12,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -195,6 +196,11 @@ def test_the_tables_of_the_chinese_page_have_the_figures_of_the_english_one(engl
 
     for there, here in zip(figures(english), figures(chinese), strict=True):
         assert here == there
+
+
+@pytest.mark.parametrize(("english", "chinese"), TRANSLATED, ids=lambda path: name(path))
+def test_the_chinese_page_names_the_settings_files_and_texts_that_the_english_one_names(english, chinese):
+    assert Counter(spans(chinese)) == Counter(spans(english))
 
 
 def test_both_readmes_list_the_same_files_and_the_same_lines_of_python():
