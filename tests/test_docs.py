@@ -12,6 +12,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -186,6 +187,20 @@ def test_the_chinese_page_has_the_sections_and_tables_of_the_english_one(english
         return [match[0] for line in prose(document).splitlines() if (match := re.match(r"#+ |\|( (`[^`]*`|\d+) \|)?", line))]
 
     assert outline(chinese) == outline(english)
+
+
+@pytest.mark.parametrize(("english", "chinese"), TRANSLATED, ids=lambda path: name(path))
+def test_the_tables_of_the_chinese_page_have_the_figures_of_the_english_one(english, chinese):
+    def figures(document: Path) -> list[list[str]]:
+        return [sorted(re.findall(r"\d(?:[\d,.]*\d)?", row)) for row in prose(document).splitlines() if row.startswith("|")]
+
+    for there, here in zip(figures(english), figures(chinese), strict=True):
+        assert here == there
+
+
+@pytest.mark.parametrize(("english", "chinese"), TRANSLATED, ids=lambda path: name(path))
+def test_the_chinese_page_names_the_settings_files_and_texts_that_the_english_one_names(english, chinese):
+    assert Counter(spans(chinese)) == Counter(spans(english))
 
 
 def test_both_readmes_list_the_same_files_and_the_same_lines_of_python():
