@@ -72,6 +72,7 @@ def test_in_a_thousand_runs_the_stop_never_overshoots_the_budget_by_more_than_a_
     fake = SimpleNamespace(time=lambda: now.seconds, monotonic=lambda: now.seconds)
     monkeypatch.setattr(ledger, "time", fake)
     monkeypatch.setattr("pretrain.report.metrics.time", fake)
+    monkeypatch.setattr(ledger, "WRITE_SECONDS", 3600.0)  # else a thread for each of 80,000 steps
     left = []
     for _ in range(1000):
         ranks, typical, save = draw.randint(1, 512), draw.uniform(0.05, 30), draw.uniform(0.1, 300)
