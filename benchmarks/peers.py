@@ -53,6 +53,7 @@ from benchmarks import machine
 from benchmarks.shapes import SHAPES, Shape
 from pretrain import UserError
 from pretrain.config import SyntheticConfig, load
+from pretrain.data.passes import Cut
 from pretrain.data.synthetic import SyntheticSource
 from pretrain.model.flops import flops_per_token, num_parameters
 from pretrain.model.transformer import build
@@ -181,10 +182,11 @@ def write_task(folder: Path, shape: Shape, compiled: bool, micro_batch_size: int
     rows = shape.tokens_per_step // length
     flat = folder / "tokens"
     flat.mkdir()
+    cut = Cut(length - 1, length - 1)  # texts of `length` tokens
     source = SyntheticSource(
-        SyntheticConfig(kind="markov"), "train", seed=SEED, vocab_size=model.vocab_size, sequence_length=length - 1
+        SyntheticConfig(kind="markov"), "train", seed=SEED, vocab_size=model.vocab_size, block_length=cut.block_length
     )
-    tokens = source.read(np.arange(steps * rows + 1)).astype(np.uint16).ravel()
+    tokens = source.read(np.arange(steps * rows + 1), cut).astype(np.uint16).ravel()
     for split in ("train", "val"):
         tokens.tofile(flat / f"{split}.bin")
     # nanoGPT reads the vocabulary from a pickle: a dict with one entry, as protocol 0 spells it.
