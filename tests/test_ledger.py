@@ -45,18 +45,20 @@ def job(began: float, hours: float, ranks: int, price: float = 2.5, **named) -> 
 def test_the_cost_is_hours_times_ranks_times_price_over_all_starts(monkeypatch):
     config = RunConfig(dollars_per_hour=3.0, budget_dollars=200.0)
     jobs = [job(0, 2, 8), job(10_000, 1.5, 4, price=2.0), job(20_000, 0.5, 8, price=0.0)]
-    now = SimpleNamespace(time=lambda: jobs[-1].began + 1800, strftime=time.strftime, gmtime=time.gmtime)
-    monkeypatch.setattr(ledger, "time", now)
-    counted = a_ledger(config, *jobs)
+    monkeypatch.setattr(ledger, "time", SimpleNamespace(**vars(time) | {"time": lambda: jobs[-1].began + 1800}))
+    texts: dict[str, str] = {}
+    counted = a_ledger(config, *jobs, write=texts.__setitem__)
     assert counted.dollars == pytest.approx(2 * 8 * 2.5 + 1.5 * 4 * 2.0 + 0.5 * 8 * 3.0)  # no price: today's
     assert counted.dollars_per_hour == 24.0 and not counted.is_spent
-    costs = [line.split()[6] for line in counted._table()[1:]]
-    assert costs == ["$40.00", "$12.00", "$12.00"]
     counted.expect(3600 * 10)
     assert counted.advice() == (
         "$64.00 spent of $200.00; finishing takes about $240.00 more: start again with --run.budget_dollars 319.20, which has "
         "5 % to spare"
     )
+    counted.end(76, Progress())
+    rows = [line.split() for line in texts["invoice.txt"].splitlines() if line.endswith("H100")]
+    assert [row[5:7] for row in rows] == [["2.5", "$40.00"], ["2", "$12.00"], ["3", "$12.00"]]  # each at its own price
+    assert [row[-2] for row in rows] == ["killed", "killed", "76"]
 
 
 def test_a_budget_needs_a_price():
@@ -213,22 +215,28 @@ def test_an_account_that_cannot_be_read_is_kept_aside_and_that_is_said(tmp_path,
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_disk_that_is_slow_or_full_neither_delays_nor_stops_a_step(monkeypatch):
     monkeypatch.setattr(ledger, "WRITE_SECONDS", 0.0)
-    held, texts = threading.Event(), []
+    held, started, texts = threading.Event(), [], []
 
     def write(name: str, text: str) -> None:
-        texts.append(text)
-        if len(texts) == 1:
+        started.append(name)
+        if len(started) == 1:
             held.wait(60)
-            texts.append("full")
+        texts.append(text)  # it replaces the file
+        if len(started) < 3:
             raise OSError("no space left on device")
 
     counted = a_ledger(RunConfig(), Job(time.time(), 0.0, 1, "cpu", 0.0), write=write)
     counted.begin(Clock(), 0)
     for step in (1, 2):
         counted.note_step(step)  # returns while the first write hangs
+    assert len(started) == 1 and not texts
     threading.Timer(0.3, held.set).start()
-    counted.save()  # waits for it, so that the newest account is the last one written
-    assert len(texts) == 3 and texts[1] == "full" and json.loads(texts[-1])["jobs"][0]["last_step"] == 2
+    with pytest.raises(OSError, match="no space left"):  # at the end nothing tries again, so this one is an error
+        counted.save()
+    assert [json.loads(text)["jobs"][0]["last_step"] for text in texts] == [1, 2]  # the newest account is the last one written
+    counted.note_step(3)
+    counted.save()
+    assert json.loads(texts[-1])["jobs"][0]["last_step"] == 3
 
 
 def test_work_of_another_run_that_this_one_began_with_is_neither_paid_nor_lost(monkeypatch):

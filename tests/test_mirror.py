@@ -390,6 +390,14 @@ def test_uploads_keep_to_their_bandwidth(saved):
     assert time.monotonic() - began >= 2.5
 
 
+def test_an_upload_that_keeps_to_a_bandwidth_ends_when_it_is_stopped():
+    pace, stopped, began = Pace(0.001), threading.Event(), time.monotonic()
+    pace.wait(100_000, stopped)  # the next byte may be sent in 100 s
+    threading.Timer(0.1, stopped.set).start()
+    pace.wait(1, stopped)
+    assert time.monotonic() - began < 60
+
+
 @pytest.mark.slow
 def test_an_outage_of_the_store_changes_no_loss_and_is_reported_once(mirrored, straight, s3, monkeypatch):
     monkeypatch.setattr(remote, "RETRY_SECONDS", 1.0)
