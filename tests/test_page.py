@@ -25,7 +25,7 @@ from tests.browser import Browser
 from tests.models import make_tokenizer, write_token_file
 from tests.ranks import run_ranks
 from tests.test_train import signal_itself_at, train_here
-from tests.test_watch_run import line, write_run
+from tests.test_watch_run import LINES, line, write_run
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"><!-- \u2028 ' \" & ]]>"
 
@@ -109,6 +109,12 @@ def test_a_run_of_a_million_steps_makes_a_small_page_with_every_extreme(tmp_path
     assert train["step"][int(np.argmax(train["value"]))] == 543_200 and max(train["value"]) == 99.5
     assert max(train["bold"]["value"]) < 4, "the bold line follows the trend, not the spike"
     assert (data["first"], data["last"]) == (40, 1_000_000)
+
+
+def test_the_curve_has_every_reference_level_in_its_range(tmp_path):
+    chart = json.loads(Parser(page(View(write_run(tmp_path / "x")).read_all())).scripts[0])["charts"][0]
+    assert {each["name"].split()[0].strip(":"): each["value"] for each in chart["lines"]} == LINES
+    assert chart["low"] < min(LINES.values()) and max(LINES.values()) < chart["high"]
 
 
 def test_a_run_without_records_or_with_nothing_but_nan_has_a_page(tmp_path):
