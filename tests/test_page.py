@@ -77,12 +77,14 @@ def hostile_run(folder: Path) -> Path:
 
 
 def test_hostile_texts_are_shown_and_never_become_markup(tmp_path):
-    text = page(View(hostile_run(tmp_path / "x")).read_all(), HOSTILE)
+    name = "<img src=x onerror=owned>"  # of a folder, so without a slash
+    text = page(View(hostile_run(tmp_path / name)).read_all(), HOSTILE)
     parsed = Parser(text)
     assert parsed.scripts[0].startswith('{"x":') and parsed.scripts[1].startswith('"use strict"') and len(parsed.scripts) == 2
     assert not {"img", "iframe", "object", "embed"} & set(parsed.tags)
     assert not [name for name, _ in parsed.attributes if name.startswith("on") or name in ("src", "action", "formaction")]
     assert [value for name, value in parsed.attributes if name == "href"] == ["data:,"]
+    assert parsed.text.count(name) >= 2  # title and heading
     assert parsed.text.count("<script>document.title='owned'</script>") >= 8
     assert not set("<>&\u2028") & set(parsed.scripts[0]), "what could end the script, or begin a comment in it"
     assert HOSTILE in json.loads(parsed.scripts[0])["charts"][1]["series"][0]["name"]

@@ -129,6 +129,8 @@ def test_the_grace_period_is_long_enough_to_save_and_the_volumes_are_where_the_r
     mounts = {each["mountPath"] for each in CONTAINER["volumeMounts"]}
     (folder,) = re.findall(r"^WORKDIR (\S+)$", DOCKERFILE, re.MULTILINE)
     assert {"/dev/shm", "/tmp", *(f"{folder}/{each}" for each in (config.run.directory, "data", "settings"))} == mounts
+    (shared,) = [each["emptyDir"] for each in POD["volumes"] if each["name"] == "shared-memory"]
+    assert shared["medium"] == "Memory" and re.fullmatch(r"\d+Gi", shared["sizeLimit"])  # without it there are 64 MiB
     assert CONTAINER["securityContext"]["readOnlyRootFilesystem"] and POD["securityContext"]["runAsNonRoot"]
 
 

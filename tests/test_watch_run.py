@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.checkpoint.manifest import FORMAT_VERSION, digest_json
 from pretrain.report.records import LineFile, cut_records, to_json
 from pretrain.run.directory import RunDirectory
 from pretrain.run.screen import frame
@@ -158,6 +159,17 @@ def test_a_resumed_run_is_drawn_from_its_cut_records(tmp_path):
     LineFile(folder / "metrics.jsonl").append(to_json(line(110)))
     view.read_all()
     assert view.history.step == 110 and view.history.curves["loss"].points().step.tolist() == [*range(10, 120, 10)]
+
+
+def test_a_checkpoint_counts_once_it_is_complete(tmp_path):
+    view, folder = View(write_run(tmp_path / "run")), tmp_path / "run" / "checkpoints" / "step_00000050"
+    folder.mkdir(parents=True)
+    view.refresh()
+    assert view.checkpoints == []
+    manifest = {"format_version": FORMAT_VERSION, "world_size": 1, "files": {"state.json": {"bytes": 7, "xxh3": "0"}}}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"xxh3": digest_json(manifest)}))
+    view.refresh()
+    assert [(each.step, each.bytes) for each in view.checkpoints] == [(50, 7)]
 
 
 def test_a_folder_full_of_nonsense_is_shown_all_the_same(tmp_path):
