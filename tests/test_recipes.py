@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from pretrain.config import load
+from pretrain.run import team
 from tests.test_train import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +41,8 @@ def test_the_shell_scripts_pass_shellcheck():
 def test_the_documented_statuses_are_those_that_the_recipes_know():
     rows = re.findall(r"^\| (\d+) \|", (ROOT / "docs" / "running.md").read_text(), re.MULTILINE)
     assert set(map(int, rows)) == {0, 1, 75, *FINAL}
+    (slurm,) = re.findall(r"^  0 \| ([\d |]+)\) exit", (ROOT / "launch" / "slurm.sh").read_text(), re.MULTILINE)
+    assert set(map(int, slurm.split(" | "))) == FINAL == {*team.FINAL} - {0}
 
 
 # ---------------------------------------------------------------- Docker
