@@ -26,7 +26,7 @@ VISIBLE_FIRST = {  # a checkpoint gets its final name before its files are compl
     ],
 }
 RESUMES_WRONG = {  # reads the data from their start again
-    "pretrain/run/state.py": [("replace(progress, **start.changes)", "replace(progress, position=0, **start.changes)")],
+    "pretrain/run/state.py": [('state["progress"] |= start.changes', 'state["progress"] |= {**start.changes, "position": 0}')],
 }
 
 
