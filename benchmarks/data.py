@@ -1,7 +1,7 @@
 """Measures reading of training data: samples per second and CPU time per token, against three other loaders of the same tokens.
 
     python benchmarks/data.py [--lengths 1024 2048 4096 8192] [--sources 1 64] [--tokens 32000000] [--output FILE]
-    python benchmarks/data.py --simulate      # 4,096 ranks, 10^13 tokens, 300 sources (data_at_scale.py); two minutes
+    python benchmarks/data.py --simulate      # 4,096 ranks, 10^13 tokens, 300 sources (data_at_scale.py); half a minute
 
     ours       `TrainData.take` on Megatron's token files: the shuffled order, positioned reads, checks of ids
     memmap     what nanoGPT's train.py does: `numpy.memmap` opened for each batch, random crops, one copy per row

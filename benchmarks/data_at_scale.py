@@ -12,6 +12,7 @@ small copy of the same mixture is then read to the end of an epoch of every sour
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 import tempfile
@@ -93,10 +94,12 @@ def simulate(
         sources = write_sparse(Path(name), tokens, count)
         step, steps = ranks * PER_RANK, tokens // LENGTHS[0] // (ranks * PER_RANK)
         border = steps // 2
-        tracemalloc.start()
         began = time.perf_counter()
         data = open_stages(sources, LENGTHS, border * step)
-        opened, memory = time.perf_counter() - began, tracemalloc.get_traced_memory()[0]
+        opened = time.perf_counter() - began
+        with traced():
+            data = open_stages(sources, LENGTHS, border * step)
+            memory = tracemalloc.get_traced_memory()[0]
         yield f"{ranks:,} ranks, {tokens:.3g} tokens in {count} sources: opened in {opened:.2f} s, {memory / 2**20:.1f} MiB"
         yield f"{'position':>16}  {'T':>6}  {'ms per batch':>12}  {'MiB':>6}  checked"
         for number in (0, 1, steps // 8, border - 1, border, border + 1, border + steps // 16):
@@ -107,20 +110,32 @@ def simulate(
             yield f"{position:16,}  {length:6,}  {1e3 * seconds:12.2f}  {peak / 2**20:6.2f}  slices, once"
         check_inverse(data, np.random.default_rng(SEED), _DRAWN)
         yield f"{_DRAWN * len(data.stages):,} samples drawn at random are where the order says"
-        tracemalloc.stop()
     with tempfile.TemporaryDirectory(dir=folder) as name:
         small = open_stages(write_sparse(Path(name), small_tokens, count), (64, 512), 1 << 40)
         read = check_every_sample(small)
         yield f"{sum(small.num_samples):,} samples of a small copy: each once in the first epoch ({read:,} positions)"
 
 
+@contextlib.contextmanager
+def traced() -> Iterator[None]:
+    """Counts what is allocated, which slows allocation many times over: so nothing is timed meanwhile."""
+    tracemalloc.start()
+    try:
+        yield
+    finally:
+        tracemalloc.stop()
+
+
 def cost_of_a_batch(data: TrainData, position: int) -> tuple[float, int]:
     """(median seconds, peak bytes beyond what was allocated before) of the batches of one rank from `position` on."""
     data.take(position, PER_RANK)  # the first one fills caches
-    tracemalloc.reset_peak()
-    before, seconds = tracemalloc.get_traced_memory()[0], []
+    seconds = []
     for turn in range(_TURNS):
         began = time.perf_counter()
         data.take(position + turn * PER_RANK, PER_RANK)
         seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds), tracemalloc.get_traced_memory()[1] - before
+    with traced():
+        for turn in range(_TURNS):
+            data.take(position + turn * PER_RANK, PER_RANK)
+        peak = tracemalloc.get_traced_memory()[1]
+    return statistics.median(seconds), peak

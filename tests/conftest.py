@@ -2,6 +2,7 @@
 
 import gc
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,15 @@ def tiny(tmp_path: Path) -> list[str]:
 
     (tmp_path / "tiny.yaml").write_text(TINY)
     return ["--config", str(tmp_path / "tiny.yaml"), "--run.directory", str(tmp_path / "runs")]
+
+
+@pytest.fixture(autouse=True)
+def no_tracing():
+    """A test that leaves memory tracing on would slow all later tests of its process, up to 25 times."""
+    yield
+    if tracemalloc.is_tracing():
+        tracemalloc.stop()
+        pytest.fail("tracemalloc still traces after this test")
 
 
 def pytest_collection_finish() -> None:
