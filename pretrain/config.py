@@ -306,7 +306,7 @@ def _check_budget(config: Config) -> Iterator[Problem]:
 
 def _check_mirror(config: Config) -> Iterator[Problem]:
     mirror = config.checkpoint.mirror  # a slip such as s3:/bucket would be a folder on the disk that is lost with the machine
-    if mirror is not None and not re.match(r"[\w.+:-]+://[^/]|(file|local):///.", mirror):
+    if mirror is not None and not re.match(r"(?!https?:)[\w.+:-]+://[^/]|(file|local):///.", mirror):
         text = f"got {mirror!r}, must be a URL such as s3://bucket/folder, or file:///mnt/disk for a disk that is mounted"
         yield Problem("checkpoint.mirror", text)
 

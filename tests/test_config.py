@@ -115,7 +115,7 @@ ONE_VALUE = [
     ("log.sinks[1]", ("[jsonl, file]",)),
     ("run.name", ("", "../x", "a/../b", "a\0b", "\udcff", "x" * 201)),
     ("run.directory", ("~/runs",)),
-    ("checkpoint.mirror", ("s3:/bucket/runs", "s3://", "bucket/runs", "/mnt/disk", "file://", "s3:///runs")),
+    ("checkpoint.mirror", ("s3:/bucket/runs", "s3://", "bucket/runs", "/mnt/disk", "file://", "s3:///runs", "https://host/runs")),
     ("model.vocab_size", ("1",)),
     ("model.sliding_window", ("0",)),
     ("model.reset_positions", ("true",)),  # without data.document_mask

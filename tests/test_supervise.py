@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +18,8 @@ import pytest
 
 from pretrain.run.directory import RunDirectory
 from tests.ranks import run_ranks
-from tests.test_train import ROOT, curve, run_of, train_here
+from tests.test_docs import fences
+from tests.test_train import ROOT, curve, records, run_of, train_here
 
 LAUNCH = ["--config_file", "launch/accelerate/cpu.yaml", "--main_process_port", "0"]
 
@@ -187,6 +190,29 @@ def test_a_crash_loop_is_three_attempts_in_a_row_without_progress(tiny, script, 
     code = f"{SCRIPTED}\nscript = {script}\nsys.exit(run.run())"
     done = subprocess.run([sys.executable, "-c", code, *tiny], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.split()) == (status, failures.split()), done.stderr
+
+
+@pytest.mark.slow
+def test_the_rehearsal_in_the_documents_survives_the_loss_of_all_processes_and_of_the_folder(tmp_path):
+    name = f"rehearsal-{os.getpid()}"
+    first, second = (each for each in fences(ROOT / "docs" / "running.md", "bash") if "rehearsal" in each)
+    manifests = tmp_path / "mirror" / name / "checkpoints" / "step_*" / "manifest.json"
+    until_saved = f"until compgen -G '{manifests}'; do sleep 0.1; done"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        here = f"127.0.0.1 --main_process_port {probe.getsockname()[1]}"
+    first, second = (each.replace("rehearsal", name).replace("127.0.0.1", here) for each in (first, second))
+    first = first.replace("/tmp/mirror", f"{tmp_path}/mirror").replace("--run.name", "--train.max_steps 40 --run.name")
+    script = f"{first}\n{until_saved}\n{second}"
+    for each in ("launch", "configs", "pretrain"):
+        (tmp_path / each).symlink_to(ROOT / each)
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash"], input=script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=170)
+    assert done.stderr.count("the run ended with status 0") == 2, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if re.match(r" +\d  20", line)]
+    assert [row[-2] for row in rows] == ["killed", "0"] and int(rows[1][-5]) >= 10, done.stdout
+    steps = [record["step"] for record in records(tmp_path / "runs" / name) if "grad_norm" in record]
+    assert steps == [1, *range(10, 41, 10)]
 
 
 def test_its_last_words_say_why_the_run_ended(tiny):
