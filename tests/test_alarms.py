@@ -275,3 +275,9 @@ def test_a_run_that_diverges_says_so(tiny, webhook):
     hook = webhook()
     assert train_here([*DIVERGING, *tiny]) == 70
     assert hook.kinds()[-1] == "diverged" and "not finite" in hook.messages[-1][1]["text"]
+
+
+def test_a_start_that_is_refused_is_an_alarm_although_the_run_has_no_outputs_yet(tiny, webhook):
+    hook = webhook()
+    assert train_here(["--data.synthetic", "null", "--data.train", "[{path: nowhere/data}]", *tiny]) == 2
+    assert hook.kinds() == ["stopped"] and "nowhere/data" in hook.messages[0][1]["text"]

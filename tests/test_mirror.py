@@ -24,7 +24,7 @@ from pretrain.checkpoint.manifest import Checkpoint, checkpoints
 from pretrain.config import load
 from pretrain.data import remote
 from pretrain.run import mirror_store
-from pretrain.run.directory import Locked, read_state
+from pretrain.run.directory import Locked, RunDirectory, read_state
 from pretrain.run.mirror import Mirror
 from pretrain.run.mirror_store import Damaged, MirrorStore, Pace
 from pretrain.run.preflight import mirror_findings
@@ -478,6 +478,35 @@ def test_a_second_job_is_refused_while_the_first_lives_and_takes_the_place_of_on
     third = MirrorStore(url)
     third.claim(tmp_path / "c", print)  # its folder was locked by the last owner, which therefore has died
     assert time.monotonic() - began < 2
+
+
+def test_the_account_is_uploaded_between_checkpoints_once_the_run_has_opened_it(tiny, tmp_path, monkeypatch):
+    """What a lost machine did after its last checkpoint was paid for. Before, the mirror's account may be the newer one."""
+    monkeypatch.setattr(mirror_store, "BEAT_SECONDS", 0.01)
+    config = load(["--checkpoint.mirror", f"file://{tmp_path}/disk", *tiny])
+    directory, there = RunDirectory(run_of(tiny)), tmp_path / "disk/tiny"
+
+    def arrives(text: str) -> bool:
+        end = time.monotonic() + 60
+        while not ((there / "ledger.json").exists() and (there / "ledger.json").read_text() == text) and time.monotonic() < end:
+            time.sleep(0.01)
+        return time.monotonic() < end
+
+    def beats() -> int:
+        with contextlib.suppress(ValueError):  # it is being written
+            return json.loads((there / "owner.json").read_bytes())["beat"]
+        return 0
+
+    with Mirror(config, directory, 0) as mirror:
+        directory.write_text("ledger.json", "older")
+        mirror.open()
+        while beats() < 3:
+            time.sleep(0.01)
+        assert not (there / "ledger.json").exists()
+        mirror.begin(0, None, print, print)
+        assert arrives("older")
+        directory.write_text("ledger.json", "newer")
+        assert arrives("newer")
 
 
 @pytest.mark.slow

@@ -53,7 +53,10 @@ def notify(config: AlarmConfig, name: str, kind: str, text: str, step: int | Non
     url = address()
     if url is None or kind not in config.kinds:
         return None
-    return post(url, message(name, kind, text, step))
+    if not is_address(url):
+        return f"{VARIABLE} is no http or https address"
+    problem = post(url, message(name, kind, text, step))
+    return problem and problem.removeprefix(TRY_AGAIN)
 
 
 def message(name: str, kind: str, text: str, step: int | None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pretrain.checkpoint.manifest import Checkpoint
 from pretrain.config import Config
 from pretrain.data import remote
 from pretrain.engines.base import Engine
-from pretrain.run import mirror_store
+from pretrain.run import ledger, mirror_store
 from pretrain.run.directory import Locked, RunDirectory
 from pretrain.run.mirror_store import Damaged, MirrorStore, Pace, Removed
 
@@ -55,6 +55,8 @@ class Mirror:
         self._failing_since: float | None = None
         self._behind = self._cannot_prune = False  # reported
         self._taken, self._until = "", float("inf")
+        self._account = b""  # that the mirror has
+        self._account_path: Path | None = None  # set once the run has opened it; before, the mirror's may be newer
 
     def open(self) -> None:
         """Makes this job the owner of its place (`MirrorStore.claim`), and starts. Raises DataError, StoreError, Locked."""
@@ -76,6 +78,7 @@ class Mirror:
         if self._uploads is None:
             return
         self.info, self.alarm = info, alarm
+        self._account_path = self.directory.path / ledger.FILE_NAME
         with self._changed:
             self._back_to, self._wanted, self._newest = step, newest, newest
             self._changed.notify_all()
@@ -164,11 +167,18 @@ class Mirror:
         while not self._stopped.wait(mirror_store.BEAT_SECONDS):
             try:
                 self._uploads.beat()
+                self._upload_account()
             except Locked as error:
                 self._lose(error)
                 return
             except Exception:  # uploads tell of stores that do not answer
                 continue
+
+    def _upload_account(self) -> None:
+        """Between checkpoints, too: work that is lost with this machine was paid for."""
+        if self._account_path is not None and (account := self._account_path.read_bytes()) != self._account:
+            self._uploads.write(self._account_path.name, account)
+            self._account = account
 
     def _lose(self, error: Locked) -> None:
         self._taken = str(error)
