@@ -15,7 +15,7 @@ Starts `accelerate launch [accelerate flags] launch/pretrain.py ...`, forwards S
 accelerate returns 1 for every failure.
 
     75 (preempted, peer lost), killed, failed       restarts it after 1 s, or later if there was no new checkpoint
-    three such ends in a row without a checkpoint   70: a crash loop. Refused from then on, until --force
+    three such ends in a row, no new checkpoint     70: a crash loop. Refused from then on, unless --force is given
     0, 2, 70, 73, 74, 76, 77, 130                   exits with this status: a restart would not help, or is not wanted
     SIGTERM, a notice or SIGINT to the supervisor   exits with the job, 75 or 130
 
@@ -246,7 +246,9 @@ class Supervisor:
         if silent > self.options.lost_seconds and state.get("exit_status") in FINAL and state.get("time", 0) > self._started:
             return {"do": "end", "status": state["exit_status"], "reason": state.get("reason") or ""}
         if silent > self.options.wait_seconds:
-            return {"do": "end", "status": SAVED, "reason": f"machine 0 did not answer for {silent:.0f} s: {self._silence}"}
+            at, why = f"{self.machines.address}:{self.machines.port}", self._silence
+            reason = f"machine 0 at {at} did not answer for {silent:.0f} s ({why}); start the same command there"
+            return {"do": "end", "status": SAVED, "reason": reason}
         return None
 
     def _end_by_signal(self, attempt: int) -> tuple[int, str]:

@@ -197,7 +197,7 @@ def test_a_webhook_that_refuses_is_reported_once_and_without_its_address(tmp_pat
         for step in (1, 2):
             sinks.log({"step": step, "alarm": "budget", "text": f"spent {step}"})
     said = capsys.readouterr().out + (tmp_path / "console.log").read_text()
-    assert said.count(f"did not take one (status {status}") == 2  # on the console and in its file
+    assert said.count(f"did not accept one (status {status}") == 2  # on the console and in its file
     assert "/hook" not in said and all(message for _, message in hook.messages)  # never a GET without a message
     assert len(read_records(tmp_path)) == 2
 

@@ -127,4 +127,4 @@ def test_a_webhook_that_is_away_is_reported_in_these_words(tiny, capsys, monkeyp
         port = server.getsockname()[1]
     monkeypatch.setenv("PRETRAIN_ALARM_WEBHOOK", f"http://127.0.0.1:{port}/")
     assert train_here([*tiny, "--log.sinks", "[console]", "--log.alarms.kinds", "[done]"]) == 0
-    assert said("did not take one (...)", capsys)
+    assert said("did not accept one (...)", capsys)

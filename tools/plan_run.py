@@ -10,7 +10,7 @@ exactly; --quick leaves that out. docs/planning.md explains every figure.
 
 --dollars-per-hour is the price of one GPU. --mfu states the fraction of the GPU's peak that the run will reach; --run takes
 the ratio of reality to plan, of speed and of memory, from a run on the same kind of GPU; else both are estimated. Spot
-machines: --spot-discount 0.6 (the share that they are cheaper) with --preemptions-per-hour (of one machine).
+machines: --spot-discount 0.6 (the share of the price that they save) with --preemptions-per-hour (of one machine).
 
 Exit status: 0 the configuration fits; 2 it does not, or the command is wrong.
 """
@@ -119,7 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--restart-minutes", type=positive, default=RESTART_SECONDS / 60, metavar="MIN",
         help="from an interruption to the next step (default: %(default)g)")  # fmt: skip
     add("--store-gb-per-second", type=positive, default=STORE_GB_PER_SECOND, metavar="GB",
-        help="at which all machines together write to their disk, and rank 0 uploads to checkpoint.mirror (default: "
+        help="rate at which all machines together write to their disks, and rank 0 uploads to checkpoint.mirror (default: "
         "%(default)g)")  # fmt: skip
     add("--quick", action="store_true", help="formulas alone, without dry runs")
     add("--json", type=Path, metavar="FILE", help="also write the plan as JSON")

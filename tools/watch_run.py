@@ -2,9 +2,9 @@
 
 On a terminal the picture follows the run until it is done: its curve with the reference losses, rates, time left, cost, the
 last checkpoint and validation, and what went wrong. A run that does not exist yet is waited for; one that is killed, resumed or
-restarted is followed on. Needs only the run's folder, which may be on a file system that another machine writes to.
+restarted is still followed. Needs only the run's folder, which may be on a file system that another machine writes to.
 
-Into a pipe or a file it prints a picture whenever the run has news, at most one a minute (--every).
+Into a pipe or a file it prints a picture when the run has news, at most once a minute (--every).
 
 --html writes a page about the run, with every curve, in one file that needs no network; runs write runs/<name>/report.html
 at their end, too.
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     parser = command_line.make_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, runs/<name>")
     parser.add_argument("--once", action="store_true", help="print one picture and exit")
-    parser.add_argument("--every", type=command_line.at_least(1), metavar="SECONDS", help="between two looks at the run "
+    parser.add_argument("--every", type=command_line.at_least(1), metavar="SECONDS", help="time between two looks at the run "
                         "(default: 1; into a pipe or a file: 60)")  # fmt: skip
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page about one run, and exit")
     parser.add_argument("--ascii", action="store_true", help="draw with ASCII characters alone (default: where the terminal "

@@ -19,7 +19,7 @@ TOKENS_PER_PARAMETER = 20
 """About the number with the smallest loss for given FLOPs (Hoffmann et al. 2022, "Training Compute-Optimal Large Language
 Models", table 3)."""
 HOST_GB_PER_SECOND = 10.0
-"""Assumed: from a GPU to the memory of its host, all GPUs of a node at the same time; half of what PCIe 4 moves."""
+"""Assumed: from a GPU to the memory of its host, all GPUs of a node at the same time; a third of PCIe 4 x16."""
 VALIDATION_FLOPS = 1 / 3
 """Of a training token's: the forward pass alone."""
 

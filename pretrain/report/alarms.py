@@ -206,4 +206,5 @@ class Alarms:
         if not self._failed:  # once: the webhook stays broken until somebody mends it
             self._failed = True
             why = problem.removeprefix(TRY_AGAIN)
-            self._info(f"alarms: {self._host} did not take one ({why}). Check {VARIABLE}; the alarms are in metrics.jsonl.")
+            kept = "metrics.jsonl and run_state.json have what it missed"
+            self._info(f"alarms: {self._host} did not accept one ({why}). Check {VARIABLE}; {kept}.")

@@ -41,7 +41,7 @@ from pretrain.run.progress import Progress
 
 FILE_NAME, INVOICE = "ledger.json", "invoice.txt"
 WRITE_SECONDS = 10.0
-"""Most seconds between two notes of a running job: what a kill can take out of its account."""
+"""Between two notes of a running job, which are made after a step: what came since, a kill takes out of its account."""
 NAMES = {
     "training": "training",
     "data": "waiting for data",

@@ -73,7 +73,7 @@ class Restorer:
         if free < total - here:
             room = f"{found.path} needs {(total - here) / 2**30:.3f} GiB here, and the disk has {free / 2**30:.3f} GiB free"
             raise OSError(errno.ENOSPC, room, str(folder))
-        print(f"mirror     {found.path}: {total / 2**20:,.1f} MiB are copied to {folder}", flush=True)
+        print(f"mirror     {found.path}: {total / 2**20:,.1f} MiB are being copied to {folder}", flush=True)
         progress = _Progress(total)
         in_parallel(lambda name: self._copy(found, unfinished / name, files[name], progress), sorted(files))
         self._restore_records()
@@ -188,6 +188,6 @@ def fetch_together(engine: Engine, restorer: Restorer | None) -> None:
     if failure:
         raise failure[0]
     if status:
-        error = _Elsewhere("rank 0 could not fetch a checkpoint from the mirror, and tells why")
+        error = _Elsewhere("rank 0 could not fetch a checkpoint from the mirror; its own message says why")
         error.status = status
         raise error

@@ -184,7 +184,8 @@ class Lead:
             self.say(f"starts with {len(here)} of {self.machines.count} machines, without {self._absent(here)}")
             self._start(here)
         elif waited > self.wait_seconds and 0 in here:
-            self.end = SAVED, f"waited {self.wait_seconds:.0f} s for {self._absent(here)}"
+            text = f"waited {self.wait_seconds:.0f} s for {self._absent(here)}"
+            self.end = SAVED, f"{text}; start the same command on every machine"
         elif waited >= max(_SOON_SECONDS, self._next_word):
             self._next_word = waited + min(_OFTEN_SECONDS, waited)
             hosts = ", ".join(f"{number} ({self.members[number].report['host']})" for number in here[:8])
