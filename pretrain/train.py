@@ -158,7 +158,7 @@ def train(config: Config, stop: StopRequest | None = None) -> int:
         directory.write_text("config.yaml", to_yaml(config))
         while start:
             run = open_run(config, engine, parts, directory, start, ledger, mirror)
-            outcome.is_told = True
+            outcome.has_outputs = True
             status, reason, start = _train_from(start, run, stop, why_precision, certificate, warnings)
             del run  # with its copy of the state on the host: after a rollback, the next run allocates another
         outcome.end(status, reason)

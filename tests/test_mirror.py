@@ -141,7 +141,9 @@ def test_two_ranks_whose_node_is_lost_with_its_disk_resume_on_an_empty_one_to_th
 
 
 @pytest.mark.slow
-def test_a_node_with_an_older_checkpoint_takes_the_newer_one_of_the_mirror_and_keeps_its_own_records(mirrored, straight):
+def test_a_node_with_an_older_checkpoint_takes_the_newer_one_of_the_mirror_and_keeps_its_own_records(
+    mirrored, straight, patient
+):
     assert train_here(["--checkpoint.keep_last", "3", *mirrored]) == 0
     run = run_of(mirrored)
     for step in (16, 20):

@@ -55,6 +55,7 @@ class Mirror:
         self._failing_since: float | None = None
         self._behind = self._cannot_prune = False  # reported
         self._taken, self._until = "", float("inf")
+        self._beating: threading.Thread | None = None
         self._account = b""  # that the mirror has
         self._account_path: Path | None = None  # set once the run has opened it; before, the mirror's may be newer
 
@@ -65,8 +66,9 @@ class Mirror:
             return
         store.claim(self.directory.path, self.info)
         store.request, self._uploads = remote.tried_once, store  # from now on, the threads decide what is tried again
-        for work in (self._beat, self._run):
-            threading.Thread(target=work, name="mirror", daemon=True).start()
+        self._beating = threading.Thread(target=self._beat, name="mirror", daemon=True)
+        self._beating.start()
+        threading.Thread(target=self._run, name="mirror", daemon=True).start()
 
     # ---------------------------------------------------------------- calls of the job
 
@@ -147,7 +149,9 @@ class Mirror:
             self._changed.notify_all()
         if self._taken:
             return
-        seconds = min(_RECORDS_SECONDS, self._until - time.monotonic())
+        end = min(time.monotonic() + _RECORDS_SECONDS, self._until)
+        self._beating.join(max(0.0, end - time.monotonic()) / 2)  # else an older account may replace the last one
+        seconds = end - time.monotonic()
 
         def say_goodbye(folder: Path = self.directory.path) -> None:
             if self.step is not None:

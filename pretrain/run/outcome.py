@@ -24,14 +24,14 @@ class Outcome:
 
     engine: set once it has started; it is closed at the end, unless the other ranks may never join.
     ledger: set once it is open.
-    is_told: set once there are outputs that tell people of the end; before that, this does.
+    has_outputs: set once the run has outputs, which send the alarm of its end; before that, this does.
     """
 
     def __init__(self, directory: RunDirectory, stop: StopRequest, config: Config):
         self.status, self.reason = FAILED, ""
         self.engine: Engine | None = None
         self.ledger: Ledger | None = None
-        self.is_told = False
+        self.has_outputs = False
         self._directory, self._stop, self._config, self._agreed = directory, stop, config, False
         self._stop.last_words = self.write_end
         self._stop.reason_of_peer = lambda: memory.reason_of_peer(directory.path)
@@ -64,20 +64,20 @@ class Outcome:
             if is_peer_lost(error):
                 self._stop.leave(PEER_LOST, f"peer_lost: another rank exited ({cause.splitlines()[0]})")
             self._record("failed", FAILED, cause)
-            self._tell(cause.splitlines()[0])
+            self._alarm(cause.splitlines()[0])
             self._stop.close()
             return False
         if self.reason and self._is_to_report(error):
             print(f"pretrain: {self.reason}", file=sys.stderr, flush=True)
-        self._tell(self.reason)
+        self._alarm(self.reason)
         if self.engine and (self._agreed or self.engine.world_size == 1):  # after an error of one rank, the others may not join
             self.engine.close()
         self._stop.close()
         return True
 
-    def _tell(self, reason: str) -> None:
+    def _alarm(self, reason: str) -> None:
         """Sends the alarm of an end before there were outputs: nobody may be watching a restart that is refused."""
-        if self.is_told or int(os.environ.get("RANK") or 0) > 0:
+        if self.has_outputs or int(os.environ.get("RANK") or 0) > 0:
             return
         kind = alarms.kind_of(self.status)
         if problem := alarms.notify(self._config.log.alarms, self._config.run.name, kind, reason):
