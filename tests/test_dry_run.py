@@ -142,12 +142,12 @@ def sent_in_step(messages: dict) -> dict[tuple, float]:
     return sums
 
 
-def check_peaks(run: dry_run.DryRun, of_ranks: list[tuple]) -> None:
+def check_peaks(run: dry_run.DryRun, of_ranks: list[tuple], within: float = 0.03) -> None:
     """The peak of a step is that of rank 0, and no rank has a higher one. They differ by when messages end, in which real ranks
-    are free, and by what frees a tensor first: in models this small, up to 8 %."""
+    are free, and by what frees a tensor first."""
     peaks = [max(peak for _, peak, _ in phases) for _, phases, _ in of_ranks]
-    assert run.peak.peak_bytes == pytest.approx(peaks[0], rel=0.1)
-    assert max(peaks) <= 1.1 * run.peak.peak_bytes
+    assert run.peak.peak_bytes == pytest.approx(peaks[0], rel=within)
+    assert max(peaks) <= (1 + within) * run.peak.peak_bytes
 
 
 def check_ranks(ranks: int, model: ModelConfig = SIZES, micro_batches: int = 2, **engine) -> None:
@@ -195,7 +195,7 @@ def check_kinds(name, ranks, model, kinds, options) -> None:
     state, _, sent = of_ranks[0]
     run = fake(config, ranks)
     assert run.state == state
-    check_peaks(run, of_ranks)
+    check_peaks(run, of_ranks, 0.03 if ranks < 4 else 0.1)  # of 4 that share so small a model, a tensor is several percent
     counted = sent_in_step(run.trace.messages)
     assert counted == {key: pytest.approx(size, rel=0.01) for key, size in sent.items()}
     bf16 = config.engine.precision == "bf16"

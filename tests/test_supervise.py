@@ -202,7 +202,8 @@ def test_the_rehearsal_in_the_documents_survives_the_loss_of_all_processes_and_o
         probe.bind(("127.0.0.1", 0))
         here = f"127.0.0.1 --main_process_port {probe.getsockname()[1]}"
     first, second = (each.replace("rehearsal", name).replace("127.0.0.1", here) for each in (first, second))
-    first = first.replace("/tmp/mirror", f"{tmp_path}/mirror").replace("--run.name", "--train.max_steps 40 --run.name")
+    first = first.replace("/tmp/mirror", f"{tmp_path}/mirror").replace("--run.name", "--train.max_steps 60 --run.name")
+    first = first.replace("every_steps 10", "every_steps 1")  # a fast machine is not done before it is killed
     script = f"{first}\n{until_saved}\n{second}"
     for each in ("launch", "configs", "pretrain"):
         (tmp_path / each).symlink_to(ROOT / each)
@@ -210,9 +211,9 @@ def test_the_rehearsal_in_the_documents_survives_the_loss_of_all_processes_and_o
     done = subprocess.run(["bash"], input=script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=170)
     assert done.stderr.count("the run ended with status 0") == 2, done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if re.match(r" +\d  20", line)]
-    assert [row[-2] for row in rows] == ["killed", "0"] and int(rows[1][-5]) >= 10, done.stdout
+    assert [row[-2] for row in rows] == ["killed", "0"] and int(rows[1][-5]) >= 1, done.stdout
     steps = [record["step"] for record in records(tmp_path / "runs" / name) if "grad_norm" in record]
-    assert steps == [1, *range(10, 41, 10)]
+    assert steps == [1, *range(10, 61, 10)]
 
 
 def test_its_last_words_say_why_the_run_ended(tiny):
