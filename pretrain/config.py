@@ -176,6 +176,13 @@ class EvaluateConfig:
     """Prompts that the model continues after each validation (needs tokenizer.path); empty: off."""
     sample_tokens: PositiveInt = free(40)
     """Largest number of tokens of each continuation, decoded greedily."""
+    tasks: list[str] = free(list)
+    """JSONL files, or folders of them, of questions that are answered by likelihood (docs/tasks.md; needs tokenizer.path);
+    empty: off."""
+    tasks_every_steps: PositiveInt | None = free(None)
+    """Steps between measurements of the tasks; there is always one at the end. null: with every validation."""
+    task_items: PositiveInt | None = free(None)
+    """At most this many items of each task, spread evenly over its file; null: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,6 +381,17 @@ def _check_prompts(config: Config) -> Iterator[Problem]:
             yield Problem("evaluate.sample_prompts", "needs validations, and data.valid is empty")
 
 
+def _check_tasks(config: Config) -> Iterator[Problem]:
+    evaluate = config.evaluate
+    if evaluate.tasks and config.tokenizer.path is None:
+        yield Problem("evaluate.tasks", "needs tokenizer.path, which is null: tasks are text")
+    for key in ("tasks_every_steps", "task_items"):
+        if getattr(evaluate, key) is not None and not evaluate.tasks:
+            yield Problem(
+                f"evaluate.{key}", "is set, but evaluate.tasks is empty; name the files of the tasks, or set it to null"
+            )
+
+
 def _check_ranks(config: Config, world_size: int | None) -> Iterator[Problem]:
     wanted = config.engine.world_size
     if None not in (wanted, world_size) and wanted != world_size:
@@ -395,7 +413,8 @@ def _check_mesh(config: Config, world_size: int | None) -> Iterator[Problem]:
 
 
 _CHECKS = (_check_names, _check_budget, _check_mirror, _check_positions, _check_length, _check_schedule, _check_sources,
-           _check_vocabulary, _check_engine, _check_log, _check_optimizer, _check_prompts)  # fmt: skip
+           _check_vocabulary, _check_engine, _check_log, _check_optimizer, _check_prompts,
+           _check_tasks)  # fmt: skip
 _CHECKS_OF_RANKS = (_check_ranks, _check_mesh, _check_stages)
 
 

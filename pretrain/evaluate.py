@@ -30,6 +30,21 @@ class Stopped(Exception):
         self.flags = flags
 
 
+class StopCheck:
+    """Asks all ranks, once per round of forward passes, whether any of them is to stop. A collective."""
+
+    def __init__(self, engine: Engine, requests: Callable[[], list[int]]):
+        """requests: returns this rank's flags; 0: go on."""
+        self._engine, self._requests, self._flags_of_last_round = engine, requests, list
+
+    def __call__(self) -> None:
+        """Raises Stopped on every rank soon after any rank's flags are not all 0."""
+        flags = self._engine.copy_to_host(self._engine.all_reduce(self._engine.upload(self._requests())))
+        if any(flags_sum := self._flags_of_last_round()):  # one round late, so that no rank waits for the device
+            raise Stopped(flags_sum)
+        self._flags_of_last_round = flags
+
+
 def evaluate(
     engine: Engine,
     sets: list[ValidData],
@@ -120,14 +135,11 @@ def _loss_sum_and_labels(
         batch = engine.part_of(data.take(chosen[first : first + micro_batch_size]))
         return engine.pin(batch), int((batch.labels_BT != -100).sum()) if engine.mesh.tensor_rank == 0 else 0
 
-    flags_of_last_round = list
+    check = StopCheck(engine, requests)
     rounds = range(engine.mesh.sample_rank * micro_batch_size, len(chosen), round_size)
     with contextlib.closing(read_ahead(read, rounds, reads_ahead([data.source]))) as batches:
         for batch, labels in batches:
-            flags = engine.copy_to_host(engine.all_reduce(engine.upload(requests())))
-            if any(flags_sum := flags_of_last_round()):  # one round late, so that no rank waits for the device
-                raise Stopped(flags_sum)
-            flags_of_last_round = flags
+            check()
             sums[0] += engine.forward(*engine.to_device(batch).inputs).loss_sum
             sums[1] += labels
     return sums

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +44,7 @@ from pretrain.run.state import Run, open_run
 from pretrain.run.stop import BUDGET_SPENT, STOPPED_BY_PERSON, StopRequest, exit_status, who_asked
 from pretrain.schema import to_yaml
 from pretrain.stages import Stage
+from pretrain.tasks import measure
 
 # ================================================================ the step
 
@@ -203,9 +205,9 @@ def _loop(run: Run, stop: StopRequest) -> tuple[int, str]:
     run.ledger.begin(clock, progress.step)
     stop.budget_is_reached = lambda: run.ledger.budget_is_reached(output.seconds_to_stop(run))
     progress.evaluation_due &= bool(run.valid)  # the data may have been removed from the settings
-    if progress.evaluation_due:  # the checkpoint from which the run resumes lacks its validation
-        with clock.paused("validation"):
-            val_loss, flags = _evaluate(run, stop)
+    progress.tasks_due &= bool(run.tasks)
+    if progress.evaluation_due or progress.tasks_due:  # the checkpoint from which the run resumes lacks them
+        val_loss, flags = _evaluate(run, stop, clock)
         if not any(flags):
             with clock.paused("save"):
                 run.save(val_loss, last=progress.step == total)
@@ -221,16 +223,16 @@ def _loop(run: Run, stop: StopRequest) -> tuple[int, str]:
                 return DIVERGED, divergence.describe(run)
             last, val_loss = progress.step == total, None
             progress.evaluation_due = bool(run.valid) and (last or _due(progress.step, config.evaluate.every_steps))
+            progress.tasks_due = bool(run.tasks) and (last or _due(progress.step, output.task_steps(config.evaluate)))
             progress.interval_seconds = clock.train_seconds
-            if progress.evaluation_due and not any(flags):  # a run that is asked to stop leaves it to the next start
-                with clock.paused("validation"):
-                    val_loss, flags = _evaluate(run, stop)
+            if not any(flags):  # a run that is asked to stop leaves them to the next start
+                val_loss, flags = _evaluate(run, stop, clock)
             if any(flags):
                 stop.agreed(exit_status(flags))
             if save_due or last or any(flags) or _due(progress.step, config.checkpoint.every_steps):
                 with clock.paused("save"):
                     run.save(val_loss, last=last or any(flags))
-    if progress.step == total and not progress.evaluation_due:
+    if progress.step == total and not (progress.evaluation_due or progress.tasks_due):
         divergence.report_spike(run, run.engine.all_reduce(run.meter.last_loss.clone()).item())
         return DONE, ""
     why, status = run.directory.lost, exit_status(flags)
@@ -287,19 +289,40 @@ def _advance(run: Run) -> Stage:
     return stage
 
 
-def _evaluate(run: Run, stop: StopRequest) -> tuple[float | None, list[int]]:
-    """Validation, logged; cut short when a rank is asked to stop. A collective. -> (val_loss, requests to stop)."""
+def _evaluate(run: Run, stop: StopRequest, clock: Clock) -> tuple[float | None, list[int]]:
+    """Validation and tasks, as far as they are due, logged; cut short when a rank is asked to stop. A collective.
+    -> (val_loss, requests to stop)."""
+    progress, val_loss = run.progress, None
+    try:
+        if progress.evaluation_due:
+            with clock.paused("validation"):
+                val_loss = _validate(run, stop)
+        if progress.tasks_due:
+            with clock.paused("tasks"):
+                _measure_tasks(run, stop)
+    except Stopped as stopped:
+        return val_loss, stopped.flags
+    return val_loss, []
+
+
+def _measure_tasks(run: Run, stop: StopRequest) -> None:
+    """Raises Stopped."""
+    began = time.monotonic()
+    figures = measure(run.engine, run.tasks, output.pass_tokens(run), stop.flags)
+    run.progress.tasks_due = False
+    output.log_tasks(run, figures | {"task_seconds": time.monotonic() - began})
+
+
+def _validate(run: Run, stop: StopRequest) -> float:
+    """Raises Stopped."""
     batch, max_batches = run.config.batch, run.config.evaluate.max_batches  # the same set in every stage
     samples = None if max_batches is None else max_batches * batch.global_batch_size
-    try:
-        figures = evaluate(run.engine, run.valid, batch.micro_batch_size, samples, stop.flags)
-    except Stopped as stopped:
-        return None, stopped.flags
+    figures = evaluate(run.engine, run.valid, batch.micro_batch_size, samples, stop.flags)
     run.progress.val_loss, run.progress.evaluation_due = figures["val_loss"], False
     prompts, most_tokens = run.config.evaluate.sample_prompts, run.config.evaluate.sample_tokens
     generated = continue_prompts(run.engine, run.tokenizer, prompts, most_tokens) if prompts else []
     output.log_validation(run, figures, generated)
-    return figures["val_loss"], []
+    return figures["val_loss"]
 
 
 def _windows(run: Run) -> Iterator[tuple[list[Batch], flops.Attended | None]]:

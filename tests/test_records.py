@@ -75,7 +75,7 @@ def test_a_validation_that_will_be_repeated_is_removed(tmp_path):
     losses = [{"step": step, "loss": 1.0} for step in (5, 10)]
     generated = {"step": 10, "generated": [{"prompt": "a", "text": "b"}]}
     path = write(tmp_path, {"step": 5, "val_loss": 2.0}, *losses, {"step": 10, "val_loss": 1.0}, generated)
-    assert cut_records(path, 10, validation_due=True) == (2, None)
+    assert cut_records(path, 10, ["validation"]) == (2, None)
     assert read_records(tmp_path) == [{"step": 5, "val_loss": 2.0}, *losses]
 
 

@@ -13,6 +13,10 @@ class DataMissing(DataError):
     """No token file has that name."""
 
 
+class TaskError(DataError):
+    """A file of tasks that cannot be used."""
+
+
 class StoreError(UserError):
     """A store that does not answer. Nothing is wrong with the data: the same command may work later."""
 

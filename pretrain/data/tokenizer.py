@@ -8,6 +8,7 @@ finds the text that its ids do not represent.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -46,6 +47,7 @@ class Tokenizer:
     bos_id: int | None
     fingerprint: str
     unknown_ids: frozenset[int] = frozenset()
+    _folder: Path
     _status: np.ndarray | None = None  # of every character, once needed
     _represented_ascii = b""
 
@@ -85,6 +87,35 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`. Special ids, and ids >= vocab_size, decode to nothing; bytes that are not UTF-8 to U+FFFD."""
         raise NotImplementedError
+
+    @property
+    def prefix_id(self) -> int:
+        """The id that stands before a text without a context when a converted model is measured: bos_token, else eos_token.
+        Our own tokenizers export the end of a document as both (`interop/convert.py`)."""
+        return self.end_of_document_id if self.bos_id is None else self.bos_id
+
+    def encode_as_transformers(self, text: str, special: bool) -> list[int]:
+        """Ids as `transformers` and lm-eval give them for a converted model: a special token that the text spells becomes its
+        id, and with `special` the tokens that tokenizer.json puts around each text are added, unless the text begins with one.
+
+        Raises DataError."""
+        special = special and not text.startswith(self._as_transformers.id_to_token(self.prefix_id))
+        try:
+            return self._as_transformers.encode(text, add_special_tokens=special).ids
+        except Exception as error:  # the library raises plain Exception for everything
+            raise DataError(f"{self._folder}: cannot encode a text ({error})") from None
+
+    @functools.cached_property
+    def _as_transformers(self):
+        import tokenizers
+
+        try:
+            found = tokenizers.Tokenizer.from_file(str(self._folder / "tokenizer.json"))
+        except Exception as error:
+            raise DataError(f"{self._folder / 'tokenizer.json'}: not a tokenizer ({error}); save it again") from None
+        found.no_truncation()
+        found.no_padding()
+        return found
 
     def encode_parts(self, text: str) -> Iterator[tuple[str, np.ndarray]]:
         """(part of `text`, its ids, uint32), about a million characters at a time: together the ids of `encode(text)`.
@@ -167,6 +198,7 @@ class _SentencePiece(Tokenizer):
     def __init__(self, folder: Path):
         from sentencepiece import SentencePieceProcessor
 
+        self._folder = folder
         try:
             self._model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
             info = json.loads((folder / INFO).read_text(encoding="utf-8"))
@@ -197,6 +229,10 @@ class _SentencePiece(Tokenizer):
                     ids += piece_ids
             result.append(ids)
         return result
+
+    @property
+    def prefix_id(self) -> int:
+        return self.end_of_document_id
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode([token for token in ids if token < self.vocab_size])  # it raises for larger ids

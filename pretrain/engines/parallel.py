@@ -216,7 +216,8 @@ def _cut_head(model: Transformer, tokens: _TokenParts) -> None:
     head, cut, vocab_size = model.lm_head, tokens.cut, model.config.vocab_size
     rows = len(model.model.embed_tokens.weight) // cut.parts
     head.vocab_size = rows
-    head.chunk_step = partial(_chunk_step, cut, min(max(vocab_size - cut.part * rows, 0), rows))
+    true_rows = min(max(vocab_size - cut.part * rows, 0), rows)
+    head.chunk_step, head.ranking_step = partial(_chunk_step, cut, true_rows), partial(_ranking_step, cut, true_rows)
 
     def gather_logits(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
         if args[1] is not None:  # labels: `out` has the losses
@@ -249,6 +250,24 @@ def _chunk_step(
     softmax_nv = logits_nv.sub_(log_sum_n[:, None]).exp_()
     is_label_nv = torch.arange(rows, device=labels_n.device) == row_n1  # fuses; see `pretrain.model.loss.chunk_step`
     return loss_n, (softmax_nv - is_label_nv.float()).to(hidden_nD.dtype)
+
+
+def _ranking_step(
+    cut: Cut, true_rows: int, hits: list[Tensor], hidden_nD: Tensor, weight_vD: Tensor, labels_n: Tensor, *rest: object
+) -> tuple[Tensor, None]:
+    """`pretrain.model.loss.ranking_step` on this rank's rows of the vocabulary. The first rank alone has hits and losses: the
+    others share its tokens, which must count once."""
+    logits_nv = (hidden_nD @ weight_vD.T).float()
+    best_n, id_n = logits_nv.new_full((len(logits_nv),), -torch.inf), torch.zeros_like(labels_n)
+    if true_rows:
+        best_n, id_n = logits_nv[:, :true_rows].max(1)
+    loss_n, _ = _chunk_step(cut, true_rows, hidden_nD, weight_vD, labels_n, 0, False)
+    # An id of less than 2^24 is exact in fp32. The first of the ranks with the largest logit has the first id.
+    ids_2n = torch.stack([best_n, (id_n + cut.part * len(weight_vD)).float()])
+    best_Rn, id_Rn = _wait(_all_gather(ids_2n[None], 0, cut.group)).unbind(1)  # R: rank
+    likeliest_n = id_Rn.gather(0, best_Rn.argmax(0)[None])[0].long()
+    hits.append((likeliest_n == labels_n) & (cut.part == 0))
+    return loss_n, None
 
 
 # ---------------------------------------------------------------- expert: rows to the ranks of their experts

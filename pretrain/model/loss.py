@@ -100,6 +100,19 @@ def chunk_step(
     return torch.where(valid_n, loss_n, 0), product_nV.copy_(softmax_nV)
 
 
+def ranking_step(
+    hits: list[Tensor], hidden_nD: Tensor, weight_VD: Tensor, labels_n: Tensor, vocab_size: int, with_gradient: bool,
+    out_nV: Tensor | None = None,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """`chunk_step` without gradients that also appends to `hits` whether each label is the likeliest id (n,), bool; of equal
+    logits, the first is. False where the label is ignored. For measuring tasks, not for training."""
+    logits_nV = (hidden_nD @ weight_VD.T).float()[:, :vocab_size]
+    valid_n = labels_n != IGNORED
+    label_logit_n = logits_nV.gather(1, torch.where(valid_n, labels_n, 0)[:, None])[:, 0]
+    hits.append(logits_nV.argmax(1) == labels_n)
+    return torch.where(valid_n, logits_nV.logsumexp(1) - label_logit_n, 0), None
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Computes loss and both gradients in one loop over the chunks; the backward pass only scales the gradients."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from pretrain.model.attention import AttentionContext, Exchange, KeyValueCache, 
 from pretrain.model.config import ModelConfig
 from pretrain.model.flops import vocabulary_rows
 from pretrain.model.functions import rms_norm
-from pretrain.model.loss import IGNORED, chunk_step, cross_entropy_sums, product_dtype
+from pretrain.model.loss import IGNORED, chunk_step, cross_entropy_sums, product_dtype, ranking_step
 from pretrain.model.moe import MixtureOfExperts, Routing
 
 
@@ -150,13 +151,17 @@ class Head(nn.Module):
         rows = vocabulary_rows(config)
         weight = None if config.tie_word_embeddings else nn.Parameter(torch.empty(rows, config.hidden_size))
         self.register_parameter("weight", weight)
-        self.chunk_step = chunk_step
+        self.chunk_step, self.ranking_step = chunk_step, ranking_step
+        self.hits: list[Tensor] | None = None
+        """A list that receives, for each chunk of labels, whether they are the likeliest ids, from a pass without gradients.
+        None: not wanted, as in training."""
 
     def forward(self, hidden_BTD: Tensor, labels_BT: Tensor | None, tied_weight_VD: Tensor | None):
         """Returns logits, or with labels_BT the result of `cross_entropy_sums`."""
         weight_VD = self.weight if tied_weight_VD is None else tied_weight_VD
         if labels_BT is not None:
-            return cross_entropy_sums(hidden_BTD, weight_VD, labels_BT, self.vocab_size, step=self.chunk_step)
+            step = self.chunk_step if self.hits is None else partial(self.ranking_step, self.hits)
+            return cross_entropy_sums(hidden_BTD, weight_VD, labels_BT, self.vocab_size, step=step)
         return F.linear(hidden_BTD, weight_VD)[..., : self.vocab_size]
 
 

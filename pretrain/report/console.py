@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from pretrain.report.history import task_names
 from pretrain.report.records import LineFile, merge_equal
 from pretrain.report.units import human_count, human_dollars, human_seconds
 
@@ -59,11 +60,13 @@ class Console:
                 self._print(text)
 
     def show(self, record: dict, reference_lines: dict[str, float] | None) -> None:
-        """Writes a logging step, a validation or generated texts, each in its form; other records are not shown."""
+        """Writes a logging step, a validation, tasks or generated texts, each in its form; other records are not shown."""
         if "loss" in record:
             self._show_step(record)
         elif "val_loss" in record:
             self.info(validation_line(record, reference_lines))
+        elif "task_accuracy" in record:
+            self.info("\n".join(task_lines(record)))
         for sample in record.get("generated", []):
             prompt, text = (json.dumps(sample[key], ensure_ascii=False) for key in ("prompt", "text"))  # on one line
             self.info(f"step {record['step']:,} writes: {prompt} {text}")
@@ -132,3 +135,17 @@ def validation_line(record: dict, reference_lines: dict[str, float] | None) -> s
     if reference_lines:
         parts.append("(" + ", ".join(f"{name} {nats:.4f}" for name, nats in merge_equal(reference_lines).items()) + ")")
     return "  ".join(parts)
+
+
+def task_lines(record: dict) -> list[str]:
+    """A measurement of the tasks in words: the means, then each task."""
+    names = task_names(record)
+    width = max(map(len, names), default=0)
+
+    def figures(prefix: str) -> str:
+        accuracy, chance, bits = (record[prefix + each] for each in ("accuracy", "chance", "bits_per_byte"))
+        text = "not finite" if accuracy is None or not math.isfinite(accuracy) else f"{accuracy:6.1%} right"
+        return f"{text} (guessing: {chance:.1%})  {math.nan if bits is None else bits:.4f} bits per byte"
+
+    lines = [f"tasks at step {record['step']:,}: {figures('task_').strip()}, in {human_seconds(record['task_seconds'])}"]
+    return lines + [f"  {name:{width}}  {figures(f'task/{name}/')}" for name in names]

@@ -21,7 +21,7 @@ from pretrain.report.spikes import Spike, describe
 
 SPANS = 1024
 MOST_EVENTS, MOST_TEXTS, MOST_KEYS = 300, 24, 400
-SOURCE_PREFIX, VALID_PREFIX, TIME_PREFIX = "loss/", "val_loss/", "time/"
+SOURCE_PREFIX, VALID_PREFIX, TIME_PREFIX, TASK_PREFIX = "loss/", "val_loss/", "time/", "task/"
 
 
 class Points(NamedTuple):
@@ -87,6 +87,14 @@ class Curve:
         self._extremes = self._extremes[np.unique(np.r_[0, order[begins], order[ends - 1], len(order) - 1])]
 
 
+def task_names(record: dict) -> list[str]:
+    """The tasks in a record, in order."""
+    ends = TASK_PREFIX, "/accuracy"
+    return [
+        key.removeprefix(ends[0]).removesuffix(ends[1]) for key in record if key.startswith(ends[0]) and key.endswith(ends[1])
+    ]
+
+
 def _begins(spans: np.ndarray) -> np.ndarray:
     """Where each span begins in the ascending numbers of spans (N,)."""
     return np.flatnonzero(np.diff(spans, prepend=-1))
@@ -123,6 +131,8 @@ class History:
         """The newest logging step."""
         self.validation: dict = {}
         """The newest validation."""
+        self.tasks: dict = {}
+        """The newest measurement of the tasks."""
         self.step = 0
         """The largest step of a record."""
         self.not_finite = 0
@@ -153,6 +163,9 @@ class History:
                 self._happened(step, "not finite", "the loss of this logging line is not finite", alarm=True)
         elif "val_loss" in record:
             self.validation = record
+            self._add_numbers(record)
+        elif "task_accuracy" in record:
+            self.tasks = record
             self._add_numbers(record)
         for event in _events(record):
             self._happened(*event)
@@ -189,6 +202,11 @@ class History:
     def generated(self) -> list[tuple[int, list[dict]]]:
         """(step, [{"prompt", "text"}]): the first, the newest, and some between them."""
         return self._generated.points
+
+    @property
+    def task_names(self) -> list[str]:
+        """Of the newest measurement of the tasks."""
+        return task_names(self.tasks)
 
     @property
     def lines(self) -> dict[str, float]:

@@ -22,6 +22,10 @@ _COUNTS = ("steps", "interval_tokens", "loss_tokens", "skipped_steps", "skipped_
 """Integers of an interval; only the last one is kept when the interval ends. loss_tokens: tokens of applied steps."""
 
 
+PAUSES = ("validation", "tasks", "save")
+"""What a `Clock` counts apart from training."""
+
+
 class SampleLosses(NamedTuple):
     """What this rank's samples of a step add to the losses of their sources."""
 
@@ -192,9 +196,9 @@ class Clock:
     def __init__(self, seconds: float = 0.0, step: int = 0) -> None:
         self._ended = -seconds  # those of intervals that have ended
         self._begin(seconds)
-        self.totals = {"validation": 0.0, "save": 0.0}
+        self.totals = dict.fromkeys(PAUSES, 0.0)
         """Seconds of all pauses of these kinds."""
-        self.pauses: dict[str, deque[float]] = {"validation": deque(maxlen=5), "save": deque(maxlen=5)}
+        self.pauses: dict[str, deque[float]] = {kind: deque(maxlen=5) for kind in PAUSES}
         """Seconds of the newest ones."""
         self._noted, self._apart = (step, self.began + seconds), 0.0
         self._intervals: deque[tuple[int, float]] = deque(maxlen=400)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from pretrain import files
+from pretrain.report.history import TASK_PREFIX, task_names
 from pretrain.report.records import FILE_NAME, RecordsError, iter_records, merge_equal
 from pretrain.report.units import SCALES
 
@@ -57,6 +58,7 @@ class Curves:
     reference_lines: dict[str, float] = field(default_factory=dict)  # nats per token
     sources: dict[str, np.ndarray] = field(default_factory=dict)  # (N,) loss of each training source, NaN where it was not read
     stages: list[float] = field(default_factory=list)  # steps after which a stage began
+    tasks: list[dict] = field(default_factory=list)  # records of the tasks
     smoothed: np.ndarray = field(init=False)  # (N,) the loss, smoothed over a sixtieth of the run
 
     def __post_init__(self) -> None:
@@ -77,7 +79,7 @@ def read_curves(directory: Path) -> Curves:
     valid = {key: array("d") for key in ("step", "val_loss")}
     references: dict[str, float] = {}
     sources: dict[str, array] = {}
-    stages = []
+    stages, tasks = [], []
     for record in iter_records(directory):  # one at a time: a file may have millions
         references = references or record.get("reference_lines", {})
         for columns, key in ((train, "loss"), (valid, "val_loss")):
@@ -88,6 +90,8 @@ def read_curves(directory: Path) -> Curves:
             _add_sources(sources, record, len(train["loss"]))
         if "stage" in record:
             stages.append(record["step"])
+        if "task_accuracy" in record:
+            tasks.append(record)
     if not train["loss"] and (directory / FILE_NAME).exists():
         raise RecordsError(f"{directory / FILE_NAME}: no logging step yet (log.every_steps says when the first one comes).")
     if not train["loss"]:
@@ -105,6 +109,7 @@ def read_curves(directory: Path) -> Curves:
         reference_lines=merge_equal({name: nats for name, nats in references.items() if math.isfinite(nats)}),
         sources={name: np.array(losses) for name, losses in sources.items()},
         stages=stages,
+        tasks=tasks,
     )
 
 
@@ -154,16 +159,17 @@ def save(figure: Figure, output: Path) -> None:
 
 
 def draw(runs: Sequence[Curves], x: XAxis) -> Figure:
-    """All runs in one panel; below it, the sources of a single run. Raises RecordsError for a run without such an x."""
+    """All runs in one panel; below it, the sources and the tasks of a single run. Raises RecordsError for a run without such
+    an x."""
     from matplotlib.figure import Figure
 
-    with_sources = len(runs) == 1 and len(runs[0].sources) > 1
-    figure = Figure(figsize=(11, 6.2 + 3.6 * with_sources), dpi=150, layout="constrained")
-    axes, *below = figure.subplots(1 + with_sources, height_ratios=[6.2, 3.6][: 1 + with_sources], squeeze=False)[:, 0]
+    more = [_draw_sources] * (len(runs[0].sources) > 1) + [_draw_tasks] * bool(runs[0].tasks) if len(runs) == 1 else []
+    figure = Figure(figsize=(11, 6.2 + 3.6 * len(more)), dpi=150, layout="constrained")
+    axes, *below = figure.subplots(1 + len(more), height_ratios=[6.2, *[3.6] * len(more)], squeeze=False)[:, 0]
     draw_curves(axes, runs, x)
     [axes, *below][-1].set_xlabel(AXIS_TITLES[x])
-    if with_sources:
-        _draw_sources(below[0], runs[0], x)
+    for draw_panel, panel in zip(more, below, strict=True):
+        draw_panel(panel, runs[0], x)
     axes.set_title(runs[0].name if len(runs) == 1 else "", loc="left", fontweight="bold")
     return figure
 
@@ -190,6 +196,30 @@ def _draw_sources(axes: Axes, run: Curves, x: XAxis) -> None:
     few = len(chosen) < len(run.sources)
     shown = f"the {len(chosen)} of {len(run.sources)} sources with the most values" if few else "each source"
     axes.set_title(f"training loss of {shown}", loc="left", fontsize=10)
+
+
+def _draw_tasks(axes: Axes, run: Curves, x: XAxis) -> None:
+    """Draws the share of right answers of each task, and as a dashed line of its color that of guessing."""
+    steps = np.array([record["step"] for record in run.tasks], dtype=float)
+    places = np.interp(steps, np.r_[0.0, run.step], np.r_[0.0, run.x(x)])
+    names, labels = task_names(run.tasks[-1]), []
+    for name, color in zip(["", *names], ("#222222", *COLORS), strict=False):
+        prefix = f"{TASK_PREFIX}{name}/" if name else "task_"
+        values = np.array([_finite(record.get(f"{prefix}accuracy")) for record in run.tasks])
+        chance = run.tasks[-1][f"{prefix}chance"]
+        axes.plot(places, values, "o-", color=color, markersize=4, linewidth=1.2 if name else 2.2)
+        if chance and name:
+            axes.axhline(chance, color=color, linewidth=0.9, linestyle=(0, (5, 4)), zorder=1)
+        shown = f"{name or 'mean'} {values[-1]:.1%}" + (f", guessing {chance:.1%}" if chance else "")
+        labels.append((values[-1] if math.isfinite(values[-1]) else 0.0, shown, color))
+    axes.set_ylim(0, 1)
+    axes.set_xlim(0, float(run.x(x)[-1]) * 1.005)
+    _write_labels(axes, labels, 0.0, 1.0)
+    _mark_stages(axes, run, x)
+    _decorate(axes, [run], x)
+    axes.set_ylabel("right answers")
+    few = f" the first {len(COLORS)} of {len(names)}" if len(names) > len(COLORS) else ""
+    axes.set_title(f"tasks:{few} right answers; dashed: guessing", loc="left", fontsize=10)
 
 
 def _mark_stages(axes: Axes, run: Curves, x: XAxis) -> None:

@@ -3,6 +3,7 @@
 A record is a flat dict with an integer `step`. Its other keys say what it is:
     `loss`       a logging step
     `val_loss`   a validation; `val_loss/<source>` for each source when there are several
+    `task_accuracy`  the tasks: means over them, `task/<name>/accuracy` and other figures of each (`pretrain/tasks.py`)
     `generated`  texts that the model wrote: [{"prompt": ..., "text": ...}]
     otherwise    kept but not shown, such as the start record {"step": 0, "reference_lines": {"uniform": nats, ...}}
 
@@ -19,7 +20,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +32,8 @@ from pretrain import UserError, files
 
 FILE_NAME = "metrics.jsonl"
 MOST_POINTS = 2**14
+REPEATED = {"validation": {"val_loss", "generated"}, "tasks": {"task_accuracy"}}
+"""What a start may have to repeat at the step where it resumes, and the keys of its records."""
 _BLOCK_BYTES = 1 << 20
 
 
@@ -181,13 +184,13 @@ class Tail:
 
 
 def cut_records(
-    path: Path, resume_step: int, validation_due: bool = False, losses: Losses | None = None
+    path: Path, resume_step: int, repeated: Collection[str] = (), losses: Losses | None = None
 ) -> tuple[int, dict[str, float] | None]:
     """Removes the records after `resume_step` (0: all) and unreadable lines, atomically; other lines keep every byte.
 
-    validation_due: the validation of `resume_step` will be repeated, so its records are removed too. `losses` gets the curve
-    that is kept. Returns the number of removed lines, and the reference losses of the start record if it is still there. Reads
-    one line at a time. Raises OSError.
+    repeated: keys of REPEATED whose records of `resume_step` will be written again, so they are removed too. `losses` gets the
+    curve that is kept. Returns the number of removed lines, and the reference losses of the start record if it is still there.
+    Reads one line at a time. Raises OSError.
     """
     if not path.exists():
         return 0, None
@@ -195,7 +198,7 @@ def cut_records(
     with path.open("rb") as file:
         for line in file:
             begin, end = end, end + len(line)
-            record = _kept_record(line, resume_step, validation_due)
+            record = _kept_record(line, resume_step, repeated)
             if record is None:
                 removed += 1
                 continue
@@ -212,7 +215,7 @@ def cut_records(
     return removed, lines
 
 
-def _kept_record(line: bytes, resume_step: int, validation_due: bool) -> dict | None:
+def _kept_record(line: bytes, resume_step: int, repeated: Collection[str]) -> dict | None:
     """The record in a line of metrics.jsonl if a start after `resume_step` keeps it."""
     try:
         record = json.loads(line.decode())
@@ -220,7 +223,7 @@ def _kept_record(line: bytes, resume_step: int, validation_due: bool) -> dict | 
         return None
     if not _is_record(record) or resume_step == 0 or record["step"] > resume_step:
         return None
-    if validation_due and record["step"] == resume_step and record.keys() & {"val_loss", "generated"}:
+    if record["step"] == resume_step and any(record.keys() & REPEATED[what] for what in repeated):
         return None
     return _with_nonfinite(record)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -185,7 +186,7 @@ def open_sinks(
     total_steps: int,
     resume_step: int,
     wandb_id: str | None,
-    validation_due: bool = False,
+    repeated: Collection[str] = (),
 ) -> Sinks:
     """The outputs of the run in `directory`, for a start after `resume_step`; on ranks other than 0, outputs that do nothing.
 
@@ -198,7 +199,7 @@ def open_sinks(
     console = Console(directory, shown="console" in config.sinks, step=resume_step, total_steps=total_steps)
     # Even without the jsonl sink: a later resume must not find records of an abandoned branch.
     losses = Losses()
-    removed, reference_lines = cut_records(directory / FILE_NAME, resume_step, validation_due, losses)
+    removed, reference_lines = cut_records(directory / FILE_NAME, resume_step, repeated, losses)
     if removed:
         console.info(f"{FILE_NAME}: removed {removed} lines that are unreadable or after step {resume_step}.")
     metrics = LineFile(directory / FILE_NAME) if "jsonl" in config.sinks else None

@@ -33,6 +33,7 @@ _PATHS = (
     "data.valid",
     "train.stages",
     "data.quarantine",
+    "evaluate.tasks",
     "model.from_pretrained",
 )
 _LIBRARIES = ("torch", "accelerate", "deepspeed", "numpy", "safetensors")
@@ -52,6 +53,7 @@ def facts(config: Config, parts: Parts, folder: Path) -> dict[str, str]:
             known[source.where] = f"{_content(source)}, weight {weights}"
         known |= {f"data.valid[{i}]": _content(each.source) for i, each in enumerate(parts.valid)}
     known["data.quarantine"] = _digest(json.dumps(parts.data.quarantine).encode())
+    known |= {f"task {each.name}": f"{each.of:,} items, fingerprint {each.fingerprint[:12]}" for each in parts.tasks}
     known["tokenizer"] = parts.tokenizer.fingerprint if parts.tokenizer else "none"
     if config.checkpoint.resume not in ("auto", "never"):
         known["checkpoint.resume"] = weights_digest(Path(config.checkpoint.resume))

@@ -164,7 +164,7 @@ class Ledger:
         job.last = time.time()
         if clock is not None:
             job.steps = before.steps + clock.total_seconds
-            job.validation = before.validation + clock.totals["validation"]
+            job.validation = before.validation + clock.totals["validation"] + clock.totals["tasks"]
             job.saving = before.saving + clock.totals["save"]
 
     # ---------------------------------------------------------------- money

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from pretrain import devices, stages
-from pretrain.config import batch_product
+from pretrain.config import EvaluateConfig, batch_product
 from pretrain.doctor import untrained, verdict
 from pretrain.engines.compile import compile_report, graphs
 from pretrain.engines.update_check import UpdateCheck
@@ -57,6 +57,7 @@ def announce(run: Run, start: Start, why_precision: str, certificate: str, warni
         f"lr         {_lr_line(run)}",
         *_cost_lines(run),
         *(f"stages     {line}" for line in receipt.stage_lines(run.length, run.data, engine.world_size)),
+        *_task_lines(run),
         *(f"data       {line}" for line in run.data.description(run.progress.position)),
         "reference losses of this data, in nats per token:",
         *verdict.reference_lines(run.data.reference_lines_at(run.progress.position)),
@@ -202,9 +203,28 @@ def seconds_left(run: Run, clock: Clock) -> float:
     last = save_seconds(run)
     save = statistics.median(clock.pauses["save"] or [0.0 if config.checkpoint.asynchronous else last])
     seconds = (total - step) * per_step + validations * validation + (saves - 1) * save + last
+    if run.tasks:
+        guess = FORWARD_SHARE * per_step * task_share(run)
+        each = statistics.median(clock.pauses["tasks"] or [guess])
+        seconds += _still_due(step, total, task_steps(config.evaluate)) * each
     if minutes := 60 * config.checkpoint.every_minutes:
         seconds += seconds // minutes * save
     return seconds
+
+
+def task_steps(settings: EvaluateConfig) -> int:
+    """Steps between measurements of the tasks; 0: only at the end."""
+    return settings.tasks_every_steps or settings.every_steps
+
+
+def task_share(run: Run) -> float:
+    """Tokens of all tasks, without padding, as a fraction of those of a step."""
+    return sum(task.tokens for task in run.tasks) / stages.tokens_per_step(run.config)
+
+
+def pass_tokens(run: Run) -> int:
+    """Tokens of a forward pass in a validation, which is known to fit."""
+    return run.config.batch.micro_batch_size * run.config.data.sequence_length
 
 
 def save_seconds(run: Run) -> float:
@@ -224,6 +244,19 @@ def _cost_lines(run: Run) -> list[str]:
     if budget is not None and plan.dollars > budget:
         line += f"; run.budget_dollars ({human_dollars(budget)}) ends it after about {budget / plan.dollars:.0%} of that"
     return [line]
+
+
+def _task_lines(run: Run) -> list[str]:
+    """What the tasks are, and what they cost."""
+    if not run.tasks:
+        return []
+    every = task_steps(run.config.evaluate)
+    items = sum(len(task.items) for task in run.tasks)
+    line = f"{items:,} items of {len(run.tasks)} tasks ({', '.join(task.name for task in run.tasks)}), "
+    line += f"{sum(task.tokens for task in run.tasks):,} tokens"
+    if every:
+        line += f" every {every:,} steps: about {FORWARD_SHARE * task_share(run) / every:.2%} of the time"
+    return [f"tasks      {line}"]
 
 
 def seconds_to_stop(run: Run) -> float:
@@ -262,6 +295,12 @@ def log_validation(run: Run, figures: dict[str, float], generated: list[dict[str
         if found.is_alarm and found.kind != run.verdict:
             run.sinks.info(f"step {progress.step}: {found.text}")
         run.verdict = found.kind
+
+
+def log_tasks(run: Run, figures: dict[str, float]) -> None:
+    """Logs how the tasks were answered."""
+    tokens = run.progress.tokens + run.meter.interval_tokens
+    run.sinks.log({"step": run.progress.step, "tokens": tokens, **figures})
 
 
 def close_account(run: Run, status: int) -> None:

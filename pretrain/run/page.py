@@ -19,7 +19,7 @@ import numpy as np
 
 from pretrain.files import write_atomically
 from pretrain.report import records
-from pretrain.report.history import SOURCE_PREFIX, TIME_PREFIX, VALID_PREFIX, Event, History
+from pretrain.report.history import SOURCE_PREFIX, TASK_PREFIX, TIME_PREFIX, VALID_PREFIX, Event, History
 from pretrain.report.plot import LEAST_SPAN, REFERENCE_TITLES, smooth, value_range
 from pretrain.report.units import human_bytes, human_count, human_dollars, human_seconds
 from pretrain.run.view import View
@@ -84,6 +84,7 @@ def page(view: View, verdict: str | None = None) -> str:
             *_account(view),
             *_events(view),
             *_texts(view.history),
+            *_table_of_tasks(view.history),
             *_table_of_losses(view.history),
             *_checkpoints(view),
             *_starts(view),
@@ -188,6 +189,8 @@ def _loss_chart(history: History) -> dict:
 def _small_charts(history: History) -> Iterable[dict]:
     """A chart of each group of figures that the run has."""
     left = {key for key, curve in history.curves.items() if curve.count} - _NOT_DRAWN
+    yield from _task_charts(history)
+    left = {key for key in left if not key.startswith((TASK_PREFIX, "task_"))}
     for title, wanted, unit in _CHARTS:
         keys = [key for key in history.curves if key in left and _belongs(key, wanted)]
         left -= set(keys)
@@ -196,6 +199,25 @@ def _small_charts(history: History) -> Iterable[dict]:
     for key in history.curves:
         if key in left and np.ptp(history.curves[key].points().value) > 0:  # a figure that never changes needs no picture
             yield _chart(history, key, [key], "")
+
+
+def _task_charts(history: History) -> Iterable[dict]:
+    """How the tasks are answered: the mean over them, then each."""
+    chances: dict[float, list[str]] = {}
+    for name in history.task_names:
+        chances.setdefault(_short(history.tasks[f"{TASK_PREFIX}{name}/chance"], 6), []).append(name)
+    lines = [{"name": f"guessing, {', '.join(names)}", "value": chance} for chance, names in chances.items() if chance]
+    for figure, title, unit in (
+        ("accuracy", "Tasks: right answers", "fraction; dashed: guessing"),
+        ("bits_per_byte", "Tasks: right answers in bits", "bits per byte; lower is better"),
+    ):
+        named = {f"task_{figure}": "mean"} | {f"{TASK_PREFIX}{name}/{figure}": name for name in history.task_names}
+        keys = [key for key in named if key in history.curves and history.curves[key].count][:8]
+        if keys:
+            chart = _chart(history, title, keys, unit)
+            series = [each | {"name": named[key], "dots": len(each["step"]) <= 60}
+                      for key, each in zip(keys, chart["series"], strict=True)]  # fmt: skip
+            yield chart | {"series": series, "lines": lines if figure == "accuracy" else []}
 
 
 def _belongs(key: str, wanted: Sequence[str]) -> bool:
@@ -261,6 +283,9 @@ def _tiles(view: View) -> Iterable[tuple[str, str, str]]:
         bits = validation.get("val_bits_per_byte")
         more = f"step {validation['step']:,}" + (f", {bits:.3f} bits per byte" if bits else "")
         yield "Validation loss", _loss(validation.get("val_loss")), more
+    if _is_number(history.tasks.get("task_accuracy")):
+        accuracy, chance = history.tasks["task_accuracy"], history.tasks["task_chance"]
+        yield "Tasks", f"{accuracy:.1%} right", f"step {history.tasks['step']:,}, guessing: {chance:.1%}"
     if tokens := newest.get("tokens"):
         yield "Tokens", human_count(tokens), f"{tokens / parameters:.3g} per parameter" if parameters else ""
     if parameters:
@@ -404,6 +429,21 @@ def _texts_of(step: int, texts: list[dict]) -> Iterable[str]:
     yield f'<p class="note">step {step:,}</p>'
     for each in texts:
         yield f'<pre class="text"><mark>{escape(str(each["prompt"]))}</mark>{escape(str(each["text"]))}</pre>'
+
+
+def _table_of_tasks(history: History) -> Iterable[str]:
+    """The newest answers, task by task."""
+    if not history.tasks:
+        return
+    yield f"<h2>Tasks</h2><details open><summary>at step {history.tasks['step']:,}</summary>{TABLE}"
+    yield '<tr><th class="words">task</th><th>right answers</th><th>guessing</th><th>bits per byte</th></tr>'
+    for name in history.task_names:
+        accuracy, chance, bits = (
+            history.tasks[f"{TASK_PREFIX}{name}/{each}"] for each in ("accuracy", "chance", "bits_per_byte")
+        )
+        right = f"{accuracy:.1%}" if _is_number(accuracy) else "not finite"
+        yield f'<tr><td class="words">{escape(name)}</td><td>{right}</td><td>{chance:.1%}</td><td>{_loss(bits)}</td></tr>'
+    yield "</table></div></details>"
 
 
 def _table_of_losses(history: History) -> Iterable[str]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from pretrain import stages
 from pretrain.config import Config, ConfigError, work_of
 from pretrain.data.batches import TrainData, ValidData, open_train, open_valid
+from pretrain.data.tasks import Task, open_tasks
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.engines.config import check_mesh
 from pretrain.model.config import ModelConfig, resolve_model, vocabulary
@@ -21,6 +22,7 @@ class Parts(NamedTuple):
     valid: list[ValidData]
     model: ModelConfig
     """Resolved."""
+    tasks: list[Task]
 
 
 def open_parts(config: Config, tokenizer: Tokenizer | None = None) -> Parts:
@@ -35,7 +37,14 @@ def open_parts(config: Config, tokenizer: Tokenizer | None = None) -> Parts:
     if problems := list(check_mesh(config.engine, work_of(config, model), ranks=None)):
         raise ConfigError(problems)
     planned = [(stage.position, stage.config.data) for stage in stages.layout(config)]
-    return Parts(tokenizer, open_train(config.data, stages=planned, **opened), open_valid(config.data, **opened), model)
+    data, valid = open_train(config.data, stages=planned, **opened), open_valid(config.data, **opened)
+    return Parts(tokenizer, data, valid, model, open_tasks_of(config, tokenizer, model))
+
+
+def open_tasks_of(config: Config, tokenizer: Tokenizer | None, model: ModelConfig) -> list[Task]:
+    """The tasks that `config` names, tokenized. model: resolved. Raises DataError."""
+    settings = config.evaluate
+    return open_tasks(settings.tasks, tokenizer, model.max_position_embeddings, model.vocab_size, settings.task_items)
 
 
 def open_tokenizer(config: Config) -> Tokenizer | None:

@@ -17,10 +17,10 @@ from pathlib import Path
 from pretrain import stages
 from pretrain.checkpoint.manifest import Checkpoint, CheckpointError
 from pretrain.config import Config, ConfigError, DataConfig, Problem, SourceConfig, batch_product, validate, work_of
-from pretrain.data import checks, shards
+from pretrain.data import checks, shards, tasks
 from pretrain.data.batches import MASKED, Batch, TrainData, block_length_of
 from pretrain.data.checks import Finding
-from pretrain.data.errors import StoreError
+from pretrain.data.errors import StoreError, TaskError
 from pretrain.data.indexed import DataError, DataMissing, TokenFile
 from pretrain.data.reads import OpenFiles
 from pretrain.data.remote import is_url
@@ -77,6 +77,9 @@ def preflight(config: Config, ranks: int | None = None) -> Report:
     report.findings += _file_findings(config, tokenizer, data_ids, report.facts)
     try:
         parts = open_parts(config, tokenizer)
+    except TaskError as error:
+        report.findings.append(Finding("task-refused", "evaluate.tasks", str(error), stops=True))
+        return report
     except DataError as error:
         if not report.stops:
             report.findings.append(Finding("data-refused", "data", str(error), stops=True))
@@ -84,7 +87,7 @@ def preflight(config: Config, ranks: int | None = None) -> Report:
     except ConfigError as error:
         report.findings += [Finding("settings-refused", each.key, each.message, stops=True) for each in error.problems]
         return report
-    report.findings += precision_findings(config, parts.model)
+    report.findings += [*precision_findings(config, parts.model), *tasks.findings(parts.tasks)]
     batch = parts.data.take(0, min(4, config.batch.global_batch_size))
     report.facts += describe_batch(batch, tokenizer)
     report.findings += first_batch_findings(batch, tokenizer)
@@ -143,7 +146,7 @@ def at_start(config: Config, engine: Engine, parts: Parts, found: Checkpoint | N
         folder = Path(config.run.directory) / config.run.name
         findings += _quick_file_findings(parts) if not config.data.synthetic else []
         findings += surroundings.sink_findings(config) + surroundings.build_locks(config) + run_findings(config, data, length)
-        findings += precision_findings(config, parts.model)
+        findings += [*precision_findings(config, parts.model), *tasks.findings(parts.tasks)]
         findings += fit.memory_findings(config, parts.model, engine.world_size, fit.device_gib(engine), engine.device_name)
         if per_node := engine.place.local_world_size:
             links = slow_links(config.engine, work_of(config, parts.model), engine.world_size, per_node)

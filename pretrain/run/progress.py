@@ -38,6 +38,8 @@ class Progress:
     """Loss of the newest validation."""
     evaluation_due: bool = False
     """This step's validation was cut short to save in time; after a resume it comes first."""
+    tasks_due: bool = False
+    """The same of this step's measurement of the tasks."""
     rollbacks: int = 0
     """Rollbacks to a checkpoint after a divergence."""
     skipped_positions: excluded.PositionRanges = field(default_factory=list)

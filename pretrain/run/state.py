@@ -12,6 +12,7 @@ from pretrain.checkpoint.manifest import Checkpoint
 from pretrain.checkpoint.saver import Saver
 from pretrain.config import Config
 from pretrain.data.batches import TrainData, ValidData
+from pretrain.data.tasks import Task
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.engines.base import Engine
 from pretrain.engines.update_check import require_equal_replicas
@@ -44,6 +45,7 @@ class Run:
     valid: list[ValidData]
     model: ModelConfig
     """Resolved."""
+    tasks: list[Task]
     directory: RunDirectory
     length: Length
     progress: Progress
@@ -130,7 +132,7 @@ def open_run(
         total_steps=length.total_steps,
         resume_step=progress.step,
         wandb_id=state.get("wandb_id") if same_curve else None,
-        validation_due=progress.evaluation_due,
+        repeated=[kind for kind, due in (("validation", progress.evaluation_due), ("tasks", progress.tasks_due)) if due],
     )
 
     mirror.begin(progress.step, found if own else None, sinks.info, sinks.alarm)
