@@ -19,7 +19,7 @@ help:  ## show this list
 
 install: $(INSTALLED)  ## create .venv with the project and its dependencies
 
-quickstart: $(QUICK)/stdlib_train.idx  ## train on real text on two CPU processes, then generate text (minutes; resumes after an interruption)
+quickstart: $(QUICK)/stdlib_train.idx $(QUICK)/tasks/docstring.jsonl  ## train on real text on two CPU processes, then generate text (minutes; resumes after an interruption)
 	$(LAUNCH) --config configs/quickstart.yaml
 	$(BIN)/python launch/generate.py --run runs/quickstart --prompt "def main(" --max-new-tokens 100
 
@@ -87,3 +87,7 @@ $(QUICK)/tokenizer/tokenizer.json: | $(INSTALLED)
 
 $(QUICK)/stdlib_train.idx: $(QUICK)/tokenizer/tokenizer.json
 	$(BIN)/python tools/tokenize_corpus.py --input stdlib --tokenizer $(QUICK)/tokenizer --output $(QUICK)/stdlib --valid-fraction 0.02
+
+# The task that is written last.
+$(QUICK)/tasks/docstring.jsonl: $(QUICK)/stdlib_train.idx
+	$(BIN)/python tools/make_tasks.py --data $(QUICK)/stdlib_valid --tokenizer $(QUICK)/tokenizer --output $(QUICK)/tasks

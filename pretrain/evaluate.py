@@ -73,6 +73,19 @@ def evaluate(
     return figures
 
 
+def load(engine: Engine, trained: TrainedModel) -> None:
+    """Distributes a trained model over the ranks, for measuring it. A collective. Raises what reading the weights raises."""
+    from pretrain.interop.weights import weight_loader  # training needs none of this
+
+    engine.prepare(
+        lambda: Transformer(trained.model),
+        lambda model: torch.optim.SGD(model.parameters(), lr=0.0),  # never steps, and has no state
+        0.0,
+        seed=0,
+        fill=weight_loader(trained.weights, trained.model),
+    )
+
+
 def score(
     engine: Engine,
     trained: TrainedModel,
@@ -87,19 +100,11 @@ def score(
     A collective; the engine distributes the model over the ranks. on_progress: called with the number of micro-batches done and
     in total. Raises DataError, and what reading the weights raises.
     """
-    from pretrain.interop.weights import weight_loader  # training needs none of this
-
     ids = trained.model.vocab_size
     if tokenizer := trained.load_tokenizer():
         ids = min(ids, tokenizer.vocab_size)  # published models often have more ids than their tokenizer
     sets = open_valid(data, seed=0, vocab_size=ids, tokenizer_fingerprint=trained.tokenizer_fingerprint)
-    engine.prepare(
-        lambda: Transformer(trained.model),
-        lambda model: torch.optim.SGD(model.parameters(), lr=0.0),  # never steps, and has no state
-        0.0,
-        seed=0,
-        fill=weight_loader(trained.weights, trained.model),
-    )
+    load(engine, trained)
     samples = [min(each.num_samples, max_samples or each.num_samples) for each in sets]
     rounds = sum(math.ceil(count / (micro_batch_size * engine.mesh.sample_ranks)) for count in samples)
     done = itertools.count()

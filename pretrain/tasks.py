@@ -16,9 +16,10 @@ the pass. Models under torch.compile run uncompiled: each batch has a length of 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +28,10 @@ from pretrain.data.batches import MASKED, Batch
 from pretrain.data.tasks import CHOICES, EXACT, Sequence, Task
 from pretrain.engines import fp8
 from pretrain.engines.base import Engine
-from pretrain.evaluate import StopCheck
+from pretrain.evaluate import StopCheck, load
+
+if TYPE_CHECKING:
+    from pretrain.interop.load import TrainedModel
 
 MEANS = ("accuracy", "bits_per_byte", "chance")
 """Figures of which the mean over tasks is reported, too."""
@@ -98,6 +102,33 @@ def measure(engine: Engine, tasks: list[Task], most_tokens: int, requests: Calla
         first += sum(len(item.sequences) for item in task.items)
     means = {f"task_{figure}": _mean([found[f"task/{task.name}/{figure}"] for task in tasks]) for figure in MEANS}
     return means | found
+
+
+def score(
+    engine: Engine,
+    trained: TrainedModel,
+    tasks: list[Task],
+    most_tokens: int,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, dict[str, float]]:
+    """The figures of a trained model, by task. A collective; the engine distributes the model over the ranks.
+
+    on_progress: called with the number of batches done and in total, of one rank. Raises what reading the weights raises.
+    """
+    load(engine, trained)
+    rounds = len(plan_pass(engine, tasks, most_tokens).batches) // engine.mesh.sample_ranks
+    done = itertools.count()
+
+    def requests() -> list[int]:
+        on_progress(next(done), rounds)
+        return [0]
+
+    found = measure(engine, tasks, most_tokens, requests)
+    prefixes = {task.name: f"task/{task.name}/" for task in tasks}
+    return {
+        name: {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
+        for name, prefix in prefixes.items()
+    }
 
 
 def log_likelihoods(

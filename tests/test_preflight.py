@@ -697,7 +697,7 @@ def test_a_start_beyond_max_epochs_is_refused(world, capsys):
 
 
 def test_the_documentation_explains_every_finding_and_no_other_name():
-    files = ("run/preflight.py", "run/surroundings.py", "data/checks.py", "../tools/check_run.py")
+    files = ("run/preflight.py", "run/surroundings.py", "data/checks.py", "data/tasks.py", "../tools/check_run.py")
     source = "".join((ROOT / "pretrain" / path).read_text() for path in files)
     names = set(re.findall(r'"([a-z]+(?:-[a-z]+)+)"', source)) - set(surroundings.PACKAGES.values())
     section = (ROOT / "docs" / "data.md").read_text().split("\n## Before a run: the preflight\n")[1].split("\n## ")[0]

@@ -1,17 +1,19 @@
-"""Tasks have the same figures for any number of ranks, any engine and any batch; each defect of a file is named with its line."""
+"""Tasks have the same figures for any number of ranks, any engine and any batch; each defect of a file is named with its
+line."""
 
 from __future__ import annotations
 
 import json
 import math
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from pretrain.config import EngineConfig, OptimizerConfig, ParallelConfig
+from pretrain.config import ConfigError, EngineConfig, OptimizerConfig, ParallelConfig, load
 from pretrain.data.errors import TaskError
 from pretrain.data.tasks import CHOICES, CONTEXTS, EXACT, Item, Sequence, Task, findings, open_tasks
 from pretrain.data.tokenizer import Tokenizer
@@ -20,9 +22,17 @@ from pretrain.evaluate import Stopped
 from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
 from pretrain.model.transformer import Transformer, build
 from pretrain.optim.optimizer import build_optimizer
+from pretrain.report.plot import draw, read_curves
+from pretrain.run.agreement import facts
+from pretrain.run.page import page
+from pretrain.run.parts import open_parts
+from pretrain.run.preflight import preflight
+from pretrain.run.stop import StopRequest
+from pretrain.run.view import View
 from pretrain.tasks import layout, log_likelihoods, measure, plan_pass
-from tests.models import make_tokenizer
+from tests.models import make_tokenizer, train_here, write_token_file
 from tests.ranks import run_ranks
+from tests.test_train import records, run_of, signal_itself_at
 
 VOCAB, LENGTH = 320, 64
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_multiple=128)
@@ -312,3 +322,142 @@ def test_the_items_of_a_limit_are_spread_evenly_over_the_file(tmp_path, tokenize
     path = write(tmp_path / "t.jsonl", *(GOOD | {"context": f"the {number}"} for number in range(10)))
     assert [item.line for item in opened(path, tokenizer, most_items=4)[0].items] == [1, 3, 6, 8]
     assert [len(task.items) for task in opened(path, tokenizer, most_items=40)] == [10]
+
+
+# ---------------------------------------------------------------- in a run
+
+RUN = """
+run: {name: tiny}
+model: {hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2}
+data: {sequence_length: 32}
+batch: {global_batch_size: 8, micro_batch_size: 2}
+engine: {precision: fp32}
+optimizer: {lr: 1e-2}
+train: {max_steps: 12}
+evaluate: {every_steps: 6, tasks_every_steps: 4}
+checkpoint: {every_steps: 3}
+log: {every_steps: 1, sinks: [console, jsonl]}
+"""
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> list[str]:
+    """Flags of a run with two tasks; the last one is the folder of its run directory."""
+    folder = tmp_path_factory.mktemp("run")
+    words = ["the", "three", "return", "quick", "brown", "area", "radius", "0.5", "=", "+\n"]
+    draw = np.random.default_rng(0)
+    texts = [" ".join(draw.choice(words, size)) for size in draw.integers(3, 40, 150)]
+    tokenizer = make_tokenizer(folder / "tokenizer")
+    write_token_file(tokenizer, texts[30:], folder / "train")
+    write_token_file(tokenizer, texts[:30], folder / "valid")
+    (folder / "tasks").mkdir()
+    choices = [[f" {word}", " zqx" * (1 + number)] for number, word in enumerate(words[:8])]
+    items = [{"context": "the three", "choices": each, "answer": 0} for each in choices]
+    write(folder / "tasks" / "words.jsonl", *items)
+    write(folder / "tasks" / "next.jsonl", *({"context": f"{word} quick", "continuation": " brown"} for word in words[:5]))
+    (folder / "settings.yaml").write_text(RUN)
+    data = {name: f"[{{path: {folder / name}}}]" for name in ("train", "valid")}
+    found = ["--config", str(folder / "settings.yaml"), "--tokenizer.path", str(tokenizer), "--data.train", data["train"]]
+    found += ["--data.valid", data["valid"], "--evaluate.tasks", f"[{folder / 'tasks'}]"]
+    return [*found, "--run.directory", str(folder / "runs")]
+
+
+def of_tasks(run: Path) -> list[dict]:
+    return [record for record in records(run) if "task_accuracy" in record]
+
+
+@pytest.fixture(scope="module")
+def straight(flags) -> Path:
+    assert run_ranks(2, train_here, flags) == [0, 0]
+    return run_of(flags)
+
+
+def test_a_run_measures_its_tasks_on_its_schedule_and_learns_them(straight):
+    found = of_tasks(straight)
+    assert [record["step"] for record in found] == [4, 8, 12]
+    assert [record["step"] for record in records(straight) if "val_loss" in record] == [6, 12]
+    assert found[-1]["task_bits_per_byte"] < found[0]["task_bits_per_byte"]
+    assert found[-1]["task/words/accuracy"] > found[-1]["task/words/chance"] == 0.5
+    assert all(record["tokens"] == record["step"] * 8 * 32 and record["task_seconds"] > 0 for record in found)
+    console = (straight / "console.log").read_text()
+    assert f"{found[-1]['task/words/accuracy']:.1%} right (guessing: 50.0%)" in console
+    assert "13 items of 2 tasks (next, words)" in console
+
+
+def test_other_ranks_measure_the_same_and_a_run_stopped_before_its_tasks_catches_up(flags, straight):
+    alone = [*flags[:-1], flags[-1] + "-alone"]
+    assert run_ranks(1, signal_itself_at, alone, 0, 7, signal.SIGTERM) in ([75], [0])
+    if max(record["step"] for record in records(run_of(alone))) < 12:
+        assert run_ranks(1, train_here, alone) == [0]
+    for one, two in zip(of_tasks(straight), of_tasks(run_of(alone)), strict=True):
+        assert {key: one[key] for key in one if key != "task_seconds"} == pytest.approx(
+            {key: two[key] for key in two if key != "task_seconds"}, rel=1e-4
+        )
+
+
+def test_tasks_that_a_stop_left_over_come_first_in_the_next_start(flags, monkeypatch):
+    """The request arrives with the step after which they are due."""
+    late, asked = ["--train.max_steps", "8", *flags[:-1], flags[-1] + "-late"], []
+    flags_of = StopRequest.flags
+
+    def stop_at_the_fourth_step(self):
+        asked.append(1)
+        return [len(asked) >= 4, *flags_of(self)[1:]]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StopRequest, "flags", stop_at_the_fourth_step)
+        assert train_here(late) != 0
+    run = run_of(late)
+    state = json.loads((run / "checkpoints" / "step_00000004" / "state.json").read_text())
+    assert (state["progress"]["tasks_due"], state["progress"]["evaluation_due"], of_tasks(run)) == (True, False, [])
+    assert train_here(late) == 0
+    assert [record["step"] for record in of_tasks(run)] == [4, 8]
+    assert [record["step"] for record in records(run) if "val_loss" in record] == [6, 8]
+
+
+def test_the_page_and_the_picture_of_a_run_show_tasks_beside_guessing(straight):
+    view = View(straight).read_all()
+    content = page(view)
+    assert "Tasks: right answers" in content and '"name":"guessing, words","value":0.5' in content
+    accuracy = view.history.tasks["task/words/accuracy"]
+    assert f"<td>{accuracy:.1%}</td><td>50.0%</td>" in content
+    axes = draw([read_curves(straight)], "tokens").axes
+    assert axes[1].get_ylabel() == "right answers"
+    drawn = {line.get_label(): line for line in axes[1].get_lines()}
+    values = [list(line.get_ydata()) for line in drawn.values()]
+    assert [record["task/words/accuracy"] for record in of_tasks(straight)] in values
+    assert any(set(map(float, each)) == {0.5} for each in values)
+
+
+def test_the_preflight_refuses_a_damaged_task_and_warns_of_long_ones(flags, tmp_path):
+    def names(*items: object) -> list[str]:
+        path = write(tmp_path / "t.jsonl", *items)
+        return [each.name for each in preflight(load([*flags, "--evaluate.tasks", f"[{path}]"], world_size=None)).findings]
+
+    assert "task-refused" in names(GOOD | {"answer": 5})
+    assert "task-truncated" in names(GOOD | {"context": "the quick brown fox " * 20})
+    assert not {"task-refused", "task-truncated", "task-repeated"} & set(names(GOOD))
+
+
+def test_settings_of_tasks_that_cannot_work_are_refused(flags):
+    for words, key in (
+        (["--tokenizer.path", "null", "--model.vocab_size", "320"], "evaluate.tasks"),
+        (["--evaluate.tasks", "[]"], "evaluate.tasks_every_steps"),
+        (
+            ["--evaluate.tasks", "[]", "--evaluate.tasks_every_steps", "null", "--evaluate.task_items", "3"],
+            "evaluate.task_items",
+        ),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load([*flags, *words])
+        assert [problem.key for problem in caught.value.problems] == [key]
+
+
+def test_ranks_with_other_tasks_are_told_apart(flags, tmp_path):
+    path = write(tmp_path / "words.jsonl", GOOD)
+    found = []
+    for line in (GOOD, GOOD | {"answer": 1}):
+        write(path, line)
+        config = load([*flags, "--evaluate.tasks", f"[{path}]"], world_size=None)
+        found.append(facts(config, open_parts(config), run_of(flags)))
+    assert {key for key in found[0] if found[0][key] != found[1][key]} == {"task words"}

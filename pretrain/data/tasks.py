@@ -118,15 +118,15 @@ def open_tasks(
     files = task_files(paths)
     if tokenizer is None:
         raise TaskError(f"{files[0]}: a task is text, and the model has no tokenizer; give the folder of its tokenizer")
-    encoder = _Encoder(tokenizer, max_length, vocab_size)
+    encoder = Encoder(tokenizer, max_length, vocab_size)
     return [_open_task(path, encoder, most_items) for path in files]
 
 
-class _Problem(Exception):
+class Problem(Exception):
     """What is wrong with an item, in words."""
 
 
-def _open_task(path: Path, encoder: _Encoder, most_items: int | None) -> Task:
+def _open_task(path: Path, encoder: Encoder, most_items: int | None) -> Task:
     content = path.read_bytes()
     problems: list[str] = []
     kind, questions, repeated, seen = "", [], [], {}
@@ -136,8 +136,8 @@ def _open_task(path: Path, encoder: _Encoder, most_items: int | None) -> Task:
         try:
             item = _read_item(line)
             if kind and item["kind"] != kind:
-                raise _Problem(f"is an item of kind {item['kind']}, and those before are of kind {kind}; a file is one task")
-        except _Problem as problem:
+                raise Problem(f"is an item of kind {item['kind']}, and those before are of kind {kind}; a file is one task")
+        except Problem as problem:
             problems.append(f"{path}:{number}: {problem}")
             continue
         kind, key = item["kind"], (*item["pairs"], item["answer"])
@@ -151,7 +151,7 @@ def _open_task(path: Path, encoder: _Encoder, most_items: int | None) -> Task:
     for number, item in (questions[i * len(questions) // count] for i in range(count)):
         try:
             sequences = [encoder.encode(*pair) for pair in item["pairs"]]
-        except _Problem as problem:
+        except Problem as problem:
             problems.append(f"{path}:{number}: {problem}")
             continue
         truncated += sum(cut for _, cut in sequences)
@@ -164,20 +164,20 @@ def _open_task(path: Path, encoder: _Encoder, most_items: int | None) -> Task:
 
 
 def _read_item(line: bytes) -> dict:
-    """{"kind", "pairs": [(context, continuation), ...], "answer"} of a line. Raises _Problem."""
+    """{"kind", "pairs": [(context, continuation), ...], "answer"} of a line. Raises Problem."""
     try:
         item = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise _Problem(f"is not JSON in UTF-8 ({error})") from None
+        raise Problem(f"is not JSON in UTF-8 ({error})") from None
     if not isinstance(item, dict):
-        raise _Problem("is not a JSON object in braces")
+        raise Problem("is not a JSON object in braces")
     kind = CHOICES if "choices" in item else CONTEXTS if "contexts" in item else EXACT
     wanted, known = _KEYS[kind], {key for keys in _KEYS.values() for key in keys}
     if missing := [key for key in wanted if key not in item]:
         ways = " or ".join(f"{{{', '.join(keys)}}}" for keys in _KEYS.values())
-        raise _Problem(f"has no {' and no '.join(missing)}; an item has the keys {ways}")
+        raise Problem(f"has no {' and no '.join(missing)}; an item has the keys {ways}")
     if extra := [key for key in item if key in known and key not in wanted]:
-        raise _Problem(f"has both {wanted[1]} and {extra[0]}; an item of this kind has the keys {', '.join(wanted)}")
+        raise Problem(f"has both {wanted[1]} and {extra[0]}; an item of this kind has the keys {', '.join(wanted)}")
     if kind == CONTEXTS:
         contexts = _texts(item, "contexts", empty=True)
         pairs = [(context, _text(item, "continuation")) for context in contexts]
@@ -188,7 +188,7 @@ def _read_item(line: bytes) -> dict:
         pairs = [(_text(item, "context", empty=True), _text(item, "continuation"))]
     answer = item["answer"] if kind != EXACT else 0
     if type(answer) is not int or not 0 <= answer < len(pairs):
-        raise _Problem(f"has the answer {answer!r}, which must be a whole number from 0 to {len(pairs) - 1}")
+        raise Problem(f"has the answer {answer!r}, which must be a whole number from 0 to {len(pairs) - 1}")
     return {"kind": kind, "pairs": pairs, "answer": answer}
 
 
@@ -198,23 +198,23 @@ def _text(item: dict, key: str, empty: bool = False) -> str:
 
 def _texts(item: dict, key: str, empty: bool = False) -> list[str]:
     if not isinstance(item[key], list) or len(item[key]) < 2:
-        raise _Problem(f"has {key} {str(item[key])[:40]!r}, which must be a list of at least two texts")
+        raise Problem(f"has {key} {str(item[key])[:40]!r}, which must be a list of at least two texts")
     return [_checked(text, f"{key}[{number}]", empty) for number, text in enumerate(item[key])]
 
 
 def _checked(text: object, key: str, empty: bool) -> str:
     if not isinstance(text, str):
-        raise _Problem(f"has {key} {str(text)[:40]!r}, which must be a text")
+        raise Problem(f"has {key} {str(text)[:40]!r}, which must be a text")
     if not text and not empty:
-        raise _Problem(f"has an empty {key}: nothing would be measured")
+        raise Problem(f"has an empty {key}: nothing would be measured")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise _Problem(f"has {key} that is not valid Unicode ({error})") from None
+        raise Problem(f"has {key} that is not valid Unicode ({error})") from None
     return text
 
 
-class _Encoder:
+class Encoder:
     """Pairs of texts to sequences, in lm-eval's way."""
 
     def __init__(self, tokenizer: Tokenizer, max_length: int, vocab_size: int):
@@ -222,8 +222,17 @@ class _Encoder:
         self._prefix, self._max_length, self._vocab_size = tokenizer.prefix_id, max_length, vocab_size
         self._known: tuple[str, list[int]] = ("", [])  # the choices of an item share their context
 
+    def divides(self, context: str, continuation: str) -> bool:
+        """Whether the tokens of the context stay the same before this continuation, and the continuation has some."""
+        try:
+            sequence, _ = self.encode(context, continuation)
+        except Problem:
+            return False
+        begin = [] if context.strip() else [self._prefix]
+        return sequence.tokens.tolist() == begin + self._encode(context + continuation, bool(context.strip()))
+
     def encode(self, context: str, continuation: str) -> tuple[Sequence, bool]:
-        """(the sequence, whether its first tokens were left out). Raises _Problem."""
+        """(the sequence, whether its first tokens were left out). Raises Problem."""
         size = len(continuation.encode()), len(continuation)
         bare = context.rstrip()
         text = context[len(bare) :] + continuation
@@ -237,15 +246,15 @@ class _Encoder:
             if after and after[0] == self._prefix:
                 before, after = after[:1], after[1:]
         if not after:
-            raise _Problem(
+            raise Problem(
                 f"has the continuation {continuation[:40]!r}, which adds no token to its context: the tokenizer joins them; "
                 "divide the text elsewhere"
             )
         if len(after) > self._max_length:
-            raise _Problem(f"has a continuation of {len(after):,} tokens, and the model takes {self._max_length:,}; shorten it")
+            raise Problem(f"has a continuation of {len(after):,} tokens, and the model takes {self._max_length:,}; shorten it")
         tokens = np.array([*before, *after], dtype=np.int64)
         if tokens.max() >= self._vocab_size:
-            raise _Problem(
+            raise Problem(
                 f"has the id {tokens.max():,}, and the model has {self._vocab_size:,}: the tokenizer is not the model's"
             )
         kept = tokens[-(self._max_length + 1) :]

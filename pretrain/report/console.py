@@ -147,5 +147,5 @@ def task_lines(record: dict) -> list[str]:
         text = "not finite" if accuracy is None or not math.isfinite(accuracy) else f"{accuracy:6.1%} right"
         return f"{text} (guessing: {chance:.1%})  {math.nan if bits is None else bits:.4f} bits per byte"
 
-    lines = [f"tasks at step {record['step']:,}: {figures('task_').strip()}, in {human_seconds(record['task_seconds'])}"]
+    lines = [f"tasks at step {record['step']:,}: {figures('task_').strip()}, in {record['task_seconds']:.1f} s"]
     return lines + [f"  {name:{width}}  {figures(f'task/{name}/')}" for name in names]
