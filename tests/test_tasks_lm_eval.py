@@ -103,7 +103,14 @@ def with_space_in_front(folder: Path, corpus: list[str]) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-@pytest.fixture(scope="module", params=["own", "byte_level", "with_first_token", "with_space_in_front"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "own",
+        "with_first_token",
+        *(pytest.param(name, marks=pytest.mark.release) for name in ("byte_level", "with_space_in_front")),
+    ],
+)
 def folder(request, tmp_path_factory) -> Path:
     """A Hugging Face folder with a tokenizer."""
     made = tmp_path_factory.mktemp(request.param)

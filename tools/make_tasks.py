@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for one file per task, NAME.jsonl")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="with --data: the tokenizer of the token files")
     parser.add_argument("--items", type=command_line.at_least(1), metavar="N",
-                        help="at most so many items per task (default: with --data 36, else all)")  # fmt: skip
+                        help="at most so many items per task (default: with --data 30, else all)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=1234, metavar="S", help="with --data: seed of the choice (%(default)s)")
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="with --lm-eval: examples before each question; "
                         "default: set by the task")  # fmt: skip
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     if options.data and not options.tokenizer:
         parser.error("--data: give --tokenizer, which turns the tokens into text")
-    made = from_code(options) if options.data else from_lm_eval(options)
+    made = list(from_code(options) if options.data else from_lm_eval(options))  # all or nothing
     options.output.mkdir(parents=True, exist_ok=True)
     for name, items in made:
         path = options.output / f"{name}.jsonl"
@@ -84,7 +84,7 @@ def from_code(options: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
     for make in (next_line, indentation, bracket, keyword_of, name, docstring):
         task = make.__name__.removesuffix("_of")
         draw = random.Random(f"{options.seed} {task}")
-        items = chosen(make(sources, draw), options.items or 36, encoder, draw)
+        items = chosen(make(sources, draw), options.items or 30, encoder, draw)
         if len(items) < _LEAST_ITEMS:
             raise DataError(
                 f"{', '.join(options.data)}: has {len(items)} questions for the task {task}, which needs {_LEAST_ITEMS}: too "
@@ -185,17 +185,19 @@ def answered(context: str, right: str, wrong: list[str], draw: random.Random) ->
 
 
 def next_line(sources: list[Source], draw: random.Random) -> Iterator[tuple[object, dict]]:
-    """The next line, or another one of the document with the same indentation and about the same length."""
-    for source in sources:
-        lines = list(source.statements())
-        for number in lines:
-            right = source.lines[number]
-            others = [source.lines[other] for other in lines if abs(other - number) > 4]
-            others = [line for line in others if indent(line) == indent(right) and 0.8 <= len(line) / len(right) <= 1.25]
-            others = [line for line in others if line != right]
-            if others:
-                context, end = source.context(number)
-                yield 0, answered(context, end + right, [end + draw.choice(others)], draw)
+    """After which lines a line comes: those before it, or those before a line of another document with the same indentation.
+    The line is the same for both, so that neither its length nor its words decide."""
+    places = [(source, number, *source.context(number)) for source in sources for number in source.statements()]
+    groups: dict[tuple, list] = {}
+    for place in places:
+        groups.setdefault((indent(place[0].lines[place[1]]), place[3]), []).append(place)
+    for source, number, context, end in places:
+        right = source.lines[number]
+        others = [each for each in groups[indent(right), end] if each[0] is not source and right not in each[0].text]
+        if others:
+            contexts = [context, draw.choice(others)[2]]
+            draw.shuffle(contexts)
+            yield 0, {"contexts": contexts, "continuation": end + right, "answer": contexts.index(context)}
 
 
 def indent(line: str) -> int:
@@ -288,7 +290,7 @@ def from_lm_eval(options: argparse.Namespace) -> Iterator[tuple[str, list[dict]]
             raise UserError(
                 f"--lm-eval: there is no task {wanted!r}; `lm-eval ls tasks` lists them, --include-path adds your own"
             )
-        # Since lm-eval 0.4.10 or so; before, groups were dicts in dicts.
+        # Earlier versions of lm-eval have no `load`, and their groups are dicts in dicts.
         found = manager.load([wanted])["tasks"] if hasattr(manager, "load") else manager.load_task_or_group([wanted])
         for task in leaves(found):
             if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):

@@ -41,7 +41,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A
 ALARM = "#c00000"
 LEAST_SPAN = 0.5  # nats that the vertical axis spans at least: noise must not look like a trend
 SOURCE_PREFIX = "loss/"  # of the metrics of training sources
-LABEL_GAP = 0.042  # between two labels at the right edge, as a fraction of the height
+LABEL_GAP = 0.042  # between two labels at the right edge, as a fraction of the height of the upper panel
 
 
 @dataclass
@@ -190,7 +190,7 @@ def _draw_sources(axes: Axes, run: Curves, x: XAxis) -> None:
     margin = max(0.05 * (high - low), (LEAST_SPAN - (high - low)) / 2)
     axes.set_ylim(low - margin, high + margin)
     axes.set_xlim(0, float(run.x(x)[-1]) * 1.005)
-    _write_labels(axes, labels, low - margin, high + margin)
+    _write_labels(axes, labels, low - margin, high + margin, 3.6)
     _mark_stages(axes, run, x)
     _decorate(axes, [run], x)
     few = len(chosen) < len(run.sources)
@@ -214,7 +214,7 @@ def _draw_tasks(axes: Axes, run: Curves, x: XAxis) -> None:
         labels.append((values[-1] if math.isfinite(values[-1]) else 0.0, shown, color))
     axes.set_ylim(0, 1)
     axes.set_xlim(0, float(run.x(x)[-1]) * 1.005)
-    _write_labels(axes, labels, 0.0, 1.0)
+    _write_labels(axes, labels, 0.0, 1.0, 3.6)
     _mark_stages(axes, run, x)
     _decorate(axes, [run], x)
     axes.set_ylabel("right answers")
@@ -336,15 +336,16 @@ def _reference_labels(runs: Sequence[Curves]) -> list[tuple[float, str, str]]:
     return labels
 
 
-def _write_labels(axes: Axes, labels: list[tuple[float, str, str]], low: float, high: float) -> None:
-    """Writes each label at the right edge beside its line, moved apart where labels would overlap."""
+def _write_labels(axes: Axes, labels: list[tuple[float, str, str]], low: float, high: float, inches: float = 6.2) -> None:
+    """Writes each label at the right edge beside its line, apart where they would overlap. inches: height of the panel."""
+    gap = LABEL_GAP * 6.2 / inches
     placed: list[float] = []
     for wanted, _, _ in sorted(labels):
         height = (wanted - low) / (high - low)
-        placed.append(max(height, placed[-1] + LABEL_GAP) if placed else max(height, 0.0))
+        placed.append(max(height, placed[-1] + gap) if placed else max(height, 0.0))
     overflow = max(0.0, placed[-1] - 1.0) if placed else 0.0
     for index in range(len(placed) - 1, -1, -1):  # pushed over the top: shift down, only as far as needed
-        ceiling = placed[index + 1] - LABEL_GAP if index + 1 < len(placed) else 1.0
+        ceiling = placed[index + 1] - gap if index + 1 < len(placed) else 1.0
         placed[index] = min(placed[index], ceiling) if overflow else placed[index]
     for height, (wanted, text, color) in zip(placed, sorted(labels), strict=True):
         axes.annotate(
