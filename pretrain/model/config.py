@@ -63,6 +63,17 @@ class MoeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScalingConfig:
+    """Initial scale and learning rate of each weight follow from the size of the model, relative to a base size at which the
+    learning rate was found (`pretrain/model/scaling.py`). Models of several sizes need the same head_dim."""
+
+    base_hidden_size: PositiveInt = frozen()
+    """hidden_size of the model whose learning rate, weight decay and eps the settings of the optimizer are."""
+    base_num_hidden_layers: PositiveInt = frozen()
+    """num_hidden_layers of that model."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder of the Llama family: dense (Llama, Mistral; with qk_norm Qwen3) or with experts (Mixtral, Qwen3-MoE). Names are
     those of Hugging Face configurations. configs/models/ has published shapes."""
@@ -105,6 +116,8 @@ class ModelConfig:
     """One matrix for the input embedding and the head."""
     moe: MoeConfig | None = frozen(None)
     """Mixture of experts; null: dense."""
+    scaling: ScalingConfig | None = frozen(None)
+    """Transfer of the learning rate from a smaller model; null: off."""
 
 
 # ---------------------------------------------------------------- combinations that cannot work
@@ -181,6 +194,7 @@ def differences(old: ModelConfig, new: ModelConfig) -> list[tuple[str, Any, Any]
     """
     before, after = (schema.flatten(schema.to_dict(model)) for model in (old, new))
     free = {"from_pretrained", "vocab_multiple", "max_position_embeddings"}
+    free |= {"scaling", "scaling.base_hidden_size", "scaling.base_num_hidden_layers"}
     free |= {"moe.balance", "moe.aux_loss_weight", "moe.z_loss_weight", "moe.bias_update_rate"}
     if new.vocab_size >= old.vocab_size:
         free.add("vocab_size")
@@ -209,7 +223,7 @@ def resolve_model(model: ModelConfig, *, vocab_size: int, sequence_length: int) 
 
 def model_from_dict(values: dict[str, Any]) -> ModelConfig:
     """The inverse of `dataclasses.asdict`; keys that `values` lacks, as those of older versions do, get their defaults."""
-    sections = {"rope_scaling": RopeScalingConfig, "moe": MoeConfig}
+    sections = {"rope_scaling": RopeScalingConfig, "moe": MoeConfig, "scaling": ScalingConfig}
     return ModelConfig(**{
         key: sections[key](**value) if key in sections and value is not None else value for key, value in values.items()
     })  # fmt: skip
@@ -218,7 +232,7 @@ def model_from_dict(values: dict[str, Any]) -> ModelConfig:
 def shrink(model: ModelConfig, context: int) -> ModelConfig:
     """A model of the same kind that a CPU trains in seconds, for samples of `context` tokens; not resolved.
 
-    Grouped queries, query norm, tied embeddings, sliding window and experts stay.
+    Grouped queries, query norm, tied embeddings, sliding window, experts and scaling (of a size other than the base's) stay.
     """
     heads, moe = 4, model.moe
     grouped = (model.num_key_value_heads or model.num_attention_heads) < model.num_attention_heads
@@ -236,4 +250,5 @@ def shrink(model: ModelConfig, context: int) -> ModelConfig:
         intermediate_size=128,
         sliding_window=model.sliding_window and context // 2,
         moe=moe,
+        scaling=model.scaling and ScalingConfig(base_hidden_size=32, base_num_hidden_layers=1),
     )

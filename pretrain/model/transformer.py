@@ -25,6 +25,7 @@ from pretrain.model.flops import vocabulary_rows
 from pretrain.model.functions import rms_norm
 from pretrain.model.loss import IGNORED, chunk_step, cross_entropy_sums, product_dtype, ranking_step
 from pretrain.model.moe import MixtureOfExperts, Routing
+from pretrain.model.scaling import LAST_OF_BRANCH, Scale, scale
 
 
 class RMSNorm(nn.Module):
@@ -261,9 +262,11 @@ class Transformer(nn.Module):
         The head reads a vector of length sqrt(D), so its logits have variance D * std^2 = 0.16, and the first loss exceeds
         ln V by half of that: under 2 % for any V >= 64. Tied, the input token's own logit is D * std^2 / rms, where rms is the
         size of the residual stream after the last block, which the scaled branches keep near 0.5: again less than one.
+
+        With `model.scaling`, `scaling.py` changes these standard deviations, and may change the weight of the last norm.
         """
         if name.endswith("norm.weight"):
-            values.fill_(1.0)
+            values.fill_(scale(self.config, name).std)
         elif name.endswith((".e_score_correction_bias", ".expert_share")):
             values.fill_(0.0 if name.endswith("bias") else 1 / shape[0])
         else:
@@ -271,13 +274,20 @@ class Transformer(nn.Module):
             generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
             _draw_normal(values, offset, math.prod(shape), self._initial_std(name, shape[-1]), generator)
 
+    def scale(self, name: str, *, muon: bool) -> Scale:
+        """How `model.scaling` changes the update of the parameter `name`, for the optimizer."""
+        return scale(self.config, name, muon=muon)
+
     def _initial_std(self, name: str, fan_in: int) -> float:
+        return self._plain_std(name, fan_in) * scale(self.config, name).std
+
+    def _plain_std(self, name: str, fan_in: int) -> float:
         config = self.config
         if name == "lm_head.weight" or (name == "model.embed_tokens.weight" and config.tie_word_embeddings):
             return 0.4 * config.hidden_size**-0.5
         if name == "model.embed_tokens.weight":
             return 0.3
-        if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
+        if name.endswith(LAST_OF_BRANCH):
             return (fan_in * 2 * config.num_hidden_layers) ** -0.5
         return fan_in**-0.5
 

@@ -21,24 +21,35 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
     The blocks are the parameters under `model.layers`. Embeddings and head are look-up tables of token ids; Muon would make
     their rows alike (Jordan et al. 2024), so they stay with AdamW.
+
+    With `model.scaling`, the factors that `model.scale` returns divide these groups further: `lr_scale` multiplies the learning
+    rate (`Engine.update`), `weight_decay` and `eps` are each group's own. Without it, all factors are 1.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    hidden, decayed, plain = [], [], []
+    hidden, decayed, plain = {}, {}, {}  # parameters of each Scale
     for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or id(parameter) in embeddings:
-            plain.append(parameter)
-        elif config.name == "muon" and name.startswith("model.layers."):
-            hidden.append(parameter)
-        else:
-            decayed.append(parameter)
-    rule = {"betas": tuple(config.betas), "eps": config.eps}
-    groups = [{"params": decayed, "weight_decay": config.weight_decay, **rule}, {"params": plain, "weight_decay": 0.0, **rule}]
+        muon = config.name == "muon" and name.startswith("model.layers.") and parameter.ndim >= 2
+        rule = plain if parameter.ndim < 2 or id(parameter) in embeddings else hidden if muon else decayed
+        rule.setdefault(model.scale(name, muon=muon), []).append(parameter)
+    groups = [
+        {
+            "params": parameters,
+            "lr_scale": scale.lr,
+            "weight_decay": scale.weight_decay * (0.0 if rule is plain else config.weight_decay),
+            **(
+                {"momentum": config.momentum}
+                if rule is hidden
+                else {"betas": tuple(config.betas), "eps": scale.eps * config.eps}
+            ),
+        }
+        for rule in (hidden, decayed, plain)
+        for scale, parameters in rule.items()
+    ]
     if config.name == "muon":
         from pretrain.optim.muon import Muon  # imports torch.distributed.tensor: a second that AdamW can save
 
-        groups.insert(0, {"params": hidden, "weight_decay": config.weight_decay, "momentum": config.momentum})
-        return Muon([group for group in groups if group["params"]], lr=config.lr)
-    fused = all(parameter.device.type in ("cpu", "cuda", "xpu", "mps") for parameter in decayed + plain)
+        return Muon(groups, lr=config.lr)
+    fused = all(parameter.device.type in ("cpu", "cuda", "xpu", "mps") for parameter in model.parameters())
     return AdamW(groups, lr=config.lr, fused=fused)
 
 
