@@ -52,8 +52,8 @@ def main(argv: list[str]) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     runs = Runs(config, parts, options)
     found = []
-    for optimizer in options.optimizers:
-        for axis in ("width", "depth"):
+    for axis in ("width", "depth"):
+        for optimizer in options.optimizers:
             for scaled in (True, False):
                 exponent = round(math.log2(options.lr))
                 for size in getattr(options, f"{axis}s"):

@@ -432,7 +432,7 @@ def test_resuming_refuses_frozen_keys_and_lets_guarded_ones_be_confirmed():
 def test_resolve_model_fills_every_null():
     model = resolve_model(Config().model, vocab_size=100, sequence_length=64)
     null = {key for key, value in vars(model).items() if value is None}
-    assert null == {"from_pretrained", "rope_scaling", "sliding_window", "moe"}
+    assert null == {"from_pretrained", "rope_scaling", "sliding_window", "moe", "scaling"}
     assert (model.head_dim, model.intermediate_size, model.num_key_value_heads) == (64, 1408, 8)
 
 

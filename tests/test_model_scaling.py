@@ -8,14 +8,19 @@ import math
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from pretrain import config as settings
-from pretrain.config import OptimizerConfig
+from pretrain.config import EngineConfig, OptimizerConfig, ParallelConfig
+from pretrain.data.batches import Batch
+from pretrain.engines.start import start_engine
 from pretrain.model import hf_mapping
 from pretrain.model.config import ModelConfig, ScalingConfig, differences, model_from_dict, resolve_model
 from pretrain.model.transformer import Transformer, build
 from pretrain.optim.optimizer import build_optimizer
+from pretrain.train import train_step
 from tests.models import moe
+from tests.ranks import run_ranks
 
 V, LR = 96, 1e-2
 BASE = ScalingConfig(base_hidden_size=32, base_num_hidden_layers=2)
@@ -163,3 +168,39 @@ def test_scaling_is_a_setting_of_training_alone(tmp_path):
     other.load_state_dict(model.state_dict())
     assert torch.equal(model(tokens_BT), other(tokens_BT)), "the forward pass must not depend on scaling"
     assert math.isfinite(float(model(tokens_BT).detach().sum()))
+
+
+ENGINES = {
+    "ddp": EngineConfig(name="ddp"),
+    "zero1": EngineConfig(name="zero1"),
+    "zero3": EngineConfig(name="zero3", keep_whole_below=100),
+    "fsdp2": EngineConfig(name="fsdp2"),
+    "ddp tensor": EngineConfig(name="ddp", parallel=ParallelConfig(tensor=2)),
+    "fsdp2 tensor": EngineConfig(name="fsdp2", parallel=ParallelConfig(tensor=2)),
+}
+
+
+def losses_on_a_rank(names: list[str], rule: str) -> dict[str, list[float]]:
+    found, config = {}, OptimizerConfig(name=rule, lr=LR, eps=1e-3, weight_decay=0.5)
+    for name in names:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        engine = start_engine(ENGINES[name])
+        engine.prepare(lambda: Transformer(sized(2, 2)), lambda model: build_optimizer(model, config), 0.0, seed=0)
+        tokens_BT = torch.randint(0, V, (2, 17), generator=torch.Generator().manual_seed(0))
+        rows = tokens_BT.chunk(engine.mesh.sample_ranks)[engine.mesh.sample_rank]
+        batch = Batch(rows[:, :-1], rows[:, 1:], None, None)
+        results = [train_step(engine, [engine.part_of(batch)], LR) for _ in range(4)]
+        sums = engine.all_reduce(torch.stack([result.loss_sum for result in results]))
+        found[name] = (sums / sums[0]).tolist()  # of some kinds of parallelism, several ranks hold the same sum
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rule", "names"), [("adamw", list(ENGINES)), ("muon", ["ddp", "fsdp2", "fsdp2 tensor"])])
+def test_every_engine_gives_each_weight_its_own_learning_rate(rule, names):
+    """Also where ranks have cut a matrix: the factors are those of the entire model."""
+    model = build(sized(2, 2), "cpu", seed=0)
+    expected = trained(model, build_optimizer(model, OptimizerConfig(name=rule, lr=LR, eps=1e-3, weight_decay=0.5)), 4)
+    found = run_ranks(2, losses_on_a_rank, names, rule, timeout=600)
+    for name in names:
+        assert found[0][name] == pytest.approx([loss / expected[0] for loss in expected], rel=2e-4), name
