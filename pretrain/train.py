@@ -103,6 +103,14 @@ def _sample_losses(engine: Engine, window: list[Batch], losses: list[Tensor]) ->
     return SampleLosses(*(torch.cat(column) for column in zip(*rows, strict=True)))
 
 
+def micro_batches(engine: Engine, taken: Batch, size: int) -> list[Batch]:
+    """This rank's part of the samples that it has taken, in micro-batches of `size`, where `to_device` copies from."""
+    samples = engine.pin(engine.part_of(taken))
+    parts = (None if tensor is None else tensor.split(size) for tensor in samples)
+    columns = [part or [None] * (len(taken.tokens_BT) // size) for part in parts]
+    return [Batch(*tensors) for tensors in zip(*columns, strict=True)]
+
+
 # ================================================================ the job
 
 
@@ -339,10 +347,7 @@ def _windows(run: Run) -> Iterator[tuple[list[Batch], flops.Attended | None]]:
         taken, pairs = run.data.take(position + engine.mesh.sample_rank * per_rank, per_rank), None
         if taken.documents_BT is not None:
             pairs = flops.attended(taken.document_lengths, run.model.sliding_window)
-        samples = engine.pin(engine.part_of(taken))
-        parts = (None if tensor is None else tensor.split(batch.micro_batch_size) for tensor in samples)
-        columns = [part or [None] * (per_rank // batch.micro_batch_size) for part in parts]
-        return [Batch(*tensors) for tensors in zip(*columns, strict=True)], pairs
+        return micro_batches(engine, taken, batch.micro_batch_size), pairs
 
     def positions() -> Iterator[int]:
         position, skipped = run.progress.position, run.progress.skipped_positions
