@@ -54,7 +54,7 @@ class Bench:
         found: where probes of `steps` steps start; None: from the initial weights.
         """
         self.found, self.steps, refusal, facts = found, steps, None, {}
-        self.warmup_steps, self.decay_steps = max(1, round(0.1 * steps)), round(0.4 * steps)
+        self.warmup_steps, self.decay_steps = round(0.2 * steps), round(0.4 * steps)  # 0.1 made AdamW prefer too low rates
         try:
             require_device(place)
             self.state = read_saved(self.found) if self.found else None
