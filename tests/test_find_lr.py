@@ -92,6 +92,7 @@ def test_an_interrupted_search_continues_and_another_one_is_refused(tiny, tmp_pa
         for probe in result["probes"]:
             del probe["seconds"]
     assert results[0] == results[1]
+    assert read_json_lines(cut / "probes.jsonl").unreadable == 0  # what is appended does not continue the line that was cut
     assert (cut / "find_lr.png").read_bytes()[:4] == b"\x89PNG" and "3 probes of an earlier start" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"optimizer\.weight_decay"):
         main([*tiny, *FEW, "--output", str(cut), "--optimizer.weight_decay", "0"])

@@ -199,8 +199,7 @@ def _draw(curves: np.ndarray) -> np.ndarray:
     """Curves (n, rates) around the mean of `curves` (repeats, rates) as that mean is around the true one: normal, with the
     covariance of the repeats, divided by the root of chi squared over its degrees of freedom, as Student's t."""
     repeats, random = len(curves), np.random.default_rng(_SEED)
-    centred = curves - curves.mean(1, keepdims=True)  # the level of a repeat says nothing about rates
-    deviations = (centred - centred.mean(0)) / math.sqrt(repeats * (repeats - 1))
+    deviations = (curves - curves.mean(0)) / math.sqrt(repeats * (repeats - 1))
     scale = np.sqrt(random.chisquare(repeats - 1, (_CURVES, 1)) / (repeats - 1))
     return curves.mean(0) + random.standard_normal((_CURVES, repeats)) @ deviations / scale
 
