@@ -170,7 +170,7 @@ class Bench:
             "diverged": diverged,
             "unstable": diverged or highest > (1 + UNSTABLE) * known[0],
             "before": before,
-            "losses": known,
+            "losses": [each if math.isfinite(each) else None for each in known],
             "seconds": round(time.monotonic() - began, 3),
         }
 

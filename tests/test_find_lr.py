@@ -98,6 +98,18 @@ def test_an_interrupted_search_continues_and_another_one_is_refused(tiny, tmp_pa
         main([*tiny, *FEW, "--output", str(cut), "--optimizer.weight_decay", "0"])
 
 
+def test_where_every_probe_diverges_the_files_are_readable_and_nothing_is_recommended(tiny, tmp_path, capsys):
+    """Losses that are far too high, and losses and gradients that are not finite."""
+    flags = ["--steps", "10", "--repeats", "2", "--points", "3", "--lrs", "1e6", "1e30"]
+    assert main([*tiny, *flags, "--output", str(tmp_path / "found")]) == 2
+    text = (tmp_path / "found" / "find_lr.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert found["lr"] is None and all(probe["diverged"] and probe["val_loss"] is None for probe in found["probes"])
+    assert found["diverges_from"] == 1e6 and (tmp_path / "found" / "find_lr.png").exists()
+    assert any(None in probe["losses"] for probe in found["probes"])
+    assert "--optimizer.lr" not in capsys.readouterr().out
+
+
 def test_without_validation_data_a_probe_is_judged_by_the_samples_after_those_of_all_probes(tiny, tmp_path):
     write(tmp_path / "text", documents(400 * [40], vocab_size=64), vocab_size=64)
     source = json.dumps([{"path": str(tmp_path / "text")}])

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 # Power of the length with which the best rate falls: AdamW -0.32 (Bjorck et al. 2025, arXiv 2409.19913), Scion, which is close
 # to Muon, -0.28 (Filatov et al. 2025, arXiv 2510.03871), both with a constant batch.
 EXPONENT = -0.3
-MEASURED = (-0.6, -0.05)  # between these it was in our measurements (docs/running.md), of runs up to
+MEASURED = (-0.6, 0.1)  # between these it was in our measurements (docs/running.md), of runs up to
 LONGEST = 16  # times as long as the probes
 MESSAGE_SECONDS = 15.0
 
@@ -61,7 +61,11 @@ def main(argv: list[str]) -> int:
     name = config.run.name + (f"_step_{checkpoint.step}" if checkpoint else "")
     output = options.output or Path(config.run.directory) / "find_lr" / name
     grid = grid_between(*options.lrs, options.points) if options.lrs else grid_around(config.optimizer.lr, options.points)
-    return search(config, options, checkpoint, grid, output, place)
+    try:
+        return search(config, options, checkpoint, grid, output, place)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: the same command continues with the probes in {output}", end="", file=sys.stderr)
+        raise
 
 
 # ---------------------------------------------------------------- flags and settings
@@ -274,7 +278,7 @@ def report(bench: Bench, options: argparse.Namespace, found: Found, result: Answ
     for line in verdict(result, bench):
         print(line)
     write_atomically(output / "find_lr.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
-    plot_lr(found.losses, result, f"{bench.steps} steps, {options.repeats} repeats", output / "find_lr.png")
+    plot_lr(content, f"{bench.steps} steps, {options.repeats} repeats", output / "find_lr.png")
     print(f"{output / 'find_lr.png'}, {output / 'find_lr.json'}")
 
 
