@@ -79,6 +79,13 @@ def test_a_validation_that_will_be_repeated_is_removed(tmp_path):
     assert read_records(tmp_path) == [{"step": 5, "val_loss": 2.0}, *losses]
 
 
+def test_tasks_that_will_be_repeated_are_removed_without_the_validation_of_their_step(tmp_path):
+    kept = [{"step": 5, "task_accuracy": 0.5}, {"step": 10, "loss": 1.0}, {"step": 10, "val_loss": 1.0}]
+    path = write(tmp_path, *kept, {"step": 10, "task_accuracy": 0.75, "task/a/accuracy": 0.75})
+    assert cut_records(path, 10, ["tasks"]) == (1, None)
+    assert read_records(tmp_path) == kept
+
+
 def test_a_last_line_torn_at_any_length_is_repaired(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": 1 / step}).encode() + b"\n" for step in (1, 2)]

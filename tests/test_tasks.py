@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from launch import evaluate as program
 from pretrain.config import ConfigError, EngineConfig, OptimizerConfig, ParallelConfig, load
 from pretrain.data.errors import TaskError
 from pretrain.data.tasks import CHOICES, CONTEXTS, EXACT, Item, Sequence, Task, findings, open_tasks
@@ -461,3 +462,24 @@ def test_ranks_with_other_tasks_are_told_apart(flags, tmp_path):
         config = load([*flags, "--evaluate.tasks", f"[{path}]"], world_size=None)
         found.append(facts(config, open_parts(config), run_of(flags)))
     assert {key for key in found[0] if found[0][key] != found[1][key]} == {"task words"}
+
+
+# ---------------------------------------------------------------- a trained model
+
+
+def evaluate_here(words: list[str]) -> None:
+    program.main(words)
+
+
+def test_files_are_measured_alone_and_on_two_ranks_as_the_run_measured_them(flags, straight, tmp_path):
+    last = of_tasks(straight)[-1]
+    names = f"{Path(flags[-1]).parent / 'tasks'}"
+    words = ["--run", str(straight), "--tasks", names, "--precision", "fp32", "--output"]
+    for ranks, config in ((1, "ddp"), (2, "fsdp2")):
+        path = tmp_path / f"{ranks}.json"
+        run_ranks(ranks, evaluate_here, [*words, str(path), "--engine", config])
+        found = json.loads(path.read_text())
+        assert (found["step"], found["tasks"].keys()) == (12, {"words", "next"})
+        for task, figures in found["tasks"].items():
+            for figure, value in figures.items():
+                assert last[f"task/{task}/{figure}"] == pytest.approx(value, rel=1e-5), (ranks, task, figure)
