@@ -102,8 +102,20 @@ class OptimizerConfig:
     """AdamW adds it to the root of the second moment."""
     momentum: Decay = guarded(0.95)
     """Muon's decay of the momentum; adamw ignores it."""
+    row_beta: Decay = guarded(0.0)
+    """Muon divides each row of an update by the root of its mean square, which decays by this factor per step (NorMuon; its
+    paper: 0.95); adamw ignores it. 0: off."""
     weight_decay: NonNegativeFloat = guarded(0.1)
     """Decoupled decay per unit of learning rate. 0: off."""
+    cautious_decay: bool = guarded(False)
+    """Only weights that the update moves towards zero decay, too."""
+    lookahead: NonNegativeFloat = guarded(0.0)
+    """At the peak learning rate, each gradient is taken this many mean steps ahead (EMA-Nesterov; its paper: 0.6); less at
+    lower rates, and none below a third of the peak. 0: off."""
+    lookahead_decay: Decay = guarded(0.99)
+    """Decay per step of the mean step of lookahead."""
+    average_decay: Decay = guarded(0.0)
+    """Decay per step of an average of the weights, which validation, sample texts and exported models then use. 0: off."""
     grad_clip: NonNegativeFloat = guarded(1.0)
     """Largest global norm of the full gradient. 0: off."""
 

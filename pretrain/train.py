@@ -302,12 +302,13 @@ def _evaluate(run: Run, stop: StopRequest, clock: Clock) -> tuple[float | None, 
     -> (val_loss, requests to stop)."""
     progress, val_loss = run.progress, None
     try:
-        if progress.evaluation_due:
-            with clock.paused("validation"):
-                val_loss = _validate(run, stop)
-        if progress.tasks_due:
-            with clock.paused("tasks"):
-                _measure_tasks(run, stop)
+        with run.engine.averaged_weights() as averaged:
+            if progress.evaluation_due:
+                with clock.paused("validation"):
+                    val_loss = _validate(run, stop, averaged)
+            if progress.tasks_due:
+                with clock.paused("tasks"):
+                    _measure_tasks(run, stop)
     except Stopped as stopped:
         return val_loss, stopped.flags
     return val_loss, []
@@ -321,14 +322,15 @@ def _measure_tasks(run: Run, stop: StopRequest) -> None:
     output.log_tasks(run, figures | {"task_seconds": time.monotonic() - began})
 
 
-def _validate(run: Run, stop: StopRequest) -> float:
-    """Raises Stopped."""
+def _validate(run: Run, stop: StopRequest, averaged: bool) -> float:
+    """averaged: the weights are an average. Raises Stopped."""
     batch, max_batches = run.config.batch, run.config.evaluate.max_batches  # the same set in every stage
     samples = None if max_batches is None else max_batches * batch.global_batch_size
-    figures = evaluate(run.engine, run.valid, batch.micro_batch_size, samples, stop.flags)
-    run.progress.val_loss, run.progress.evaluation_due = figures["val_loss"], False
     prompts, most_tokens = run.config.evaluate.sample_prompts, run.config.evaluate.sample_tokens
+    figures = evaluate(run.engine, run.valid, batch.micro_batch_size, samples, stop.flags)
+    figures |= {"val_weights": "average"} if averaged else {}
     generated = continue_prompts(run.engine, run.tokenizer, prompts, most_tokens) if prompts else []
+    run.progress.val_loss, run.progress.evaluation_due = figures["val_loss"], False
     output.log_validation(run, figures, generated)
     return figures["val_loss"]
 

@@ -34,7 +34,7 @@ from pretrain import UserError
 from pretrain.checkpoint.manifest import FORMAT_VERSION, Checkpoint, CheckpointError, UnsafeCheckpoint, checkpoints, digest_json
 from pretrain.checkpoint.tensors import BLOCK, StoredShard, read_values, shards_header
 from pretrain.engines.base import Engine
-from pretrain.engines.shards import Shard
+from pretrain.engines.shards import AVERAGES, Shard
 from pretrain.files import sync_folder, unused_name
 
 MAX_FILE_BYTES = 1 << 30
@@ -335,7 +335,18 @@ def load(checkpoint: Checkpoint, engine: Engine) -> dict:
     state, reader = checkpoint.state(), CheckpointReader(checkpoint)
     if state.get("step") != checkpoint.step or type(state.get("optimizer_updates")) is not int:
         raise CheckpointError(f"{checkpoint.path}: state.json is from step {state.get('step')}; was the folder renamed?")
-    engine.restore(reader.read_into)
+    kinds = {name.partition("/")[0] for name in reader.by_name}
+
+    def fill(shard: Shard) -> None:
+        kind, _, name = shard.name.partition("/")
+        if kind in AVERAGES - kinds:  # it was not kept when the checkpoint was saved, so it begins now
+            shard = shard._replace(name=f"model/{name}")
+        if kind == "row_square" and kind not in kinds:
+            shard.values.zero_()
+        else:
+            reader.read_into(shard)
+
+    engine.restore(fill)
     engine.updates = state["optimizer_updates"]
     return state
 

@@ -31,7 +31,7 @@ from pretrain.engines.forward_time import ForwardTimer
 from pretrain.engines.mesh import Mesh
 from pretrain.engines.place import FOREIGN, Place, read_place
 from pretrain.engines.rendezvous import meet
-from pretrain.engines.shards import Cut, Holders, LocalState, Shard
+from pretrain.engines.shards import Cut, Holders, LocalState, Shard, exchange_averages, row_states, start_averages
 from pretrain.engines.watchdog import Watchdog, interval, record_collectives
 
 _KEPT_VARIABLES = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_LOG_LEVEL")
@@ -168,7 +168,7 @@ class Engine:
     def _draw(self, seed: int) -> None:
         """Sets the initial weights of `seed`: several parameters at once, on this rank's share of the host's cores. Each has a
         generator of its own, so that their order does not matter."""
-        states = list(self._held(saving=False))
+        states = [state for state in self._held(saving=False) if "model" in state.tensors]
         states.sort(key=lambda state: state.offset + state.tensors["model"].numel(), reverse=True)  # the longest draws first
 
         def draw(shard: Shard) -> None:
@@ -179,6 +179,7 @@ class Engine:
             for drawn in [pool.submit(state.fill, draw, moments=False) for state in states]:
                 drawn.result()
                 self.watchdog.alive("drawing its initial weights")
+        start_averages(self.local_states(saving=False))
         self._refresh()
 
     def _warm_up(self) -> None:
@@ -293,11 +294,28 @@ class Engine:
             for state in self._held(saving=False):
                 self.watchdog.alive("loading")
                 state.fill(fill, moments)
+        if not moments:
+            start_averages(self.local_states(saving=False))
         self._refresh()
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[bool]:
+        """In this context the model has the average of its weights, if the optimizer keeps one (True). A collective."""
+        averaged = exchange_averages(self.local_states(saving=False))
+        if averaged:
+            self._refresh()
+        try:
+            yield averaged
+        finally:
+            if averaged:
+                exchange_averages(self.local_states(saving=False))
+                self._refresh()
 
     def _held(self, saving: bool) -> Iterator[LocalState]:
         """This rank's part of weights, of moments if they exist, and of buffers."""
         yield from self.local_states(saving)
+        if getattr(self.optimizer, "row_beta", 0):
+            yield from row_states(self.optimizer, self.model, self.local_states(saving=False), self._saves_rows, saving)
         for name, buffer in self.model.named_buffers():  # fp32 and equal on all ranks, so rank 0 saves them
             values = buffer.view(-1)[: 0 if saving and self.rank > 0 else None]
             yield LocalState(name, tuple(buffer.shape), 0, {"model": values})
@@ -306,6 +324,10 @@ class Engine:
         """This rank's part of each parameter. saving: only the parts that this rank must save. Moments are included once they
         exist."""
         raise NotImplementedError
+
+    def _saves_rows(self, name: str) -> bool:
+        """Whether no other rank works on the matrices on which this rank works."""
+        return True
 
     def replicated_weights(self) -> Iterator[tuple[list[Tensor], dist.ProcessGroup | None]]:
         """Weights that should be equal on all ranks of a group, in one order everywhere, and the group; None: all ranks."""

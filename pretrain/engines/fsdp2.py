@@ -144,6 +144,10 @@ class Fsdp2Engine(Engine):
         """Whether this rank saves its shard, as the first of those that have it."""
         return self.mesh.rank < self.mesh.ranks // self.mesh.replicas and (name in self.cuts or self.mesh.tensor_rank == 0)
 
+    def _saves_rows(self, name: str) -> bool:
+        # What ranks have not cut, each replica works on for itself if it is divided (`_holders`).
+        return name in self.cuts or self.mesh.tensor == 1 or self.mesh.rank < self.mesh.ranks // self.mesh.replicas
+
     def replicated_weights(self) -> Iterator[tuple[list[Tensor], dist.ProcessGroup | None]]:
         self._reshard()
         local = {name: fp8.plain(parameter.to_local()) for name, parameter in self.model.named_parameters()}

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+AVERAGES = {"average", "trail"}
+"""Kinds of the optimizer's state that follow the weights (`pretrain.optim.averages`); where there is none yet, it begins there."""
+_BLOCK = 1 << 24
+"""Elements that are exchanged at a time."""
 
 
 class Shard(NamedTuple):
@@ -62,7 +68,8 @@ class LocalState(NamedTuple):
     offset: int
     """Index of the first value in the flattened parameter of this shape."""
     tensors: dict[str, Tensor]
-    """1-D views of live fp32 memory: `model` is the weight; the other keys are those of the optimizer's state."""
+    """1-D views of live fp32 memory: `model` is the weight; the other keys are those of the optimizer's state. In
+    those of `row_states`, there is only `row_square`."""
     cut: Cut | None = None
 
     def saved(self) -> Iterator[Shard]:
@@ -124,4 +131,43 @@ class LocalState(NamedTuple):
 
     @property
     def _count(self) -> int:
-        return len(self.tensors["model"])
+        return len(next(iter(self.tensors.values())))
+
+
+def row_states(
+    optimizer: torch.optim.Optimizer, model: nn.Module, states: Iterable[LocalState], saves: Callable[[str], bool], saving: bool
+) -> Iterator[LocalState]:
+    """The numbers of rows that `Muon` keeps, each on the rank that works on the matrix, as states of their own.
+
+    states: all of this rank, to load. saves: whether this rank saves those of a parameter, in the part `saving`."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    places = {state.name: state for state in states}
+    for parameter, first, values in optimizer.row_states():
+        place = places[names[parameter]]
+        shape, offset, cut = place.shape, place.offset, place.cut
+        if len(shape) == 2:  # the rank has all rows of a matrix, however others divide it
+            shape, offset, cut = place.full_shape, 0, None
+        kept = values[:0] if saving and not saves(place.name) else values
+        yield LocalState(place.name, shape[:-1], offset // shape[-1] + first, {"row_square": kept}, cut)
+
+
+@torch.no_grad()
+def start_averages(states: Iterable[LocalState]) -> None:
+    """Lets the averages of weights begin at the weights, where they exist."""
+    for state in states:
+        for kind in AVERAGES & state.tensors.keys():
+            state.tensors[kind].copy_(state.tensors["model"])
+
+
+@torch.no_grad()
+def exchange_averages(states: Iterable[LocalState]) -> bool:
+    """Exchanges weights with their averages, block by block: no second copy of either. False: there are no averages."""
+    found = False
+    for state in states:
+        if "average" in state.tensors:
+            found = True
+            for weights, average in zip(*(state.tensors[kind].split(_BLOCK) for kind in ("model", "average")), strict=True):
+                kept = weights.clone()
+                weights.copy_(average)
+                average.copy_(kept)
+    return found

@@ -6,9 +6,10 @@ from __future__ import annotations
 import inspect
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pretrain.config import OptimizerConfig
+from pretrain.optim.averages import Averages, decay_before_adamw, local
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -45,21 +46,55 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         for rule in (hidden, decayed, plain)
         for scale, parameters in rule.items()
     ]
+    averages = Averages(config.average_decay, config.lookahead, config.lookahead_decay, config.lr)
     if config.name == "muon":
         from pretrain.optim.muon import Muon  # imports torch.distributed.tensor: a second that AdamW can save
 
-        return Muon(groups, lr=config.lr)
+        return Muon(groups, config.lr, config.row_beta, config.cautious_decay, averages)
     fused = all(parameter.device.type in ("cpu", "cuda", "xpu", "mps") for parameter in model.parameters())
-    return AdamW(groups, lr=config.lr, fused=fused)
+    return AdamW(groups, config.lr, fused, config.cautious_decay, averages)
 
 
 class AdamW(torch.optim.AdamW):
-    """PyTorch's AdamW without its guards against being compiled, which this project never does: they import `torch._dynamo`,
-    a third of the CPU time from a start to its first step."""
+    """PyTorch's AdamW with cautious decay and averages (`averages.py`), whose tensors are in its state after the first step.
+
+    Without its guards against being compiled, which this project never does: they import `torch._dynamo`, a third of the CPU
+    time from a start to its first step."""
+
+    def __init__(self, groups: list[dict], lr: float, fused: bool, cautious_decay: bool, averages: Averages):
+        super().__init__(groups, lr=lr, fused=fused)
+        self.cautious_decay, self.averages = cautious_decay, averages
 
     def add_param_group(self, param_group: dict) -> None:
         inspect.unwrap(torch.optim.AdamW.add_param_group)(self, param_group)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        found_inf = getattr(self, "found_inf", None)
+        applied = 1.0 if found_inf is None else 1 - found_inf
+        decays = [group["weight_decay"] for group in self.param_groups]
+        if self.cautious_decay:
+            for group in self.param_groups:
+                self._decay(group, applied)
         inspect.unwrap(torch.optim.AdamW.step)(self)
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+            if self.averages.kinds and group["params"]:
+                self._follow(group, applied)
+
+    def _decay(self, group: dict, applied: float | Tensor) -> None:
+        """Weight decay, which the update then leaves out."""
+        decay, group["weight_decay"] = group["lr"] * group["weight_decay"] * applied, 0.0
+        for parameter in group["params"]:
+            first = self.state[parameter].get("exp_avg")
+            tensors = local([parameter, parameter.grad, parameter.grad if first is None else first])
+            decay_before_adamw(*tensors, group["betas"][0], decay)
+
+    def _follow(self, group: dict, applied: float | Tensor) -> None:
+        parameters = group["params"]
+        for kind in self.averages.kinds:
+            for parameter in parameters:  # PyTorch makes its own state only where there is none
+                self.state[parameter].setdefault(kind, parameter.detach().clone())
+        states = {kind: local([self.state[parameter][kind] for parameter in parameters]) for kind in self.averages.kinds}
+        step, lr = self.state[parameters[0]]["step"], group["lr"] / group.get("lr_scale", 1.0)
+        self.averages.update(local(parameters), states, step, lr, applied)

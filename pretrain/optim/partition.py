@@ -51,6 +51,17 @@ class LocalRows(NamedTuple):
     """Shape of one full matrix."""
 
 
+class OwnedMatrices(NamedTuple):
+    """Adjacent matrices of a parameter, of which this rank is the owner."""
+
+    parameter: int
+    first: int
+    """Index of the first one in this rank's part of a stack; 0: of a single matrix."""
+    number: int
+    rows: int
+    """Of one full matrix."""
+
+
 class _WorkUnit(NamedTuple):
     """One or more adjacent matrices of a parameter that have the same owner."""
 
@@ -74,6 +85,12 @@ class _WorkUnit(NamedTuple):
     def order(self, shard: int) -> tuple[int, int]:
         """Sort key of the shards' elements in the full matrix: parts, then shards of a part."""
         return shard % self.parts, shard // self.parts
+
+    @property
+    def owned(self) -> OwnedMatrices:
+        """Its matrices, as their owner sees them."""
+        number, rows, columns = self.shape
+        return OwnedMatrices(self.parameter, self.start // (rows * columns), number, rows)
 
     @property
     def cost(self) -> int:
@@ -102,7 +119,8 @@ class _Batch(NamedTuple):
 
 
 class Partition:
-    """The plan for some matrices. `rows` lists the elements that this rank must pass to `map`."""
+    """The plan for some matrices. `rows` lists the elements that this rank must pass to `map`, `owned` the matrices that `map`
+    passes to its function here: a list for each call."""
 
     def __init__(self, units: list[_WorkUnit], replicas: Group, shards: Group):
         (replica, replica_count), (shard, shard_count) = _rank_and_size(replicas), _rank_and_size(shards)
@@ -129,10 +147,11 @@ class Partition:
         self._sizes_by_sender = [mine[k].held[sender] for sender, k in by_sender]
         self._sizes_by_unit = [mine[k].held[sender] for sender, k in by_unit]
         self._to_senders = sorted(range(len(by_unit)), key=by_unit.__getitem__)
-        self._batches = [
-            _Batch(sum(unit.shape[0] for unit in units), *layout)
-            for layout, units in itertools.groupby(mine, key=lambda unit: unit.layout)
-        ]
+        self._batches, self.owned = [], []
+        for layout, members in itertools.groupby(mine, key=lambda unit: unit.layout):
+            units = list(members)
+            self._batches.append(_Batch(sum(unit.shape[0] for unit in units), *layout))
+            self.owned.append([unit.owned for unit in units])
 
     @classmethod
     def of(cls, parameters: list[Tensor]) -> list[Partition]:
