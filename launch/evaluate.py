@@ -102,7 +102,9 @@ def open_trained(options: argparse.Namespace) -> "TrainedModel":
     """Raises UserError, OSError."""
     from pretrain.interop.load import open_hf_folder, open_run
 
-    return open_run(options.run, options.step, options.average) if options.run else open_hf_folder(options.model)
+    if options.run:
+        return open_run(options.run, options.step, options.average, options.last_weights)
+    return open_hf_folder(options.model)
 
 
 def start(options: argparse.Namespace) -> "Engine":
@@ -217,7 +219,7 @@ def measure_lm_eval(options: argparse.Namespace, names: list[str]) -> tuple[dict
     with tempfile.TemporaryDirectory(prefix="evaluate-") as temporary:
         folder, origin = options.model, {"model": options.model and options.model.name}
         if options.run:
-            trained = open_run(options.run, options.step, options.average)
+            trained = open_run(options.run, options.step, options.average, options.last_weights)
             folder, origin = Path(temporary) / "model", trained.origin
             export_model(trained, folder, options.precision or "fp32")
         results = lm_eval.simple_evaluate(

@@ -128,7 +128,9 @@ def continuations(options: argparse.Namespace, count_token: Callable[[], None]) 
     from pretrain.interop.weights import DTYPES, load_transformer
 
     device, prompts = pick_device(options.device), read_prompts(options.prompt, options.prompts_file)
-    trained = open_run(options.run, options.step) if options.run else open_hf_folder(options.model)
+    trained = (
+        open_run(options.run, options.step, last_weights=options.last_weights) if options.run else open_hf_folder(options.model)
+    )
     if (tokenizer := trained.load_tokenizer()) is None:
         where = "tokenizer.path" if options.run else "tokenizer.json"
         raise UserError(f"{options.run or options.model}: has no tokenizer ({where}), so it cannot read a prompt")

@@ -119,6 +119,11 @@ class OptimizerConfig:
     grad_clip: NonNegativeFloat = guarded(1.0)
     """Largest global norm of the full gradient. 0: off."""
 
+    @property
+    def averages(self) -> int:
+        """Number of averages of the weights that it keeps, as large as the weights in fp32."""
+        return (self.average_decay > 0) + (self.lookahead > 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:

@@ -378,7 +378,7 @@ def _fitting(run: DryRun, progress: Callable[[str], None]) -> Iterator[tuple[str
 
 def _formula(config: Config, model: ModelConfig, ranks: int) -> float:
     length, size = config.data.sequence_length, config.batch.micro_batch_size
-    return memory(model, length, size, config.engine, ranks, config.optimizer.name).peak
+    return memory(model, length, size, config.engine, ranks, config.optimizer.name, config.optimizer.averages).peak
 
 
 def _calmer(run: DryRun, progress: Callable[[str], None]) -> Iterator[tuple[str, DryRun]]:

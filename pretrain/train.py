@@ -302,13 +302,12 @@ def _evaluate(run: Run, stop: StopRequest, clock: Clock) -> tuple[float | None, 
     -> (val_loss, requests to stop)."""
     progress, val_loss = run.progress, None
     try:
-        with run.engine.averaged_weights() as averaged:
-            if progress.evaluation_due:
-                with clock.paused("validation"):
-                    val_loss = _validate(run, stop, averaged)
-            if progress.tasks_due:
-                with clock.paused("tasks"):
-                    _measure_tasks(run, stop)
+        if progress.evaluation_due:
+            with clock.paused("validation"), run.engine.averaged_weights() as averaged:
+                val_loss = _validate(run, stop, averaged)
+        if progress.tasks_due:
+            with clock.paused("tasks"), run.engine.averaged_weights():
+                _measure_tasks(run, stop)
     except Stopped as stopped:
         return val_loss, stopped.flags
     return val_loss, []

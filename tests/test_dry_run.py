@@ -49,8 +49,16 @@ MOE = dataclasses.replace(SIZES, moe=MoeConfig(num_experts=4, num_experts_per_to
 LENGTH, IDS = 48, 300
 
 
+ADAMW, MUON = OptimizerConfig(), OptimizerConfig(name="muon")
+
+
 def settings(
-    ranks: int, model: ModelConfig = SIZES, micro_batch: int = 2, optimizer: str = "adamw", kinds: dict | None = None, **engine
+    ranks: int,
+    model: ModelConfig = SIZES,
+    micro_batch: int = 2,
+    optimizer: OptimizerConfig = ADAMW,
+    kinds: dict | None = None,
+    **engine,
 ) -> Config:
     """Two micro-batches per step, in fp32 unless told otherwise. kinds: values of `engine.parallel`."""
     engine = {"precision": "fp32", "compile": "none", "parallel": ParallelConfig(**(kinds or {})), **engine}
@@ -60,7 +68,7 @@ def settings(
         data=DataConfig(sequence_length=LENGTH, synthetic=SyntheticConfig()),
         train=TrainConfig(max_steps=10),
         batch=BatchConfig(global_batch_size=2 * micro_batch * sample_ranks, micro_batch_size=micro_batch),
-        optimizer=OptimizerConfig(name=optimizer),
+        optimizer=optimizer,
         engine=EngineConfig(**engine),
     )
 
@@ -111,7 +119,7 @@ def phases_of(run: dry_run.DryRun) -> list[tuple]:
         settings(1),
         settings(1, activation_checkpointing="full"),
         settings(1, activation_checkpointing="selective", precision="bf16"),
-        settings(1, MOE, optimizer="muon"),
+        settings(1, MOE, optimizer=MUON),
     ],
     ids=["fp32", "full", "selective bf16", "experts muon"],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from pathlib import Path
 
@@ -14,10 +15,13 @@ import torch.nn.functional as F
 from pretrain.config import DataConfig, EngineConfig, OptimizerConfig, ParallelConfig, SourceConfig
 from pretrain.data.batches import open_valid
 from pretrain.engines.start import start_engine
-from pretrain.evaluate import evaluate
+from pretrain.evaluate import evaluate, score
+from pretrain.interop.load import open_run
+from pretrain.interop.weights import load_transformer
 from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.model.transformer import Transformer, build
 from pretrain.optim.optimizer import build_optimizer
+from tests.models import train_here
 from tests.ranks import run_ranks
 
 LENGTH, VOCAB = 8, 40
@@ -121,3 +125,48 @@ def test_a_validation_waits_for_the_device_for_the_flags_and_once_at_its_end(fol
     monkeypatch.setattr(torch, "tensor", make_on_the_host)
     evaluate(engine, sets_of(folder), 2, None, lambda: [0])
     assert len(sums) == 1 and len(flags) == 6 + 2  # 12 and 4 samples; in rounds of 2
+
+
+# ---------------------------------------------------------------- which weights
+
+
+def weights_of(run: Path, step: int, last: bool) -> torch.Tensor:
+    """All weights, (N,) float64."""
+    model = load_transformer(open_run(run, step, last_weights=last).weights)
+    return torch.cat([parameter.detach().flatten().double() for parameter in model.parameters()])
+
+
+def test_validation_and_tools_read_the_average_of_the_weights_which_begins_at_those_of_an_older_checkpoint(tiny):
+    run = Path(tiny[-1]) / "tiny"
+    every = ["--checkpoint.every_steps", "1", "--checkpoint.keep_last", "9", "--evaluate.every_steps", "1"]
+    flags = [
+        "--optimizer.name",
+        "muon",
+        "--schedule.name",
+        "constant",
+        "--schedule.warmup_steps",
+        "1",
+        "--run.seed",
+        "0",
+        *every,
+        *tiny,
+    ]
+    assert train_here(["--train.max_steps", "2", *flags]) == 0
+    added = ["--optimizer.average_decay", "0.9", "--optimizer.row_beta", "0.95"]
+    changes = "[train.max_steps, optimizer.average_decay, optimizer.row_beta]"
+    assert train_here(["--train.max_steps", "4", "--checkpoint.allow_changes", changes, *added, *flags]) == 0
+    w2, w3, w4 = (weights_of(run, step, last=True) for step in (2, 3, 4))
+    after_3 = w2 + 10 / 12 * (w3 - w2)  # after n updates, the next one has a share of 10 / (n + 10)
+    after_4 = after_3 + 10 / 13 * (w4 - after_3)
+    for step, expected in ((3, after_3), (4, after_4)):
+        torch.testing.assert_close(weights_of(run, step, last=False), expected, atol=1e-6, rtol=0)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    validations = {record["step"]: record for record in records if "val_loss" in record}
+    assert [validations[step].get("val_weights") for step in (1, 2, 3, 4)] == [None, None, "average", "average"]
+    found = []
+    for last in (False, True):
+        trained, engine = open_run(run, last_weights=last), start_engine(EngineConfig(name="ddp", precision="fp32"))
+        found.append(score(engine, trained, trained.config.data, 2, max_samples=16)[0]["loss"])
+        engine.close()
+        assert trained.origin.get("weights") == (None if last else "average")
+    assert found[0] == pytest.approx(validations[4]["val_loss"], rel=1e-6) and abs(found[1] / found[0] - 1) > 1e-6

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import io
+import itertools
 import math
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from pretrain.engines.start import start_engine
 from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
 from pretrain.model.transformer import Transformer
 from pretrain.optim import partition
+from pretrain.optim.averages import Averages
 from pretrain.optim.muon import Muon, newton_schulz
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.optim.partition import Partition
@@ -37,6 +40,10 @@ OTHERS = [(37, 8), (19,), (1,)]
 SHAPES = [*MATRICES, *OTHERS]
 RATES, DECAY, MOMENTUM, BETAS, EPS = (0.02, 0.03, 0.01, 0.02, 0.005), 0.3, 0.9, (0.8, 0.95), 1e-8
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
+RULES = {
+    "plain": {},
+    "all": {"row_beta": 0.7, "cautious_decay": True, "averages": Averages(0.2, 0.6, 0.8, peak_lr=0.02)},
+}
 # Number of ranks: {name: replicas, shards and parts: `Placement`}.
 MESHES = {
     2: {"2 replicas": (2, 1, 1), "2 shards": (1, 2, 1), "2 parts": (1, 1, 2)},
@@ -70,24 +77,39 @@ def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def expected_weights() -> list[torch.Tensor]:
-    weights = []
+def expected_weights(options: dict) -> list[tuple[torch.Tensor, ...]]:
+    """(weights, their average, where rounding may decide on which side of zero an update is) of each parameter. Rows, cautious
+    decay, average and lookahead as their papers have them; the last one with its mean step, and weights before the step."""
+    beta, cautious, averages = options.get("row_beta"), options.get("cautious_decay"), options.get("averages", Averages())
+    found = []
     for number, shape in enumerate(SHAPES):
         w, m, v = initial(shape, number).double(), torch.zeros(shape).double(), torch.zeros(shape).double()
+        mean_step, before, average = torch.zeros_like(w), w, w
+        rows, doubtful = torch.zeros(shape[:-1]).double(), torch.zeros(shape, dtype=torch.bool)
         for step, lr in enumerate(RATES, start=1):
             g = gradient(shape, number, step).double()
-            w = w - lr * DECAY * w
             if number < len(MATRICES):
                 m = MOMENTUM * m + (1 - MOMENTUM) * g
                 ahead = MOMENTUM * m + (1 - MOMENTUM) * g
                 matrices = [ahead] if ahead.ndim == 2 else list(ahead)
-                update = 0.2 * math.sqrt(max(shape[-2:])) * torch.stack([orthogonalized(x) for x in matrices]).view(shape)
+                update = torch.stack([orthogonalized(x) for x in matrices]).view(shape)
+                if beta:
+                    norm = update.norm(dim=(-2, -1), keepdim=True)
+                    rows = beta * rows + (1 - beta) * update.square().mean(-1)
+                    update = update / rows.sqrt()[..., None]
+                    update = update * norm / update.norm(dim=(-2, -1), keepdim=True)
+                update = 0.2 * math.sqrt(max(shape[-2:])) * update
             else:
                 m, v = BETAS[0] * m + (1 - BETAS[0]) * g, BETAS[1] * v + (1 - BETAS[1]) * g**2
                 update = m / (1 - BETAS[0] ** step) / ((v / (1 - BETAS[1] ** step)).sqrt() + EPS)
-            w = w - lr * update
-        weights.append(w)
-    return weights
+            doubtful |= update.abs() < 1e-4
+            w = w - lr * DECAY * w * (update * w >= 0 if cautious else 1) - lr * update
+            average = average + (1 - min(averages.average_decay, (step - 1) / (step + 9))) * (w - average)
+            mean_step = averages.lookahead_decay * mean_step + (1 - averages.lookahead_decay) * (w - before)
+            before = w
+            w = w + (averages.lookahead * lr / averages.peak_lr if lr > averages.peak_lr / 3 else 0) * mean_step
+        found.append((w, average, doubtful if cautious else torch.zeros_like(doubtful)))
+    return found
 
 
 # ---------------------------------------------------------------- the same with Muon, on ranks
@@ -134,7 +156,7 @@ class Placement:
         return torch.cat(parts, dim)
 
 
-def make(placement: Placement | None = None) -> tuple[list[nn.Parameter], Muon]:
+def make(placement: Placement | None = None, **options) -> tuple[list[nn.Parameter], Muon]:
     placement = placement or Placement()
     parameters = [placement.parameter(initial(shape, number)) for number, shape in enumerate(SHAPES)]
     muon, other = parameters[: len(MATRICES)], parameters[len(MATRICES) :]
@@ -142,7 +164,7 @@ def make(placement: Placement | None = None) -> tuple[list[nn.Parameter], Muon]:
         {"params": muon, "weight_decay": DECAY, "momentum": MOMENTUM},
         {"params": other, "weight_decay": DECAY, "betas": BETAS, "eps": EPS},
     ]
-    return parameters, Muon(groups, lr=1.0)
+    return parameters, Muon(groups, lr=1.0, **options)
 
 
 def set_gradients(parameters: list[nn.Parameter], step: int, optimizer: Muon, placement: Placement | None = None) -> None:
@@ -161,9 +183,10 @@ def state_of(optimizer: Muon, parameters: list[nn.Parameter]) -> list[torch.Tens
     return [full(tensor) for tensor in [*parameters, *states]]
 
 
-def five_steps(placement: Placement) -> tuple[list, bool, set[float]]:
-    """Returns the final weights, whether a poisoned step in the middle left everything untouched, and the step counts."""
-    parameters, optimizer = make(placement)
+def five_steps(placement: Placement, options: dict) -> tuple[list, bool, set[float]]:
+    """Returns the final weights and averages, whether a poisoned step in the middle left everything untouched, and the step
+    counts."""
+    parameters, optimizer = make(placement, **options)
     untouched = True
     for step in range(1, len(RATES) + 1):
         if step == 3:
@@ -177,7 +200,8 @@ def five_steps(placement: Placement) -> tuple[list, bool, set[float]]:
         optimizer.found_inf = torch.zeros(())
         optimizer.step()
     counts = {optimizer.state[parameter]["step"].item() for parameter in parameters}
-    weights = [placement.full(parameter, shape).numpy() for parameter, shape in zip(parameters, SHAPES, strict=True)]
+    tensors = [(w, optimizer.state[w].get("average", w)) for w in parameters]
+    weights = [tuple(placement.full(each, shape).numpy() for each in pair) for pair, shape in zip(tensors, SHAPES, strict=True)]
     return weights, untouched, counts
 
 
@@ -191,38 +215,57 @@ def shapes_worked_on() -> list[tuple]:
     return seen
 
 
-def on_ranks(ranks: int) -> tuple[dict[str, tuple], list[tuple]]:
+def on_ranks(ranks: int) -> tuple[dict[tuple[str, str], tuple], list[tuple]]:
     dist.init_process_group("gloo")
-    results = {name: five_steps(Placement(*shape)) for name, shape in MESHES[ranks].items()}, shapes_worked_on()
+    results = (
+        {
+            (name, rule): five_steps(Placement(*shape), options)
+            for name, shape in MESHES[ranks].items()
+            for rule, options in RULES.items()
+        },
+        shapes_worked_on(),
+    )
     gc.collect()
     dist.destroy_process_group()
     return results
 
 
-def check(name: str, weights: list, untouched: bool, counts: set[float]) -> None:
-    largest = max((torch.as_tensor(w) - e).abs().max().item() for w, e in zip(weights, expected_weights(), strict=True))
-    print(f"{name}: {largest:.1e}")
-    assert largest < 1e-6, name
+@functools.cache
+def expected_of(rule: str) -> list[tuple[torch.Tensor, ...]]:
+    return expected_weights(RULES[rule])
+
+
+def check(name: str, rule: str, found: list, untouched: bool, counts: set[float]) -> None:
+    largest, left_out, count = 0.0, 0, 0
+    for (weight, average), (expected, expected_average, doubtful) in zip(found, expected_of(rule), strict=True):
+        differences = [(torch.as_tensor(weight) - expected).abs()]
+        if "averages" in RULES[rule]:
+            differences.append((torch.as_tensor(average) - expected_average).abs())
+        largest = max(largest, *(each[~doubtful].max().item() for each in differences))
+        left_out, count = left_out + int(doubtful.sum()), count + doubtful.numel()
+    print(f"{name}, {rule}: {largest:.1e} without {left_out} of {count}")
+    assert largest < 1e-6 and left_out < count / 50, (name, rule)
     assert untouched and counts == {len(RATES)}, name
 
 
-def test_five_steps_equal_the_published_rule_and_a_poisoned_step_changes_nothing():
-    check("one rank", *five_steps(Placement()))
+@pytest.mark.parametrize("rule", RULES)
+def test_five_steps_equal_the_published_rule_and_a_poisoned_step_changes_nothing(rule):
+    check("one rank", rule, *five_steps(Placement(), RULES[rule]))
 
 
 def test_many_small_passes_give_the_same_result_as_one(monkeypatch):
     monkeypatch.setattr(partition, "MAX_ELEMENTS_PER_RANK", 1000)
     sizes = [sum(rows.length for rows in plan.rows) for plan in Partition.of([torch.empty(shape) for shape in MATRICES])]
     assert len(sizes) > 3 and max(sizes) < 1000 + max(map(math.prod, MATRICES))
-    check("many passes", *five_steps(Placement()))
+    check("many passes", "all", *five_steps(Placement(), RULES["all"]))
 
 
 @pytest.mark.parametrize("ranks", MESHES)
 def test_ranks_follow_the_published_rule_and_divide_the_matrices_evenly(ranks):
     results, seen = zip(*run_ranks(ranks, on_ranks, ranks), strict=True)
     for name in MESHES[ranks]:
-        for each in results:
-            check(name, *each[name])
+        for each, rule in itertools.product(results, RULES):
+            check(name, rule, *each[name, rule])
     every_matrix = [shape[-2:] for shape in LAYERS for _ in range(shape[0] if len(shape) == 3 else 1)]
     assert sorted(shape for shapes in seen for shape in shapes) == sorted(every_matrix)
     cost = [sum(min(s) ** 2 * (2 * max(s) + min(s)) for s in shapes) for shapes in seen]
@@ -283,12 +326,13 @@ def test_updates_of_every_shape_are_as_large_as_those_of_adamw(shape):
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, qk_norm=True)
 EXPERTS = MoeConfig(num_experts=4, moe_intermediate_size=24, num_shared_experts=1)
 DENSE, ROUTED = (resolve_model(ModelConfig(**SHAPE, moe=moe), vocab_size=97, sequence_length=24) for moe in (None, EXPERTS))
-SETTINGS = OptimizerConfig(name="muon", lr=0.01)
+# With a smaller eps, AdamW enlarges the rounding of gradients near zero.
+SETTINGS = OptimizerConfig(name="muon", lr=0.01, eps=1e-5, row_beta=0.9, lookahead=0.6, lookahead_decay=0.8, average_decay=0.3)
 
 
 def train_model(model: ModelConfig, settings: EngineConfig, steps: range, start: Path | None, end: Path | None) -> list[tuple]:
     """Takes steps of 8 sequences, split over the ranks, from the checkpoint in the folder `start`, if any, and saves one in the
-    folder `end`. Returns this rank's shards (name, offset, values) of the weights."""
+    folder `end`. Returns this rank's shards (name, offset, values)."""
     AcceleratorState._reset_state(reset_partial_state=True)
     engine = start_engine(settings)
     engine.prepare(lambda: Transformer(model), lambda model: build_optimizer(model, SETTINGS), 0.5, 0)
@@ -300,17 +344,17 @@ def train_model(model: ModelConfig, settings: EngineConfig, steps: range, start:
     if end:
         save(end, steps[-1], engine, {})
     assert engine.updates == steps[-1]
-    held = [shard for shard in engine.shards(saving=False) if shard.name.startswith("model/")]
-    return [(shard.name, shard.offset, shard.values.numpy().copy()) for shard in held]
+    return [(shard.name, shard.offset, shard.values.numpy().copy()) for shard in engine.shards(saving=False)]
 
 
 def alone(model: ModelConfig, steps: range, start: Path | None = None, end: Path | None = None) -> dict:
-    """The full weights of one process."""
+    """The full state of one process."""
     return {name: values for name, _, values in train_model(model, EngineConfig(), steps, start, end)}
 
 
 def difference(found: list[tuple], expected: dict) -> float:
-    assert {name for name, *_ in found} == expected.keys()
+    """Of row_square, a rank has what it works on."""
+    assert {name for name, *_ in found} | {name for name in expected if name.startswith("row_square/")} == expected.keys()
     parts = [values - expected[name][offset : offset + len(values)] for name, offset, values in found]
     return max(abs(part).max() for part in parts if len(part))
 

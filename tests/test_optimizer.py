@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -53,6 +55,55 @@ def test_updates_equal_the_formula_of_adamw():
         optimizer.step()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach().double(), expected[name], atol=1e-6, rtol=1e-5)
+
+
+def test_cautious_decay_and_averages_of_adamw_follow_their_papers():
+    """In float64, lookahead with the mean step and the weights before it, which the optimizer does not keep."""
+    model, rates = small_model(), [2e-3, 1e-2, 8e-3, 2e-3]
+    config = OptimizerConfig(
+        lr=1e-2, betas=(0.8, 0.9), eps=1e-6, weight_decay=5.0, cautious_decay=True, lookahead=0.6, lookahead_decay=0.7,
+        average_decay=0.15,
+    )  # fmt: skip
+    optimizer = build_optimizer(model, config)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    draw = torch.Generator().manual_seed(0)
+    states = {}
+    for name, parameter in model.named_parameters():
+        w = parameter.detach().double().clone()
+        states[name] = {"w": w, "before": w, "average": w, "m": 0 * w, "v": 0 * w, "mean": 0 * w, "doubtful": w != w}
+    for step, lr in enumerate(rates, start=1):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=draw)
+            gradient, s = parameter.grad.double(), states[name]
+            s["m"], s["v"] = 0.8 * s["m"] + 0.2 * gradient, 0.9 * s["v"] + 0.1 * gradient**2
+            update = (s["m"] / (1 - 0.8**step)) / ((s["v"] / (1 - 0.9**step)).sqrt() + 1e-6)
+            s["doubtful"] |= update.abs() < 1e-5
+            decayed = lr * decay[id(parameter)] * s["w"] * (update * s["w"] >= 0)
+            w = s["w"] - decayed - lr * update
+            s["average"] = s["average"] + (1 - min(0.15, (step - 1) / (step + 9))) * (w - s["average"])
+            s["mean"], s["before"] = 0.7 * s["mean"] + 0.3 * (w - s["before"]), w
+            s["w"] = w + (0.6 * lr / 1e-2 if lr > 1e-2 / 3 else 0) * s["mean"]
+        if step == 3:  # a step that is not finite comes in between
+            kept = [tensor.clone() for p in model.parameters() for tensor in (p, *optimizer.state[p].values())]
+            gradients = [p.grad for p in model.parameters()]
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, math.nan)
+            optimizer.found_inf = torch.ones(())
+            optimizer.step()
+            now = [tensor for p in model.parameters() for tensor in (p, *optimizer.state[p].values())]
+            assert all(map(torch.equal, kept, now))
+            optimizer.found_inf = torch.zeros(())
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+        optimizer.step()
+        assert {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]} == decay
+    for name, parameter in model.named_parameters():
+        known, s = ~states[name]["doubtful"], states[name]
+        assert known.float().mean() > 0.99
+        for found, expected in ((parameter.detach(), s["w"]), (optimizer.state[parameter]["average"], s["average"])):
+            torch.testing.assert_close(found.double()[known], expected[known], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from pretrain import dry_run
-from pretrain.config import BatchConfig, DataConfig, EngineConfig, SyntheticConfig
+from pretrain.config import BatchConfig, DataConfig, EngineConfig, OptimizerConfig, SyntheticConfig
 from pretrain.engines.config import sample_ranks
 from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
 from pretrain.model.transformer import Transformer
 from pretrain.plan.memory import memory, parts, state
 from pretrain.plan.scaling import Cluster
-from tests.test_dry_run import H100, LENGTH, settings
+from tests.test_dry_run import H100, LENGTH, MUON, settings
 
 ODD = ModelConfig(
     hidden_size=72, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, head_dim=14, intermediate_size=150,
@@ -44,17 +44,22 @@ def check_state(ranks: int, model: ModelConfig, **options) -> None:
     config = settings(ranks, model, **{"precision": "bf16", **options})
     shape = resolve_model(model, vocab_size=301, sequence_length=LENGTH)
     counted = dry_run.dry_run(config, shape, Cluster(H100, ranks), kind="cpu").state
-    expected = state(shape, config.engine, ranks, config.optimizer.name)
+    expected = state(shape, config.engine, ranks, config.optimizer.name, config.optimizer.averages)
     assert expected == (counted["weights"], counted["gradients"], counted["moments"])
 
 
 @pytest.mark.parametrize(
     ("ranks", "model", "options"),
     [
-        (3, "tied", {"name": "zero1"}),
+        (3, "tied", {"name": "zero1", "optimizer": OptimizerConfig(average_decay=0.99, lookahead=0.6)}),
         (6, "experts", {"name": "fsdp2", "kinds": {"tensor": 2, "expert": 3}}),
         pytest.param(3, "experts", {"name": "zero3", "keep_whole_below": 100}, marks=pytest.mark.slow),
-        pytest.param(5, "experts", {"name": "fsdp2", "optimizer": "muon"}, marks=pytest.mark.slow),
+        pytest.param(
+            5,
+            "experts",
+            {"name": "fsdp2", "optimizer": OptimizerConfig(name="muon", average_decay=0.99, row_beta=0.95)},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
@@ -77,7 +82,7 @@ def test_the_states_are_those_of_every_engine_on_a_grid(model, subtests):
     kinds += [(3, {"expert": 3}), (6, {"tensor": 2, "expert": 3})] * (model == "experts")
     for name in ("ddp", "fsdp2"):
         grid += [(ranks, {"name": name, "kinds": each}) for ranks, each in kinds]
-        grid += [(ranks, {"name": name, "optimizer": "muon"}) for ranks in (1, 3)]
+        grid += [(ranks, {"name": name, "optimizer": MUON}) for ranks in (1, 3)]
     grid += [(6, {"name": "fsdp2", "replicas": 2})]
     for ranks, options in grid:
         with subtests.test(f"{ranks} {options}"):

@@ -117,6 +117,7 @@ def test_checkpoints_have_twelve_bytes_per_parameter_and_eight_of_matrices_under
     others = 2 * 512 * 64 + 5 * 64
     assert cost.checkpoint_bytes(model) == 12 * (matrices + others)
     assert cost.checkpoint_bytes(model, "muon") == 8 * matrices + 12 * others
+    assert cost.checkpoint_bytes(model, "muon", averages=2) == 16 * matrices + 20 * others
 
 
 def test_a_save_is_durable_once_it_is_in_the_mirror():

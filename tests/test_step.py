@@ -82,7 +82,7 @@ def loss_of(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, rows: torch.Tenso
 
 
 def make_optimizer(model, name: str):
-    """SGD with momentum, or AdamW with an `eps` of the size of the gradients.
+    """SGD with momentum, or AdamW with an `eps` of the size of the gradients; `averaged`: and with both averages.
 
     AdamW divides a gradient by its own size. With the usual eps of 1e-8, a gradient that should be zero but is 1e-7 of rounding
     moves its weight by a full learning rate, so two correct programs differ by 1e-6 to 1e-5 depending on the CPU (8e-7 without
@@ -91,7 +91,8 @@ def make_optimizer(model, name: str):
     """
     if name == "sgd":
         return Momentum(model.parameters(), lr=optimizer_lr(name), momentum=0.9)
-    return build_optimizer(model, OptimizerConfig(lr=optimizer_lr(name), eps=1e-3))
+    averages = {"lookahead": 0.6, "lookahead_decay": 0.8, "average_decay": 0.3} if name == "averaged" else {}
+    return build_optimizer(model, OptimizerConfig(lr=optimizer_lr(name), eps=1e-3, **averages))
 
 
 class Momentum(torch.optim.SGD):

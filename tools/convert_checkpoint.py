@@ -52,7 +52,7 @@ def convert(options: argparse.Namespace) -> None:
         import_model(options.model, options.output, options.certify)
         return
     print(f"reading {options.run}", file=sys.stderr, flush=True)
-    trained = open_run(options.run, options.step, options.average)
+    trained = open_run(options.run, options.step, options.average, options.last_weights)
     export_model(trained, options.output, options.dtype or "fp32", int(options.max_file_gb * 1e9), options.certify)
 
 

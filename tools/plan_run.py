@@ -64,7 +64,14 @@ def main(argv: list[str]) -> int:
     )
     measured = measured_ratios(options.run, cluster.device) if options.run else Ratios(None, None)
     batch = largest.batch
-    job = Job(model, largest.data.sequence_length, batch.global_batch_size, config.optimizer.name, measured.memory or 1.0)
+    job = Job(
+        model,
+        largest.data.sequence_length,
+        batch.global_batch_size,
+        config.optimizer.name,
+        measured.memory or 1.0,
+        config.optimizer.averages,
+    )
     configured = choices.plan(job, largest.engine, batch.micro_batch_size, cluster, largest.engine.compile != "none")
     asked = terms(options, config, configured.time.mfu, measured)
     others = alternatives(cluster, options, lambda each: bool(choices.recommended(job, largest.engine, each)))

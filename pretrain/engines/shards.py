@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 AVERAGES = {"average", "trail"}
-"""Kinds of the optimizer's state that follow the weights (`pretrain.optim.averages`); where there is none yet, it begins there."""
+"""Kinds of the optimizer's state that follow the weights (`pretrain.optim.averages`); missing ones begin there."""
 _BLOCK = 1 << 24
 """Elements that are exchanged at a time."""
 

@@ -66,10 +66,12 @@ class TrainedModel(NamedTuple):
         return found
 
 
-def open_run(run_directory: Path, step: int | str | None = None, average: int = 1) -> TrainedModel:
+def open_run(run_directory: Path, step: int | str | None = None, average: int = 1, last_weights: bool = False) -> TrainedModel:
     """Opens a checkpoint of a run, or the mean of the `average` checkpoints up to that one, and reads all their files once.
 
-    `step`: a number; "best" for the lowest validation loss; None for the newest. Raises CheckpointError, ConfigError.
+    `step`: a number; "best" for the lowest validation loss; None for the newest. Where the run kept an average of its weights,
+    of which its validation losses are, that is the model; last_weights: the weights of the last step instead.
+    Raises CheckpointError, ConfigError.
     """
     folder = Path(run_directory) / "checkpoints"
     found = checkpoints(folder)
@@ -91,8 +93,10 @@ def open_run(run_directory: Path, step: int | str | None = None, average: int = 
     config = settings.load(["--config", str(Path(run_directory) / "config.yaml")], world_size=None)
     for checkpoint in chosen:
         require_intact(checkpoint)
-    sources = [CheckpointWeights(checkpoint) for checkpoint in chosen]
+    sources = [CheckpointWeights(checkpoint, last_weights) for checkpoint in chosen]
     origin = {"run": config.run.name, "step": last.step}
+    if sources[0].averaged:
+        origin["weights"] = "average"
     if average > 1:
         origin["mean_of_steps"] = [checkpoint.step for checkpoint in reversed(chosen)]
     tokenizer = Path(run_directory) / OWN_TOKENIZER

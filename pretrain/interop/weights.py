@@ -59,10 +59,12 @@ class Weights(Protocol):
 
 
 class CheckpointWeights:
-    """The weights of a checkpoint, whose files the caller has checked. Raises CheckpointError, and UnsafeCheckpoint unless its
-    state.json describes the model whose weights it holds."""
+    """The weights of a checkpoint, whose files the caller has checked: their average, if the run kept one
+    (optimizer.average_decay) and `last` does not ask for the weights of the last step. Buffers have no average.
 
-    def __init__(self, checkpoint: Checkpoint):
+    Raises CheckpointError, and UnsafeCheckpoint unless its state.json describes the model whose weights it holds."""
+
+    def __init__(self, checkpoint: Checkpoint, last: bool = False):
         self.model, self._pieces = _saved_model(checkpoint), CheckpointReader(checkpoint)
         found = {name: parts[0].shape for name, parts in self._pieces.by_name.items() if name.startswith("model/")}
         problem = f"{checkpoint.path}: state.json describes another model than that of its weights"
@@ -76,13 +78,17 @@ class CheckpointWeights:
         wrong = [name for name, tensor in expected.items() if found.get(f"model/{name}") != tuple(tensor.shape)]
         if wrong:
             raise UnsafeCheckpoint(f"{problem}: {wrong[0]} would be {tuple(expected[wrong[0]].shape)}")
+        averages = {name.removeprefix("average/") for name in self._pieces.by_name if name.startswith("average/")}
+        self.averaged = bool(averages) and not last
+        self._averages = averages if self.averaged else set()
 
     def read(self, name: str, start: int, into: Tensor) -> None:
         """Implements `Weights.read`."""
-        pieces = self._pieces.by_name.get(f"model/{name}")
+        stored = f"{'average' if name in self._averages else 'model'}/{name}"
+        pieces = self._pieces.by_name.get(stored)
         if not pieces:
             raise CheckpointError(f"{self._pieces.path}: has no weight {name}")
-        self._pieces.read_into(Shard(f"model/{name}", pieces[0].shape, start, into))
+        self._pieces.read_into(Shard(stored, pieces[0].shape, start, into))
 
 
 def _saved_model(checkpoint: Checkpoint) -> ModelConfig:

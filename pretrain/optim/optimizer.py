@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -72,11 +73,13 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:
         found_inf = getattr(self, "found_inf", None)
         applied = 1.0 if found_inf is None else 1 - found_inf
-        decays = [group["weight_decay"] for group in self.param_groups]
+        starts, decays = self._averages_to_start(), [group["weight_decay"] for group in self.param_groups]
         if self.cautious_decay:
             for group in self.param_groups:
                 self._decay(group, applied)
         inspect.unwrap(torch.optim.AdamW.step)(self)
+        for parameter, averages in starts:
+            self.state[parameter].update(averages)
         for group, decay in zip(self.param_groups, decays, strict=True):
             group["weight_decay"] = decay
             if self.averages.kinds and group["params"]:
@@ -90,11 +93,16 @@ class AdamW(torch.optim.AdamW):
             tensors = local([parameter, parameter.grad, parameter.grad if first is None else first])
             decay_before_adamw(*tensors, group["betas"][0], decay)
 
+    def _averages_to_start(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """Copies of weights without averages. The state gets them later: PyTorch makes its own only where it is empty."""
+        kinds, found = self.averages.kinds, []
+        for parameter in itertools.chain.from_iterable(group["params"] for group in self.param_groups):
+            if missing := [kind for kind in kinds if kind not in self.state[parameter]]:
+                found.append((parameter, {kind: parameter.detach().clone() for kind in missing}))
+        return found
+
     def _follow(self, group: dict, applied: float | Tensor) -> None:
         parameters = group["params"]
-        for kind in self.averages.kinds:
-            for parameter in parameters:  # PyTorch makes its own state only where there is none
-                self.state[parameter].setdefault(kind, parameter.detach().clone())
         states = {kind: local([self.state[parameter][kind] for parameter in parameters]) for kind in self.averages.kinds}
         step, lr = self.state[parameters[0]]["step"], group["lr"] / group.get("lr_scale", 1.0)
         self.averages.update(local(parameters), states, step, lr, applied)

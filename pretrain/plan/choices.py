@@ -39,6 +39,8 @@ class Job(NamedTuple):
     optimizer: str = "adamw"
     memory_ratio: float = 1.0
     """Peak that a run of this kind had, over what the formula says."""
+    averages: int = 0
+    """`optimizer.averages`."""
 
 
 class Plan(NamedTuple):
@@ -87,7 +89,7 @@ def plan(job: Job, engine: EngineConfig, micro_batch: int, cluster: Cluster, com
     batch = job.length, micro_batch, accumulation, engine
     messages = collectives(job.model, *batch, cluster.gpus)
     sent = tuple(float(sum(each.sent_bytes for each in messages if each.awaited == waits)) for waits in (False, True))
-    needed = memory(job.model, job.length, micro_batch, engine, cluster.gpus, job.optimizer)
+    needed = memory(job.model, job.length, micro_batch, engine, cluster.gpus, job.optimizer, job.averages)
     time = step_time(job.model, *batch, cluster, compiled=compiled)
     return Plan(engine, micro_batch, accumulation, cluster, needed, time, job.memory_ratio, sent)
 
@@ -104,7 +106,7 @@ def largest(job: Job, engine: EngineConfig, cluster: Cluster, room: float = 1.0)
     sizes = micro_batches(job, engine, cluster.gpus)
     found = sizes[:1]
     for size in sizes[1:]:
-        peak = memory(job.model, job.length, size, engine, cluster.gpus, job.optimizer).peak
+        peak = memory(job.model, job.length, size, engine, cluster.gpus, job.optimizer, job.averages).peak
         if needed_gib(peak * job.memory_ratio) > room * cluster.device.memory_gib:
             break
         found = [size]

@@ -60,14 +60,14 @@ def training_seconds(length: Length, cluster: Cluster, mfu: float) -> float:
     return length.flops / (cluster.gpus * cluster.device.bf16_tflops * 1e12 * mfu)
 
 
-def checkpoint_bytes(model: ModelConfig, optimizer: str = "adamw") -> int:
-    """Bytes of the weights and moments in a checkpoint: 12 per parameter; of the matrices in the blocks under Muon, 8."""
-    if optimizer == "adamw":
-        return flops.state_bytes(model)
+def checkpoint_bytes(model: ModelConfig, optimizer: str = "adamw", averages: int = 0) -> int:
+    """Bytes of the weights and moments in a checkpoint: 12 per parameter; of the matrices in the blocks under Muon, 8. Each of
+    the averages adds 4."""
     counts, width = flops.num_parameters(model), model.hidden_size
     norms = counts.undivided - (model.num_hidden_layers * width * model.moe.num_experts if model.moe else 0)
     outside = counts.embedding * (1 if model.tie_word_embeddings else 2) + norms
-    return flops.state_bytes(model) - 4 * (counts.total - outside)
+    one_moment = counts.total - outside if optimizer == "muon" else 0
+    return flops.state_bytes(model) + 4 * averages * counts.total - 4 * one_moment
 
 
 def saves(size: int, gpus: int, store_gb_per_second: float, config: CheckpointConfig) -> Saves:

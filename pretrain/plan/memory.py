@@ -25,7 +25,7 @@ def needed_gib(peak: float) -> float:
 
 
 class Memory(NamedTuple):
-    """Bytes of a rank in a bf16 step with AdamW."""
+    """Bytes of a rank in a bf16 step."""
 
     weights: float
     gradients: float
@@ -51,10 +51,10 @@ class Memory(NamedTuple):
 
 def memory(
     model: ModelConfig, sequence_length: int, micro_batch_size: int, engine: EngineConfig, ranks: int,
-    optimizer: str = "adamw",
+    optimizer: str = "adamw", averages: int = 0,
 ) -> Memory:  # fmt: skip
     """Returns the estimate for a rank with the largest shards, with compiled blocks and an even router."""
-    weights, gradients, moments = state(model, engine, ranks, optimizer)
+    weights, gradients, moments = state(model, engine, ranks, optimizer, averages)
     if engine.reduce_gradients == "step" and engine.name in ("zero2", "zero3", "fsdp2"):
         gradients = 4 * sum(each.number * each.size for each in parts(model, engine, ranks))  # whole between micro-batches
     kept, recomputed = _activations(model, sequence_length, micro_batch_size, engine)
@@ -136,11 +136,14 @@ def parts(model: ModelConfig, engine: EngineConfig, ranks: int) -> list[Part]:
     return found + [Part(layers * number, shape, ranks) for number, shape in shapes]
 
 
-def state(model: ModelConfig, engine: EngineConfig, ranks: int, optimizer: str = "adamw") -> tuple[int, int, int]:
+def state(
+    model: ModelConfig, engine: EngineConfig, ranks: int, optimizer: str = "adamw", averages: int = 0
+) -> tuple[int, int, int]:
     """Returns the bytes of weights, gradients that the optimizer takes, and moments with master weights, on rank 0, which has
     the largest shards: those that the engines allocate, to the byte. Offloaded tensors are not on the device.
 
-    optimizer: `optimizer.name`. Gradients of zero1 and zero2 in fp32 are about right: DeepSpeed's then lie in larger buffers.
+    optimizer: `optimizer.name`; what its `row_beta` keeps, a number per row, is left out. averages: `optimizer.averages`, which
+    count as moments. Gradients of zero1 and zero2 in fp32 are about right: DeepSpeed's then lie in larger buffers.
     """
     found = parts(model, engine, ranks)
     width = 4 if engine.precision == "fp32" else 2
@@ -148,18 +151,18 @@ def state(model: ModelConfig, engine: EngineConfig, ranks: int, optimizer: str =
         embeds = sum(each.number * each.size for each in found if each.embedding or len(each.shape) == 1)
         groups = (embeds, sum(each.number * each.size for each in found) - embeds)  # the optimizer's, flat
         flat = sum(-(-size // (2 * ranks)) * 2 * ranks for size in groups)  # padded for aligned messages
-        sizes = width * flat, 4 * flat // (1 if engine.name == "zero1" else ranks), 12 * flat // ranks
+        sizes = width * flat, 4 * flat // (1 if engine.name == "zero1" else ranks), (12 + 4 * averages) * flat // ranks
     elif engine.name == "zero3":
         shares = [(each.number * -(-each.size // ranks), each.size <= engine.keep_whole_below) for each in found]
         share, whole = sum(size for size, _ in shares), ranks * sum(size for size, kept in shares if kept) * (ranks > 1)
-        sizes = width * (share + whole), 4 * share, 12 * share
+        sizes = width * (share + whole), 4 * share, (12 + 4 * averages) * share
     else:
         shards = engine.name == "fsdp2"
         local = [(each, each.number * (_shard(each) if shards else each.size)) for each in found]
         mine, one = sum(size for _, size in local), 0
         if optimizer == "muon":  # one moment of the matrices of blocks
             one = sum(size for each, size in local if each.in_block and len(each.shape) > 1)
-        sizes = 4 * mine, 4 * mine, 8 * mine - 4 * one
+        sizes = 4 * mine, 4 * mine, (8 + 4 * averages) * mine - 4 * one
     weights, gradients, moments = sizes
     return (0 if engine.offload == "all" else weights), gradients, (0 if engine.offload != "none" else moments)
 

@@ -81,7 +81,7 @@ class Planned(NamedTuple):
 def price(plan: Plan, job: Job, length: Length, terms: Terms, market: Market, seconds: float | None = None) -> Planned:
     """Adds hours and dollars. seconds: of training between saves; None: the best interval."""
     cluster = plan.cluster
-    size = checkpoint_bytes(job.model, job.optimizer)
+    size = checkpoint_bytes(job.model, job.optimizer, job.averages)
     saved = saves(size, cluster.gpus, terms.store_gb_per_second, terms.checkpoint)
     risk, mfu = market.risk(cluster, terms.restart_seconds), plan.time.mfu * terms.speed_ratio
     return Planned(plan, mfu, market, saved, risk, cost(length, cluster, mfu, saved, risk, market.dollars_per_hour, seconds))
@@ -123,7 +123,7 @@ def summary(
         "configuration": plan_values(chosen, terms),
         "engines": [engine_values(price(each, job, length, terms, market)) for each in every],
         "checkpoint": {
-            "bytes": checkpoint_bytes(job.model, job.optimizer),
+            "bytes": checkpoint_bytes(job.model, job.optimizer, job.averages),
             "blocked_seconds": chosen.saves.blocked_seconds,
             "durable_seconds": sum(chosen.saves),
             "asynchronous": terms.checkpoint.asynchronous,

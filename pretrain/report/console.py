@@ -124,7 +124,8 @@ class Console:
 
 def validation_line(record: dict, reference_lines: dict[str, float] | None) -> str:
     """One validation in words, with the reference losses of the data."""
-    parts = [f"validation at step {record['step']:,}: loss {record['val_loss']:.4f}"]
+    averaged = " of the average of the weights" if record.get("val_weights") == "average" else ""
+    parts = [f"validation at step {record['step']:,}{averaged}: loss {record['val_loss']:.4f}"]
     if "val_perplexity" in record:
         parts.append(f"perplexity {record['val_perplexity']:.2f}")
     if record.get("val_bits_per_byte") is not None:

@@ -96,12 +96,15 @@ def parse_with_settings(parser: argparse.ArgumentParser, argv: list[str]) -> tup
 
 
 def add_trained_model(parser: argparse.ArgumentParser, *, average: bool = False) -> None:
-    """`--run`, `--model`, `--step` and, if wanted, `--average`: which trained model; `check_trained_model` checks them."""
+    """`--run`, `--model`, `--step`, `--last-weights` and, if wanted, `--average`: which trained model; `check_trained_model`
+    checks them."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, metavar="FOLDER", help="a run, runs/<name>")
     source.add_argument("--model", type=Path, metavar="FOLDER", help="a Hugging Face model")
     parser.add_argument("--step", metavar="N|best", help="with --run: the checkpoint of this step, or best (lowest "
                         "validation loss); default: the newest")  # fmt: skip
+    parser.add_argument("--last-weights", action="store_true", help="with --run: the weights of the last step, also where the "
+                        "run kept an average of its weights (optimizer.average_decay)")  # fmt: skip
     if average:
         parser.add_argument("--average", type=at_least(1), default=1, metavar="N", help="with --run: the mean of the N "
                             "checkpoints up to --step (default: %(default)s)")  # fmt: skip
@@ -111,6 +114,7 @@ def check_trained_model(parser: argparse.ArgumentParser, options: argparse.Names
     """Ends the program with status 2 if the flags of `add_trained_model` contradict each other."""
     if options.step not in (None, "best") and not options.step.isdecimal():
         parser.error(f"--step: got {options.step!r}, allowed: a number or best")
-    given = [flag for flag, used in (("--step", options.step), ("--average", getattr(options, "average", 1) != 1)) if used]
+    used = {"--step": options.step, "--last-weights": options.last_weights, "--average": getattr(options, "average", 1) != 1}
+    given = [flag for flag, value in used.items() if value]
     if options.model and given:
         parser.error(f"{' and '.join(given)} can only be used with --run: a Hugging Face folder holds one model")

@@ -25,7 +25,7 @@ def planned_memory(config: Config, model: ModelConfig, ranks: int) -> Memory:
     """The plan for a rank, in the stage of the run that needs most."""
     config = stages.largest(config)
     length, size = config.data.sequence_length, config.batch.micro_batch_size
-    return memory(model, length, size, config.engine, ranks, config.optimizer.name)
+    return memory(model, length, size, config.engine, ranks, config.optimizer.name, config.optimizer.averages)
 
 
 def device_gib(engine: Engine) -> float | None:

@@ -82,7 +82,10 @@ def planned(run: Run) -> Forecast | None:
         return None
     cluster = Cluster(device, engine.world_size, engine.place.local_world_size or engine.world_size)
     settings = dataclasses.replace(config.engine, precision=engine.precision)
-    job = Job(run.model, config.data.sequence_length, config.batch.global_batch_size, config.optimizer.name)
+    optimizer = config.optimizer
+    job = Job(
+        run.model, config.data.sequence_length, config.batch.global_batch_size, optimizer.name, averages=optimizer.averages
+    )
     way = choices.plan(job, settings, config.batch.micro_batch_size, cluster, engine.compiled != "none")
     market, length = Market("on demand", price, None), length_of(run.length.stages, run.model, run.total_steps)
     terms = Terms([market], 1.0, "estimated", STORE_GB_PER_SECOND, RESTART_SECONDS, None, run.config.checkpoint)
@@ -95,7 +98,7 @@ def compare(run: Run, tokens_per_second: float) -> list[Compared]:
     engine, config = run.engine, run.stage.config
     length, size, ranks = config.data.sequence_length, config.batch.micro_batch_size, engine.world_size
     settings = dataclasses.replace(config.engine, precision=engine.precision)
-    plan = memory(run.model, length, size, settings, ranks, config.optimizer.name)
+    plan = memory(run.model, length, size, settings, ranks, config.optimizer.name, config.optimizer.averages)
     found = [Compared("state_gib", (plan.weights + plan.moments) / 2**30, state_bytes(engine) / 2**30)]
     if engine.device.type == "cuda":
         found.append(Compared("peak_memory_gib", plan.peak / 2**30, run.meter.figures["memory"]["peak_memory_gib"]))

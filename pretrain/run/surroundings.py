@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 
 from pretrain.config import Config
 from pretrain.data.checks import Finding
-from pretrain.model import flops
 from pretrain.model.config import ModelConfig
+from pretrain.plan import cost
 from pretrain.report import alarms
 from pretrain.run.directory import NO_LOCKS
 
@@ -72,7 +72,8 @@ def storage_findings(config: Config, model: ModelConfig, folder: Path, steps: in
 
 def checkpoint_bytes(config: Config, model: ModelConfig, steps: int) -> tuple[int, int]:
     """(bytes of one, bytes of all that exist at a time): fp32 weights and moments, and one more while it is being written."""
-    each, every = flops.state_bytes(model), config.checkpoint.every_steps
+    every, optimizer = config.checkpoint.every_steps, config.optimizer
+    each = cost.checkpoint_bytes(model, optimizer.name, optimizer.averages)
     kept = config.checkpoint.keep_last + config.checkpoint.keep_best + bool(config.checkpoint.mirror)  # one waits for it
     made = 1 + (steps - 1) // every if every else 2**31 if config.checkpoint.every_minutes else 1
     return each, each * min(made, kept + 1)

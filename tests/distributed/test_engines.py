@@ -162,7 +162,7 @@ def poisoned(configs: dict[str, EngineConfig]) -> dict:
     results = {}
     for name, config in configs.items():
         engine = engine_of(config)
-        prepare(engine, "adamw")
+        prepare(engine, "averaged")
         meter, forward, trace = metrics.Meter(engine.device, engine.rank, engine.world_size), engine.forward, []
         for step in range(3):
             factor = math.nan if step == 1 and engine.rank == engine.world_size - 1 else 1.0
@@ -174,7 +174,32 @@ def poisoned(configs: dict[str, EngineConfig]) -> dict:
             state = torch.cat([shard.values.flatten() for shard in engine.shards(saving=False)])
             trace.append((state.numpy().copy(), used.numpy(), engine.updates, figures))
         results[name] = trace
+        require_exchange(engine)
     return results
+
+
+def require_exchange(engine: Engine) -> None:
+    """In the context of `averaged_weights`, weights and averages have changed places, to the bit, and forward passes read the
+    averages; afterwards everything is as before."""
+
+    def state() -> dict[str, torch.Tensor]:
+        return {f"{shard.name} {shard.offset}": shard.values.clone() for shard in engine.shards(saving=False)}
+
+    def used() -> torch.Tensor:
+        return torch.cat([p.detach().float().flatten() for p in local_parameters(engine)])
+
+    before, used_before = state(), used()
+    with engine.averaged_weights() as averaged:
+        inside, used_inside = state(), used()
+    after = state()
+    assert averaged and before.keys() == inside.keys() == after.keys()
+    places = {"model": "average", "average": "model"}
+    for key, values in before.items():
+        kind, _, name = key.partition("/")
+        is_buffer = f"average/{name}" not in before
+        assert torch.equal(values, inside[key if is_buffer else f"{places.get(kind, kind)}/{name}"]), key
+        assert torch.equal(values, after[key]), key
+    assert (used_before != used_inside).any() and torch.equal(used_before, used())
 
 
 def local_parameters(engine: Engine) -> list[torch.Tensor]:
@@ -215,7 +240,7 @@ def save_with(configs: dict[str, EngineConfig], folder: Path) -> dict:
     results = {}
     for name, config in configs.items():
         engine = engine_of(config)
-        prepare(engine, "adamw")
+        prepare(engine, "averaged")
         two_steps(engine, 0)
         save(folder / name, 2, engine, {})
         results[name] = pieces_of(engine), two_steps(engine, 2)
@@ -227,7 +252,7 @@ def load_with(configs: dict[str, EngineConfig], folder: Path, saved: dict[str, l
     results = {}
     for name, config in configs.items():
         engine = engine_of(config)
-        engine.prepare(make_model, lambda model: make_optimizer(model, "adamw"), CLIP, seed=1)  # other weights
+        engine.prepare(make_model, lambda model: make_optimizer(model, "averaged"), CLIP, seed=1)  # other weights
         for other in saved[name]:
             [found] = storage.checkpoints(folder / other)
             storage.load(found, engine)
@@ -258,7 +283,7 @@ def check_checkpoints(
             with subtests.test(f"{other} on {wrote} -> {name} on {ranks}"):
                 truth = assemble([piece for rank in written for piece in rank[other][0]])
                 found = assemble([piece for rank in read for piece in rank[name, other][0]])
-                assert truth.keys() == found.keys() and len(truth) == 3 * len(list(make_model().parameters()))
+                assert truth.keys() == found.keys() and len(truth) == 5 * len(list(make_model().parameters()))
                 assert all(torch.equal(found[key], truth[key]) for key in truth)
                 _, updates, shown = read[0][name, other]
                 assert updates == 2
