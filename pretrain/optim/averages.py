@@ -10,7 +10,7 @@ With the weights w after an update, and n updates before it:
 The average has less of the noise that a learning rate leaves in the weights (Polyak and Juditsky 1992; Izmailov et al. 2018).
 Its decay rises, so that it forgets the beginning of a run, as in TensorFlow's ExponentialMovingAverage; the first one is w.
 
-The last line is EMA-Nesterov (Yau et al. 2026, arXiv 2605.25395): the next gradient is that of a point ahead, b times the mean
+The last line is EMA-Nesterov (arXiv 2605.25395): the next gradient is that of a point ahead, b times the mean
 step away, and the optimizer steps from there. The paper keeps the mean step m <- g m + (1 - g) (step) and the weights before
 it; (1 - g) / g (w - trail) is the same m, so one tensor suffices. Weights stay ahead between steps, so that an update which is
 skipped changes nothing; validation and checkpoints have them there. The paper turns it off during warm-up and towards the end;
