@@ -200,6 +200,9 @@ class EvaluateConfig:
     """Steps between measurements of the tasks; there is always one at the end. null: with every validation."""
     task_items: PositiveInt | None = free(None)
     """At most this many items of each task, spread evenly over its file; null: all."""
+    expected: str | None = free(None)
+    """prediction.json of a ladder (tools/plan_ladder.py --fit): every validation says where it is in the band that small runs
+    predict, and a run that leaves the band is an alarm. null: off."""
 
 
 @dataclass(frozen=True, kw_only=True)

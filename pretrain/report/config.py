@@ -13,7 +13,17 @@ from urllib.parse import urlsplit
 from pretrain.schema import PositiveFloat, PositiveInt, Problem, free
 
 Alarm = Literal[
-    "done", "stopped", "preempted", "diverged", "budget", "crash_loop", "stall", "slow_rank", "skipped_steps", "mirror"
+    "done",
+    "stopped",
+    "preempted",
+    "diverged",
+    "budget",
+    "crash_loop",
+    "stall",
+    "slow_rank",
+    "skipped_steps",
+    "mirror",
+    "off_course",
 ]
 
 
@@ -55,7 +65,8 @@ class AlarmConfig:
 
     kinds: list[Alarm] = free(lambda: [kind for kind in get_args(Alarm) if kind != "done"])
     """Which alarms are sent. At the end of a run: done, stopped, preempted (status 75), diverged, budget; of the supervisor:
-    crash_loop; in between: stall, slow_rank, skipped_steps, mirror. []: none."""
+    crash_loop; in between: stall, slow_rank, skipped_steps, mirror, off_course (the loss leaves the band of
+    evaluate.expected). []: none."""
     stall_minutes: PositiveFloat | None = free(15.0)
     """Minutes without a step, log line or validation that are a stall; null: never."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from pretrain.report import expected
 from pretrain.report.history import task_names
 from pretrain.report.records import LineFile, merge_equal
 from pretrain.report.units import human_count, human_dollars, human_seconds
@@ -133,6 +134,8 @@ def validation_line(record: dict, reference_lines: dict[str, float] | None) -> s
     sources = [f"{key.split('/', 1)[1]} {value:.4f}" for key, value in record.items() if key.startswith("val_loss/")]
     if sources:
         parts.append("by source: " + ", ".join(sources))
+    if expected.side(record):
+        parts.append(expected.words(record))
     if reference_lines:
         parts.append("(" + ", ".join(f"{name} {nats:.4f}" for name, nats in merge_equal(reference_lines).items()) + ")")
     return "  ".join(parts)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from pretrain import files
+from pretrain.report.expected import KEYS
 from pretrain.report.history import TASK_PREFIX, task_names
 from pretrain.report.records import FILE_NAME, RecordsError, iter_records, merge_equal
 from pretrain.report.units import SCALES
@@ -40,6 +41,7 @@ REFERENCE_TITLES = {
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#5C4B3B")
 ALARM = "#c00000"
 LEAST_SPAN = 0.5  # nats that the vertical axis spans at least: noise must not look like a trend
+BAND = KEYS[1:]
 SOURCE_PREFIX = "loss/"  # of the metrics of training sources
 LABEL_GAP = 0.042  # between two labels at the right edge, as a fraction of the height of the upper panel
 
@@ -55,6 +57,8 @@ class Curves:
     loss: np.ndarray  # (N,) nats per token
     val_step: np.ndarray = field(default_factory=lambda: np.empty(0))  # (M,)
     val_loss: np.ndarray = field(default_factory=lambda: np.empty(0))  # (M,) nats per token
+    val_low: np.ndarray = field(default_factory=lambda: np.empty(0))  # (M,) of the band that a ladder expects; NaN without
+    val_high: np.ndarray = field(default_factory=lambda: np.empty(0))  # (M,)
     reference_lines: dict[str, float] = field(default_factory=dict)  # nats per token
     sources: dict[str, np.ndarray] = field(default_factory=dict)  # (N,) loss of each training source, NaN where it was not read
     stages: list[float] = field(default_factory=list)  # steps after which a stage began
@@ -76,7 +80,7 @@ class Curves:
 def read_curves(directory: Path) -> Curves:
     """The curves in <directory>/metrics.jsonl. Raises RecordsError when there is no logging step or the file is damaged."""
     train = {key: array("d") for key in ("step", "tokens", "train_hours", "loss")}
-    valid = {key: array("d") for key in ("step", "val_loss")}
+    valid = {key: array("d") for key in ("step", "val_loss", *BAND)}
     references: dict[str, float] = {}
     sources: dict[str, array] = {}
     stages, tasks = [], []
@@ -106,6 +110,8 @@ def read_curves(directory: Path) -> Curves:
         loss=np.array(train["loss"]),
         val_step=np.array(valid["step"]),
         val_loss=np.array(valid["val_loss"]),
+        val_low=np.array(valid[BAND[0]]),
+        val_high=np.array(valid[BAND[1]]),
         reference_lines=merge_equal({name: nats for name, nats in references.items() if math.isfinite(nats)}),
         sources={name: np.array(losses) for name, losses in sources.items()},
         stages=stages,
@@ -281,6 +287,10 @@ def _draw_run(axes: Axes, run: Curves, color: str, x: XAxis, several: bool) -> t
     if many:
         axes.plot(train_x, run.loss, color=color, alpha=0.22, linewidth=0.8, zorder=2)
     axes.plot(train_x, smoothed, color=color, linewidth=1.8, zorder=3)
+    if np.isfinite(run.val_low).any():
+        axes.fill_between(
+            run.val_x(x), run.val_low, run.val_high, color=color, alpha=0.12, linewidth=0, zorder=1, label="expected"
+        )
     bad_x = train_x[~np.isfinite(run.loss)]
     if len(bad_x):
         axes.annotate(

@@ -13,6 +13,7 @@ from pretrain.doctor import untrained, verdict
 from pretrain.engines.compile import compile_report, graphs
 from pretrain.engines.update_check import UpdateCheck
 from pretrain.model import flops
+from pretrain.report import expected
 from pretrain.report.metrics import Clock, perplexity
 from pretrain.report.ranks import RankFigures, named, spread
 from pretrain.report.records import RecordsError
@@ -286,7 +287,10 @@ def log_validation(run: Run, figures: dict[str, float], generated: list[dict[str
     """Logs a validation and the texts generated after it, and warns once of an alarming curve."""
     progress = run.progress
     tokens = progress.tokens + run.meter.interval_tokens  # of this step, which need not have a logging line
+    if run.expected:
+        figures = figures | run.expected.figures(progress.step / run.total_steps)
     run.sinks.log({"step": progress.step, "tokens": tokens, **figures})
+    _report_place(run, figures)
     _report_compiler(run, "validation", f"validation at step {progress.step}")
     if generated:
         run.sinks.log({"step": progress.step, "generated": generated})
@@ -301,6 +305,18 @@ def log_tasks(run: Run, figures: dict[str, float]) -> None:
     """Logs how the tasks were answered."""
     tokens = run.progress.tokens + run.meter.interval_tokens
     run.sinks.log({"step": run.progress.step, "tokens": tokens, **figures})
+
+
+def _report_place(run: Run, figures: dict[str, float]) -> None:
+    """Raises the alarm when a validation is outside the band that a ladder expects, and the one before was not."""
+    place = expected.side(figures)
+    if place in ("above", "below") and place != run.side:
+        advice = {
+            "above": "data, learning rate or settings may differ from those of the small runs",
+            "below": "it is better than small runs predict, or its validation set is not what it was for them",
+        }[place]
+        run.sinks.alarm("off_course", f"validation loss {figures['val_loss']:.4f}: {expected.words(figures)}; {advice}")
+    run.side = place or run.side
 
 
 def close_account(run: Run, status: int) -> None:

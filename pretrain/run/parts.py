@@ -11,6 +11,8 @@ from pretrain.data.tasks import Task, open_tasks
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.engines.config import check_mesh
 from pretrain.model.config import ModelConfig, resolve_model, vocabulary
+from pretrain.report.expected import Expected
+from pretrain.run import band
 
 
 class Parts(NamedTuple):
@@ -23,10 +25,13 @@ class Parts(NamedTuple):
     model: ModelConfig
     """Resolved."""
     tasks: list[Task]
+    expected: Expected | None
+    """The band of the validation loss; None: the settings name none."""
 
 
 def open_parts(config: Config, tokenizer: Tokenizer | None = None) -> Parts:
-    """Opens everything that `config` names. Raises DataError, and ConfigError for a vocabulary that ranks cannot share.
+    """Opens everything that `config` names. Raises DataError, ConfigError for a vocabulary that ranks cannot
+    share, and UserError for a prediction of another run.
 
     tokenizer: the one of `config`, if it is open already.
     """
@@ -38,7 +43,7 @@ def open_parts(config: Config, tokenizer: Tokenizer | None = None) -> Parts:
         raise ConfigError(problems)
     planned = [(stage.position, stage.config.data) for stage in stages.layout(config)]
     data, valid = open_train(config.data, stages=planned, **opened), open_valid(config.data, **opened)
-    return Parts(tokenizer, data, valid, model, open_tasks_of(config, tokenizer, model))
+    return Parts(tokenizer, data, valid, model, open_tasks_of(config, tokenizer, model), band.of(config, model))
 
 
 def open_tasks_of(config: Config, tokenizer: Tokenizer | None, model: ModelConfig) -> list[Task]:

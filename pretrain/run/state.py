@@ -19,10 +19,12 @@ from pretrain.engines.update_check import require_equal_replicas
 from pretrain.model import flops
 from pretrain.model.config import ModelConfig
 from pretrain.report import environment
+from pretrain.report.expected import Expected
 from pretrain.report.metrics import Meter
 from pretrain.report.ranks import RankProbe, SlowRankWatch
 from pretrain.report.sinks import Sinks, open_sinks
 from pretrain.report.spikes import SpikeWatch
+from pretrain.run import band
 from pretrain.run.directory import RunDirectory
 from pretrain.run.ledger import Ledger
 from pretrain.run.length import Length, plan
@@ -46,6 +48,8 @@ class Run:
     model: ModelConfig
     """Resolved."""
     tasks: list[Task]
+    expected: Expected | None
+    """The band of the validation loss; None: the settings name none."""
     directory: RunDirectory
     length: Length
     progress: Progress
@@ -59,6 +63,8 @@ class Run:
     slow_ranks: SlowRankWatch = field(default_factory=SlowRankWatch)
     intervals: int = 0
     """Logging lines of this start."""
+    side: str = "in"
+    """Where the newest validation lay (`expected.side`): leaving the band is reported once, not at every validation."""
     verdict: str = ""
     """Kind of the newest verdict on the loss curve: an alarm is reported once, not at every validation."""
     graphs: dict[str, int] = field(default_factory=dict)
@@ -111,6 +117,7 @@ def open_run(
         state["progress"] |= start.changes
     progress = Progress(**state["progress"]) if found else Progress(started=time.time())
     length = plan(config, parts.data, state or None)
+    band.require_length(parts.expected, length.tokens)
     parts = parts._replace(data=length.place(parts.data))
     own = found is not None and found.path.parent.resolve() == directory.checkpoints.resolve()
     if not own:  # the time between another run's checkpoint and this start is no loss of this run
