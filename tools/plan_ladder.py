@@ -193,8 +193,8 @@ def table(big: Target, sizes: list[Target], small: list[Small], options: argpars
         f"all {len(small)} small runs: {flops:.2e} FLOP = {flops / big.flops:.1%} of the planned run; about "
         f"{human_seconds(spent)} on {options.gpus} x {options.gpu.upper()} by the plan's formulas{cost}",
         f"N multiplies each token: blocks and head, without the input embedding; {big.tokens / big.parameters:.1f} tokens each",
-        f"batch ~ D^{ladder.BATCH_EXPONENT} (Power Lines) and lr ~ C^{ladder.lr_slope(big.model):g}, from those of the planned run; at each "
-        "rung several lr are tried",
+        f"batch ~ D^{ladder.BATCH_EXPONENT} (Power Lines) and lr ~ C^{ladder.lr_slope(big.model):g}, from those of "
+        "the planned run; at each rung several lr are tried",
     ]
     for each in ladder.published(big.parameters, big.tokens):
         sequences = each.batch_tokens / big.length
