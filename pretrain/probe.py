@@ -107,16 +107,11 @@ class Bench:
             return
         seed = self.config.run.seed + repeat
 
-        def fill(shard: Shard) -> None:
-            kind, name = shard.name.split("/", 1)
-            if kind != "model":
-                shard.values.zero_()
-            elif self.pretrained:
-                self.pretrained(shard)
-            else:
-                self.engine.model.fill_initial(shard.values, shard.offset, name, shard.shape, seed)
+        def draw(shard: Shard) -> None:
+            self.engine.model.fill_initial(shard.values, shard.offset, shard.name.removeprefix("model/"), shard.shape, seed)
 
-        self.engine.restore(fill)
+        self.engine.restore(lambda shard: shard.values.zero_())  # moments; and then the weights, as `prepare` sets them
+        self.engine.restore(self.pretrained or draw, moments=False)
         self.engine.updates = 0
 
     def position_of(self, repeat: int) -> int:
