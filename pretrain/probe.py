@@ -170,8 +170,9 @@ class Bench:
         }
 
     def validate(self) -> float:
-        """Loss on the validation samples. A collective."""
-        return evaluate(self.engine, self.valid, self.batch.micro_batch_size, self.validation_samples)["val_loss"]
+        """Loss on the validation samples, of the average of the weights where there is one. A collective."""
+        with self.engine.averaged_weights():
+            return evaluate(self.engine, self.valid, self.batch.micro_batch_size, self.validation_samples)["val_loss"]
 
     @property
     def validation_samples(self) -> int:

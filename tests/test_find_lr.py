@@ -15,6 +15,7 @@ import pytest
 from pretrain import UserError
 from pretrain.config import load
 from pretrain.engines.place import Place
+from pretrain.evaluate import evaluate
 from pretrain.files import read_json_lines
 from pretrain.probe import Bench, HeldOut
 from pretrain.train import train
@@ -42,14 +43,19 @@ def bench(tiny: list[str]):
         each.close()
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_each_probe_starts_from_the_same_state(bench, name):
-    """Whatever was probed before, moments and their counts included."""
-    tried = bench("--optimizer.name", name)
+EVERYTHING = ["--optimizer.row_beta", "0.9", "--optimizer.lookahead", "0.5", "--optimizer.average_decay", "0.8"]
+
+
+@pytest.mark.parametrize("flags", [["adamw"], ["muon"], ["muon", *EVERYTHING]], ids=["adamw", "muon", "muon and averages"])
+def test_each_probe_starts_from_the_same_state(bench, flags):
+    """Whatever was probed before, moments, their counts and averages of weights included."""
+    tried = bench("--optimizer.name", *flags)
+    untrained = evaluate(tried.engine, tried.valid, 2, tried.validation_samples)["val_loss"]
     first = tried.probe(1e-2, 0, lambda step: None)
     other = tried.probe(1e-2, 1, lambda step: None)
     tried.probe(1.0, 0, lambda step: None)
     again = tried.probe(1e-2, 0, lambda step: None)
+    assert first["before"] == pytest.approx(untrained, rel=1e-6)
     assert first["losses"] == again["losses"] and first["val_loss"] == again["val_loss"]
     assert first["losses"][0] != other["losses"][0] and first["before"] != other["before"]  # other weights and data
     assert first["val_loss"] < first["before"] and not first["diverged"]
