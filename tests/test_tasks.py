@@ -18,6 +18,7 @@ from pretrain.config import ConfigError, EngineConfig, OptimizerConfig, Parallel
 from pretrain.data.errors import TaskError
 from pretrain.data.tasks import CHOICES, CONTEXTS, EXACT, Item, Sequence, Task, findings, open_tasks
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.engines.compile import graphs
 from pretrain.engines.start import start_engine
 from pretrain.evaluate import Stopped
 from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
@@ -119,6 +120,7 @@ def measure_here(config: EngineConfig, model: ModelConfig, tasks: list[Task], mo
     engine.all_reduce = lambda values: reduced.append(values.dtype) or all_reduce(values)
     figures = measure(engine, tasks, most_tokens, lambda: [0])
     assert engine.model.training and engine.model.lm_head.hits is None
+    assert graphs() == 0, "each length of a batch would be compiled"
     rounds = len(plan_pass(engine, tasks, most_tokens).batches) // engine.mesh.sample_ranks
     engine.close()
     return figures, reduced.count(torch.float64), rounds
@@ -129,6 +131,7 @@ def engine(name: str, **kinds: int) -> EngineConfig:
 
 
 SLOW = [
+    (1, EngineConfig(name="ddp", precision="fp32", compile="blocks"), DENSE, 64),
     (2, engine("zero1"), DENSE, 64),
     (2, engine("zero2"), DENSE, 64),
     (2, engine("zero3"), DENSE, 64),
