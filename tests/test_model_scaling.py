@@ -14,13 +14,14 @@ from pretrain import config as settings
 from pretrain.config import EngineConfig, OptimizerConfig, ParallelConfig
 from pretrain.data.batches import Batch
 from pretrain.engines.start import start_engine
-from pretrain.model import hf_mapping
+from pretrain.model import hf_mapping, scaling, transformer
 from pretrain.model.config import ModelConfig, ScalingConfig, differences, model_from_dict, resolve_model
 from pretrain.model.transformer import Transformer, build
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.train import train_step
 from tests.models import moe
 from tests.ranks import run_ranks
+from tools import check_scaling
 
 V, LR = 96, 1e-2
 BASE = ScalingConfig(base_hidden_size=32, base_num_hidden_layers=2)
@@ -31,11 +32,11 @@ KINDS = {
 }
 
 
-def sized(wide: int = 1, deep: int = 1, scaling: ScalingConfig | None = BASE, **changes) -> ModelConfig:
+def sized(wide: int = 1, deep: int = 1, relative_to: ScalingConfig | None = BASE, **changes) -> ModelConfig:
     size = dict(hidden_size=32 * wide, num_hidden_layers=2 * deep, num_attention_heads=4 * wide, num_key_value_heads=2 * wide)
     if experts := changes.get("moe"):
         changes["moe"] = dataclasses.replace(experts, moe_intermediate_size=32 * wide)
-    settings = ModelConfig(intermediate_size=64 * wide, scaling=scaling, **size | changes)
+    settings = ModelConfig(intermediate_size=64 * wide, scaling=relative_to, **size | changes)
     return resolve_model(settings, vocab_size=V, sequence_length=16)
 
 
@@ -57,7 +58,7 @@ def trained(model: Transformer, optimizer: torch.optim.Optimizer, steps: int = 3
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_at_the_base_size_scaling_changes_no_bit(kind, name):
-    models = [build(sized(scaling=scaling, **KINDS[kind]), "cpu", seed=3) for scaling in (None, BASE)]
+    models = [build(sized(relative_to=base, **KINDS[kind]), "cpu", seed=3) for base in (None, BASE)]
     losses = [trained(model, build_optimizer(model, OptimizerConfig(name=name, lr=LR))) for model in models]
     assert losses[0] == losses[1]
     for (key, plain), scaled in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
@@ -204,3 +205,48 @@ def test_every_engine_gives_each_weight_its_own_learning_rate(rule, names):
     found = run_ranks(2, losses_on_a_rank, names, rule, timeout=600)
     for name in names:
         assert found[0][name] == pytest.approx([loss / expected[0] for loss in expected], rel=2e-4), name
+
+
+CHECK = ["--data.synthetic.kind", "markov", "--model.vocab_size", "256", "--model.qk_norm", "true", "--tokenizer.path", "null"]
+CHECK += ["--data.sequence_length", "64", "--train.max_steps", "1"]
+RATES = {"adamw": "0.004", "muon": "0.01"}
+
+
+@pytest.mark.slow
+def test_activations_and_their_changes_are_flat_over_width_and_depth(tmp_path, capsys, monkeypatch):
+    """The coordinate check. It refuses factors of Muon and of AdamW that do not fall with the width, and branches whose
+    learning rate does not fall with the depth. (Muon's w^-1 in place of w^-1/2 is too little to be seen at these widths; the
+    table has its exponent.)"""
+    monkeypatch.setattr(transformer, "scale", scaling.scale)  # restored after the mutants
+    picture, widths, depths = tmp_path / "scaling.png", ["32", "64", "128"], ["2", "4", "8"]
+
+    def check(optimizer: str, widths: list[str], depths: list[str], rule=scaling.scale) -> tuple[int, str]:
+        transformer.scale = rule
+        flags = ["--widths", *widths, "--depths", *depths, "--optimizer", optimizer, "--optimizer.lr", RATES[optimizer]]
+        return check_scaling.main([*CHECK, *flags, "--output", str(picture)]), capsys.readouterr().out
+
+    def planted(**wrong):
+        """The rule with one ratio of the model's sizes raised to another power in one factor."""
+
+        def rule(model: ModelConfig, name: str, *, muon: bool = False) -> scaling.Scale:
+            found = scaling.scale(model, name, muon=muon)
+            if model.scaling is None or "_proj" not in name:
+                return found
+            wide = model.hidden_size / model.scaling.base_hidden_size
+            deep = (
+                model.num_hidden_layers / model.scaling.base_num_hidden_layers if name.endswith(scaling.LAST_OF_BRANCH) else 1
+            )
+            return found._replace(lr=found.lr * wide ** wrong.get("wide", 0) * deep ** wrong.get("deep", 0))
+
+        return rule
+
+    for optimizer in RATES:
+        status, shown = check(optimizer, widths, depths)
+        assert status == 0 and picture.read_bytes().startswith(b"\x89PNG"), (optimizer, shown)
+    for optimizer, wrong, sizes in (
+        ("muon", dict(wide=0.5), (widths, ["2"])),
+        ("adamw", dict(wide=1), (widths, ["2"])),
+        ("adamw", dict(deep=1), (["32"], depths)),
+    ):
+        status, shown = check(optimizer, *sizes, planted(**wrong))
+        assert status == 1 and " no\n" in shown, (optimizer, wrong, shown)
