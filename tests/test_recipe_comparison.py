@@ -142,6 +142,7 @@ def test_the_loop_of_the_peers_trains_and_validates_as_launch_pretrain_does(tmp_
 
 
 @pytest.mark.release
+@pytest.mark.timeout(900)
 def test_two_recipes_are_compared_and_a_second_command_repeats_no_run(tmp_path: Path, capsys):
     command = ["--recipes", "ours", "adamw", "--scale", "tiny", "--seeds", "1", "--jobs", "2", "--output", str(tmp_path)]
     recipes.main(command)
