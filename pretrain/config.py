@@ -96,6 +96,8 @@ class OptimizerConfig:
     """adamw; or muon for the matrices of the blocks, with adamw for embeddings, head and vectors."""
     lr: PositiveFloat = guarded(3e-4)
     """Peak learning rate. Muon's updates are scaled to the size of AdamW's, so the same value suits both."""
+    embedding_lr_scale: PositiveFloat = guarded(1.0)
+    """Learning rate of the embedding as a multiple of lr: its rows get gradients only where their tokens occur."""
     betas: tuple[Decay, Decay] = guarded((0.9, 0.95))
     """AdamW's decay of the first and second moment."""
     eps: PositiveFloat = guarded(1e-8)

@@ -35,6 +35,16 @@ def test_settings_reach_the_optimizer():
         assert (group["lr"], tuple(group["betas"]), group["eps"], group["fused"]) == (1e-3, (0.8, 0.9), 1e-6, True)
 
 
+@pytest.mark.parametrize("rule", ["adamw", "muon"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_embedding_alone_has_its_multiple_of_the_learning_rate(rule, tied):
+    model = small_model(tie_word_embeddings=tied)
+    optimizer = build_optimizer(model, OptimizerConfig(name=rule, embedding_lr_scale=4.0))
+    scale = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert scale[id(parameter)] == (4.0 if name == "model.embed_tokens.weight" else 1.0), name
+
+
 def test_updates_equal_the_formula_of_adamw():
     model, config = small_model(), OptimizerConfig(lr=1e-2, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.5)
     optimizer = build_optimizer(model, config)

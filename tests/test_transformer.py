@@ -20,7 +20,7 @@ from transformers import (
 
 from pretrain.engines.compile import compile_model
 from pretrain.model import transformer
-from pretrain.model.config import ModelConfig, RopeScalingConfig, resolve_model
+from pretrain.model.config import ModelConfig, MoeConfig, RopeScalingConfig, resolve_model
 from pretrain.model.transformer import Transformer, build
 
 V = 97  # not a multiple of 64: 31 padding rows
@@ -185,6 +185,19 @@ def test_a_weight_larger_than_a_block_is_drawn_as_ever():
         part = torch.empty(end - offset)
         model.fill_initial(part, offset, name, shape, seed=7)
         assert torch.equal(part, expected[offset:end])
+
+
+@pytest.mark.parametrize("moe", [None, MoeConfig(num_experts=4, num_shared_experts=1)], ids=["dense", "experts"])
+def test_with_outputs_of_zero_each_block_begins_as_the_identity(moe):
+    model, plain = (build(resolved(moe=moe, zero_init_outputs=zero), "cpu", seed=7) for zero in (True, False))
+    for name, parameter in model.named_parameters():
+        outputs = "o_proj" in name or "down_proj" in name
+        expected = torch.zeros_like(parameter) if outputs else plain.get_parameter(name)
+        assert torch.equal(parameter, expected) and not torch.signbit(parameter[parameter == 0]).any(), name
+    tokens_BT = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        hidden_BTD = model.model.norm(model.model.embed_tokens(tokens_BT))
+        assert torch.equal(model(tokens_BT), model.lm_head(hidden_BTD, None, None))
 
 
 def test_building_fills_every_parameter_and_there_are_no_buffers(monkeypatch):

@@ -112,6 +112,8 @@ class ModelConfig:
     """Epsilon of every RMSNorm."""
     qk_norm: bool = frozen(False)
     """RMSNorm on queries and keys, per head (Qwen3)."""
+    zero_init_outputs: bool = frozen(False)
+    """Initial o_proj and down_proj of zero, so that each block begins as the identity. Off: small random values."""
     tie_word_embeddings: bool = frozen(False)
     """One matrix for the input embedding and the head."""
     moe: MoeConfig | None = frozen(None)
@@ -193,7 +195,7 @@ def differences(old: ModelConfig, new: ModelConfig) -> list[tuple[str, Any, Any]
     More ids, longer contexts and settings that only training reads do not count.
     """
     before, after = (schema.flatten(schema.to_dict(model)) for model in (old, new))
-    free = {"from_pretrained", "vocab_multiple", "max_position_embeddings"}
+    free = {"from_pretrained", "vocab_multiple", "max_position_embeddings", "zero_init_outputs"}
     free |= {"scaling", "scaling.base_hidden_size", "scaling.base_num_hidden_layers"}
     free |= {"moe.balance", "moe.aux_loss_weight", "moe.z_loss_weight", "moe.bias_update_rate"}
     if new.vocab_size >= old.vocab_size:

@@ -263,12 +263,17 @@ class Transformer(nn.Module):
         ln V by half of that: under 2 % for any V >= 64. Tied, the input token's own logit is D * std^2 / rms, where rms is the
         size of the residual stream after the last block, which the scaled branches keep near 0.5: again less than one.
 
+        With `zero_init_outputs`, o and down are 0, so that each block begins as the identity (Goyal et al. 2017, arXiv
+        1706.02677, zeroed the last scale of each residual block).
+
         With `model.scaling`, `scaling.py` changes these standard deviations, and may change the weight of the last norm.
         """
         if name.endswith("norm.weight"):
             values.fill_(scale(self.config, name).std)
         elif name.endswith((".e_score_correction_bias", ".expert_share")):
             values.fill_(0.0 if name.endswith("bias") else 1 / shape[0])
+        elif self.config.zero_init_outputs and name.endswith(LAST_OF_BRANCH):
+            values.zero_()
         else:
             key = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))

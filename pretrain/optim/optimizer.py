@@ -24,15 +24,18 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     The blocks are the parameters under `model.layers`. Embeddings and head are look-up tables of token ids; Muon would make
     their rows alike (Jordan et al. 2024), so they stay with AdamW.
 
-    With `model.scaling`, the factors that `model.scale` returns divide these groups further: `lr_scale` multiplies the learning
-    rate (`Engine.update`), `weight_decay` and `eps` are each group's own. Without it, all factors are 1.
+    With `model.scaling` or `embedding_lr_scale`, factors divide these groups further: `lr_scale` multiplies the learning rate
+    (`Engine.update`), `weight_decay` and `eps` are each group's own. Without them, all factors are 1.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     hidden, decayed, plain = {}, {}, {}  # parameters of each Scale
     for name, parameter in model.named_parameters():
         muon = config.name == "muon" and name.startswith("model.layers.") and parameter.ndim >= 2
         rule = plain if parameter.ndim < 2 or id(parameter) in embeddings else hidden if muon else decayed
-        rule.setdefault(model.scale(name, muon=muon), []).append(parameter)
+        scale = model.scale(name, muon=muon)
+        if id(parameter) in embeddings:
+            scale = scale._replace(lr=scale.lr * config.embedding_lr_scale)
+        rule.setdefault(scale, []).append(parameter)
     groups = [
         {
             "params": parameters,
