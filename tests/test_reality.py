@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pretrain import devices
-from pretrain.config import RunConfig
+from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.plan.memory import memory
 from pretrain.report.units import human_dollars, human_seconds
 from pretrain.run import output, reality
@@ -94,7 +94,7 @@ def run_on_h100(model, **engine) -> SimpleNamespace:
     shape = resolve_model(model, vocab_size=301, sequence_length=2048)
     settings = SimpleNamespace(
         engine=EngineConfig(name="fsdp2"), batch=BatchConfig(global_batch_size=64, micro_batch_size=4),
-        data=SimpleNamespace(sequence_length=2048, document_mask=False), optimizer=SimpleNamespace(name="adamw"),
+        data=SimpleNamespace(sequence_length=2048, document_mask=False), optimizer=OptimizerConfig(),
     )  # fmt: skip
     facts = {"device": torch.device("cuda", 0), "device_name": "NVIDIA H100 80GB HBM3", "world_size": 8, "rank": 0}
     facts |= {"precision": "bf16", "compiled": "blocks", "place": SimpleNamespace(local_world_size=8), **engine}
