@@ -193,6 +193,7 @@ def test_a_crash_loop_is_three_attempts_in_a_row_without_progress(tiny, script, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # a slow machine takes more than two minutes
 def test_the_rehearsal_in_the_documents_survives_the_loss_of_all_processes_and_of_the_folder(tmp_path):
     name = f"rehearsal-{os.getpid()}"
     first, second = (each for each in fences(ROOT / "docs" / "running.md", "bash") if "rehearsal" in each)
@@ -208,7 +209,7 @@ def test_the_rehearsal_in_the_documents_survives_the_loss_of_all_processes_and_o
     for each in ("launch", "configs", "pretrain"):
         (tmp_path / each).symlink_to(ROOT / each)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(["bash"], input=script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=170)
+    done = subprocess.run(["bash"], input=script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
     assert done.stderr.count("the run ended with status 0") == 2, done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if re.match(r" +\d  20", line)]
     assert [row[-2] for row in rows] == ["killed", "0"] and int(rows[1][-5]) >= 1, done.stdout
