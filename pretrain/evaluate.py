@@ -34,7 +34,7 @@ class StopCheck:
     """Asks all ranks, once per round of forward passes, whether any of them is to stop. A collective."""
 
     def __init__(self, engine: Engine, requests: Callable[[], list[int]]):
-        """requests: returns this rank's flags; 0: go on."""
+        """requests: returns this rank's flags; 0: continue."""
         self._engine, self._requests, self._flags_of_last_round = engine, requests, list
 
     def __call__(self) -> None:

@@ -122,7 +122,7 @@ class Bench:
         return position
 
     def lr(self, step: int, peak: float) -> float:
-        """Learning rate of a probe's `step`: from the checkpoint's rate, or 0, to its peak, and at last towards 0."""
+        """Learning rate of a probe's `step`: from the checkpoint's rate, or 0, up to its peak, then down to 0."""
         schedule = ScheduleConfig(
             name="wsd", warmup_steps=self.warmup_steps, decay_steps=self.decay_steps, final_lr_fraction=0.0
         )
