@@ -3,6 +3,7 @@
     python benchmarks/recipes.py --nanogpt CHECKOUT --minimind CHECKOUT --jobs 2
     python benchmarks/recipes.py --name manual --input '/usr/share/man/man[1-8]/*.gz' --format txt --nanogpt ... --minimind ...
     python benchmarks/recipes.py --recipes ours --set 'clip=--optimizer.grad_clip 0'      ours, and ours with one change
+    python benchmarks/recipes.py --seeds 7 8 9 --scale mini --nanogpt ... --minimind ...  other seeds, and a smaller model
 
 `ours` and `adamw` are runs of launch/pretrain.py; recipe_peers.py says what the peers' recipes are. All train on the same
 windows of the same text, in the same order for the same seed, and are validated on the same text, in full, after 25, 50, 75 and
@@ -93,9 +94,9 @@ _SHAPE = ("--model.qk_norm", "true")
 _MUON = ("--optimizer.name", "muon", "--schedule.name", "wsd", "--schedule.final_lr_fraction", "0.02", *_SHAPE)
 _ADAMW = ("--optimizer.name", "adamw", "--schedule.name", "cosine", "--schedule.final_lr_fraction", "0.1", *_SHAPE)
 RECIPES = [
-    Recipe("ours", 4e-3, _MUON),
-    Recipe("ours 2/3", 4e-3, _MUON, share=2 / 3),
-    Recipe("ours 1/2", 4e-3, _MUON, share=1 / 2),
+    Recipe("ours", 1.6e-2, _MUON),
+    Recipe("ours 2/3", 1.6e-2, _MUON, share=2 / 3),
+    Recipe("ours 1/2", 1.6e-2, _MUON, share=1 / 2),
     Recipe("adamw", 2e-3, _ADAMW),
     Recipe("nanogpt", 1e-3, (), "nanogpt"),
     Recipe("minimind", 5e-4, (), "minimind"),
@@ -131,16 +132,16 @@ Results = dict[Run, Result]
 # ---------------------------------------------------------------- which runs are needed
 
 
-def next_runs(recipe: Recipe, results: Results, seeds: int) -> list[Run]:
+def next_runs(recipe: Recipe, results: Results, seeds: list[int]) -> list[Run]:
     """Runs of `recipe` that can start now, given the results so far; empty if there are enough."""
     mine = {run: result.bits_per_byte[-1] for run, result in results.items() if run.recipe == recipe}
-    first = {run.lr: bits for run, bits in mine.items() if run.seed == 0}
+    first = {run.lr: bits for run, bits in mine.items() if run.seed == seeds[0]}
     if missing := [rate for rate in around(recipe.lr) if rate not in first]:
-        return [Run(recipe, rate, 0) for rate in missing]
+        return [Run(recipe, rate, seeds[0]) for rate in missing]
     best = min(first, key=first.__getitem__)
     if best in (min(first), max(first)):  # at an edge
         low, _, high = around(best)
-        return [Run(recipe, low if best == min(first) else high, 0)]
+        return [Run(recipe, low if best == min(first) else high, seeds[0])]
     if missing := [run for run in wanted(recipe, best, seeds) if run not in mine]:
         return missing
     best = best_rate(recipe, results, seeds)
@@ -152,17 +153,17 @@ def around(rate: float) -> tuple[float, float, float]:
     return 0.5 * rate, rate, 2 * rate
 
 
-def wanted(recipe: Recipe, best: float, seeds: int) -> list[Run]:
+def wanted(recipe: Recipe, best: float, seeds: list[int]) -> list[Run]:
     """The best rate and its neighbours with every seed."""
-    return [Run(recipe, rate, seed) for rate in around(best) for seed in range(seeds)]
+    return [Run(recipe, rate, seed) for rate in around(best) for seed in seeds]
 
 
-def best_rate(recipe: Recipe, results: Results, seeds: int) -> float:
+def best_rate(recipe: Recipe, results: Results, seeds: list[int]) -> float:
     """The rate with the lowest mean of those that all seeds have."""
     means = {
-        rate: statistics.fmean(results[Run(recipe, rate, seed)].bits_per_byte[-1] for seed in range(seeds))
+        rate: statistics.fmean(results[Run(recipe, rate, seed)].bits_per_byte[-1] for seed in seeds)
         for rate in {run.lr for run in results if run.recipe == recipe}
-        if all(Run(recipe, rate, seed) in results for seed in range(seeds))
+        if all(Run(recipe, rate, seed) in results for seed in seeds)
     }
     return min(means, key=means.__getitem__)
 
@@ -283,7 +284,7 @@ def _run(command: list[str], log: Path, diverges: bool) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def search(bench: Bench, recipes: list[Recipe], seeds: int, jobs: int) -> Results:
+def search(bench: Bench, recipes: list[Recipe], seeds: list[int], jobs: int) -> Results:
     """Trains all runs that the comparison needs, `jobs` at once."""
     results: Results = {}
     began, done, running = time.monotonic(), 0, {}
@@ -310,35 +311,36 @@ def search(bench: Bench, recipes: list[Recipe], seeds: int, jobs: int) -> Result
                 print(f"{run.path:36} {bits:7.4f} bits per byte, CPU {seconds:4.0f} s; {progress}", flush=True)
 
 
-def _expected(recipes: list[Recipe], results: Results, seeds: int) -> int:
+def _expected(recipes: list[Recipe], results: Results, seeds: list[int]) -> int:
     """Runs that are still needed if no grid grows."""
     left = 0
     for recipe in recipes:
         mine = sum(run.recipe == recipe for run in results)
-        left += len(next_runs(recipe, results, seeds)) if mine >= 3 * seeds else 3 * seeds - mine
+        left += len(next_runs(recipe, results, seeds)) if mine >= 3 * len(seeds) else 3 * len(seeds) - mine
     return left
 
 
 # ---------------------------------------------------------------- what is shown
 
 
-def rows_of(recipes: list[Recipe], results: Results, seeds: int) -> list[dict]:
+def rows_of(recipes: list[Recipe], results: Results, seeds: list[int]) -> list[dict]:
     """One row per recipe, at its best rate: mean and spread over the seeds."""
     rows = []
     for recipe in recipes:
         rate = best_rate(recipe, results, seeds)
-        runs = [results[Run(recipe, rate, seed)] for seed in range(seeds)]
+        runs = [results[Run(recipe, rate, seed)] for seed in seeds]
         columns = list(zip(*(run.bits_per_byte for run in runs), strict=True))
         rows.append({
             "recipe": recipe.name, "lr": rate, "share": recipe.share, "parameters": runs[0].parameters,
             "mean": [statistics.fmean(column) for column in columns], "low": [min(column) for column in columns],
             "high": [max(column) for column in columns], "cpu_seconds": statistics.median(run.cpu_seconds for run in runs),
-            "rates": {run.lr: result.bits_per_byte[-1] for run, result in results.items() if run[0] == recipe and not run.seed},
+            "rates": {run.lr: result.bits_per_byte[-1] for run, result in results.items()
+                      if run.recipe == recipe and run.seed == seeds[0]},
         })  # fmt: skip
     return rows
 
 
-def table(rows: list[dict], seeds: int) -> Iterator[str]:
+def table(rows: list[dict], seeds: list[int]) -> Iterator[str]:
     """The rows in text, and how many tokens ours needs for what the others reach."""
     heads = " ".join(f"{f'{quarter:.0%}':>8}" for quarter in QUARTERS)
     yield f"{'bits per byte after':20} {heads}  {'of seeds':15} {'lr':>8} {'parameters':>11} {'CPU':>6}"
@@ -347,7 +349,7 @@ def table(rows: list[dict], seeds: int) -> Iterator[str]:
         spread = f"{row['low'][-1]:.4f}-{row['high'][-1]:.4f}"
         size = f"{row['parameters']:11,} {row['cpu_seconds']:4.0f} s"
         yield f"{row['recipe']:20} {means}  {spread:15} {row['lr']:8.3g} {size}"
-    yield f"means of {seeds} seeds at the best rate; `ours 2/3` and `ours 1/2` after quarters of their own tokens"
+    yield f"means of {len(seeds)} seeds at the best rate; `ours 2/3` and `ours 1/2` after quarters of their own tokens"
     curve = sorted((row["share"], row["mean"][-1]) for row in rows if row["recipe"] in ("ours", "ours 2/3", "ours 1/2"))
     if len(curve) > 1:
         for row in rows:
@@ -390,7 +392,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Recipe]]:
     add("--input", nargs="+", default=["stdlib"], metavar="FILE", help="the text, as for tools/tokenize_corpus.py")
     add("--format", help="the same")
     add("--scale", choices=SCALES, default="small", help="size of model and runs (default: %(default)s)")
-    add("--seeds", type=command_line.at_least(1), default=3, metavar="N", help="(default: %(default)s)")
+    add("--seeds", type=command_line.at_least(0), nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
     add(
         "--jobs",
         type=command_line.at_least(1),
@@ -431,7 +433,7 @@ def main(argv: list[str]) -> None:
     print(f"\n{machine.describe(facts)}\n{options.name}, {options.scale}")
     for line in table(rows, options.seeds):
         print(line)
-    title = f"{options.name}, {options.scale}: {options.seeds} seeds at each recipe's best learning rate"
+    title = f"{options.name}, {options.scale}: {len(options.seeds)} seeds at each recipe's best learning rate"
     draw(rows, bench.scale, title, folder / "recipes.png")
     commits = {peer: _commit(path) for peer, path in checkouts.items()}
     report = {"machine": facts, "scale": bench.scale._asdict(), "commits": commits, "seeds": options.seeds, "rows": rows}

@@ -22,9 +22,10 @@ from tests.ranks import run_ranks
 from tests.test_train import records
 
 OURS = Recipe("ours", 4e-3, ())
+SEEDS = [5, 0, 7]
 
 
-def searched(loss, seeds: int, recipe: Recipe = OURS) -> recipes.Results:
+def searched(loss, seeds: list[int], recipe: Recipe = OURS) -> recipes.Results:
     """The results of a complete search, when a run ends at loss(lr, seed)."""
     results: recipes.Results = {}
     while due := next_runs(recipe, results, seeds):
@@ -36,24 +37,24 @@ def searched(loss, seeds: int, recipe: Recipe = OURS) -> recipes.Results:
 
 @pytest.mark.parametrize("best", [4e-3, 1e-3, 6.4e-2])
 def test_the_search_ends_with_a_rate_between_two_worse_ones_that_every_seed_has(best):
-    results = searched(lambda lr, seed: abs(math.log2(lr / best)) + 0.01 * seed, seeds=3)
-    rate = best_rate(OURS, results, 3)
+    results = searched(lambda lr, seed: abs(math.log2(lr / best)) + 0.01 * seed, SEEDS)
+    rate = best_rate(OURS, results, SEEDS)
     assert rate == pytest.approx(best)
     for lr in around(rate):
-        assert all(Run(OURS, lr, seed) in results for seed in range(3))
+        assert all(Run(OURS, lr, seed) in results for seed in SEEDS)
 
 
 def test_a_rate_that_only_the_first_seed_likes_is_not_the_best():
-    """Seeds 1 and 2 want twice the rate, at the edge of the first three; so its upper neighbour is trained, too."""
-    results = searched(lambda lr, seed: abs(math.log2(lr / (8e-3 if seed else 4e-3))), seeds=3)
-    rate = best_rate(OURS, results, 3)
+    """The other seeds want twice the rate, at the edge of the first three; so its upper neighbour is trained, too."""
+    results = searched(lambda lr, seed: abs(math.log2(lr / (4e-3 if seed == SEEDS[0] else 8e-3))), SEEDS)
+    rate = best_rate(OURS, results, SEEDS)
     assert rate == pytest.approx(8e-3)
-    assert all(Run(OURS, lr, seed) in results for lr in around(rate) for seed in range(3))
+    assert all(Run(OURS, lr, seed) in results for lr in around(rate) for seed in SEEDS)
 
 
 def test_a_rate_that_diverges_is_an_edge_like_any_other():
-    results = searched(lambda lr, seed: math.inf if lr > 3e-3 else 2 - lr, seeds=2)
-    assert best_rate(OURS, results, 2) == pytest.approx(2e-3)
+    results = searched(lambda lr, seed: math.inf if lr > 3e-3 else 2 - lr, [0, 1])
+    assert best_rate(OURS, results, [0, 1]) == pytest.approx(2e-3)
 
 
 def test_the_tokens_that_reach_a_loss_are_right_for_a_line_in_the_logarithm():
@@ -70,7 +71,7 @@ def test_the_table_says_how_many_tokens_ours_needs_for_the_last_figure_of_anothe
                 "cpu_seconds": 3.0}  # fmt: skip
 
     rows = [row("ours", 1, 2.0), row("ours 1/2", 0.5, 2.1), row("slow", 1, 2.1), row("slower", 1, 2.2)]
-    lines = [line for line in table(rows, 3) if "reaches" in line]
+    lines = [line for line in table(rows, SEEDS) if "reaches" in line]
     assert ["0.50" in line and "1/2.00" in line and "extrapolated" not in line for line in lines] == [True, False]
     assert "0.25" in lines[1] and "extrapolated" in lines[1]
 
@@ -147,17 +148,17 @@ def test_runs_that_are_done_are_not_repeated_and_give_table_picture_and_json(tmp
     (folder / "tokenizer").mkdir(parents=True)
     (folder / "tokenizer" / "tokenizer.json").touch()
     (folder / "text_valid.json").touch()
-    for recipe, best in zip([each for each in recipes.RECIPES if each.name in ("ours", "adamw")], (8e-3, 2e-3), strict=True):
-        for seed, factor in itertools.product((0, 1), (0.25, 0.5, 1, 2, 4)):
+    for recipe, best in zip([each for each in recipes.RECIPES if each.name in ("ours", "adamw")], (1.6e-2, 2e-3), strict=True):
+        for seed, factor in itertools.product((3, 5), (0.25, 0.5, 1, 2, 4)):
             run, bits = Run(recipe, best * factor, seed), 2 + abs(math.log2(factor))
             (folder / run.path).mkdir(parents=True, exist_ok=True)
             result = Result([bits + 3, bits + 2, bits + 1, bits], 100, 9.0)
             (folder / run.path / "result.json").write_text(json.dumps({"result": result._asdict(), "flags": recipe.flags}))
     monkeypatch.setattr(recipes, "_run", lambda command, *_: pytest.fail(f"trains {command}"))
-    recipes.main(["--recipes", "ours", "adamw", "--scale", "tiny", "--seeds", "2", "--output", str(tmp_path)])
+    recipes.main(["--recipes", "ours", "adamw", "--scale", "tiny", "--seeds", "3", "5", "--output", str(tmp_path)])
     rows = json.loads((folder / "recipes.json").read_text())["rows"]
     assert [(row["recipe"], row["lr"], row["mean"]) for row in rows] == [
-        ("ours", 8e-3, [5.0, 4.0, 3.0, 2.0]), ("adamw", 2e-3, [5.0, 4.0, 3.0, 2.0]),
+        ("ours", 1.6e-2, [5.0, 4.0, 3.0, 2.0]), ("adamw", 2e-3, [5.0, 4.0, 3.0, 2.0]),
     ]  # fmt: skip
     assert (folder / "recipes.png").stat().st_size > 10_000
     assert "2.0000" in capsys.readouterr().out
