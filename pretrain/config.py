@@ -387,10 +387,10 @@ def _check_log(config: Config) -> Iterator[Problem]:
 
 
 def _check_optimizer(config: Config) -> Iterator[Problem]:
-    if config.optimizer.name == "muon" and config.engine.name.startswith("zero"):
+    if config.optimizer.name not in engine_settings.OPTIMIZERS_OF[config.engine.name]:
         message = (
-            f"is muon, which engine.name {config.engine.name} cannot run: DeepSpeed would clip the orthogonalized update, not "
-            "the gradient, and report its norm; use engine.name ddp or fsdp2, or adamw"
+            f"is {config.optimizer.name}, which engine.name {config.engine.name} cannot run: DeepSpeed would clip the "
+            "orthogonalized update, not the gradient, and report its norm; use engine.name ddp or fsdp2, or adamw"
         )
         yield Problem("optimizer.name", message)
 

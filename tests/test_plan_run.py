@@ -216,6 +216,19 @@ def test_experts_are_shared_in_every_way_that_divides_them():
     assert all(degree == 1 for name, degree in found if name.startswith("zero"))
 
 
+def test_no_engine_is_proposed_that_the_settings_refuse_with_the_optimizer():
+    for optimizer in ("adamw", "muon"):
+        job, allowed = small_job()._replace(optimizer=optimizer), set()
+        for name in KINDS_OF:
+            config = load([*SMALL, "--optimizer.name", optimizer, "--engine.name", "ddp"], world_size=None)
+            config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, name=name))
+            if not any(problem.key == "optimizer.name" for problem in validate(config)):
+                allowed.add(name)
+        proposed = {each.name for each in choices.engines(job, EngineConfig(precision="bf16"), Cluster(H100, 8))}
+        assert proposed == allowed
+        assert ("zero3" in proposed) == (optimizer == "adamw")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_the_largest_micro_batch_fits_and_twice_as_many_sequences_do_not(name):

@@ -70,6 +70,8 @@ KINDS = ("tensor", "sequence", "expert")
 """The ways to cut a model, which are the keys of engine.parallel."""
 KINDS_OF = {"ddp": KINDS, "zero1": ("sequence",), "zero2": ("sequence",), "zero3": ("sequence",), "fsdp2": KINDS}
 """Engine -> the kinds that it has, in any combination."""
+OPTIMIZERS_OF = {name: ("adamw",) if name.startswith("zero") else ("adamw", "muon") for name in KINDS_OF}
+"""Engine -> the optimizers that it runs. DeepSpeed would clip Muon's orthogonalized update, not the gradient."""
 _ROWS = "the rows of the vocabulary"
 
 

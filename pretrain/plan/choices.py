@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from pretrain.config import EngineConfig, ParallelConfig
-from pretrain.engines.config import KINDS_OF, Work, can_cut, sample_ranks
+from pretrain.engines.config import KINDS_OF, OPTIMIZERS_OF, Work, can_cut, sample_ranks
 from pretrain.model.config import ModelConfig
 from pretrain.plan.memory import Memory, memory, needed_gib
 from pretrain.plan.messages import collectives
@@ -124,7 +124,7 @@ def engines(job: Job, like: EngineConfig, cluster: Cluster) -> Iterator[EngineCo
     world_size = like.world_size and gpus
     like = dataclasses.replace(like, offload="none", reduce_gradients=None, bucket_mib=None, world_size=world_size)
     work = Work(job.model, job.length, job.sequences, 1)
-    for name in ENGINES:
+    for name in (name for name in ENGINES if job.optimizer in OPTIMIZERS_OF[name]):
         for parallel in _kinds(name, job.model, gpus, per_node):
             for replicas in {1, nodes} if name == "fsdp2" else {1}:
                 compile_ = "blocks" if name == "zero3" and like.compile == "model" else like.compile
