@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -212,12 +215,47 @@ def test_small_runs_are_of_the_planned_family_and_every_file_is_a_run(big, tmp_p
         lengths.add(small.flops / planned.flops)
     assert len(lengths) == 3 and max(lengths) <= 1 / 16 * 1.001
     script = (tmp_path / "ladder" / "run.sh").read_text()
-    assert sorted(Path(line.split()[3]).name for line in script.splitlines() if line.startswith("python")) == list(configs)
+    trained = [line.split()[1] for line in script.splitlines() if line.startswith("train ")]
+    assert sorted(f"{name}.yaml" for name in trained) == list(configs)
     names = [config.run.name for config in configs.values()]
     assert len(set(names)) == len(names) and {config.run.seed for config in configs.values()} == {7, 8}
     shown = capsys.readouterr().out
     total = sum(plan_ladder.open_target(config).flops for config in configs.values())
     assert f"{total:.2e} FLOP = {total / planned.flops:.1%} of the planned run" in shown
+
+
+def test_the_script_skips_what_has_ended_and_ends_with_the_status_of_a_run_that_failed(big, tmp_path):
+    """A program named `python` stands in for the runs: it writes their state, and ends with the status that a file names."""
+    folder = tmp_path / "a ladder"
+    write(big, folder, "--seeds", "1")
+    stand_in = tmp_path / "bin" / "python"
+    stand_in.parent.mkdir()
+    stand_in.write_text("""#!/bin/sh
+name=$(basename "$3" .yaml); mkdir -p "$RUNS/$name"; echo "$name" >> "$RUNS/../started"
+status=$(cat "$RUNS/$name/fails" 2>/dev/null || echo 0)
+case $status in 0) word=done;; 70) word=diverged;; *) word=failed;; esac
+echo "{\\"step\\": 1, \\"status\\": \\"$word\\"}" > "$RUNS/$name/run_state.json"
+exit $status
+""")
+    stand_in.chmod(0o755)
+    names = [line.split()[1] for line in (folder / "run.sh").read_text().splitlines() if line.startswith("train ")]
+
+    def run(**failing: int) -> tuple[int, list[str], str]:
+        for name in names:
+            (folder / "runs" / name).mkdir(parents=True, exist_ok=True)
+            (folder / "runs" / name / "fails").write_text(str(failing.get(name, 0)))
+        (folder / "started").unlink(missing_ok=True)
+        environment = {"PATH": f"{stand_in.parent}:{os.environ['PATH']}", "RUNS": str(folder / "runs")}
+        ended = subprocess.run(["sh", folder / "run.sh"], env=environment, capture_output=True, text=True, timeout=60)
+        return ended.returncode, (folder / "started").read_text().split(), ended.stdout + ended.stderr
+
+    status, started, said = run(**{names[0]: 70, names[2]: 75})
+    assert (status, started) == (75, names[:3]) and f"{names[2]} ended with status 75" in said
+    assert f"run 2 of {len(names)}, {names[1]}, at most " not in said  # nothing has been trained yet that tells the speed
+    assert re.search(f"run 3 of {len(names)}, {names[2]}, at most [0-9]+ min left", said)
+    status, started, said = run()
+    assert (status, started) == (0, names[2:]) and f"{names[0]}: has ended before" in said
+    assert f"--fit {folder}" in said
 
 
 def test_parameters_are_what_multiplies_a_token(big):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from pretrain.config import load
+from pretrain.report import expected
 from pretrain.report.records import read_records, to_json
 from pretrain.run.page import page, write_page
 from pretrain.run.parts import open_parts
@@ -119,6 +120,32 @@ def test_the_curve_has_every_reference_level_in_its_range(tmp_path):
     assert chart["low"] < min(LINES.values()) and max(LINES.values()) < chart["high"]
 
 
+def write_expected(folder: Path) -> Path:
+    """Adds what a ladder expects to the validations of a run."""
+    found = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    for record in found:
+        if "val_loss" in record:
+            figures = (record["val_loss"] - 0.1, record["val_loss"] - 0.3, record["val_loss"] - 0.02)
+            record |= dict(zip(expected.KEYS, figures, strict=True))
+    (folder / "metrics.jsonl").write_text("".join(to_json(record) + "\n" for record in found))
+    return folder
+
+
+def test_the_band_in_which_a_ladder_expects_the_loss_is_beside_the_curve_and_is_explained(tmp_path):
+    folder = write_expected(write_run(tmp_path / "run"))
+    text = page(View(folder).read_all())
+    chart, *others = json.loads(Parser(text).scripts[0])["charts"]
+    (valid,) = (each for each in chart["series"] if each["name"] == "validation")
+    band = chart["band"]
+    assert band["step"] == valid["step"] == [50, 100, 150, 200]
+    for key, distance in (("value", 0.1), ("low", 0.3), ("high", 0.02)):
+        assert np.subtract(valid["value"], band[key]) == pytest.approx([distance] * 4, abs=1e-4), key
+    assert not any("expected" in each["title"] for each in others)
+    assert "At step 200 it is 4.4500, expected 4.3500 (4.1500 to 4.4300): above the band." in Parser(text).text
+    without = page(View(write_run(tmp_path / "other")).read_all())
+    assert json.loads(Parser(without).scripts[0])["charts"][0]["band"] is None and "Shaded" not in Parser(without).text
+
+
 def test_a_run_without_records_or_with_nothing_but_nan_has_a_page(tmp_path):
     empty = write_run(tmp_path / "empty")
     (empty / "metrics.jsonl").unlink()
@@ -208,7 +235,7 @@ def test_the_page_of_a_real_run_shows_what_it_logged(browser, real_run, tmp_path
 
 @pytest.mark.slow
 def test_the_page_works_at_every_width_by_keyboard_in_the_dark_and_on_paper(browser, tmp_path):
-    metrics = hostile_run(tmp_path / "run") / "metrics.jsonl"
+    metrics = write_expected(hostile_run(tmp_path / "run")) / "metrics.jsonl"
     coincide = '"unigram": 8.318, "bigram": 8.318, "floor": 8.318'  # as for random data: one line with all the names
     metrics.write_text(metrics.read_text().replace('"unigram": 6.556, "bigram": 4.166', coincide))
     write_page(View(tmp_path / "run").read_all(), tmp_path / "page.html")
@@ -227,12 +254,19 @@ def test_the_page_works_at_every_width_by_keyboard_in_the_dark_and_on_paper(brow
         )
         assert any("floor 8.318" in text for text, *_ in edges) and min(min(gaps) for _, *gaps in edges) >= 0, edges
         viewed = browser.evaluate("document.querySelector('.plot svg').getAttribute('viewBox').split(' ')[2] | 0")
+        inside, around = (
+            browser.evaluate(f"(({{left, top, right, bottom}}) => [left, top, right, bottom])({each}.getBoundingClientRect())")
+            for each in ("document.querySelector('path.band')", "document.querySelector('path.band').ownerSVGElement")
+        )
+        assert inside[2] - inside[0] > 60 and inside[3] - inside[1] > 5, "the band is no area"
+        assert around[0] <= inside[0] and around[1] <= inside[1] and inside[2] <= around[2] and inside[3] <= around[3]
         assert abs(viewed - browser.evaluate("document.querySelector('.plot').clientWidth")) <= 1, "drawn for another width"
     browser.evaluate("document.querySelector('.plot').focus()")
     for key, step in (("End", 120), ("ArrowLeft", 110), ("Home", 10), ("ArrowRight", 20)):
         browser.press(key)
         tip = browser.evaluate("document.querySelector('.plot .tip').innerText")
         assert f"step {step}," in tip and f"train {line(step)['loss']:.5g}" in tip, (key, tip)
+        assert re.search(r"expected [\d.]+ to [\d.]+ at step (50|100)$", tip), tip
     for choice in ("input[value=tokens]", "input[value=hours]", "input[type=checkbox]"):
         browser.evaluate(f"document.querySelector('{choice}').click()")
         assert "NaN" not in browser.evaluate("document.querySelector('.charts').innerHTML")

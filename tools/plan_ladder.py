@@ -44,6 +44,36 @@ from pretrain.schema import to_yaml
 from tools.plan_run import number, open_model, steps_of
 
 PLANNED, SCRIPT, PREDICTION, PICTURE = "planned.yaml", "run.sh", "prediction.json", "prediction.png"
+RUN_ALL = """#!/bin/sh
+# Trains the small runs, smallest first. Interrupted, it continues with the run that was not finished.
+# A run that diverges (status 70) is left as it is; any other failure ends this script with the run's status.
+folder={folder}
+began=$(date +%s) number=0 spent=0 left={all}
+train() {{ # NAME WORK: its FLOPs, of {all} of all runs
+    number=$((number + 1)) left=$((left - $2))
+    if grep -Eqs '"status": "(done|diverged)"' "$folder/runs/$1/run_state.json"; then
+        echo "ladder     run $number of {count}, $1: has ended before"
+        return
+    fi
+    time=""
+    if [ $spent -gt 0 ]; then # smaller runs take longer per FLOP
+        time=", at most $(((($(date +%s) - began) * (left + $2) / spent + 59) / 60)) min left"
+    fi
+    echo "ladder     run $number of {count}, $1$time"
+    status=0
+    {start} launch/pretrain.py --config "$folder/$1.yaml" || status=$?
+    case $status in
+        0) spent=$((spent + $2)) ;;
+        70) ;;
+        *) echo "ladder     $1 ended with status $status; the same command continues from there" >&2; exit $status ;;
+    esac
+}}
+{runs}
+echo "ladder     all runs have ended: python tools/plan_ladder.py --fit $folder"
+"""
+"""Of `SCRIPT`."""
+WORK = 10_000
+"""Of all small runs, in the script, which counts in whole numbers."""
 LEAST_RUNGS = 3
 
 
@@ -127,22 +157,25 @@ def write(options: argparse.Namespace, config: Config) -> None:
         raise UserError(f"--output: {folder} has runs already, which other settings would spoil; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / PLANNED, to_yaml(config))
-    lines = [
-        "#!/bin/sh",
-        "# Trains the small runs, smallest first. Interrupted, it continues; a run that diverges is noted.",
-        "set -e",
-    ]
     for each in small:
         made = rungs.rung_config(config, big.steps, each.what, each.lr, each.seed, each.name, folder, options.gpus)
         if problems := validate(made, options.gpus):
             raise ConfigError(problems)
         write_atomically(folder / f"{each.name}.yaml", to_yaml(made))
-        start = "python" if options.gpus == 1 else f"accelerate launch --num_processes {options.gpus}"
-        lines.append(f"{start} launch/pretrain.py --config {shlex.quote(str(folder / each.name))}.yaml || [ $? -eq 70 ]")
-    write_atomically(folder / SCRIPT, "\n".join(lines) + "\n")
+    write_atomically(folder / SCRIPT, script(folder, small, options.gpus))
     for line in table(big, sizes, small, options, config):
         print(line)
-    print(f"train them:  sh {folder / SCRIPT}\npredict:     python tools/plan_ladder.py --fit {folder}")
+    print(f"train them:  sh {shlex.quote(str(folder / SCRIPT))}")
+    print(f"predict:     python tools/plan_ladder.py --fit {shlex.quote(str(folder))}")
+
+
+def script(folder: Path, small: list[Small], gpus: int) -> str:
+    """The script that trains the small runs."""
+    flops = sum(each.what.flops for each in small)
+    work = [max(1, round(WORK * each.what.flops / flops)) for each in small]
+    start = "python" if gpus == 1 else f"accelerate launch --num_processes {gpus}"
+    lines = [f"train {shlex.quote(each.name)} {share}" for each, share in zip(small, work, strict=True)]
+    return RUN_ALL.format(folder=shlex.quote(str(folder)), all=sum(work), count=len(small), start=start, runs="\n".join(lines))
 
 
 def runs_of(sizes: list[Target], options: argparse.Namespace, seed: int) -> list[Small]:
@@ -191,7 +224,7 @@ def table(big: Target, sizes: list[Target], small: list[Small], options: argpars
         cost = f", {human_dollars(spent / 3600 * options.gpus * options.dollars_per_hour)}"
     lines += [
         f"all {len(small)} small runs: {flops:.2e} FLOP = {flops / big.flops:.1%} of the planned run; about "
-        f"{human_seconds(spent)} on {options.gpus} x {options.gpu.upper()} by the plan's formulas{cost}",
+        f"{human_seconds(spent)} on {options.gpus} x {options.gpu.upper()} by the plan's formulas, and the start of each{cost}",
         f"N multiplies each token: blocks and head, without the input embedding; {big.tokens / big.parameters:.1f} tokens each",
         f"batch ~ D^{ladder.BATCH_EXPONENT} (Power Lines) and lr ~ C^{ladder.lr_slope(big.model):g}, from those of "
         "the planned run; at each rung several lr are tried",
@@ -268,7 +301,7 @@ def read(paths: list[Path], big: Config, target: Target) -> Read:
         if each.at_edge and len(step.by_lr) > 2:
             notes.append(
                 f"width {step.what.model.hidden_size}: the best learning rate is at the edge of those tried, {each.lr:.2e}; "
-                "run one beyond it"
+                f"train one beyond it and fit again: {beyond(step)}"
             )
     groups = [np.array([run.loss for run in same]) for step in steps for same in step.by_lr.values() if len(same) > 1]
     if not groups:
@@ -276,6 +309,16 @@ def read(paths: list[Path], big: Config, target: Target) -> Read:
             f"no two runs differ in their seed alone: {ladder_fit.SEED_NOISE:.1%} of the loss is assumed for that noise"
         )
     return Read(steps, tuned, ladder_fit.seed_noise(groups), notes)
+
+
+def beyond(step: Step) -> str:
+    """The command that trains a rung with a learning rate beyond the edge where its best one lies."""
+    rates = sorted(step.by_lr)
+    best = min(rates, key=lambda lr: mean_loss(step.by_lr[lr]))
+    lr = float(f"{best * (2 if best == rates[-1] else 0.5):.3g}")
+    run = step.by_lr[best][0]
+    name = f"w{run.what.model.hidden_size}_lr{lr:g}_seed{run.config.run.seed}"
+    return f"python launch/pretrain.py --config {run.path / 'config.yaml'} --optimizer.lr {lr:g} --run.name {name}"
 
 
 def predict(options: argparse.Namespace, settings: list[str]) -> None:

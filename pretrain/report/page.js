@@ -109,6 +109,7 @@ function draw(plot) {
     make(svg, "line", { x1: left, x2: width - right, y1: y(line.value), y2: y(line.value), stroke: "var(--mark)", "stroke-dasharray": "6 4" });
   }
   const inside = make(svg, "g", { "clip-path": `url(#clip${plot.number})` });
+  if (chart.band) drawBand(inside, chart.band, x, y);
   for (const series of chart.series) drawSeries(inside, series, x, y);
   if (large) placeLabels(svg, chart, y, wide ? width - right + 8 : width - 12, wide, height - bottom);
   if (chart.large)
@@ -137,6 +138,14 @@ function drawSeries(parent, series, x, y) {
   } else {
     path(parent, series.step, series.value, x, y, { stroke: color, "stroke-width": 1.6, class: "raw" });
   }
+}
+
+// The area between the lowest and the highest expected values, and a line through the expected ones.
+function drawBand(parent, band, x, y) {
+  const along = (values) => band.step.map((step, i) => `${x(step).toFixed(1)} ${y(values[i]).toFixed(1)}`);
+  const around = [...along(band.low), ...along(band.high).reverse()];
+  make(parent, "path", { class: "band", d: `M${around.join("L")}Z`, fill: "var(--c1)", "fill-opacity": 0.14, stroke: "var(--c1)", "stroke-opacity": 0.3 });
+  make(parent, "path", { d: `M${along(band.value).join("L")}`, fill: "none", stroke: "var(--c1)", "stroke-opacity": 0.6, "stroke-dasharray": "3 3" });
 }
 
 // A line through the points, broken where a figure was not logged for a while.
@@ -227,6 +236,11 @@ function show(plot, step) {
     value.textContent = text;
     const late = Math.abs(own - at) > 0.5 ? ` at step ${Math.round(own).toLocaleString("en")}` : "";
     line.append(dot, `${series.name} `, value, late);
+    plot.tip.append(line);
+  }
+  if (plot.chart.band) {
+    const { step: steps, low, high } = plot.chart.band, i = nearest(steps, at), line = document.createElement("div");
+    line.textContent = `expected ${figure(low[i])} to ${figure(high[i])} at step ${Math.round(steps[i]).toLocaleString("en")}`;
     plot.tip.append(line);
   }
   plot.tip.hidden = false;

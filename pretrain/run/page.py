@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.files import write_atomically
-from pretrain.report import records
+from pretrain.report import expected, records
 from pretrain.report.history import SOURCE_PREFIX, TASK_PREFIX, TIME_PREFIX, VALID_PREFIX, Event, History
 from pretrain.report.plot import LEAST_SPAN, REFERENCE_TITLES, smooth, value_range
 from pretrain.report.units import human_bytes, human_count, human_dollars, human_seconds
@@ -57,7 +57,7 @@ _CHARTS = (
     ("Power of GPUs", ("gpu_power_watts",), "watts, mean"),
 )
 _NOT_DRAWN = {"loss", "val_loss", "tokens", "train_hours", "perplexity", "val_perplexity", "eta_seconds", "epoch",
-              "forward_seconds_max_rank"}  # fmt: skip
+              "forward_seconds_max_rank", *expected.KEYS}  # fmt: skip
 
 
 def write_page(view: View, path: Path, verdict: str | None = None) -> None:
@@ -162,7 +162,7 @@ def _short(value: float, digits: int) -> float:
 
 
 def _loss_chart(history: History) -> dict:
-    """Training and validation loss with the reference losses."""
+    """Training and validation loss with the reference losses and the band in which a ladder expects the validation loss."""
     series, smoothed = [], np.empty(0)
     if train := _curve(history, "loss", 1024):
         points = history.curves["loss"].points()
@@ -173,16 +173,30 @@ def _loss_chart(history: History) -> dict:
     if valid := _curve(history, "val_loss", 1024):
         series.append({"name": "validation", "color": 1, "dots": True, **valid})
     values = [] if valid is None else valid["value"]
-    low, high = value_range(smoothed, values, [*history.reference_lines.values()])
+    band = _band(history)
+    shown = [band["low"], band["high"]] if band else []
+    low, high = value_range(smoothed, values, *shown, [*history.reference_lines.values()])
     lines = [{"name": REFERENCE_TITLES.get(name, name), "value": nats} for name, nats in history.lines.items()]
     return {
         "title": "Loss",
         "unit": "nats per token",
         "series": series,
         "lines": lines,
+        "band": band,
         "low": low,
         "high": high,
         "large": True,
+    }
+
+
+def _band(history: History) -> dict | None:
+    """What a ladder expects at the validations: {"step", "value", "low", "high"}; None: nothing."""
+    if any(key not in history.curves or not history.curves[key].count for key in expected.KEYS):
+        return None
+    points = [history.curves[key].points() for key in expected.KEYS]
+    columns = zip(("value", "low", "high"), points, strict=True)  # means of spans, which are the same for all three
+    return {"step": _pairs(points[0].mean_step, points[0].mean)["step"]} | {
+        name: _pairs(each.mean_step, each.mean)["value"] for name, each in columns
     }
 
 
@@ -342,11 +356,26 @@ def _curves(history: History, data: dict) -> Iterable[str]:
             for each in chart["series"]:
                 dot = ' class="dot"' if each.get("dots") else ""
                 yield f'<li><i{dot} style="background:var(--c{each["color"]})"></i>{escape(each["name"])}</li>'
+            if chart.get("band"):
+                yield '<li><i class="band"></i>expected validation loss</li>'
             yield "</ul>"
         yield f'<div class="plot" tabindex="0" role="img" aria-label="{escape(_described(chart))}"></div></figure>'
-        if chart["large"] and marks:
-            yield f'<p class="note large">{escape(marks)}</p>'
+        notes = [_about_band(history), marks] if chart["large"] else []
+        if found := [_sentence(each) for each in notes if each]:
+            yield f'<p class="note large">{escape(" ".join(found))}</p>'
     yield "</div>"
+
+
+def _about_band(history: History) -> str:
+    """What the shaded band is, and where the newest validation lies; empty without one."""
+    if not (place := expected.side(history.validation)):
+        return ""
+    figures = expected.words(history.validation).partition(":")[0]
+    return (
+        "Shaded: where the small runs of a ladder expect the validation loss (evaluate.expected); of runs with the best "
+        f"learning rate 80 % end inside. At step {history.validation['step']:,} it is {_loss(history.validation['val_loss'])}, "
+        f"{figures}: {place} the band"
+    )
 
 
 def _described(chart: dict) -> str:
@@ -360,6 +389,9 @@ def _described(chart: dict) -> str:
             f"{values[low]:.5g} at step {steps[low]:,.0f}, highest {values[high]:.5g} at step {steps[high]:,.0f}"
         )
     parts += [f"{line['name']}: {line['value']:.3f}" for line in chart["lines"]]
+    if band := chart.get("band"):
+        step, low, high = (band[key][-1] for key in ("step", "low", "high"))
+        parts.append(f"expected validation loss at step {step:,.0f}: {low:.5g} to {high:.5g}")
     return f"{chart['title']}. {'; '.join(parts)}. Arrow keys move along the curve."
 
 
