@@ -361,8 +361,9 @@ def prediction(found: Read, same: list[int], target: Target, config: Config) -> 
     """What the rungs `same`, which have the tokens per parameter of the planned run, say about it. For JSON."""
     flops_R, loss_R = found.flops_R[same], found.loss_R[same]
     counts_R = np.array([len(found.chosen(k)) for k in same])
-    early_R = np.array([ladder_fit.EARLY if is_early(found.rungs[k], found.tuned[k]) else 1.0 for k in same])
-    noise_R = loss_R * np.hypot(ladder_fit.MISFIT * early_R, found.noise / np.sqrt(counts_R))
+    small = [k for k in same if is_above_bigram(found.rungs[k], found.tuned[k]) or has_too_few_layers(found.rungs[k], target)]
+    misfit_R = np.array([ladder_fit.TOO_SMALL if k in small else 1.0 for k in same])
+    noise_R = loss_R * np.hypot(ladder_fit.MISFIT * misfit_R, found.noise / np.sqrt(counts_R))
     fitted = ladder_fit.bootstrap(flops_R, loss_R, noise_R)
     widened = ladder_fit.lack_of_fit(fitted.best, flops_R, loss_R, noise_R)
     noise = math.hypot(ladder_fit.MISFIT, found.noise) * widened
@@ -391,24 +392,35 @@ def prediction(found: Read, same: list[int], target: Target, config: Config) -> 
         "widened": widened,
         "rungs": [rung_values(found, k, k in same) for k in range(len(found.rungs))],
         "curve": [{"flops": float(each), **fitted.predict(each, noise)._asdict()} for each in places],
-        "band": ladder_fit.band(curves, fitted, target.flops, noise)._asdict(),
-        "notes": found.notes + remarks(found, same, widened),
+        "band": ladder_fit.band(flops_R, curves, misfit_R, fitted, target.flops, noise)._asdict(),
+        "notes": found.notes + remarks(found, same, target, widened),
     }  # fmt: skip
 
 
-def is_early(step: Step, tuned: ladder_fit.Tuned) -> bool:
+def is_above_bigram(step: Step, tuned: ladder_fit.Tuned) -> bool:
     """Whether a rung has learned less than the statistics of pairs of tokens."""
     return any(tuned.loss > run.bigram for run in step.runs)
 
 
-def remarks(found: Read, same: list[int], widened: float) -> list[str]:
+def has_too_few_layers(step: Step, big: Target) -> bool:
+    """Whether a rung cannot do what models with more layers can."""
+    return step.what.model.num_hidden_layers < min(ladder.LEAST_LAYERS, big.model.num_hidden_layers)
+
+
+def remarks(found: Read, same: list[int], big: Target, widened: float) -> list[str]:
     """What makes the prediction less certain, in words."""
-    early = [str(found.rungs[k].what.model.hidden_size) for k in same if is_early(found.rungs[k], found.tuned[k])]
+    early = [f"{found.rungs[k].what.model.hidden_size}" for k in same if is_above_bigram(found.rungs[k], found.tuned[k])]
+    flat = [f"{found.rungs[k].what.model.hidden_size}" for k in same if has_too_few_layers(found.rungs[k], big)]
     said = []
     if early:
         said.append(
             f"width {', '.join(early)}: the loss is above the bigram entropy of the data, so that the rung is too small, or "
-            f"too short, to be on the law; its misfit counts {ladder_fit.EARLY:g} times. Larger ones predict better"
+            f"too short, to be on the law; its misfit counts {ladder_fit.TOO_SMALL:g} times. Larger ones predict better"
+        )
+    if flat:
+        said.append(
+            f"width {', '.join(flat)}: a single layer cannot repeat what followed a token before, as models with more can, and "
+            f"is not on their law; its misfit counts {ladder_fit.TOO_SMALL:g} times"
         )
     if widened > 1:
         said.append(

@@ -30,6 +30,10 @@ FEWER_FACTORS = (1.0, 2.0)
 """Times the rule, on larger rungs: the smaller ones show how curved the loss is in the learning rate."""
 
 
+LEAST_LAYERS = 2
+"""Of a rung."""
+
+
 class Target(NamedTuple):
     """The large run, or a rung."""
 
@@ -105,10 +109,12 @@ def lr_slope(model: ModelConfig) -> float:
 def rungs(big: Target, count: int, smallest: float, largest: float, multiple: int = 1) -> list[Target]:
     """`count` rungs whose FLOPs are evenly spaced on a log scale, between these shares of the large run's; smallest first.
 
-    Raises UserError where the family has too few sizes there.
+    None has a single layer, unless the large run has: what such a model cannot learn makes it none of the family
+    (`ladder_fit.TOO_SMALL`). Raises UserError where the family has too few sizes there.
     """
     sizes = [rung(big, heads, multiple) for heads in range(1, big.model.num_attention_heads)]
     sizes = [each for each in sizes if each.flops / big.flops <= largest * 1.001]
+    sizes = [each for each in sizes if each.model.num_hidden_layers >= min(LEAST_LAYERS, big.model.num_hidden_layers)]
     chosen: list[Target] = []
     for place in range(count):
         share = math.log(largest) + (math.log(smallest) - math.log(largest)) * place / max(1, count - 1)
@@ -116,7 +122,8 @@ def rungs(big: Target, count: int, smallest: float, largest: float, multiple: in
         if not left:
             raise UserError(
                 f"only {len(chosen)} smaller models of this family cost at most {largest:g} of the large run: their width is a "
-                f"multiple of {big.model.hidden_size // big.model.num_attention_heads} (one head). Use fewer --rungs, a "
+                f"multiple of {big.model.hidden_size // big.model.num_attention_heads} (one head), and they have at least "
+                f"{LEAST_LAYERS} layers. Use fewer --rungs, a "
                 "greater --largest, or a planned model with smaller heads"
             )
         chosen.append(min(left, key=lambda each: abs(math.log(each.flops / big.flops) - share)))

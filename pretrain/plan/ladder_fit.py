@@ -28,9 +28,16 @@ EXPONENT, EXPONENT_SPREAD = 0.155, 0.5
 MISFIT = 0.005
 """Standard deviation of a tuned run's loss around its family's power law, relative, beside the noise of seeds: learning rates
 and batches are never exactly the best, and shapes are rounded."""
-EARLY = 4.0
-"""Times as large is the misfit of a rung whose loss is above the bigram entropy of its data: it has learned little more than
-which tokens are frequent, and larger models fall faster from there on."""
+TOO_SMALL = 4.0
+"""Times as large is the misfit of a rung that cannot do what larger ones do, which fall faster from there on: its loss is above
+the bigram entropy of its data, so that it knows little more than which tokens follow each other, or it has a single layer, in
+which no induction heads form (Olsson et al. 2022, "In-context Learning and Induction Heads", arXiv 2209.11895)."""
+GAIN_MISFIT, GAIN_DEGREES = 0.15, 2
+"""Standard deviation of ln of what a rung still gains until its end, around a power law, before the rungs show it, and for how
+many measured differences that counts."""
+GAIN_SLOPE_SPREAD = 0.1
+"""Standard deviation of the prior of that law's exponent, around -EXPONENT."""
+LEAST_GAIN = 1e-3  # nats per token: ln needs one above 0
 SEED_NOISE, SEED_DEGREES = 0.003, 2
 """Relative noise of seeds before any is measured, and for how many measured differences that counts."""
 LR_SLOPE_SPREAD = 0.1
@@ -153,33 +160,53 @@ class Band(NamedTuple):
     high: list[float]
 
 
-def band(curves: list[tuple[np.ndarray, np.ndarray]], fitted: Fitted, flops: float, noise: float) -> Band:
+def band(
+    flops_R: np.ndarray,
+    curves: list[tuple[np.ndarray, np.ndarray]],
+    misfit_R: np.ndarray,
+    fitted: Fitted,
+    flops: float,
+    noise: float,
+) -> Band:
     """The curve of the large run, from those of R rungs: (fraction of the steps (V,), loss (V,)), ends included.
 
-    What is above the irreducible loss, over what of it is left at the end, is the same curve at all sizes that have the same
-    tokens per parameter and schedule: (L(x) - E) / (L(1) - E) (Qiu et al. 2025, "Scaling Collapse Reveals Universal Dynamics in
-    Compute-Optimally Trained Neural Networks", arXiv 2507.02119). E is that of each draw of the fit. How far the rungs differ
-    widens the band, with noise, the relative standard deviation of a run around its law.
+    What a run still gains from a share x of its steps to its end, L(x) - L(1), is for each x a power law in the FLOPs. Its
+    prior: at constant tokens per parameter and schedule, the loss at x and the final loss have the same irreducible part, and
+    the rest of both falls with the same exponent (Qiu et al. 2025, "Scaling Collapse Reveals Universal Dynamics in Compute-
+    Optimally Trained Neural Networks", arXiv 2507.02119). Small rungs depart from that, and the law follows them. At the end
+    the band is the interval of the final loss. misfit_R: times as large is the misfit of each rung. noise: relative standard
+    deviation of a run around its law.
     """
     place_X = np.linspace(FIRST, 1.0, PLACES)
     loss_RX = np.stack([np.interp(place_X, *curve) for curve in curves])
-    shape_X, spread_X = _shape(loss_RX, fitted.best.e_S)
-    final = fitted.best.loss(flops)
-    center_X = (fitted.best.e_S + (final - fitted.best.e_S) * shape_X[0]).ravel()
-    e_S, draws = fitted.draws.e_S, fitted.draws.loss(flops) + noise * final * fitted.noise_S
-    shape_SX, _ = _shape(loss_RX, e_S)
-    moved_SX = shape_SX * np.exp(spread_X * np.random.default_rng(1).standard_normal((len(e_S), 1)))
-    drawn_SX = e_S[:, None] + np.maximum(draws - e_S, 0.0)[:, None] * moved_SX
+    gain_RX = np.log(np.maximum(loss_RX - loss_RX[:, -1:], LEAST_GAIN))
+    mean_X, spread_X = _gain(np.log(flops_R), gain_RX, misfit_R, math.log(flops))
+    final = float(fitted.best.loss(flops)[0])
+    moved_S = np.random.default_rng(1).standard_normal(len(fitted.noise_S))
+    gained_SX = np.exp(mean_X + spread_X * moved_S[:, None])
+    gained_SX[:, -1] = 0.0
+    drawn_SX = (fitted.draws.loss(flops) + noise * final * fitted.noise_S)[:, None] + gained_SX
+    center_X = final + np.append(np.exp(mean_X[:-1]), 0.0)
     low_X, high_X = np.quantile(drawn_SX, (0.1, 0.9), axis=0)
     return Band(*(each.tolist() for each in (place_X, center_X, np.minimum(low_X, center_X), np.maximum(high_X, center_X))))
 
 
-def _shape(loss_RX: np.ndarray, e_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """((S, X) mean over the rungs of the normalised curves, for each irreducible loss (S,); (X,) standard deviation of their
-    logarithms, for the first)."""
-    above_SRX = np.maximum(loss_RX - np.minimum(e_S, 0.98 * loss_RX.min())[:, None, None], 1e-6)
-    log_SRX = np.log(above_SRX / above_SRX[:, :, -1:])
-    return np.exp(log_SRX.mean(1)), log_SRX[0].std(0, ddof=1)
+def _gain(x_R: np.ndarray, gain_RX: np.ndarray, misfit_R: np.ndarray, x: float) -> tuple[np.ndarray, np.ndarray]:
+    """((X,) mean, (X,) standard deviation) of ln of the gain of a run with ln FLOPs x: a line through those of R rungs."""
+    weight_R = misfit_R**-2.0
+    from_mean_R = x_R - np.average(x_R, weights=weight_R)
+    mean_X = np.average(gain_RX, axis=0, weights=weight_R)
+    squares, products_X = weight_R @ from_mean_R**2, (weight_R * from_mean_R) @ (gain_RX - mean_X)
+    prior, variance_X = GAIN_SLOPE_SPREAD**-2, np.full(gain_RX.shape[1], GAIN_MISFIT**2)
+    for _ in range(2):  # the spread of the rungs around the line of the first round is that of the second
+        precision_X = squares / variance_X + prior
+        slope_X = (products_X / variance_X - EXPONENT * prior) / precision_X
+        residual_RX = gain_RX - mean_X - from_mean_R[:, None] * slope_X
+        measured_X = weight_R @ residual_RX**2 / weight_R.max() + GAIN_DEGREES * GAIN_MISFIT**2
+        variance_X = measured_X / (len(x_R) - 1 + GAIN_DEGREES)
+    distance = x - np.average(x_R, weights=weight_R)
+    spread_X = np.sqrt(variance_X * (1 + 1 / weight_R.sum()) + distance**2 / (squares / variance_X + prior))
+    return mean_X + slope_X * distance, spread_X
 
 
 # ---------------------------------------------------------------- learning rates
