@@ -364,6 +364,11 @@ def test_a_ladder_predicts_the_planned_run_and_writes_what_it_says(big, tmp_path
     assert read.figures(1.0)["expected_val_loss"] == pytest.approx(said["loss"]["loss"], abs=0.02)
     with pytest.raises(UserError, match="has runs already"):
         write(big, folder)
+    several = answer(str(folder))["loss"]
+    by_width = {each.name.split("_")[0]: each for each in sorted((folder / "runs").iterdir())}
+    alone = answer(*map(str, by_width.values()), "--config", str(big))
+    assert sum("a single learning rate was tried" in note for note in alone["notes"]) == 1
+    assert alone["loss"]["high"] - alone["loss"]["low"] > 1.3 * (several["high"] - several["low"])
 
 
 def test_rungs_above_the_bigram_entropy_count_less_and_are_named(big, tmp_path):

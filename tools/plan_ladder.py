@@ -363,7 +363,8 @@ def prediction(found: Read, same: list[int], target: Target, config: Config) -> 
     counts_R = np.array([len(found.chosen(k)) for k in same])
     small = [k for k in same if is_above_bigram(found.rungs[k], found.tuned[k]) or has_too_few_layers(found.rungs[k], target)]
     misfit_R = np.array([ladder_fit.TOO_SMALL if k in small else 1.0 for k in same])
-    noise_R = loss_R * np.hypot(ladder_fit.MISFIT * misfit_R, found.noise / np.sqrt(counts_R))
+    untuned_R = np.array([0.0 if found.tuned[k].lr else ladder_fit.UNTUNED for k in same])
+    noise_R = loss_R * np.sqrt((ladder_fit.MISFIT * misfit_R) ** 2 + untuned_R**2 + found.noise**2 / counts_R)
     fitted = ladder_fit.bootstrap(flops_R, loss_R, noise_R)
     widened = ladder_fit.lack_of_fit(fitted.best, flops_R, loss_R, noise_R)
     noise = math.hypot(ladder_fit.MISFIT, found.noise) * widened
@@ -411,7 +412,13 @@ def remarks(found: Read, same: list[int], big: Target, widened: float) -> list[s
     """What makes the prediction less certain, in words."""
     early = [f"{found.rungs[k].what.model.hidden_size}" for k in same if is_above_bigram(found.rungs[k], found.tuned[k])]
     flat = [f"{found.rungs[k].what.model.hidden_size}" for k in same if has_too_few_layers(found.rungs[k], big)]
+    single = [f"{found.rungs[k].what.model.hidden_size}" for k in same if found.tuned[k].lr is None]
     said = []
+    if single:
+        said.append(
+            f"width {', '.join(single)}: a single learning rate was tried, which may not be the best; {ladder_fit.UNTUNED:.0%} "
+            "of the loss is added to its noise. Train with half and twice of it, too"
+        )
     if early:
         said.append(
             f"width {', '.join(early)}: the loss is above the bigram entropy of the data, so that the rung is too small, or "

@@ -28,6 +28,9 @@ EXPONENT, EXPONENT_SPREAD = 0.155, 0.5
 MISFIT = 0.005
 """Standard deviation of a tuned run's loss around its family's power law, relative, beside the noise of seeds: learning rates
 and batches are never exactly the best, and shapes are rounded."""
+UNTUNED = 0.01
+"""Relative standard deviation that is added where a rung has a single learning rate: one that is wrong by a factor of 2 costs
+1.4 and 1.0 % of the loss on the rungs of docs/recipes.md that have several (width 32 of both ladders)."""
 TOO_SMALL = 4.0
 """Times as large is the misfit of a rung that cannot do what larger ones do, which fall faster from there on: its loss is above
 the bigram entropy of its data, so that it knows little more than which tokens follow each other, or it has a single layer, in
