@@ -57,6 +57,27 @@ def test_a_rate_that_diverges_is_an_edge_like_any_other():
     assert best_rate(OURS, results, [0, 1]) == pytest.approx(2e-3)
 
 
+def test_ours_is_the_recipe_of_the_quick_start():
+    """Its optimizer, its schedule and what it says of the model beside sizes; the warm-up is a share of the steps."""
+    quick = settings.load(["--config", "configs/quickstart.yaml"], world_size=None)
+    least = ["--data.synthetic.kind", "uniform", "--model.vocab_size", "64", "--schedule.warmup_steps", "20",
+             "--train.max_steps", "300"]  # fmt: skip
+    shape = {
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+    }
+    for recipe in recipes.RECIPES[:3]:
+        ours = settings.load([*least, *recipe.flags, "--optimizer.lr", str(recipe.lr)], world_size=None)
+        assert recipe.name.startswith("ours")
+        assert (ours.optimizer, ours.schedule) == (quick.optimizer, quick.schedule)
+        differ = {key for key, value in vars(ours.model).items() if value != getattr(quick.model, key)}
+        assert differ <= shape, differ
+
+
 def test_the_tokens_that_reach_a_loss_are_right_for_a_line_in_the_logarithm():
     """The curve of a law b = 3 - log(share) is exact between its points and beyond them."""
     curve = [(share, 3 - math.log(share)) for share in (0.5, 2 / 3, 1.0)]
