@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from pretrain import config as settings
@@ -26,6 +27,8 @@ from pretrain.model.config import ModelConfig, MoeConfig, RopeScalingConfig, res
 from pretrain.model.hf_mapping import folder_kind
 from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
+from pretrain.report import plot
+from pretrain.report.records import RecordsError
 from pretrain.train import train
 from tests.saving import save
 
@@ -125,8 +128,18 @@ def make_hf_folder(folder: Path, weights: Weights, dtype: str = "fp32", tokenize
 # ---------------------------------------------------------------- for ranks: importing this file does not import transformers
 
 
-def train_here(argv: list[str]) -> int:
-    return train(settings.load(argv, world_size=int(os.environ.get("WORLD_SIZE", 1))))
+def train_here(argv: list[str], picture: bool = False) -> int:
+    """Trains. The picture of the curve, a quarter of the work of a tiny run, is drawn for trackers and for tests that look at
+    it (`picture`); else the run says that it has none, as it does when its records cannot be read."""
+    config = settings.load(argv, world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    with pytest.MonkeyPatch.context() as patch:
+        if not picture and set(config.log.sinks) <= {"console", "jsonl"}:
+            patch.setattr(plot, "plot_runs", _no_picture)
+        return train(config)
+
+
+def _no_picture(*_) -> None:
+    raise RecordsError("this test looks at no picture")
 
 
 def score_here(folder: Path, token_files: list[str], sequence_length: int, engine_name: str) -> list[dict]:

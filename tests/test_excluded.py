@@ -37,14 +37,14 @@ def test_the_stream_is_the_full_one_minus_the_quarantine(sources, chosen, seed):
     left_out = {(number % len(sizes), 1 + number % max(1, sizes[number % len(sizes)] - 1)) for number in chosen}
     left_out = {(source, sample) for source, sample in left_out if sample < sizes[source]}
     order = Order(sizes, weights, seed)
-    ids = list(zip(*(column.tolist() for column in order.locate(0, 1200)), strict=True))
+    ids = list(zip(*(column.tolist() for column in order.locate(0, 600)), strict=True))
     kept = [full for full, (source, _, sample, _) in enumerate(ids) if (source, sample) not in left_out]
     without = Quarantine(order, merge((source, sample, sample + 1) for source, sample in left_out))
     found = np.concatenate([without.locate(position, 7) for position in range(0, len(kept) - 7, 7)] or [np.empty(0, int)])
     assert found.tolist() == kept[: len(found)]
     for position in range(0, max(0, len(kept) - 1), 13):
         assert without.position(kept[position]) == position
-    for full in set(range(0, 1200, 5)) - set(kept):
+    for full in set(range(0, 600, 5)) - set(kept):
         assert without.position(full) is None
 
 

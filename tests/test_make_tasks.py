@@ -68,7 +68,7 @@ def test_right_answers_stand_in_the_text_and_cannot_be_guessed_by_their_frequenc
 
 
 def test_the_same_seed_gives_the_same_files_and_another_one_others(folder, tmp_path):
-    one, two, other = (make(folder, tmp_path / each, "--seed", each[0]) for each in ("1a", "1b", "2"))
+    one, two, other = (make(folder, tmp_path / each, "--seed", each[0], "--items", "24") for each in ("1a", "1b", "2"))
     assert one == two
     assert all(one[name] != other[name] for name in NAMES)
 

@@ -298,7 +298,7 @@ FLAGS = [
     *("--model.hidden_size", "16", "--model.num_hidden_layers", "2", "--model.num_attention_heads", "2"),
     *("--model.vocab_size", "64", "--data.synthetic.kind", "uniform", "--data.sequence_length", "16"),
     *("--batch.global_batch_size", "6", "--batch.micro_batch_size", "2", "--engine.precision", "fp32"),
-    *("--evaluate.every_steps", "0", "--checkpoint.every_steps", "0", "--log.every_steps", "2"),
+    *("--evaluate.every_steps", "0", "--evaluate.max_batches", "1", "--checkpoint.every_steps", "0", "--log.every_steps", "2"),
 ]
 
 
@@ -310,7 +310,7 @@ def train_with_a_slow_rank(folder: Path, steps: int, what: str | None) -> int:
         sleep_in_blocks()
     if os.environ["RANK"] == "1" and what == "data":
         real = TrainData.take
-        TrainData.take = lambda *args: (time.sleep(5 * SLEEP_SECONDS), real(*args))[1]
+        TrainData.take = lambda *args: (time.sleep(3 * SLEEP_SECONDS), real(*args))[1]
     return train_here([*FLAGS, "--run.directory", str(folder), "--run.name", "tiny", "--train.max_steps", str(steps)])
 
 

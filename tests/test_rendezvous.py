@@ -103,7 +103,8 @@ def brief(monkeypatch):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_waits_says_for_whom_and_gives_up_with_75(brief, capfd, rank):
+def test_a_rank_that_waits_says_for_whom_and_gives_up_with_75(brief, monkeypatch, capfd, rank):
+    monkeypatch.setattr(rendezvous, "LEAST_SECONDS", 1.0)
     place = Place(rank, 4, 0, 1, "127.0.0.1", free_port(), launched=True)
     with pytest.raises(Refused) as error:
         meet(place, 1)

@@ -117,7 +117,7 @@ def places(data: TrainData, first: int, end: int) -> list[tuple[int, int, int, i
     return list(zip(*(column.tolist() for column in located), strict=True))
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in (1, 2, 3))])
 def test_a_thousand_random_plans_give_the_order_of_brute_force(part):
     """At every position, from any start, in any slices, and back from the sample to its position."""
     for trial in range(250 * part, 250 * (part + 1)):

@@ -160,7 +160,10 @@ def test_a_saved_checkpoint_is_not_reported_as_lost_if_shutdown_takes_too_long()
 
 
 def test_last_words_that_hang_do_not_keep_the_process_alive():
-    process = child("stop.last_words = lambda *_: time.sleep(60); print('ready', flush=True); time.sleep(60)")
+    process = child(
+        "import pretrain.run.stop; pretrain.run.stop._LAST_WORDS_SECONDS = 0.5; "
+        "stop.last_words = lambda *_: time.sleep(60); print('ready', flush=True); time.sleep(60)"
+    )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
     assert end_of(process)[0] == 75
@@ -176,7 +179,8 @@ def test_last_words_that_hang_do_not_keep_the_process_alive():
 )
 def test_a_worker_whose_launcher_is_killed_gets_a_request(variable, words, flags):
     """The launcher here is a process between the test and the worker."""
-    worker = HEAD + "stop.training(); print(os.getpid(), flush=True); end = time.monotonic() + 2.5\n"
+    worker = HEAD + "import pretrain.run.stop; pretrain.run.stop._PARENT_POLL_SECONDS = 0.1\n"
+    worker += f"stop.training(); print(os.getpid(), flush=True); end = time.monotonic() + {20 if any(flags) else 1}\n"
     worker += "while not any(stop.flags()) and time.monotonic() < end: time.sleep(0.01)\nprint(stop.flags(), flush=True)"
     launcher = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {worker!r}]); time.sleep(60)"
     command, environment = [sys.executable, "-c", launcher, *words], {**os.environ, variable: "bf16"}

@@ -199,7 +199,7 @@ def test_a_cache_that_cannot_be_written_costs_requests_and_one_message(memory, t
 def test_a_server_that_cannot_send_parts_of_a_file_is_refused_in_words(web, tmp_path):
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=web)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         with pytest.raises(DataError, match="cannot send parts of a file; use another server, or download it"):
             opened(f"http://127.0.0.1:{server.server_port}/flat.bin", tmp_path / "cache")
@@ -234,8 +234,10 @@ def test_processes_that_share_a_small_cache_and_are_killed_read_the_right_tokens
         program = [sys.executable, "-c", READER, f"file://{tmp_path}/{seed % 2}.bin", str(cache), str(seed), str(reads)]
         return subprocess.Popen(program, cwd=ROOT)
 
-    killed, readers = [reader(seed, 10**9) for seed in range(2)], [reader(seed, 400) for seed in range(2, 4)]
-    time.sleep(3)
+    killed, readers = [reader(seed, 10**9) for seed in range(2)], [reader(seed, 150) for seed in range(2, 4)]
+    while not (cache.exists() and blocks(cache)):
+        time.sleep(0.01)
+    time.sleep(0.5)  # all of them read and evict
     for process in killed:
         process.send_signal(signal.SIGKILL)
     assert [process.wait(120) for process in readers] == [0, 0]

@@ -185,7 +185,7 @@ def test_resuming_between_two_logging_steps_changes_no_line(tiny):
 
 def test_a_finished_run_trains_no_further_step_and_keeps_the_best_checkpoint(tiny, capsys):
     tiny = ["--evaluate.every_steps", "4", "--checkpoint.keep_last", "1", *tiny]
-    assert train_here(tiny) == 0
+    assert train_here(tiny, picture=True) == 0
     before = (run_of(tiny) / "metrics.jsonl").read_bytes()
     saved = {path.name for path in (run_of(tiny) / "checkpoints").iterdir()}
     losses = {record["step"]: record["val_loss"] for record in records(run_of(tiny)) if "val_loss" in record}
