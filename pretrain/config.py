@@ -126,6 +126,12 @@ class OptimizerConfig:
         """Number of averages of the weights that it keeps, as large as the weights in fp32."""
         return (self.average_decay > 0) + (self.lookahead > 0)
 
+    @property
+    def average_bytes(self) -> int:
+        """Bytes per weight that the averages read and write in a step: each reads the weight and itself and writes itself;
+        lookahead then reads both again and writes the weight, at least where the rate is above a third of its peak."""
+        return 12 * (self.average_decay > 0) + 24 * (self.lookahead > 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:

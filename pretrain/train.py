@@ -306,17 +306,18 @@ def _evaluate(run: Run, stop: StopRequest, clock: Clock) -> tuple[float | None, 
             with clock.paused("validation"), run.engine.averaged_weights() as averaged:
                 val_loss = _validate(run, stop, averaged)
         if progress.tasks_due:
-            with clock.paused("tasks"), run.engine.averaged_weights():
-                _measure_tasks(run, stop)
+            with clock.paused("tasks"), run.engine.averaged_weights() as averaged:
+                _measure_tasks(run, stop, averaged)
     except Stopped as stopped:
         return val_loss, stopped.flags
     return val_loss, []
 
 
-def _measure_tasks(run: Run, stop: StopRequest) -> None:
-    """Raises Stopped."""
+def _measure_tasks(run: Run, stop: StopRequest, averaged: bool) -> None:
+    """averaged: the weights are an average. Raises Stopped."""
     began = time.monotonic()
     figures = measure(run.engine, run.tasks, output.pass_tokens(run), stop.flags)
+    figures |= {"task_weights": "average"} if averaged else {}
     run.progress.tasks_due = False
     output.log_tasks(run, figures | {"task_seconds": time.monotonic() - began})
 

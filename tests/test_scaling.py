@@ -6,12 +6,15 @@ import statistics
 from dataclasses import replace
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.scaling import PUBLISHED, errors, estimate
 from pretrain import devices
-from pretrain.config import EngineConfig, ParallelConfig
+from pretrain.config import EngineConfig, OptimizerConfig, ParallelConfig
 from pretrain.model import flops
 from pretrain.model.config import ModelConfig, MoeConfig, resolve_model
+from pretrain.optim.averages import Averages
 from pretrain.plan.messages import Collective, collectives, held
 from pretrain.plan.scaling import HOPPER, Cluster, collective_seconds, step_time
 
@@ -120,6 +123,37 @@ def test_under_each_kind_every_token_and_every_flop_counts_once(kinds):
     alone = step_time(MODEL, 4096, 2, accumulation, with_kinds(), Cluster(H100, ranks))
     assert time.products >= alone.products * samples / (2 * accumulation * ranks)
     assert 0.7 * alone.mfu < time.mfu <= alone.mfu * 1.001
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "passes"),
+    [({"average_decay": 0.99}, 3), ({"lookahead": 0.6}, 6), ({"average_decay": 0.99, "lookahead": 0.6}, 9)],
+)
+def test_averages_of_the_weights_cost_the_memory_traffic_of_their_updates(optimizer, passes):
+    """`passes`: reads and writes of a number in fp32, beside the 7 of AdamW; counted here in the operators of a real update."""
+    averages = Averages(**optimizer)
+    weight, states = torch.zeros(1000), {kind: [torch.zeros(1000)] for kind in averages.kinds}
+    with Traffic() as traffic:
+        averages.update([weight], states, torch.tensor(5.0), 1.0, torch.tensor(1.0))
+    assert traffic.numbers == 1000 * passes
+    moved = OptimizerConfig(**optimizer).average_bytes
+    assert moved == 4 * passes
+    engine, cluster = EngineConfig(name="fsdp2"), Cluster(H100, 8)
+    plain, averaged = (step_time(MODEL, 4096, 2, 1, engine, cluster, average_bytes=each) for each in (0, moved))
+    assert averaged.optimizer == pytest.approx(plain.optimizer * (7 + passes) / 7)
+    assert averaged.total - plain.total == pytest.approx(averaged.optimizer - plain.optimizer)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the numbers that operators on whole weights read and write."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        tensors = [each for each in args if isinstance(each, torch.Tensor) and each.numel() == 1000]
+        self.numbers += sum(each.numel() for each in tensors) + (1000 if tensors else 0)
+        return found
 
 
 def test_exchanges_of_tokens_are_awaited_and_cost_more_when_they_leave_the_node():

@@ -378,7 +378,7 @@ def straight(flags) -> Path:
 
 def test_a_run_measures_its_tasks_on_its_schedule_and_learns_them(straight):
     found = of_tasks(straight)
-    assert [record["step"] for record in found] == [4, 8, 12]
+    assert [record["step"] for record in found] == [4, 8, 12] and not any("task_weights" in record for record in found)
     assert [record["step"] for record in records(straight) if "val_loss" in record] == [6, 12]
     assert found[-1]["task_bits_per_byte"] < found[0]["task_bits_per_byte"]
     assert found[-1]["task/words/accuracy"] > found[-1]["task/words/chance"] == 0.5
@@ -401,7 +401,8 @@ def test_other_ranks_measure_the_same_and_a_run_stopped_before_its_tasks_catches
 
 def test_tasks_that_a_stop_left_over_come_first_in_the_next_start(flags, monkeypatch):
     """The request arrives with the step after which they are due."""
-    late, asked = ["--train.max_steps", "8", *flags[:-1], flags[-1] + "-late"], []
+    averaged = ["--train.max_steps", "8", "--optimizer.average_decay", "0.9"]
+    late, asked = [*averaged, *flags[:-1], flags[-1] + "-late"], []
     flags_of = StopRequest.flags
 
     def stop_at_the_fourth_step(self):
@@ -415,7 +416,8 @@ def test_tasks_that_a_stop_left_over_come_first_in_the_next_start(flags, monkeyp
     state = json.loads((run / "checkpoints" / "step_00000004" / "state.json").read_text())
     assert (state["progress"]["tasks_due"], state["progress"]["evaluation_due"], of_tasks(run)) == (True, False, [])
     assert train_here(late) == 0
-    assert [record["step"] for record in of_tasks(run)] == [4, 8]
+    assert [(record["step"], record["task_weights"]) for record in of_tasks(run)] == [(4, "average"), (8, "average")]
+    assert "tasks at step 8 of the average of the weights: " in (run / "console.log").read_text()
     assert [record["step"] for record in records(run) if "val_loss" in record] == [6, 8]
 
 

@@ -38,9 +38,13 @@ def exported(tmp_path_factory, tokenizer_folder):
     return trained, folder / "hf"
 
 
+VARIANTS = ("qwen3_window", "mixtral_window", "qwen3_moe_window", "qwen2_moe_window", "glm4_moe_qk")
+"""Families that join what others have one by one."""
+
+
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [(family, "bf16") for family in FAMILIES]
+    [pytest.param(family, "bf16", marks=[pytest.mark.slow] * (family in VARIANTS)) for family in FAMILIES]
     + [(family, dtype) for family in ("llama", "glm4_moe") for dtype in ("fp32", "fp16")],
 )
 def test_every_family_passes_whole_and_layer_by_layer(family, dtype, tmp_path, tokenizer_folder):

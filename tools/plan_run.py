@@ -71,6 +71,7 @@ def main(argv: list[str]) -> int:
         config.optimizer.name,
         measured.memory or 1.0,
         config.optimizer.averages,
+        config.optimizer.average_bytes,
     )
     configured = choices.plan(job, largest.engine, batch.micro_batch_size, cluster, largest.engine.compile != "none")
     asked = terms(options, config, configured.time.mfu, measured)

@@ -41,6 +41,8 @@ class Job(NamedTuple):
     """Peak that a run of this kind had, over what the formula says."""
     averages: int = 0
     """`optimizer.averages`."""
+    average_bytes: int = 0
+    """`optimizer.average_bytes`."""
 
 
 class Plan(NamedTuple):
@@ -90,7 +92,7 @@ def plan(job: Job, engine: EngineConfig, micro_batch: int, cluster: Cluster, com
     messages = collectives(job.model, *batch, cluster.gpus)
     sent = tuple(float(sum(each.sent_bytes for each in messages if each.awaited == waits)) for waits in (False, True))
     needed = memory(job.model, job.length, micro_batch, engine, cluster.gpus, job.optimizer, job.averages)
-    time = step_time(job.model, *batch, cluster, compiled=compiled)
+    time = step_time(job.model, *batch, cluster, compiled=compiled, average_bytes=job.average_bytes)
     return Plan(engine, micro_batch, accumulation, cluster, needed, time, job.memory_ratio, sent)
 
 

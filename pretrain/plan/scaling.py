@@ -106,12 +106,12 @@ class StepTime(NamedTuple):
 
 def step_time(
     model: ModelConfig, sequence_length: int, micro_batch_size: int, accumulation: int, engine: EngineConfig, cluster: Cluster,
-    *, compiled: bool = True, rates: Assumptions | None = None,
+    *, compiled: bool = True, rates: Assumptions | None = None, average_bytes: int = 0,
 ) -> StepTime:  # fmt: skip
     """Estimates a bf16 step. Recomputation (`engine.activation_checkpointing`) takes time, but adds nothing to MFU.
 
     accumulation: micro-batches per step and rank. Ranks that share sequences or matrices also share their work evenly; under
-    tensor parallelism products are narrower.
+    tensor parallelism products are narrower. average_bytes: `optimizer.average_bytes`.
     """
     rates = rates or assumptions(cluster.device)
     counts, width, parallel = flops.num_parameters(model), model.hidden_size, engine.parallel
@@ -134,7 +134,7 @@ def step_time(
     first_and_last = hidden / (accumulation * (model.num_hidden_layers + 1))  # nothing can hide these
     exposed = awaited + max((1 - rates.overlapped) * hidden + first_and_last, hidden - computing)
     updated = sum(each.parameters / (1 if engine.name == "ddp" else each.ranks) for each in held(model, engine, cluster.gpus))
-    optimizer = 28 * updated / bandwidth  # weight, gradient and two moments read; three of them written
+    optimizer = (28 + average_bytes) * updated / bandwidth  # weight, gradient and two moments read; three of them written
     nodes = max(1, cluster.gpus // cluster.gpus_per_node)
     total = (computing + exposed + optimizer) * (1 + rates.straggling * math.log2(nodes))
     per_second = tokens / total

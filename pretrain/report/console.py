@@ -125,8 +125,7 @@ class Console:
 
 def validation_line(record: dict, reference_lines: dict[str, float] | None) -> str:
     """One validation in words, with the reference losses of the data."""
-    averaged = " of the average of the weights" if record.get("val_weights") == "average" else ""
-    parts = [f"validation at step {record['step']:,}{averaged}: loss {record['val_loss']:.4f}"]
+    parts = [f"validation at step {record['step']:,}{_of_weights(record, 'val_weights')}: loss {record['val_loss']:.4f}"]
     if "val_perplexity" in record:
         parts.append(f"perplexity {record['val_perplexity']:.2f}")
     if record.get("val_bits_per_byte") is not None:
@@ -141,6 +140,10 @@ def validation_line(record: dict, reference_lines: dict[str, float] | None) -> s
     return "  ".join(parts)
 
 
+def _of_weights(record: dict, key: str) -> str:
+    return " of the average of the weights" if record.get(key) == "average" else ""
+
+
 def task_lines(record: dict) -> list[str]:
     """A measurement of the tasks in words: the means, then each task."""
     names = task_names(record)
@@ -151,5 +154,6 @@ def task_lines(record: dict) -> list[str]:
         text = "not finite" if accuracy is None or not math.isfinite(accuracy) else f"{accuracy:6.1%} right"
         return f"{text} (guessing: {chance:.1%})  {math.nan if bits is None else bits:.4f} bits per byte"
 
-    lines = [f"tasks at step {record['step']:,}: {figures('task_').strip()}, in {record['task_seconds']:.1f} s"]
+    step = f"{record['step']:,}{_of_weights(record, 'task_weights')}"
+    lines = [f"tasks at step {step}: {figures('task_').strip()}, in {record['task_seconds']:.1f} s"]
     return lines + [f"  {name:{width}}  {figures(f'task/{name}/')}" for name in names]

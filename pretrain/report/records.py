@@ -4,6 +4,7 @@ A record is a flat dict with an integer `step`. Its other keys say what it is:
     `loss`       a logging step
     `val_loss`   a validation; `val_loss/<source>` for each source when there are several
     `task_accuracy`  the tasks: means over them, `task/<name>/accuracy` and other figures of each (`pretrain/tasks.py`)
+    `val_weights`, `task_weights`  "average": those figures are of the average of the weights; absent: of the last ones
     `generated`  texts that the model wrote: [{"prompt": ..., "text": ...}]
     otherwise    kept but not shown, such as the start record {"step": 0, "reference_lines": {"uniform": nats, ...}}
 

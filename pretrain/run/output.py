@@ -301,7 +301,7 @@ def log_validation(run: Run, figures: dict[str, float], generated: list[dict[str
         run.verdict = found.kind
 
 
-def log_tasks(run: Run, figures: dict[str, float]) -> None:
+def log_tasks(run: Run, figures: dict[str, float | str]) -> None:
     """Logs how the tasks were answered."""
     tokens = run.progress.tokens + run.meter.interval_tokens
     run.sinks.log({"step": run.progress.step, "tokens": tokens, **figures})

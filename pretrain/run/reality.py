@@ -84,7 +84,12 @@ def planned(run: Run) -> Forecast | None:
     settings = dataclasses.replace(config.engine, precision=engine.precision)
     optimizer = config.optimizer
     job = Job(
-        run.model, config.data.sequence_length, config.batch.global_batch_size, optimizer.name, averages=optimizer.averages
+        run.model,
+        config.data.sequence_length,
+        config.batch.global_batch_size,
+        optimizer.name,
+        averages=optimizer.averages,
+        average_bytes=optimizer.average_bytes,
     )
     way = choices.plan(job, settings, config.batch.micro_batch_size, cluster, engine.compiled != "none")
     market, length = Market("on demand", price, None), length_of(run.length.stages, run.model, run.total_steps)
@@ -105,7 +110,8 @@ def compare(run: Run, tokens_per_second: float) -> list[Compared]:
     if device := devices.find(engine.device_name):
         cluster = Cluster(device, ranks, engine.place.local_world_size or ranks)
         steps, compiled = accumulation(config.batch, sample_ranks(settings, ranks)), engine.compiled != "none"
-        time = step_time(run.model, length, size, steps, settings, cluster, compiled=compiled)
+        moved = config.optimizer.average_bytes
+        time = step_time(run.model, length, size, steps, settings, cluster, compiled=compiled, average_bytes=moved)
         found.append(Compared("tokens_per_second", ranks * time.tokens_per_second, tokens_per_second))
     return found
 
