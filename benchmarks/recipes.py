@@ -95,9 +95,9 @@ _START = ("--model.zero_init_outputs", "true", "--optimizer.embedding_lr_scale",
 _MUON = ("--optimizer.name", "muon", "--schedule.name", "wsd", "--schedule.final_lr_fraction", "0.02", *_SHAPE, *_START)
 _ADAMW = ("--optimizer.name", "adamw", "--schedule.name", "cosine", "--schedule.final_lr_fraction", "0.1", *_SHAPE)
 RECIPES = [
-    Recipe("ours", 1.6e-2, _MUON),
-    Recipe("ours 2/3", 1.6e-2, _MUON, share=2 / 3),
-    Recipe("ours 1/2", 1.6e-2, _MUON, share=1 / 2),
+    Recipe("ours", 8e-3, _MUON),
+    Recipe("ours 2/3", 8e-3, _MUON, share=2 / 3),
+    Recipe("ours 1/2", 8e-3, _MUON, share=1 / 2),
     Recipe("adamw", 2e-3, _ADAMW),
     Recipe("nanogpt", 1e-3, (), "nanogpt"),
     Recipe("minimind", 5e-4, (), "minimind"),
