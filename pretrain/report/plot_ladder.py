@@ -50,6 +50,8 @@ def _draw_law(axes: Axes, said: dict[str, Any]) -> None:
 
 
 def _draw_rates(axes: Axes, said: dict[str, Any]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     for rung, color in zip(said["rungs"], COLORS * 4, strict=False):
         rates = [each["lr"] for each in rung["runs"]]
         means = [sum(each["losses"]) / len(each["losses"]) - rung["loss"] for each in rung["runs"]]
@@ -60,6 +62,9 @@ def _draw_rates(axes: Axes, said: dict[str, Any]) -> None:
         axes.axvspan(lr["low"], lr["high"], color=ALARM, alpha=0.08)
         axes.axvline(lr["loss"], color=ALARM, label=f"planned run: {lr['loss']:.2e}")
     axes.set(xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("learning rate")
     axes.set_ylabel("loss above the rung's best, nats per token")
     axes.legend(frameon=False, fontsize=8)
