@@ -384,7 +384,7 @@ def test_rungs_above_the_bigram_entropy_count_less_and_are_named(big, tmp_path):
     assert said["loss"]["low"] < law(planned.flops) < said["loss"]["high"]
 
 
-def test_no_rung_has_a_single_layer_and_one_by_hand_counts_less_and_is_named(big, tmp_path):
+def test_no_rung_has_a_single_layer_and_one_by_hand_counts_less_and_is_named(big, tmp_path, monkeypatch):
     """Such a rung is 5 % above the law: the prediction is near the law all the same. A family of single layers keeps them."""
     flat = ladder.shrink(plan_ladder.open_target(load(["--config", str(big)])).model, 2)
     assert flat.num_hidden_layers == 1
@@ -393,9 +393,11 @@ def test_no_rung_has_a_single_layer_and_one_by_hand_counts_less_and_is_named(big
     files = write(big, tmp_path / "ladder", "--seeds", "1")
     planned = plan_ladder.open_target(load(["--config", str(big)]))
     by_hand = ladder.rung(planned, 2)
-    config = rungs.rung_config(load(["--config", str(big)]), planned.steps, by_hand, 6e-3, 7, "flat", tmp_path / "ladder", 1)
-    files.append(tmp_path / "ladder" / "flat.yaml")
-    files[-1].write_text(schema.to_yaml(config))
+    for lr in (3e-3, 6e-3, 1.2e-2):
+        name, known = f"flat_lr{lr:g}", load(["--config", str(big)])
+        config = rungs.rung_config(known, planned.steps, by_hand, lr, 7, name, tmp_path / "ladder", 1)
+        files.append(tmp_path / "ladder" / f"{name}.yaml")
+        files[-1].write_text(schema.to_yaml(config))
     for file in files:
         small = plan_ladder.open_target(load(["--config", str(file)]))
         factor = 1.05 if small.model.num_hidden_layers == 1 else 1.0
@@ -403,6 +405,9 @@ def test_no_rung_has_a_single_layer_and_one_by_hand_counts_less_and_is_named(big
     said = answer(str(tmp_path / "ladder"))
     assert sum(note.startswith("width 16: a single layer cannot") for note in said["notes"]) == 1
     assert said["loss"]["low"] < law(planned.flops) < said["loss"]["high"]
+    monkeypatch.setattr(plan_ladder, "has_too_few_layers", lambda step, big: False)
+    misled = answer(str(tmp_path / "ladder"))["loss"]["loss"]
+    assert law(planned.flops) < said["loss"]["loss"] < misled - 0.1 * (misled - law(planned.flops))
     single = ["--model.num_hidden_layers", "1", "--batch.global_batch_size", "256"]
     write(big, tmp_path / "single", *single)
 
