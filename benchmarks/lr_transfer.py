@@ -5,8 +5,10 @@
 The smallest width and the smallest depth are the base: models of all widths have that depth, and models of all depths that
 width. Heads keep the size that `--head-dim` gives. Each model is trained from the same data with learning rates that are powers
 of two, starting at the best one of the size before, until the lowest loss has a higher one on both sides; the loss is the mean
-over the last tenth of the steps, the schedule the configuration's in proportion. The best learning rate is the lowest point of
-the parabola through the three lowest points. One process, one thread, fp32.
+over the last tenth of the steps and over --seeds, which change the initial weights and the part of the data that is read; the
+schedule is the configuration's in proportion. The best learning rate is the lowest point of the parabola through the lowest
+loss and its neighbours. Where the minimum is flat, the best rate says little; so the table also has what it costs to take the
+base's best rate: how much higher the parabola is there. One process, one thread, fp32.
 
 Written to --output: runs.jsonl (each run as soon as it ends: the same command continues), lr_transfer.json and lr_transfer.png.
 """
@@ -24,6 +26,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import numpy as np
 import torch
 
 from benchmarks import machine
@@ -60,9 +63,12 @@ def main(argv: list[str]) -> int:
                     curve = runs.curve(optimizer, axis, size, scaled, exponent)
                     best = lowest(curve)
                     exponent = min(curve, key=curve.get)
+                    of_seeds = [lowest(each) for each in runs.curves_of_seeds(optimizer, axis, size, scaled, list(curve))]
                     row = {"optimizer": optimizer, "axis": axis, "size": size, "scaled": scaled, "best_log2_lr": best}
+                    row["best_log2_lr_of_seeds"] = of_seeds
                     found.append(row | {"loss": min(curve.values()), "curve": {str(key): curve[key] for key in sorted(curve)}})
-                    print(f"{label(row)} {size}: best lr {rate(best)}, loss {min(curve.values()):.4f}", flush=True)
+                    seeds = ", ".join(map(rate, of_seeds))
+                    print(f"{label(row)} {size}: best lr {rate(best)} ({seeds}), loss {min(curve.values()):.4f}", flush=True)
                 write_atomically(options.output / "lr_transfer.json", json.dumps(summary(found, options), indent=1) + "\n")
     for line in table(found):
         print(line)
@@ -81,6 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--head-dim", type=count, default=16, metavar="C", help="size of a head (default: %(default)s)")
     add("--optimizers", nargs="+", default=["adamw", "muon"], choices=["adamw", "muon"], help="(default: adamw muon)")
     add("--steps", type=count, default=200, metavar="N", help="of a run (default: %(default)s)")
+    add("--seeds", type=count, default=1, metavar="N", help="(default: %(default)s)")
     add("--lr", type=float, default=2**-7, metavar="LR", help="where the search begins (default: %(default)s)")
     add("--output", type=Path, default=Path("lr_transfer"), metavar="FOLDER", help="(default: %(default)s)")
     return parser
@@ -113,32 +120,45 @@ class Runs:
             losses[missing[0]] = self.loss(optimizer, axis, size, scaled, missing[0])
         return losses
 
+    def curves_of_seeds(
+        self, optimizer: str, axis: str, size: int, scaled: bool, exponents: list[int]
+    ) -> list[dict[int, float]]:
+        """As `curve`, of each seed."""
+        return [{each: self._loss_of_seed(optimizer, axis, size, scaled, each, seed) for each in exponents}
+                for seed in range(self._options.seeds)]  # fmt: skip
+
     def loss(self, optimizer: str, axis: str, size: int, scaled: bool, exponent: int) -> float:
-        """Nats per token, mean over the last tenth of the steps; infinite if a step was not finite."""
+        """Nats per token, mean over the last tenth of the steps and over seeds; infinite if a step was not finite."""
+        seeds = self._options.seeds
+        return sum(self._loss_of_seed(optimizer, axis, size, scaled, exponent, seed) for seed in range(seeds)) / seeds
+
+    def _loss_of_seed(self, optimizer: str, axis: str, size: int, scaled: bool, exponent: int, seed: int) -> float:
         steps, batch = self._options.steps, self._config.batch.global_batch_size
         width, depth = (size, self._base.num_hidden_layers) if axis == "width" else (self._base.hidden_size, size)
-        key = (optimizer, width, depth, scaled and (width, depth) != self._size_of_base(), exponent, steps, batch)
+        key = (optimizer, width, depth, scaled and (width, depth) != self._size_of_base(), exponent, steps, batch, seed)
         if key not in self._losses:
             began, seconds = time.process_time(), time.monotonic()
-            loss = self._train(optimizer, resized(self._base, width, depth, scaled=scaled), 2.0**exponent, steps, batch)
+            loss = self._train(optimizer, resized(self._base, width, depth, scaled=scaled), 2.0**exponent, steps, batch, seed)
             self._losses[key] = loss
             row = {"key": key, "loss": loss, "cpu_seconds": time.process_time() - began}
             with self._file.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            print(f"  {optimizer} width {width} depth {depth} {'scaled' if scaled else 'plain'} lr 2^{exponent}: {loss:.4f}, "
+            way = "scaled" if scaled else "plain"
+            print(f"  {optimizer} width {width} depth {depth} {way} lr 2^{exponent} seed {seed}: {loss:.4f}, "
                   f"{human_seconds(time.monotonic() - seconds)}", file=sys.stderr, flush=True)  # fmt: skip
         return self._losses[key]
 
     def _size_of_base(self) -> tuple[int, int]:
         return self._base.hidden_size, self._base.num_hidden_layers
 
-    def _train(self, optimizer: str, model: ModelConfig, lr: float, steps: int, batch: int) -> float:
+    def _train(self, optimizer: str, model: ModelConfig, lr: float, steps: int, batch: int, seed: int) -> float:
         engine, settings = self._engine, dataclasses.replace(self._config.optimizer, name=optimizer)
-        engine.prepare(lambda: Transformer(model), lambda module: build_optimizer(module, settings), 1.0, self._config.run.seed)
+        drawn_by = self._config.run.seed + seed
+        engine.prepare(lambda: Transformer(model), lambda module: build_optimizer(module, settings), 1.0, drawn_by)
         schedule = dataclasses.replace(self._config.schedule, warmup_steps=steps // 10, decay_steps=None)
         last = []
         for step in range(1, steps + 1):
-            window = [self._data.take((step - 1) * batch, batch)]
+            window = [self._data.take((seed * steps + step - 1) * batch, batch)]
             result = train_step(engine, window, lr_at(step, schedule, lr, steps))
             if not result.applied:
                 return math.inf
@@ -158,6 +178,16 @@ def lowest(curve: dict[int, float]) -> float | None:
     return best + 0.5 * (left - right) / (left - 2 * middle + right)
 
 
+def excess(curve: dict[int, float], log2_lr: float | None) -> float:
+    """How much higher than its minimum the parabola of `lowest` is at log2_lr; NaN if it does not reach there."""
+    best = min(curve, key=curve.get)
+    around = [best - 1, best, best + 1]
+    if log2_lr is None or lowest(curve) is None or not best - 1 <= log2_lr <= best + 1:
+        return math.nan
+    fit = np.polynomial.Polynomial.fit(around, [curve[each] for each in around], 2)
+    return float(fit(log2_lr) - fit(lowest(curve)))
+
+
 def summary(found: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
     """For JSON."""
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
@@ -175,14 +205,17 @@ def rate(log2_lr: float | None) -> str:
 
 
 def table(found: list[dict[str, Any]]) -> list[str]:
-    """For each optimizer and axis, with and without scaling, the best learning rates, and the factor by which they differ."""
+    """For each optimizer and axis, with and without scaling, the best learning rates, the factor by which they differ, and
+    what the best rate of the first size costs the last one."""
     lines = []
     for name in dict.fromkeys(map(label, found)):
         rows = [row for row in found if label(row) == name]
         best = [row["best_log2_lr"] for row in rows]
         spread = "unknown" if None in best else f"{2 ** (max(best) - min(best)):.2f}"
         rates = ", ".join(f"{row['size']}: {rate(row['best_log2_lr'])} (loss {row['loss']:.4f})" for row in rows)
-        lines.append(f"{name}: {rates}; largest / smallest {spread}")
+        curve = {int(key): loss for key, loss in rows[-1]["curve"].items()}
+        lines.append(f"{name}: {rates}; largest / smallest {spread}; "
+                     f"at the base's best rate the last loses {excess(curve, best[0]):.4f}")  # fmt: skip
     return lines
 
 

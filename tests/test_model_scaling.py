@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -181,72 +182,94 @@ ENGINES = {
 }
 
 
-def losses_on_a_rank(names: list[str], rule: str) -> dict[str, list[float]]:
-    found, config = {}, OptimizerConfig(name=rule, lr=LR, eps=1e-3, weight_decay=0.5)
-    for name in names:
+OF_RULE = {"adamw": list(ENGINES), "muon": ["ddp", "fsdp2", "fsdp2 tensor"]}
+
+
+def optimizer_of(rule: str) -> OptimizerConfig:
+    return OptimizerConfig(name=rule, lr=LR, eps=1e-3, weight_decay=0.5)
+
+
+def losses_on_a_rank() -> dict[tuple[str, str], list[float]]:
+    found = {}
+    for rule, name in ((rule, name) for rule, names in OF_RULE.items() for name in names):
         AcceleratorState._reset_state(reset_partial_state=True)
         engine = start_engine(ENGINES[name])
-        engine.prepare(lambda: Transformer(sized(2, 2)), lambda model: build_optimizer(model, config), 0.0, seed=0)
+        make_optimizer = partial(build_optimizer, config=optimizer_of(rule))
+        engine.prepare(lambda: Transformer(sized(2, 2)), make_optimizer, 0.0, seed=0)
         tokens_BT = torch.randint(0, V, (2, 17), generator=torch.Generator().manual_seed(0))
         rows = tokens_BT.chunk(engine.mesh.sample_ranks)[engine.mesh.sample_rank]
         batch = Batch(rows[:, :-1], rows[:, 1:], None, None)
         results = [train_step(engine, [engine.part_of(batch)], LR) for _ in range(4)]
         sums = engine.all_reduce(torch.stack([result.loss_sum for result in results]))
-        found[name] = (sums / sums[0]).tolist()  # of some kinds of parallelism, several ranks hold the same sum
+        found[rule, name] = (sums / sums[0]).tolist()  # of some kinds of parallelism, several ranks hold the same sum
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rule", "names"), [("adamw", list(ENGINES)), ("muon", ["ddp", "fsdp2", "fsdp2 tensor"])])
-def test_every_engine_gives_each_weight_its_own_learning_rate(rule, names):
+def test_every_engine_gives_each_weight_its_own_learning_rate():
     """Also where ranks have cut a matrix: the factors are those of the entire model."""
-    model = build(sized(2, 2), "cpu", seed=0)
-    expected = trained(model, build_optimizer(model, OptimizerConfig(name=rule, lr=LR, eps=1e-3, weight_decay=0.5)), 4)
-    found = run_ranks(2, losses_on_a_rank, names, rule, timeout=600)
-    for name in names:
-        assert found[0][name] == pytest.approx([loss / expected[0] for loss in expected], rel=2e-4), name
+    found = run_ranks(2, losses_on_a_rank, timeout=600)[0]
+    assert len(found) == sum(map(len, OF_RULE.values()))
+    for rule, names in OF_RULE.items():
+        model = build(sized(2, 2), "cpu", seed=0)
+        expected = trained(model, build_optimizer(model, optimizer_of(rule)), 4)
+        for name in names:
+            assert found[rule, name] == pytest.approx([loss / expected[0] for loss in expected], rel=2e-4), (rule, name)
 
 
-CHECK = ["--data.synthetic.kind", "markov", "--model.vocab_size", "256", "--model.qk_norm", "true", "--tokenizer.path", "null"]
-CHECK += ["--data.sequence_length", "64", "--train.max_steps", "1"]
-RATES = {"adamw": "0.004", "muon": "0.01"}
+CHECK = ["--data.synthetic.kind", "unigram", "--model.vocab_size", "256", "--model.qk_norm", "true", "--tokenizer.path", "null"]
+CHECK += ["--data.sequence_length", "16", "--train.max_steps", "1", "--steps", "4"]
+RATES = {"adamw": "0.002", "muon": "0.005"}
+WIDTHS, DEPTHS = ["64", "128", "256"], ["2", "4", "8"]
 
 
 @pytest.mark.slow
-def test_activations_and_their_changes_are_flat_over_width_and_depth(tmp_path, capsys, monkeypatch):
-    """The coordinate check. It refuses factors of Muon and of AdamW that do not fall with the width, and branches whose
-    learning rate does not fall with the depth. (Muon's w^-1 in place of w^-1/2 is too little to be seen at these widths; the
-    table has its exponent.)"""
-    monkeypatch.setattr(transformer, "scale", scaling.scale)  # restored after the mutants
-    picture, widths, depths = tmp_path / "scaling.png", ["32", "64", "128"], ["2", "4", "8"]
+@pytest.mark.parametrize("optimizer", RATES)
+def test_activations_and_their_changes_are_flat_over_width_and_depth(optimizer, tmp_path, capsys, monkeypatch):
+    """The coordinate check. It refuses factors of Muon that are wrong by half a power of the width, of AdamW by a power of it,
+    of both by a power of the depth, and initial scales that are wrong by half a power."""
 
-    def check(optimizer: str, widths: list[str], depths: list[str], rule=scaling.scale) -> tuple[int, str]:
-        transformer.scale = rule
+    def check(widths: list[str], depths: list[str], rule=scaling.scale) -> tuple[int, list[str]]:
+        monkeypatch.setattr(transformer, "scale", rule)
         flags = ["--widths", *widths, "--depths", *depths, "--optimizer", optimizer, "--optimizer.lr", RATES[optimizer]]
-        return check_scaling.main([*CHECK, *flags, "--output", str(picture)]), capsys.readouterr().out
+        status = check_scaling.main([*CHECK, *flags, "--output", str(tmp_path / "scaling.png")])
+        return status, [line for line in capsys.readouterr().out.splitlines() if line.endswith("  no")]
 
-    def planted(**wrong):
-        """The rule with one ratio of the model's sizes raised to another power in one factor."""
+    def planted(ends: tuple[str, ...], factor: str, wide: float, deep: float):
+        """The rule with a power of the ratio of widths or depths too many in a factor of the weights that end so."""
 
         def rule(model: ModelConfig, name: str, *, muon: bool = False) -> scaling.Scale:
             found = scaling.scale(model, name, muon=muon)
-            if model.scaling is None or "_proj" not in name:
+            if model.scaling is None or not name.endswith(ends):
                 return found
-            wide = model.hidden_size / model.scaling.base_hidden_size
-            deep = (
-                model.num_hidden_layers / model.scaling.base_num_hidden_layers if name.endswith(scaling.LAST_OF_BRANCH) else 1
-            )
-            return found._replace(lr=found.lr * wide ** wrong.get("wide", 0) * deep ** wrong.get("deep", 0))
+            excess = (model.hidden_size / 64) ** wide * (model.num_hidden_layers / 2) ** deep
+            return found._replace(**{factor: getattr(found, factor) * excess})
 
         return rule
 
-    for optimizer in RATES:
-        status, shown = check(optimizer, widths, depths)
-        assert status == 0 and picture.read_bytes().startswith(b"\x89PNG"), (optimizer, shown)
-    for optimizer, wrong, sizes in (
-        ("muon", dict(wide=0.5), (widths, ["2"])),
-        ("adamw", dict(wide=1), (widths, ["2"])),
-        ("adamw", dict(deep=1), (["32"], depths)),
-    ):
-        status, shown = check(optimizer, *sizes, planted(**wrong))
-        assert status == 1 and " no\n" in shown, (optimizer, wrong, shown)
+    status, bad = check(WIDTHS, DEPTHS)
+    assert (status, bad) == (0, [])
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    for ends, factor, wide, deep, quantity, when in MUTANTS[optimizer]:
+        sizes = (WIDTHS[:2], ["2"]) if wide else (["64"], DEPTHS)
+        status, bad = check(*sizes, planted(ends, factor, wide, deep))
+        assert status == 1 and any(quantity in line and when in line for line in bad), (ends, factor, wide, deep, bad)
+
+
+FIRST = tuple(f"{name}_proj.weight" for name in ("q", "k", "v", "gate", "up"))
+MUTANTS = {
+    "adamw": [
+        (FIRST, "lr", 1, 0, "feed-forward", "change"),
+        (scaling.LAST_OF_BRANCH, "lr", 1, 0, "attention", "change"),
+        (scaling.LAST_OF_BRANCH, "lr", 0, 1, "sum of branches", "change"),
+        (("lm_head.weight",), "std", 0.5, 0, "logits", "start"),
+        (scaling.LAST_OF_BRANCH, "std", 0, 0.5, "sum of branches", "start"),
+    ],
+    "muon": [
+        (scaling.LAST_OF_BRANCH, "lr", 0.5, 0, "attention", "change"),
+        (scaling.LAST_OF_BRANCH, "lr", -0.5, 0, "attention", "change"),
+        (scaling.LAST_OF_BRANCH, "lr", 0, 1, "sum of branches", "change"),
+        (("_proj.weight",), "lr", 0.5, 0, "residual stream", "change"),
+    ],
+}
+"""Ends of names, factor, powers of the ratio of widths and of depths too many, and the quantity that shows it."""

@@ -5,14 +5,24 @@
 Trains small models of the configuration's kind for a few steps, with `model.scaling` and without: of several widths at the
 smallest depth, and of several depths at the smallest width. The smallest one is the base. Data and optimizer are the
 configuration's, with its learning rate and without warm-up. It compares, as root mean squares on the first batch, the outputs
-of the last attention and the last feed-forward network (over widths; over depths they shrink as their number grows), the
-residual stream after the last block, and the logits: at the start, and the change of each over all steps. A learning rate
-transfers if these do not depend on the size (Yang et al. 2022, arXiv 2203.03466, section 4; over depth, Dey et al. 2025,
-arXiv 2505.01618). A slope is that of the straight line through the logarithms. Logits at the start shrink with the root of the
-width: muP lets them, as what is learned soon exceeds them.
+of the last attention and the last feed-forward network (over widths), the sum of all branches, which is the residual stream
+after the last block without the embedding (over depths), the residual stream, and the logits: at the start, and the change of
+each over all steps. A learning rate transfers if these do not depend on the size (Yang et al. 2022, arXiv 2203.03466, section
+4; over depth, Dey et al. 2025, arXiv 2505.01618). A slope is that of the straight line through the logarithms.
 
-The check needs a learning rate that is not too high for the base, and sees errors of a rule by whole powers of the width; that
-the best learning rate stays the same is for benchmarks/lr_transfer.py to show.
+Theory gives each slope for large sizes. With scaling, all are 0, except where a sum of independent random terms is averaged:
+logits at the start (a head of std 1/w reads w values) and the sum of branches at the start (d branches of std 1/d) have slopes
+of -1/2. What is learned is alike in all terms of such a sum, and keeps its size. So changes are measured in models whose output
+projections start at zero (`model.zero_init_outputs`): then no branch has a random part that would hide the learned one. Powers
+in the rules are multiples of 1/2, so a slope less than 1/4 away is nearer to the right one than to any other; --bound is
+stricter. The change of the logits over widths may lie between -1/2 and 0: the head's random part, which reads the changed
+stream, shrinks with the root of the width, and the learned parts stay.
+
+Small widths deviate: an update is of as many directions as the tokens of a step allow. While these are more than the width,
+part of AdamW's update acts at random (a slope below 0), and Muon's reaches a growing part of the activations (above 0).
+
+The check needs a learning rate that is not too high for the base: the theory is of first order in it. That the best learning
+rate stays the same is for benchmarks/lr_transfer.py to show.
 
 Prints the slopes and writes a picture of them. One process; seconds for each size up to width 256, minutes for 1,024 with Muon.
 
@@ -49,16 +59,16 @@ FLAT, NOT_FLAT = 0, 1
 SEQUENCES, LONGEST = 4, 128  # of a batch; tokens of each
 QUANTITIES = {
     "width": ("attention", "feed-forward", "residual stream", "logits"),
-    "depth": ("residual stream", "logits"),
+    "depth": ("sum of branches", "residual stream", "logits"),
 }
 EXPECTED = {
     ("width", "logits", "start"): (-0.5, -0.5),
     ("width", "logits", "change"): (-0.5, 0.0),
+    ("depth", "sum of branches", "start"): (-0.5, -0.5),
     ("depth", "residual stream", "start"): (-0.5, 0.0),
-    ("depth", "residual stream", "change"): (-0.5, 0.0),
 }
-"""Lowest and highest slope with scaling, where it is not 0. What the head and the branches are drawn with acts at random, so
-its share shrinks with the root of the width or the depth; what they learn, and the embedding, keep theirs."""
+"""Lowest and highest slope with scaling, where it is not 0. The residual stream at the start is the embedding, of slope 0, and
+the sum of branches."""
 
 
 class Row(NamedTuple):
@@ -69,9 +79,9 @@ class Row(NamedTuple):
     size: int
     scaled: bool
     start: dict[str, float]
-    """Root mean squares by quantity before the first step."""
+    """Root mean squares by quantity before the first step, from random output projections."""
     change: dict[str, float]
-    """Of the difference between then and after the last step."""
+    """Of the difference that all steps make, from output projections of zero."""
 
 
 class Slope(NamedTuple):
@@ -186,15 +196,24 @@ def coordinates(
     from pretrain.train import train_step
 
     optimizer = config.optimizer
-    engine.prepare(
-        lambda: Transformer(model), lambda built: build_optimizer(built, optimizer), optimizer.grad_clip, config.run.seed
-    )
-    before = activations(engine, batches[0])
+
+    def begin(*, zero: bool) -> dict[str, Any]:
+        drawn = dataclasses.replace(model, zero_init_outputs=zero)
+        engine.prepare(
+            lambda: Transformer(drawn), lambda built: build_optimizer(built, optimizer), optimizer.grad_clip, config.run.seed
+        )
+        return activations(engine, batches[0])
+
+    start, before = begin(zero=False), begin(zero=True)
     for batch in batches:
         train_step(engine, [engine.to_device(batch)], optimizer.lr)
     after = activations(engine, batches[0])
-    rms = {name: float(value.square().mean().sqrt()) for name, value in before.items()}
-    return rms, {name: float((after[name] - before[name]).square().mean().sqrt()) for name in before}
+    return root_mean_squares(start), root_mean_squares({name: after[name] - before[name] for name in before})
+
+
+def root_mean_squares(values: dict[str, Any]) -> dict[str, float]:
+    """Of each tensor."""
+    return {name: float(value.square().mean().sqrt()) for name, value in values.items()}
 
 
 def activations(engine: Engine, batch: Batch) -> dict[str, Any]:
@@ -203,6 +222,7 @@ def activations(engine: Engine, batch: Batch) -> dict[str, Any]:
 
     found, last = {}, engine.model.model.layers[-1]
     modules = {"attention": last.self_attn, "feed-forward": last.mlp, "residual stream": last}
+    modules["embedding"] = engine.model.model.embed_tokens
 
     def keep(name: str):
         return lambda _, __, out: found.__setitem__(name, (out[0] if isinstance(out, tuple) else out).float().clone())
@@ -213,6 +233,7 @@ def activations(engine: Engine, batch: Batch) -> dict[str, Any]:
         found["logits"] = engine.model(tokens_BT, documents_BT=documents_BT).float()
     for hook in hooks:
         hook.remove()
+    found["sum of branches"] = found["residual stream"] - found.pop("embedding")
     return found
 
 
