@@ -278,6 +278,9 @@ def docstring(sources: list[Source], draw: random.Random) -> Iterator[tuple[obje
 # ---------------------------------------------------------------- from lm-eval
 
 
+FEWSHOT_SEED = 1234  # the default of lm_eval.simple_evaluate and of its command, `fewshot_random_seed`
+
+
 def from_lm_eval(options: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
     """(name, items) of each task. Raises UserError for a task that is not answered by likelihood."""
     if not importlib.util.find_spec("lm_eval"):
@@ -297,6 +300,7 @@ def from_lm_eval(options: argparse.Namespace) -> Iterator[tuple[str, list[dict]]
                 raise UserError(f"{task.config.task}: is of the kind {task.OUTPUT_TYPE}, which likelihood does not answer")
             if options.num_fewshot is not None:
                 task.set_config(key="num_fewshot", value=options.num_fewshot)
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)  # without it, the examples differ from call to call
             task.build_all_requests(limit=options.items, rank=0, world_size=1)
             requests: dict[int, list] = {}
             for request in task.instances:
