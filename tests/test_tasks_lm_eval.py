@@ -195,3 +195,28 @@ def test_every_likelihood_and_every_figure_is_that_of_lm_eval(folder, tmp_path, 
             assert ours[task.name]["accuracy_per_byte"] == pytest.approx(result["acc_bytes,none"])
     assert first == len(nats) and torch.isfinite(torch.from_numpy(nats)).all()
     assert sum(task.truncated for task in tasks) > 0
+
+
+def test_examples_before_a_question_are_those_of_lm_eval(tmp_path, monkeypatch):
+    kinds = write_lm_eval_tasks(tmp_path)
+    for name in kinds:  # a definition that asks for none gets none
+        definition = tmp_path / f"{name}.yaml"
+        definition.write_text(
+            definition.read_text().replace("num_fewshot: 0\n", "" if name.endswith("0") else "num_fewshot: 0\n")
+        )
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(tmp_path))
+    theirs = lm_eval.simple_evaluate(
+        model="dummy", tasks=list(kinds), num_fewshot=2, task_manager=manager, log_samples=True, bootstrap_iters=0
+    )["samples"]
+    common = ["--include-path", str(tmp_path), "--num-fewshot", "2", "--output", str(tmp_path / "tasks")]
+    make_tasks.main(["--lm-eval", ",".join(kinds), *common])
+    for name in kinds:
+        items = [json.loads(line) for line in (tmp_path / "tasks" / f"{name}.jsonl").read_text().splitlines()]
+        samples = sorted(theirs[name], key=lambda sample: sample["doc_id"])
+        for item, sample in zip(items, samples, strict=True):
+            asked = sample["arguments"].values() if isinstance(sample["arguments"], dict) else sample["arguments"]
+            expected = ["".join(one.values() if isinstance(one, dict) else one) for one in asked]
+            assert [context + continuation for context, continuation in make_tasks.pairs(item)] == expected

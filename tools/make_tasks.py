@@ -298,7 +298,9 @@ def from_lm_eval(options: argparse.Namespace) -> Iterator[tuple[str, list[dict]]
         for task in leaves(found):
             if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
                 raise UserError(f"{task.config.task}: is of the kind {task.OUTPUT_TYPE}, which likelihood does not answer")
-            if options.num_fewshot is not None:
+            if options.num_fewshot is not None and task.get_config("num_fewshot") == 0:
+                print(f"{task.config.task}: without examples, as its definition says; lm-eval ignores another number, too")
+            elif options.num_fewshot is not None:
                 task.set_config(key="num_fewshot", value=options.num_fewshot)
             task.set_fewshot_seed(seed=FEWSHOT_SEED)  # without it, the examples differ from call to call
             task.build_all_requests(limit=options.items, rank=0, world_size=1)
