@@ -91,7 +91,7 @@ class Recipe(NamedTuple):
 
 
 _SHAPE = ("--model.qk_norm", "true")
-_START = ("--model.zero_init_outputs", "true", "--optimizer.embedding_lr_scale", "4")
+_START = ("--model.zero_init_outputs", "true", "--optimizer.embedding_lr_scale", "16")
 _MUON = ("--optimizer.name", "muon", "--schedule.name", "wsd", "--schedule.final_lr_fraction", "0.02", *_SHAPE, *_START)
 _ADAMW = ("--optimizer.name", "adamw", "--schedule.name", "cosine", "--schedule.final_lr_fraction", "0.1", *_SHAPE)
 RECIPES = [
