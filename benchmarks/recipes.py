@@ -1,7 +1,7 @@
 """Compares training recipes at equal tokens, data and tokenizer: ours, plain AdamW, nanoGPT's, MiniMind's, changes of ours.
 
     python benchmarks/recipes.py --nanogpt CHECKOUT --minimind CHECKOUT --jobs 2
-    python benchmarks/recipes.py --name manual --input '/usr/share/man/man[1-8]/*.gz' --format txt --nanogpt ... --minimind ...
+    python benchmarks/recipes.py --name manual --input /usr/share/man/man[2-8] --format txt --nanogpt ... --minimind ...
     python benchmarks/recipes.py --recipes ours --set 'clip=--optimizer.grad_clip 0'      ours, and ours with one change
     python benchmarks/recipes.py --seeds 7 8 9 --scale mini --nanogpt ... --minimind ...  other seeds, and a smaller model
 
@@ -270,7 +270,9 @@ class Bench:
 
 
 def _call(script: str, *flags: str) -> None:
-    subprocess.run([sys.executable, script, *flags], cwd=ROOT, check=True)
+    """Raises UserError if the tool fails."""
+    if status := subprocess.run([sys.executable, script, *flags], cwd=ROOT).returncode:
+        raise UserError(f"{script} has exited with status {status}: see its message above")
 
 
 def _run(command: list[str], log: Path, diverges: bool) -> float:
