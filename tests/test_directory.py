@@ -211,6 +211,25 @@ def test_a_run_whose_place_another_job_takes_ends_with_73_and_writes_nothing_mor
     assert read_state(run_of(tiny))["status"] == "running" and read_state(run_of(tiny))["attempt"] == 2
 
 
+def test_what_a_save_records_after_another_job_has_taken_the_place_is_not_written(tmp_path, monkeypatch):
+    """Before the next step has found out."""
+    without_locks_of_folders(monkeypatch)
+    first = RunDirectory(tmp_path)
+    first.write_state("running", step=8)
+    (tmp_path / "run.lock").unlink()
+    first.write_state("running", step=8, saved_step=4)
+    assert read_state(tmp_path)["saved_step"] == 4, "nobody has the place"
+    second = RunDirectory(tmp_path)
+    second.write_state("running", step=5)
+    first.write_state("running", step=8, saved_step=8)
+    first.mirrored(8)
+    first.write_text("plan.json", "of the first")
+    assert (read_state(tmp_path)["attempt"], read_state(tmp_path)["step"]) == (2, 5)
+    assert not (tmp_path / "plan.json").exists()
+    with pytest.raises(Locked):
+        first.check()
+
+
 def truncated(path: Path) -> None:
     os.truncate(path, 40)
 

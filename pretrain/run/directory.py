@@ -138,6 +138,10 @@ class RunDirectory:
         except (OSError, UnicodeDecodeError) as error:
             return isinstance(error, OSError)  # a failing disk is found out by what must be written
 
+    def _is_taken(self) -> bool:
+        """True if run.lock is that of another job."""
+        return self._checked and not self._is_ours() and (self.path / "run.lock").exists()
+
     def _is_folder(self, descriptor: int) -> bool:
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(descriptor))
@@ -213,7 +217,8 @@ class RunDirectory:
 
     def _write(self, name: str, text: str) -> None:
         self._texts[name] = text
-        write_atomically(self.path / name, text)
+        if not self._is_taken():  # a save may end between the loss of the place and the next `check`
+            write_atomically(self.path / name, text)
 
 
 def _name_of(descriptor: int) -> str:
