@@ -26,7 +26,6 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
 import torch
 
 from benchmarks import machine
@@ -180,12 +179,10 @@ def lowest(curve: dict[int, float]) -> float | None:
 
 def excess(curve: dict[int, float], log2_lr: float | None) -> float:
     """How much higher than its minimum the parabola of `lowest` is at log2_lr; NaN if it does not reach there."""
-    best = min(curve, key=curve.get)
-    around = [best - 1, best, best + 1]
-    if log2_lr is None or lowest(curve) is None or not best - 1 <= log2_lr <= best + 1:
+    best, bottom = min(curve, key=curve.get), lowest(curve)
+    if log2_lr is None or bottom is None or math.isinf(curve[best + 1]) or not best - 1 <= log2_lr <= best + 1:
         return math.nan
-    fit = np.polynomial.Polynomial.fit(around, [curve[each] for each in around], 2)
-    return float(fit(log2_lr) - fit(lowest(curve)))
+    return 0.5 * (curve[best - 1] - 2 * curve[best] + curve[best + 1]) * (log2_lr - bottom) ** 2
 
 
 def summary(found: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:

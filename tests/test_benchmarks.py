@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import checkpoint, data_at_scale, ladder, peers
+from benchmarks import checkpoint, data_at_scale, ladder, lr_transfer, peers
 from benchmarks.shapes import SHAPES, Shape
 from pretrain.data.passes import Passes
 from pretrain.model.config import ModelConfig, resolve_model
@@ -127,3 +128,14 @@ def test_a_wrong_order_of_a_large_run_is_found(tmp_path, monkeypatch, method, bu
     monkeypatch.setattr(Passes, method, bug(getattr(Passes, method)))
     with pytest.raises(AssertionError, match=named):
         list(data_at_scale.simulate(tmp_path, ranks=8, tokens=10**11, count=3, small_tokens=10**6))
+
+
+def test_the_best_rate_and_what_another_rate_costs_are_those_of_a_parabola():
+    curve = {place: 4.0 + 0.3 * (place + 6.8) ** 2 for place in range(-10, -3)}
+    assert lr_transfer.lowest(curve) == pytest.approx(-6.8)
+    assert lr_transfer.excess(curve, -6.2) == pytest.approx(0.3 * 0.6**2)
+    assert math.isnan(lr_transfer.excess(curve, -9.0)), "too far from the points of the parabola"
+    diverged = {-8: 4.5, -7: 4.0, -6: math.inf}
+    assert lr_transfer.lowest(diverged) == -7.0 and math.isnan(lr_transfer.excess(diverged, -7.0))
+    edge = {-8: 4.5, -7: 4.0}
+    assert lr_transfer.lowest(edge) is None and math.isnan(lr_transfer.excess(edge, -7.0))

@@ -253,7 +253,7 @@ def test_small_runs_are_of_the_planned_family_and_every_file_is_a_run(big, tmp_p
 
 
 def test_the_script_skips_what_has_ended_and_ends_with_the_status_of_a_run_that_failed(big, tmp_path):
-    """A program named `python` stands in for the runs: it writes their state, and ends with the status that a file names."""
+    """A program named `python` is called in place of the runs: it writes their state; a file has its exit status."""
     folder = tmp_path / "a ladder"
     write(big, folder, "--seeds", "1")
     stand_in = tmp_path / "bin" / "python"

@@ -126,7 +126,8 @@ def engines(job: Job, like: EngineConfig, cluster: Cluster) -> Iterator[EngineCo
     world_size = like.world_size and gpus
     like = dataclasses.replace(like, offload="none", reduce_gradients=None, bucket_mib=None, world_size=world_size)
     work = Work(job.model, job.length, job.sequences, 1)
-    for name in (name for name in ENGINES if job.optimizer in OPTIMIZERS_OF[name]):
+    able = [name for name in ENGINES if job.optimizer in OPTIMIZERS_OF[name]]
+    for name in able:
         for parallel in _kinds(name, job.model, gpus, per_node):
             for replicas in {1, nodes} if name == "fsdp2" else {1}:
                 compile_ = "blocks" if name == "zero3" and like.compile == "model" else like.compile
