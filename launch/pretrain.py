@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
         raise
     if sys.stderr:
         faulthandler.register(signal.SIGUSR1, file=2)  # stacks; once the run has its directory, those of all ranks go there
-    stop = StopRequest()
+    stop = StopRequest(exits=True)
     from pretrain.train import train  # torch is imported here, after the settings are known to be right
 
     return train(config, stop)

@@ -29,6 +29,7 @@ from pretrain.model.transformer import Transformer
 from pretrain.optim.optimizer import build_optimizer
 from pretrain.report import plot
 from pretrain.report.records import RecordsError
+from pretrain.run.stop import StopRequest
 from pretrain.train import train
 from tests.saving import save
 
@@ -128,14 +129,14 @@ def make_hf_folder(folder: Path, weights: Weights, dtype: str = "fp32", tokenize
 # ---------------------------------------------------------------- for ranks: importing this file does not import transformers
 
 
-def train_here(argv: list[str], picture: bool = False) -> int:
+def train_here(argv: list[str], stop: StopRequest | None = None, picture: bool = False) -> int:
     """Trains. The picture of the curve, a quarter of the work of a tiny run, is drawn for trackers and for tests that look at
     it (`picture`); else the run says that it has none, as it does when its records cannot be read."""
     config = settings.load(argv, world_size=int(os.environ.get("WORLD_SIZE", 1)))
     with pytest.MonkeyPatch.context() as patch:
         if not picture and set(config.log.sinks) <= {"console", "jsonl"}:
             patch.setattr(plot, "plot_runs", _no_picture)
-        return train(config)
+        return train(config, stop)
 
 
 def _no_picture(*_) -> None:

@@ -159,6 +159,22 @@ def test_a_saved_checkpoint_is_not_reported_as_lost_if_shutdown_takes_too_long()
     assert code == 75 and said == ""  # no last words: run_state.json is already right
 
 
+@pytest.mark.parametrize("notified_by", ["signal", "peers"])
+def test_a_second_sigterm_while_the_process_exits_does_not_change_its_status(notified_by):
+    """As schedulers send it: to the launcher, which passes it on, and to every process."""
+    agreed = "stop.agreed(75); " if notified_by == "peers" else "time.sleep(0.2); "
+    process = child(
+        "stop.close(); stop = StopRequest(exits=True); stop.deadline_seconds = 60; stop.training(); "
+        "print('ready', flush=True); " + agreed + "stop.close(); print('closed', flush=True); time.sleep(0.5); os._exit(75)"
+    )
+    assert process.stdout.readline() == "ready\n"
+    if notified_by == "signal":
+        process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "closed\n"
+    process.send_signal(signal.SIGTERM)
+    assert end_of(process)[0] == 75
+
+
 def test_last_words_that_hang_do_not_keep_the_process_alive():
     process = child(
         "import pretrain.run.stop; pretrain.run.stop._LAST_WORDS_SECONDS = 0.5; "

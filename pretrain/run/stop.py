@@ -43,6 +43,8 @@ _PARENT_POLL_SECONDS, _LAST_WORDS_SECONDS = 1.0, 5.0
 class StopRequest:
     """Turns signals into requests until `close`. Create it in the main thread, before slow imports.
 
+    exits: whether the process exits after the run. Once the job ends because of SIGTERM, further ones then change nothing until
+        that exit: schedulers and launchers repeat the signal, which would replace the status of a run that has saved.
     deadline_seconds: from SIGTERM to a durable checkpoint, `checkpoint.deadline_seconds`.
     stop_file: the path of the file STOP, on the rank that watches it.
     folder_lost(): why the run's directory cannot be used any longer, on the rank that watches it; empty: it can.
@@ -52,7 +54,8 @@ class StopRequest:
     last_words(status, reason): called before the process exits at once; on rank 0 it writes run_state.json.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, exits: bool = False) -> None:
+        self._exits = exits
         self.deadline_seconds: float | None = None
         self.stop_file: Path | None = None
         self._know_no_job()
@@ -78,8 +81,9 @@ class StopRequest:
         """Restores the previous signal handlers, and lets go of the job, whose folder stays locked while anything holds it."""
         self._know_no_job()
         if self._previous:
+            is_over = self._exits and self._deadline is not None
             for number, handler in self._previous.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if is_over and _FLAG[number] == "SIGTERM" else handler)
             signal.set_wakeup_fd(self._previous_wakeup)
             self._previous = {}
             self._wake()

@@ -17,6 +17,7 @@ import pytest
 
 from pretrain.config import CheckpointConfig
 from pretrain.run.directory import RunDirectory
+from pretrain.run.stop import StopRequest
 from tests.ranks import run_ranks
 from tests.test_stopping import state_of
 from tests.test_train import ROOT, TINY, curve, final_bytes, records, run_of, train_here
@@ -57,7 +58,7 @@ def train_and_signal(argv: list[str], ranks: list[int], delay_seconds: float, ga
 
     if int(os.environ["RANK"]) in ranks:
         threading.Thread(target=strike, daemon=True).start()
-    return train_here(argv)
+    return train_here(argv, StopRequest(exits=True))
 
 
 def test_twenty_sigterms_at_random_moments_lose_no_step_and_change_no_number(tiny, capsys):
@@ -67,7 +68,7 @@ def test_twenty_sigterms_at_random_moments_lose_no_step_and_change_no_number(tin
     draw, waits = random.Random(0), []
     for number in range(SIGTERMS):
         seen = trained_lines(run_of(tiny))
-        ranks, gap = draw.choice([[0], [1], [0, 1]]), draw.choice([None, 0.05])
+        ranks, gap = draw.choice([[0], [1], [0, 1]]), draw.choice([None, draw.uniform(0, 0.2)])
         statuses = run_ranks(2, train_and_signal, tiny, ranks, draw.uniform(0, 0.2), gap, seen)
         assert statuses == [75, 75], f"SIGTERM {number}: {statuses}"
         state, reached = state_of(run_of(tiny)), max(record["step"] for record in records(run_of(tiny)))
