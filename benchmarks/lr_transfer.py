@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     found = []
     for axis in ("width", "depth"):
         for optimizer in options.optimizers:
-            for scaled in (True, False):
+            for scaled in (True,) if options.only_scaled else (True, False):
                 exponent = round(math.log2(options.lr))
                 for size in getattr(options, f"{axis}s"):
                     curve = runs.curve(optimizer, axis, size, scaled, exponent)
@@ -85,6 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--depths", type=count, nargs="+", default=[2, 4, 8], metavar="L", help="numbers of layers (default: 2 4 8)")
     add("--head-dim", type=count, default=16, metavar="C", help="size of a head (default: %(default)s)")
     add("--optimizers", nargs="+", default=["adamw", "muon"], choices=["adamw", "muon"], help="(default: adamw muon)")
+    add("--only-scaled", action="store_true", help="without the runs that do not use model.scaling")
     add("--steps", type=count, default=200, metavar="N", help="of a run (default: %(default)s)")
     add("--seeds", type=count, default=1, metavar="N", help="(default: %(default)s)")
     add("--lr", type=float, default=2**-7, metavar="LR", help="where the search begins (default: %(default)s)")
@@ -105,6 +106,7 @@ class Runs:
         base = ModelConfig(
             hidden_size=options.widths[0], num_hidden_layers=options.depths[0], num_attention_heads=heads,
             qk_norm=config.model.qk_norm, tie_word_embeddings=config.model.tie_word_embeddings,
+            zero_init_outputs=config.model.zero_init_outputs,
         )  # fmt: skip
         self._base = resolve_model(base, vocab_size=parts.model.vocab_size, sequence_length=config.data.sequence_length)
 
@@ -223,11 +225,12 @@ def draw(found: list[dict[str, Any]], output: Path) -> None:
     from pretrain.report.plot import COLORS, save
 
     kinds = list(dict.fromkeys((row["optimizer"], row["axis"]) for row in found))
-    figure = Figure(figsize=(9, 2.8 * len(kinds)), dpi=130, layout="constrained")
+    ways = sorted({row["scaled"] for row in found})
+    figure = Figure(figsize=(4.5 * len(ways), 2.8 * len(kinds)), dpi=130, layout="constrained")
     for axes_of_kind, kind in zip(
-        figure.subplots(len(kinds), 2, sharex="row", sharey="row", squeeze=False), kinds, strict=True
+        figure.subplots(len(kinds), len(ways), sharex="row", sharey="row", squeeze=False), kinds, strict=True
     ):
-        for axes, scaled in zip(axes_of_kind, (False, True), strict=True):
+        for axes, scaled in zip(axes_of_kind, ways, strict=True):
             rows = [row for row in found if (row["optimizer"], row["axis"], row["scaled"]) == (*kind, scaled)]
             for row, color in zip(rows, COLORS, strict=False):
                 rates, losses = zip(*((2.0 ** int(key), loss) for key, loss in row["curve"].items()), strict=True)
