@@ -130,7 +130,7 @@ def measure_local_tasks(options: argparse.Namespace) -> tuple[dict, dict]:
     trained = open_trained(options)
     model = trained.model
     tasks = open_tasks(
-        local_tasks(options), trained.load_tokenizer(), model.max_position_embeddings, model.vocab_size, options.limit
+        local_tasks(options), trained.require_tokenizer(), model.max_position_embeddings, model.vocab_size, options.limit
     )
     engine = start(options)
     if engine.rank == 0:

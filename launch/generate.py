@@ -131,9 +131,7 @@ def continuations(options: argparse.Namespace, count_token: Callable[[], None]) 
     trained = (
         open_run(options.run, options.step, last_weights=options.last_weights) if options.run else open_hf_folder(options.model)
     )
-    if (tokenizer := trained.load_tokenizer()) is None:
-        where = "tokenizer.path" if options.run else "tokenizer.json"
-        raise UserError(f"{options.run or options.model}: has no tokenizer ({where}), so it cannot read a prompt")
+    tokenizer = trained.require_tokenizer()
     encode, stop_ids = (encoder_of_run if options.run else encoder_of_hf_folder)(trained, tokenizer)
     ids = [encode(prompt) for prompt in prompts]
     dtype = DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from pretrain import config, schema
 from pretrain.checkpoint.storage import CheckpointError
 from pretrain.config import Config, EngineConfig, OptimizerConfig
+from pretrain.data.errors import DataError
 from pretrain.engines.start import start_engine
-from pretrain.interop.load import find_unusable, open_run, open_weights, tensor_problem, tokenizer_of
+from pretrain.interop.load import find_unusable, open_hf_folder, open_run, open_weights, tensor_problem, tokenizer_of
 from pretrain.interop.weights import CheckpointWeights, HFWeights, load_transformer
 from pretrain.model.config import ModelConfig, resolve_model
 from pretrain.model.hf_mapping import UnsupportedModel, architecture, folder_kind
@@ -39,6 +40,16 @@ def run(tmp_path):
         state = {"model": vars(MODEL), "val_loss": val_loss}
         save(tmp_path / "checkpoints", step, engine, state)
     return tmp_path
+
+
+def test_a_model_without_a_tokenizer_says_where_one_would_be(run, tmp_path):
+    """What users have is often a folder with only a tokenizer.model, which transformers converts."""
+    with pytest.raises(DataError, match=r"has no tokenizer: tokenizer\.path in its config\.yaml"):
+        open_run(run).require_tokenizer()
+    folder = make_hf_folder(tmp_path / "exported", open_run(run).weights)
+    (folder / "tokenizer.model").write_bytes(b"sentencepiece")
+    with pytest.raises(DataError, match=r"exported: has no tokenizer\.json; transformers makes one .* tokenizer\.model"):
+        open_hf_folder(folder).require_tokenizer()
 
 
 @pytest.mark.parametrize(("wanted", "step"), [(None, 3), ("best", 2), (1, 1), ("3", 3)])

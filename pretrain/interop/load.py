@@ -65,6 +65,20 @@ class TrainedModel(NamedTuple):
             )
         return found
 
+    def require_tokenizer(self) -> Tokenizer:
+        """As `load_tokenizer`, for what needs text. Raises DataError, also if the model has none: what to do about it."""
+        found = self.load_tokenizer()
+        if found is None and self.config:
+            raise DataError(
+                f"the run {self.origin['run']} has no tokenizer: tokenizer.path in its config.yaml is not set; set it there"
+            )
+        if found is None:
+            raise DataError(
+                f"{self.origin['model']}: has no tokenizer.json; transformers makes one from what it can read, such as a "
+                "tokenizer.model: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
+        return found
+
 
 def open_run(run_directory: Path, step: int | str | None = None, average: int = 1, last_weights: bool = False) -> TrainedModel:
     """Opens a checkpoint of a run, or the mean of the `average` checkpoints up to that one, and reads all their files once.
