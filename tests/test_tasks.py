@@ -419,6 +419,7 @@ def test_tasks_that_a_stop_left_over_come_first_in_the_next_start(flags, monkeyp
     assert [(record["step"], record["task_weights"]) for record in of_tasks(run)] == [(4, "average"), (8, "average")]
     assert "tasks at step 8 of the average of the weights: " in (run / "console.log").read_text()
     assert [record["step"] for record in records(run) if "val_loss" in record] == [6, 8]
+    assert page(View(run).read_all()).count("step 8, average of the weights") == 2, "validation and tasks"
 
 
 def test_the_page_and_the_picture_of_a_run_show_tasks_beside_guessing(straight):

@@ -285,6 +285,11 @@ def _summary(view: View, verdict: str | None) -> Iterable[str]:
     yield "</dl>"
 
 
+def _of(record: dict, key: str) -> str:
+    """The step of a measurement, and whether it is of the average of the weights."""
+    return f"step {record['step']:,}" + (", average of the weights" if record.get(key) == "average" else "")
+
+
 def _tiles(view: View) -> Iterable[tuple[str, str, str]]:
     """(title, value, note)."""
     history, newest, validation = view.history, view.history.newest, view.history.validation
@@ -295,11 +300,11 @@ def _tiles(view: View) -> Iterable[tuple[str, str, str]]:
         yield "Training loss", _loss(newest["loss"]), "mean of the last logging interval"
     if validation:
         bits = validation.get("val_bits_per_byte")
-        more = f"step {validation['step']:,}" + (f", {bits:.3f} bits per byte" if bits else "")
+        more = _of(validation, "val_weights") + (f", {bits:.3f} bits per byte" if bits else "")
         yield "Validation loss", _loss(validation.get("val_loss")), more
     if _is_number(history.tasks.get("task_accuracy")):
         accuracy, chance = history.tasks["task_accuracy"], history.tasks["task_chance"]
-        yield "Tasks", f"{accuracy:.1%} right", f"step {history.tasks['step']:,}, guessing: {chance:.1%}"
+        yield "Tasks", f"{accuracy:.1%} right", f"{_of(history.tasks, 'task_weights')}, guessing: {chance:.1%}"
     if tokens := newest.get("tokens"):
         yield "Tokens", human_count(tokens), f"{tokens / parameters:.3g} per parameter" if parameters else ""
     if parameters:
