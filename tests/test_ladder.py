@@ -296,6 +296,20 @@ def test_parameters_are_what_multiplies_a_token(big):
         assert small.parameters < num_parameters(model).total
 
 
+@pytest.mark.parametrize("count", [3, 4, 5])
+def test_few_sizes_are_enough_and_where_they_are_not_the_refusal_says_what_would_be(big, count):
+    """The places on the log scale may all be nearest to the smallest sizes, which the first ones must not use up."""
+    planned = plan_ladder.open_target(load(["--config", str(big)]))
+    with pytest.raises(UserError) as error:
+        ladder.rungs(planned, count, 1e-6, 2e-4)
+    least = float(re.search(r"--largest ([0-9.e-]+)", str(error.value))[1])
+    found = ladder.rungs(planned, count, 1e-6, least)
+    sizes = [each.parameters for each in found]
+    assert len(sizes) == count and sorted(set(sizes)) == sizes
+    with pytest.raises(UserError, match=f"only {count - 1} smaller models"):
+        ladder.rungs(planned, count, 1e-6, 0.99 * found[-1].flops / planned.flops)
+
+
 def test_what_no_ladder_can_predict_is_refused(big, tmp_path):
     def refused(*flags: str) -> str:
         with pytest.raises(UserError) as error:

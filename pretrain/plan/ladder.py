@@ -113,19 +113,20 @@ def rungs(big: Target, count: int, smallest: float, largest: float, multiple: in
     (`ladder_fit.TOO_SMALL`). Raises UserError where the family has too few sizes there.
     """
     sizes = [rung(big, heads, multiple) for heads in range(1, big.model.num_attention_heads)]
-    sizes = [each for each in sizes if each.flops / big.flops <= largest * 1.001]
-    sizes = [each for each in sizes if each.model.num_hidden_layers >= min(LEAST_LAYERS, big.model.num_hidden_layers)]
+    family = [each for each in sizes if each.model.num_hidden_layers >= min(LEAST_LAYERS, big.model.num_hidden_layers)]
+    sizes = [each for each in family if each.flops / big.flops <= largest * 1.001]
+    if len(sizes) < count:
+        needed = f"--largest {1.005 * family[count - 1].flops / big.flops:.3g}, " if len(family) >= count else ""
+        raise UserError(
+            f"only {len(sizes)} smaller models of this family cost at most {largest:g} of the large run: their width is a "
+            f"multiple of {big.model.hidden_size // big.model.num_attention_heads} (one head), and they have at least "
+            f"{LEAST_LAYERS} layers. Use {needed}fewer --rungs, or a planned model with smaller heads"
+        )
     chosen: list[Target] = []
     for place in range(count):
         share = math.log(largest) + (math.log(smallest) - math.log(largest)) * place / max(1, count - 1)
         left = [each for each in sizes if not chosen or each.parameters < chosen[-1].parameters]
-        if not left:
-            raise UserError(
-                f"only {len(chosen)} smaller models of this family cost at most {largest:g} of the large run: their width is a "
-                f"multiple of {big.model.hidden_size // big.model.num_attention_heads} (one head), and they have at least "
-                f"{LEAST_LAYERS} layers. Use fewer --rungs, a "
-                "greater --largest, or a planned model with smaller heads"
-            )
+        left = left[count - 1 - place :]  # enough smaller ones stay for the other places
         chosen.append(min(left, key=lambda each: abs(math.log(each.flops / big.flops) - share)))
     return chosen[::-1]
 
