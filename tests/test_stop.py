@@ -162,10 +162,10 @@ def test_a_saved_checkpoint_is_not_reported_as_lost_if_shutdown_takes_too_long()
 @pytest.mark.parametrize("notified_by", ["signal", "peers"])
 def test_a_second_sigterm_while_the_process_exits_does_not_change_its_status(notified_by):
     """As schedulers send it: to the launcher, which passes it on, and to every process."""
-    agreed = "stop.agreed(75); " if notified_by == "peers" else "time.sleep(0.2); "
+    agreed = "stop.agreed(75)\n" if notified_by == "peers" else "while stop.seconds_left() is None: time.sleep(0.01)\n"
     process = child(
         "stop.close(); stop = StopRequest(exits=True); stop.deadline_seconds = 60; stop.training(); "
-        "print('ready', flush=True); " + agreed + "stop.close(); print('closed', flush=True); time.sleep(0.5); os._exit(75)"
+        "print('ready', flush=True)\n" + agreed + "stop.close(); print('closed', flush=True); time.sleep(0.5); os._exit(75)"
     )
     assert process.stdout.readline() == "ready\n"
     if notified_by == "signal":
